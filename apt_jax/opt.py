@@ -1,0 +1,175 @@
+"""OPT in Flax NNX, layers stacked and run under `lax.scan`.
+
+Shape letters: T tokens (any leading dimensions), N heads, H head_dim, D hidden_size, F ffn_dim,
+E word_embed_proj_dim, V vocab_size, L layers.
+
+The model does not know how attention finds earlier tokens. Each layer hands its attention input `h` to a
+function that the caller gives, together with a cache that is threaded through the layers; the paged cache
+(`apt_jax/attention.py`) and plain causal attention (`causal_attention` below) are two such functions.
+
+Source: transformers `modeling_opt.py` (behaviour), checked against it by `tests/test_opt.py`.
+"""
+
+from collections.abc import Callable
+from typing import Protocol
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+
+from apt_jax.config import POSITION_OFFSET, ModelConfig
+
+_ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "relu": jax.nn.relu,
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu_new": lambda x: jax.nn.gelu(x, approximate=True),
+    "gelu_pytorch_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+    "silu": jax.nn.silu,
+}
+
+
+class SelfAttention(nnx.Module):
+    """The four projections of one attention layer; how they are combined is the caller's choice."""
+
+    def __init__(self, config: ModelConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
+        D, N, H = config.hidden_size, config.num_attention_heads, config.head_dim
+
+        def heads_in() -> nnx.LinearGeneral:
+            return nnx.LinearGeneral(
+                D, (N, H), use_bias=config.enable_bias, dtype=dtype, param_dtype=dtype,
+                kernel_init=_normal, rngs=rngs,
+            )  # fmt: skip
+
+        self.q_proj = heads_in()
+        self.k_proj = heads_in()
+        self.v_proj = heads_in()
+        self.out_proj = nnx.LinearGeneral(
+            (N, H), D, axis=(-2, -1), use_bias=config.enable_bias, dtype=dtype, param_dtype=dtype,
+            kernel_init=_normal, rngs=rngs,
+        )  # fmt: skip
+        self.scale = config.head_dim**-0.5
+
+    def query(self, h: jax.Array) -> jax.Array:
+        """Scaled queries `[T, N, H]` of attention inputs `[T, D]`."""
+        return self.q_proj(h) * jnp.asarray(self.scale, h.dtype)
+
+
+class Attend[Cache](Protocol):
+    """Mixes tokens: `(projections, h [T, D], cache, layer) -> (context [T, N, H], cache)`."""
+
+    def __call__(
+        self, projections: SelfAttention, h: jax.Array, cache: Cache, layer: jax.Array
+    ) -> tuple[jax.Array, Cache]:
+        """Return each token's attention context before the output projection, and the updated cache."""
+        ...
+
+
+def causal_attention(projections: SelfAttention, h: jax.Array, cache: None, layer: jax.Array) -> tuple[jax.Array, None]:
+    """Plain causal attention over whole sequences `[B, T, D]`, without a cache: for training and checks."""
+    q, k, v = projections.query(h), projections.k_proj(h), projections.v_proj(h)
+    return jax.nn.dot_product_attention(q, k, v, is_causal=True, scale=1.0), cache
+
+
+class DecoderLayer(nnx.Module):
+    """One transformer layer, pre-norm or post-norm."""
+
+    def __init__(self, config: ModelConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
+        D, F = config.hidden_size, config.ffn_dim
+        self.norm_first = config.do_layer_norm_before
+        self.activation = config.activation_function
+        self.self_attn = SelfAttention(config, dtype=dtype, rngs=rngs)
+        self.self_attn_layer_norm = _layer_norm(config, dtype, rngs)
+        self.fc1 = _linear(D, F, config.enable_bias, dtype, rngs)
+        self.fc2 = _linear(F, D, config.enable_bias, dtype, rngs)
+        self.final_layer_norm = _layer_norm(config, dtype, rngs)
+
+    def __call__[Cache](
+        self, x: jax.Array, attend: Attend[Cache], cache: Cache, layer: jax.Array
+    ) -> tuple[jax.Array, Cache]:
+        """Advance the residual stream `x [T, D]` by one layer. Pure."""
+        h = self.self_attn_layer_norm(x) if self.norm_first else x
+        context, cache = attend(self.self_attn, h, cache, layer)
+        x = x + self.self_attn.out_proj(context)
+        if not self.norm_first:
+            x = self.self_attn_layer_norm(x)
+        h = self.final_layer_norm(x) if self.norm_first else x
+        x = x + self.fc2(_ACTIVATIONS[self.activation](self.fc1(h)))
+        if not self.norm_first:
+            x = self.final_layer_norm(x)
+        return x, cache
+
+
+class OPT(nnx.Module):
+    """`OPTForCausalLM`: token ids in, hidden states out, logits on request."""
+
+    def __init__(self, config: ModelConfig, *, dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs):
+        D, E, V = config.hidden_size, config.word_embed_proj_dim, config.vocab_size
+        positions = config.max_position_embeddings + POSITION_OFFSET
+        self.embed_tokens = _embed(V, E, dtype, rngs)
+        self.embed_positions = _embed(positions, D, dtype, rngs)
+        self.project_in = _linear(E, D, False, dtype, rngs) if E != D else None
+        self.project_out = _linear(D, E, False, dtype, rngs) if E != D else None
+
+        @nnx.split_rngs(splits=config.num_hidden_layers)
+        @nnx.vmap(in_axes=0, out_axes=0)
+        def stacked_layers(rngs: nnx.Rngs) -> DecoderLayer:
+            return DecoderLayer(config, dtype=dtype, rngs=rngs)
+
+        self.layers = stacked_layers(rngs)  # every parameter has a leading axis L
+        self.num_layers = config.num_hidden_layers
+        self.final_layer_norm = _layer_norm(config, dtype, rngs) if config.has_final_layer_norm else None
+        self.lm_head = None if config.tie_word_embeddings else _linear(E, V, False, dtype, rngs)
+
+    def __call__[Cache](
+        self, token_ids: jax.Array, positions: jax.Array, attend: Attend[Cache], cache: Cache
+    ) -> tuple[jax.Array, Cache]:
+        """Run all layers over `token_ids` and `positions` (same shape, int32). Pure.
+
+        Returns:
+            Hidden states `[..., E]` ready for `logits`, and the cache after the last layer.
+        """
+        x = self.embed_tokens(token_ids)
+        if self.project_in is not None:
+            x = self.project_in(x)
+        x = x + self.embed_positions(positions + POSITION_OFFSET)
+        graphdef, stacked = nnx.split(self.layers)
+
+        def body(carry, xs):  # noqa: ANN001, ANN202
+            x, cache = carry
+            layer, state = xs
+            return nnx.merge(graphdef, state)(x, attend, cache, layer), None
+
+        (x, cache), _ = jax.lax.scan(body, (x, cache), (jnp.arange(self.num_layers, dtype=jnp.int32), stacked))
+        if self.final_layer_norm is not None:
+            x = self.final_layer_norm(x)
+        if self.project_out is not None:
+            x = self.project_out(x)
+        return x, cache
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """Float32 logits `[..., V]` of hidden states `[..., E]`."""
+        if self.lm_head is not None:
+            kernel = self.lm_head.kernel[...]
+            return jnp.einsum("...e,ev->...v", hidden, kernel, preferred_element_type=jnp.float32)
+        table = self.embed_tokens.embedding[...]
+        return jnp.einsum("...e,ve->...v", hidden, table, preferred_element_type=jnp.float32)
+
+
+_normal = nnx.initializers.normal(0.02)
+
+
+def _linear(d_in: int, d_out: int, bias: bool, dtype: DTypeLike, rngs: nnx.Rngs) -> nnx.Linear:
+    return nnx.Linear(d_in, d_out, use_bias=bias, dtype=dtype, param_dtype=dtype, kernel_init=_normal, rngs=rngs)
+
+
+def _embed(rows: int, width: int, dtype: DTypeLike, rngs: nnx.Rngs) -> nnx.Embed:
+    return nnx.Embed(rows, width, dtype=dtype, param_dtype=dtype, embedding_init=_normal, rngs=rngs)
+
+
+def _layer_norm(config: ModelConfig, dtype: DTypeLike, rngs: nnx.Rngs) -> nnx.LayerNorm:
+    affine = config.layer_norm_elementwise_affine
+    return nnx.LayerNorm(
+        config.hidden_size, epsilon=1e-5, use_bias=affine, use_scale=affine, use_fast_variance=False,
+        dtype=dtype, param_dtype=dtype, rngs=rngs,
+    )  # fmt: skip
