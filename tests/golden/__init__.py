@@ -15,6 +15,7 @@ from safetensors.numpy import save_file
 from golden.weights import fingerprint, make_weights
 
 DATA = Path(__file__).parent / "data"
+ACTIVATIONS_FILE = Path(__file__).parent / "activations.json"  # values of the activation functions at a few points
 
 
 @dataclasses.dataclass(frozen=True)

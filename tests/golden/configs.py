@@ -5,7 +5,10 @@ from typing import Any
 import numpy as np
 
 GREEDY_TOKENS = 64  # tokens generated after every prompt
-ACTIVATIONS = ("relu", "gelu", "gelu_new", "gelu_pytorch_tanh", "silu")
+ACTIVATIONS = (
+    "relu", "gelu", "gelu_new", "gelu_pytorch_tanh", "silu", "relu6", "swish", "tanh", "quick_gelu",
+    "gelu_python", "gelu_fast", "gelu_accurate", "gelu_python_tanh",
+)  # fmt: skip
 
 _SMALL: dict[str, Any] = {
     "vocab_size": 300,

@@ -16,9 +16,10 @@ import numpy as np
 import torch
 import transformers
 from transformers import OPTConfig, OPTForCausalLM
+from transformers.activations import ACT2FN
 
-from golden import DATA, Golden, save_golden, write_checkpoint
-from golden.configs import FIXED, GREEDY_TOKENS, prompts, random_configs
+from golden import ACTIVATIONS_FILE, DATA, Golden, save_golden, write_checkpoint
+from golden.configs import ACTIVATIONS, FIXED, GREEDY_TOKENS, prompts, random_configs
 from golden.weights import fingerprint, make_weights
 
 MIN_MARGIN = 5e-3  # of the best logit over the second; float32 rounding is a thousand times smaller
@@ -38,6 +39,8 @@ def main() -> None:
     transformers.logging.disable_progress_bar()
     configs = random_configs(arguments.seed, arguments.random) if arguments.random else FIXED
     arguments.out.mkdir(parents=True, exist_ok=True)
+    if not arguments.random:
+        ACTIVATIONS_FILE.write_text(activation_values(), encoding="utf-8")
     for name, fields in configs.items():
         save_golden(first_good(name, fields, arguments.seed), arguments.out)
 
@@ -126,7 +129,16 @@ def margin(logits: np.ndarray, golden: Golden, index: int) -> float:
 def sample_positions(prompt_tokens: int) -> list[int]:
     """Eight positions or fewer: the ends of prompt and sequence, and some between."""
     last = prompt_tokens + GREEDY_TOKENS - 1
-    return sorted({0, prompt_tokens // 2, prompt_tokens - 1, prompt_tokens, *np.linspace(0, last, 5).astype(int).tolist()})
+    return sorted(
+        {0, prompt_tokens // 2, prompt_tokens - 1, prompt_tokens, *np.linspace(0, last, 5).astype(int).tolist()}
+    )
+
+
+def activation_values() -> str:
+    """JSON of every activation function at 65 points, by transformers' names."""
+    x = torch.linspace(-8.0, 8.0, 65)
+    values = {"x": x.tolist()} | {name: ACT2FN[name](x).tolist() for name in ACTIVATIONS}
+    return "{\n" + ",\n".join(f"  {json.dumps(k)}: {json.dumps(v)}" for k, v in values.items()) + "\n}\n"
 
 
 if __name__ == "__main__":
