@@ -1,7 +1,9 @@
 """Compares a model on JAX with the answers of transformers, without any cache: the plain causal forward pass."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +11,8 @@ import numpy as np
 from flax import nnx
 
 from apt_jax.opt import OPT, causal_attention
-from golden import Golden
+from checkpoints.load import load_model
+from golden import Golden, write_checkpoint
 
 LOGITS_TOLERANCE = 1e-4
 
@@ -28,6 +31,11 @@ class Difference:
         return self.logits <= LOGITS_TOLERANCE and self.same_tokens
 
 
+def load_golden_model(golden: Golden, folder: Path) -> OPT:
+    """Write the golden's checkpoint to `folder` and load it as a server would, in float32."""
+    return load_model(str(write_checkpoint(golden, folder)), dtype="float32").model
+
+
 def compare(model: OPT, golden: Golden) -> Difference:
     """Run a float32 model on the golden prompts; compiles one program."""
     forward = whole_sequences(model, max(map(len, golden.sequences)))
@@ -44,13 +52,7 @@ type Forward = Callable[[Sequence[Sequence[int]]], np.ndarray]
 def whole_sequences(model: OPT, length: int) -> Forward:
     """Return a function from token ids of several sequences to logits `[B, length, V]`, padded on the right."""
     graphdef, state = nnx.split(model)
-
-    @jax.jit
-    def run(state: nnx.State, ids: jax.Array) -> jax.Array:
-        model = nnx.merge(graphdef, state)
-        positions = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), ids.shape)
-        hidden, _ = model(ids, positions, causal_attention, None)
-        return model.logits(hidden)
+    run = _program(graphdef)
 
     def forward(sequences: Sequence[Sequence[int]]) -> np.ndarray:
         ids = np.zeros((len(sequences), length), np.int32)
@@ -59,6 +61,20 @@ def whole_sequences(model: OPT, length: int) -> Forward:
         return np.asarray(run(state, ids))
 
     return forward
+
+
+@functools.cache
+def _program(graphdef: nnx.GraphDef) -> Callable[[nnx.State, np.ndarray], jax.Array]:
+    """One jitted function per architecture, so that the same model with other weights compiles nothing."""
+
+    @jax.jit
+    def run(state: nnx.State, ids: jax.Array) -> jax.Array:
+        model = nnx.merge(graphdef, state)
+        positions = jnp.broadcast_to(jnp.arange(ids.shape[1], dtype=jnp.int32), ids.shape)
+        hidden, _ = model(ids, positions, causal_attention, None)
+        return model.logits(hidden)
+
+    return run
 
 
 def greedy(forward: Forward, prompts: Sequence[Sequence[int]], count: int) -> list[list[int]]:
