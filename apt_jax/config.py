@@ -1,10 +1,11 @@
 """Frozen configuration: the model's shape, and (see EngineConfig) how it is served."""
 
 import dataclasses
+import difflib
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 ACTIVATIONS = ("relu", "gelu", "gelu_new", "gelu_pytorch_tanh", "silu")
 POSITION_OFFSET = 2  # OPT's embedding table has two unused rows before position 0
@@ -99,17 +100,22 @@ class ModelConfig:
         }
         eos = fields.get("eos_token_id", 2)
         eos_ids = () if eos is None else tuple(eos) if isinstance(eos, list) else (eos,)
-        special = {"bos_token_id": fields.get("bos_token_id", 2), "pad_token_id": fields.get("pad_token_id", 1)}
-        for name, ids in (("eos_token_id", eos_ids), *((k, (v,)) for k, v in special.items() if v is not None)):
+        special = {
+            "bos_token_id": fields.get("bos_token_id", 2),
+            "pad_token_id": fields.get("pad_token_id", 1),
+        }
+        for name, ids in (
+            ("eos_token_id", eos_ids),
+            *((k, (v,)) for k, v in special.items() if v is not None),
+        ):
             ok = all(isinstance(i, int) and 0 <= i < integers["vocab_size"] for i in ids)
             _require(fields, name, ok, f"ids must lie in 0..vocab_size-1={integers['vocab_size'] - 1}")
         dtype = str(fields.get("dtype") or fields.get("torch_dtype") or "float32").removeprefix("torch.")
         known = ("float32", "float16", "bfloat16")
         _require(fields, "torch_dtype", dtype in known, f"use one of {', '.join(known)}")
+        values: dict[str, Any] = {**integers, **flags, **special}
         return cls(
-            **integers,
-            **flags,
-            **special,
+            **values,
             word_embed_proj_dim=word_dim,
             activation_function=activation,
             eos_token_ids=eos_ids,
@@ -137,6 +143,81 @@ class ModelConfig:
             raise ValueError(f"{path}: {error}") from error
 
 
+@dataclasses.dataclass(frozen=True)
+class EngineConfig:
+    """How a model is served; each field is also a command-line flag (`--max-num-seqs`) and a keyword of `LLM`."""
+
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Number type of weights and cache; auto takes the checkpoint's, except float32 on a CPU."""
+    max_model_len: int | None = None
+    """Longest context in tokens, prompt and output together; default: what the model was trained for."""
+    max_num_seqs: int | None = None
+    """Most requests in one iteration; default: 64 on a CPU, 256 on TPU and GPU."""
+    max_num_batched_tokens: int | None = None
+    """Most tokens in one iteration; longer prompts are prefilled in chunks; default: 512 on a CPU, else 2048."""
+    block_size: int = 16
+    """Tokens per cache block."""
+    num_blocks: int | None = None
+    """Cache blocks; default: as many as the memory left over holds."""
+    cache_memory_bytes: int | None = None
+    """Bytes for the cache; default: what weights and activations leave of the device's memory."""
+    device_memory_utilization: float = 0.9
+    """Share of the device's memory (on a CPU: of the free memory) that the engine may take."""
+    cache_mode: Literal["hybrid", "kv", "hidden"] = "hybrid"
+    """What requests may cache: KV pairs, hidden vectors at half the memory, or either."""
+    scheduling_policy: str = "fcfs"
+    """Name of the scheduling policy."""
+    ttft_slo_ms: float = 1000.0
+    """Default promise for the time to the first token."""
+    tbt_slo_ms: float = 1000.0
+    """Default promise for the 99th percentile of a request's gaps between tokens."""
+    max_num_queued_reqs: int = 1024
+    """Most requests waiting; more are refused with 503."""
+    tensor_parallel_size: int = 1
+    """Devices that one model is split over."""
+    attention_backend: Literal["auto", "xla", "pallas"] = "auto"
+    """Implementation of attention over the cache."""
+    async_scheduling: bool | None = None
+    """Plan the next iteration while the device runs this one; default: on for TPU and GPU, off on a CPU."""
+    compilation_cache_dir: str | None = None
+    """Folder for compiled programs, reused by the next start; default: ~/.cache/apt-jax/xla."""
+    seed: int = 0
+    """Seed for requests that bring none, and for dummy weights."""
+
+    def __post_init__(self) -> None:
+        for name in ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "num_blocks", "cache_memory_bytes"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}={value} must be at least 1")
+        for name in ("block_size", "tensor_parallel_size", "max_num_queued_reqs"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.block_size & (self.block_size - 1) or self.block_size > 128:
+            raise ValueError(f"block_size={self.block_size} must be a power of two, at most 128")
+        for name in ("ttft_slo_ms", "tbt_slo_ms"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name}={getattr(self, name)} must be greater than 0")
+        if not 0 < self.device_memory_utilization <= 1:
+            raise ValueError(
+                f"device_memory_utilization={self.device_memory_utilization} must be greater than 0 and at most 1"
+            )
+
+    @classmethod
+    def from_keywords(cls, keywords: Mapping[str, Any]) -> "EngineConfig":
+        """Build from keywords.
+
+        Raises:
+            ValueError: an unknown keyword (the nearest known one is named), or a bad value.
+        """
+        known = {field.name: field for field in dataclasses.fields(cls)}
+        for name, value in keywords.items():
+            if name not in known:
+                near = difflib.get_close_matches(name, known, n=1)
+                hint = f"; did you mean {near[0]}?" if near else f"; known: {', '.join(known)}"
+                raise ValueError(f"unknown option {name}={value!r}{hint}")
+        return cls(**keywords)
+
+
 def _require(fields: Mapping[str, Any], name: str, ok: bool, cure: str) -> None:
     if not ok:
         raise ValueError(f"unsupported {name}={fields.get(name)!r}: {cure}")
@@ -144,7 +225,12 @@ def _require(fields: Mapping[str, Any], name: str, ok: bool, cure: str) -> None:
 
 def _positive_int(fields: Mapping[str, Any], name: str, default: int) -> int:
     value = fields.get(name, default)
-    _require(fields, name, isinstance(value, int) and not isinstance(value, bool) and value > 0, "must be an integer > 0")
+    _require(
+        fields,
+        name,
+        isinstance(value, int) and not isinstance(value, bool) and value > 0,
+        "must be an integer > 0",
+    )
     return value
 
 

@@ -135,7 +135,9 @@ class OPT(nnx.Module):
         x = x + self.embed_positions(positions + POSITION_OFFSET)
         graphdef, stacked = nnx.split(self.layers)
 
-        def body(carry, xs):  # noqa: ANN001, ANN202
+        def body(
+            carry: tuple[jax.Array, Cache], xs: tuple[jax.Array, nnx.State]
+        ) -> tuple[tuple[jax.Array, Cache], None]:
             x, cache = carry
             layer, state = xs
             return nnx.merge(graphdef, state)(x, attend, cache, layer), None

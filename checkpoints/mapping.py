@@ -116,9 +116,7 @@ def export_huggingface(config: ModelConfig, model: OPT | nnx.State) -> dict[str,
         for slot in (s for s in wanted.values() if s.path == path):
             part = parameter if slot.layer is None else parameter[slot.layer]
             if part.shape != slot.shape:
-                raise ValueError(
-                    f"{_dotted(path)} has shape {part.shape}, but its config asks for {slot.shape}"
-                )
+                raise ValueError(f"{_dotted(path)} has shape {part.shape}, but its config asks for {slot.shape}")
             result[slot.name] = slot.to_torch(part)
     if flat:
         raise ValueError(f"the model has parameters that its config does not: {sorted(map(_dotted, flat))}")
@@ -148,12 +146,8 @@ def _embedding_slots(config: ModelConfig) -> list[Slot]:
         ),
     ]
     if E != D:
-        found.append(
-            Slot(f"{_BASE}project_in.weight", ("project_in", "kernel"), None, Layout.LINEAR, (E, D), (E, D))
-        )
-        found.append(
-            Slot(f"{_BASE}project_out.weight", ("project_out", "kernel"), None, Layout.LINEAR, (D, E), (D, E))
-        )
+        found.append(Slot(f"{_BASE}project_in.weight", ("project_in", "kernel"), None, Layout.LINEAR, (E, D), (E, D)))
+        found.append(Slot(f"{_BASE}project_out.weight", ("project_out", "kernel"), None, Layout.LINEAR, (D, E), (D, E)))
     return found
 
 

@@ -80,12 +80,8 @@ def test_spellings_in_the_wild():
     assert canonical_name("model.decoder.layers.0.fc1.weight") == "model.decoder.layers.0.fc1.weight"
     assert canonical_name("lm_head.weight") == "lm_head.weight"
     assert canonical_name("decoder.version") is None
-    assert (
-        flax_name(("model", "decoder", "layers", "0", "fc1", "kernel")) == "model.decoder.layers.0.fc1.weight"
-    )
-    assert (
-        flax_name(("params", "decoder", "embed_tokens", "embedding")) == "model.decoder.embed_tokens.weight"
-    )
+    assert flax_name(("model", "decoder", "layers", "0", "fc1", "kernel")) == "model.decoder.layers.0.fc1.weight"
+    assert flax_name(("params", "decoder", "embed_tokens", "embedding")) == "model.decoder.embed_tokens.weight"
     assert flax_name(("decoder", "final_layer_norm", "scale")) == "model.decoder.final_layer_norm.weight"
     assert flax_name(("decoder", "final_layer_norm", "bias")) == "model.decoder.final_layer_norm.bias"
 

@@ -1,0 +1,237 @@
+"""A request: what was asked (prompt, sampling, SLO) and how far it has come."""
+
+import enum
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+
+from apt_jax.cache import BlockTable, CacheKind
+
+MAX_LOGIT_BIAS = 300  # OpenAI's limit
+MAX_STOP_TOKEN_IDS = 64
+MAX_LOGPROBS = 20
+MAX_SAMPLES = 128
+
+
+@dataclass(frozen=True)
+class Slo:
+    """Latency promise of one request, in seconds. Source: DESIGN, "Definitions"."""
+
+    ttft_s: float = 1.0
+    tbt_s: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name in ("ttft_s", "tbt_s"):
+            value = getattr(self, name)
+            if not value > 0:
+                raise ValueError(f"slo {name}={value} must be > 0 seconds")
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How to choose tokens, in vLLM's names and meanings. Immutable; checked when made.
+
+    Attributes:
+        n: samples per prompt.
+        temperature: 0 is greedy.
+        top_k: keep the k most likely tokens; 0 or -1 keeps all.
+        top_p: keep the most likely tokens whose probabilities sum to top_p.
+        min_p: drop tokens less likely than min_p times the most likely one.
+        repetition_penalty: divides (multiplies, if negative) logits of tokens in prompt or output; 1 is off.
+        presence_penalty: subtracted from logits of tokens in the output.
+        frequency_penalty: subtracted once per occurrence in the output.
+        logit_bias: token id -> value added to its logit, at most 300 entries.
+        seed: same seed, same tokens, whatever else runs; None draws one per request.
+        max_tokens: most tokens to generate; None is up to the context length.
+        min_tokens: no end-of-sequence or stop token id before this many.
+        stop: strings that end the text (left out of it unless include_stop_str_in_output).
+        stop_token_ids: token ids that end the output; at most 64.
+        ignore_eos: go on past the end-of-sequence token.
+        logprobs: report the chosen token's log-probability and those of this many most likely tokens (0 to 20).
+        skip_special_tokens: leave special tokens such as </s> out of the text.
+
+    Raises:
+        ValueError: one sentence with the value and the limit.
+    """
+
+    n: int = 1
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] | None = None
+    seed: int | None = None
+    max_tokens: int | None = 16
+    min_tokens: int = 0
+    stop: Sequence[str] | str | None = ()
+    stop_token_ids: Sequence[int] | None = ()
+    ignore_eos: bool = False
+    logprobs: int | None = None
+    skip_special_tokens: bool = True
+    include_stop_str_in_output: bool = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ()))
+        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids or ()))
+        object.__setattr__(self, "logit_bias", dict(self.logit_bias or {}))
+        object.__setattr__(self, "top_k", max(self.top_k, 0) if self.top_k >= -1 else self.top_k)
+        for name, low, high in _RANGES:
+            value = getattr(self, name)
+            if value is not None and not low <= value <= high:
+                limits = f"at least {low}" if high == math.inf else f"between {low} and {high}"
+                raise ValueError(f"{name}={value} must be {limits}")
+        if not self.top_p > 0:
+            raise ValueError(f"top_p={self.top_p} must be greater than 0 and at most 1")
+        if not 0 < self.repetition_penalty < math.inf:
+            raise ValueError(f"repetition_penalty={self.repetition_penalty} must be greater than 0")
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            raise ValueError(f"min_tokens={self.min_tokens} is more than max_tokens={self.max_tokens}")
+        for name, limit in (("logit_bias", MAX_LOGIT_BIAS), ("stop_token_ids", MAX_STOP_TOKEN_IDS)):
+            if len(getattr(self, name)) > limit:
+                raise ValueError(f"{name} has {len(getattr(self, name))} entries, at most {limit} are allowed")
+        for token_id, bias in self.logit_bias.items():  # type: ignore[union-attr]
+            if not -100 <= bias <= 100:
+                raise ValueError(f"logit_bias of token {token_id} is {bias}, must be between -100 and 100")
+        if any(not text for text in self.stop):  # type: ignore[union-attr]
+            raise ValueError("stop has an empty string, every stop string needs at least one character")
+
+    @classmethod
+    def field_names(cls) -> frozenset[str]:
+        """Names that the constructor takes."""
+        return frozenset(f.name for f in fields(cls))
+
+    def check_vocabulary(self, vocab_size: int) -> None:
+        """Raise ValueError if a token id in logit_bias or stop_token_ids is not in the vocabulary."""
+        for name in ("logit_bias", "stop_token_ids"):
+            for token_id in getattr(self, name):
+                if not 0 <= token_id < vocab_size:
+                    raise ValueError(f"{name} has token id {token_id}, the vocabulary is 0..{vocab_size - 1}")
+
+
+_RANGES = (
+    ("n", 1, MAX_SAMPLES),
+    ("temperature", 0.0, 1e4),
+    ("top_k", 0, math.inf),
+    ("top_p", 0.0, 1.0),
+    ("min_p", 0.0, 1.0),
+    ("presence_penalty", -2.0, 2.0),
+    ("frequency_penalty", -2.0, 2.0),
+    ("max_tokens", 1, math.inf),
+    ("min_tokens", 0, math.inf),
+    ("logprobs", 0, MAX_LOGPROBS),
+    ("seed", -(2**63), 2**63 - 1),
+)
+
+
+class Status(enum.Enum):
+    """Where a request is in its life."""
+
+    WAITING = "waiting"
+    RUNNING = "running"
+    FINISHED = "finished"
+
+
+class FinishReason(enum.Enum):
+    """Why a request ended."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    ABORT = "abort"
+    ERROR = "error"
+
+
+@dataclass(eq=False)
+class Request:
+    """One sample of one prompt, and its progress. Mutated only by `SchedulerState`.
+
+    Times are in seconds of the caller's clock. `max_new_tokens` is `max_tokens` cut to the context length.
+    `num_inflight_tokens` counts tokens that the device has been told to produce and the host has not read yet;
+    `num_computed_tokens` counts tokens whose keys and values, or hidden vectors, are (or are being) cached.
+    """
+
+    request_id: str
+    prompt_token_ids: Sequence[int]
+    params: SamplingParams
+    arrival_s: float
+    max_new_tokens: int
+    eos_token_ids: frozenset[int] = frozenset()
+    slo: Slo = Slo()
+    priority: int = 0
+    order: int = -1  # arrival number, given by SchedulerState.add; ties are broken by it
+
+    status: Status = Status.WAITING
+    finish_reason: FinishReason | None = None
+    stop_reason: int | str | None = None
+    output_token_ids: list[int] = field(default_factory=list)
+    num_inflight_tokens: int = 0
+    num_computed_tokens: int = 0
+    table: BlockTable | None = None
+    cache_history: list[CacheKind] = field(default_factory=list)
+    num_preemptions: int = 0
+    num_conversions: int = 0
+    first_scheduled_s: float | None = None
+    first_token_s: float | None = None
+    last_token_s: float | None = None
+    gaps_s: list[float] = field(default_factory=list)
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        """Tokens of the prompt."""
+        return len(self.prompt_token_ids)
+
+    @property
+    def num_generated_tokens(self) -> int:
+        """Tokens generated, those in flight included."""
+        return len(self.output_token_ids) + self.num_inflight_tokens
+
+    @property
+    def num_tokens(self) -> int:
+        """Prompt and generated tokens: the context that the cache must hold."""
+        return len(self.prompt_token_ids) + len(self.output_token_ids) + self.num_inflight_tokens
+
+    @property
+    def num_uncomputed_tokens(self) -> int:
+        """Tokens still to be run through the model: 1 when decoding, more while prefilling."""
+        return self.num_tokens - self.num_computed_tokens
+
+    @property
+    def is_decoding(self) -> bool:
+        """Whether only the newest token is left to compute."""
+        return self.num_generated_tokens > 0 and self.num_uncomputed_tokens == 1
+
+    @property
+    def is_exhausted(self) -> bool:
+        """Whether every token it may generate is generated or in flight."""
+        return self.num_generated_tokens >= self.max_new_tokens
+
+    @property
+    def cache_kind(self) -> CacheKind | None:
+        """The kind of the blocks it holds; None when it holds none."""
+        return self.table.kind if self.table is not None else None
+
+    def pending_s(self, now: float) -> float:
+        """Seconds since its last token, or since arrival (p_i of the paper's formulation)."""
+        return now - (self.arrival_s if self.last_token_s is None else self.last_token_s)
+
+    @property
+    def ttft_s(self) -> float | None:
+        """Arrival to first token; None before the first."""
+        return None if self.first_token_s is None else self.first_token_s - self.arrival_s
+
+    @property
+    def p99_gap_s(self) -> float:
+        """99th percentile of the gaps between its tokens (nearest rank above); 0 without a gap."""
+        if not self.gaps_s:
+            return 0.0
+        ranked = sorted(self.gaps_s)
+        return ranked[min(len(ranked) - 1, math.ceil(0.99 * len(ranked)) - 1)]
+
+    @property
+    def attained(self) -> bool:
+        """Whether it finished by itself within its SLO. Source: DESIGN, "Definitions"."""
+        if self.finish_reason not in (FinishReason.STOP, FinishReason.LENGTH) or self.ttft_s is None:
+            return False
+        return self.ttft_s <= self.slo.ttft_s and self.p99_gap_s <= self.slo.tbt_s

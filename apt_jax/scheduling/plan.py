@@ -1,0 +1,81 @@
+"""A Plan: what one iteration does, and why. Frozen data; policies make it, `SchedulerState.apply` carries it out."""
+
+import enum
+from dataclasses import dataclass
+
+from apt_jax.cache import CacheKind
+from apt_jax.request import Request
+
+
+class Reason(enum.Enum):
+    """Why a request ran, waited, was preempted or converted in one iteration."""
+
+    CONTINUES_PREFILL = "continues its prefill"
+    ADMITTED_KV = "admitted with KV cache"
+    ADMITTED_HIDDEN = "admitted with hidden cache"
+    ADMITTED_HIDDEN_KV_DOES_NOT_FIT = "admitted with hidden cache because KV does not fit"
+    DECODES = "decodes its next token"
+    CONVERTED_MEMORY_FREE = "converted to KV because memory is free"
+    PREEMPTED_NO_BLOCKS = "preempted because no block is free for a request ahead of it"
+    WAITS_FOR_BLOCKS = "waits for free blocks"
+    WAITS_FOR_SEQUENCES = "waits because max_num_seqs requests are running"
+    WAITS_FOR_TOKENS = "waits because the token budget of this iteration is spent"
+    WAITS_FOR_PREFILL = "waits because this iteration prefills"
+    WAITS_BEHIND = "waits behind an earlier request"
+
+
+@dataclass(frozen=True)
+class Scheduled:
+    """Run `num_tokens` of the request's uncomputed tokens; the last one's successor is sampled if none remain.
+
+    `kind` is the cache kind to admit a waiting request with; for a running request it is the kind it has.
+    """
+
+    request: Request
+    num_tokens: int
+    kind: CacheKind
+    reason: Reason
+
+
+@dataclass(frozen=True)
+class Preempted:
+    """Take all blocks from a running request and let it wait; its tokens are computed again later."""
+
+    request: Request
+    reason: Reason
+
+
+@dataclass(frozen=True)
+class Converted:
+    """Turn a running request's hidden blocks into KV blocks, before this iteration's tokens run."""
+
+    request: Request
+    reason: Reason
+
+
+@dataclass(frozen=True)
+class Waited:
+    """Requests that do nothing in this iteration, for one and the same reason."""
+
+    requests: tuple[Request, ...]
+    reason: Reason
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One iteration. Applied in the order: preempted, converted, scheduled."""
+
+    scheduled: tuple[Scheduled, ...] = ()
+    preempted: tuple[Preempted, ...] = ()
+    converted: tuple[Converted, ...] = ()
+    waited: tuple[Waited, ...] = ()
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether it changes nothing."""
+        return not (self.scheduled or self.preempted or self.converted)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that the model runs."""
+        return sum(entry.num_tokens for entry in self.scheduled)

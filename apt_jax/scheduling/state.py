@@ -1,0 +1,207 @@
+"""What a policy sees and a plan changes: queues, block pool, limits. The engine and the simulator share it."""
+
+from bisect import bisect_left, insort
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal, assert_never
+
+from apt_jax.cache import BlockPool, BlockTable, CacheKind, blocks_for
+from apt_jax.request import FinishReason, Request, Status
+from apt_jax.scheduling.plan import Plan, Scheduled
+
+CacheMode = Literal["hybrid", "kv", "hidden"]
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What an iteration may use.
+
+    `watermark_blocks` stay free when a request is admitted, so that those running can grow for a while.
+    """
+
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    cache_mode: CacheMode = "hybrid"
+    watermark_blocks: int = 0
+
+    @property
+    def kinds(self) -> tuple[CacheKind, ...]:
+        """Cache kinds that a request may be admitted with, the preferred one first."""
+        match self.cache_mode:
+            case "hybrid":
+                return (CacheKind.KV, CacheKind.HIDDEN)
+            case "kv":
+                return (CacheKind.KV,)
+            case "hidden":
+                return (CacheKind.HIDDEN,)
+        assert_never(self.cache_mode)
+
+
+@dataclass(frozen=True)
+class Span:
+    """A scheduled entry with what the device must do: compute tokens `start .. start+num_tokens` of the request.
+
+    `samples` says whether the token after them is to be sampled.
+    """
+
+    request: Request
+    start: int
+    num_tokens: int
+    samples: bool
+
+
+class SchedulerState:
+    """Waiting and running requests, in order of arrival, and the blocks they hold."""
+
+    def __init__(self, pool: BlockPool, limits: Limits):
+        self.pool = pool
+        self.limits = limits
+        self.waiting: list[Request] = []
+        self.running: list[Request] = []
+        self._next_order = 0
+
+    @property
+    def num_unfinished(self) -> int:
+        """Requests waiting or running."""
+        return len(self.waiting) + len(self.running)
+
+    def blocks_needed(self, request: Request, kind: CacheKind, extra_tokens: int = 0) -> int:
+        """Blocks that all its known tokens (and `extra_tokens`) take as `kind`."""
+        return blocks_for(request.num_tokens + extra_tokens, kind, self.pool.block_size)
+
+    def blocks_to_grow(self, request: Request) -> int:
+        """Blocks that a running request lacks to compute all its known tokens."""
+        assert request.table is not None
+        return self.blocks_needed(request, request.table.kind) - request.table.num_blocks
+
+    def fits_alone(self, total_tokens: int) -> bool:
+        """Whether a request of `total_tokens` fits in the whole pool, in some kind that the mode allows."""
+        return any(
+            blocks_for(total_tokens, kind, self.pool.block_size) <= self.pool.num_blocks for kind in self.limits.kinds
+        )
+
+    def add(self, request: Request) -> None:
+        """Put a new request at the end of the waiting queue."""
+        assert request.status is Status.WAITING and request.order < 0
+        request.order = self._next_order
+        self._next_order += 1
+        self.waiting.append(request)
+
+    def apply(self, plan: Plan, now: float) -> list[Span]:
+        """Carry out a plan: queues, blocks and token counts change; returns the device's work in plan order.
+
+        Raises:
+            OutOfBlocks: the policy planned past the pool.
+        """
+        for preempted in plan.preempted:
+            self._preempt(preempted.request)
+        for converted in plan.converted:
+            table = converted.request.table
+            assert table is not None
+            self.pool.convert_to_kv(table)
+            converted.request.num_conversions += 1
+            converted.request.cache_history.append(CacheKind.KV)
+        return [self._start(entry, now) for entry in plan.scheduled]
+
+    def commit(self, request: Request, token_id: int, now: float) -> FinishReason | None:
+        """Record a sampled token that the host has read; finishes the request if it is its last.
+
+        Tokens of a request that has finished meanwhile are dropped. Stop strings are the engine's to judge.
+        """
+        if request.status is Status.FINISHED:
+            return request.finish_reason
+        request.num_inflight_tokens -= 1
+        request.output_token_ids.append(token_id)
+        if request.last_token_s is None:
+            request.first_token_s = now
+        else:
+            request.gaps_s.append(now - request.last_token_s)
+        request.last_token_s = now
+        enough = len(request.output_token_ids) >= request.params.min_tokens
+        if enough and token_id in request.params.stop_token_ids:  # type: ignore[operator]
+            request.stop_reason = token_id
+            self.finish(request, FinishReason.STOP)
+        elif enough and not request.params.ignore_eos and token_id in request.eos_token_ids:
+            self.finish(request, FinishReason.STOP)
+        elif len(request.output_token_ids) >= request.max_new_tokens:
+            self.finish(request, FinishReason.LENGTH)
+        return request.finish_reason
+
+    def finish(self, request: Request, reason: FinishReason) -> None:
+        """End a request for any reason and give its blocks back at once; doing it again changes nothing."""
+        if request.status is Status.FINISHED:
+            return
+        _remove(self.running if request.status is Status.RUNNING else self.waiting, request)
+        self._release(request)
+        request.status = Status.FINISHED
+        request.finish_reason = reason
+        request.num_inflight_tokens = 0
+
+    def blocks_by_kind(self) -> dict[str, int]:
+        """Blocks held as KV, held as hidden, and free."""
+        used = {kind: 0 for kind in CacheKind}
+        for request in self.running:
+            if request.table is not None:
+                used[request.table.kind] += request.table.num_blocks
+        return {"kv": used[CacheKind.KV], "hidden": used[CacheKind.HIDDEN], "free": self.pool.num_free}
+
+    def check(self) -> None:
+        """Assert that no block is lost or shared and that queues and statuses agree."""
+        self.pool.check(self._tables(self.running))
+        assert all(r.status is Status.RUNNING and r.table is not None for r in self.running)
+        assert all(r.status is Status.WAITING and r.table is None for r in self.waiting)
+        for queue in (self.running, self.waiting):
+            orders = [r.order for r in queue]
+            assert orders == sorted(set(orders)), "a queue is out of order or holds a request twice"
+
+    def _start(self, entry: Scheduled, now: float) -> Span:
+        request, num_tokens = entry.request, entry.num_tokens
+        assert 1 <= num_tokens <= request.num_uncomputed_tokens, (request.request_id, num_tokens)
+        if request.status is Status.WAITING:
+            table = BlockTable(entry.kind)
+            self.pool.grow(table, request.num_tokens)
+            request.table = table
+            request.cache_history.append(entry.kind)
+            _remove(self.waiting, request)
+            insort(self.running, request, key=_order)
+            request.status = Status.RUNNING
+            if request.first_scheduled_s is None:
+                request.first_scheduled_s = now
+        else:
+            assert request.table is not None and request.table.kind is entry.kind
+            self.pool.grow(request.table, request.num_tokens)
+        start = request.num_computed_tokens
+        request.num_computed_tokens += num_tokens
+        samples = request.num_uncomputed_tokens == 0
+        if samples:
+            assert not request.is_exhausted, f"{request.request_id} already has {request.max_new_tokens} tokens"
+            request.num_inflight_tokens += 1
+        return Span(request, start, num_tokens, samples)
+
+    def _preempt(self, request: Request) -> None:
+        assert request.status is Status.RUNNING
+        _remove(self.running, request)
+        self._release(request)
+        request.num_computed_tokens = 0
+        request.num_preemptions += 1
+        request.status = Status.WAITING
+        insort(self.waiting, request, key=_order)
+
+    def _release(self, request: Request) -> None:
+        if request.table is not None:
+            self.pool.release(request.table)
+            request.table = None
+
+    @staticmethod
+    def _tables(requests: Iterable[Request]) -> list[BlockTable]:
+        return [r.table for r in requests if r.table is not None]
+
+
+def _order(request: Request) -> int:
+    return request.order
+
+
+def _remove(queue: list[Request], request: Request) -> None:
+    index = bisect_left(queue, request.order, key=_order)
+    assert index < len(queue) and queue[index] is request, f"{request.request_id} is not in its queue"
+    del queue[index]
