@@ -17,6 +17,7 @@ from apt_jax.opt import OPT, SelfAttention
 from checkpoints.load import load_model
 from checkpoints.source import DEMO_FOLDER
 
+
 @dataclasses.dataclass(frozen=True)
 class SampleConfig:
     """What to print."""
@@ -59,9 +60,7 @@ def _roll_out(
     """One token at a time over a dense cache `[K or V, L, T, N, H]`; -1 in `given [T]` asks for a token."""
     model: OPT = nnx.merge(graphdef, state)
 
-    def step(
-        carry: tuple[jax.Array, jax.Array], position: jax.Array
-    ) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
+    def step(carry: tuple[jax.Array, jax.Array], position: jax.Array) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
         cache, sampled = carry
         token = jnp.where(given[position] >= 0, given[position], sampled)
         hidden, cache = model(token[None], position[None], partial(_attend, position), cache)

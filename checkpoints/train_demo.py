@@ -129,9 +129,7 @@ def _run(
     return state
 
 
-def _batch(
-    config: TrainConfig, stream: TokenStream, step: int, share: float
-) -> tuple[np.ndarray, np.ndarray]:
+def _batch(config: TrainConfig, stream: TokenStream, step: int, share: float) -> tuple[np.ndarray, np.ndarray]:
     """Short windows first, in the end fewer windows as long as the context."""
     longest = SHAPE.max_position_embeddings
     rows, length = config.rows, config.window

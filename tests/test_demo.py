@@ -14,7 +14,7 @@ import pytest
 from tokenizers import Tokenizer
 
 from apt_jax.opt import causal_attention
-from checkpoints.demo_sample import SampleConfig, generate, samples
+from checkpoints.demo_sample import generate
 from checkpoints.load import Loaded, load_model
 from checkpoints.source import DEMO_FOLDER
 
@@ -54,7 +54,9 @@ def tokenizer() -> Tokenizer:
 
 def test_folder_is_complete_and_small() -> None:
     files = {path.name: path.stat().st_size for path in DEMO_FOLDER.iterdir()}
-    assert {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "training.json"} <= set(files)
+    assert {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "training.json"} <= set(
+        files
+    )
     assert sum(files.values()) <= LARGEST_FOLDER
 
 
@@ -88,7 +90,8 @@ def _parameters() -> object:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "hello", " two  spaces ", "def f(x):\n    return x\n\n\n", "na\u00efve \U0001f600 \u4f60\u597d", "\t\x00"]
+    "text",
+    ["", "hello", " two  spaces ", "def f(x):\n    return x\n\n\n", "na\u00efve \U0001f600 \u4f60\u597d", "\t\x00"],
 )
 def test_tokenizer_puts_the_end_token_first_and_loses_nothing(text: str) -> None:
     ids = tokenizer().encode(text).ids

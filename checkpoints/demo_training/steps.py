@@ -63,9 +63,7 @@ def _is_kernel(path: tuple[Any, ...]) -> bool:
     return "kernel" in jax.tree_util.keystr(path)
 
 
-def token_losses(
-    graphdef: nnx.GraphDef[OPT], state: nnx.State, ids: jax.Array, first: jax.Array
-) -> jax.Array:
+def token_losses(graphdef: nnx.GraphDef[OPT], state: nnx.State, ids: jax.Array, first: jax.Array) -> jax.Array:
     """Cross entropy in nats `[B, T]` of `ids [B, T + 1]`, whose rows begin at positions `first [B]`."""
     model: OPT = nnx.merge(graphdef, state)
     positions = first[:, None] + jnp.arange(ids.shape[1] - 1, dtype=jnp.int32)
@@ -97,9 +95,7 @@ def make_step(
     return train_step
 
 
-def mean_loss(
-    graphdef: nnx.GraphDef[OPT], state: nnx.State, stream: TokenStream, *, rows: int, length: int
-) -> float:
+def mean_loss(graphdef: nnx.GraphDef[OPT], state: nnx.State, stream: TokenStream, *, rows: int, length: int) -> float:
     """Mean cross entropy (nats per token) of the whole stream, in windows that start at position 0."""
     losses = jax.jit(partial(token_losses, graphdef))
     first = np.zeros(rows, np.int32)
