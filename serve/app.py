@@ -102,6 +102,7 @@ class Service:
                 model_name=self.model_name,
                 headers=http.headers,
                 arrival_s=arrival_s,
+                max_samples=engine.config.max_num_queued_reqs,
             )
 
         if sum(len(item) for item in body.prompt if isinstance(item, str)) > LONG_TEXT_CHARS:

@@ -100,7 +100,7 @@ class BatchJob:
                 work = self._prepare(line, request)
             except LineError as error:
                 if not self._results.is_done(line):
-                    self._write(line, error.custom_id or custom_id, None, {"code": error.code, "message": str(error)})
+                    self._write(line, error.custom_id, None, {"code": error.code, "message": str(error)})
                     bar.update()
                 continue
             except BadRequest as error:
@@ -115,7 +115,9 @@ class BatchJob:
     def _check_unique(self, line: Line, custom_id: str) -> None:
         first = self._first_line.setdefault(custom_id, line.number)
         if first != line.number:
-            raise LineError(f"custom_id {custom_id!r} is already that of line {first}", "duplicate_custom_id", custom_id)
+            raise LineError(
+                f"custom_id {custom_id!r} is already that of line {first}", "duplicate_custom_id", custom_id
+            )
 
     def _prepare(self, line: Line, request: BatchLine) -> Work:
         """Raises BadRequest: the body is not valid here."""

@@ -63,6 +63,7 @@ class Completion:
         model_name: str,
         headers: Mapping[str, str] | None = None,
         arrival_s: float | None = None,
+        max_samples: int | None = None,
     ) -> "Completion":
         """Check a body against the model that is served and fan it out into samples. Tokenises; touches no state.
 
@@ -70,15 +71,14 @@ class Completion:
 
         Raises:
             ModelNotFound: the body names another model.
-            BadRequest: text without a tokenizer, a bad sampling field or SLO, more samples than the queue holds.
+            BadRequest: text without a tokenizer, a bad sampling field or SLO, more than `max_samples` samples.
         """
         if body.model not in (None, model_name):
             raise ModelNotFound(f"the model {body.model!r} is not served here; use {model_name!r}", "model")
         params = body.sampling_params()
-        limit = engine.config.max_num_queued_reqs
-        if len(body.prompt) * params.n > limit:
+        if max_samples is not None and len(body.prompt) * params.n > max_samples:
             raise BadRequest(
-                f"{len(body.prompt)} prompts x n={params.n} is more than the queue holds ({limit}); "
+                f"{len(body.prompt)} prompts x n={params.n} is more than the queue holds ({max_samples}); "
                 "send fewer at once or raise --max-num-queued-reqs",
                 "prompt",
             )

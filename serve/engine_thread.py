@@ -132,6 +132,7 @@ class EngineThread:
 
     def _serve(self, engine: Engine) -> None:
         while self._read_inbox(engine):
+            self._post()  # who was accepted or refused need not wait for the step
             if engine.has_unfinished:
                 try:
                     outputs = engine.step()
@@ -140,7 +141,7 @@ class EngineThread:
                 else:
                     for output in outputs:
                         self._deliver(output)
-            self._post()
+                self._post()
         self._abort_all(engine)
 
     def _read_inbox(self, engine: Engine) -> bool:

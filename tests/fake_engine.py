@@ -49,6 +49,10 @@ class FakeEngine:
         self._requests: dict[str, Request] = {}
         self._steps = threading.Semaphore(0) if paced else None
 
+    @property
+    def is_paced(self) -> bool:
+        return self._steps is not None
+
     def allow_step(self, count: int = 1) -> None:
         assert self._steps is not None
         self._steps.release(count)
