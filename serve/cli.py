@@ -2,7 +2,7 @@
 
 import logging
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -21,9 +21,9 @@ class Serve:
 
     model: Model = None
     """Hub id, Hugging Face folder or converted folder; none is the bundled demo model."""
-    server: OmitArgPrefixes[ServerOptions] = ServerOptions()
-    load: OmitArgPrefixes[LoadOptions] = LoadOptions()
-    engine: OmitArgPrefixes[EngineConfig] = EngineConfig()
+    server: OmitArgPrefixes[ServerOptions] = field(default_factory=ServerOptions)
+    load: OmitArgPrefixes[LoadOptions] = field(default_factory=LoadOptions)
+    engine: OmitArgPrefixes[EngineConfig] = field(default_factory=EngineConfig)
 
     def run(self) -> int:
         """Serve until told to stop."""
@@ -44,8 +44,8 @@ class RunBatch:
     """Hub id, Hugging Face folder or converted folder; none is the bundled demo model."""
     served_model_name: str | None = None
     """Name that the lines call the model by; default: MODEL as given."""
-    load: OmitArgPrefixes[LoadOptions] = LoadOptions()
-    engine: OmitArgPrefixes[EngineConfig] = EngineConfig()
+    load: OmitArgPrefixes[LoadOptions] = field(default_factory=LoadOptions)
+    engine: OmitArgPrefixes[EngineConfig] = field(default_factory=EngineConfig)
 
     def run(self) -> int:
         """Answer what is unanswered."""

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 
-from apt_jax.engine import Engine, Output, QueueFull
+from apt_jax.engine import Engine, Output
 from serve.samples import Sample
 
 

@@ -55,12 +55,8 @@ UNFORESEEN = ErrorReply(500, "server_error", "internal_error")
 
 def error_reply(error: Exception) -> tuple[int, dict[str, Any], dict[str, str]]:
     """Status, JSON body in OpenAI's shape, and headers for an exception; unforeseen ones keep their text to the log."""
-    for kind, reply in ERROR_REPLIES:
-        if isinstance(error, kind):
-            message = str(error)
-            break
-    else:
-        reply, message = UNFORESEEN, "the server failed on this request; its log has the details"
+    reply = next((reply for kind, reply in ERROR_REPLIES if isinstance(error, kind)), UNFORESEEN)
+    message = "the server failed on this request; its log has the details" if reply is UNFORESEEN else str(error)
     headers = {} if reply.retry_after_s is None else {"retry-after": str(reply.retry_after_s)}
     return reply.status, error_body(message, reply.type, getattr(error, "param", None), reply.code), headers
 

@@ -31,7 +31,7 @@ class CharTokenizer:
 
 
 class FakeEngine:
-    """`Engine`'s interface. With `paced`, a step runs only after `allow_step()`; `fail_with` makes the next one raise."""
+    """`Engine`'s interface. With `paced`, a step waits for `allow_step()`; `fail_with` makes the next one raise."""
 
     def __init__(
         self, config: EngineConfig | None = None, tokenizer: Any = None, *, num_blocks: int = 64, paced: bool = False
