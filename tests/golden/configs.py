@@ -76,7 +76,7 @@ def random_configs(seed: int, count: int) -> dict[str, dict[str, Any]]:
             "num_hidden_layers": int(generator.integers(1, 5)),
             "ffn_dim": int(generator.integers(16, 320)),
             "max_position_embeddings": int(generator.integers(GREEDY_TOKENS + 16, 192)),
-            "activation_function": ACTIVATIONS[i % len(ACTIVATIONS)],
+            "activation_function": ACTIVATIONS[(i + seed) % len(ACTIVATIONS)],
         }
         if projected[i]:
             config["word_embed_proj_dim"] = int(generator.integers(8, 128))

@@ -84,7 +84,8 @@ def _std(config: Mapping[str, Any], name: str, shape: tuple[int, ...]) -> float:
         return 1.5
     output_table = "embed_tokens" if config["tie_word_embeddings"] else "lm_head"
     if output_table in name:
-        return _LOGIT_SPREAD / math.sqrt(shape[1])
+        normed = not (config["do_layer_norm_before"] and config["_remove_final_layer_norm"])
+        return _LOGIT_SPREAD / math.sqrt(shape[1]) / (1.0 if normed else 3.0)  # the residual stream's own spread
     if "embed_tokens" in name:
         return 1.0
     values = 2.0 if config["do_layer_norm_before"] else 1.0
