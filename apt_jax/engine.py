@@ -207,17 +207,21 @@ class Engine:
         return outputs
 
     def _plan_memory(self, limits: Limits) -> MemoryPlan:
-        assert self.config.max_num_seqs is not None
-        return plan_memory(
-            self.config,
-            device=self.runner.device,
-            weight_bytes=self.runner.weight_bytes,
-            activation_bytes=self.runner.measure_activations(),
-            block_bytes=block_bytes(self.model_config, self.config.block_size, self.runner.dtype),
-            max_model_len=self.max_model_len,
-            max_num_seqs=self.config.max_num_seqs,
-            kinds=limits.kinds,
-        )
+        def plan(activation_bytes: int) -> MemoryPlan:
+            assert self.config.max_num_seqs is not None
+            return plan_memory(
+                self.config,
+                device=self.runner.device,
+                weight_bytes=self.runner.weight_bytes,
+                activation_bytes=activation_bytes,
+                block_bytes=block_bytes(self.model_config, self.config.block_size, self.runner.dtype),
+                max_model_len=self.max_model_len,
+                max_num_seqs=self.config.max_num_seqs,
+                kinds=limits.kinds,
+            )
+
+        guess = plan(activation_bytes=0)
+        return plan(self.runner.measure_activations(guess.num_blocks))
 
     def _check(self, prompt_token_ids: Sequence[int], params: SamplingParams, request_id: str) -> None:
         length = len(prompt_token_ids)

@@ -10,9 +10,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from apt_jax.tokenizer import Tokenizer
+
 from apt_jax.engine import Engine, Output, TokenLogprobs
 from apt_jax.request import FinishReason, Slo
-from apt_jax.tokenizer import Tokenizer
 from serve.errors import BadRequest, EngineFailure, ModelNotFound
 from serve.protocol import CompletionRequest, bad_request, slo_of
 from serve.samples import Sample, fan_out
