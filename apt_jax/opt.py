@@ -76,7 +76,7 @@ class Attend[Cache](Protocol):
     """Mixes tokens: `(projections, h [T, D], cache, layer) -> (context [T, N, H], cache)`."""
 
     def __call__(
-        self, projections: SelfAttention, h: jax.Array, cache: Cache, layer: jax.Array
+        self, projections: SelfAttention, h: jax.Array, cache: Cache, layer: jax.Array, /
     ) -> tuple[jax.Array, Cache]:
         """Return each token's attention context before the output projection, and the updated cache."""
         ...
