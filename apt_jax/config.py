@@ -88,8 +88,8 @@ class ModelConfig:
         )
         activation = fields.get("activation_function", "relu")
         _require(fields, "activation_function", activation in ACTIVATIONS, f"use one of {', '.join(ACTIVATIONS)}")
-        word_dim = fields.get("word_embed_proj_dim")
-        word_dim = integers["hidden_size"] if word_dim is None else _positive_int(fields, "word_embed_proj_dim", 0)
+        width = "word_embed_proj_dim"
+        word_dim = integers["hidden_size"] if fields.get(width) is None else _positive_int(fields, width, 0)
         flags = {
             name: _boolean(fields, key, default)
             for name, key, default in (

@@ -1,0 +1,132 @@
+"""`apt-jax serve`: uvicorn around the application, from the first byte listened to to the last byte answered."""
+
+import asyncio
+import logging
+import os
+import signal
+import socket
+import sys
+from functools import partial
+
+import uvicorn
+
+from apt_jax.config import EngineConfig
+from serve.app import Service, create_app
+from serve.build import build_engine
+from serve.engine_thread import EngineThread
+from serve.options import DEMO_NAME, LoadOptions, ServerOptions
+
+GRACE_S = 5.0  # that running requests get when the server is told to stop
+STOP_TIMEOUT_S = 5.0
+
+logger = logging.getLogger("apt_jax.serve")
+
+
+class Server(uvicorn.Server):
+    """Uvicorn's server, which on shutdown gives requests a grace time and then ends them with finish reason abort."""
+
+    def __init__(self, config: uvicorn.Config, engine_thread: EngineThread):
+        super().__init__(config)
+        self._engine_thread = engine_thread
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Stop listening, wait for the requests, then close."""
+        timer = asyncio.get_running_loop().call_later(GRACE_S, self._engine_thread.abort_all)
+        try:
+            await super().shutdown(sockets)
+        finally:
+            timer.cancel()
+
+
+def serve(model: str | None, load: LoadOptions, options: ServerOptions, config: EngineConfig) -> int:
+    """Serve until SIGINT or SIGTERM; returns the exit code.
+
+    Listens at once: while the model loads, /health is 200 and /ready 503. A model that cannot be loaded ends the
+    server with one sentence and exit code 1.
+    """
+    try:
+        listener = listen(options.host, options.port)
+    except OSError as error:
+        print(
+            f"error: cannot listen on {options.host}:{options.port} ({error.strerror or error}); "
+            "choose another --host or --port",
+            file=sys.stderr,
+        )
+        return 1
+    failures: list[Exception] = []
+
+    def fail(error: Exception) -> None:
+        failures.append(error)
+        server.should_exit = True
+
+    make_engine = partial(
+        build_engine,
+        model,
+        engine_config=config,
+        load_format=load.load_format,
+        tokenizer=load.tokenizer,
+        revision=load.revision,
+    )
+    engine_thread = EngineThread(make_engine, on_failure=fail)
+    name = options.served_model_name or model or DEMO_NAME
+    app = create_app(Service(engine_thread, name, options.max_body_bytes))
+    server = Server(
+        uvicorn.Config(app, log_config=None, lifespan="on", timeout_graceful_shutdown=int(GRACE_S + STOP_TIMEOUT_S)),
+        engine_thread,
+    )
+    logger.info("serving %s at %s; /ready turns 200 when it is warm", name, url_of(listener))
+    run_until_signal(server, listener)
+    if failures:
+        report_failure(failures[0])
+    if not engine_thread.stop(STOP_TIMEOUT_S):
+        # It is inside the compiler, which nothing can interrupt; the interpreter would crash under its feet.
+        logging.shutdown()
+        sys.stderr.flush()
+        os._exit(1 if failures else 0)
+    return 1 if failures else 0
+
+
+def run_until_signal(server: uvicorn.Server, listener: socket.socket) -> None:
+    """Run `server` on `listener`; a first SIGINT or SIGTERM stops it in order, and it returns normally."""
+
+    def stop(number: int, frame: object) -> None:
+        server.should_exit = True
+
+    # uvicorn raises the signals again, for the handlers that it found, once it has stopped
+    previous = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        server.run(sockets=[listener])
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def report_failure(error: Exception) -> None:
+    """One sentence for what the user can cure, the traceback for what they cannot."""
+    if isinstance(error, ValueError | OSError):
+        print(f"error: {error}", file=sys.stderr)
+    else:
+        logger.error("the engine failed", exc_info=error)
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A listening-to-be TCP socket.
+
+    Raises:
+        OSError: the address is unknown or taken.
+    """
+    family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    listener = socket.socket(family, kind, protocol)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+    except OSError:
+        listener.close()
+        raise
+    return listener
+
+
+def url_of(listener: socket.socket) -> str:
+    """`http://HOST:PORT` of a bound socket."""
+    host, port = listener.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
