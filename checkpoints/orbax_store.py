@@ -13,6 +13,7 @@ from checkpoints.placement import Shardings, sharding_of
 from checkpoints.skeleton import Skeleton
 
 _CHUNK_BYTES = 64 * 2**20  # a shard reads only the chunks it needs, and no chunk is held beside a whole stack
+_GROUP_BYTES = 64 * 2**20
 
 
 def save_weights(folder: Path, parameters: Mapping[tuple[str, ...], jax.Array]) -> None:
@@ -29,8 +30,8 @@ def restore_weights(
 ) -> dict[tuple[str, ...], jax.Array]:
     """Restore what `save_weights` wrote, cast to the skeleton's dtype, each parameter into its shards.
 
-    In groups no larger than the largest parameter, so that the host holds little beside what is already placed.
-    `progress` is called with each group's bytes.
+    Large parameters come first and alone, for Orbax holds a second copy of what it is reading: so that copy is
+    never beside all the rest. `progress` is called with the bytes of each parameter or group.
 
     Raises:
         CheckpointError: a parameter is missing, extra or of another shape, or its data cannot be read.
@@ -56,15 +57,14 @@ def restore_weights(
 
 
 def _groups(skeleton: Skeleton) -> list[list[tuple[str, ...]]]:
-    """The parameters in groups of at most the bytes of the largest one."""
+    """The parameters from the largest to the smallest, the small ones in groups of `_GROUP_BYTES`."""
     sizes = {path: a.size * a.dtype.itemsize for path, a in skeleton.shapes.items()}
-    most = max(sizes.values())
     groups: list[list[tuple[str, ...]]] = []
     room = 0
-    for path, size in sorted(sizes.items(), key=lambda item: item[1]):
+    for path, size in sorted(sizes.items(), key=lambda item: -item[1]):
         if size > room:
             groups.append([])
-            room = most
+            room = _GROUP_BYTES
         groups[-1].append(path)
         room -= size
     return groups
