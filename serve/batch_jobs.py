@@ -220,6 +220,7 @@ def run_batch(
             tokenizer=load.tokenizer,
             revision=load.revision,
         )
+        engine.warm_up(progress=True)
         job = BatchJob(engine, source, results, model_name or model or DEMO_NAME)
         with logging_redirect_tqdm(), tqdm(total=total, initial=done, desc=source.name, unit="line") as bar:
             job.run(bar)
