@@ -13,12 +13,16 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import TYPE_CHECKING
 
-from apt_jax.engine import Engine, Output, QueueFull
+from apt_jax.output import Output, QueueFull
 from apt_jax.request import FinishReason
 from serve.errors import EngineFailure, NotReady
 from serve.group import Group
 from serve.samples import Sample
+
+if TYPE_CHECKING:
+    from apt_jax.engine import Engine
 
 logger = logging.getLogger("apt_jax.serve")
 
@@ -61,7 +65,7 @@ class EngineThread:
         on_failure: called on the loop if the engine cannot be made or does not recover from a failure.
     """
 
-    def __init__(self, make_engine: Callable[[], Engine], on_failure: Callable[[Exception], None] | None = None):
+    def __init__(self, make_engine: Callable[[], "Engine"], on_failure: Callable[[Exception], None] | None = None):
         self.status = EngineStatus.LOADING
         self.engine: Engine | None = None
         self._make_engine = make_engine
@@ -91,7 +95,7 @@ class EngineThread:
             self._inbox.put(group)
         return group
 
-    def ready_engine(self) -> Engine:
+    def ready_engine(self) -> "Engine":
         """The engine, for its configuration and tokenizer.
 
         Raises:
@@ -130,7 +134,7 @@ class EngineThread:
                 self._mail.append(partial(self._on_failure, error))
         self._post()
 
-    def _serve(self, engine: Engine) -> None:
+    def _serve(self, engine: "Engine") -> None:
         while not (self._stopping and not engine.has_unfinished):
             self._read_inbox(engine)
             self._post()  # who was accepted or refused need not wait for the step
@@ -144,7 +148,7 @@ class EngineThread:
                         self._deliver(output)
                 self._post()
 
-    def _read_inbox(self, engine: Engine) -> None:
+    def _read_inbox(self, engine: "Engine") -> None:
         """Carry out what is in the inbox, waiting for something when idle."""
         block = not engine.has_unfinished
         while True:
@@ -166,7 +170,7 @@ class EngineThread:
                     for request_id in self._active:
                         engine.abort(request_id)  # the next step reports it
 
-    def _admit(self, engine: Engine, group: Group) -> None:
+    def _admit(self, engine: "Engine", group: Group) -> None:
         added: list[str] = []
         try:
             for sample in group.samples:
@@ -195,7 +199,7 @@ class EngineThread:
             logger.error("request %s ended with an error: %s", request_id, output.error)
         self._mail.append(partial(active.group.receive, active.sample, output))
 
-    def _recover(self, engine: Engine, error: Exception) -> None:
+    def _recover(self, engine: "Engine", error: Exception) -> None:
         """A step raised: end the requests that the engine holds, and go on without them.
 
         Raises:

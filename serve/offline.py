@@ -10,7 +10,7 @@ from typing import Any
 from tqdm import tqdm
 
 from apt_jax.config import EngineConfig
-from apt_jax.engine import Output, TokenLogprobs
+from apt_jax.output import Output, TokenLogprobs
 from apt_jax.request import FinishReason, SamplingParams
 from apt_jax.tokenizer import Tokenizer
 from serve.build import build_engine

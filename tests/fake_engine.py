@@ -10,7 +10,8 @@ from typing import Any, cast
 
 from apt_jax.cache import BlockPool
 from apt_jax.config import EngineConfig, ModelConfig
-from apt_jax.engine import Engine, Output, QueueFull, TokenLogprobs
+from apt_jax.engine import Engine
+from apt_jax.output import Output, QueueFull, TokenLogprobs
 from apt_jax.request import FinishReason, Request, SamplingParams, Slo
 from apt_jax.scheduling.policy import make_policy
 from apt_jax.scheduling.state import Limits, SchedulerState

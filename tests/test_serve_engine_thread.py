@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from fake_engine import FakeEngine
 
-from apt_jax.engine import QueueFull
+from apt_jax.output import QueueFull
 from apt_jax.request import FinishReason, SamplingParams
 from serve.engine_thread import EngineStatus, EngineThread
 from serve.errors import EngineFailure, NotReady
