@@ -1,8 +1,8 @@
 """The only place that jits: compiled steps per bucket, the donated pool, the read-back.
 
-A program is compiled when it is first needed, or ahead of time by `compile_all`; after that nothing compiles,
-because there is one program per shape and programs are called as executables. Device state that is carried from step to step and donated: the cache pool
-`[L*P, S, D]` and the token history `[slots, max_model_len]`.
+A program is compiled when it is first needed, or ahead of time by `compile_all`; after that nothing compiles, because
+there is one program per shape and programs are called as executables. Device state that is carried from step to step
+and donated: the cache pool `[L*P, S, D]` and the token history `[slots, max_model_len]`.
 """
 
 from collections.abc import Callable, Sequence
