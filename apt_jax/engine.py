@@ -246,7 +246,8 @@ class Engine:
     def _recover(self, message: str) -> None:
         """After a failed device step nothing in the cache can be trusted: end all that runs, start afresh."""
         self._inflight.clear()
-        for request in list(self.state.running):
+        lost = [request for request in self.state.waiting if request.num_inflight_tokens > 0]  # just preempted
+        for request in [*self.state.running, *lost]:
             self._end(request, FinishReason.ERROR, message)
         self.runner.reset()
 
@@ -285,9 +286,10 @@ class Engine:
         shown = ""
         text = self._texts.get(request.request_id)
         if text is not None:
-            shown, stop = text.stop.push(text.detokenizer.push([token]))
-            enough = len(request.output_token_ids) >= request.params.min_tokens
-            if stop is not None and enough:
+            shown, stop = text.detokenizer.push([token]), None
+            if len(request.output_token_ids) >= request.params.min_tokens:
+                shown, stop = text.stop.push(shown)
+            if stop is not None:
                 reason = FinishReason.STOP
                 request.stop_reason = stop
                 self.state.finish(request, reason)
