@@ -35,6 +35,8 @@ def resolve(model: str | None, *, revision: str | None = None, load_format: Load
         if not (DEMO_FOLDER / "config.json").is_file():
             raise CheckpointError(f"the bundled demo model is not at {DEMO_FOLDER}; name a model")
         return DEMO_FOLDER
+    if not model:
+        raise CheckpointError("the model's name is empty; give a folder or a hub id such as facebook/opt-125m")
     folder = Path(model).expanduser()
     if folder.is_dir():
         return folder
@@ -48,7 +50,7 @@ def resolve(model: str | None, *, revision: str | None = None, load_format: Load
 def _from_hub(repository: str, revision: str | None, load_format: LoadFormat) -> Path:
     from huggingface_hub import HfApi
 
-    small = [*COMPANION_FILES, MANIFEST, *(naming.index for naming in NAMINGS.values())]
+    small = [*COMPANION_FILES, MANIFEST]
     folder = _snapshot(repository, revision, small)
     if load_format is LoadFormat.DUMMY:
         return folder
