@@ -25,7 +25,8 @@ def hub_server(repository: str, files: Mapping[str, bytes]) -> Iterator[tuple[st
         def _answer(self, *, body: bool) -> None:
             path = self.path.split("?")[0]
             revisions = (COMMIT, "main")
-            if path in [f"/api/models/{repository}/revision/{revision}" for revision in revisions]:
+            about = [f"/api/models/{repository}", *(f"/api/models/{repository}/revision/{r}" for r in revisions)]
+            if path in about:
                 siblings = [{"rfilename": name} for name in files]
                 self._send(200, json.dumps({"id": repository, "sha": COMMIT, "siblings": siblings}).encode())
             elif path in [f"/api/models/{repository}/tree/{revision}" for revision in revisions]:
