@@ -1,5 +1,6 @@
 """`apt-jax run-batch`: a file of OpenAI batch lines through the engine, to be killed and run again at any time."""
 
+import dataclasses
 import logging
 import time
 from collections import Counter
@@ -12,7 +13,8 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from apt_jax.config import EngineConfig
-from apt_jax.engine import Engine, Output
+from apt_jax.engine import Engine
+from apt_jax.output import Output
 from serve.batch_file import MAX_LINE_BYTES, Line, ResultFile, count_lines, read_lines
 from serve.build import build_engine
 from serve.completions import Completion, as_bad_request
@@ -213,13 +215,8 @@ def run_batch(
             return 0
         if done:
             logger.info("%d of %d lines are answered in %s, going on with the others", done, total, output)
-        engine = build_engine(
-            model,
-            engine_config=config,
-            load_format=load.load_format,
-            tokenizer=load.tokenizer,
-            revision=load.revision,
-        )
+        engine = build_engine(model, engine_config=config, **dataclasses.asdict(load))
+        engine.warm_up(progress=True)
         job = BatchJob(engine, source, results, model_name or model or DEMO_NAME)
         with logging_redirect_tqdm(), tqdm(total=total, initial=done, desc=source.name, unit="line") as bar:
             job.run(bar)

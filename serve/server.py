@@ -1,20 +1,23 @@
 """`apt-jax serve`: uvicorn around the application, from the first byte listened to to the last byte answered."""
 
 import asyncio
+import dataclasses
 import logging
 import os
 import signal
 import socket
 import sys
-from functools import partial
+from typing import TYPE_CHECKING
 
 import uvicorn
 
 from apt_jax.config import EngineConfig
 from serve.app import Service, create_app
-from serve.build import build_engine
 from serve.engine_thread import EngineThread
 from serve.options import DEMO_NAME, LoadOptions, ServerOptions
+
+if TYPE_CHECKING:
+    from apt_jax.engine import Engine
 
 GRACE_S = 5.0  # that running requests get when the server is told to stop
 STOP_TIMEOUT_S = 5.0
@@ -59,14 +62,11 @@ def serve(model: str | None, load: LoadOptions, options: ServerOptions, config: 
         failures.append(error)
         server.should_exit = True
 
-    make_engine = partial(
-        build_engine,
-        model,
-        engine_config=config,
-        load_format=load.load_format,
-        tokenizer=load.tokenizer,
-        revision=load.revision,
-    )
+    def make_engine() -> "Engine":
+        from serve.build import build_engine  # imports jax, which takes seconds
+
+        return build_engine(model, engine_config=config, **dataclasses.asdict(load))
+
     engine_thread = EngineThread(make_engine, on_failure=fail)
     name = options.served_model_name or model or DEMO_NAME
     app = create_app(Service(engine_thread, name, options.max_body_bytes))
