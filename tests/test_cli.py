@@ -91,7 +91,11 @@ def command(*arguments):
 
 
 def test_help_does_not_import_jax():
-    code = "import sys; sys.argv = ['apt-jax', '--help']\ntry:\n  from serve.cli import main; main()\nfinally:\n  print(*sys.modules)"
+    code = (
+        "import sys; sys.argv = ['apt-jax', '--help']\n"
+        "try:\n  from serve.cli import main; main()\n"
+        "finally:\n  print(*sys.modules)"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert "run-batch" in done.stdout
     loaded = set(done.stdout.splitlines()[-1].split())
