@@ -82,7 +82,7 @@ class SamplingParams:
             value = getattr(self, name)
             if value is None and name in _OPTIONAL:
                 continue
-            kind = numbers.Integral if isinstance(low, int) else numbers.Real
+            kind: type = numbers.Integral if isinstance(low, int) else numbers.Real
             if not isinstance(value, kind) or isinstance(value, bool):
                 raise ValueError(f"{name}={value!r} must be {'a whole' if kind is numbers.Integral else 'a'} number")
             if not low <= value <= high:
