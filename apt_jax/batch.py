@@ -202,7 +202,7 @@ def write_sampling(arrays: Sampling, row: int, request: Request) -> None:
         getattr(arrays, name)[row] = min(getattr(params, name), 2**31 - 1)
     for name in ("repetition_penalty", "presence_penalty", "frequency_penalty"):
         getattr(arrays, name)[row] = getattr(params, name)
-    seed = (params.seed or 0) % 2**64
+    seed = int(params.seed or 0) % 2**64  # int: a numpy integer cannot take the modulus
     arrays.seed[row] = seed >> 32, seed & 0xFFFFFFFF
     arrays.prompt_tokens[row] = request.num_prompt_tokens
     arrays.wants_logprobs[row] = params.logprobs is not None

@@ -28,7 +28,7 @@ class Buckets:
             Bucket(size, min(size, max_num_seqs), False) for size in ladder(smallest, max_num_batched_tokens)
         ]
         self.max_rows = max_num_seqs
-        self.sample_rows = sorted({min(size, max_num_seqs) for size in (4, 16, 64, 256, max_num_seqs)})
+        self.sample_rows = sorted({max(max_num_seqs // part, 1) for part in (16, 4, 1)})
 
     def choose_sample_rows(self, num_samples: int) -> int:
         """The smallest shape of the sampling program that holds `num_samples` rows."""
@@ -48,7 +48,7 @@ class Buckets:
         buckets = self.decode if decode_only else self.prefill
         index = bisect_left(buckets, num_tokens, key=lambda bucket: bucket.tokens)
         if index == len(buckets) or num_rows > buckets[index].rows:
-            raise ValueError(f"{num_tokens=} in {num_rows=} rows exceed the largest shape {buckets[-1]}")
+            raise ValueError(f"{num_tokens=} in {num_rows=} exceed the largest shape {buckets[-1]}")
         return buckets[index]
 
 

@@ -21,6 +21,7 @@ from apt_jax.cache_arrays import block_bytes
 from apt_jax.config import EngineConfig, ModelConfig
 from apt_jax.memory import MemoryPlan, plan_memory
 from apt_jax.opt import OPT
+from apt_jax.output import Output, QueueFull, TokenLogprobs
 from apt_jax.request import FinishReason, Request, SamplingParams, Slo, Status
 from apt_jax.runner import Runner, Shapes, pages_multiple
 from apt_jax.sampling import Sampled
@@ -38,34 +39,8 @@ WATERMARK = 0.01  # share of the pool kept free on admission, as vLLM
 MAX_PROGRAMS = 32
 
 
-class QueueFull(RuntimeError):
-    """As many requests are waiting as may; try again later."""
-
-
 class EngineStuck(RuntimeError):
     """A policy planned nothing although requests wait and nothing is in flight."""
-
-
-@dataclass(frozen=True)
-class TokenLogprobs:
-    """Log-probabilities of one generated token, under the model's own distribution (before penalties)."""
-
-    token_id: int
-    logprob: float
-    rank: int
-    top: tuple[tuple[int, float], ...]  # the most likely tokens, best first
-
-
-@dataclass(frozen=True)
-class Output:
-    """What one step brought one request. `finish_reason` is set exactly once, on the request's last Output."""
-
-    request: Request
-    text: str
-    token_ids: tuple[int, ...]
-    logprobs: tuple[TokenLogprobs, ...]
-    finish_reason: FinishReason | None
-    error: str | None = None
 
 
 @dataclass
@@ -207,17 +182,21 @@ class Engine:
         return outputs
 
     def _plan_memory(self, limits: Limits) -> MemoryPlan:
-        assert self.config.max_num_seqs is not None
-        return plan_memory(
-            self.config,
-            device=self.runner.device,
-            weight_bytes=self.runner.weight_bytes,
-            activation_bytes=self.runner.measure_activations(),
-            block_bytes=block_bytes(self.model_config, self.config.block_size, self.runner.dtype),
-            max_model_len=self.max_model_len,
-            max_num_seqs=self.config.max_num_seqs,
-            kinds=limits.kinds,
-        )
+        def plan(activation_bytes: int) -> MemoryPlan:
+            assert self.config.max_num_seqs is not None
+            return plan_memory(
+                self.config,
+                device=self.runner.device,
+                weight_bytes=self.runner.weight_bytes,
+                activation_bytes=activation_bytes,
+                block_bytes=block_bytes(self.model_config, self.config.block_size, self.runner.dtype),
+                max_model_len=self.max_model_len,
+                max_num_seqs=self.config.max_num_seqs,
+                kinds=limits.kinds,
+            )
+
+        guess = plan(activation_bytes=0)
+        return plan(self.runner.measure_activations(guess.num_blocks))
 
     def _check(self, prompt_token_ids: Sequence[int], params: SamplingParams, request_id: str) -> None:
         length = len(prompt_token_ids)
@@ -267,7 +246,8 @@ class Engine:
     def _recover(self, message: str) -> None:
         """After a failed device step nothing in the cache can be trusted: end all that runs, start afresh."""
         self._inflight.clear()
-        for request in list(self.state.running):
+        lost = [request for request in self.state.waiting if request.num_inflight_tokens > 0]  # just preempted
+        for request in [*self.state.running, *lost]:
             self._end(request, FinishReason.ERROR, message)
         self.runner.reset()
 
@@ -306,9 +286,10 @@ class Engine:
         shown = ""
         text = self._texts.get(request.request_id)
         if text is not None:
-            shown, stop = text.stop.push(text.detokenizer.push([token]))
-            enough = len(request.output_token_ids) >= request.params.min_tokens
-            if stop is not None and enough:
+            shown, stop = text.detokenizer.push([token]), None
+            if len(request.output_token_ids) >= request.params.min_tokens:
+                shown, stop = text.stop.push(shown)
+            if stop is not None:
                 reason = FinishReason.STOP
                 request.stop_reason = stop
                 self.state.finish(request, reason)

@@ -1,8 +1,8 @@
 """The only place that jits: compiled steps per bucket, the donated pool, the read-back.
 
-Every program is compiled ahead of time in `compile_all`; afterwards nothing can compile, because the steps are
-called as executables of a fixed shape. Device state that is carried from step to step and donated: the cache pool
-`[L*P, S, D]` and the token history `[slots, max_model_len]`.
+A program is compiled when it is first needed, or ahead of time by `compile_all`; after that nothing compiles, because
+there is one program per shape and programs are called as executables. Device state that is carried from step to step
+and donated: the cache pool `[L*P, S, D]` and the token history `[slots, max_model_len]`.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,7 +17,8 @@ import numpy as np
 from flax import nnx
 from tqdm import tqdm
 
-from apt_jax.attention import CHUNK_TOKENS, Kinds, paged_attention
+from apt_jax import attention
+from apt_jax.attention import Kinds, paged_attention
 from apt_jax.batch import Batch, Rows, Sampling, Tokens, empty_sampling
 from apt_jax.buckets import Bucket, Buckets
 from apt_jax.cache import BlockTable
@@ -72,21 +73,25 @@ class Runner:
         """Compiled programs at hand."""
         return len(self._steps) + len(self._samplers) + (self._convert is not None)
 
-    def measure_activations(self) -> int:
-        """Bytes of temporaries of the largest step and sampling programs, as the compiler reports them."""
-        probe_blocks = 64  # temporaries do not depend on the pool's size: there is no copy of it
-        steps = [
-            self._compile_step(bucket, probe_blocks) for bucket in (self.buckets.prefill[-1], self.buckets.decode[-1])
-        ]
-        self._samplers[self.buckets.sample_rows[-1]] = sampler = self._compile_sampler(self.buckets.sample_rows[-1])
-        return max(temporary_bytes(program) for program in (*steps, sampler))
+    def measure_activations(self, num_blocks: int) -> int:
+        """Bytes of temporaries of the largest step and sampling programs, as the compiler reports them.
+
+        They do not depend on `num_blocks`, since there is no copy of the pool; a good guess saves compiling again.
+        """
+        self._fit(num_blocks)
+        programs = (self._step(self.buckets.prefill[-1]), self._sampler(self.buckets.sample_rows[-1]))
+        return max(map(temporary_bytes, programs))
 
     def allocate(self, num_blocks: int) -> None:
         """Make pool and history; forgets programs compiled for another size."""
-        self.num_blocks = num_blocks
-        self._steps.clear()
-        self._convert = None
+        self._fit(num_blocks)
         self.reset()
+
+    def _fit(self, num_blocks: int) -> None:
+        if num_blocks != self.num_blocks:
+            self._steps.clear()
+            self._convert = None
+        self.num_blocks = num_blocks
 
     def reset(self) -> None:
         """Fresh pool and history, for instance after a step failed and took the donated ones with it."""
@@ -104,12 +109,12 @@ class Runner:
             return lambda program: where.__setitem__(key, program)
 
         with ThreadPoolExecutor(2) as threads:
-            for bucket in self.buckets.all:
+            for bucket in (bucket for bucket in self.buckets.all if bucket not in self._steps):
                 jobs[threads.submit(self._compile_step, bucket, self.num_blocks)] = keep(self._steps, bucket)
             for size in self.buckets.sample_rows:
                 if size not in self._samplers:
                     jobs[threads.submit(self._compile_sampler, size)] = keep(self._samplers, size)
-            if self.shapes.kinds.kv and self.shapes.kinds.hidden:
+            if self.shapes.kinds.kv and self.shapes.kinds.hidden and self._convert is None:
                 jobs[threads.submit(self._compile_convert, self.num_blocks)] = partial(setattr, self, "_convert")
             for job in tqdm(as_completed(jobs), total=len(jobs), desc="compiling", disable=not progress):
                 jobs[job](job.result())
@@ -119,12 +124,12 @@ class Runner:
 
         Replaces pool and history.
         """
-        hidden, self._pool, self._history = self._steps[batch.bucket](
+        hidden, self._pool, self._history = self._step(batch.bucket)(
             self._weights, self._pool, self._history, batch.tokens, batch.rows
         )
         if not batch.requests:
             return None
-        sampled, self._history = self._samplers[len(batch.sample_slot)](
+        sampled, self._history = self._sampler(len(batch.sample_slot))(
             self._weights, self._history, hidden, batch.sampling, batch.sample_slot, batch.sample_length
         )
         return sampled
@@ -135,6 +140,8 @@ class Runner:
 
     def convert(self, tables: Sequence[BlockTable]) -> None:
         """Compute keys and values for tables that have just become KV; keys sit where hidden vectors were."""
+        if self._convert is None:
+            self._convert = self._compile_convert(self.num_blocks)
         first = [block for table in tables for block in table.first]
         second = [block for table in tables for block in table.second]
         size = self._convert_pages
@@ -144,6 +151,16 @@ class Runner:
             blocks[0, : len(first[part])] = first[part]
             blocks[1, : len(second[part])] = second[part]
             self._pool = self._convert(self._weights, self._pool, blocks[0], blocks[1])
+
+    def _step(self, bucket: Bucket) -> Any:
+        if bucket not in self._steps:
+            self._steps[bucket] = self._compile_step(bucket, self.num_blocks)
+        return self._steps[bucket]
+
+    def _sampler(self, size: int) -> Any:
+        if size not in self._samplers:
+            self._samplers[size] = self._compile_sampler(size)
+        return self._samplers[size]
 
     @property
     def _convert_pages(self) -> int:
@@ -249,7 +266,7 @@ def temporary_bytes(program: Any) -> int:
 
 def pages_multiple(block_size: int) -> int:
     """Tables are padded to a multiple of this many pages, so that every chunk lies inside."""
-    return max(CHUNK_TOKENS // block_size, 1)
+    return max(attention.CHUNK_TOKENS // block_size, 1)
 
 
 def _abstract(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:

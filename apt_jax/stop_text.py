@@ -15,15 +15,17 @@ class StopText:
         self._held = ""
 
     def push(self, text: str) -> tuple[str, str | None]:
-        """Add text; returns what may be shown now, and the stop string that ends the output (the earliest), if any."""
+        """Add text; returns what may be shown now, and the stop string that ends the output, if any.
+
+        That is the one complete first, and the longest of those; so it does not matter how the text is cut in pieces.
+        """
         if not self._stop:
             return text, None
         self._held += text
-        found = [(at, stop) for stop in self._stop if (at := self._held.find(stop)) >= 0]
+        found = [(at + len(stop), at, stop) for stop in self._stop if (at := self._held.find(stop)) >= 0]
         if found:
-            at, stop = min(found)
-            end = at + len(stop) if self._include else at
-            shown, self._held = self._held[:end], ""
+            end, at, stop = min(found)
+            shown, self._held = self._held[: end if self._include else at], ""
             return shown, stop
         keep = self._may_begin_stop()
         shown = self._held[: len(self._held) - keep]

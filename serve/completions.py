@@ -8,14 +8,18 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from apt_jax.engine import Engine, Output, TokenLogprobs
+from apt_jax.output import Output, TokenLogprobs
 from apt_jax.request import FinishReason, Slo
-from apt_jax.tokenizer import Tokenizer
 from serve.errors import BadRequest, EngineFailure, ModelNotFound
 from serve.protocol import CompletionRequest, bad_request, slo_of
 from serve.samples import Sample, fan_out
+
+if TYPE_CHECKING:
+    from apt_jax.tokenizer import Tokenizer
+
+    from apt_jax.engine import Engine
 
 LOWEST_LOGPROB = -9999.0  # JSON has no minus infinity
 
@@ -40,7 +44,7 @@ class Completion:
         body: CompletionRequest,
         request_id: str,
         model_name: str,
-        tokenizer: Tokenizer | None,
+        tokenizer: "Tokenizer | None",
         prompt_token_ids: Sequence[Sequence[int]],
         samples: list[Sample],
     ):
@@ -57,7 +61,7 @@ class Completion:
     def prepare(
         cls,
         body: CompletionRequest,
-        engine: Engine,
+        engine: "Engine",
         *,
         request_id: str,
         model_name: str,
@@ -239,7 +243,7 @@ def as_bad_request(error: ValueError, body: CompletionRequest) -> BadRequest:
     return bad_request(error, type(body).model_fields)
 
 
-def _token_ids(item: str | tuple[int, ...], tokenizer: Tokenizer | None) -> Sequence[int]:
+def _token_ids(item: str | tuple[int, ...], tokenizer: "Tokenizer | None") -> Sequence[int]:
     if not isinstance(item, str):
         return item
     if tokenizer is None:

@@ -1,15 +1,19 @@
 """Run samples through an engine in the calling thread; for offline use, where nobody else steps the engine."""
 
 from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING
 
-from apt_jax.engine import Engine, Output
+from apt_jax.output import Output
 from serve.samples import Sample
+
+if TYPE_CHECKING:
+    from apt_jax.engine import Engine
 
 
 class Driver:
     """Steps `engine` and keeps its queue filled."""
 
-    def __init__(self, engine: Engine):
+    def __init__(self, engine: "Engine"):
         self.engine = engine
         self._active: dict[str, Sample] = {}
         self._waiting_target = min(engine.state.limits.max_num_seqs, engine.config.max_num_queued_reqs)

@@ -13,12 +13,16 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import TYPE_CHECKING
 
-from apt_jax.engine import Engine, Output, QueueFull
-from apt_jax.request import FinishReason, Request
+from apt_jax.output import Output, QueueFull
+from apt_jax.request import FinishReason
 from serve.errors import EngineFailure, NotReady
 from serve.group import Group
 from serve.samples import Sample
+
+if TYPE_CHECKING:
+    from apt_jax.engine import Engine
 
 logger = logging.getLogger("apt_jax.serve")
 
@@ -51,7 +55,6 @@ class _Active:
 
     group: Group
     sample: Sample
-    request: Request
 
 
 class EngineThread:
@@ -59,17 +62,25 @@ class EngineThread:
 
     Args:
         make_engine: loads the engine; runs in the thread.
+        on_ready: called on the loop once requests are taken, with the seconds that it took.
         on_failure: called on the loop if the engine cannot be made or does not recover from a failure.
     """
 
-    def __init__(self, make_engine: Callable[[], Engine], on_failure: Callable[[Exception], None] | None = None):
+    def __init__(
+        self,
+        make_engine: Callable[[], "Engine"],
+        on_ready: Callable[[float], None] = lambda seconds: None,
+        on_failure: Callable[[Exception], None] = lambda error: None,
+    ):
         self.status = EngineStatus.LOADING
         self.engine: Engine | None = None
         self._make_engine = make_engine
+        self._on_ready = on_ready
         self._on_failure = on_failure
         self._gate = threading.Lock()  # no request enters the inbox once the status says that nobody reads it
         self._inbox: queue.SimpleQueue[Group | _Abort | _Command] = queue.SimpleQueue()
         self._active: dict[str, _Active] = {}
+        self._stopping = False
         self._mail: list[Callable[[], None]] = []  # what the loop is to be told, in order
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -91,7 +102,7 @@ class EngineThread:
             self._inbox.put(group)
         return group
 
-    def ready_engine(self) -> Engine:
+    def ready_engine(self) -> "Engine":
         """The engine, for its configuration and tokenizer.
 
         Raises:
@@ -121,17 +132,18 @@ class EngineThread:
             engine.warm_up(progress=True)
             self.engine = engine
             self.status = EngineStatus.READY
-            logger.info("ready after %.1f s", time.monotonic() - began)
+            self._mail.append(partial(self._on_ready, time.monotonic() - began))
+            self._post()
             self._serve(engine)
             self._end(EngineStatus.STOPPED, NotReady("the server is stopping"))
         except Exception as error:
             self._end(EngineStatus.FAILED, EngineFailure(f"the engine has failed; {SEE_LOG}"))
-            if self._on_failure is not None:
-                self._mail.append(partial(self._on_failure, error))
+            self._mail.append(partial(self._on_failure, error))
         self._post()
 
-    def _serve(self, engine: Engine) -> None:
-        while self._read_inbox(engine):
+    def _serve(self, engine: "Engine") -> None:
+        while not (self._stopping and not engine.has_unfinished):
+            self._read_inbox(engine)
             self._post()  # who was accepted or refused need not wait for the step
             if engine.has_unfinished:
                 try:
@@ -142,16 +154,15 @@ class EngineThread:
                     for output in outputs:
                         self._deliver(output)
                 self._post()
-        self._abort_all(engine)
 
-    def _read_inbox(self, engine: Engine) -> bool:
-        """Carry out what is in the inbox, waiting for something when idle; False when told to stop."""
+    def _read_inbox(self, engine: "Engine") -> None:
+        """Carry out what is in the inbox, waiting for something when idle."""
         block = not engine.has_unfinished
         while True:
             try:
                 command = self._inbox.get(block=block)
             except queue.Empty:
-                return True
+                return
             block = False
             match command:
                 case Group():
@@ -161,16 +172,17 @@ class EngineThread:
                     for sample in command.group.samples:
                         if self._active.pop(sample.request_id, None) is not None:
                             engine.abort(sample.request_id)
-                case _Command.ABORT_ALL:
-                    self._abort_all(engine)
-                case _Command.STOP:
-                    return False
+                case _Command.ABORT_ALL | _Command.STOP:
+                    self._stopping |= command is _Command.STOP
+                    for request_id in self._active:
+                        engine.abort(request_id)  # the next step reports it
 
-    def _admit(self, engine: Engine, group: Group) -> None:
+    def _admit(self, engine: "Engine", group: Group) -> None:
         added: list[str] = []
         try:
             for sample in group.samples:
-                self._active[sample.request_id] = _Active(group, sample, sample.add_to(engine))
+                sample.add_to(engine)
+                self._active[sample.request_id] = _Active(group, sample)
                 added.append(sample.request_id)
         except Exception as error:
             for request_id in added:
@@ -190,25 +202,24 @@ class EngineThread:
             return
         if output.finish_reason is not None:
             del self._active[request_id]
+        if output.finish_reason is FinishReason.ERROR:
+            logger.error("request %s ended with an error: %s", request_id, output.error)
         self._mail.append(partial(active.group.receive, active.sample, output))
 
-    def _abort_all(self, engine: Engine) -> None:
-        for request_id, active in list(self._active.items()):
-            engine.abort(request_id)
-            self._deliver(Output(active.request, "", (), (), FinishReason.ABORT))
-
-    def _recover(self, engine: Engine, error: Exception) -> None:
+    def _recover(self, engine: "Engine", error: Exception) -> None:
         """A step raised: end the requests that the engine holds, and go on without them.
 
         Raises:
-            EngineFailure: they cannot be ended either.
+            EngineFailure: there is none to blame, or they cannot be ended either.
         """
+        if not self._active:
+            raise EngineFailure("a step without requests failed") from error
         logger.error("a step failed; ending its %d requests", len(self._active), exc_info=error)
         self._fail_groups(EngineFailure(f"the engine failed while it worked on this request; {SEE_LOG}"))
         for request_id in list(self._active):
             del self._active[request_id]
             engine.abort(request_id)
-        if engine.has_unfinished:
+        if engine.state.num_unfinished:
             raise EngineFailure("the engine holds requests that it cannot end") from error
 
     def _end(self, status: EngineStatus, error: Exception) -> None:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from apt_jax.engine import QueueFull
+from apt_jax.output import QueueFull
 
 RETRY_AFTER_S = 1
 

@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
 
-from apt_jax.engine import Output
+from apt_jax.output import Output
 from serve.samples import Sample
 
 

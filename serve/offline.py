@@ -10,7 +10,7 @@ from typing import Any
 from tqdm import tqdm
 
 from apt_jax.config import EngineConfig
-from apt_jax.engine import Output, TokenLogprobs
+from apt_jax.output import Output, TokenLogprobs
 from apt_jax.request import FinishReason, SamplingParams
 from apt_jax.tokenizer import Tokenizer
 from serve.build import build_engine
@@ -93,6 +93,7 @@ class LLM:
         _check_known(options)
         loading = {f.name: options.pop(f.name) for f in dataclasses.fields(LoadOptions) if f.name in options}
         self.engine = build_engine(model, engine_config=EngineConfig(**options), **loading)
+        self.engine.warm_up(progress=True)
         self._numbers = itertools.count()
 
     def generate(
@@ -154,7 +155,7 @@ class LLM:
                     number = int(sample.request_id.partition("-")[0]) - int(samples[0].request_id.partition("-")[0])
                     raise ValueError(f"prompt {number} of {num_prompts}: {output}") from output
                 if output.finish_reason is FinishReason.ERROR:
-                    raise RuntimeError(f"the engine failed on request {sample.request_id}; the log has the details")
+                    raise RuntimeError(f"the engine failed on request {sample.request_id}: {output.error}")
                 self._take(targets[sample.request_id], output)
                 tokens += len(output.token_ids)
                 if output.finish_reason is not None:

@@ -153,7 +153,8 @@ _SAMPLING_FIELDS = sorted(SamplingParams.field_names() & set(CompletionRequest.m
 def bad_request(error: ValueError, names: Mapping[str, object]) -> BadRequest:
     """The error of a lower layer as a BadRequest, its `param` the one of `names` that its sentence starts with."""
     message = str(error)
-    return BadRequest(message, next((name for name in names if message.startswith((f"{name}=", f"{name} "))), None))
+    start = message.removeprefix("the ")
+    return BadRequest(message, next((name for name in names if start.startswith((f"{name}=", f"{name} "))), None))
 
 
 def parse_json(data: bytes, what: str = "the body") -> Any:

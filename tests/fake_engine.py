@@ -10,7 +10,8 @@ from typing import Any, cast
 
 from apt_jax.cache import BlockPool
 from apt_jax.config import EngineConfig, ModelConfig
-from apt_jax.engine import Engine, Output, QueueFull, TokenLogprobs
+from apt_jax.engine import Engine
+from apt_jax.output import Output, QueueFull, TokenLogprobs
 from apt_jax.request import FinishReason, Request, SamplingParams, Slo
 from apt_jax.scheduling.policy import make_policy
 from apt_jax.scheduling.state import Limits, SchedulerState
@@ -47,6 +48,7 @@ class FakeEngine:
         self.num_steps = 0
         self._policy = make_policy("fcfs")
         self._requests: dict[str, Request] = {}
+        self._ended: list[Output] = []
         self._steps = threading.Semaphore(0) if paced else None
 
     @property
@@ -62,7 +64,7 @@ class FakeEngine:
 
     @property
     def has_unfinished(self) -> bool:
-        return self.state.num_unfinished > 0
+        return self.state.num_unfinished > 0 or bool(self._ended)
 
     def add(
         self,
@@ -103,6 +105,7 @@ class FakeEngine:
         request = self._requests.pop(request_id, None)
         if request is not None:
             self.state.finish(request, FinishReason.ABORT)
+            self._ended.append(Output(request, "", (), (), FinishReason.ABORT))
 
     def step(self) -> list[Output]:
         if self._steps is not None:
@@ -113,7 +116,13 @@ class FakeEngine:
             raise error
         now = time.monotonic()
         spans = self.state.apply(self._policy.schedule(self.state, now), now)
-        return [self._sample(span.request, now) for span in spans if span.samples]
+        outputs = [*self._ended, *(self._sample(span.request, now) for span in spans if span.samples)]
+        self._ended = []
+        return outputs
+
+    @property
+    def is_idle(self) -> bool:
+        return self.state.num_unfinished == 0 and self.state.pool.num_free == self.state.pool.num_blocks
 
     def _sample(self, request: Request, now: float) -> Output:
         token = ((*request.prompt_token_ids, *request.output_token_ids)[-1] + 1) % VOCABULARY

@@ -30,7 +30,7 @@ def answer(source, output, engine=None):
         bar.update(results.num_done)
         BatchJob(engine, source, results, "tiny").run(bar)
         assert bar.n == bar.total
-    assert not engine.has_unfinished and engine.state.pool.num_free == engine.state.pool.num_blocks
+    assert engine.is_idle
     return results_of(output)
 
 

@@ -101,7 +101,7 @@ def test_bad_prompts_are_refused_and_leave_nothing_running(llm, engine, prompts,
     generate(llm, ["a"] * 5)
     with pytest.raises(ValueError, match=sentence):
         generate(llm, prompts)
-    assert not engine.has_unfinished and engine.state.pool.num_free == engine.state.pool.num_blocks
+    assert engine.is_idle
     assert generate(llm, "a", SamplingParams(max_tokens=1))[0].outputs[0].text == "b"
 
 
@@ -116,7 +116,7 @@ def test_an_interrupt_leaves_nothing_running(llm, engine):
     engine.step = interrupted
     with pytest.raises(KeyboardInterrupt):
         generate(llm, ["a"] * 20)
-    assert not engine.has_unfinished and engine.state.pool.num_free == engine.state.pool.num_blocks
+    assert engine.is_idle
 
 
 def test_an_unknown_option_names_the_nearest():

@@ -55,7 +55,7 @@ def exchange(body: Any, engine: FakeEngine | None = None, headers: dict[str, str
             replies.append(await client.post("/v1/completions", content=content, headers=headers))
             after = await client.post("/v1/completions", json={"prompt": "a", "max_tokens": 2})
             assert after.json()["choices"][0]["text"] == "bc", "it serves on"
-            assert not engine.has_unfinished and engine.state.pool.num_free == engine.state.pool.num_blocks
+            assert engine.is_idle
 
     run(main)
     return replies[0]
@@ -326,9 +326,8 @@ def test_a_disconnect_frees_the_blocks_at_once(stream, steps):
             await call
             assert engine.has_unfinished  # the step that is under way
             engine.allow_step()
-            await until(lambda: not engine.has_unfinished)
+            await until(lambda: engine.is_idle)
             assert engine.num_steps == steps + 1
-            assert engine.state.pool.num_free == engine.state.pool.num_blocks
             assert asyncio.all_tasks() == {asyncio.current_task()}, "a task is left behind"
 
     run(main)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from fake_engine import FakeEngine
 
-from apt_jax.engine import QueueFull
+from apt_jax.output import QueueFull
 from apt_jax.request import FinishReason, SamplingParams
 from serve.engine_thread import EngineStatus, EngineThread
 from serve.errors import EngineFailure, NotReady
@@ -50,10 +50,6 @@ async def tokens_of(group: Group) -> dict[int, list[int]]:
         for sample, output in outputs:
             found.setdefault(sample.index, []).extend(output.token_ids)
     return found
-
-
-def is_idle(engine: FakeEngine) -> bool:
-    return not engine.has_unfinished and engine.state.pool.num_free == engine.state.pool.num_blocks
 
 
 def test_a_group_gets_the_tokens_of_each_of_its_samples():
@@ -105,7 +101,7 @@ def test_a_refused_sample_refuses_its_group_and_leaves_nothing():
             group = submit(thread, "r", [10], [999])
             with pytest.raises(ValueError, match="token id 999"):
                 await group.accepted()
-            assert is_idle(engine)
+            assert engine.is_idle
             assert await tokens_of(submit(thread, "s", [10], max_tokens=1)) == {0: [11]}
 
     run(main)
@@ -140,7 +136,7 @@ def test_closing_a_group_frees_its_blocks_whether_it_waits_or_runs(steps):
             assert engine.has_unfinished
             group.close()
             engine.allow_step()  # the step that is under way ends, then the inbox is read
-            await until(lambda: is_idle(engine))
+            await until(lambda: engine.is_idle)
             assert [outputs async for outputs in group] == []
 
     run(main)
@@ -169,7 +165,7 @@ def test_a_failing_step_ends_its_requests_and_the_thread_serves_on(caplog):
             engine.allow_step(100)
             with pytest.raises(EngineFailure, match="the engine failed"):
                 await tokens_of(group)
-            await until(lambda: is_idle(engine))
+            await until(lambda: engine.is_idle)
             assert await tokens_of(submit(thread, "s", [10], max_tokens=2)) == {0: [11, 12]}
 
     with caplog.at_level(logging.ERROR):
@@ -226,10 +222,10 @@ def test_abort_all_ends_requests_with_finish_reason_abort():
             group = submit(thread, "r", [10], max_tokens=50)
             await group.accepted()
             thread.abort_all()
-            engine.allow_step()
+            engine.allow_step(2)  # the one under way, and the one that reports
             reasons = [output.finish_reason async for outputs in group for _, output in outputs]
             assert reasons[-1] is FinishReason.ABORT
-            assert is_idle(engine)
+            assert engine.is_idle
 
     run(main)
 
@@ -241,7 +237,8 @@ def test_stopping_answers_everyone():
             group = submit(thread, "r", [10], max_tokens=50)
             await group.accepted()
             stopped = asyncio.create_task(asyncio.to_thread(thread.stop, 5))
-            engine.allow_step()
+            await until(lambda: not thread._inbox.empty())
+            engine.allow_step(2)
             assert await stopped
             reasons = [output.finish_reason async for outputs in group for _, output in outputs]
             assert reasons[-1] is FinishReason.ABORT

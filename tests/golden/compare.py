@@ -41,7 +41,7 @@ def compare(model: OPT, golden: Golden) -> Difference:
     forward = whole_sequences(model, max(map(len, golden.sequences)))
     rows = forward(golden.sequences)
     ours = np.concatenate([rows[i, at] for i, at in enumerate(golden.logits_at)])
-    tokens = greedy(forward, golden.prompts, len(golden.greedy_tokens[0]))
+    tokens = greedy(forward, golden.prompts, golden.greedy_tokens)
     error = float(np.abs(ours - golden.logits).max())
     return Difference(error, tokens, tokens == golden.greedy_tokens)
 
@@ -77,11 +77,20 @@ def _program(graphdef: nnx.GraphDef) -> Callable[[nnx.State, np.ndarray], jax.Ar
     return run
 
 
-def greedy(forward: Forward, prompts: Sequence[Sequence[int]], count: int) -> list[list[int]]:
-    """Generate `count` tokens after each prompt, the likeliest every time."""
-    sequences = [list(prompt) for prompt in prompts]
-    for _ in range(count):
+def greedy(forward: Forward, prompts: Sequence[Sequence[int]], drafts: Sequence[Sequence[int]]) -> list[list[int]]:
+    """Generate as many tokens after each prompt as its draft has, the likeliest every time.
+
+    A draft is only a guess that saves steps: one pass over prompt and draft gives the likeliest token after each
+    prefix, which is the greedy choice up to the first token where the draft was wrong. From there the pass is
+    repeated with its own tokens as the draft, so every pass settles at least one token more.
+    """
+    sequences = [[*prompt, *draft] for prompt, draft in zip(prompts, drafts, strict=True)]
+    while True:
         rows = forward(sequences)
-        for i, sequence in enumerate(sequences):
-            sequence.append(int(rows[i, len(sequence) - 1].argmax()))
-    return [sequence[len(prompt) :] for sequence, prompt in zip(sequences, prompts, strict=True)]
+        settled = True
+        for i, (prompt, sequence) in enumerate(zip(prompts, sequences, strict=True)):
+            chosen = [*prompt, *rows[i, len(prompt) - 1 : len(sequence) - 1].argmax(-1).tolist()]
+            settled &= chosen == sequence
+            sequences[i] = chosen
+        if settled:
+            return [sequence[len(prompt) :] for sequence, prompt in zip(sequences, prompts, strict=True)]
