@@ -6,23 +6,24 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import Field, ValidationError
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from apt_jax.config import EngineConfig
-from apt_jax.engine import Engine
 from apt_jax.output import Output
 from serve.batch_file import MAX_LINE_BYTES, Line, ResultFile, count_lines, read_lines
-from serve.build import build_engine
 from serve.completions import Completion, as_bad_request
 from serve.driver import Driver
 from serve.errors import BadRequest, error_reply
 from serve.options import DEMO_NAME, LoadOptions
 from serve.protocol import Strict, first_fault, parse_completion, parse_json
 from serve.samples import Sample
+
+if TYPE_CHECKING:
+    from apt_jax.engine import Engine
 
 URL = "/v1/completions"
 
@@ -60,7 +61,7 @@ class Work:
 class BatchJob:
     """Answers the lines of `source` that `results` has not answered yet."""
 
-    def __init__(self, engine: Engine, source: Path, results: ResultFile, model_name: str):
+    def __init__(self, engine: "Engine", source: Path, results: ResultFile, model_name: str):
         self._engine = engine
         self._source = source
         self._results = results
@@ -215,6 +216,8 @@ def run_batch(
             return 0
         if done:
             logger.info("%d of %d lines are answered in %s, going on with the others", done, total, output)
+        from serve.build import build_engine  # imports jax, which takes seconds
+
         engine = build_engine(model, engine_config=config, **dataclasses.asdict(load))
         engine.warm_up(progress=True)
         job = BatchJob(engine, source, results, model_name or model or DEMO_NAME)

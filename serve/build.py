@@ -3,10 +3,9 @@
 import logging
 from pathlib import Path
 
-from apt_jax.tokenizer import Tokenizer
-
 from apt_jax.config import EngineConfig
 from apt_jax.engine import Engine
+from apt_jax.tokenizer import Tokenizer
 from checkpoints.load import load_model
 from checkpoints.source import resolve
 from checkpoints.weight_files import LoadFormat

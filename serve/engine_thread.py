@@ -62,13 +62,20 @@ class EngineThread:
 
     Args:
         make_engine: loads the engine; runs in the thread.
+        on_ready: called on the loop once requests are taken, with the seconds that it took.
         on_failure: called on the loop if the engine cannot be made or does not recover from a failure.
     """
 
-    def __init__(self, make_engine: Callable[[], "Engine"], on_failure: Callable[[Exception], None] | None = None):
+    def __init__(
+        self,
+        make_engine: Callable[[], "Engine"],
+        on_ready: Callable[[float], None] = lambda seconds: None,
+        on_failure: Callable[[Exception], None] = lambda error: None,
+    ):
         self.status = EngineStatus.LOADING
         self.engine: Engine | None = None
         self._make_engine = make_engine
+        self._on_ready = on_ready
         self._on_failure = on_failure
         self._gate = threading.Lock()  # no request enters the inbox once the status says that nobody reads it
         self._inbox: queue.SimpleQueue[Group | _Abort | _Command] = queue.SimpleQueue()
@@ -125,13 +132,13 @@ class EngineThread:
             engine.warm_up(progress=True)
             self.engine = engine
             self.status = EngineStatus.READY
-            logger.info("ready after %.1f s", time.monotonic() - began)
+            self._mail.append(partial(self._on_ready, time.monotonic() - began))
+            self._post()
             self._serve(engine)
             self._end(EngineStatus.STOPPED, NotReady("the server is stopping"))
         except Exception as error:
             self._end(EngineStatus.FAILED, EngineFailure(f"the engine has failed; {SEE_LOG}"))
-            if self._on_failure is not None:
-                self._mail.append(partial(self._on_failure, error))
+            self._mail.append(partial(self._on_failure, error))
         self._post()
 
     def _serve(self, engine: "Engine") -> None:

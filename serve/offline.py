@@ -7,12 +7,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from apt_jax.tokenizer import Tokenizer
 from tqdm import tqdm
 
 from apt_jax.config import EngineConfig
 from apt_jax.output import Output, TokenLogprobs
 from apt_jax.request import FinishReason, SamplingParams
+from apt_jax.tokenizer import Tokenizer
 from serve.build import build_engine
 from serve.driver import Driver
 from serve.options import LoadOptions

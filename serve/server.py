@@ -34,6 +34,7 @@ class Server(uvicorn.Server):
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Stop listening, wait for the requests, then close."""
+        logger.info("stopping; running requests get %.0f s", GRACE_S)
         timer = asyncio.get_running_loop().call_later(GRACE_S, self._engine_thread.abort_all)
         try:
             await super().shutdown(sockets)
@@ -67,14 +68,20 @@ def serve(model: str | None, load: LoadOptions, options: ServerOptions, config: 
 
         return build_engine(model, engine_config=config, **dataclasses.asdict(load))
 
-    engine_thread = EngineThread(make_engine, on_failure=fail)
-    name = options.served_model_name or model or DEMO_NAME
+    name, url = options.served_model_name or model or DEMO_NAME, url_of(listener)
+
+    def ready(seconds: float) -> None:
+        logger.info("ready after %.1f s: %s answers at %s/v1/completions", seconds, name, url)
+
+    engine_thread = EngineThread(make_engine, ready, fail)
     app = create_app(Service(engine_thread, name, options.max_body_bytes))
     server = Server(
         uvicorn.Config(app, log_config=None, lifespan="on", timeout_graceful_shutdown=int(GRACE_S + STOP_TIMEOUT_S)),
         engine_thread,
     )
-    logger.info("serving %s at %s; /ready turns 200 when it is warm", name, url_of(listener))
+    logging.getLogger("uvicorn.error").setLevel(logging.WARNING)  # its milestones are told here
+    logging.getLogger("uvicorn.access").addFilter(is_no_probe)
+    logger.info("listening on %s, loading %s; %s/ready turns 200 when requests are taken", url, name, url)
     run_until_signal(server, listener)
     if failures:
         report_failure(failures[0])
@@ -83,7 +90,14 @@ def serve(model: str | None, load: LoadOptions, options: ServerOptions, config: 
         logging.shutdown()
         sys.stderr.flush()
         os._exit(1 if failures else 0)
+    logger.info("stopped")
     return 1 if failures else 0
+
+
+def is_no_probe(record: logging.LogRecord) -> bool:
+    """Whether an access log record is of anything but a probe; those come every few seconds."""
+    path = record.args[2] if isinstance(record.args, tuple) and len(record.args) > 2 else ""
+    return path not in ("/health", "/ready")
 
 
 def run_until_signal(server: uvicorn.Server, listener: socket.socket) -> None:
