@@ -265,16 +265,16 @@ def test_a_failing_step_ends_its_requests_and_the_engine_goes_on(model, monkeypa
 
     with monkeypatch.context() as patch:
         patch.setattr(engine.runner, "dispatch", out_of_memory)
-        engine.step()
-    (last,) = finish(engine)
+        (last,) = engine.step()
+    assert finish(engine) == []
     assert last.finish_reason is FinishReason.ERROR
     assert "out of memory" in last.error
     assert run(engine, [[5, 6]], params)[0].output_token_ids == expected
 
 
-def test_a_failing_step_also_ends_the_preempted_one_whose_token_is_lost_with_it(model, monkeypatch):
-    engine = make_engine(model, CONFIG, num_blocks=32, async_scheduling=True)
-    engine.policy = Orders(kinds={}, preempt_at={"0": 2})
+def test_a_failing_step_also_ends_the_preempted_one_whose_token_is_lost_with_it(engine, monkeypatch):
+    monkeypatch.setattr(engine, "_depth", 1)  # as with async_scheduling
+    monkeypatch.setattr(engine, "policy", Orders(kinds={}, preempt_at={"0": 2}))
     for number in range(2):
         engine.add([5, 6], replace(GREEDY, max_tokens=6), request_id=str(number))
     engine.step()
