@@ -72,32 +72,31 @@ def plan_memory(
     cheapest = min(kinds, key=lambda kind: kind.blocks_per_page)
     needed = blocks_for(max_model_len, cheapest, config.block_size)
     useful = max_num_seqs * blocks_for(max_model_len, max(kinds, key=_blocks_per_page), config.block_size)
+    left = free - activation_bytes
+    used = (
+        f"weights ({_mib(weight_bytes)}) and activations ({_mib(activation_bytes)}) leave {_mib(max(left, 0))} "
+        f"of {_mib(total)}"
+    )
     if config.num_blocks is not None:
         num_blocks = config.num_blocks
-        room = free - activation_bytes
-        if num_blocks * block_bytes > room:
+        if num_blocks * block_bytes > left:
             raise ValueError(
-                f"num_blocks={num_blocks} takes {_mib(num_blocks * block_bytes)}, but weights "
-                f"({_mib(weight_bytes)}) and activations ({_mib(activation_bytes)}) leave {_mib(room)} "
-                f"of {_mib(total)}; lower --num-blocks"
+                f"num_blocks={num_blocks} takes {_mib(num_blocks * block_bytes)}, but {used}; lower --num-blocks"
             )
     else:
-        if config.cache_memory_bytes is not None:
-            room, flag = config.cache_memory_bytes, f"raise --cache-memory-bytes (now {config.cache_memory_bytes})"
-        else:
-            share = config.device_memory_utilization
-            room = int(total * share) - (total - free) - activation_bytes
-            flag = f"raise --device-memory-utilization (now {share}), lower --max-num-batched-tokens"
-            if device.platform == "cpu":
-                room = min(room, CPU_CACHE_LIMIT_BYTES)
-                flag = "raise --cache-memory-bytes"
+        room, flag = _room(config, device, total, free, activation_bytes)
         num_blocks = min(max(room, 0) // block_bytes, useful)
         if num_blocks < needed:
             fits = max(room, 0) // block_bytes // cheapest.blocks_per_page * config.block_size
+            shorter = f", or lower --max-model-len to at most {fits}" if fits else ""
             raise ValueError(
-                f"max_model_len={max_model_len} needs {_mib(needed * block_bytes)} of cache, but weights "
-                f"({_mib(weight_bytes)}) and activations ({_mib(activation_bytes)}) leave {_mib(room)} of "
-                f"{_mib(total)}: {flag}, or lower --max-model-len to at most {fits}"
+                f"max_model_len={max_model_len} needs {_mib(needed * block_bytes)} of cache, {_mib(max(room, 0))} are "
+                f"meant for it; {used}: {flag}{shorter}"
+            )
+        if num_blocks * block_bytes > left:
+            raise ValueError(
+                f"cache_memory_bytes={config.cache_memory_bytes} would take {_mib(num_blocks * block_bytes)}, but "
+                f"{used}; lower --cache-memory-bytes"
             )
     longest = min(max_model_len, num_blocks // cheapest.blocks_per_page * config.block_size)
     return MemoryPlan(
@@ -111,6 +110,17 @@ def plan_memory(
         max_model_len=max_model_len,
         longest_context_tokens=longest,
     )
+
+
+def _room(config: EngineConfig, device: jax.Device, total: int, free: int, activation_bytes: int) -> tuple[int, str]:
+    """Bytes meant for the cache (negative if weights and activations take more), and what to do to get more."""
+    if config.cache_memory_bytes is not None:
+        return config.cache_memory_bytes, f"raise --cache-memory-bytes (now {config.cache_memory_bytes})"
+    share = config.device_memory_utilization
+    room = int(total * share) - (total - free) - activation_bytes
+    if device.platform == "cpu" and room > CPU_CACHE_LIMIT_BYTES:
+        return CPU_CACHE_LIMIT_BYTES, "raise --cache-memory-bytes"
+    return room, f"raise --device-memory-utilization (now {share}), lower --max-num-batched-tokens"
 
 
 def device_memory(device: jax.Device, weight_bytes: int) -> tuple[int, int]:

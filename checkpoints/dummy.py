@@ -22,13 +22,10 @@ def random_parameters(skeleton: Skeleton, seed: int, shardings: Shardings) -> di
         child.generate_state(4 * _blocks(abstract.shape)).reshape(-1, 4)
         for child, abstract in zip(entropy.spawn(len(skeleton.shapes)), skeleton.shapes.values(), strict=True)
     ]
-
-    def draw_all(keys: list[jax.Array]) -> list[jax.Array]:
-        leaves = zip(keys, skeleton.shapes.items(), strict=True)
-        return [_draw(key_data, path[-1], a.shape, a.dtype) for key_data, (path, a) in leaves]
-
+    leaves = tuple((path[-1], a.shape) for path, a in skeleton.shapes.items())
     placed = [sharding_of(shardings, path, a.shape) for path, a in skeleton.shapes.items()]
-    arrays = jax.jit(draw_all, out_shardings=placed)(keys)
+    draw = jax.jit(_draw_all, static_argnums=(1, 2), out_shardings=placed)
+    arrays = draw(keys, leaves, skeleton.dtype)
     return dict(zip(skeleton.shapes, jax.block_until_ready(arrays), strict=True))
 
 
@@ -36,6 +33,12 @@ def _blocks(shape: tuple[int, ...]) -> int:
     """The least number of equal parts of axis 0 such that none has more than `_DRAWN_AT_ONCE` numbers, if any."""
     most = max(1, _DRAWN_AT_ONCE // int(np.prod(shape[1:])))
     return next(n for n in range(1, shape[0] + 1) if shape[0] % n == 0 and (shape[0] // n <= most or n == shape[0]))
+
+
+def _draw_all(
+    keys: list[jax.Array], leaves: tuple[tuple[str, tuple[int, ...]], ...], dtype: np.dtype
+) -> list[jax.Array]:
+    return [_draw(key_data, leaf, shape, dtype) for key_data, (leaf, shape) in zip(keys, leaves, strict=True)]
 
 
 def _draw(key_data: jax.Array, leaf: str, shape: tuple[int, ...], dtype: np.dtype) -> jax.Array:

@@ -1,6 +1,7 @@
 """The model without its numbers: graph definition and shapes, made without allocating anything."""
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 
 import jax
@@ -30,6 +31,7 @@ class Skeleton:
         return sum(int(np.prod(a.shape)) * a.dtype.itemsize for a in self.shapes.values())
 
     @classmethod
+    @functools.lru_cache(maxsize=16)  # tracing takes a good part of a second
     def of(cls, config: ModelConfig, dtype: np.dtype) -> "Skeleton":
         """Trace the model's constructor."""
         graphdef, state = nnx.split(nnx.eval_shape(lambda: OPT(config, dtype=dtype, rngs=nnx.Rngs(0))))

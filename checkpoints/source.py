@@ -1,6 +1,6 @@
 """Where a model lies: a hub id, a folder, or the bundled demo; always answered with a local folder."""
 
-import contextlib
+import functools
 import re
 from collections.abc import Collection
 from pathlib import Path
@@ -35,6 +35,8 @@ def resolve(model: str | None, *, revision: str | None = None, load_format: Load
         if not (DEMO_FOLDER / "config.json").is_file():
             raise CheckpointError(f"the bundled demo model is not at {DEMO_FOLDER}; name a model")
         return DEMO_FOLDER
+    if not model:
+        raise CheckpointError("the model's name is empty; give a folder or a hub id such as facebook/opt-125m")
     folder = Path(model).expanduser()
     if folder.is_dir():
         return folder
@@ -46,40 +48,46 @@ def resolve(model: str | None, *, revision: str | None = None, load_format: Load
 
 
 def _from_hub(repository: str, revision: str | None, load_format: LoadFormat) -> Path:
-    from huggingface_hub import HfApi
-
-    small = [*COMPANION_FILES, MANIFEST, *(naming.index for naming in NAMINGS.values())]
-    folder = _snapshot(repository, revision, small)
-    if load_format is LoadFormat.DUMMY:
-        return folder
-    commit = folder.name
-    names: Collection[str] = [str(path.relative_to(folder)) for path in folder.rglob("*")]
-    with contextlib.suppress(Exception):  # whatever keeps the hub from answering, its cache may do
-        names = HfApi().list_repo_files(repository, revision=commit)
-    chosen = choose_format(names, load_format, f"hub repository {repository}")
-    weights = [f"{ORBAX_WEIGHTS}/*"] if chosen is LoadFormat.ORBAX else NAMINGS[chosen].matches(names)
-    return _snapshot(repository, commit, [*small, *weights])
-
-
-def _snapshot(repository: str, revision: str | None, patterns: list[str]) -> Path:
-    from huggingface_hub import errors, snapshot_download
+    from huggingface_hub import HfApi, errors, snapshot_download
 
     at = f"{repository} at revision {revision}" if revision else repository
+    failure: Exception | None = None
+    try:  # one question that is not retried; the calls that download wait half a minute for a dead network
+        info = HfApi().model_info(repository, revision=revision)
+        names: Collection[str] = [sibling.rfilename for sibling in info.siblings or ()]
+    except Exception as error:  # of the hub, of its HTTP library or of the network: the cache may do all the same
+        failure = error
+    fetch = functools.partial(snapshot_download, repository, revision=revision, local_files_only=failure is not None)
+    small = [*COMPANION_FILES, MANIFEST]
     try:
-        return Path(snapshot_download(repository, revision=revision, allow_patterns=patterns))
-    except errors.GatedRepoError as error:
-        raise CheckpointError(f"hub repository {at} is gated; accept its terms there and set HF_TOKEN") from error
-    except errors.RevisionNotFoundError as error:
-        raise CheckpointError(f"hub repository {repository} has no revision {revision}") from error
-    except errors.RepositoryNotFoundError as error:
-        raise CheckpointError(
-            f"there is no folder {repository} here and no public repository of that name on the hub; "
-            "check the spelling, or set HF_TOKEN if it is private"
-        ) from error
+        if failure is not None:
+            folder = Path(fetch(allow_patterns=small))
+            names = [str(path.relative_to(folder)) for path in folder.rglob("*")]
+        weights: list[str] = []
+        if load_format is not LoadFormat.DUMMY:
+            chosen = choose_format(names, load_format, f"hub repository {at}")
+            weights = [f"{ORBAX_WEIGHTS}/*"] if chosen is LoadFormat.ORBAX else NAMINGS[chosen].matches(names)
+        return Path(fetch(allow_patterns=[*small, *weights]))
     except errors.LocalEntryNotFoundError as error:
-        raise CheckpointError(
-            f"there is no folder {repository} here, the hub cannot be reached, and its cache lacks files of {at} "
-            f"({first_line(error)}); download it where there is a network, or give a folder"
-        ) from error
-    except (errors.HfHubHTTPError, errors.HFValidationError, OSError) as error:
+        raise CheckpointError(_explain(at, failure or error)) from error
+    except (errors.HfHubHTTPError, OSError) as error:
         raise CheckpointError(f"{at} cannot be fetched from the hub: {first_line(error)}") from error
+
+
+def _explain(at: str, failure: Exception) -> str:
+    """Why a repository is neither on the hub nor in its cache, and what to do."""
+    from huggingface_hub import errors
+
+    match failure:
+        case errors.GatedRepoError():
+            return f"hub repository {at} is gated; accept its terms there and set HF_TOKEN"
+        case errors.RevisionNotFoundError():
+            return f"the hub has no such revision: {at}"
+        case errors.RepositoryNotFoundError():
+            return f"there is neither a folder nor a public hub repository {at}; check the name, or set HF_TOKEN"
+        case errors.HFValidationError():
+            return f"there is no folder {at}, and it is no hub id: {first_line(failure)}"
+    return (
+        f"there is no folder {at}, the hub cannot be reached ({first_line(failure)}), and its cache lacks files of "
+        "it; download it where there is a network, or give a folder"
+    )

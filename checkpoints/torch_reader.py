@@ -1,6 +1,5 @@
 """Tensors of one `pytorch_model*.bin` file, read by torch itself with `weights_only=True`."""
 
-import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,13 +10,9 @@ import numpy as np
 from checkpoints.errors import CheckpointError, first_line
 from checkpoints.mapping import canonical_name
 from checkpoints.stored_tensor import StoredTensor
+from checkpoints.weight_files import torch_is_installed
 
 _REOPEN_BYTES = 128 * 2**20  # mapped pages that were read stay resident until the mapping is dropped
-
-
-def torch_is_installed() -> bool:
-    """Whether `pytorch_model.bin` can be read here."""
-    return importlib.util.find_spec("torch") is not None
 
 
 def read_torch(path: Path) -> list[StoredTensor]:

@@ -2,13 +2,13 @@
 
 import dataclasses
 import enum
+import importlib.util
 import json
 import re
 from collections.abc import Collection
 from pathlib import Path
 
 from checkpoints.errors import CheckpointError, some
-from checkpoints.torch_reader import torch_is_installed
 
 
 class LoadFormat(enum.StrEnum):
@@ -58,6 +58,11 @@ class WeightFiles:
     paths: tuple[Path, ...]
     index: Path | None = None
     weight_map: dict[str, str] = dataclasses.field(default_factory=dict)
+
+
+def torch_is_installed() -> bool:
+    """Whether `pytorch_model.bin` can be read here."""
+    return importlib.util.find_spec("torch") is not None
 
 
 def choose_format(names: Collection[str], requested: LoadFormat, where: str) -> LoadFormat:

@@ -17,8 +17,9 @@ from serve.protocol import CompletionRequest, bad_request, slo_of
 from serve.samples import Sample, fan_out
 
 if TYPE_CHECKING:
-    from apt_jax.engine import Engine
     from apt_jax.tokenizer import Tokenizer
+
+    from apt_jax.engine import Engine
 
 LOWEST_LOGPROB = -9999.0  # JSON has no minus infinity
 

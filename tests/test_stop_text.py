@@ -1,5 +1,7 @@
 """`StopText` against a search of the whole text: pieces must not matter."""
 
+import itertools
+
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
@@ -34,7 +36,7 @@ def feed(pieces: list[str], stops: list[str], include: bool) -> tuple[str, str |
 
 def cut(text: str, places: list[int]) -> list[str]:
     edges = [0, *sorted(place % (len(text) + 1) for place in places), len(text)]
-    return [text[a:b] for a, b in zip(edges, edges[1:], strict=False)]
+    return [text[a:b] for a, b in itertools.pairwise(edges)]
 
 
 texts = st.text(LETTERS, max_size=24)
