@@ -73,7 +73,10 @@ def plan_memory(
     needed = blocks_for(max_model_len, cheapest, config.block_size)
     useful = max_num_seqs * blocks_for(max_model_len, max(kinds, key=_blocks_per_page), config.block_size)
     left = free - activation_bytes
-    used = f"weights ({_mib(weight_bytes)}) and activations ({_mib(activation_bytes)}) leave {_mib(max(left, 0))} of {_mib(total)}"
+    used = (
+        f"weights ({_mib(weight_bytes)}) and activations ({_mib(activation_bytes)}) leave {_mib(max(left, 0))} "
+        f"of {_mib(total)}"
+    )
     if config.num_blocks is not None:
         num_blocks = config.num_blocks
         if num_blocks * block_bytes > left:

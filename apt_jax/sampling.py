@@ -43,7 +43,8 @@ def sample(logits: jax.Array, history: jax.Array, num_tokens: jax.Array, samplin
     random = sampling.temperature > 0
 
     def draw() -> jax.Array:
-        scaled = logits / jnp.where(random, sampling.temperature, 1.0)[:, None]
+        below_best = logits - logits.max(-1, keepdims=True)  # so that a tiny temperature cannot overflow to +inf
+        scaled = below_best / jnp.where(random, sampling.temperature, 1.0)[:, None]
         scaled = _truncate(scaled, sampling)
 
         def gumbel(seed: jax.Array, position: jax.Array) -> jax.Array:

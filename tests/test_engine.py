@@ -265,11 +265,54 @@ def test_a_failing_step_ends_its_requests_and_the_engine_goes_on(model, monkeypa
 
     with monkeypatch.context() as patch:
         patch.setattr(engine.runner, "dispatch", out_of_memory)
-        engine.step()
-    (last,) = finish(engine)
+        (last,) = engine.step()
+    assert finish(engine) == []
     assert last.finish_reason is FinishReason.ERROR
     assert "out of memory" in last.error
     assert run(engine, [[5, 6]], params)[0].output_token_ids == expected
+
+
+def test_a_failing_step_also_ends_the_preempted_one_whose_token_is_lost_with_it(engine, monkeypatch):
+    monkeypatch.setattr(engine, "_depth", 1)  # as with async_scheduling
+    monkeypatch.setattr(engine, "policy", Orders(kinds={}, preempt_at={"0": 2}))
+    for number in range(2):
+        engine.add([5, 6], replace(GREEDY, max_tokens=6), request_id=str(number))
+    engine.step()
+    engine.step()
+
+    def out_of_memory(batch):
+        raise RuntimeError("RESOURCE_EXHAUSTED: out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.runner, "dispatch", out_of_memory)
+        outputs = engine.step()
+    assert [entry.request.request_id for entry in engine.last_plan.preempted] == ["0"]
+    ended = {o.request.request_id: o for o in [*outputs, *finish(engine)] if o.finish_reason}
+    assert [ended[i].finish_reason for i in "01"] == [FinishReason.ERROR] * 2
+    assert all("out of memory" in output.error for output in ended.values())
+
+
+def test_stop_strings_before_min_tokens_are_text_like_any_other(engine, monkeypatch):
+    class Letters:
+        """One character per token."""
+
+        def detokenizer(self, skip_special_tokens):
+            return self
+
+        def push(self, token_ids):
+            return "".join(map(chr, token_ids))
+
+        def flush(self):
+            return ""
+
+    monkeypatch.setattr(engine, "tokenizer", Letters())
+    params = SamplingParams(temperature=0, max_tokens=20, logit_bias={ord("A"): 100}, stop="AA")
+    for min_tokens, text in ((0, ""), (2, "A"), (5, "AAAA")):
+        request = engine.add([5], replace(params, min_tokens=min_tokens), request_id=text)
+        outputs = finish(engine)
+        assert "".join(output.text for output in outputs) == text
+        assert (request.finish_reason, request.stop_reason) == (FinishReason.STOP, "AA")
+        assert len(request.output_token_ids) == len(text) + 2
 
 
 def test_a_policy_that_plans_nothing_cannot_hang_the_engine(model):
