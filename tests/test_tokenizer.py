@@ -19,13 +19,21 @@ from apt_jax.tokenizer import Tokenizer, TokenizerNotFound
 
 SPECIAL = ["<s>", "<pad>", "</s>", "<unk>"]
 TEXT = Path(json.__file__).read_text() + "Grüße aus Zürich, naïve café: 東京 привет 😀😀👩‍👩‍👧 € " * 5
-CONFIG = {
-    "tokenizer_class": "GPT2Tokenizer",
-    "add_bos_token": True,
-    "add_prefix_space": False,
+
+
+def _special(content):
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": True}
+    return {"content": content, **flags, "__type": "AddedToken"}
+
+
+CONFIG = {  # as facebook/opt-125m has it
     "errors": "replace",
-    **dict.fromkeys(("bos_token", "eos_token", "unk_token"), "</s>"),
-    "pad_token": "<pad>",
+    **{f"{name}_token": _special("</s>") for name in ("unk", "bos", "eos")},
+    "pad_token": _special("<pad>"),
+    "add_prefix_space": False,
+    "add_bos_token": True,
+    "special_tokens_map_file": None,
+    "tokenizer_class": "GPT2Tokenizer",
 }
 
 
@@ -60,6 +68,10 @@ def folders(tmp_path_factory):
     byte_level = _train(byte_level=True)
     byte_level.model.save(str(made["opt"]))
     (made["opt"] / "tokenizer_config.json").write_text(json.dumps(CONFIG))
+    special = {name: dict(CONFIG[name]) for name in ("unk_token", "bos_token", "eos_token", "pad_token")}
+    for token in special.values():
+        del token["__type"]
+    (made["opt"] / "special_tokens_map.json").write_text(json.dumps(special))
     (made["opt"] / "config.json").write_text('{"model_type": "opt"}')
 
     byte_level.add_special_tokens([AddedToken("<|end of text|>", special=True)])
