@@ -3,6 +3,9 @@
 JAX's own compilation cache saves the compiler's work but still traces and lowers every program, several seconds for
 all shapes. Here the whole executable is kept under a key of everything that decides it: versions, device, source
 code of this package, and the program's shapes. The files are pickles: the folder is trusted like JAX's own cache.
+
+An executable that JAX took from its own cache is not kept: on a CPU, XLA writes it without its functions, and it
+fails when it is run ("Function ... not found"; seen with jax 0.12).
 """
 
 import hashlib
@@ -11,6 +14,7 @@ import os
 import pickle
 import platform
 import tempfile
+import threading
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -50,8 +54,10 @@ class ProgramStore:
         path = self._folder / key
         program = self._load(path)
         if program is None:
+            hits = _jax_cache_hits()
             program = compile_program()
-            self._save(path, program)
+            if _jax_cache_hits() == hits:
+                self._save(path, program)
         return program
 
     @staticmethod
@@ -74,6 +80,23 @@ class ProgramStore:
             os.replace(file.name, path)
         except Exception as error:
             logger.warning("cannot keep a program at %s (%s: %s)", path, type(error).__name__, error)
+
+
+_hits = threading.local()
+
+
+def _count_hit(event: str, **_: str | int) -> None:
+    """Told by jax, in the thread that compiles."""
+    if event == "/jax/compilation_cache/cache_hits":
+        _hits.count = _jax_cache_hits() + 1
+
+
+def _jax_cache_hits() -> int:
+    """Programs that this thread has taken from JAX's own cache."""
+    return getattr(_hits, "count", 0)
+
+
+jax.monitoring.register_event_listener(_count_hit)
 
 
 def _environment(device: jax.Device) -> str:

@@ -7,8 +7,10 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import httpx
+import jax
 import uvicorn
 
 from apt_jax.config import EngineConfig
@@ -21,7 +23,6 @@ from serve.options import DEFAULT_MAX_BODY_BYTES
 from serve.server import listen, url_of
 
 NAME = "tiny"
-CACHE = Path(__file__).parent.parent / ".cache" / "xla-tests"  # a second run of the tests compiles nothing anew
 CONFIG = {
     "model_type": "opt",
     "vocab_size": 320,
@@ -33,13 +34,17 @@ CONFIG = {
     "word_embed_proj_dim": 32,
 }
 # few shapes, so that it compiles quickly; a pool that a few requests fill
-OPTIONS = {
-    "max_num_seqs": 4,
-    "max_num_batched_tokens": 16,
-    "num_blocks": 48,
-    "compilation_cache_dir": str(CACHE),
-}
-FLAGS = [text for name, value in OPTIONS.items() for text in (f"--{name.replace('_', '-')}", str(value))]
+OPTIONS = {"max_num_seqs": 4, "max_num_batched_tokens": 16, "num_blocks": 48}
+
+
+def options() -> dict[str, Any]:
+    """Keywords of the engine: `OPTIONS`, and the compile cache that all tests share."""
+    return {**OPTIONS, "compilation_cache_dir": jax.config.jax_compilation_cache_dir}
+
+
+def flags() -> list[str]:
+    """`options()` for the command line."""
+    return [text for name, value in options().items() for text in (f"--{name.replace('_', '-')}", str(value))]
 
 
 def write_folder(folder: Path) -> Path:
@@ -69,7 +74,7 @@ class Server:
 @contextlib.contextmanager
 def serving(folder: Path) -> Iterator[Server]:
     """The real application, engine and uvicorn on a free port, in threads of this process."""
-    config = EngineConfig(**OPTIONS)
+    config = EngineConfig(**options())
     thread = EngineThread(lambda: build_engine(str(folder), engine_config=config, load_format="dummy"))
     listener = listen("127.0.0.1", 0)
     app = create_app(Service(thread, NAME, DEFAULT_MAX_BODY_BYTES))

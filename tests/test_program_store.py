@@ -1,5 +1,9 @@
 """Programs survive a restart: a second runner neither traces nor compiles, and damage only costs time."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import jax
 import pytest
 from checkpoint_folders import random_model
@@ -45,3 +49,28 @@ def test_second_start_loads_every_program_and_gives_the_same_tokens(cache_folder
     assert "cannot be used" in caplog.text
     start(num_blocks=100)  # another size is another program
     assert len(list(cache_folder.iterdir())) == 8
+
+
+def test_what_comes_from_jax_s_own_cache_is_not_kept(tmp_path):
+    """Such an executable lacks its functions once it is written again (XLA on CPU)."""
+    folder = tmp_path / "jax"
+    code = (
+        "import jax, sys; from pathlib import Path; from apt_jax.program_store import ProgramStore\n"
+        "jax.config.update('jax_compilation_cache_dir', sys.argv[1])\n"
+        "jax.config.update('jax_persistent_cache_min_compile_time_secs', 0)\n"
+        "jax.config.update('jax_persistent_cache_min_entry_size_bytes', -1)\n"
+        "x = jax.numpy.arange(64.0)\n"
+        "make = lambda: jax.jit(lambda x: jax.numpy.sort(jax.numpy.sin(x) * x)).lower(x).compile()\n"
+        "print(float(ProgramStore(Path(sys.argv[2]), jax.devices()[0]).get('p', make)(x)[0]))\n"
+    )
+
+    def start(store: Path) -> tuple[str, int]:
+        command = [sys.executable, "-c", code, str(folder), str(store)]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        return done.stdout, len(list(store.iterdir())) if store.exists() else 0
+
+    first, kept = start(tmp_path / "a")
+    assert kept == 1 and any(folder.iterdir())
+    assert start(tmp_path / "a") == (first, 1)
+    for _ in range(2):
+        assert start(tmp_path / "b") == (first, 0)

@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 import httpx
 import openai
 import pytest
-from served_model import CONFIG, FLAGS, NAME, OPTIONS, is_ready, serving, until, write_folder
+from served_model import CONFIG, NAME, flags, is_ready, options, serving, until, write_folder
 
 from apt_jax import LLM, SamplingParams
 
@@ -204,7 +204,7 @@ def batch_lines():
 
 def run_batch(folder, source, output):
     command = [sys.executable, "-m", "serve.cli", "run-batch", "-i", str(source), "-o", str(output), str(folder)]
-    return subprocess.Popen([*command, "--load-format", "dummy", *FLAGS], stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen([*command, "--load-format", "dummy", *flags()], stderr=subprocess.PIPE, text=True)
 
 
 def test_a_batch_that_is_killed_goes_on_and_answers_every_line_once_as_http_would(
@@ -238,7 +238,7 @@ def test_a_batch_that_is_killed_goes_on_and_answers_every_line_once_as_http_woul
 
 
 def test_llm_gives_what_http_gives(folder, client):
-    llm = LLM(str(folder), load_format="dummy", **OPTIONS)
+    llm = LLM(str(folder), load_format="dummy", **options())
     params = SamplingParams(n=2, seed=9, max_tokens=15, ignore_eos=True)
     results = llm.generate(PROMPTS, params, use_tqdm=False)
     reply = complete(client, PROMPTS, n=2, seed=9, max_tokens=15, ignore_eos=True)
@@ -248,10 +248,10 @@ def test_llm_gives_what_http_gives(folder, client):
     assert pool.num_free == pool.num_blocks
 
 
-def start_server(folder, *flags):
+def start_server(folder, *more):
     """`apt-jax serve` in a process of its own on a free port; returns it and its address."""
     command = [sys.executable, "-m", "serve.cli", "serve", str(folder), "--port", "0", "--load-format", "dummy"]
-    process = subprocess.Popen([*command, *FLAGS, *flags], stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen([*command, *flags(), *more], stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None
     while (found := re.search(r"listening on (http://\S+),", line := process.stderr.readline())) is None:
         assert line, "it ended without listening"
