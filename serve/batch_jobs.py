@@ -17,7 +17,7 @@ from apt_jax.output import Output
 from serve.batch_file import MAX_LINE_BYTES, Line, ResultFile, count_lines, read_lines
 from serve.completions import Completion, as_bad_request
 from serve.driver import Driver
-from serve.errors import BadRequest, error_reply
+from serve.errors import BadRequest, EngineFailure, error_reply
 from serve.options import DEMO_NAME, LoadOptions
 from serve.protocol import Strict, first_fault, parse_completion, parse_json
 from serve.samples import Sample
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from apt_jax.engine import Engine
 
 URL = "/v1/completions"
+MAX_ATTEMPTS = 3  # at a line on which the engine fails
+HOPELESS = 4  # times as many failures in a row as requests run at once mean that the engine is broken
 
 logger = logging.getLogger("apt_jax.serve")
 
@@ -59,38 +61,50 @@ class Work:
 
 
 class BatchJob:
-    """Answers the lines of `source` that `results` has not answered yet."""
+    """Answers the lines of `source` that `results` has not answered yet; `bar` counts them.
 
-    def __init__(self, engine: "Engine", source: Path, results: ResultFile, model_name: str):
+    A line on which the engine fails is tried again once the others are through; what is left after MAX_ATTEMPTS gets
+    the error as its answer.
+    """
+
+    def __init__(self, engine: "Engine", source: Path, results: ResultFile, model_name: str, bar: tqdm):
         self._engine = engine
         self._source = source
         self._results = results
         self._model_name = model_name
+        self._bar = bar
         self._driver = Driver(engine)
         self._work: dict[str, Work] = {}  # by engine request id
         self._first_line: dict[str, int] = {}  # by custom_id
-        self.counts: Counter[str] = Counter()  # lines "answered" and "failed" in this run, and "tokens"
+        self._attempt = 0
+        self._failures = 0  # of the engine in this attempt
+        self._failures_in_a_row = 0
+        self.counts: Counter[str] = Counter()  # lines "answered" and "refused" in this run, and "tokens"
 
-    def run(self, bar: tqdm) -> None:
-        """Answer every line; `bar` counts them.
+    def run(self) -> None:
+        """Answer every line.
 
         Raises:
             ValueError: `results` is of another input.
+            EngineFailure: the engine fails on everything; what has been answered so far is in `results`.
         """
         began = time.monotonic()
-        for sample, output in self._driver.run(self._samples(bar)):
-            work = self._work[sample.request_id]
-            if isinstance(output, ValueError):
-                self._refuse(work, as_bad_request(output, work.completion.body))
-            else:
-                self._take(work, sample, output)
-                self.counts["tokens"] += len(output.token_ids)
-            if work.ended:
-                rate = self.counts["tokens"] / max(time.monotonic() - began, 1e-9)
-                bar.set_postfix_str(f"{rate:.0f} tokens/s", refresh=False)
-                bar.update()
+        for self._attempt in range(1, MAX_ATTEMPTS + 1):
+            self._failures = 0
+            for sample, output in self._driver.run(self._samples()):
+                work = self._work[sample.request_id]
+                if isinstance(output, ValueError):
+                    self._refuse(work, as_bad_request(output, work.completion.body))
+                else:
+                    self._take(work, sample, output)
+                    self.counts["tokens"] += len(output.token_ids)
+                if work.ended:
+                    rate = self.counts["tokens"] / max(time.monotonic() - began, 1e-9)
+                    self._bar.set_postfix_str(f"{rate:.0f} tokens/s", refresh=False)
+            if not self._failures:
+                return
 
-    def _samples(self, bar: tqdm) -> Iterator[Sample]:
+    def _samples(self) -> Iterator[Sample]:
         """The samples of the lines still to be answered; lines that are no requests are answered here."""
         for line in read_lines(self._source):
             custom_id = None
@@ -104,11 +118,9 @@ class BatchJob:
             except LineError as error:
                 if not self._results.is_done(line):
                     self._write(line, error.custom_id, None, {"code": error.code, "message": str(error)})
-                    bar.update()
                 continue
             except BadRequest as error:
                 self._reply(line, custom_id, f"cmpl-{line.result_id}", error)
-                bar.update()
                 continue
             for sample in work.completion.samples:
                 if not work.ended:  # it ends early if a sample before is refused
@@ -127,9 +139,9 @@ class BatchJob:
         body = parse_completion(request.body)
         if body.stream:
             raise BadRequest("stream is not possible in a batch; leave it out", "stream")
-        completion = Completion.prepare(
-            body, self._engine, request_id=f"cmpl-{line.result_id}", model_name=self._model_name
-        )
+        # another id for each attempt: what the engine still reports of the last one must not be taken for this one
+        request_id = f"cmpl-{line.result_id}" + (f"-{self._attempt}" if self._attempt > 1 else "")
+        completion = Completion.prepare(body, self._engine, request_id=request_id, model_name=self._model_name)
         return Work(line, request.custom_id, completion)
 
     def _take(self, work: Work, sample: Sample, output: Output) -> None:
@@ -142,11 +154,9 @@ class BatchJob:
             del self._work[sample.request_id]
         if work.completion.is_finished:
             work.ended = True
-            reply = {
-                "status_code": 200,
-                "request_id": work.completion.request_id,
-                "body": work.completion.response(),
-            }
+            self._failures_in_a_row = 0
+            body = work.completion.response()
+            reply = {"status_code": 200, "request_id": work.completion.request_id, "body": body}
             self._write(work.line, work.custom_id, reply, None)
 
     def _refuse(self, work: Work, error: Exception) -> None:
@@ -155,18 +165,29 @@ class BatchJob:
         for sample in work.completion.samples:
             self._driver.abort(sample.request_id)
             self._work.pop(sample.request_id, None)
-        self._reply(work.line, work.custom_id, work.completion.request_id, error)
+        if isinstance(error, BadRequest):
+            self._reply(work.line, work.custom_id, work.completion.request_id, error)
+            return
+        logger.error("line %d, attempt %d of %d: %s", work.line.number, self._attempt, MAX_ATTEMPTS, error)
+        self._failures += 1
+        self._failures_in_a_row += 1
+        if self._failures_in_a_row >= HOPELESS * self._engine.state.limits.max_num_seqs:
+            raise EngineFailure(
+                f"the engine has failed on {self._failures_in_a_row} lines in a row, the last time with: {error}; "
+                "the answers so far are kept, run the same command again to go on"
+            )
+        if self._attempt == MAX_ATTEMPTS:
+            self._reply(work.line, work.custom_id, work.completion.request_id, error)
 
     def _reply(self, line: Line, custom_id: str | None, request_id: str, error: Exception) -> None:
         status, body, _ = error_reply(error)
-        if status >= 500:
-            logger.error("line %d: %s", line.number, error, exc_info=error)
         self._write(line, custom_id, {"status_code": status, "request_id": request_id, "body": body}, None)
 
     def _write(self, line: Line, custom_id: str | None, response: Any, error: Any) -> None:
         self._results.write(line, custom_id, response, error)
         good = error is None and response["status_code"] == 200
-        self.counts["answered" if good else "failed"] += 1
+        self.counts["answered" if good else "refused"] += 1
+        self._bar.update()
 
 
 def parse_line(line: Line) -> BatchLine:
@@ -220,12 +241,12 @@ def run_batch(
 
         engine = build_engine(model, engine_config=config, **dataclasses.asdict(load))
         engine.warm_up(progress=True)
-        job = BatchJob(engine, source, results, model_name or model or DEMO_NAME)
         with logging_redirect_tqdm(), tqdm(total=total, initial=done, desc=source.name, unit="line") as bar:
-            job.run(bar)
+            job = BatchJob(engine, source, results, model_name or model or DEMO_NAME, bar)
+            job.run()
         logger.info(
             "%d lines answered and %d refused in this run, %d tokens; results in %s",
-            *(job.counts["answered"], job.counts["failed"], job.counts["tokens"]),
+            *(job.counts["answered"], job.counts["refused"], job.counts["tokens"]),
             output,
         )
     return 0

@@ -10,6 +10,7 @@ import tyro
 from tyro.conf import OmitArgPrefixes, OmitSubcommandPrefixes, Positional, arg, subcommand
 
 from apt_jax.config import EngineConfig
+from serve.errors import EngineFailure
 from serve.options import LoadOptions, ServerOptions
 
 Model = Positional[Annotated[str | None, arg(metavar="[MODEL]")]]
@@ -103,7 +104,7 @@ def main(arguments: list[str] | None = None) -> None:
         code = command.run()
     except KeyboardInterrupt:
         code = 130
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, EngineFailure) as error:
         print(f"error: {error}", file=sys.stderr)
         code = 1
     sys.exit(code)

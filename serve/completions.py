@@ -169,7 +169,7 @@ class Completion:
 
     def _add(self, choice: Choice, output: Output) -> None:
         if output.finish_reason is FinishReason.ERROR:
-            raise EngineFailure("the engine failed while it worked on this request; its log has the details")
+            raise EngineFailure(f"the engine failed on this request: {_first_line(output.error)}")
         choice.started = True
         choice.token_ids.extend(output.token_ids)
         choice.finish_reason = output.finish_reason
@@ -253,6 +253,11 @@ def _token_ids(item: str | tuple[int, ...], tokenizer: "Tokenizer | None") -> Se
     if tokenizer is None:
         raise BadRequest("this model has no tokenizer; give the prompt as token ids", "prompt")
     return tokenizer.encode(item)
+
+
+def _first_line(error: str | None) -> str:
+    """An engine's message without a compiler's details."""
+    return (error or "unknown").partition("\n")[0][:200]
 
 
 def _finite(logprob: float) -> float:

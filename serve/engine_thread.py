@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("apt_jax.serve")
 
-SEE_LOG = "the server's log has the details"
+SEE_LOG = "its log has the details"
 
 
 class EngineStatus(enum.Enum):

@@ -3,13 +3,16 @@
 import io
 import json
 import logging
+from dataclasses import replace
 
 import pytest
 from fake_engine import CharTokenizer, FakeEngine
 from tqdm import tqdm
 
+from apt_jax.request import FinishReason
 from serve.batch_file import MAX_LINE_BYTES, ResultFile, count_lines, read_lines
 from serve.batch_jobs import BatchJob, run_batch
+from serve.errors import EngineFailure
 from serve.options import LoadOptions
 
 
@@ -28,7 +31,7 @@ def answer(source, output, engine=None):
     engine = engine or FakeEngine(tokenizer=CharTokenizer())
     with ResultFile(output) as results, tqdm(total=count_lines(source), file=io.StringIO()) as bar:
         bar.update(results.num_done)
-        BatchJob(engine, source, results, "tiny").run(bar)
+        BatchJob(engine, source, results, "tiny", bar).run()
         assert bar.n == bar.total
     assert engine.is_idle
     return results_of(output)
@@ -202,28 +205,41 @@ def test_input_as_output_is_refused(tmp_path):
         run_batch(source, source, None, None, LoadOptions(), None)
 
 
-def test_an_engine_failure_fails_the_line_and_the_job_goes_on(tmp_path):
-    engine = FakeEngine(tokenizer=CharTokenizer())
-    source = write(tmp_path / "in.jsonl", line("a"), line("b", {"prompt": "x", "max_tokens": 2}))
-    step = engine.step
+def failing(engine, on_text, times):
+    """Make the engine fail `times` times (twice an attempt, as n is 2) with the request that is about to say `on_text`."""
+    step, failures = engine.step, []
 
     def failing_step():
         outputs = step()
-        return [fail(output) if output.text == "y" else output for output in outputs]
-
-    def fail(output):
-        from dataclasses import replace
-
-        from apt_jax.request import FinishReason
-
-        engine.abort(output.request.request_id)
-        return replace(output, finish_reason=FinishReason.ERROR)
+        for number, output in enumerate(outputs):
+            if output.text == on_text and len(failures) < times:
+                failures.append(output)
+                engine.abort(output.request.request_id)
+                outputs[number] = replace(output, finish_reason=FinishReason.ERROR, error="NaN in the logits\nsecret")
+        return outputs
 
     engine.step = failing_step
+    return engine
+
+
+@pytest.mark.parametrize(("times", "status"), [(1, 200), (4, 200), (6, 500), (99, 500)])
+def test_a_line_on_which_the_engine_fails_is_tried_three_times_while_the_job_goes_on(tmp_path, times, status):
+    engine = failing(FakeEngine(tokenizer=CharTokenizer()), "z", times)
+    lines = [line(f"r{i}") for i in range(9)]
+    source = write(tmp_path / "in.jsonl", *lines, line("fails", {"prompt": "x", "max_tokens": 3, "n": 2}), line("last"))
     results = answer(source, tmp_path / "out.jsonl", engine)
-    assert results[1]["response"]["status_code"] == 200
-    assert results[2]["response"]["status_code"] == 500
-    assert results[2]["response"]["body"]["error"]["code"] == "engine_failure"
+    assert [results[n]["response"]["status_code"] for n in sorted(results)] == [200] * 9 + [status, 200]
+    if status == 500:
+        error = results[10]["response"]["body"]["error"]
+        assert error["code"] == "engine_failure" and error["message"].endswith("request: NaN in the logits")
+
+
+def test_an_engine_that_fails_on_everything_ends_the_job_and_answers_nothing(tmp_path):
+    source, output = write(tmp_path / "in.jsonl", *(line(f"r{i}") for i in range(50))), tmp_path / "out.jsonl"
+    with pytest.raises(EngineFailure, match=r"failed on 16 lines in a row, the last time with: .*NaN"):
+        answer(source, output, failing(FakeEngine(tokenizer=CharTokenizer()), "b", 1000))
+    assert output.read_text() == ""
+    assert len(answer(source, output)) == 50
 
 
 def test_read_lines_gives_numbers_and_whole_lines(tmp_path):
