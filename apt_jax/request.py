@@ -82,9 +82,10 @@ class SamplingParams:
             value = getattr(self, name)
             if value is None and name in _OPTIONAL:
                 continue
-            kind = numbers.Integral if isinstance(low, int) else numbers.Real
-            if not isinstance(value, kind) or isinstance(value, bool):
-                raise ValueError(f"{name}={value!r} must be {'a whole' if kind is numbers.Integral else 'a'} number")
+            whole = isinstance(low, int)
+            is_number = not isinstance(value, bool) and isinstance(value, numbers.Integral if whole else numbers.Real)
+            if not is_number:
+                raise ValueError(f"{name}={value!r} must be a {'whole ' if whole else ''}number")
             if not low <= value <= high:
                 limits = f"at least {low}" if high == math.inf else f"between {low} and {high}"
                 raise ValueError(f"{name}={value} must be {limits}")

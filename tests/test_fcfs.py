@@ -110,7 +110,7 @@ def test_the_latest_is_preempted_and_comes_back_before_later_ones():
     assert (second.status, second.num_preemptions, second.num_computed_tokens) == (Status.WAITING, 1, 0)
     assert loop.state.waiting == [second, later]
     plans = loop.drain()
-    again = [entry for plan in plans for entry in plan.scheduled if entry.request is second][0]
+    again = next(entry for plan in plans for entry in plan.scheduled if entry.request is second)
     assert (again.num_tokens, again.reason) == (9, Reason.ADMITTED_KV), "its prompt and its token are computed again"
     assert [len(r.output_token_ids) for r in (first, second, later)] == [8, 8, 8]
 
