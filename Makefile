@@ -22,7 +22,7 @@ serve: $(VENV)/.installed
 	@exec $(BIN)/apt-jax serve $(ARGS)
 
 test: lint
-	JAX_PLATFORMS=cpu $(BIN)/python -m pytest $(ARGS)
+	JAX_PLATFORMS=cpu $(BIN)/python -m pytest --numprocesses=auto --maxprocesses=4 --dist=loadfile $(ARGS)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

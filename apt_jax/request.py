@@ -83,9 +83,8 @@ class SamplingParams:
             if value is None and name in _OPTIONAL:
                 continue
             whole = isinstance(low, int)
-            is_number = not isinstance(value, bool) and isinstance(value, numbers.Integral if whole else numbers.Real)
-            if not is_number:
-                raise ValueError(f"{name}={value!r} must be a {'whole ' if whole else ''}number")
+            if not _is_number(value, whole):
+                raise ValueError(f"{name}={value!r} must be {'a whole' if whole else 'a'} number")
             if not low <= value <= high:
                 limits = f"at least {low}" if high == math.inf else f"between {low} and {high}"
                 raise ValueError(f"{name}={value} must be {limits}")
@@ -134,6 +133,11 @@ _RANGES = (
     ("seed", -(2**63), 2**63 - 1),
 )
 _OPTIONAL = ("max_tokens", "logprobs", "seed")  # may be None
+
+
+def _is_number(value: object, whole: bool) -> bool:
+    """Whether it is a number, numpy's included, and no bool."""
+    return isinstance(value, numbers.Integral if whole else numbers.Real) and not isinstance(value, bool)
 
 
 class Status(enum.Enum):

@@ -25,6 +25,7 @@ from apt_jax.cache import BlockTable
 from apt_jax.cache_arrays import convert_blocks, pool_shape
 from apt_jax.config import ModelConfig
 from apt_jax.opt import OPT
+from apt_jax.program_store import ProgramStore
 from apt_jax.sampling import Sampled, sample
 
 CONVERT_TOKENS = 256  # cached tokens that one call of the conversion program handles
@@ -52,6 +53,7 @@ class Runner:
         self._weights, self._weights_tree = jax.tree.flatten(state)
         self.dtype = jnp.dtype(model.embed_tokens.embedding[...].dtype)
         self.num_blocks = 0
+        self._store = ProgramStore.beside_compile_cache(self.device)
         self._steps: dict[Bucket, Any] = {}
         self._samplers: dict[int, Any] = {}
         self._convert: Any = None
@@ -182,9 +184,9 @@ class Runner:
         number, flag = _abstract((R,), np.int32), _abstract((R,), np.bool_)
         table = _abstract((R, self.shapes.table_pages), np.int32)
         rows = Rows(number, number, number, number, flag, table, table)
-        return self._compile(
-            step, self._abstract_pool(num_blocks), self._abstract_history(), tokens, rows, donate=(1, 2)
-        )
+        name = f"step {bucket} {num_blocks}"
+        pool, history = self._abstract_pool(num_blocks), self._abstract_history()
+        return self._compile(name, step, pool, history, tokens, rows, donate=(1, 2))
 
     def _compile_sampler(self, size: int) -> Any:
         def sampler(weights, history, hidden, sampling, slot, length):  # type: ignore[no-untyped-def]
@@ -193,20 +195,30 @@ class Runner:
         sampling = Sampling(*(_abstract((size, *a.shape[1:]), a.dtype) for a in empty_sampling(1)))
         hidden = _abstract((self.buckets.max_rows, self.model_config.word_embed_proj_dim), self.dtype)
         number = _abstract((size,), np.int32)
-        return self._compile(sampler, self._abstract_history(), hidden, sampling, number, number, donate=(1,))
+        return self._compile(
+            "sampler", sampler, self._abstract_history(), hidden, sampling, number, number, donate=(1,)
+        )
 
     def _compile_convert(self, num_blocks: int) -> Any:
         def convert(weights, pool, hidden_blocks, value_blocks):  # type: ignore[no-untyped-def]
             return convert_blocks(self._model(weights), pool, hidden_blocks, value_blocks, num_blocks)
 
         blocks = _abstract((self._convert_pages,), np.int32)
-        return self._compile(convert, self._abstract_pool(num_blocks), blocks, blocks, donate=(1,))
+        return self._compile(
+            f"convert {num_blocks}", convert, self._abstract_pool(num_blocks), blocks, blocks, donate=(1,)
+        )
 
-    def _compile(self, function: Any, *args: Any, donate: tuple[int, ...]) -> Any:
+    def _compile(self, name: str, function: Any, *args: Any, donate: tuple[int, ...]) -> Any:
+        """Compile `function(weights, *args)`, or take it from the store; `name` holds every static argument."""
         weights = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding) for leaf in self._weights]
         precision = "highest" if self.dtype == jnp.float32 else None
-        with jax.default_matmul_precision(precision):
-            return jax.jit(function, donate_argnums=donate).lower(weights, *args).compile()
+
+        def compile_program() -> Any:
+            with jax.default_matmul_precision(precision):
+                return jax.jit(function, donate_argnums=donate).lower(weights, *args).compile()
+
+        shapes = (weights, jax.tree.map(lambda leaf: (leaf.shape, str(leaf.dtype)), args), donate, precision)
+        return self._store.get(repr((name, self.model_config, self.shapes, shapes)), compile_program)
 
     def _abstract_pool(self, num_blocks: int) -> jax.ShapeDtypeStruct:
         return _abstract(pool_shape(self.model_config, num_blocks, self.shapes.block_size), self.dtype)

@@ -90,7 +90,8 @@ def train(config: TrainConfig) -> None:
     optimizer = make_optimizer(config.weight_decay)
     (state, slots), progress = load_state(config.state, (state, optimizer.init(state)))
     state = _run(config, data, graphdef, optimizer, state, slots, progress)
-    write_folder(config.out, SHAPE, state, tokenizer, _facts(config, data, graphdef, state, progress))
+    facts = _facts(config, data, graphdef, state, progress)
+    write_folder(config.out, SHAPE, state, tokenizer, facts, corpus.license_text)
 
 
 def _run(
@@ -106,7 +107,8 @@ def _run(
     train_step = make_step(graphdef, optimizer, config.muon_rate, config.adam_rate)
     losses: list[float] = []
     saved = progress.seconds
-    with tqdm(total=100.0, unit="%", bar_format="{l_bar}{bar}| {elapsed}<{remaining}{postfix}") as bar:
+    done = 100.0 * config.share(progress)
+    with tqdm(total=100.0, initial=done, unit="%", bar_format="{l_bar}{bar}| {elapsed}<{remaining}{postfix}") as bar:
         while (share := config.share(progress)) < 1.0:
             begin = time.perf_counter()
             ids, first = _batch(config, data.train, progress.step, share)

@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from apt_jax.engine import Engine
 
 GRACE_S = 5.0  # that running requests get when the server is told to stop
-STOP_TIMEOUT_S = 5.0
 
 logger = logging.getLogger("apt_jax.serve")
 
@@ -76,7 +75,7 @@ def serve(model: str | None, load: LoadOptions, options: ServerOptions, config: 
     engine_thread = EngineThread(make_engine, ready, fail)
     app = create_app(Service(engine_thread, name, options.max_body_bytes))
     server = Server(
-        uvicorn.Config(app, log_config=None, lifespan="on", timeout_graceful_shutdown=int(GRACE_S + STOP_TIMEOUT_S)),
+        uvicorn.Config(app, log_config=None, lifespan="on", timeout_graceful_shutdown=int(2 * GRACE_S)),
         engine_thread,
     )
     logging.getLogger("uvicorn.error").setLevel(logging.WARNING)  # its milestones are told here
@@ -85,7 +84,7 @@ def serve(model: str | None, load: LoadOptions, options: ServerOptions, config: 
     run_until_signal(server, listener)
     if failures:
         report_failure(failures[0])
-    if not engine_thread.stop(STOP_TIMEOUT_S):
+    if not engine_thread.stop(timeout_s=0):
         # It is inside the compiler, which nothing can interrupt; the interpreter would crash under its feet.
         logging.shutdown()
         sys.stderr.flush()

@@ -158,7 +158,7 @@ actions = st.lists(
 @given(sizes, actions)
 @settings(max_examples=40, deadline=None)
 def test_whatever_happens_the_device_finds_every_token_where_the_batch_says(sizes, actions):
-    loop, _device = make_loop(**sizes)
+    loop, _ = make_loop(**sizes)
     requests = []
     for action, *numbers in actions:
         match action:

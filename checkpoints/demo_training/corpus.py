@@ -41,6 +41,7 @@ class Corpus:
     python_version: str
     files_read: int
     files_left_out: int
+    license_text: str
 
 
 def build_corpus() -> Corpus:
@@ -48,10 +49,14 @@ def build_corpus() -> Corpus:
 
     A unit (a topic, a module's text, a function, a class) lies wholly in training or in validation, with
     every form in which its docstring appears; a text that was already seen is dropped.
+
+    Raises:
+        FileNotFoundError: this Python's library folder has no LICENSE.txt (some distributions move it).
     """
     units = list(_topics())
     files_read = files_left_out = 0
     root = Path(sysconfig.get_path("stdlib"))
+    license_text = (root / "LICENSE.txt").read_text(encoding="utf-8")
     for path in _library_files(root):
         source = path.read_text(encoding="utf-8")
         if _names_other_owner(source):
@@ -72,7 +77,7 @@ def build_corpus() -> Corpus:
         held_out = int(key[:8], 16) < HELD_OUT * 2**32
         texts = [_tidy(text) for text in unit]
         (validation if held_out else train).extend(t for t in texts if len(t) >= SHORTEST_DOCUMENT)
-    return Corpus(train, validation, sys.version.split()[0], files_read, files_left_out)
+    return Corpus(train, validation, sys.version.split()[0], files_read, files_left_out, license_text)
 
 
 def _library_files(root: Path) -> Iterator[Path]:

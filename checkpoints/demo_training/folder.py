@@ -19,10 +19,19 @@ from checkpoints.mapping import export_huggingface
 
 
 def write_folder(
-    folder: Path, config: ModelConfig, state: nnx.State, tokenizer: Tokenizer, facts: dict[str, Any]
+    folder: Path,
+    config: ModelConfig,
+    state: nnx.State,
+    tokenizer: Tokenizer,
+    facts: dict[str, Any],
+    license_text: str,
 ) -> None:
-    """Write config.json, model.safetensors (float16), the tokenizer's files and training.json to `folder`."""
+    """Write config.json, model.safetensors (float16), the tokenizer's files and training.json to `folder`.
+
+    The licence of the training text goes with it as `PYTHON_LICENSE.txt`.
+    """
     save_tokenizer(tokenizer, folder, config.max_position_embeddings)
+    (folder / "PYTHON_LICENSE.txt").write_text(license_text, encoding="utf-8")
     weights = {name: array.astype(np.float16) for name, array in export_huggingface(config, state).items()}
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     _write_json(folder / "config.json", hf_config(config))
