@@ -206,7 +206,7 @@ def test_input_as_output_is_refused(tmp_path):
 
 
 def failing(engine, on_text, times):
-    """Make the engine fail `times` times (twice an attempt, as n is 2) with the request that is about to say `on_text`."""
+    """Make the engine fail `times` times (twice an attempt, as n is 2) on the request that is to say `on_text`."""
     step, failures = engine.step, []
 
     def failing_step():
