@@ -9,7 +9,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -29,14 +28,11 @@ from apt_jax.scheduling.plan import Plan
 from apt_jax.scheduling.policy import make_policy
 from apt_jax.scheduling.state import Limits, SchedulerState, Span
 from apt_jax.stop_text import StopText
-
-if TYPE_CHECKING:
-    from apt_jax.tokenizer import IncrementalDetokenizer, Tokenizer
+from apt_jax.tokenizer import IncrementalDetokenizer, Tokenizer
 
 logger = logging.getLogger(__name__)
 
 WATERMARK = 0.01  # share of the pool kept free on admission, as vLLM
-MAX_PROGRAMS = 32
 
 
 class EngineStuck(RuntimeError):
@@ -45,7 +41,7 @@ class EngineStuck(RuntimeError):
 
 @dataclass
 class _Text:
-    detokenizer: "IncrementalDetokenizer"
+    detokenizer: IncrementalDetokenizer
     stop: StopText
 
 
@@ -66,7 +62,7 @@ class Engine:
         model: OPT,
         model_config: ModelConfig,
         config: EngineConfig,
-        tokenizer: "Tokenizer | None" = None,
+        tokenizer: Tokenizer | None = None,
         *,
         clock: Callable[[], float] = time.monotonic,
     ):

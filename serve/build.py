@@ -5,7 +5,7 @@ from pathlib import Path
 
 from apt_jax.config import EngineConfig
 from apt_jax.engine import Engine
-from apt_jax.tokenizer import Tokenizer
+from apt_jax.tokenizer import Tokenizer, TokenizerNotFound
 from checkpoints.load import load_model
 from checkpoints.source import resolve
 from checkpoints.weight_files import LoadFormat
@@ -47,6 +47,6 @@ def load_tokenizer(folder: Path, name: str | None, revision: str | None) -> Toke
         return Tokenizer.from_folder(resolve(name, revision=revision, load_format=LoadFormat.DUMMY))
     try:
         return Tokenizer.from_folder(folder)
-    except FileNotFoundError:
-        logger.warning("%s has no tokenizer: prompts must be token ids, and no text comes back", folder)
+    except TokenizerNotFound as error:
+        logger.warning("%s", error)
         return None

@@ -17,9 +17,8 @@ from serve.protocol import CompletionRequest, bad_request, slo_of
 from serve.samples import Sample, fan_out
 
 if TYPE_CHECKING:
-    from apt_jax.tokenizer import Tokenizer
-
     from apt_jax.engine import Engine
+    from apt_jax.tokenizer import Tokenizer
 
 LOWEST_LOGPROB = -9999.0  # JSON has no minus infinity
 
@@ -220,9 +219,14 @@ class Completion:
         }
 
     def _token_text(self, token_id: int) -> str:
-        if self._tokenizer is None:
+        """The token's text; as OpenAI writes it where it is only part of a character."""
+        data = b"" if self._tokenizer is None else self._tokenizer.token_bytes(token_id)
+        if not data:
             return f"token_id:{token_id}"
-        return self._tokenizer.decode([token_id], skip_special_tokens=False)
+        try:
+            return data.decode()
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
 
     def _prompt_text(self, sample: Sample) -> str:
         item = self.body.prompt[sample.index // sample_count(self.body)]

@@ -180,9 +180,7 @@ class LLM:
         ranked = {entry.token_id: (entry.logprob, entry.rank), **ranked}
         tokenizer = self.engine.tokenizer
         return {
-            token_id: Logprob(
-                logprob, rank, None if tokenizer is None else tokenizer.decode([token_id], skip_special_tokens=False)
-            )
+            token_id: Logprob(logprob, rank, None if tokenizer is None else tokenizer.token_text(token_id))
             for token_id, (logprob, rank) in ranked.items()
         }
 

@@ -30,6 +30,12 @@ class CharTokenizer:
         kept = [i for i in token_ids if not (skip_special_tokens and i == EOS)]
         return bytes(kept).decode("latin-1")
 
+    def token_bytes(self, token_id: int) -> bytes:
+        return bytes([token_id]) if token_id < 0xF0 else b""
+
+    def token_text(self, token_id: int) -> str:
+        return self.decode([token_id], skip_special_tokens=False)
+
 
 class FakeEngine:
     """`Engine`'s interface. With `paced`, a step waits for `allow_step()`; `fail_with` makes the next one raise."""

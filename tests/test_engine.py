@@ -39,7 +39,7 @@ def model() -> OPT:
 @pytest.fixture(scope="module")
 def engine(model) -> Engine:
     """One engine for the tests that need nothing special; it must be idle between them."""
-    return make_engine(model, CONFIG, num_blocks=64, max_num_queued_reqs=20)
+    return make_engine(model, CONFIG, max_num_queued_reqs=20)
 
 
 def test_steps_update_the_pool_in_place():
@@ -63,7 +63,7 @@ def test_steps_update_the_pool_in_place():
 
 def test_nothing_compiles_after_warm_up(model):
     """500 random requests of every sampling option and cache treatment cause no compilation."""
-    engine = make_engine(model, CONFIG, num_blocks=40, max_num_queued_reqs=500)
+    engine = make_engine(model, CONFIG, max_num_queued_reqs=500)
     engine.warm_up()
     assert engine.runner.num_programs <= 32
     compilations = count_compilations()
@@ -238,7 +238,7 @@ def test_end_of_sequence_stop_ids_and_limits(engine):
 
 def test_not_a_number_ends_its_request_and_no_other(model):
     """A request whose cached vectors are NaN fails; those beside it, and those that reuse its blocks, do not notice."""
-    engine = make_engine(model, CONFIG, num_blocks=32)
+    engine = make_engine(model, CONFIG)
     prompts = [[5, 6, 7], [8, 9, 10]]
     expected = [r.output_token_ids for r in run(engine, prompts, replace(GREEDY, max_tokens=20))]
     requests = [engine.add(p, replace(GREEDY, max_tokens=20), request_id=str(i)) for i, p in enumerate(prompts)]
@@ -254,7 +254,7 @@ def test_not_a_number_ends_its_request_and_no_other(model):
 
 
 def test_a_failing_step_ends_its_requests_and_the_engine_goes_on(model, monkeypatch):
-    engine = make_engine(model, CONFIG, num_blocks=32)
+    engine = make_engine(model, CONFIG)
     params = replace(GREEDY, max_tokens=6)
     expected = run(engine, [[5, 6]], params)[0].output_token_ids
     engine.add([5, 6], params, request_id="unlucky")
@@ -320,7 +320,7 @@ def test_a_policy_that_plans_nothing_cannot_hang_the_engine(model):
         def schedule(self, state, now):
             return Plan()
 
-    engine = make_engine(model, CONFIG, num_blocks=32)
+    engine = make_engine(model, CONFIG)
     engine.policy = Lazy(kinds={})
     engine.add([5], GREEDY, request_id="stuck")
     (output,) = finish(engine)

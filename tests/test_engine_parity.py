@@ -77,7 +77,7 @@ def test_fcfs_under_memory_pressure_gives_the_greedy_tokens_of_transformers(mode
 def test_mixed_iterations_give_the_greedy_tokens_of_transformers(tmp_path):
     """Decoding requests and prefill chunks in one iteration."""
     golden = load_golden("post_norm_projected")
-    engine = make_engine(load_golden_model(golden, tmp_path), ModelConfig.from_hf(golden.config))
+    engine = make_engine(load_golden_model(golden, tmp_path), ModelConfig.from_hf(golden.config), num_blocks=128)
     engine.policy = Orders(kinds={"1": HIDDEN, "3": HIDDEN}, mixed=True)
     seen = []
     requests = [engine.add(p, GREEDY, request_id=str(i)) for i, p in enumerate(golden.prompts)]
@@ -92,7 +92,7 @@ def test_tokens_do_not_depend_on_the_batch():
         vocab_size=128, hidden_size=32, num_hidden_layers=2, ffn_dim=64, max_position_embeddings=64,
         num_attention_heads=2, word_embed_proj_dim=32, eos_token_ids=(),
     )  # fmt: skip
-    engine = make_engine(random_model(config, seed=3), config, num_blocks=40)
+    engine = make_engine(random_model(config, seed=3), config)
     prompts = [[5, 6, 7 + i] for i in range(8)]
     params = [
         SamplingParams(temperature=0.8, top_p=0.9, top_k=40, max_tokens=30, seed=100 + i, presence_penalty=0.3)

@@ -1,4 +1,4 @@
-"""Which package may import which. Scheduling is pure host code: the simulator runs it without jax and without a clock."""
+"""Which package may import which. Scheduling is pure host code: the simulator runs it without jax and clock."""
 
 import ast
 import subprocess

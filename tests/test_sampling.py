@@ -306,7 +306,7 @@ def test_a_seed_gives_the_same_draw_in_any_batch_and_row():
     in_large = run(large).token
     for number, case in enumerate(cases):
         row = number % FEW
-        small = others[:row] + [seeded(*case, number)] + others[row + 1 : FEW]
+        small = [*others[:row], seeded(*case, number), *others[row + 1 : FEW]]
         assert run(small).token[row] == in_large[(37 * number + 5) % MANY]
 
 

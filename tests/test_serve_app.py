@@ -109,6 +109,11 @@ def test_logprobs_come_in_openai_s_shape():
     }
 
 
+def test_tokens_that_are_no_text_are_written_as_bytes_or_id():
+    choice = exchange({"prompt": [0xEE], "max_tokens": 2, "logprobs": 0}).json()["choices"][0]
+    assert choice["logprobs"]["tokens"] == ["bytes:\\xef", "token_id:240"]
+
+
 def test_a_model_without_tokenizer_takes_and_returns_token_ids():
     replies = []
 

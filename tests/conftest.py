@@ -1,0 +1,13 @@
+"""Compiled programs are shared by all tests of a run (and by parallel workers), so that each shape compiles once."""
+
+import jax
+import pytest
+
+
+@pytest.fixture(scope="session", autouse=True)
+def shared_programs(tmp_path_factory, worker_id):
+    base = tmp_path_factory.getbasetemp()
+    folder = (base if worker_id == "master" else base.parent) / "programs"
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
