@@ -1,7 +1,6 @@
 """Frozen configuration: the model's shape, and (see EngineConfig) how it is served."""
 
 import dataclasses
-import difflib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -187,21 +186,6 @@ class EngineConfig:
             raise ValueError(
                 f"device_memory_utilization={self.device_memory_utilization} must be greater than 0 and at most 1"
             )
-
-    @classmethod
-    def from_keywords(cls, keywords: Mapping[str, Any]) -> "EngineConfig":
-        """Build from keywords.
-
-        Raises:
-            ValueError: an unknown keyword (the nearest known one is named), or a bad value.
-        """
-        known = {field.name: field for field in dataclasses.fields(cls)}
-        for name, value in keywords.items():
-            if name not in known:
-                near = difflib.get_close_matches(name, known, n=1)
-                hint = f"; did you mean {near[0]}?" if near else f"; known: {', '.join(known)}"
-                raise ValueError(f"unknown option {name}={value!r}{hint}")
-        return cls(**keywords)
 
 
 def _require(fields: Mapping[str, Any], name: str, ok: bool, cure: str) -> None:

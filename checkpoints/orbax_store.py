@@ -17,12 +17,21 @@ _GROUP_BYTES = 64 * 2**20
 
 
 def save_weights(folder: Path, parameters: Mapping[tuple[str, ...], jax.Array]) -> None:
-    """Write `parameters` (NNX path to array) to the new folder `folder`."""
+    """Write `parameters` (NNX path to array) to the new folder `folder`.
+
+    Raises:
+        CheckpointError: it cannot be written.
+    """
     context = ocp.Context()
     context.array.saving.use_compression = False  # weights hardly compress, and restoring is what must be quick
     context.array.saving.storage_options.chunk_byte_size = _CHUNK_BYTES
-    with context:
-        ocp.save(folder, traverse_util.unflatten_dict(dict(parameters)))
+    # Orbax copies what it writes; it wants more room than the largest array takes, or it fails.
+    context.memory.write_concurrent_bytes = max(array.nbytes for array in parameters.values()) + _CHUNK_BYTES
+    try:
+        with context:
+            ocp.save(folder, traverse_util.unflatten_dict(dict(parameters)))
+    except Exception as error:  # Orbax and TensorStore raise many kinds, a full disk among them
+        raise CheckpointError(f"{folder} cannot be written: {first_line(error)}") from error
 
 
 def restore_weights(
