@@ -99,7 +99,8 @@ def main(arguments: list[str] | None = None) -> None:
     """Run the command line; exits with 0, 1 (it failed), 2 (wrong usage) or 130 (interrupted)."""
     command = tyro.cli(AptJax, prog="apt-jax", args=arguments).command
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
-    logging.getLogger("httpx").setLevel(logging.WARNING)  # the hub client's requests
+    for name in ("httpx", "jax"):  # the hub client's requests, the platforms that are not there
+        logging.getLogger(name).setLevel(logging.WARNING)
     try:
         code = command.run()
     except KeyboardInterrupt:
