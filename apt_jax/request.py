@@ -176,6 +176,7 @@ class Request:
     first_token_s: float | None = None
     last_token_s: float | None = None
     gaps_s: list[float] = field(default_factory=list)
+    num_late_gaps: int = 0  # those longer than the SLO's
 
     @property
     def num_prompt_tokens(self) -> int:

@@ -9,13 +9,16 @@ memory is free, the oldest hidden request is converted to KV. Source: vLLM `core
 from apt_jax.cache import CacheKind
 from apt_jax.request import Request
 from apt_jax.scheduling.plan import Converted, Plan, Preempted, Reason, Scheduled, Waited
-from apt_jax.scheduling.policy import register
+from apt_jax.scheduling.policy import PolicyContext, register
 from apt_jax.scheduling.state import SchedulerState
 
 
 @register("fcfs")
 class Fcfs:
     """Prefill first, then decode all that runs; both in order of arrival."""
+
+    def __init__(self, context: PolicyContext | None = None):
+        """It needs nothing but the state."""
 
     def schedule(self, state: SchedulerState, now: float) -> Plan:
         """A prefill iteration if one fits, else a decode iteration."""

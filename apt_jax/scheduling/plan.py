@@ -24,7 +24,7 @@ class Reason(enum.Enum):
     WAITS_BEHIND = "waits behind an earlier request"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Scheduled:
     """Run `num_tokens` of the request's uncomputed tokens; the last one's successor is sampled if none remain.
 

@@ -8,6 +8,7 @@ from typing import Literal, assert_never
 from apt_jax.cache import BlockPool, BlockTable, CacheKind, blocks_for
 from apt_jax.request import FinishReason, Request, Status
 from apt_jax.scheduling.plan import Plan, Scheduled
+from apt_jax.scheduling.plan_log import PlanLog
 
 CacheMode = Literal["hybrid", "kv", "hidden"]
 
@@ -37,7 +38,7 @@ class Limits:
         assert_never(self.cache_mode)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Span:
     """A scheduled entry with what the device must do: compute tokens `start .. start+num_tokens` of the request.
 
@@ -58,6 +59,7 @@ class SchedulerState:
         self.limits = limits
         self.waiting: list[Request] = []
         self.running: list[Request] = []
+        self.plans = PlanLog()
         self._next_order = 0
 
     @property
@@ -93,6 +95,7 @@ class SchedulerState:
         Raises:
             OutOfBlocks: the policy planned past the pool.
         """
+        self.plans.record(plan, now)
         for preempted in plan.preempted:
             self._preempt(preempted.request)
         for converted in plan.converted:
@@ -115,7 +118,9 @@ class SchedulerState:
         if request.last_token_s is None:
             request.first_token_s = now
         else:
-            request.gaps_s.append(now - request.last_token_s)
+            gap_s = now - request.last_token_s
+            request.gaps_s.append(gap_s)
+            request.num_late_gaps += gap_s > request.slo.tbt_s
         request.last_token_s = now
         enough = len(request.output_token_ids) >= request.params.min_tokens
         if enough and token_id in request.params.stop_token_ids:  # type: ignore[operator]
