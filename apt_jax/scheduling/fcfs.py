@@ -38,7 +38,7 @@ def plan_prefill(state: SchedulerState) -> tuple[list[Scheduled], tuple[Waited, 
     budget = state.limits.max_num_batched_tokens
     scheduled = []
     for request in state.running:
-        if request.num_uncomputed_tokens > 0 and not request.is_decoding and budget > 0:
+        if not request.is_decoding and request.num_uncomputed_tokens > 0 and budget > 0:
             assert request.cache_kind is not None
             tokens = min(request.num_uncomputed_tokens, budget)
             scheduled.append(Scheduled(request, tokens, request.cache_kind, Reason.CONTINUES_PREFILL))

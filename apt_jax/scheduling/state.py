@@ -73,8 +73,10 @@ class SchedulerState:
 
     def blocks_to_grow(self, request: Request) -> int:
         """Blocks that a running request lacks to compute all its known tokens."""
-        assert request.table is not None
-        return self.blocks_needed(request, request.table.kind) - request.table.num_blocks
+        table = request.table
+        assert table is not None
+        pages = -(-request.num_tokens // self.pool.block_size) - len(table.first)
+        return pages * table.kind.blocks_per_page if pages > 0 else 0
 
     def fits_alone(self, total_tokens: int) -> bool:
         """Whether a request of `total_tokens` fits in the whole pool, in some kind that the mode allows."""
@@ -144,11 +146,9 @@ class SchedulerState:
 
     def blocks_by_kind(self) -> dict[str, int]:
         """Blocks held as KV, held as hidden, and free."""
-        used = {kind: 0 for kind in CacheKind}
-        for request in self.running:
-            if request.table is not None:
-                used[request.table.kind] += request.table.num_blocks
-        return {"kv": used[CacheKind.KV], "hidden": used[CacheKind.HIDDEN], "free": self.pool.num_free}
+        kv = 2 * sum([len(r.table.second) for r in self.running])  # type: ignore[union-attr]
+        free = self.pool.num_free
+        return {"kv": kv, "hidden": self.pool.num_blocks - free - kv, "free": free}
 
     def check(self) -> None:
         """Assert that no block is lost or shared and that queues and statuses agree."""
@@ -160,11 +160,12 @@ class SchedulerState:
             assert orders == sorted(set(orders)), "a queue is out of order or holds a request twice"
 
     def _start(self, entry: Scheduled, now: float) -> Span:
-        request, num_tokens = entry.request, entry.num_tokens
-        assert 1 <= num_tokens <= request.num_uncomputed_tokens, (request.request_id, num_tokens)
+        request, num_tokens, known_tokens = entry.request, entry.num_tokens, entry.request.num_tokens
+        start = request.num_computed_tokens
+        assert 1 <= num_tokens <= known_tokens - start, (request.request_id, num_tokens)
         if request.status is Status.WAITING:
             table = BlockTable(entry.kind)
-            self.pool.grow(table, request.num_tokens)
+            self.pool.grow(table, known_tokens)
             request.table = table
             request.cache_history.append(entry.kind)
             _remove(self.waiting, request)
@@ -174,10 +175,9 @@ class SchedulerState:
                 request.first_scheduled_s = now
         else:
             assert request.table is not None and request.table.kind is entry.kind
-            self.pool.grow(request.table, request.num_tokens)
-        start = request.num_computed_tokens
-        request.num_computed_tokens += num_tokens
-        samples = request.num_uncomputed_tokens == 0
+            self.pool.grow(request.table, known_tokens)
+        request.num_computed_tokens = start + num_tokens
+        samples = start + num_tokens == known_tokens
         if samples:
             assert not request.is_exhausted, f"{request.request_id} already has {request.max_new_tokens} tokens"
             request.num_inflight_tokens += 1
