@@ -41,10 +41,7 @@ class Iteration:
         # U of the formulation: those whose delay counts
         self.num_counted = max(1, len(waiting) + len(running) - int(self.late_w.sum()) - int(self.late_r.sum()))
         self.pages_w, self.pages_r = waiting.pages(self.block_size), running.pages(self.block_size)
-        self.blocks_r: Ints = np.fromiter(
-            [r.table.num_blocks for r in running.requests],  # type: ignore[union-attr]
-            np.int64, len(running),
-        )  # fmt: skip
+        self.blocks_r = running.pages_held * running.blocks_per_page
         self.need_r = np.maximum(self.blocks_r, self.pages_r * running.blocks_per_page)
         self.lane_w, self.lane_r = self._lane()
         self.preempted: dict[int, Reason] = {}
@@ -53,7 +50,7 @@ class Iteration:
 
     def plan(self) -> Plan:
         """Decide."""
-        decodes = self.running.decoding & self._may_sample()
+        decodes = self.running.decoding & self.running.may_sample
         prefills = self.running.uncomputed > 0
         prefills &= ~self.running.decoding
         mixed = self.options.mixed and self.context.cost_model is not None
@@ -103,9 +100,6 @@ class Iteration:
             blocks_waiting=self.pages_w * smallest, blocks_running=self.need_r,
             share_blocks=int(self.options.lane_share * self.state.pool.num_blocks),
         )  # fmt: skip
-
-    def _may_sample(self) -> Bools:
-        return np.fromiter([not r.is_exhausted for r in self.running.requests], np.bool_, len(self.running))
 
     # -- memory -------------------------------------------------------------------------------------------------
 
@@ -283,11 +277,15 @@ class Iteration:
         out[list(self.preempted)] = True
         decode_index = np.flatnonzero(decodes & ~out)
         scheduled: list[Scheduled] = []
-        kinds = {i: kind_of(int(self.running.blocks_per_page[i])) for i in decode_index}
         converted = self._conversions(decode_index)
-        for i in converted:
-            kinds[i] = CacheKind.KV
-        scheduled += [Scheduled(self.running.requests[i], 1, kinds[i], Reason.DECODES) for i in decode_index]
+        as_kv = self.running.blocks_per_page == 2
+        as_kv[converted] = True
+        kinds = [CacheKind.KV if kv else CacheKind.HIDDEN for kv in as_kv[decode_index].tolist()]
+        requests = self.running.requests
+        scheduled += [
+            Scheduled(requests[i], 1, kind, Reason.DECODES)
+            for i, kind in zip(decode_index.tolist(), kinds, strict=True)
+        ]
         if prefills.any() or self.admitted:
             budget = self._prefill_budget(decode_index)
             for i in np.flatnonzero(prefills & ~out):

@@ -3,30 +3,23 @@
 A waiting request does not change, so per plan only new arrivals and running requests are read; the rest is numpy.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from apt_jax.cache import CacheKind
 from apt_jax.request import Request
 from apt_jax.scheduling.problem import Bools, Floats, Ints
 from apt_jax.scheduling.state import SchedulerState
 
-_COLUMNS = (
-    "since_s", "arrival_s", "ttft_slo_s", "tbt_slo_s", "tokens", "prompt_tokens", "uncomputed", "late_gaps", "started",
-    "blocks_per_page",
-)  # fmt: skip
-
-
 @dataclass(frozen=True)
 class Queue:
     """Columns of one queue in order of arrival; arrays are `[n]`, times in seconds.
 
     `since_s` is the last token or arrival; `tokens` are all known tokens; `uncomputed` those not cached yet;
-    `late_gaps` counts gaps over the SLO; `started` is 1 once the first token is out; `blocks_per_page` is 0 for a
-    waiting request.
+    `late_gaps` counts gaps over the SLO; `started` says that the first token is out, `missed_first` that it was late;
+    `pages_held` and `blocks_per_page` are 0 for a waiting request.
     """
 
     requests: Sequence[Request]
@@ -34,13 +27,15 @@ class Queue:
     arrival_s: Floats
     ttft_slo_s: Floats
     tbt_slo_s: Floats
-    tokens: Ints
     prompt_tokens: Ints
+    max_new_tokens: Ints
+    tokens: Ints
     uncomputed: Ints
     late_gaps: Ints
     started: Bools
-    blocks_per_page: Ints
     missed_first: Bools
+    pages_held: Ints
+    blocks_per_page: Ints
 
     def __len__(self) -> int:
         return len(self.requests)
@@ -55,6 +50,11 @@ class Queue:
         """Whether only the newest token is left to compute."""
         return (self.generated > 0) & (self.uncomputed == 1)
 
+    @property
+    def may_sample(self) -> Bools:
+        """Whether it may generate more than what is generated or in flight."""
+        return self.generated < self.max_new_tokens
+
     def pages(self, block_size: int) -> Ints:
         """Pages that all known tokens take."""
         return -(-self.tokens // block_size)
@@ -65,69 +65,83 @@ class Queue:
 
 
 class Ledger:
-    """Rows by arrival number. Rows of finished requests are dropped when the arrays are full."""
+    """Rows by arrival number. Rows of finished requests are dropped when the table is full."""
 
     def __init__(self, capacity: int = 1024):
         self._base = 0  # arrival number of row 0
         self._next = 0  # first arrival number never seen
-        self._rows = np.zeros((capacity, len(_COLUMNS)))
-        self._missed_first = np.zeros(capacity, np.bool_)
-        self._recent: list[Request] = []
+        self._static = np.zeros((capacity, 5))  # arrival, both SLOs, prompt, most new tokens
+        self._paused = np.zeros((capacity, 6))  # what a waiting request looked like when it last ran
+        self._ran: list[Request] = []
 
     def update(self, state: SchedulerState) -> tuple[Queue, Queue]:
         """Columns of the waiting and of the running requests."""
         waiting, running = state.waiting, state.running
         newest = max((q[-1].order for q in (waiting, running) if q), default=-1)
-        if newest - self._base >= len(self._rows):
+        if newest - self._base >= len(self._static):
             self._make_room(min(q[0].order for q in (waiting, running) if q), newest)
-        fresh: list[Request] = []
-        for request in reversed(waiting):
-            if request.order < self._next:
-                break
-            fresh.append(request)
-        # a request preempted by the last plans may have had a token committed since
-        self._write([*fresh, *self._recent, *running])
-        self._recent = list(running)
+        fresh = [r for q in (waiting, running) for r in _newer(q, self._next)]
+        paused = [r for r in (*self._ran, *fresh) if r.table is None and r.order >= self._base]
+        if fresh:
+            self._static[[r.order - self._base for r in fresh]] = [
+                (r.arrival_s, r.slo.ttft_s, r.slo.tbt_s, len(r.prompt_token_ids), r.max_new_tokens) for r in fresh
+            ]
+        if paused:
+            self._paused[[r.order - self._base for r in paused]] = np.array(_dynamic(paused)).T
+        self._ran = list(running)
         self._next = max(self._next, newest + 1)
-        return self._queue(waiting), self._queue(running)
+        index_w, index_r = self._index(waiting), self._index(running)
+        tables = [r.table for r in running]
+        held = np.array([len(t.first) for t in tables], np.int64)  # type: ignore[union-attr]
+        per_page = np.array([2 if t.second else 1 for t in tables], np.int64)  # type: ignore[union-attr]
+        none = np.zeros(len(waiting), np.int64)
+        return (
+            self._queue(waiting, self._static[index_w], self._paused[index_w].T, none, none),
+            self._queue(running, self._static[index_r], np.array(_dynamic(running)), held, per_page),
+        )
 
-    def _queue(self, requests: list[Request]) -> Queue:
-        index = np.fromiter([r.order for r in requests], np.int64, len(requests)) - self._base
-        rows = self._rows[index]
-        whole: NDArray[np.int64] = rows[:, 4:].astype(np.int64)
+    def _queue(self, requests: list[Request], static: Floats, dynamic: Floats, held: Ints, per_page: Ints) -> Queue:
+        whole = dynamic[1:].astype(np.int64)
+        prompt, new = static[:, 3:].astype(np.int64).T
         return Queue(
-            requests, *(rows[:, k] for k in range(4)), *(whole[:, k] for k in range(4)),
-            started=whole[:, 4] > 0, blocks_per_page=whole[:, 5], missed_first=self._missed_first[index],
+            requests, dynamic[0], static[:, 0], static[:, 1], static[:, 2], prompt, new, whole[0], whole[1], whole[2],
+            whole[3] > 0, whole[4] > 0, held, per_page,
         )  # fmt: skip
 
-    def _write(self, requests: Iterable[Request]) -> None:
-        rows, base = self._rows, self._base
-        kept = [r for r in requests if r.order >= base]
-        if not kept:
-            return
-        index = [r.order - base for r in kept]
-        rows[index] = [_row(r) for r in kept]
-        self._missed_first[index] = [
-            r.first_token_s is not None and r.first_token_s - r.arrival_s > r.slo.ttft_s for r in kept
-        ]
+    def _index(self, requests: list[Request]) -> Ints:
+        return np.array([r.order for r in requests], np.int64) - self._base
 
     def _make_room(self, oldest: int, newest: int) -> None:
-        keep = slice(oldest - self._base, None)
-        size = max(len(self._rows), 2 * (newest - oldest + 1))
-        rows, missed = np.zeros((size, len(_COLUMNS))), np.zeros(size, np.bool_)
-        old, old_missed = self._rows[keep], self._missed_first[keep]
-        rows[: len(old)], missed[: len(old)] = old, old_missed
-        self._rows, self._missed_first, self._base = rows, missed, oldest
+        size = max(len(self._static), 2 * (newest - oldest + 1))
+        for name in ("_static", "_paused"):
+            old = getattr(self, name)[oldest - self._base :]
+            table = np.zeros((size, old.shape[1]))
+            table[: len(old)] = old[:size]
+            setattr(self, name, table)
+        self._base = oldest
 
 
-def _row(r: Request) -> tuple[float, ...]:
-    since = r.arrival_s if r.last_token_s is None else r.last_token_s
-    tokens = len(r.prompt_token_ids) + len(r.output_token_ids) + r.num_inflight_tokens
-    per_page = 0 if r.table is None else r.table.kind.blocks_per_page
-    return (
-        since, r.arrival_s, r.slo.ttft_s, r.slo.tbt_s, tokens, len(r.prompt_token_ids), tokens - r.num_computed_tokens,
-        r.num_late_gaps, r.first_token_s is not None, per_page,
-    )  # fmt: skip
+def _newer(queue: list[Request], order: int) -> list[Request]:
+    """Requests from the end of `queue` that arrived as number `order` or later."""
+    found = []
+    for request in reversed(queue):
+        if request.order < order:
+            break
+        found.append(request)
+    return found
+
+
+def _dynamic(requests: list[Request]) -> list[list[float]]:
+    """Six columns: since, tokens, uncomputed, late gaps, started, missed first token."""
+    tokens: list[float] = [len(r.prompt_token_ids) + len(r.output_token_ids) + r.num_inflight_tokens for r in requests]
+    return [
+        [r.arrival_s if r.last_token_s is None else r.last_token_s for r in requests],
+        tokens,
+        [t - r.num_computed_tokens for t, r in zip(tokens, requests, strict=True)],
+        [r.num_late_gaps for r in requests],
+        [r.first_token_s is not None for r in requests],
+        [r.first_token_s is not None and r.first_token_s - r.arrival_s > r.slo.ttft_s for r in requests],
+    ]
 
 
 def kind_of(blocks_per_page: int) -> CacheKind:

@@ -163,7 +163,8 @@ class SchedulerState:
         request, num_tokens, known_tokens = entry.request, entry.num_tokens, entry.request.num_tokens
         start = request.num_computed_tokens
         assert 1 <= num_tokens <= known_tokens - start, (request.request_id, num_tokens)
-        if request.status is Status.WAITING:
+        if request.table is None:
+            assert request.status is Status.WAITING
             table = BlockTable(entry.kind)
             self.pool.grow(table, known_tokens)
             request.table = table
@@ -174,12 +175,14 @@ class SchedulerState:
             if request.first_scheduled_s is None:
                 request.first_scheduled_s = now
         else:
-            assert request.table is not None and request.table.kind is entry.kind
-            self.pool.grow(request.table, known_tokens)
+            assert request.table.kind is entry.kind
+            if known_tokens > len(request.table.first) * self.pool.block_size:
+                self.pool.grow(request.table, known_tokens)
         request.num_computed_tokens = start + num_tokens
         samples = start + num_tokens == known_tokens
         if samples:
-            assert not request.is_exhausted, f"{request.request_id} already has {request.max_new_tokens} tokens"
+            generated = known_tokens - len(request.prompt_token_ids)
+            assert generated < request.max_new_tokens, f"{request.request_id} already has {request.max_new_tokens} tokens"
             request.num_inflight_tokens += 1
         return Span(request, start, num_tokens, samples)
 

@@ -129,19 +129,22 @@ def step_load(plan: Plan, spans: Sequence[Span]) -> StepLoad:
     """What an iteration computes and reads. `spans` come from applying `plan`."""
     prefill = pairs = decodes = samples = 0
     projected = sum(entry.request.num_computed_tokens for entry in plan.converted)
-    tokens = {CacheKind.KV: 0, CacheKind.HIDDEN: 0}
+    kv_tokens = hidden_tokens = 0
     for span in spans:
-        kind = span.request.table.kind  # type: ignore[union-attr]
+        start, tokens = span.start, span.num_tokens
+        as_kv = span.request.table.kind is CacheKind.KV  # type: ignore[union-attr]
         samples += span.samples
-        if span.num_tokens == 1 and span.start:
+        if tokens == 1 and start:
             decodes += 1
-            tokens[kind] += span.start + 1
+            if as_kv:
+                kv_tokens += start + 1
+            else:
+                hidden_tokens += start + 1
         else:
-            prefill += span.num_tokens
-            pairs += span.num_tokens * span.start + span.num_tokens * (span.num_tokens + 1) // 2
-            if kind is CacheKind.HIDDEN:
-                projected += span.start
-    return StepLoad(prefill, pairs, decodes, tokens[CacheKind.KV], tokens[CacheKind.HIDDEN], projected, samples)
+            prefill += tokens
+            pairs += tokens * start + tokens * (tokens + 1) // 2
+            projected += 0 if as_kv else start
+    return StepLoad(prefill, pairs, decodes, kv_tokens, hidden_tokens, projected, samples)
 
 
 def _request(index: int, arrival: Arrival, slo: Slo, max_model_len: int) -> Request:
