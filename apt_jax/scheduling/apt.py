@@ -13,7 +13,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from apt_jax.cache import CacheKind
 from apt_jax.request import Request
 from apt_jax.scheduling.apt_iteration import Iteration
 from apt_jax.scheduling.ledger import Ledger
@@ -100,6 +99,3 @@ class AptPaper(Apt):
     """Apt-Serve as published, the faults of its released code left out."""
 
     Options = PaperOptions
-
-
-__all__ = ["Apt", "AptOptions", "AptPaper", "CacheKind", "PaperOptions"]

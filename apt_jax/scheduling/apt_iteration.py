@@ -256,7 +256,7 @@ class Iteration:
         """Prefill or decode, by cumulative pending time; returns who decodes."""
         nobody = np.zeros(len(self.running), np.bool_)
         pending_w = (self.now + self.tick_s - self.waiting.since_s)[~self.late_w]
-        pending_r = (self.now + self.tick_s - self.running.since_s)
+        pending_r = self.now + self.tick_s - self.running.since_s
         counted = decodes & ~self.late_r
         urgent_w = float(pending_w.sum()) + float(pending_r[prefills & ~self.late_r].sum())
         urgent_r = float(pending_r[counted].sum())
@@ -288,7 +288,7 @@ class Iteration:
         ]
         if prefills.any() or self.admitted:
             budget = self._prefill_budget(decode_index)
-            for i in np.flatnonzero(prefills & ~out):
+            for i in np.flatnonzero(prefills & ~out).tolist():
                 tokens = min(int(self.running.uncomputed[i]), budget)
                 if tokens > 0:
                     kind = kind_of(int(self.running.blocks_per_page[i]))
@@ -304,9 +304,7 @@ class Iteration:
         return Plan(
             scheduled=tuple(scheduled),
             preempted=tuple(Preempted(self.running.requests[i], reason) for i, reason in self.preempted.items()),
-            converted=tuple(
-                Converted(self.running.requests[i], Reason.CONVERTED_MEMORY_FREE) for i in converted
-            ),
+            converted=tuple(Converted(self.running.requests[i], Reason.CONVERTED_MEMORY_FREE) for i in converted),
             waited=self._waited(decodes, out),
         )
 

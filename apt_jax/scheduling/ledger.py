@@ -13,6 +13,7 @@ from apt_jax.request import Request
 from apt_jax.scheduling.problem import Bools, Floats, Ints
 from apt_jax.scheduling.state import SchedulerState
 
+
 @dataclass(frozen=True)
 class Queue:
     """Columns of one queue in order of arrival; arrays are `[n]`, times in seconds.

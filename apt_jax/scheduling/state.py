@@ -146,7 +146,8 @@ class SchedulerState:
 
     def blocks_by_kind(self) -> dict[str, int]:
         """Blocks held as KV, held as hidden, and free."""
-        kv = 2 * sum([len(r.table.second) for r in self.running])  # type: ignore[union-attr]
+        seconds: list[int] = [len(r.table.second) for r in self.running]  # type: ignore[union-attr]
+        kv = 2 * sum(seconds)
         free = self.pool.num_free
         return {"kv": kv, "hidden": self.pool.num_blocks - free - kv, "free": free}
 
@@ -182,7 +183,7 @@ class SchedulerState:
         samples = start + num_tokens == known_tokens
         if samples:
             generated = known_tokens - len(request.prompt_token_ids)
-            assert generated < request.max_new_tokens, f"{request.request_id} already has {request.max_new_tokens} tokens"
+            assert generated < request.max_new_tokens, f"{request.request_id} has all its {generated} tokens"
             request.num_inflight_tokens += 1
         return Span(request, start, num_tokens, samples)
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from apt_jax.cache import BlockPool, CacheKind
-from apt_jax.request import FinishReason, Request, SamplingParams, Slo
+from apt_jax.request import Request, SamplingParams, Slo
 from apt_jax.scheduling.cost_model import CostModel, StepLoad
 from apt_jax.scheduling.plan import Plan
 from apt_jax.scheduling.policy import Policy
@@ -60,7 +60,7 @@ def simulate(
     max_model_len: int = 2048,
     on_plan: Callable[[Plan, float], None] | None = None,
     on_progress: Callable[[int], None] | None = None,
-    give_up: Callable[[int], bool] | None = None,
+    is_decided: Callable[[int, int], bool] | None = None,
 ) -> Outcome:
     """Serve `arrivals` to the end.
 
@@ -75,7 +75,7 @@ def simulate(
         max_model_len: longest context.
         on_plan: told of every plan and the time it was made.
         on_progress: told the number of requests that finished, now and then.
-        give_up: told the number of requests that missed; True ends the simulation early.
+        is_decided: told how many requests missed and how many are left; True ends the simulation early.
 
     Raises:
         Stalled: the policy planned nothing while requests wait and none is still to arrive.
@@ -119,7 +119,7 @@ def simulate(
         outcome.samples.append(
             Sample(start, now, len(spans), len(state.running), len(state.waiting), by_kind["kv"], by_kind["hidden"])
         )
-        if give_up is not None and give_up(missed):
+        if is_decided is not None and is_decided(missed, len(requests) - finished):
             break
     outcome.makespan_s = now
     return outcome
@@ -158,6 +158,3 @@ def _request(index: int, arrival: Arrival, slo: Slo, max_model_len: int) -> Requ
         eos_token_ids=_EOS_IDS,
         slo=slo,
     )
-
-
-__all__ = ["FinishReason", "Outcome", "Sample", "Stalled", "simulate", "step_load"]

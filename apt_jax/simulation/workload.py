@@ -63,8 +63,7 @@ def load_lengths(workload: str, max_model_len: int = 2048) -> Lengths:
     for column in ("prompt_tokens", "output_tokens"):
         if column not in columns:
             raise ValueError(f"workload {workload} has no column {column}; it has {', '.join(columns)}")
-    wanted = ("arrival_s", "prompt_tokens", "output_tokens") if "arrival_s" in columns else columns[:2]
-    wanted = [c for c in ("arrival_s", "prompt_tokens", "output_tokens") if c in columns and c in wanted or c != "arrival_s"]
+    wanted = [c for c in ("arrival_s", "prompt_tokens", "output_tokens") if c in columns]
     try:
         rows = np.array([[float(row[c]) for c in wanted] for row in reader], np.float64).reshape(-1, len(wanted))
     except (TypeError, ValueError) as error:
