@@ -1,0 +1,25 @@
+"""Serve OPT language models in JAX under latency SLOs, with a hybrid cache of KV pairs and hidden vectors.
+
+`LLM` and `SamplingParams` are imported when they are first used, so that the rest of the package stays light.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from apt_jax.request import SamplingParams
+    from serve.offline import LLM
+
+__all__ = ["LLM", "SamplingParams"]
+
+_HOMES = {"LLM": "serve.offline", "SamplingParams": "apt_jax.request"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

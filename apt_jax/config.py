@@ -7,7 +7,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-ACTIVATIONS = ("relu", "gelu", "gelu_new", "gelu_pytorch_tanh", "silu")
+ACTIVATIONS = (
+    "relu", "relu6", "silu", "swish", "tanh", "quick_gelu",
+    "gelu", "gelu_python", "gelu_new", "gelu_fast", "gelu_accurate", "gelu_pytorch_tanh", "gelu_python_tanh",
+)  # fmt: skip
+CHECKPOINT_DTYPES = ("float32", "float16", "bfloat16")
 POSITION_OFFSET = 2  # OPT's embedding table has two unused rows before position 0
 
 
@@ -68,6 +72,7 @@ class ModelConfig:
                 "num_attention_heads",
             )
         }
+        fields |= integers
         heads = integers["num_attention_heads"]
         _require(
             fields,
@@ -83,11 +88,8 @@ class ModelConfig:
         )
         activation = fields.get("activation_function", "relu")
         _require(fields, "activation_function", activation in ACTIVATIONS, f"use one of {', '.join(ACTIVATIONS)}")
-        word_dim = fields.get("word_embed_proj_dim")
-        if word_dim is None:
-            word_dim = integers["hidden_size"]
-        else:
-            word_dim = _positive_int(fields, "word_embed_proj_dim", 0)
+        width = "word_embed_proj_dim"
+        word_dim = integers["hidden_size"] if fields.get(width) is None else _positive_int(fields, width, 0)
         flags = {
             name: _boolean(fields, key, default)
             for name, key, default in (
@@ -98,28 +100,12 @@ class ModelConfig:
                 ("tie_word_embeddings", "tie_word_embeddings", True),
             )
         }
-        eos = fields.get("eos_token_id", 2)
-        eos_ids = () if eos is None else tuple(eos) if isinstance(eos, list) else (eos,)
-        special = {
-            "bos_token_id": fields.get("bos_token_id", 2),
-            "pad_token_id": fields.get("pad_token_id", 1),
-        }
-        for name, ids in (
-            ("eos_token_id", eos_ids),
-            *((k, (v,)) for k, v in special.items() if v is not None),
-        ):
-            ok = all(isinstance(i, int) and 0 <= i < integers["vocab_size"] for i in ids)
-            _require(fields, name, ok, f"ids must lie in 0..vocab_size-1={integers['vocab_size'] - 1}")
-        dtype = str(fields.get("dtype") or fields.get("torch_dtype") or "float32").removeprefix("torch.")
-        known = ("float32", "float16", "bfloat16")
-        _require(fields, "torch_dtype", dtype in known, f"use one of {', '.join(known)}")
-        values: dict[str, Any] = {**integers, **flags, **special}
+        values: dict[str, Any] = {**integers, **flags, **_special_ids(fields, integers["vocab_size"])}
         return cls(
             **values,
             word_embed_proj_dim=word_dim,
             activation_function=activation,
-            eos_token_ids=eos_ids,
-            checkpoint_dtype=dtype,
+            checkpoint_dtype=_checkpoint_dtype(fields),
         )
 
     @classmethod
@@ -232,6 +218,26 @@ def _positive_int(fields: Mapping[str, Any], name: str, default: int) -> int:
         "must be an integer > 0",
     )
     return value
+
+
+def _special_ids(fields: Mapping[str, Any], vocab_size: int) -> dict[str, Any]:
+    """Read bos, eos (one id, several or none) and pad, each an id of the vocabulary."""
+    eos = fields.get("eos_token_id", 2)
+    eos_ids = () if eos is None else tuple(eos) if isinstance(eos, list) else (eos,)
+    special = {"bos_token_id": fields.get("bos_token_id", 2), "pad_token_id": fields.get("pad_token_id", 1)}
+    for name, ids in (("eos_token_id", eos_ids), *((k, (v,)) for k, v in special.items() if v is not None)):
+        ok = all(isinstance(i, int) and not isinstance(i, bool) and 0 <= i < vocab_size for i in ids)
+        _require(fields, name, ok, f"ids must lie in 0..vocab_size-1={vocab_size - 1}")
+    return {**special, "eos_token_ids": eos_ids}
+
+
+def _checkpoint_dtype(fields: Mapping[str, Any]) -> str:
+    """Read `dtype`, which transformers 5 writes, or `torch_dtype`, which older files have."""
+    name = "torch_dtype" if fields.get("dtype") is None else "dtype"
+    value = fields.get(name)
+    dtype = "float32" if value is None else str(value).removeprefix("torch.")
+    _require(fields, name, dtype in CHECKPOINT_DTYPES, f"use one of {', '.join(CHECKPOINT_DTYPES)}")
+    return dtype
 
 
 def _boolean(fields: Mapping[str, Any], name: str, default: bool) -> bool:

@@ -20,13 +20,30 @@ from jax.typing import DTypeLike
 
 from apt_jax.config import POSITION_OFFSET, ModelConfig
 
-_ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+
+def _gelu(x: jax.Array) -> jax.Array:
+    return jax.nn.gelu(x, approximate=False)
+
+
+def _gelu_tanh(x: jax.Array) -> jax.Array:
+    return jax.nn.gelu(x, approximate=True)
+
+
+ACTIVATION_FUNCTIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "relu": jax.nn.relu,
-    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
-    "gelu_new": lambda x: jax.nn.gelu(x, approximate=True),
-    "gelu_pytorch_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+    "relu6": jax.nn.relu6,
     "silu": jax.nn.silu,
-}
+    "swish": jax.nn.silu,
+    "tanh": jnp.tanh,
+    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
+    "gelu": _gelu,
+    "gelu_python": _gelu,
+    "gelu_new": _gelu_tanh,
+    "gelu_fast": _gelu_tanh,
+    "gelu_accurate": _gelu_tanh,
+    "gelu_pytorch_tanh": _gelu_tanh,
+    "gelu_python_tanh": _gelu_tanh,
+}  # by transformers' names, some of which are one function
 
 
 class SelfAttention(nnx.Module):
@@ -59,7 +76,7 @@ class Attend[Cache](Protocol):
     """Mixes tokens: `(projections, h [T, D], cache, layer) -> (context [T, N, H], cache)`."""
 
     def __call__(
-        self, projections: SelfAttention, h: jax.Array, cache: Cache, layer: jax.Array
+        self, projections: SelfAttention, h: jax.Array, cache: Cache, layer: jax.Array, /
     ) -> tuple[jax.Array, Cache]:
         """Return each token's attention context before the output projection, and the updated cache."""
         ...
@@ -94,7 +111,7 @@ class DecoderLayer(nnx.Module):
         if not self.norm_first:
             x = self.self_attn_layer_norm(x)
         h = self.final_layer_norm(x) if self.norm_first else x
-        x = x + self.fc2(_ACTIVATIONS[self.activation](self.fc1(h)))
+        x = x + self.fc2(ACTIVATION_FUNCTIONS[self.activation](self.fc1(h)))
         if not self.norm_first:
             x = self.final_layer_norm(x)
         return x, cache

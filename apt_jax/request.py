@@ -2,6 +2,7 @@
 
 import enum
 import math
+import numbers
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 
@@ -77,16 +78,19 @@ class SamplingParams:
         object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ()))
         object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids or ()))
         object.__setattr__(self, "logit_bias", dict(self.logit_bias or {}))
-        object.__setattr__(self, "top_k", max(self.top_k, 0) if self.top_k >= -1 else self.top_k)
         for name, low, high in _RANGES:
             value = getattr(self, name)
-            if value is not None and not low <= value <= high:
+            if value is None and name in _OPTIONAL:
+                continue
+            kind: type = numbers.Integral if isinstance(low, int) else numbers.Real
+            if not isinstance(value, kind) or isinstance(value, bool):
+                raise ValueError(f"{name}={value!r} must be {'a whole' if kind is numbers.Integral else 'a'} number")
+            if not low <= value <= high:
                 limits = f"at least {low}" if high == math.inf else f"between {low} and {high}"
                 raise ValueError(f"{name}={value} must be {limits}")
+        object.__setattr__(self, "top_k", max(self.top_k, 0))
         if not self.top_p > 0:
             raise ValueError(f"top_p={self.top_p} must be greater than 0 and at most 1")
-        if not 0 < self.repetition_penalty < math.inf:
-            raise ValueError(f"repetition_penalty={self.repetition_penalty} must be greater than 0")
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise ValueError(f"min_tokens={self.min_tokens} is more than max_tokens={self.max_tokens}")
         for name, limit in (("logit_bias", MAX_LOGIT_BIAS), ("stop_token_ids", MAX_STOP_TOKEN_IDS)):
@@ -95,8 +99,11 @@ class SamplingParams:
         for token_id, bias in self.logit_bias.items():  # type: ignore[union-attr]
             if not -100 <= bias <= 100:
                 raise ValueError(f"logit_bias of token {token_id} is {bias}, must be between -100 and 100")
-        if any(not text for text in self.stop):  # type: ignore[union-attr]
-            raise ValueError("stop has an empty string, every stop string needs at least one character")
+        for text in self.stop:  # type: ignore[union-attr]
+            if not isinstance(text, str):
+                raise ValueError(f"stop has {text!r}, every stop must be a string")
+            if not text:
+                raise ValueError("stop has an empty string, every stop string needs at least one character")
 
     @classmethod
     def field_names(cls) -> frozenset[str]:
@@ -114,9 +121,10 @@ class SamplingParams:
 _RANGES = (
     ("n", 1, MAX_SAMPLES),
     ("temperature", 0.0, 1e4),
-    ("top_k", 0, math.inf),
+    ("top_k", -1, math.inf),
     ("top_p", 0.0, 1.0),
     ("min_p", 0.0, 1.0),
+    ("repetition_penalty", 1e-4, 1e4),
     ("presence_penalty", -2.0, 2.0),
     ("frequency_penalty", -2.0, 2.0),
     ("max_tokens", 1, math.inf),
@@ -124,6 +132,7 @@ _RANGES = (
     ("logprobs", 0, MAX_LOGPROBS),
     ("seed", -(2**63), 2**63 - 1),
 )
+_OPTIONAL = ("max_tokens", "logprobs", "seed")  # may be None
 
 
 class Status(enum.Enum):

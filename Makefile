@@ -1,0 +1,64 @@
+# Two commands: `make serve` and `make test`. They need git, make and Python 3.12 or newer, and set up the rest.
+#
+#   make serve                         the bundled demo model on http://127.0.0.1:8000
+#   make serve ARGS="FOLDER --port N"  another model, any flag of `apt-jax serve`
+#   make test                          lint, types and tests
+#   make test ARGS="tests/test_x.py"   some of the tests, any argument of pytest
+#   make parity                        live comparison with transformers, in a virtual environment of its own
+#   make clean                         remove everything that these made
+#
+# PYTHON=/path/to/python names the interpreter to start from.
+
+PYTHON ?=
+ARGS ?=
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+
+.PHONY: serve test lint parity clean
+.NOTPARALLEL:
+
+serve: $(VENV)/.installed
+	@exec $(BIN)/apt-jax serve $(ARGS)
+
+test: lint
+	JAX_PLATFORMS=cpu $(BIN)/python -m pytest $(ARGS)
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+parity: $(VENV)/.installed-dev
+	JAX_PLATFORMS=cpu PYTHONPATH=. $(BIN)/python tests/parity.py $(ARGS)
+
+clean:
+	rm -rf $(VENV) .venv-parity .pytest_cache .mypy_cache .ruff_cache .hypothesis .cache build dist *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# The stamps are newer than pyproject.toml once everything that it names is installed; then nothing is installed again.
+$(VENV)/.installed: pyproject.toml | $(BIN)/python
+	$(PIP) install -e .
+	@touch $@
+
+$(VENV)/.installed-dev: pyproject.toml | $(BIN)/python
+	$(PIP) install -e '.[dev]'
+	@touch $(VENV)/.installed $@
+
+# Each candidate is really run: a shim or a Windows alias may be there and not work.
+$(BIN)/python:
+	@found=; \
+	for python in $(PYTHON) python3 python3.14 python3.13 python3.12 python; do \
+	  version=$$("$$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null) || continue; \
+	  if ! "$$python" -c 'import sys; sys.exit(sys.version_info < (3, 12))' 2>/dev/null; then \
+	    found="$$found $$python is $$version;"; \
+	  elif ! "$$python" -c 'import ensurepip, venv' 2>/dev/null; then \
+	    found="$$found $$python is $$version but lacks venv (on Debian and Ubuntu: apt install python$$version-venv);"; \
+	  else \
+	    echo "setting up $(VENV) with $$python, Python $$version (once; a few minutes)"; \
+	    "$$python" -m venv --clear $(VENV) && exit 0 || exit 1; \
+	  fi; \
+	done; \
+	echo "error: Python 3.12 or newer is needed, and none was found on PATH:$${found:- there is no Python at all;}" \
+	  "install it, or name it with PYTHON=/path/to/python" >&2; \
+	exit 1

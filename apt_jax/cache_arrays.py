@@ -1,0 +1,88 @@
+"""The cache pool on the device: making it, writing a step's tokens, converting hidden blocks to KV in place.
+
+The pool is one flat array `[L*P, S, D]`; block b of layer l is row `l*P + b`. Flat, because a pool carried through
+`lax.scan` and donated stays in place only when no layer's slice of it is taken (DESIGN, "The hybrid cache").
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+
+from apt_jax.batch import Rows, Tokens
+from apt_jax.config import ModelConfig
+from apt_jax.opt import OPT, SelfAttention
+
+
+def pool_shape(config: ModelConfig, num_blocks: int, block_size: int) -> tuple[int, int, int]:
+    """`(L*P, S, D)`."""
+    return config.num_hidden_layers * num_blocks, block_size, config.hidden_size
+
+
+def block_bytes(config: ModelConfig, block_size: int, dtype: DTypeLike) -> int:
+    """Bytes of one block over all layers."""
+    return config.num_hidden_layers * block_size * config.hidden_size * jnp.dtype(dtype).itemsize
+
+
+def write_tokens(
+    pool: jax.Array,
+    tokens: Tokens,
+    rows: Rows,
+    has_hidden: bool,
+    num_blocks: int,
+    layer: jax.Array,
+    *,
+    h: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+) -> jax.Array:
+    """Write this step's vectors into their blocks: k and v for KV rows, h for hidden rows; in place when donated.
+
+    Args:
+        pool: `[L*P, S, D]`.
+        has_hidden: whether hidden rows can occur.
+        h: attention inputs `[T, D]`; k, v: `[T, N, H]`.
+    """
+    block_size, D = pool.shape[1:]
+    R = rows.length.shape[0]
+    row = jnp.minimum(tokens.row, R - 1)
+    page, offset = tokens.position // block_size, tokens.position % block_size
+    nowhere = pool.shape[0]  # out of range: the update is dropped
+    base = layer * num_blocks
+    k, v = k.reshape(-1, D), v.reshape(-1, D)
+    real = tokens.row < R
+    hidden = rows.is_hidden[row]
+    first = jnp.where(real, base + rows.first_blocks[row, page], nowhere)
+    second = jnp.where(real & ~hidden, base + rows.second_blocks[row, page], nowhere)
+    keys = jnp.where(hidden[:, None], h, k) if has_hidden else k
+    pool = pool.at[first, offset].set(keys.astype(pool.dtype), mode="drop")
+    return pool.at[second, offset].set(v.astype(pool.dtype), mode="drop")
+
+
+def convert_blocks(
+    model: OPT, pool: jax.Array, hidden_blocks: jax.Array, value_blocks: jax.Array, num_blocks: int
+) -> jax.Array:
+    """hidden -> KV in place: keys replace the hidden vectors in their blocks, values go to new blocks.
+
+    One matrix product over the cached hidden vectors per layer, no new prefill. Source: DESIGN, "The hybrid cache".
+
+    Args:
+        hidden_blocks, value_blocks: int32 `[K]` blocks of the pages to convert; padding is `num_blocks`.
+    """
+    graphdef, stacked = nnx.split(model.layers)
+    nowhere = pool.shape[0]
+
+    def one_layer(pool: jax.Array, xs: tuple[jax.Array, nnx.State]) -> tuple[jax.Array, None]:
+        layer, state = xs
+        projections: SelfAttention = nnx.merge(graphdef, state).self_attn
+        base = layer * num_blocks
+        first = jnp.where(hidden_blocks < num_blocks, base + hidden_blocks, nowhere)
+        second = jnp.where(hidden_blocks < num_blocks, base + value_blocks, nowhere)
+        h = pool[jnp.minimum(first, nowhere - 1)]
+        k = projections.k_proj(h).reshape(h.shape)
+        v = projections.v_proj(h).reshape(h.shape)
+        pool = pool.at[first].set(k.astype(pool.dtype), mode="drop")
+        return pool.at[second].set(v.astype(pool.dtype), mode="drop"), None
+
+    pool, _ = jax.lax.scan(one_layer, pool, (jnp.arange(model.num_layers, dtype=jnp.int32), stacked))
+    return pool

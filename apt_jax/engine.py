@@ -1,0 +1,357 @@
+"""The engine: schedule -> build -> run -> commit, once per `step`. Synchronous and single-threaded.
+
+With asynchronous scheduling one iteration stays in flight: while the device runs it, the host commits the one
+before (tokens, text, stop strings) and plans the next, whose newest tokens are still on the device only.
+"""
+
+import logging
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from apt_jax.attention import Kinds
+from apt_jax.batch import Batch, BatchBuilder
+from apt_jax.buckets import Buckets
+from apt_jax.cache import BlockPool, CacheKind
+from apt_jax.cache_arrays import block_bytes
+from apt_jax.config import EngineConfig, ModelConfig
+from apt_jax.memory import MemoryPlan, plan_memory
+from apt_jax.opt import OPT
+from apt_jax.output import Output, QueueFull, TokenLogprobs
+from apt_jax.request import FinishReason, Request, SamplingParams, Slo, Status
+from apt_jax.runner import Runner, Shapes, pages_multiple
+from apt_jax.sampling import Sampled
+from apt_jax.scheduling.plan import Plan
+from apt_jax.scheduling.policy import make_policy
+from apt_jax.scheduling.state import Limits, SchedulerState, Span
+from apt_jax.stop_text import StopText
+
+if TYPE_CHECKING:
+    from apt_jax.tokenizer import IncrementalDetokenizer, Tokenizer
+
+logger = logging.getLogger(__name__)
+
+WATERMARK = 0.01  # share of the pool kept free on admission, as vLLM
+MAX_PROGRAMS = 32
+
+
+class EngineStuck(RuntimeError):
+    """A policy planned nothing although requests wait and nothing is in flight."""
+
+
+@dataclass
+class _Text:
+    detokenizer: "IncrementalDetokenizer"
+    stop: StopText
+
+
+class Engine:
+    """Serves one model from one device.
+
+    Args:
+        model: weights on the device.
+        tokenizer: None serves token ids only.
+        clock: seconds; replaced in tests.
+
+    Raises:
+        ValueError: the configuration cannot be served (context, memory, backend); one sentence with the cure.
+    """
+
+    def __init__(
+        self,
+        model: OPT,
+        model_config: ModelConfig,
+        config: EngineConfig,
+        tokenizer: "Tokenizer | None" = None,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+    ):
+        self.model_config = model_config
+        self.tokenizer = tokenizer
+        self._clock = clock
+        platform = next(iter(model.embed_tokens.embedding[...].devices())).platform
+        self.config = config = resolve(config, model_config, platform)
+        assert config.max_model_len is not None
+        assert config.max_num_seqs is not None
+        assert config.max_num_batched_tokens is not None
+        self.max_model_len = config.max_model_len
+        limits = Limits(config.max_num_seqs, config.max_num_batched_tokens, config.cache_mode)
+        buckets = Buckets(max_num_seqs=config.max_num_seqs, max_num_batched_tokens=config.max_num_batched_tokens)
+        self._builder = BatchBuilder(
+            buckets,
+            num_slots=config.max_num_seqs,
+            block_size=config.block_size,
+            max_model_len=self.max_model_len,
+            pages_multiple=pages_multiple(config.block_size),
+        )
+        kinds = Kinds(kv=CacheKind.KV in limits.kinds, hidden=CacheKind.HIDDEN in limits.kinds)
+        shapes = Shapes(config.max_num_seqs, self.max_model_len, self._builder.table_pages, config.block_size, kinds)
+        self.runner = Runner(model, model_config, shapes, buckets)
+        self.memory = self._plan_memory(limits)
+        logger.info("device memory\n%s", self.memory.table())
+        self.runner.allocate(self.memory.num_blocks)
+        limits = replace(limits, watermark_blocks=int(WATERMARK * self.memory.num_blocks))
+        self.state = SchedulerState(BlockPool(self.memory.num_blocks, config.block_size), limits)
+        self.policy = make_policy(config.scheduling_policy)
+        self.last_plan = Plan()
+        self._depth = 1 if config.async_scheduling else 0
+        self._inflight: deque[tuple[Batch, Sampled | None]] = deque()
+        self._requests: dict[str, Request] = {}
+        self._texts: dict[str, _Text] = {}
+        self._ended: list[Output] = []  # requests that ended outside a step
+        self._seeds = np.random.default_rng(config.seed)
+
+    @property
+    def has_unfinished(self) -> bool:
+        """Whether `step` has anything to do or to report."""
+        return bool(self._requests or self._ended or self._inflight)
+
+    def warm_up(self, progress: bool = False) -> None:
+        """Compile every shape; afterwards no request can cause a compilation."""
+        started = time.perf_counter()
+        self.runner.compile_all(progress)
+        logger.info("compiled %d programs in %.1f s", self.runner.num_programs, time.perf_counter() - started)
+
+    def add(
+        self,
+        prompt_token_ids: Sequence[int],
+        params: SamplingParams,
+        *,
+        request_id: str,
+        slo: Slo | None = None,
+        priority: int = 0,
+        arrival_s: float | None = None,
+    ) -> Request:
+        """Queue one request (one sample).
+
+        Raises:
+            ValueError: the request can never be served; one sentence with the value, the limit and the cure.
+            QueueFull: as many wait as may.
+        """
+        self._check(prompt_token_ids, params, request_id)
+        if len(self.state.waiting) >= self.config.max_num_queued_reqs:
+            raise QueueFull(
+                f"{len(self.state.waiting)} requests are waiting, max_num_queued_reqs="
+                f"{self.config.max_num_queued_reqs}; try again later"
+            )
+        if params.seed is None:
+            params = replace(params, seed=int(self._seeds.integers(2**63)))
+        request = Request(
+            request_id=request_id,
+            prompt_token_ids=list(prompt_token_ids),
+            params=params,
+            arrival_s=self._clock() if arrival_s is None else arrival_s,
+            max_new_tokens=self._max_new_tokens(len(prompt_token_ids), params),
+            eos_token_ids=frozenset(self.model_config.eos_token_ids),
+            slo=slo or Slo(self.config.ttft_slo_ms / 1e3, self.config.tbt_slo_ms / 1e3),
+            priority=priority,
+        )
+        self.state.add(request)
+        self._requests[request_id] = request
+        if self.tokenizer is not None:
+            detokenizer = self.tokenizer.detokenizer(skip_special_tokens=params.skip_special_tokens)
+            stop = StopText(params.stop or (), params.include_stop_str_in_output)
+            self._texts[request_id] = _Text(detokenizer, stop)
+        return request
+
+    def abort(self, request_id: str) -> None:
+        """End a request; its blocks are free at once. Unknown or ended ids change nothing."""
+        request = self._requests.get(request_id)
+        if request is not None:
+            self._end(request, FinishReason.ABORT)
+
+    def step(self) -> list[Output]:
+        """One iteration: plan, start it on the device, commit what has come back.
+
+        A request whose part of the iteration fails ends with FinishReason.ERROR; the engine goes on.
+        """
+        now = self._clock()
+        self.last_plan = plan = self.policy.schedule(self.state, now)
+        if plan.scheduled or plan.preempted or plan.converted:
+            self._dispatch(plan, now)
+        elif not self._inflight and self.state.num_unfinished:
+            self._give_up()
+        outputs: list[Output] = []
+        while len(self._inflight) > (self._depth if plan.scheduled else 0):
+            outputs += self._commit(*self._inflight.popleft())
+        outputs, self._ended = [*self._ended, *outputs], []
+        return outputs
+
+    def _plan_memory(self, limits: Limits) -> MemoryPlan:
+        def plan(activation_bytes: int) -> MemoryPlan:
+            assert self.config.max_num_seqs is not None
+            return plan_memory(
+                self.config,
+                device=self.runner.device,
+                weight_bytes=self.runner.weight_bytes,
+                activation_bytes=activation_bytes,
+                block_bytes=block_bytes(self.model_config, self.config.block_size, self.runner.dtype),
+                max_model_len=self.max_model_len,
+                max_num_seqs=self.config.max_num_seqs,
+                kinds=limits.kinds,
+            )
+
+        guess = plan(activation_bytes=0)
+        return plan(self.runner.measure_activations(guess.num_blocks))
+
+    def _check(self, prompt_token_ids: Sequence[int], params: SamplingParams, request_id: str) -> None:
+        length = len(prompt_token_ids)
+        if params.n != 1:
+            raise ValueError(f"n={params.n}: the engine takes one sample at a time; fan out first")
+        if request_id in self._requests:
+            raise ValueError(f"request_id {request_id!r} is in use by an unfinished request")
+        if length == 0:
+            raise ValueError("the prompt is empty; give at least one token")
+        if length >= self.max_model_len:
+            raise ValueError(
+                f"the prompt has {length} tokens, but the context holds {self.max_model_len} and one is needed for the "
+                f"answer; shorten the prompt or raise --max-model-len"
+            )
+        low, high = min(prompt_token_ids), max(prompt_token_ids)
+        if low < 0 or high >= self.model_config.vocab_size:
+            bad = low if low < 0 else high
+            raise ValueError(f"prompt token id {bad} is not in the vocabulary 0..{self.model_config.vocab_size - 1}")
+        params.check_vocabulary(self.model_config.vocab_size)
+        if params.stop and self.tokenizer is None:
+            raise ValueError("stop strings need a tokenizer, and this model has none; use stop_token_ids")
+        total = length + self._max_new_tokens(length, params) - 1  # the last token is never cached
+        if not self.state.fits_alone(total):
+            pool = self.state.pool
+            raise ValueError(
+                f"prompt and output of up to {total} tokens do not fit in the cache of {pool.num_blocks} blocks of "
+                f"{pool.block_size} tokens; lower max_tokens, or raise --num-blocks"
+            )
+
+    def _max_new_tokens(self, prompt_tokens: int, params: SamplingParams) -> int:
+        room = self.max_model_len - prompt_tokens
+        return room if params.max_tokens is None else min(params.max_tokens, room)
+
+    def _dispatch(self, plan: Plan, now: float) -> None:
+        spans: list[Span] = []
+        try:
+            spans = self.state.apply(plan, now)
+            if plan.converted:
+                self.runner.convert([c.request.table for c in plan.converted if c.request.table is not None])
+            if spans:
+                batch = self._builder.build(spans)
+                self._inflight.append((batch, self.runner.dispatch(batch)))
+        except Exception as error:
+            logger.exception("an iteration failed; its requests end with an error")
+            self._recover(str(error) or type(error).__name__)
+
+    def _recover(self, message: str) -> None:
+        """After a failed device step nothing in the cache can be trusted: end all that runs, start afresh."""
+        self._inflight.clear()
+        lost = [request for request in self.state.waiting if request.num_inflight_tokens > 0]  # just preempted
+        for request in [*self.state.running, *lost]:
+            self._end(request, FinishReason.ERROR, message)
+        self.runner.reset()
+
+    def _give_up(self) -> None:
+        head = (self.state.waiting or self.state.running)[0]
+        error = EngineStuck(
+            f"policy {self.config.scheduling_policy!r} planned nothing with {len(self.state.waiting)} waiting and "
+            f"{len(self.state.running)} running"
+        )
+        logger.error("%s; request %s ends with an error", error, head.request_id)
+        self._end(head, FinishReason.ERROR, str(error))
+
+    def _commit(self, batch: Batch, sampled: Sampled | None) -> list[Output]:
+        if sampled is None:
+            return []
+        try:
+            host = self.runner.read(sampled)
+        except Exception as error:
+            logger.exception("an iteration failed on the device; its requests end with an error")
+            self._recover(str(error) or type(error).__name__)
+            return []
+        now = self._clock()
+        outputs = []
+        for row, request in enumerate(batch.requests):
+            if request.status is Status.FINISHED:
+                continue
+            if not host.is_finite[row]:
+                self._end(request, FinishReason.ERROR, "the model's logits are not finite (NaN or infinity)")
+                continue
+            outputs.append(self._accept(request, row, host, now))
+        return outputs
+
+    def _accept(self, request: Request, row: int, host: Sampled, now: float) -> Output:
+        token = int(host.token[row])
+        reason = self.state.commit(request, token, now)
+        shown = ""
+        text = self._texts.get(request.request_id)
+        if text is not None:
+            shown, stop = text.detokenizer.push([token]), None
+            if len(request.output_token_ids) >= request.params.min_tokens:
+                shown, stop = text.stop.push(shown)
+            if stop is not None:
+                reason = FinishReason.STOP
+                request.stop_reason = stop
+                self.state.finish(request, reason)
+            elif reason is not None:
+                shown += self._flush(text)
+        if reason is not None:
+            self._forget(request, now)
+        return Output(request, shown, (token,), self._token_logprobs(request, token, row, host), reason)
+
+    @staticmethod
+    def _token_logprobs(request: Request, token: int, row: int, host: Sampled) -> tuple[TokenLogprobs, ...]:
+        count = request.params.logprobs
+        if count is None:
+            return ()
+        ids, values = host.top_ids[row, :count].tolist(), host.top_logprobs[row, :count].tolist()
+        top = tuple(zip(ids, values, strict=True))
+        return (TokenLogprobs(token, float(host.logprob[row]), int(host.rank[row]), top),)
+
+    @staticmethod
+    def _flush(text: _Text) -> str:
+        shown, stop = text.stop.push(text.detokenizer.flush())
+        return shown if stop is not None else shown + text.stop.flush()
+
+    def _end(self, request: Request, reason: FinishReason, error: str | None = None) -> None:
+        """End a request outside the normal course; reported by the next step."""
+        if request.status is Status.FINISHED:
+            return
+        self.state.finish(request, reason)
+        text = self._texts.get(request.request_id)
+        shown = self._flush(text) if text is not None else ""
+        self._forget(request, self._clock())
+        self._ended.append(Output(request, shown, (), (), reason, error))
+
+    def _forget(self, request: Request, now: float) -> None:
+        self._requests.pop(request.request_id, None)
+        self._texts.pop(request.request_id, None)
+        self.policy.finished(request, now)
+
+
+def resolve(config: EngineConfig, model_config: ModelConfig, platform: str) -> EngineConfig:
+    """Fill in the defaults that depend on the model and the device.
+
+    Raises:
+        ValueError: an option asks for what this model or this version cannot do.
+    """
+    if config.max_model_len is not None and config.max_model_len > model_config.max_position_embeddings:
+        raise ValueError(
+            f"max_model_len={config.max_model_len} is more than the model's max_position_embeddings="
+            f"{model_config.max_position_embeddings}; lower --max-model-len"
+        )
+    if config.attention_backend == "pallas":
+        raise ValueError("attention_backend='pallas' is not available in this version; use auto or xla")
+    if config.tensor_parallel_size != 1:
+        raise ValueError(f"tensor_parallel_size={config.tensor_parallel_size} is not available in this version; use 1")
+    on_cpu = platform == "cpu"
+    max_num_seqs = config.max_num_seqs or (64 if on_cpu else 256)
+    max_model_len = config.max_model_len or model_config.max_position_embeddings
+    resolved = replace(
+        config,
+        max_model_len=max_model_len,
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=config.max_num_batched_tokens or max(512 if on_cpu else 2048, max_num_seqs),
+        async_scheduling=(not on_cpu) if config.async_scheduling is None else config.async_scheduling,
+    )
+    return resolved

@@ -1,0 +1,31 @@
+"""What a step brings a request. Without jax, so that those who only pass it on stay light."""
+
+from dataclasses import dataclass
+
+from apt_jax.request import FinishReason, Request
+
+
+class QueueFull(RuntimeError):
+    """As many requests are waiting as may; try again later."""
+
+
+@dataclass(frozen=True)
+class TokenLogprobs:
+    """Log-probabilities of one generated token, under the model's own distribution (before penalties)."""
+
+    token_id: int
+    logprob: float
+    rank: int
+    top: tuple[tuple[int, float], ...]  # the most likely tokens, best first
+
+
+@dataclass(frozen=True)
+class Output:
+    """What one step brought one request. `finish_reason` is set exactly once, on the request's last Output."""
+
+    request: Request
+    text: str
+    token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprobs, ...]
+    finish_reason: FinishReason | None
+    error: str | None = None

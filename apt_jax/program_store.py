@@ -1,0 +1,103 @@
+"""Compiled programs on disk, so that a second start neither traces nor compiles.
+
+JAX's own compilation cache saves the compiler's work but still traces and lowers every program, several seconds for
+all shapes. Here the whole executable is kept under a key of everything that decides it: versions, device, source
+code of this package, and the program's shapes. The files are pickles: the folder is trusted like JAX's own cache.
+"""
+
+import hashlib
+import logging
+import os
+import pickle
+import platform
+import tempfile
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import flax
+import jax
+import jaxlib
+from jax.experimental import serialize_executable
+
+logger = logging.getLogger(__name__)
+
+
+class ProgramStore:
+    """A folder of executables. Reading and writing never fail a start: what cannot be used is compiled again."""
+
+    def __init__(self, folder: Path | None, device: jax.Device):
+        """Keep programs for `device` in `folder`; None keeps nothing."""
+        self._folder = folder
+        self._device = device
+
+    @classmethod
+    def beside_compile_cache(cls, device: jax.Device) -> "ProgramStore":
+        """A store in the folder of JAX's compilation cache, if that is in use."""
+        folder = jax.config.jax_compilation_cache_dir
+        return cls(Path(folder) / "programs" if folder else None, device)
+
+    def get(self, description: str, compile_program: Callable[[], Any]) -> Any:
+        """The stored program, else that of `compile_program`, which is stored.
+
+        Args:
+            description: tells the program apart from all others of this package: name, shapes, static arguments.
+        """
+        if self._folder is None:
+            return compile_program()
+        key = hashlib.sha256(f"{_environment(self._device)}\n{description}".encode()).hexdigest()
+        path = self._folder / key
+        program = self._load(path)
+        if program is None:
+            program = compile_program()
+            self._save(path, program)
+        return program
+
+    @staticmethod
+    def _load(path: Path) -> Any:
+        try:
+            return serialize_executable.deserialize_and_load(*pickle.loads(path.read_bytes()))
+        except FileNotFoundError:
+            return None
+        except Exception as error:
+            logger.warning("%s cannot be used (%s: %s); compiling again", path, type(error).__name__, error)
+            return None
+
+    @staticmethod
+    def _save(path: Path, program: Any) -> None:
+        try:
+            data = pickle.dumps(serialize_executable.serialize(program))
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
+                file.write(data)
+            os.replace(file.name, path)
+        except Exception as error:
+            logger.warning("cannot keep a program at %s (%s: %s)", path, type(error).__name__, error)
+
+
+def _environment(device: jax.Device) -> str:
+    """What decides a program besides its description."""
+    versions = (jax.__version__, jaxlib.__version__, flax.__version__, device.client.platform_version)
+    flags = (os.environ.get("XLA_FLAGS"), os.environ.get("LIBTPU_INIT_ARGS"), jax.config.jax_enable_x64)
+    place = (device.platform, device.device_kind, device.id, len(jax.devices()), platform.machine(), _cpu_features())
+    return repr((versions, flags, place, _source_hash()))
+
+
+@cache
+def _source_hash() -> str:
+    """Hash of this package's source code: any change makes all programs new."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.rglob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+@cache
+def _cpu_features() -> str:
+    """Instruction sets of the host's CPU, where the system tells: a program for a newer one must not be loaded."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line for line in lines if line.startswith(("flags", "Features"))), "")

@@ -1,0 +1,285 @@
+"""The only place that jits: compiled steps per bucket, the donated pool, the read-back.
+
+A program is compiled when it is first needed, or ahead of time by `compile_all`; after that nothing compiles, because
+there is one program per shape and programs are called as executables. Device state that is carried from step to step
+and donated: the cache pool `[L*P, S, D]` and the token history `[slots, max_model_len]`.
+"""
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from tqdm import tqdm
+
+from apt_jax import attention
+from apt_jax.attention import Kinds, paged_attention
+from apt_jax.batch import Batch, Rows, Sampling, Tokens, empty_sampling
+from apt_jax.buckets import Bucket, Buckets
+from apt_jax.cache import BlockTable
+from apt_jax.cache_arrays import convert_blocks, pool_shape
+from apt_jax.config import ModelConfig
+from apt_jax.opt import OPT
+from apt_jax.program_store import ProgramStore
+from apt_jax.sampling import Sampled, sample
+
+CONVERT_TOKENS = 256  # cached tokens that one call of the conversion program handles
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """Sizes that all programs share."""
+
+    num_slots: int
+    max_model_len: int
+    table_pages: int
+    block_size: int
+    kinds: Kinds
+
+
+class Runner:
+    """Runs batches on the device. Weights are shared, pool and history are replaced by every step."""
+
+    def __init__(self, model: OPT, model_config: ModelConfig, shapes: Shapes, buckets: Buckets):
+        self.model_config = model_config
+        self.shapes = shapes
+        self.buckets = buckets
+        self._graphdef, state = nnx.split(model)
+        self._weights, self._weights_tree = jax.tree.flatten(state)
+        self.dtype = jnp.dtype(model.embed_tokens.embedding[...].dtype)
+        self.num_blocks = 0
+        self._store = ProgramStore.beside_compile_cache(self.device)
+        self._steps: dict[Bucket, Any] = {}
+        self._samplers: dict[int, Any] = {}
+        self._convert: Any = None
+        self._pool: jax.Array
+        self._history: jax.Array
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of all weights."""
+        return sum(leaf.nbytes for leaf in self._weights)
+
+    @property
+    def device(self) -> jax.Device:
+        """The device that holds the weights."""
+        return next(iter(self._weights[0].devices()))
+
+    @property
+    def num_programs(self) -> int:
+        """Compiled programs at hand."""
+        return len(self._steps) + len(self._samplers) + (self._convert is not None)
+
+    def measure_activations(self, num_blocks: int) -> int:
+        """Bytes of temporaries of the largest step and sampling programs, as the compiler reports them.
+
+        They do not depend on `num_blocks`, since there is no copy of the pool; a good guess saves compiling again.
+        """
+        self._fit(num_blocks)
+        programs = (self._step(self.buckets.prefill[-1]), self._sampler(self.buckets.sample_rows[-1]))
+        return max(map(temporary_bytes, programs))
+
+    def allocate(self, num_blocks: int) -> None:
+        """Make pool and history; forgets programs compiled for another size."""
+        self._fit(num_blocks)
+        self.reset()
+
+    def _fit(self, num_blocks: int) -> None:
+        if num_blocks != self.num_blocks:
+            self._steps.clear()
+            self._convert = None
+        self.num_blocks = num_blocks
+
+    def reset(self) -> None:
+        """Fresh pool and history, for instance after a step failed and took the donated ones with it."""
+        shape = pool_shape(self.model_config, self.num_blocks, self.shapes.block_size)
+        self._pool = jax.device_put(jnp.zeros(shape, self.dtype), self.device)
+        self._history = jax.device_put(
+            jnp.zeros((self.shapes.num_slots, self.shapes.max_model_len), jnp.int32), self.device
+        )
+
+    def compile_all(self, progress: bool = False) -> None:
+        """Compile every bucket and the conversion; two at a time, since XLA compiles without the interpreter lock."""
+        jobs: dict[Any, Callable[[Any], None]] = {}
+
+        def keep(where: dict, key: Any) -> Callable[[Any], None]:
+            return lambda program: where.__setitem__(key, program)
+
+        with ThreadPoolExecutor(2) as threads:
+            for bucket in (bucket for bucket in self.buckets.all if bucket not in self._steps):
+                jobs[threads.submit(self._compile_step, bucket, self.num_blocks)] = keep(self._steps, bucket)
+            for size in self.buckets.sample_rows:
+                if size not in self._samplers:
+                    jobs[threads.submit(self._compile_sampler, size)] = keep(self._samplers, size)
+            if self.shapes.kinds.kv and self.shapes.kinds.hidden and self._convert is None:
+                jobs[threads.submit(self._compile_convert, self.num_blocks)] = partial(setattr, self, "_convert")
+            for job in tqdm(as_completed(jobs), total=len(jobs), desc="compiling", disable=not progress):
+                jobs[job](job.result())
+
+    def dispatch(self, batch: Batch) -> Sampled | None:
+        """Start one step; returns at once with arrays still being computed, or None if no row samples.
+
+        Replaces pool and history.
+        """
+        hidden, self._pool, self._history = self._step(batch.bucket)(
+            self._weights, self._pool, self._history, batch.tokens, batch.rows
+        )
+        if not batch.requests:
+            return None
+        sampled, self._history = self._sampler(len(batch.sample_slot))(
+            self._weights, self._history, hidden, batch.sampling, batch.sample_slot, batch.sample_length
+        )
+        return sampled
+
+    def read(self, sampled: Sampled) -> Sampled:
+        """Wait for a step and bring its results to the host as numpy arrays: the one read-back of an iteration."""
+        return jax.device_get(sampled)
+
+    def convert(self, tables: Sequence[BlockTable]) -> None:
+        """Compute keys and values for tables that have just become KV; keys sit where hidden vectors were."""
+        if self._convert is None:
+            self._convert = self._compile_convert(self.num_blocks)
+        first = [block for table in tables for block in table.first]
+        second = [block for table in tables for block in table.second]
+        size = self._convert_pages
+        for at in range(0, len(first), size):
+            blocks = np.full((2, size), self.num_blocks, np.int32)
+            part = slice(at, at + size)
+            blocks[0, : len(first[part])] = first[part]
+            blocks[1, : len(second[part])] = second[part]
+            self._pool = self._convert(self._weights, self._pool, blocks[0], blocks[1])
+
+    def _step(self, bucket: Bucket) -> Any:
+        if bucket not in self._steps:
+            self._steps[bucket] = self._compile_step(bucket, self.num_blocks)
+        return self._steps[bucket]
+
+    def _sampler(self, size: int) -> Any:
+        if size not in self._samplers:
+            self._samplers[size] = self._compile_sampler(size)
+        return self._samplers[size]
+
+    @property
+    def _convert_pages(self) -> int:
+        return max(CONVERT_TOKENS // self.shapes.block_size, 1)
+
+    def _model(self, weights: list[jax.Array]) -> OPT:
+        return nnx.merge(self._graphdef, jax.tree.unflatten(self._weights_tree, weights))
+
+    def _compile_step(self, bucket: Bucket, num_blocks: int) -> Any:
+        T, R = bucket.tokens, bucket.rows
+
+        def step(weights, pool, history, tokens, rows):  # type: ignore[no-untyped-def]
+            return run_step(
+                self._model(weights), self.shapes.kinds, num_blocks, bucket.decode_only, self.buckets.max_rows,
+                pool, history, tokens, rows,
+            )  # fmt: skip
+
+        tokens = Tokens(*(_abstract((T,), dtype) for dtype in (np.int32, np.bool_, np.int32, np.int32)))
+        number, flag = _abstract((R,), np.int32), _abstract((R,), np.bool_)
+        table = _abstract((R, self.shapes.table_pages), np.int32)
+        rows = Rows(number, number, number, number, flag, table, table)
+        name = f"step {bucket} {num_blocks}"
+        pool, history = self._abstract_pool(num_blocks), self._abstract_history()
+        return self._compile(name, step, pool, history, tokens, rows, donate=(1, 2))
+
+    def _compile_sampler(self, size: int) -> Any:
+        def sampler(weights, history, hidden, sampling, slot, length):  # type: ignore[no-untyped-def]
+            return run_sampling(self._model(weights), history, hidden, sampling, slot, length)
+
+        sampling = Sampling(*(_abstract((size, *a.shape[1:]), a.dtype) for a in empty_sampling(1)))
+        hidden = _abstract((self.buckets.max_rows, self.model_config.word_embed_proj_dim), self.dtype)
+        number = _abstract((size,), np.int32)
+        return self._compile(
+            "sampler", sampler, self._abstract_history(), hidden, sampling, number, number, donate=(1,)
+        )
+
+    def _compile_convert(self, num_blocks: int) -> Any:
+        def convert(weights, pool, hidden_blocks, value_blocks):  # type: ignore[no-untyped-def]
+            return convert_blocks(self._model(weights), pool, hidden_blocks, value_blocks, num_blocks)
+
+        blocks = _abstract((self._convert_pages,), np.int32)
+        return self._compile(
+            f"convert {num_blocks}", convert, self._abstract_pool(num_blocks), blocks, blocks, donate=(1,)
+        )
+
+    def _compile(self, name: str, function: Any, *args: Any, donate: tuple[int, ...]) -> Any:
+        """Compile `function(weights, *args)`, or take it from the store; `name` holds every static argument."""
+        weights = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding) for leaf in self._weights]
+        precision = "highest" if self.dtype == jnp.float32 else None
+
+        def compile_program() -> Any:
+            with jax.default_matmul_precision(precision):
+                return jax.jit(function, donate_argnums=donate).lower(weights, *args).compile()
+
+        shapes = (weights, jax.tree.map(lambda leaf: (leaf.shape, str(leaf.dtype)), args), donate, precision)
+        return self._store.get(repr((name, self.model_config, self.shapes, shapes)), compile_program)
+
+    def _abstract_pool(self, num_blocks: int) -> jax.ShapeDtypeStruct:
+        return _abstract(pool_shape(self.model_config, num_blocks, self.shapes.block_size), self.dtype)
+
+    def _abstract_history(self) -> jax.ShapeDtypeStruct:
+        return _abstract((self.shapes.num_slots, self.shapes.max_model_len), np.int32)
+
+
+def run_step(
+    model: OPT,
+    kinds: Kinds,
+    num_blocks: int,
+    decode_only: bool,
+    max_rows: int,
+    pool: jax.Array,
+    history: jax.Array,
+    tokens: Tokens,
+    rows: Rows,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """One iteration of the model: tokens in, cache written. Pure; jitted by `Runner`.
+
+    Returns:
+        Hidden states `[max_rows, E]` after each row's last token (padded, so that sampling has one input shape),
+        the pool, and the history with this step's tokens.
+    """
+    slot = jnp.append(rows.slot, history.shape[0])[tokens.row]  # out of range for padding tokens
+    ids = jnp.where(tokens.on_device, history[jnp.minimum(slot, history.shape[0] - 1), tokens.position], tokens.ids)
+    history = history.at[slot, tokens.position].set(ids, mode="drop")
+    attend = paged_attention(tokens, rows, kinds, num_blocks, decode_only=decode_only)
+    hidden, pool = model(ids, tokens.position, attend, pool)
+    last = hidden if decode_only else hidden[rows.last]
+    return jnp.pad(last, ((0, max_rows - last.shape[0]), (0, 0))), pool, history
+
+
+def run_sampling(
+    model: OPT, history: jax.Array, hidden: jax.Array, sampling: Sampling, slot: jax.Array, length: jax.Array
+) -> tuple[Sampled, jax.Array]:
+    """Sample after the first rows of `hidden`, as many as `slot` has. Pure; jitted by `Runner`.
+
+    Args:
+        slot: int32 `[R]`, out of range for padding rows.
+        length: int32 `[R]`, tokens before the one to sample.
+
+    Returns:
+        What was sampled, and the history with it.
+    """
+    known = history[jnp.minimum(slot, history.shape[0] - 1)]
+    sampled = sample(model.logits(hidden[: slot.shape[0]]), known, length, sampling)
+    return sampled, history.at[slot, length].set(sampled.token, mode="drop")
+
+
+def temporary_bytes(program: Any) -> int:
+    """Bytes of temporaries of a compiled program; 0 where the backend does not say."""
+    analysis = program.memory_analysis()
+    return 0 if analysis is None else int(analysis.temp_size_in_bytes)
+
+
+def pages_multiple(block_size: int) -> int:
+    """Tables are padded to a multiple of this many pages, so that every chunk lies inside."""
+    return max(attention.CHUNK_TOKENS // block_size, 1)
+
+
+def _abstract(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, dtype)

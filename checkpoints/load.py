@@ -1,0 +1,132 @@
+"""Loads a model from wherever and in whatever format it is: the one entry for the engine and the server."""
+
+import dataclasses
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+from apt_jax.config import ModelConfig
+from apt_jax.opt import OPT
+from checkpoints.assemble import assemble
+from checkpoints.dummy import random_parameters
+from checkpoints.errors import CheckpointError, first_line
+from checkpoints.fingerprint import dummy_fingerprint, files_fingerprint
+from checkpoints.inventory import take_inventory
+from checkpoints.manifest import Manifest
+from checkpoints.orbax_store import restore_weights
+from checkpoints.placement import Shardings, platform_of, serving_dtype
+from checkpoints.skeleton import Skeleton
+from checkpoints.source import resolve
+from checkpoints.weight_files import ORBAX_WEIGHTS, LoadFormat, choose_format, find_weight_files
+
+
+@dataclasses.dataclass(frozen=True)
+class Loaded:
+    """A model ready to serve, and what it was made from."""
+
+    config: ModelConfig
+    model: OPT
+    folder: Path  # holds config.json, and the tokenizer if there is one
+    fingerprint: str  # `weights:`, `files:` or `dummy:` and a hash, see `checkpoints.fingerprint`
+    dtype: np.dtype
+    load_format: LoadFormat  # never AUTO
+    weight_bytes: int  # of all parameters at `dtype`, on all devices together if nothing is replicated
+    load_seconds: float
+
+
+def load_model(
+    model: str | None,
+    *,
+    load_format: str = "auto",
+    dtype: str = "auto",
+    revision: str | None = None,
+    seed: int = 0,
+    shardings: Shardings = None,
+) -> Loaded:
+    """Load `model`: a hub id, a Hugging Face folder, a converted folder, or None for the bundled demo.
+
+    `dtype` is "auto" or a name, see `placement.serving_dtype`. `seed` is for `load_format="dummy"`, which needs
+    nothing but config.json. A progress bar is shown on a terminal.
+
+    Raises:
+        CheckpointError: a file or key is missing, extra, truncated, corrupt or of the wrong shape, or the config
+            is not supported; the message names it.
+    """
+    started = time.perf_counter()
+    requested = parse_format(load_format)
+    folder = resolve(model, revision=revision, load_format=requested)
+    config = read_config(folder)
+    chosen = choose_format([path.name for path in folder.iterdir()], requested, str(folder))
+    skeleton = Skeleton.of(config, serving_dtype(dtype, config, platform_of(shardings)))
+    parameters, fingerprint = read_parameters(folder, config, skeleton, chosen, seed=seed, shardings=shardings)
+    return Loaded(
+        config=config,
+        model=skeleton.fill(parameters),
+        folder=folder,
+        fingerprint=fingerprint,
+        dtype=skeleton.dtype,
+        load_format=chosen,
+        weight_bytes=skeleton.nbytes,
+        load_seconds=time.perf_counter() - started,
+    )
+
+
+def read_parameters(
+    folder: Path,
+    config: ModelConfig,
+    skeleton: Skeleton,
+    load_format: LoadFormat,
+    *,
+    seed: int = 0,
+    shardings: Shardings = None,
+) -> tuple[dict[tuple[str, ...], jax.Array], str]:
+    """Read the parameters of `skeleton` (NNX path to array) from `folder`; also a fingerprint of them.
+
+    Raises:
+        CheckpointError: see `load_model`.
+    """
+    if load_format is LoadFormat.DUMMY:
+        fingerprint = dummy_fingerprint(config, skeleton.dtype, seed)
+        return random_parameters(skeleton, seed, shardings), fingerprint
+    if load_format is LoadFormat.ORBAX:
+        manifest = Manifest.read(folder)
+        with _progress(skeleton.nbytes) as bar:
+            return restore_weights(folder / ORBAX_WEIGHTS, skeleton, shardings, bar.update), manifest.fingerprint
+    files = find_weight_files(folder, load_format)
+    inventory = take_inventory(config, files)
+    with _progress(sum(tensor.nbytes for tensor in inventory.values())) as bar:
+        parameters = assemble(config, inventory, skeleton.dtype, shardings, bar.update)
+    return parameters, files_fingerprint(config, files.paths)
+
+
+def read_config(folder: Path) -> ModelConfig:
+    """Read `config.json` of `folder`.
+
+    Raises:
+        CheckpointError: there is none, or it asks for something that is not supported.
+    """
+    try:
+        return ModelConfig.from_folder(folder)
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{folder / 'config.json'} is missing; {folder} is no model folder") from error
+    except ValueError as error:
+        raise CheckpointError(first_line(error)) from error
+
+
+def parse_format(name: str) -> LoadFormat:
+    """The format named `name`.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    try:
+        return LoadFormat(name)
+    except ValueError as error:
+        raise CheckpointError(f"load_format={name!r} is not one of {', '.join(LoadFormat)}") from error
+
+
+def _progress(total_bytes: int) -> tqdm:
+    return tqdm(total=total_bytes, desc="Loading weights", unit="B", unit_scale=True, disable=None)

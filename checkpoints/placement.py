@@ -1,0 +1,60 @@
+"""Serving dtype and the devices that parameters go to."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+from apt_jax.config import ModelConfig
+from checkpoints.errors import CheckpointError
+from checkpoints.stored_tensor import FLOATING
+
+type Shardings = jax.sharding.Sharding | Callable[[tuple[str, ...], tuple[int, ...]], jax.sharding.Sharding] | None
+"""One sharding for all parameters, a function of (NNX path, shape), or None for the default device."""
+
+_DTYPES = {"float32": "float32", "float": "float32", "float16": "float16", "half": "float16", "bfloat16": "bfloat16"}
+
+
+def sharding_of(shardings: Shardings, path: tuple[str, ...], shape: tuple[int, ...]) -> jax.sharding.Sharding:
+    """The sharding of the parameter at `path` with `shape`."""
+    if shardings is None:
+        device = jax.config.jax_default_device  # may be a platform's name
+        return jax.sharding.SingleDeviceSharding(device if isinstance(device, jax.Device) else jax.local_devices()[0])
+    return shardings if isinstance(shardings, jax.sharding.Sharding) else shardings(path, shape)
+
+
+def platform_of(shardings: Shardings) -> str:
+    """Platform of the devices that the parameters go to: "cpu", "gpu" or "tpu"."""
+    device: Any = next(iter(sharding_of(shardings, ("embed_positions", "embedding"), (1, 1)).device_set))
+    return device.platform
+
+
+def serving_dtype(requested: str, config: ModelConfig, platform: str) -> np.dtype:
+    """Numbers that the weights are held in: what is asked for, or for "auto" what suits the platform.
+
+    "auto" is the checkpoint's own dtype, but float32 on a CPU, whose 16-bit arithmetic is slow, and bfloat16
+    for float16 on a TPU, which has no float16.
+
+    Raises:
+        CheckpointError: `requested` is not a known name.
+    """
+    if requested == "auto":
+        own = config.checkpoint_dtype
+        if platform == "cpu":
+            return FLOATING["float32"]
+        return FLOATING["bfloat16" if platform == "tpu" and own == "float16" else own]
+    return stored_dtype(requested, config)
+
+
+def stored_dtype(requested: str | None, config: ModelConfig) -> np.dtype:
+    """Numbers that a conversion writes: what is asked for, or for None the checkpoint's own.
+
+    Raises:
+        CheckpointError: `requested` is not a known name.
+    """
+    if requested is None or requested == "auto":
+        return FLOATING[config.checkpoint_dtype]
+    if requested not in _DTYPES:
+        raise CheckpointError(f"{requested=} is no dtype that weights can have; use one of auto, {', '.join(_DTYPES)}")
+    return FLOATING[_DTYPES[requested]]

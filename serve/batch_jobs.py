@@ -1,0 +1,231 @@
+"""`apt-jax run-batch`: a file of OpenAI batch lines through the engine, to be killed and run again at any time."""
+
+import dataclasses
+import logging
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import Field, ValidationError
+from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+from apt_jax.config import EngineConfig
+from apt_jax.output import Output
+from serve.batch_file import MAX_LINE_BYTES, Line, ResultFile, count_lines, read_lines
+from serve.completions import Completion, as_bad_request
+from serve.driver import Driver
+from serve.errors import BadRequest, error_reply
+from serve.options import DEMO_NAME, LoadOptions
+from serve.protocol import Strict, first_fault, parse_completion, parse_json
+from serve.samples import Sample
+
+if TYPE_CHECKING:
+    from apt_jax.engine import Engine
+
+URL = "/v1/completions"
+
+logger = logging.getLogger("apt_jax.serve")
+
+
+class BatchLine(Strict):
+    """One line of OpenAI's batch input; `body` is checked as the body of `url`."""
+
+    custom_id: str = Field(min_length=1, max_length=512)
+    method: str
+    url: str
+    body: dict[str, Any]
+
+
+class LineError(ValueError):
+    """A line that is no request; `code` says in which way."""
+
+    def __init__(self, message: str, code: str, custom_id: str | None = None):
+        super().__init__(message)
+        self.code = code
+        self.custom_id = custom_id
+
+
+class Work:
+    """A line on its way through the engine."""
+
+    def __init__(self, line: Line, custom_id: str, completion: Completion):
+        self.line = line
+        self.custom_id = custom_id
+        self.completion = completion
+        self.ended = False
+
+
+class BatchJob:
+    """Answers the lines of `source` that `results` has not answered yet."""
+
+    def __init__(self, engine: "Engine", source: Path, results: ResultFile, model_name: str):
+        self._engine = engine
+        self._source = source
+        self._results = results
+        self._model_name = model_name
+        self._driver = Driver(engine)
+        self._work: dict[str, Work] = {}  # by engine request id
+        self._first_line: dict[str, int] = {}  # by custom_id
+        self.counts: Counter[str] = Counter()  # lines "answered" and "failed" in this run, and "tokens"
+
+    def run(self, bar: tqdm) -> None:
+        """Answer every line; `bar` counts them.
+
+        Raises:
+            ValueError: `results` is of another input.
+        """
+        began = time.monotonic()
+        for sample, output in self._driver.run(self._samples(bar)):
+            work = self._work[sample.request_id]
+            if isinstance(output, ValueError):
+                self._refuse(work, as_bad_request(output, work.completion.body))
+            else:
+                self._take(work, sample, output)
+                self.counts["tokens"] += len(output.token_ids)
+            if work.ended:
+                rate = self.counts["tokens"] / max(time.monotonic() - began, 1e-9)
+                bar.set_postfix_str(f"{rate:.0f} tokens/s", refresh=False)
+                bar.update()
+
+    def _samples(self, bar: tqdm) -> Iterator[Sample]:
+        """The samples of the lines still to be answered; lines that are no requests are answered here."""
+        for line in read_lines(self._source):
+            custom_id = None
+            try:
+                request = parse_line(line)
+                custom_id = request.custom_id
+                self._check_unique(line, custom_id)
+                if self._results.is_done(line):
+                    continue
+                work = self._prepare(line, request)
+            except LineError as error:
+                if not self._results.is_done(line):
+                    self._write(line, error.custom_id, None, {"code": error.code, "message": str(error)})
+                    bar.update()
+                continue
+            except BadRequest as error:
+                self._reply(line, custom_id, f"cmpl-{line.result_id}", error)
+                bar.update()
+                continue
+            for sample in work.completion.samples:
+                if not work.ended:  # it ends early if a sample before is refused
+                    self._work[sample.request_id] = work
+                    yield sample
+
+    def _check_unique(self, line: Line, custom_id: str) -> None:
+        first = self._first_line.setdefault(custom_id, line.number)
+        if first != line.number:
+            raise LineError(
+                f"custom_id {custom_id!r} is already that of line {first}", "duplicate_custom_id", custom_id
+            )
+
+    def _prepare(self, line: Line, request: BatchLine) -> Work:
+        """Raises BadRequest: the body is not valid here."""
+        body = parse_completion(request.body)
+        if body.stream:
+            raise BadRequest("stream is not possible in a batch; leave it out", "stream")
+        completion = Completion.prepare(
+            body, self._engine, request_id=f"cmpl-{line.result_id}", model_name=self._model_name
+        )
+        return Work(line, request.custom_id, completion)
+
+    def _take(self, work: Work, sample: Sample, output: Output) -> None:
+        try:
+            work.completion.collect(sample, output)
+        except Exception as error:
+            self._refuse(work, error)
+            return
+        if output.finish_reason is not None:
+            del self._work[sample.request_id]
+        if work.completion.is_finished:
+            work.ended = True
+            reply = {
+                "status_code": 200,
+                "request_id": work.completion.request_id,
+                "body": work.completion.response(),
+            }
+            self._write(work.line, work.custom_id, reply, None)
+
+    def _refuse(self, work: Work, error: Exception) -> None:
+        """End a line with an error and give up its other samples."""
+        work.ended = True
+        for sample in work.completion.samples:
+            self._driver.abort(sample.request_id)
+            self._work.pop(sample.request_id, None)
+        self._reply(work.line, work.custom_id, work.completion.request_id, error)
+
+    def _reply(self, line: Line, custom_id: str | None, request_id: str, error: Exception) -> None:
+        status, body, _ = error_reply(error)
+        if status >= 500:
+            logger.error("line %d: %s", line.number, error, exc_info=error)
+        self._write(line, custom_id, {"status_code": status, "request_id": request_id, "body": body}, None)
+
+    def _write(self, line: Line, custom_id: str | None, response: Any, error: Any) -> None:
+        self._results.write(line, custom_id, response, error)
+        good = error is None and response["status_code"] == 200
+        self.counts["answered" if good else "failed"] += 1
+
+
+def parse_line(line: Line) -> BatchLine:
+    """Read a line.
+
+    Raises:
+        LineError: it is no request that can be answered here.
+    """
+    if line.data is None:
+        raise LineError(f"the line is longer than {MAX_LINE_BYTES} bytes", "line_too_long")
+    try:
+        value = parse_json(line.data, "the line")
+    except BadRequest as error:
+        raise LineError(str(error), "invalid_json") from error
+    if not isinstance(value, dict):
+        raise LineError("the line is not a JSON object", "invalid_line")
+    custom_id = value.get("custom_id")
+    known_id = custom_id if isinstance(custom_id, str) else None
+    try:
+        request = BatchLine.model_validate(value)
+    except ValidationError as error:
+        raise LineError(str(first_fault(error, BatchLine)), "invalid_line", known_id) from error
+    if (request.method, request.url) != ("POST", URL):
+        raise LineError(
+            f"{request.method} {request.url} cannot be answered in a batch; POST {URL} can", "unsupported_url", known_id
+        )
+    return request
+
+
+def run_batch(
+    source: Path, output: Path, model: str | None, model_name: str | None, load: LoadOptions, config: EngineConfig
+) -> int:
+    """Answer `source` into `output`, which may hold results already; returns the exit code.
+
+    The model is only loaded if a line is left to answer. Lines that cannot be answered do not fail the job.
+
+    Raises:
+        ValueError, OSError: files or model cannot be used; one sentence.
+    """
+    if output.exists() and output.samefile(source):
+        raise ValueError(f"{source} is both input and output; choose another output")
+    total = count_lines(source)
+    with ResultFile(output) as results:
+        done = results.num_done
+        if all(results.is_done(line) for line in read_lines(source)):
+            logger.info("all %d lines of %s are answered in %s", total, source, output)
+            return 0
+        if done:
+            logger.info("%d of %d lines are answered in %s, going on with the others", done, total, output)
+        from serve.build import build_engine  # imports jax, which takes seconds
+
+        engine = build_engine(model, engine_config=config, **dataclasses.asdict(load))
+        engine.warm_up(progress=True)
+        job = BatchJob(engine, source, results, model_name or model or DEMO_NAME)
+        with logging_redirect_tqdm(), tqdm(total=total, initial=done, desc=source.name, unit="line") as bar:
+            job.run(bar)
+        logger.info(
+            "%d lines answered and %d refused in this run, %d tokens; results in %s",
+            *(job.counts["answered"], job.counts["failed"], job.counts["tokens"]),
+            output,
+        )
+    return 0

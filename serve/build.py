@@ -1,0 +1,52 @@
+"""From a model's name to an engine: compile cache, checkpoint, tokenizer, engine, in that order."""
+
+import logging
+from pathlib import Path
+
+from apt_jax.config import EngineConfig
+from apt_jax.engine import Engine
+from apt_jax.tokenizer import Tokenizer
+from checkpoints.load import load_model
+from checkpoints.source import resolve
+from checkpoints.weight_files import LoadFormat
+from serve.compile_cache import use_compile_cache
+
+logger = logging.getLogger("apt_jax.serve")
+
+
+def build_engine(
+    model: str | None,
+    *,
+    engine_config: EngineConfig,
+    load_format: str = "auto",
+    tokenizer: str | None = None,
+    revision: str | None = None,
+) -> Engine:
+    """Load a model (None: the bundled demo) and its tokenizer and put an engine around them; compiles nothing.
+
+    A model folder without a tokenizer gives an engine that takes token ids only.
+
+    Raises:
+        ValueError: what was named cannot be loaded, or does not fit; one sentence with the file, value or flag.
+    """
+    use_compile_cache(engine_config.compilation_cache_dir)
+    loaded = load_model(
+        model, load_format=load_format, dtype=engine_config.dtype, revision=revision, seed=engine_config.seed
+    )
+    logger.info("%s: %s weights from %s", model or "demo model", loaded.dtype.name, loaded.folder)
+    return Engine(loaded.model, loaded.config, engine_config, load_tokenizer(loaded.folder, tokenizer, revision))
+
+
+def load_tokenizer(folder: Path, name: str | None, revision: str | None) -> Tokenizer | None:
+    """The tokenizer called `name` (folder or hub id), else the one in the model's `folder`; None if there is none.
+
+    Raises:
+        ValueError: `name` has no tokenizer, or the files are damaged.
+    """
+    if name is not None:
+        return Tokenizer.from_folder(resolve(name, revision=revision, load_format=LoadFormat.DUMMY))
+    try:
+        return Tokenizer.from_folder(folder)
+    except FileNotFoundError:
+        logger.warning("%s has no tokenizer: prompts must be token ids, and no text comes back", folder)
+        return None

@@ -1,0 +1,113 @@
+"""The `apt-jax` command. Flags are generated from dataclass fields; jax is imported only when a command needs it."""
+
+import logging
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+from tyro.conf import OmitArgPrefixes, OmitSubcommandPrefixes, Positional, arg, subcommand
+
+from apt_jax.config import EngineConfig
+from serve.options import LoadOptions, ServerOptions
+
+Model = Positional[Annotated[str | None, arg(metavar="[MODEL]")]]
+
+
+@dataclass(frozen=True)
+class Serve:
+    """Serve a model over HTTP with OpenAI's completions API."""
+
+    model: Model = None
+    """Hub id, Hugging Face folder or converted folder; none is the bundled demo model."""
+    server: OmitArgPrefixes[ServerOptions] = field(default_factory=ServerOptions)
+    load: OmitArgPrefixes[LoadOptions] = field(default_factory=LoadOptions)
+    engine: OmitArgPrefixes[EngineConfig] = field(default_factory=EngineConfig)
+
+    def run(self) -> int:
+        """Serve until told to stop."""
+        from serve.server import serve
+
+        return serve(self.model, self.load, self.server, self.engine)
+
+
+@dataclass(frozen=True)
+class RunBatch:
+    """Answer a file of OpenAI batch lines; run it again to go on where it was stopped."""
+
+    input: Annotated[Path, arg(aliases=["-i"])]
+    """File of requests, one JSON object a line: custom_id, method, url, body."""
+    output: Annotated[Path, arg(aliases=["-o"])]
+    """File of results, in order of completion; lines already in it are not done again."""
+    model: Model = None
+    """Hub id, Hugging Face folder or converted folder; none is the bundled demo model."""
+    served_model_name: str | None = None
+    """Name that the lines call the model by; default: MODEL as given."""
+    load: OmitArgPrefixes[LoadOptions] = field(default_factory=LoadOptions)
+    engine: OmitArgPrefixes[EngineConfig] = field(default_factory=EngineConfig)
+
+    def run(self) -> int:
+        """Answer what is unanswered."""
+        from serve.batch_jobs import run_batch
+
+        return run_batch(self.input, self.output, self.model, self.served_model_name, self.load, self.engine)
+
+
+@dataclass(frozen=True)
+class Convert:
+    """Write a checkpoint as an Orbax one, which loads straight to the device."""
+
+    source: Positional[Annotated[str, arg(metavar="SRC")]]
+    """Hub id or Hugging Face folder."""
+    destination: Positional[Annotated[Path, arg(metavar="DST")]]
+    """New folder."""
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """Number type to store; default: the checkpoint's own."""
+    load_format: Literal["auto", "safetensors", "pt", "flax", "orbax", "dummy"] = "auto"
+    """Format of SOURCE; auto takes the best there is."""
+    revision: str | None = None
+    """Branch, tag or commit on the hub."""
+
+    def run(self) -> int:
+        """Convert."""
+        from checkpoints.convert import convert
+
+        done = convert(
+            self.source, self.destination, dtype=self.dtype, load_format=self.load_format, revision=self.revision
+        )
+        print(f"wrote {done.folder} ({done.weight_bytes:,} bytes of {done.dtype.name} weights, {done.fingerprint})")
+        return 0
+
+
+Command = (
+    Annotated[Serve, subcommand("serve")]
+    | Annotated[RunBatch, subcommand("run-batch")]
+    | Annotated[Convert, subcommand("convert")]
+)
+
+
+@dataclass(frozen=True)
+class AptJax:
+    """Serve OPT language models in JAX, with a hybrid cache of KV pairs and hidden vectors."""
+
+    command: OmitSubcommandPrefixes[Command]
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line; exits with 0, 1 (it failed), 2 (wrong usage) or 130 (interrupted)."""
+    command = tyro.cli(AptJax, prog="apt-jax", args=arguments).command
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    logging.getLogger("httpx").setLevel(logging.WARNING)  # the hub client's requests
+    try:
+        code = command.run()
+    except KeyboardInterrupt:
+        code = 130
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        code = 1
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,66 @@
+"""Errors as a client sees them: OpenAI's shape, and the one table from exception to HTTP status."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from apt_jax.output import QueueFull
+
+RETRY_AFTER_S = 1
+
+
+class BadRequest(ValueError):
+    """The client's request cannot be served as it is; `param` names the field at fault."""
+
+    def __init__(self, message: str, param: str | None = None):
+        super().__init__(message)
+        self.param = param
+
+
+class ModelNotFound(BadRequest):
+    """The request names a model that is not served here."""
+
+
+class BodyTooLarge(BadRequest):
+    """The request's body is longer than the server reads."""
+
+
+class NotReady(RuntimeError):
+    """The model is still loading or being compiled, or the server is stopping."""
+
+
+class EngineFailure(RuntimeError):
+    """The engine failed while it worked on the request."""
+
+
+@dataclass(frozen=True)
+class ErrorReply:
+    """Status and `error` object of an HTTP error reply."""
+
+    status: int
+    type: str
+    code: str | None
+    retry_after_s: int | None = None
+
+
+ERROR_REPLIES: tuple[tuple[type[Exception], ErrorReply], ...] = (
+    (ModelNotFound, ErrorReply(404, "invalid_request_error", "model_not_found")),
+    (BodyTooLarge, ErrorReply(413, "invalid_request_error", "body_too_large")),
+    (BadRequest, ErrorReply(400, "invalid_request_error", None)),
+    (QueueFull, ErrorReply(503, "server_error", "queue_full", RETRY_AFTER_S)),
+    (NotReady, ErrorReply(503, "server_error", "not_ready", RETRY_AFTER_S)),
+    (EngineFailure, ErrorReply(500, "server_error", "engine_failure")),
+)
+UNFORESEEN = ErrorReply(500, "server_error", "internal_error")
+
+
+def error_reply(error: Exception) -> tuple[int, dict[str, Any], dict[str, str]]:
+    """Status, JSON body in OpenAI's shape, and headers for an exception; unforeseen ones keep their text to the log."""
+    reply = next((reply for kind, reply in ERROR_REPLIES if isinstance(error, kind)), UNFORESEEN)
+    message = "the server failed on this request; its log has the details" if reply is UNFORESEEN else str(error)
+    headers = {} if reply.retry_after_s is None else {"retry-after": str(reply.retry_after_s)}
+    return reply.status, error_body(message, reply.type, getattr(error, "param", None), reply.code), headers
+
+
+def error_body(message: str, kind: str, param: str | None = None, code: str | None = None) -> dict[str, Any]:
+    """`{"error": {message, type, param, code}}`."""
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}

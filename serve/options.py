@@ -1,0 +1,39 @@
+"""Options that are flags of the command line; those of the engine itself are `EngineConfig`'s fields."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+DEMO_NAME = "apt-jax-demo"  # of the bundled model in the API
+DEFAULT_MAX_BODY_BYTES = 4 * 2**20
+
+
+@dataclass(frozen=True)
+class LoadOptions:
+    """Where the model's parts come from; also keywords of `LLM`."""
+
+    tokenizer: str | None = None
+    """Folder or hub id of the tokenizer; default: the model's own."""
+    revision: str | None = None
+    """Branch, tag or commit on the hub."""
+    load_format: Literal["auto", "safetensors", "pt", "flax", "orbax", "dummy"] = "auto"
+    """Format of the weights; auto takes the best there is, dummy makes random weights from config.json alone."""
+
+
+@dataclass(frozen=True)
+class ServerOptions:
+    """How the server is reached."""
+
+    host: str = "127.0.0.1"
+    """Address to listen on; 0.0.0.0 is every IPv4 interface."""
+    port: int = 8000
+    """Port to listen on; 0 takes a free one."""
+    served_model_name: str | None = None
+    """Name of the model in the API; default: MODEL as given."""
+    max_body_bytes: int = DEFAULT_MAX_BODY_BYTES
+    """Longest request body; longer ones get 413."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.port <= 65535:
+            raise ValueError(f"port={self.port} must be between 0 and 65535")
+        if self.max_body_bytes < 1:
+            raise ValueError(f"max_body_bytes={self.max_body_bytes} must be at least 1")

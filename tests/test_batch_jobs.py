@@ -1,0 +1,233 @@
+"""Batch jobs over the fake engine: what lines bring, and going on after any kind of stop."""
+
+import io
+import json
+import logging
+
+import pytest
+from fake_engine import CharTokenizer, FakeEngine
+from tqdm import tqdm
+
+from serve.batch_file import MAX_LINE_BYTES, ResultFile, count_lines, read_lines
+from serve.batch_jobs import BatchJob, run_batch
+from serve.options import LoadOptions
+
+
+def line(custom_id, body=None, **changes):
+    body = {"prompt": "a", "max_tokens": 2} if body is None else body
+    return json.dumps({"custom_id": custom_id, "method": "POST", "url": "/v1/completions", "body": body, **changes})
+
+
+def write(path, *lines):
+    path.write_text("".join(f"{text}\n" for text in lines), encoding="utf-8")
+    return path
+
+
+def answer(source, output, engine=None):
+    """Run a job; returns its results by line number."""
+    engine = engine or FakeEngine(tokenizer=CharTokenizer())
+    with ResultFile(output) as results, tqdm(total=count_lines(source), file=io.StringIO()) as bar:
+        bar.update(results.num_done)
+        BatchJob(engine, source, results, "tiny").run(bar)
+        assert bar.n == bar.total
+    assert engine.is_idle
+    return results_of(output)
+
+
+def results_of(output):
+    found = {}
+    for text in output.read_text(encoding="utf-8").splitlines():
+        result = json.loads(text)
+        assert set(result) == {"id", "custom_id", "response", "error"}
+        number = int(result["id"].split("_")[2])
+        assert number not in found, "a line is answered twice"
+        found[number] = result
+    return found
+
+
+def test_lines_are_answered_in_openai_s_shape(tmp_path):
+    source = write(tmp_path / "in.jsonl", line("one"), line("two", {"prompt": ["x", "b"], "n": 2, "max_tokens": 1}))
+    results = answer(source, tmp_path / "out.jsonl")
+    first, second = results[1], results[2]
+    assert first["custom_id"] == "one" and first["error"] is None and first["response"]["status_code"] == 200
+    body = first["response"]["body"]
+    assert body["object"] == "text_completion" and body["choices"][0]["text"] == "bc"
+    assert body["usage"] == {"prompt_tokens": 2, "completion_tokens": 2, "total_tokens": 4}
+    assert body["id"] == first["response"]["request_id"]
+    assert [c["text"] for c in second["response"]["body"]["choices"]] == ["y", "y", "c", "c"]
+
+
+@pytest.mark.parametrize(
+    ("text", "custom_id", "code", "sentence"),
+    [
+        ("{", None, "invalid_json", "the line is not valid JSON"),
+        ("[]", None, "invalid_line", "the line is not a JSON object"),
+        ("{}", None, "invalid_line", "field custom_id is missing"),
+        (line(""), "", "invalid_line", "custom_id"),
+        (line(3), None, "invalid_line", "custom_id=3: input should be a valid string"),
+        (line("x", method="GET"), "x", "unsupported_url", "GET /v1/completions cannot be answered in a batch"),
+        (line("x", url="/v1/embeddings"), "x", "unsupported_url", "POST /v1/completions can"),
+        (line("x", extra=1), "x", "invalid_line", 'unknown field "extra"'),
+        (line("x", "not an object"), "x", "invalid_line", "body="),
+        (line("ok"), "ok", "duplicate_custom_id", "custom_id 'ok' is already that of line 1"),
+        ("x" * (MAX_LINE_BYTES + 1), None, "line_too_long", "the line is longer than"),
+    ],
+)
+def test_a_line_that_is_no_request_becomes_an_error_line(tmp_path, text, custom_id, code, sentence):
+    source = write(tmp_path / "in.jsonl", line("ok"), text, line("last"))
+    results = answer(source, tmp_path / "out.jsonl")
+    assert [results[n]["response"]["status_code"] for n in (1, 3)] == [200, 200]
+    assert results[2]["custom_id"] == custom_id and results[2]["response"] is None
+    assert results[2]["error"]["code"] == code and sentence in results[2]["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "sentence"),
+    [
+        ({"prompt": ""}, 400, "prompt is empty"),
+        ({"prompt": "a", "temprature": 1}, 400, "did you mean temperature?"),
+        ({"prompt": "a", "stream": True}, 400, "stream is not possible in a batch"),
+        ({"prompt": "a", "model": "gpt-4"}, 404, "use 'tiny'"),
+        ({"prompt": [[97], [999], [98]], "n": 3}, 400, "token id 999"),
+        ({"prompt": [97] * 200}, 400, "the context holds 128"),
+    ],
+)
+def test_a_body_that_cannot_be_served_gets_the_reply_that_http_would_give(tmp_path, body, status, sentence):
+    source = write(tmp_path / "in.jsonl", line("bad", body), line("good"))
+    results = answer(source, tmp_path / "out.jsonl")
+    response = results[1]["response"]
+    assert results[1]["custom_id"] == "bad" and results[1]["error"] is None
+    assert response["status_code"] == status and sentence in response["body"]["error"]["message"]
+    assert results[2]["response"]["body"]["choices"][0]["text"] == "bc"
+
+
+def test_blank_lines_are_no_lines(tmp_path):
+    source = write(tmp_path / "in.jsonl", "", line("a"), "  ", line("b"))
+    assert count_lines(source) == 2
+    assert sorted(answer(source, tmp_path / "out.jsonl")) == [2, 4]
+
+
+def test_more_lines_than_the_queue_holds_all_get_answers(tmp_path):
+    engine = FakeEngine(tokenizer=CharTokenizer())
+    most = 0
+    add = engine.add
+
+    def counting_add(*args, **options):
+        nonlocal most
+        request = add(*args, **options)
+        most = max(most, engine.state.num_unfinished)
+        return request
+
+    engine.add = counting_add
+    source = write(tmp_path / "in.jsonl", *(line(f"r{i}") for i in range(100)))
+    assert len(answer(source, tmp_path / "out.jsonl", engine)) == 100
+    assert most == 2 * engine.state.limits.max_num_seqs, "running and waiting are full, and no more"
+
+
+class Killed(BaseException):
+    """Stands for the end of the process."""
+
+
+@pytest.mark.parametrize("steps", [0, 1, 3, 7])
+@pytest.mark.parametrize("torn", [b"", b'{"id": "batch_req_5_', b"{}"])
+def test_a_job_goes_on_where_it_was_killed(tmp_path, steps, torn):
+    lines = [line(f"r{i}", {"prompt": "a", "max_tokens": 1 + i % 5, "n": 1 + i % 2}) for i in range(12)]
+    lines[3] = "not json"
+    lines[8] = lines[7]
+    source, output = write(tmp_path / "in.jsonl", *lines), tmp_path / "out.jsonl"
+    engine = FakeEngine(tokenizer=CharTokenizer())
+    step = engine.step
+    engine.step = lambda: step() if engine.num_steps < steps else (_ for _ in ()).throw(Killed)
+    with pytest.raises(Killed):
+        answer(source, output, engine)
+    before = output.read_bytes()
+    output.write_bytes(before + torn)
+    results = answer(source, output)
+    assert output.read_bytes().startswith(before)
+    assert sorted(results) == list(range(1, 13))
+    for number, result in results.items():
+        i = number - 1
+        if i == 3:
+            assert result["error"]["code"] == "invalid_json"
+        elif i == 8:
+            assert result["error"]["code"] == "duplicate_custom_id"
+        else:
+            texts = [choice["text"] for choice in result["response"]["body"]["choices"]]
+            assert texts == ["bcdef"[: 1 + i % 5]] * (1 + i % 2)
+
+
+def test_lines_may_be_appended_to_the_input_between_runs(tmp_path):
+    source, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text(line("a"))  # without a newline
+    answer(source, output)
+    write(source, line("a"), line("b"))
+    assert [result["custom_id"] for result in answer(source, output).values()] == ["a", "b"]
+
+
+def test_results_of_another_input_are_refused(tmp_path):
+    source, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    answer(write(source, line("a"), line("b")), output)
+    before = output.read_bytes()
+    write(source, line("a"), line("c"), line("d"))
+    with pytest.raises(ValueError, match="answers another line 2 than the input has now"):
+        answer(source, output)
+    assert output.read_bytes() == before
+
+
+@pytest.mark.parametrize("text", ["hello\n", "{}\n", '{"id": "x"}\n', '{"id": 3}\n', "[]\n"])
+def test_a_file_that_is_no_result_is_refused_and_left_as_it_is(tmp_path, text):
+    output = tmp_path / "notes.txt"
+    output.write_text(text)
+    with pytest.raises(ValueError, match="line 1 is no result of a batch job"):
+        ResultFile(output)
+    assert output.read_text() == text
+
+
+def test_a_second_job_on_the_same_output_is_refused(tmp_path):
+    with ResultFile(tmp_path / "out.jsonl"), pytest.raises(ValueError, match="another run writes"):
+        ResultFile(tmp_path / "out.jsonl")
+
+
+def test_a_finished_job_does_not_load_the_model(tmp_path, caplog):
+    source, output = write(tmp_path / "in.jsonl", line("a")), tmp_path / "out.jsonl"
+    answer(source, output)
+    with caplog.at_level(logging.INFO):
+        assert run_batch(source, output, "/no/such/model", None, LoadOptions(), None) == 0
+    assert "all 1 lines" in caplog.text
+
+
+def test_input_as_output_is_refused(tmp_path):
+    source = write(tmp_path / "in.jsonl", line("a"))
+    with pytest.raises(ValueError, match="is both input and output"):
+        run_batch(source, source, None, None, LoadOptions(), None)
+
+
+def test_an_engine_failure_fails_the_line_and_the_job_goes_on(tmp_path):
+    engine = FakeEngine(tokenizer=CharTokenizer())
+    source = write(tmp_path / "in.jsonl", line("a"), line("b", {"prompt": "x", "max_tokens": 2}))
+    step = engine.step
+
+    def failing_step():
+        outputs = step()
+        return [fail(output) if output.text == "y" else output for output in outputs]
+
+    def fail(output):
+        from dataclasses import replace
+
+        from apt_jax.request import FinishReason
+
+        engine.abort(output.request.request_id)
+        return replace(output, finish_reason=FinishReason.ERROR)
+
+    engine.step = failing_step
+    results = answer(source, tmp_path / "out.jsonl", engine)
+    assert results[1]["response"]["status_code"] == 200
+    assert results[2]["response"]["status_code"] == 500
+    assert results[2]["response"]["body"]["error"]["code"] == "engine_failure"
+
+
+def test_read_lines_gives_numbers_and_whole_lines(tmp_path):
+    path = tmp_path / "x"
+    path.write_bytes(b"one\r\n\n" + b"y" * (MAX_LINE_BYTES + 3) + b"\n" + "z\u00e9".encode())
+    found = [(text.number, text.data) for text in read_lines(path)]
+    assert found == [(1, b"one"), (3, None), (4, "z\u00e9".encode())]

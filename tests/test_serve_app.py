@@ -1,0 +1,333 @@
+"""The routes, called as an ASGI application over the fake engine."""
+
+import asyncio
+import json
+from collections.abc import Callable, Coroutine
+from contextlib import asynccontextmanager
+from typing import Any
+
+import httpx
+import pytest
+from fake_engine import CharTokenizer, FakeEngine
+
+from serve.app import Service, create_app
+from serve.engine_thread import EngineStatus, EngineThread
+
+MAX_BODY_BYTES = 4096
+
+
+def run(main: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    asyncio.run(asyncio.wait_for(main(), 20))
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(10):
+        while not condition():
+            await asyncio.sleep(0.002)
+
+
+@asynccontextmanager
+async def serving(engine, *, wait=True):
+    """A client of an application around `engine`."""
+    thread = EngineThread(lambda: engine)
+    app = create_app(Service(thread, "tiny", MAX_BODY_BYTES))
+    async with app.router.lifespan_context(app):
+        if wait:
+            await until(lambda: thread.status is EngineStatus.READY)
+        transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+        try:
+            async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+                client.app = app
+                yield client
+        finally:
+            if engine.is_paced:
+                engine.allow_step(1000)
+
+
+def exchange(body: Any, engine: FakeEngine | None = None, headers: dict[str, str] | None = None) -> httpx.Response:
+    """The reply to one POST; the engine must be idle and whole afterwards."""
+    replies = []
+    engine = engine or FakeEngine(tokenizer=CharTokenizer())
+
+    async def main():
+        async with serving(engine) as client:
+            content = body if isinstance(body, bytes) else json.dumps(body)
+            replies.append(await client.post("/v1/completions", content=content, headers=headers))
+            after = await client.post("/v1/completions", json={"prompt": "a", "max_tokens": 2})
+            assert after.json()["choices"][0]["text"] == "bc", "it serves on"
+            assert engine.is_idle
+
+    run(main)
+    return replies[0]
+
+
+def test_a_completion_in_openai_s_shape():
+    reply = exchange({"model": "tiny", "prompt": "abc", "max_tokens": 4})
+    body = reply.json()
+    assert reply.status_code == 200 and body.pop("id").startswith("cmpl-") and body.pop("created") > 0
+    assert body == {
+        "object": "text_completion",
+        "model": "tiny",
+        "choices": [{"index": 0, "text": "defg", "logprobs": None, "finish_reason": "length"}],
+        "usage": {"prompt_tokens": 4, "completion_tokens": 4, "total_tokens": 8},
+    }
+
+
+def test_max_tokens_defaults_to_16():
+    assert exchange({"prompt": "A"}).json()["choices"][0]["text"] == "BCDEFGHIJKLMNOPQ"
+
+
+def test_prompts_and_samples_become_choices_in_order():
+    body = exchange({"prompt": ["a", "x"], "n": 2, "max_tokens": 2}).json()
+    assert [(c["index"], c["text"]) for c in body["choices"]] == [(0, "bc"), (1, "bc"), (2, "yz"), (3, "yz")]
+    assert body["usage"] == {"prompt_tokens": 4, "completion_tokens": 8, "total_tokens": 12}
+
+
+@pytest.mark.parametrize("prompt", [[97], [[97], [98]]])
+def test_prompts_may_be_token_ids(prompt):
+    choices = exchange({"prompt": prompt, "max_tokens": 1, "return_token_ids": True}).json()["choices"]
+    assert [(c["token_ids"], c["prompt_token_ids"]) for c in choices] == [([98], [97]), ([99], [98])][: len(choices)]
+
+
+@pytest.mark.parametrize(("prompt", "text"), [("ab", "abcd"), ([97, 98], "abcd"), (["ab", "x"], "abcd")])
+def test_echo_puts_the_prompt_first(prompt, text):
+    assert exchange({"prompt": prompt, "max_tokens": 2, "echo": True}).json()["choices"][0]["text"] == text
+
+
+def test_stop_is_reported():
+    choice = exchange({"prompt": "a", "stop_token_ids": [ord("c")]}).json()["choices"][0]
+    assert choice["finish_reason"] == "stop"
+
+
+def test_logprobs_come_in_openai_s_shape():
+    choice = exchange({"prompt": "a", "max_tokens": 2, "logprobs": 2}).json()["choices"][0]
+    assert choice["logprobs"] == {
+        "tokens": ["b", "c"],
+        "token_logprobs": [-0.5, -0.5],
+        "top_logprobs": [{"b": -0.5, "c": -1.5}, {"c": -0.5, "d": -1.5}],
+        "text_offset": [0, 1],
+    }
+
+
+def test_a_model_without_tokenizer_takes_and_returns_token_ids():
+    replies = []
+
+    async def main():
+        async with serving(FakeEngine()) as client:
+            for body in (
+                {"prompt": [7], "max_tokens": 2, "return_token_ids": True},
+                {"prompt": "text"},
+                {"prompt": [7], "stop": "x"},
+            ):
+                replies.append(await client.post("/v1/completions", json=body))
+
+    run(main)
+    assert replies[0].json()["choices"][0]["token_ids"] == [8, 9]
+    assert [r.status_code for r in replies] == [200, 400, 400]
+    assert "no tokenizer; give the prompt as token ids" in replies[1].json()["error"]["message"]
+    assert "use stop_token_ids" in replies[2].json()["error"]["message"]
+
+
+def events_of(reply: httpx.Response) -> list[Any]:
+    assert reply.headers["content-type"].startswith("text/event-stream")
+    *events, end = reply.text.removesuffix("\n\n").split("\n\n")
+    assert end == "data: [DONE]"
+    return [json.loads(event.removeprefix("data: ")) for event in events]
+
+
+def test_a_stream_brings_the_same_text_and_ends_with_usage():
+    body = {"prompt": ["a", "x"], "n": 2, "max_tokens": 2, "stream": True, "stream_options": {"include_usage": True}}
+    *chunks, last = events_of(exchange(body))
+    texts, reasons = ["", "", "", ""], {}
+    for chunk in chunks:
+        (choice,) = chunk["choices"]
+        texts[choice["index"]] += choice["text"]
+        assert chunk["usage"] is None and chunk["object"] == "text_completion"
+        assert choice["index"] not in reasons
+        if choice["finish_reason"]:
+            reasons[choice["index"]] = choice["finish_reason"]
+    assert texts == ["bc", "bc", "yz", "yz"] and reasons == dict.fromkeys(range(4), "length")
+    assert last["choices"] == [] and last["usage"]["completion_tokens"] == 8 and last["usage"]["prompt_tokens"] == 4
+    assert len({chunk["id"] for chunk in [*chunks, last]}) == 1
+
+
+def test_a_stream_echoes_and_counts_text_offsets_on():
+    chunks = events_of(exchange({"prompt": "a", "max_tokens": 3, "stream": True, "logprobs": 0}))
+    assert [c["choices"][0]["logprobs"]["text_offset"] for c in chunks] == [[0], [1], [2]]
+    assert all("usage" not in chunk for chunk in chunks)
+    chunks = events_of(exchange({"prompt": "a", "max_tokens": 2, "stream": True, "echo": True}))
+    assert "".join(c["choices"][0]["text"] for c in chunks) == "abc"
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "param", "sentence"),
+    [
+        (b"{", 400, None, "the body is not valid JSON"),
+        ({"prompt": ""}, 400, "prompt", "prompt is empty"),
+        ({"prompt": "a", "temprature": 1}, 400, "temprature", "did you mean temperature?"),
+        ({"prompt": "a", "max_tokens": "many"}, 400, "max_tokens", "valid integer"),
+        ({"prompt": [999]}, 400, "prompt", "token id 999, the vocabulary is 0..255"),
+        ({"prompt": [-1], "stream": True}, 400, "prompt", "token id -1"),
+        ({"prompt": [10] * 200}, 400, "prompt", "prompt has 200 tokens, the context holds 128"),
+        ({"prompt": "a", "model": "gpt-4"}, 404, "model", "the model 'gpt-4' is not served here; use 'tiny'"),
+        ({"prompt": ["a"] * 9}, 400, "prompt", "9 prompts x n=1 is more than the queue holds (8)"),
+        (b'{"prompt": "' + b"a" * MAX_BODY_BYTES + b'"}', 413, None, "the body is longer than 4096 bytes"),
+    ],
+)
+def test_bad_input_gets_a_sentence_and_the_server_serves_on(body, status, param, sentence):
+    reply = exchange(body)
+    error = reply.json()["error"]
+    assert reply.status_code == status
+    assert error["type"] == "invalid_request_error" and error["param"] == param
+    assert sentence in error["message"]
+
+
+def test_a_body_without_a_length_is_read_no_further_than_the_limit():
+    read = []
+
+    async def main():
+        async with serving(FakeEngine(tokenizer=CharTokenizer())) as client:
+
+            async def pieces():
+                for _ in range(1000):
+                    read.append(1000)
+                    yield b"a" * 1000
+
+            reply = await client.post("/v1/completions", content=pieces())
+            assert reply.status_code == 413
+
+    run(main)
+    assert sum(read) <= MAX_BODY_BYTES + 2000
+
+
+def test_slo_of_headers_and_body_reaches_the_engine():
+    engine = FakeEngine(tokenizer=CharTokenizer())
+    seen = []
+    add = engine.add
+    engine.add = lambda *args, **options: (seen.append((options["slo"], options["priority"])), add(*args, **options))[1]
+    body = {"prompt": "a", "max_tokens": 1, "slo": {"ttft_ms": 300}, "priority": 7}
+    assert exchange(body, engine, headers={"x-slo-tbt-ms": "40", "x-slo-ttft-ms": "1"}).status_code == 200
+    slo, priority = seen[0]
+    assert (slo.ttft_s, slo.tbt_s, priority) == (0.3, 0.04, 7)
+    assert exchange({"prompt": "a"}, headers={"x-slo-tbt-ms": "soon"}).status_code == 400
+
+
+def test_a_full_queue_gives_503_with_retry_after():
+    engine = FakeEngine(tokenizer=CharTokenizer(), paced=True)
+
+    async def main():
+        async with serving(engine) as client:
+            body = {"prompt": "a", "max_tokens": 1}
+            first = asyncio.create_task(client.post("/v1/completions", json=body))
+            await until(lambda: engine.has_unfinished)
+            others = [asyncio.create_task(client.post("/v1/completions", json=body)) for _ in range(10)]
+            await asyncio.sleep(0.05)  # all of them wait in the inbox while the step is held
+            engine.allow_step(1000)
+            statuses = sorted([(await task).status_code for task in others])
+            assert (await first).status_code == 200
+            assert statuses == [200] * 8 + [503] * 2
+            refused = next(r for r in [await task for task in others] if r.status_code == 503)
+            assert refused.headers["retry-after"] == "1"
+            assert refused.json()["error"]["code"] == "queue_full"
+
+    run(main)
+
+
+def test_a_failing_step_gives_500_or_an_error_event():
+    async def main():
+        for stream in (False, True):
+            engine = FakeEngine(tokenizer=CharTokenizer(), paced=True)
+            async with serving(engine) as client:
+                post = client.post("/v1/completions", json={"prompt": "a", "stream": stream})
+                task = asyncio.create_task(post)
+                await until(lambda: engine.has_unfinished)  # noqa: B023
+                engine.fail_with = RuntimeError("device on fire")
+                engine.allow_step(1000)
+                reply = await task
+                error = events_of(reply)[-1]["error"] if stream else reply.json()["error"]
+                assert reply.status_code == (200 if stream else 500)
+                assert error["code"] == "engine_failure" and "device on fire" not in error["message"]
+
+    run(main)
+
+
+def test_probes_tell_loading_from_ready():
+    engine = FakeEngine()
+
+    async def main():
+        held = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        engine.warm_up = lambda progress: asyncio.run_coroutine_threadsafe(held.wait(), loop).result()
+        async with serving(engine, wait=False) as client:
+            await until(lambda: True)
+            assert (await client.get("/health")).status_code == 200
+            ready = await client.get("/ready")
+            assert ready.status_code == 503 and ready.headers["retry-after"] == "1"
+            refused = await client.post("/v1/completions", json={"prompt": [1]})
+            assert refused.status_code == 503 and refused.json()["error"]["code"] == "not_ready"
+            held.set()
+            async with asyncio.timeout(5):
+                while (await client.get("/ready")).status_code != 200:
+                    await asyncio.sleep(0.005)
+            assert (await client.get("/health")).json() == {"status": "ready"}
+
+    run(main)
+
+
+def test_models_and_unknown_routes():
+    async def main():
+        async with serving(FakeEngine()) as client:
+            listed = (await client.get("/v1/models")).json()
+            assert [(m["id"], m["object"], m["max_model_len"]) for m in listed["data"]] == [("tiny", "model", 128)]
+            assert (await client.get("/v1/models/tiny")).json() == listed["data"][0]
+            for path, status in (("/v1/models/gpt-4", 404), ("/nothing", 404), ("/v1/completions", 405)):
+                reply = await client.get(path)
+                assert reply.status_code == status and reply.json()["error"]["type"] == "invalid_request_error"
+
+    run(main)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("steps", [0, 3])
+def test_a_disconnect_frees_the_blocks_at_once(stream, steps):
+    """`receive` says http.disconnect after the body; the next step boundary must find the request gone."""
+
+    async def main():
+        engine = FakeEngine(tokenizer=CharTokenizer(), paced=True)
+        async with serving(engine) as client:
+            gone, sent = asyncio.Event(), []
+            body = json.dumps({"prompt": "a", "max_tokens": 100, "stream": stream}).encode()
+            inbox = [{"type": "http.request", "body": body, "more_body": False}]
+
+            async def receive():
+                if inbox:
+                    return inbox.pop()
+                await gone.wait()
+                return {"type": "http.disconnect"}
+
+            async def send(message):
+                sent.append(message)
+
+            scope = {
+                "type": "http",
+                "method": "POST",
+                "path": "/v1/completions",
+                "raw_path": b"/v1/completions",
+                "query_string": b"",
+                "headers": [],
+                "asgi": {"version": "3.0", "spec_version": "2.3"},
+            }
+            call = asyncio.create_task(client.app(scope, receive, send))
+            await until(lambda: engine.has_unfinished)
+            for _ in range(steps):
+                engine.allow_step()
+            await until(lambda: engine.num_steps == steps)
+            gone.set()
+            await call
+            assert engine.has_unfinished  # the step that is under way
+            engine.allow_step()
+            await until(lambda: engine.is_idle)
+            assert engine.num_steps == steps + 1
+            assert asyncio.all_tasks() == {asyncio.current_task()}, "a task is left behind"
+
+    run(main)
