@@ -22,6 +22,7 @@ class Reason(enum.Enum):
     CONVERTED_MEMORY_FREE = "converted to KV because memory is free"
     PREEMPTED_NO_BLOCKS = "preempted because no block is free for a request ahead of it"
     PREEMPTED_LEAST_VALUE = "preempted because memory ran out and it was worth least per block"
+    PREEMPTED_FOR_EARLIER = "preempted for a waiting request that goes before it"
     PREEMPTED_LATE = "preempted because it is past its SLO and others can still meet theirs"
     PREEMPTED_FOR_LONGEST_LATE = "preempted for the one that has waited longest past its SLO"
     WAITS_FOR_BLOCKS = "waits for free blocks"

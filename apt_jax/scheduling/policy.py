@@ -111,4 +111,4 @@ def _parse_options(base: str, options: type, settings: list[str]) -> Any:
 
 
 def _load() -> None:
-    from apt_jax.scheduling import apt, fcfs  # noqa: F401  (registers itself)
+    from apt_jax.scheduling import apt, edf, fcfs, mlfq, priority, random_order, sarathi, sjf  # noqa: F401  (registers itself)
