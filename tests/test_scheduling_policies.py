@@ -3,10 +3,10 @@
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scheduling_loop import TINY, make_state, request, serve, step
 
 from apt_jax.scheduling.plan import Reason
 from apt_jax.scheduling.policy import make_policy, policy_names
-from tests.scheduling_loop import TINY, make_state, request, serve, step
 
 ALL = policy_names()
 VARIANTS = [*ALL, "apt:mixed=off", "apt:value=footprint", "apt:value=slack:fallback=none", "apt:prediction=off"]
