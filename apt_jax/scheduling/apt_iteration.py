@@ -1,5 +1,6 @@
 """One iteration of the adaptive policy: who keeps memory, who is admitted, and what runs."""
 
+from itertools import compress
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -168,10 +169,15 @@ class Iteration:
         """Admit in order while seats, blocks and the forecast allow; late running requests make room."""
         forecast = self._forecast()
         victims = list(evictable[np.argsort(-self.need_r[evictable], kind="stable")])
-        for i, is_hidden in zip(order.tolist(), hidden.tolist(), strict=True):
+        needs = self.pages_w[order] * np.where(hidden, 1, 2)
+        smallest = np.minimum.accumulate(needs[::-1])[::-1]  # of this and all that follow
+        for i, is_hidden, need, least in zip(
+            order.tolist(), hidden.tolist(), needs.tolist(), smallest.tolist(), strict=True
+        ):
+            if (seats <= 0 or room < least) and not victims:
+                break
             late = bool(self.late_w[i])
             kind = CacheKind.HIDDEN if is_hidden else CacheKind.KV
-            need = int(self.pages_w[i]) * kind.blocks_per_page
             while (need > room or seats <= 0) and victims and not late:
                 victim = int(victims.pop(0))
                 self.preempted[victim] = Reason.PREEMPTED_LATE
@@ -362,4 +368,4 @@ class Iteration:
 
 
 def _pick(queue: Queue, mask: Bools) -> tuple[Request, ...]:
-    return tuple(queue.requests[i] for i in np.flatnonzero(mask).tolist())
+    return tuple(compress(queue.requests, mask.tolist()))
