@@ -15,10 +15,8 @@ class CacheKind(enum.Enum):
     KV = "kv"
     HIDDEN = "hidden"
 
-    @property
-    def blocks_per_page(self) -> int:
-        """Blocks that one page takes."""
-        return 2 if self is CacheKind.KV else 1
+    def __init__(self, value: str):
+        self.blocks_per_page = 2 if value == "kv" else 1  # read for every request in every iteration
 
 
 def pages_for(tokens: int, block_size: int) -> int:

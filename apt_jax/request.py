@@ -190,6 +190,7 @@ class Request:
     first_token_s: float | None = None
     last_token_s: float | None = None
     gaps_s: list[float] = field(default_factory=list)
+    num_late_gaps: int = 0  # those longer than the SLO's
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -209,17 +210,19 @@ class Request:
     @property
     def num_uncomputed_tokens(self) -> int:
         """Tokens still to be run through the model: 1 when decoding, more while prefilling."""
-        return self.num_tokens - self.num_computed_tokens
+        known = len(self.prompt_token_ids) + len(self.output_token_ids) + self.num_inflight_tokens
+        return known - self.num_computed_tokens
 
     @property
     def is_decoding(self) -> bool:
         """Whether only the newest token is left to compute."""
-        return self.num_generated_tokens > 0 and self.num_uncomputed_tokens == 1
+        generated = len(self.output_token_ids) + self.num_inflight_tokens
+        return generated > 0 and len(self.prompt_token_ids) + generated - self.num_computed_tokens == 1
 
     @property
     def is_exhausted(self) -> bool:
         """Whether every token it may generate is generated or in flight."""
-        return self.num_generated_tokens >= self.max_new_tokens
+        return len(self.output_token_ids) + self.num_inflight_tokens >= self.max_new_tokens
 
     @property
     def cache_kind(self) -> CacheKind | None:

@@ -14,17 +14,27 @@ class Reason(enum.Enum):
     ADMITTED_KV = "admitted with KV cache"
     ADMITTED_HIDDEN = "admitted with hidden cache"
     ADMITTED_HIDDEN_KV_DOES_NOT_FIT = "admitted with hidden cache because KV does not fit"
+    ADMITTED_HIDDEN_SERVES_MORE = "admitted with hidden cache because its half of the memory serves others"
+    ADMITTED_HIDDEN_FASTER = "admitted with hidden cache because hidden attention is faster here"
+    ADMITTED_LATE = "admitted although past its SLO because memory was left over"
+    ADMITTED_LONGEST_LATE = "admitted because it has waited longest of those past their SLO"
     DECODES = "decodes its next token"
     CONVERTED_MEMORY_FREE = "converted to KV because memory is free"
     PREEMPTED_NO_BLOCKS = "preempted because no block is free for a request ahead of it"
+    PREEMPTED_LEAST_VALUE = "preempted because memory ran out and it was worth least per block"
+    PREEMPTED_FOR_EARLIER = "preempted for a waiting request that goes before it"
+    PREEMPTED_LATE = "preempted because it is past its SLO and others can still meet theirs"
+    PREEMPTED_FOR_LONGEST_LATE = "preempted for the one that has waited longest past its SLO"
     WAITS_FOR_BLOCKS = "waits for free blocks"
     WAITS_FOR_SEQUENCES = "waits because max_num_seqs requests are running"
     WAITS_FOR_TOKENS = "waits because the token budget of this iteration is spent"
     WAITS_FOR_PREFILL = "waits because this iteration prefills"
+    WAITS_FOR_DECODE = "waits because this iteration decodes"
+    WAITS_LATE = "waits because it is past its SLO and was demoted"
     WAITS_BEHIND = "waits behind an earlier request"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Scheduled:
     """Run `num_tokens` of the request's uncomputed tokens; the last one's successor is sampled if none remain.
 

@@ -8,6 +8,7 @@ from typing import Literal, assert_never
 from apt_jax.cache import BlockPool, BlockTable, CacheKind, blocks_for
 from apt_jax.request import FinishReason, Request, Status
 from apt_jax.scheduling.plan import Plan, Scheduled
+from apt_jax.scheduling.plan_log import PlanLog
 
 CacheMode = Literal["hybrid", "kv", "hidden"]
 
@@ -37,7 +38,7 @@ class Limits:
         assert_never(self.cache_mode)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Span:
     """A scheduled entry with what the device must do: compute tokens `start .. start+num_tokens` of the request.
 
@@ -58,6 +59,7 @@ class SchedulerState:
         self.limits = limits
         self.waiting: list[Request] = []
         self.running: list[Request] = []
+        self.plans = PlanLog()
         self._next_order = 0
 
     @property
@@ -71,8 +73,10 @@ class SchedulerState:
 
     def blocks_to_grow(self, request: Request) -> int:
         """Blocks that a running request lacks to compute all its known tokens."""
-        assert request.table is not None
-        return self.blocks_needed(request, request.table.kind) - request.table.num_blocks
+        table = request.table
+        assert table is not None
+        pages = -(-request.num_tokens // self.pool.block_size) - len(table.first)
+        return pages * table.kind.blocks_per_page if pages > 0 else 0
 
     def fits_alone(self, total_tokens: int) -> bool:
         """Whether a request of `total_tokens` fits in the whole pool, in some kind that the mode allows."""
@@ -93,6 +97,7 @@ class SchedulerState:
         Raises:
             OutOfBlocks: the policy planned past the pool.
         """
+        self.plans.record(plan, now)
         for preempted in plan.preempted:
             self._preempt(preempted.request)
         for converted in plan.converted:
@@ -115,7 +120,9 @@ class SchedulerState:
         if request.last_token_s is None:
             request.first_token_s = now
         else:
-            request.gaps_s.append(now - request.last_token_s)
+            gap_s = now - request.last_token_s
+            request.gaps_s.append(gap_s)
+            request.num_late_gaps += gap_s > request.slo.tbt_s
         request.last_token_s = now
         enough = len(request.output_token_ids) >= request.params.min_tokens
         if enough and token_id in request.params.stop_token_ids:  # type: ignore[operator]
@@ -139,11 +146,10 @@ class SchedulerState:
 
     def blocks_by_kind(self) -> dict[str, int]:
         """Blocks held as KV, held as hidden, and free."""
-        used = {kind: 0 for kind in CacheKind}
-        for request in self.running:
-            if request.table is not None:
-                used[request.table.kind] += request.table.num_blocks
-        return {"kv": used[CacheKind.KV], "hidden": used[CacheKind.HIDDEN], "free": self.pool.num_free}
+        seconds: list[int] = [len(r.table.second) for r in self.running]  # type: ignore[union-attr]
+        kv = 2 * sum(seconds)
+        free = self.pool.num_free
+        return {"kv": kv, "hidden": self.pool.num_blocks - free - kv, "free": free}
 
     def check(self) -> None:
         """Assert that no block is lost or shared and that queues and statuses agree."""
@@ -155,11 +161,13 @@ class SchedulerState:
             assert orders == sorted(set(orders)), "a queue is out of order or holds a request twice"
 
     def _start(self, entry: Scheduled, now: float) -> Span:
-        request, num_tokens = entry.request, entry.num_tokens
-        assert 1 <= num_tokens <= request.num_uncomputed_tokens, (request.request_id, num_tokens)
-        if request.status is Status.WAITING:
+        request, num_tokens, known_tokens = entry.request, entry.num_tokens, entry.request.num_tokens
+        start = request.num_computed_tokens
+        assert 1 <= num_tokens <= known_tokens - start, (request.request_id, num_tokens)
+        if request.table is None:
+            assert request.status is Status.WAITING
             table = BlockTable(entry.kind)
-            self.pool.grow(table, request.num_tokens)
+            self.pool.grow(table, known_tokens)
             request.table = table
             request.cache_history.append(entry.kind)
             _remove(self.waiting, request)
@@ -168,13 +176,14 @@ class SchedulerState:
             if request.first_scheduled_s is None:
                 request.first_scheduled_s = now
         else:
-            assert request.table is not None and request.table.kind is entry.kind
-            self.pool.grow(request.table, request.num_tokens)
-        start = request.num_computed_tokens
-        request.num_computed_tokens += num_tokens
-        samples = request.num_uncomputed_tokens == 0
+            assert request.table.kind is entry.kind
+            if known_tokens > len(request.table.first) * self.pool.block_size:
+                self.pool.grow(request.table, known_tokens)
+        request.num_computed_tokens = start + num_tokens
+        samples = start + num_tokens == known_tokens
         if samples:
-            assert not request.is_exhausted, f"{request.request_id} already has {request.max_new_tokens} tokens"
+            generated = known_tokens - len(request.prompt_token_ids)
+            assert generated < request.max_new_tokens, f"{request.request_id} has all its {generated} tokens"
             request.num_inflight_tokens += 1
         return Span(request, start, num_tokens, samples)
 

@@ -1,0 +1,371 @@
+"""One iteration of the adaptive policy: who keeps memory, who is admitted, and what runs."""
+
+from itertools import compress
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from apt_jax.cache import CacheKind
+from apt_jax.request import Request
+from apt_jax.scheduling.cost_model import StepLoad
+from apt_jax.scheduling.forecast import expected_blocks
+from apt_jax.scheduling.greedy import solve_greedy
+from apt_jax.scheduling.lateness import DEMOTED_VALUE, is_late, is_overdue, lane
+from apt_jax.scheduling.ledger import Queue, kind_of
+from apt_jax.scheduling.plan import Converted, Plan, Preempted, Reason, Scheduled, Waited
+from apt_jax.scheduling.policy import PolicyContext
+from apt_jax.scheduling.problem import Bools, Floats, Ints, Problem
+from apt_jax.scheduling.state import SchedulerState
+
+if TYPE_CHECKING:
+    from apt_jax.scheduling.apt import AptOptions
+
+UNKNOWN_RHO_S = 1e-9  # without a cost model KV is taken to be faster by next to nothing: first choice while it fits
+STEP_SHARE = 0.25  # of the tightest gap promise that one iteration may last
+MIN_PREFILL_TOKENS = 16
+
+
+class Iteration:
+    """Scratch of one `schedule` call. Indices run over the waiting (w) or the running (r) queue."""
+
+    def __init__(
+        self, context: PolicyContext, options: "AptOptions", state: SchedulerState, waiting: Queue, running: Queue,
+        now: float, tick_s: float,
+    ):  # fmt: skip
+        self.context, self.options, self.state = context, options, state
+        self.waiting, self.running, self.now, self.tick_s = waiting, running, now, tick_s
+        self.block_size = state.pool.block_size
+        self.kinds = state.limits.kinds
+        self.remaining_w = self._remaining(waiting)
+        self.remaining_r = self._remaining(running)
+        self.late_w, self.late_r = self._late(waiting, self.remaining_w), self._late(running, self.remaining_r)
+        # U of the formulation: those whose delay counts
+        self.num_counted = max(1, len(waiting) + len(running) - int(self.late_w.sum()) - int(self.late_r.sum()))
+        self.pages_w, self.pages_r = waiting.pages(self.block_size), running.pages(self.block_size)
+        self.blocks_r = running.pages_held * running.blocks_per_page
+        self.need_r = np.maximum(self.blocks_r, self.pages_r * running.blocks_per_page)
+        self.lane_w, self.lane_r = self._lane()
+        self.preempted: dict[int, Reason] = {}
+        self.admitted: list[tuple[int, CacheKind, Reason]] = []
+        self.free = state.pool.num_free
+
+    def plan(self) -> Plan:
+        """Decide."""
+        decodes = self.running.decoding & self.running.may_sample
+        prefills = self.running.uncomputed > 0
+        prefills &= ~self.running.decoding
+        mixed = self.options.mixed and self.context.cost_model is not None
+        if mixed:
+            self._shed(decodes)
+            self._admit()
+        else:
+            decodes = self._alternate(decodes, prefills)
+        return self._build(decodes, prefills)
+
+    # -- values -------------------------------------------------------------------------------------------------
+
+    def _remaining(self, queue: Queue) -> Floats | None:
+        if not self.options.prediction:
+            return None
+        return self.context.predictor.remaining_tokens(queue.prompt_tokens, queue.generated)
+
+    def _late(self, queue: Queue, remaining: Floats | None) -> Bools:
+        pending_s = self.now - queue.since_s
+        if self.options.fallback == "none":
+            return np.zeros(len(queue), np.bool_)
+        if self.options.fallback == "constant" and not self.options.prediction:
+            return is_overdue(queue, pending_s)
+        return is_late(queue, pending_s, remaining)
+
+    def _values(self, queue: Queue, late: Bools, remaining: Floats | None) -> Floats:
+        """`[n]` seconds of value, greater than 0."""
+        pending_s = self.now + self.tick_s - queue.since_s
+        slo_s = queue.slo_s()
+        if self.options.value == "slack":
+            value = 1.0 / np.maximum(slo_s - pending_s, 0.01)
+        elif self.options.value == "absolute":
+            value = pending_s
+        else:
+            value = pending_s / slo_s
+        if self.options.value == "footprint" and remaining is not None:
+            # mean context over the rest of its life, times that life, against the context now
+            value = value * queue.tokens / ((queue.tokens + remaining / 2) * remaining)
+        return np.where(late, value * DEMOTED_VALUE, value)
+
+    def _lane(self) -> tuple[Bools, Bools]:
+        if self.options.fallback != "aging":
+            return np.zeros(len(self.waiting), np.bool_), np.zeros(len(self.running), np.bool_)
+        smallest = min(kind.blocks_per_page for kind in self.kinds)
+        return lane(
+            self.waiting, self.running, self.late_w, self.late_r, now=self.now, patience_s=self.options.patience_s,
+            blocks_waiting=self.pages_w * smallest, blocks_running=self.need_r,
+            share_blocks=int(self.options.lane_share * self.state.pool.num_blocks),
+        )  # fmt: skip
+
+    # -- memory -------------------------------------------------------------------------------------------------
+
+    def _shed(self, decodes: Bools) -> None:
+        """Preempt the running requests worth least per block if the blocks do not last for this iteration."""
+        need = np.where(decodes, self.need_r, self.blocks_r)
+        growth = int((need - self.blocks_r).sum())
+        if growth <= self.free:
+            self.free -= growth
+            return
+        capacity = self.state.pool.num_blocks - int(need[self.lane_r].sum())
+        rest = np.flatnonzero(~self.lane_r)
+        as_kv = self.running.blocks_per_page[rest] == 2
+        problem = Problem(
+            pending_s=self._values(self.running, self.late_r, self.remaining_r)[rest],
+            kv_blocks=np.where(as_kv, need[rest], 2 * need[rest]),
+            may_be_kv=as_kv,
+            may_be_hidden=~as_kv,
+            capacity_blocks=capacity,
+            num_requests=self.num_counted,
+            rho_s=0.0,  # they hold their kind already
+        )
+        dropped = rest[~solve_greedy(problem).is_scheduled]
+        self.preempted.update((int(i), Reason.PREEMPTED_LEAST_VALUE) for i in dropped)
+        self.free = self.state.pool.num_blocks - int(need.sum()) + int(need[dropped].sum())
+
+    def _admit(self) -> None:
+        """Choose waiting requests, the longest late one first, then by value per block."""
+        if not len(self.waiting):
+            return
+        seats = self.state.limits.max_num_seqs - len(self.running) + len(self.preempted)
+        for i in np.flatnonzero(self.lane_w):
+            seats += self._make_room_for_lane(int(i))
+            if self._fits_lane(int(i)):
+                self.admitted.append((int(i), self.kinds[-1], Reason.ADMITTED_LONGEST_LATE))
+                self.free -= int(self.pages_w[i]) * self.kinds[-1].blocks_per_page
+                seats -= 1
+        spare = self.state.limits.watermark_blocks if len(self.running) > len(self.preempted) or self.admitted else 0
+        evictable = self._evictable()
+        held = int(self.need_r[evictable].sum())
+        room = self.free - spare
+        if room + held < min(kind.blocks_per_page for kind in self.kinds):
+            return
+        order, hidden = self._solve(room + held)
+        self._take(order, hidden, seats, room, evictable)
+
+    def _solve(self, capacity: int) -> tuple[Ints, Bools]:
+        """Waiting requests to admit into `capacity` blocks, best first, and whether as hidden."""
+        candidates = np.flatnonzero(~self.lane_w)
+        n = len(candidates)
+        hybrid = len(self.kinds) == 2
+        rho_s = self.context.rho_s or UNKNOWN_RHO_S
+        problem = Problem(
+            pending_s=self._values(self.waiting, self.late_w, self.remaining_w)[candidates],
+            kv_blocks=2 * self.pages_w[candidates],
+            may_be_kv=np.full(n, CacheKind.KV in self.kinds),
+            may_be_hidden=np.full(n, CacheKind.HIDDEN in self.kinds),
+            capacity_blocks=max(0, capacity),
+            num_requests=self.num_counted,
+            rho_s=rho_s * self.block_size / 2 if hybrid else 0.0,  # per KV block; no choice, no penalty
+        )
+        solution = solve_greedy(problem)
+        return candidates[solution.order], solution.is_hidden[solution.order]
+
+    def _take(self, order: Ints, hidden: Bools, seats: int, room: int, evictable: Ints) -> None:
+        """Admit in order while seats, blocks and the forecast allow; late running requests make room."""
+        forecast = self._forecast()
+        victims = list(evictable[np.argsort(-self.need_r[evictable], kind="stable")])
+        needs = self.pages_w[order] * np.where(hidden, 1, 2)
+        smallest = np.minimum.accumulate(needs[::-1])[::-1]  # of this and all that follow
+        for i, is_hidden, need, least in zip(
+            order.tolist(), hidden.tolist(), needs.tolist(), smallest.tolist(), strict=True
+        ):
+            if (seats <= 0 or room < least) and not victims:
+                break
+            late = bool(self.late_w[i])
+            kind = CacheKind.HIDDEN if is_hidden else CacheKind.KV
+            while (need > room or seats <= 0) and victims and not late:
+                victim = int(victims.pop(0))
+                self.preempted[victim] = Reason.PREEMPTED_LATE
+                room += int(self.need_r[victim])
+                self.free += int(self.need_r[victim])
+                seats += 1
+                if forecast is not None:
+                    forecast += self._expected_r(np.array([victim]))[0]
+            if need > room or seats <= 0:
+                continue
+            if forecast is not None:
+                expected = self._expected_w(i, kind)
+                if (forecast < expected).any() and (self.admitted or len(self.running) > len(self.preempted)):
+                    continue
+                forecast -= expected
+            room -= need
+            self.free -= need
+            seats -= 1
+            self.admitted.append((i, kind, self._admission_reason(kind, late)))
+
+    def _evictable(self) -> Ints:
+        """Late running requests outside the lane that hold memory."""
+        out = self.late_r & ~self.lane_r
+        out[list(self.preempted)] = False
+        return np.flatnonzero(out)
+
+    def _fits_lane(self, i: int) -> bool:
+        return int(self.pages_w[i]) * self.kinds[-1].blocks_per_page <= self.free
+
+    def _make_room_for_lane(self, i: int) -> int:
+        """Preempt, the least value per block first, until waiting request i fits; returns seats gained."""
+        gained = 0
+        if self._fits_lane(i) and self.state.limits.max_num_seqs > len(self.running) - len(self.preempted):
+            return 0
+        value = self._values(self.running, self.late_r, self.remaining_r) / np.maximum(self.need_r, 1)
+        for victim in np.argsort(value, kind="stable").tolist():
+            if victim in self.preempted or self.lane_r[victim]:
+                continue
+            self.preempted[victim] = Reason.PREEMPTED_FOR_LONGEST_LATE
+            self.free += int(self.need_r[victim])
+            gained += 1
+            if self._fits_lane(i):
+                break
+        return gained
+
+    def _forecast(self) -> Floats | None:
+        """`[horizons]` blocks expected to be free, the watermark kept; None without prediction."""
+        if self.remaining_r is None:
+            return None
+        stays = np.ones(len(self.running), np.bool_)
+        stays[list(self.preempted)] = False
+        expected = self._expected_r(np.flatnonzero(stays)).sum(axis=0)
+        for i, kind, _ in self.admitted:
+            expected = expected + self._expected_w(i, kind)
+        return np.asarray(self.state.pool.num_blocks - self.state.limits.watermark_blocks - expected)
+
+    def _expected_r(self, index: Ints) -> Floats:
+        assert self.remaining_r is not None
+        return expected_blocks(
+            self.running.tokens[index], self.running.blocks_per_page[index], self.remaining_r[index], self.block_size
+        )
+
+    def _expected_w(self, i: int, kind: CacheKind) -> Floats:
+        assert self.remaining_w is not None
+        per_page = np.array([kind.blocks_per_page])
+        return np.asarray(
+            expected_blocks(self.waiting.tokens[[i]], per_page, self.remaining_w[[i]], self.block_size)[0]
+        )
+
+    def _admission_reason(self, kind: CacheKind, late: bool) -> Reason:
+        if late:
+            return Reason.ADMITTED_LATE
+        if kind is CacheKind.KV:
+            return Reason.ADMITTED_KV
+        if len(self.kinds) == 1:
+            return Reason.ADMITTED_HIDDEN
+        return Reason.ADMITTED_HIDDEN_FASTER if self.context.rho_s < 0 else Reason.ADMITTED_HIDDEN_SERVES_MORE
+
+    # -- iteration type -----------------------------------------------------------------------------------------
+
+    def _alternate(self, decodes: Bools, prefills: Bools) -> Bools:
+        """Prefill or decode, by cumulative pending time; returns who decodes."""
+        nobody = np.zeros(len(self.running), np.bool_)
+        pending_w = (self.now + self.tick_s - self.waiting.since_s)[~self.late_w]
+        pending_r = self.now + self.tick_s - self.running.since_s
+        counted = decodes & ~self.late_r
+        urgent_w = float(pending_w.sum()) + float(pending_r[prefills & ~self.late_r].sum())
+        urgent_r = float(pending_r[counted].sum())
+        if urgent_w >= urgent_r or not decodes.any():
+            self._admit()
+            if self.admitted or prefills.any():
+                return nobody
+        self.preempted.clear()
+        self.admitted.clear()
+        self.free = self.state.pool.num_free
+        self._shed(decodes)
+        return decodes
+
+    # -- the plan -----------------------------------------------------------------------------------------------
+
+    def _build(self, decodes: Bools, prefills: Bools) -> Plan:
+        out = np.zeros(len(self.running), np.bool_)
+        out[list(self.preempted)] = True
+        decode_index = np.flatnonzero(decodes & ~out)
+        scheduled: list[Scheduled] = []
+        converted = self._conversions(decode_index)
+        as_kv = self.running.blocks_per_page == 2
+        as_kv[converted] = True
+        kinds = [CacheKind.KV if kv else CacheKind.HIDDEN for kv in as_kv[decode_index].tolist()]
+        requests = self.running.requests
+        scheduled += [
+            Scheduled(requests[i], 1, kind, Reason.DECODES)
+            for i, kind in zip(decode_index.tolist(), kinds, strict=True)
+        ]
+        if prefills.any() or self.admitted:
+            budget = self._prefill_budget(decode_index)
+            for i in np.flatnonzero(prefills & ~out).tolist():
+                tokens = min(int(self.running.uncomputed[i]), budget)
+                if tokens > 0:
+                    kind = kind_of(int(self.running.blocks_per_page[i]))
+                    scheduled.append(Scheduled(self.running.requests[i], tokens, kind, Reason.CONTINUES_PREFILL))
+                    budget -= tokens
+            for k, (i, kind, reason) in enumerate(self.admitted):
+                if budget <= 0:
+                    del self.admitted[k:]
+                    break
+                tokens = min(int(self.waiting.uncomputed[i]), budget)
+                scheduled.append(Scheduled(self.waiting.requests[i], tokens, kind, reason))
+                budget -= tokens
+        return Plan(
+            scheduled=tuple(scheduled),
+            preempted=tuple(Preempted(self.running.requests[i], reason) for i, reason in self.preempted.items()),
+            converted=tuple(Converted(self.running.requests[i], Reason.CONVERTED_MEMORY_FREE) for i in converted),
+            waited=self._waited(decodes, out),
+        )
+
+    def _prefill_budget(self, decode_index: Ints) -> int:
+        """Prompt tokens that this iteration may compute: the token limit, and no gap promise put at risk."""
+        budget = self.state.limits.max_num_batched_tokens - len(decode_index)
+        model = self.context.cost_model
+        if model is None or not len(decode_index):
+            return max(budget, 0)
+        limit_s = STEP_SHARE * float(self.running.tbt_slo_s[decode_index].min())
+        tokens = self.running.tokens[decode_index]
+        as_kv = self.running.blocks_per_page[decode_index] == 2
+        decode_s = model.step_s(
+            StepLoad(
+                decode_requests=len(tokens), kv_tokens=int(tokens[as_kv].sum()), hidden_tokens=int(tokens[~as_kv].sum())
+            )
+        )
+        per_token_s = max(model.token_s * model.scales.compute * model.scales.dense, 1e-12)
+        free = max(0, model.free_tokens - len(decode_index))
+        affordable = free + int(max(0.0, limit_s - decode_s) / per_token_s)
+        return max(min(budget, max(affordable, MIN_PREFILL_TOKENS)), 0)
+
+    def _conversions(self, decode_index: Ints) -> list[int]:
+        """Hidden requests to turn into KV: KV is faster, and the blocks stay free for everyone's growth."""
+        options, rho_s = self.options, self.context.rho_s
+        if not options.convert or len(self.kinds) < 2 or rho_s < 0 or self.preempted:
+            return []
+        if len(self.waiting) > len(self.admitted):
+            return []
+        reserve = max(self.state.limits.watermark_blocks, self.state.pool.num_blocks // 4) + 2 * len(self.running)
+        room = self.free - reserve
+        budget = self.state.limits.max_num_batched_tokens  # projected tokens, like prefill
+        chosen = []
+        for i in decode_index[self.running.blocks_per_page[decode_index] == 1]:
+            pages, tokens = int(self.pages_r[i]), int(self.running.tokens[i])
+            if pages <= room and tokens <= budget:
+                chosen.append(int(i))
+                room -= pages
+                budget -= tokens
+        return chosen
+
+    def _waited(self, decodes: Bools, out: Bools) -> tuple[Waited, ...]:
+        taken = np.zeros(len(self.waiting), np.bool_)
+        taken[[i for i, _, _ in self.admitted]] = True
+        left = ~taken
+        decode_only = not self.admitted and not self.options.mixed
+        groups = (
+            (self.waiting, left & self.late_w, Reason.WAITS_LATE),
+            (self.waiting, left & ~self.late_w, Reason.WAITS_FOR_DECODE if decode_only else Reason.WAITS_FOR_BLOCKS),
+        )
+        found = [Waited(_pick(queue, mask), reason) for queue, mask, reason in groups if mask.any()]
+        if not decodes.any() and (resting := self.running.decoding & ~out).any():
+            found.append(Waited(_pick(self.running, resting), Reason.WAITS_FOR_PREFILL))
+        return tuple(found)
+
+
+def _pick(queue: Queue, mask: Bools) -> tuple[Request, ...]:
+    return tuple(compress(queue.requests, mask.tolist()))

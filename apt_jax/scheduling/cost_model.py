@@ -1,0 +1,210 @@
+"""How long one iteration takes, from what it computes and reads. Pure host arithmetic, linear in measured scales.
+
+    seconds = overhead + dense * max(weights read, matrix products) + kv * KV tokens + hidden * hidden tokens + ...
+
+The terms come from FLOPs, bytes and bandwidth (a roofline per term); the scales are 1 for a preset, or fitted to
+measurements of a running engine (`fit.py`). Attention is linear in cached tokens, so the penalty rho of the hidden
+cache is one number: seconds per hidden token and iteration, against the same token as KV. It may be negative.
+
+Hidden modes: `recompute` projects every cached hidden vector to keys and values again in each decode step
+(Apt-Serve), 4 D^2 FLOPs per token and layer; `absorbed` folds the projections into query and output, as
+multi-head latent attention does: 4 D N FLOPs per token and layer and half of KV's bytes.
+
+Under tensor parallelism weights, heads and each cached vector (along D) are split over the devices. Absorbed
+attention then sums N partial scores per token over the devices; recomputation gathers D numbers per token.
+"""
+
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Literal
+
+from apt_jax.config import ModelConfig
+from apt_jax.scheduling.hardware import Hardware
+
+HiddenMode = Literal["recompute", "absorbed"]
+BYTES = 2  # per number, bfloat16 or float16
+
+
+@dataclass(frozen=True, slots=True)
+class StepLoad:
+    """What one iteration does. Tokens are summed over its requests.
+
+    Attributes:
+        prefill_tokens: prompt tokens computed.
+        prefill_pairs: query-key pairs of their attention; a whole prompt of n has n (n + 1) / 2.
+        decode_requests: requests that compute one new token.
+        kv_tokens: tokens of context that decoding KV requests read.
+        hidden_tokens: tokens of context that decoding hidden requests read.
+        projected_tokens: cached hidden tokens projected to keys and values once: the earlier chunks of a hidden
+            request's prefill, and conversions to KV.
+        samples: requests that sample a token.
+    """
+
+    prefill_tokens: int = 0
+    prefill_pairs: int = 0
+    decode_requests: int = 0
+    kv_tokens: int = 0
+    hidden_tokens: int = 0
+    projected_tokens: int = 0
+    samples: int = 0
+
+
+@dataclass(frozen=True)
+class Scales:
+    """Multipliers on the terms of the cost model; 1 (and `per_request_s` 0) is the preset."""
+
+    overhead: float = 1.0
+    dense: float = 1.0
+    compute: float = 1.0  # of matrix products against weight reads, inside the dense term
+    kv: float = 1.0
+    hidden: float = 1.0
+    pairs: float = 1.0
+    per_request_s: float = 0.0
+
+
+@dataclass(frozen=True)
+class CostModel:
+    """Iteration time of one model on `devices` accelerators."""
+
+    model: ModelConfig
+    hardware: Hardware
+    hidden_mode: HiddenMode = "absorbed"
+    devices: int = 1
+    scales: Scales = field(default_factory=Scales)
+
+    def step_s(self, load: StepLoad) -> float:
+        """Seconds of one iteration with `load`; 0 if it is empty."""
+        tokens = load.prefill_tokens + load.decode_requests
+        if not tokens and not load.projected_tokens:
+            return 0.0
+        compute_s = tokens * self.token_s + load.samples * self.logits_s + load.projected_tokens * self.projection_s
+        return (
+            self.overhead_s
+            + self.dense_s(compute_s)
+            + tokens * self.exchange_token_s
+            + load.kv_tokens * self.kv_token_s
+            + load.hidden_tokens * self.hidden_token_s
+            + load.prefill_pairs * self.pair_s
+            + load.decode_requests * self.scales.per_request_s
+        )
+
+    def dense_s(self, compute_s: float) -> float:
+        """Seconds of the weight-bound part, given its matrix products: whichever is slower, reading or computing."""
+        return self.scales.dense * max(self.weights_s, compute_s * self.scales.compute)
+
+    @property
+    def rho_s(self) -> float:
+        """Seconds per hidden token and iteration, against KV; negative where hidden is faster."""
+        return self.hidden_token_s - self.kv_token_s
+
+    @property
+    def free_tokens(self) -> int:
+        """Tokens that an iteration computes while it reads the weights anyway (the roofline's knee)."""
+        return int(self.weights_s / (self.token_s * self.scales.compute))
+
+    def with_scales(self, scales: Scales) -> "CostModel":
+        """The same model with other scales."""
+        return replace(self, scales=scales)
+
+    @cached_property
+    def num_weights(self) -> int:
+        """Weights that every iteration reads: the layers and the output embedding."""
+        c = self.model
+        layer = 4 * c.hidden_size**2 + 2 * c.hidden_size * c.ffn_dim + 9 * c.hidden_size + c.ffn_dim
+        return c.num_hidden_layers * layer + c.vocab_size * c.word_embed_proj_dim
+
+    @cached_property
+    def overhead_s(self) -> float:
+        """Fixed seconds per iteration, the latency of two collectives per layer included."""
+        latency = 2 * self.model.num_hidden_layers * self.hardware.link_latency_s if self.devices > 1 else 0.0
+        return self.scales.overhead * (self.hardware.overhead_s + latency)
+
+    @cached_property
+    def weights_s(self) -> float:
+        """Seconds to read the weights once."""
+        return self.num_weights * BYTES / self._bytes_per_s
+
+    @cached_property
+    def token_s(self) -> float:
+        """Seconds of matrix products per token, output embedding not included."""
+        c = self.model
+        return 2 * (self.num_weights - c.vocab_size * c.word_embed_proj_dim) / self._flops_per_s
+
+    @cached_property
+    def logits_s(self) -> float:
+        """Seconds of the output embedding per sampled token."""
+        return 2 * self.model.vocab_size * self.model.word_embed_proj_dim / self._flops_per_s
+
+    @cached_property
+    def exchange_token_s(self) -> float:
+        """Seconds of the two all-reduces per layer, per token."""
+        return 2 * self._exchange_s(2 * self.model.hidden_size)
+
+    @cached_property
+    def kv_token_s(self) -> float:
+        """Seconds of decode attention per cached KV token."""
+        c = self.model
+        read = c.num_hidden_layers * 2 * c.hidden_size * BYTES / self._bytes_per_s
+        flops = c.num_hidden_layers * 4 * c.hidden_size / self._flops_per_s
+        return self.scales.kv * max(read, flops)
+
+    @cached_property
+    def hidden_token_s(self) -> float:
+        """Seconds of decode attention per cached hidden token."""
+        c = self.model
+        read = c.num_hidden_layers * c.hidden_size * BYTES / self._bytes_per_s
+        if self.hidden_mode == "absorbed":
+            flops = c.num_hidden_layers * 4 * c.hidden_size * c.num_attention_heads / self._flops_per_s
+            exchange = 2 * self._exchange_s(2 * c.num_attention_heads)  # float32 partial scores, summed
+        else:
+            flops = c.num_hidden_layers * (4 * c.hidden_size**2 + 4 * c.hidden_size) / self._flops_per_s
+            exchange = self._exchange_s(c.hidden_size)
+        return self.scales.hidden * max(read, flops) + exchange
+
+    @cached_property
+    def projection_s(self) -> float:
+        """Seconds to project one cached hidden token to keys and values in every layer."""
+        return self.model.num_hidden_layers * 4 * self.model.hidden_size**2 / self._flops_per_s
+
+    @cached_property
+    def pair_s(self) -> float:
+        """Seconds of prefill attention per query-key pair."""
+        return self.scales.pairs * self.model.num_hidden_layers * 4 * self.model.hidden_size / self._flops_per_s
+
+    @property
+    def _flops_per_s(self) -> float:
+        return self.hardware.flops_per_s * self.hardware.flops_efficiency * self.devices
+
+    @property
+    def _bytes_per_s(self) -> float:
+        return self.hardware.bytes_per_s * self.hardware.bandwidth_efficiency * self.devices
+
+    def _exchange_s(self, numbers: int) -> float:
+        """Seconds to move `numbers` 16-bit numbers per layer once around the devices."""
+        if self.devices == 1:
+            return 0.0
+        share = (self.devices - 1) / self.devices
+        return self.model.num_hidden_layers * numbers * BYTES * share / self.hardware.link_bytes_per_s
+
+
+def cache_blocks(
+    model: CostModel, *, block_size: int, max_num_batched_tokens: int, max_num_seqs: int, utilization: float = 0.9
+) -> int:
+    """Blocks that fit in the memory which weights and activations leave, over all devices.
+
+    Activations: one layer's for `max_num_batched_tokens` tokens and float32 logits for `max_num_seqs` samples.
+
+    Raises:
+        ValueError: the weights leave no room.
+    """
+    c, devices = model.model, model.devices
+    weights = (model.num_weights + c.max_position_embeddings * c.hidden_size) * BYTES
+    activations = max_num_batched_tokens * (8 * c.hidden_size + 2 * c.ffn_dim) * BYTES + max_num_seqs * c.vocab_size * 8
+    free = model.hardware.memory_bytes * utilization * devices - weights - activations * devices
+    blocks = int(free // (c.num_hidden_layers * c.hidden_size * BYTES * block_size))
+    if blocks < 2:
+        raise ValueError(
+            f"weights of {weights / 1e9:.1f} GB leave no room for a cache in {devices} x "
+            f"{model.hardware.memory_bytes / 1e9:.1f} GB; raise --tensor-parallel-size or take larger --hardware"
+        )
+    return blocks

@@ -1,0 +1,150 @@
+"""Building blocks for policies that put requests in an order and serve them in it.
+
+`serve_in_order` prefills in the given order while requests fit, else decodes; where memory runs out, the last of the
+running order are preempted. `fcfs`, `random`, `sjf`, `edf`, `priority` and `mlfq` differ in the order only.
+"""
+
+from collections.abc import Callable, Sequence
+
+from apt_jax.cache import CacheKind
+from apt_jax.request import Request
+from apt_jax.scheduling.plan import Converted, Plan, Preempted, Reason, Scheduled, Waited
+from apt_jax.scheduling.state import SchedulerState
+
+MayPreempt = Callable[[Request, Request], bool]
+
+
+def serve_in_order(
+    state: SchedulerState,
+    waiting: Sequence[Request],
+    running: Sequence[Request],
+    may_preempt: MayPreempt | None = None,
+) -> Plan:
+    """A prefill iteration if one fits, else a decode iteration.
+
+    Args:
+        state: read only.
+        waiting: `state.waiting` in the order to admit.
+        running: `state.running`, those to keep longest first.
+        may_preempt: `(waiting, running)` -> whether the first may take the second's memory; None is never.
+    """
+    scheduled, preempted, waited = plan_prefill(state, waiting, running, may_preempt)
+    if not scheduled:
+        return plan_decode(state, running, waited)
+    gone = {entry.request.order for entry in preempted}
+    resting = tuple(r for r in state.running if r.is_decoding and not r.is_exhausted and r.order not in gone)
+    if resting:
+        waited = (*waited, Waited(resting, Reason.WAITS_FOR_PREFILL))
+    return Plan(scheduled=tuple(scheduled), preempted=tuple(preempted), waited=waited)
+
+
+def plan_prefill(
+    state: SchedulerState,
+    waiting: Sequence[Request],
+    running: Sequence[Request],
+    may_preempt: MayPreempt | None = None,
+    budget: int | None = None,
+    claimed_blocks: int = 0,
+) -> tuple[list[Scheduled], list[Preempted], tuple[Waited, ...]]:
+    """Prefills in order within the token budget, sequence limit and free blocks above the watermark.
+
+    Stops at the first request that does not fit. `claimed_blocks` are free ones that others of this iteration take.
+    """
+    budget = state.limits.max_num_batched_tokens if budget is None else budget
+    scheduled: list[Scheduled] = []
+    preempted: list[Preempted] = []
+    victims = list(running)
+    for request in running:
+        if not request.is_decoding and request.num_uncomputed_tokens > 0 and budget > 0:
+            assert request.cache_kind is not None
+            tokens = min(request.num_uncomputed_tokens, budget)
+            scheduled.append(Scheduled(request, tokens, request.cache_kind, Reason.CONTINUES_PREFILL))
+            victims.remove(request)
+            budget -= tokens
+    free, seats = state.pool.num_free - claimed_blocks, state.limits.max_num_seqs - len(state.running)
+    # a request that runs alone may use the last block: nobody else grows
+    spare = state.limits.watermark_blocks if state.running else 0
+    for position, request in enumerate(waiting):
+        blocked: Reason | None = None
+        choice: tuple[CacheKind, Reason] | None = None
+        while budget > 0:
+            choice = choose_kind(state, request, free - spare) if seats > 0 else None
+            if choice or not (victims and may_preempt and may_preempt(request, victims[-1])):
+                break
+            victim = victims.pop()
+            assert victim.table is not None
+            preempted.append(Preempted(victim, Reason.PREEMPTED_FOR_EARLIER))
+            free, seats = free + victim.table.num_blocks, seats + 1
+        if budget <= 0:
+            blocked = Reason.WAITS_FOR_TOKENS
+        elif seats <= 0:
+            blocked = Reason.WAITS_FOR_SEQUENCES
+        elif choice is None:
+            blocked = Reason.WAITS_FOR_BLOCKS
+        if blocked or choice is None:
+            behind = tuple(waiting[position + 1 :])
+            first = Waited((request,), blocked or Reason.WAITS_FOR_BLOCKS)
+            return scheduled, preempted, (first, *((Waited(behind, Reason.WAITS_BEHIND),) if behind else ()))
+        kind, reason = choice
+        tokens = min(request.num_uncomputed_tokens, budget)
+        scheduled.append(Scheduled(request, tokens, kind, reason))
+        free -= state.blocks_needed(request, kind)
+        budget -= tokens
+        seats -= 1
+        spare = state.limits.watermark_blocks
+    return scheduled, preempted, ()
+
+
+def choose_kind(state: SchedulerState, request: Request, free_blocks: int) -> tuple[CacheKind, Reason] | None:
+    """The first kind of the cache mode in which the request's known tokens fit; None if none does."""
+    kinds = state.limits.kinds
+    for kind in kinds:
+        if state.blocks_needed(request, kind) <= free_blocks:
+            if kind is CacheKind.KV:
+                return kind, Reason.ADMITTED_KV
+            return kind, Reason.ADMITTED_HIDDEN if len(kinds) == 1 else Reason.ADMITTED_HIDDEN_KV_DOES_NOT_FIT
+    return None
+
+
+def plan_decode(state: SchedulerState, running: Sequence[Request], waited: tuple[Waited, ...]) -> Plan:
+    """One token for every decoding request; the last of `running` are preempted while blocks are short."""
+    victims = list(running)  # also those still prefilling hold blocks
+    free = state.pool.num_free
+    scheduled: list[Scheduled] = []
+    preempted: list[Preempted] = []
+    gone: set[int] = set()
+    for request in running:
+        if request.order in gone or not request.is_decoding or request.is_exhausted:
+            continue
+        need = state.blocks_to_grow(request)
+        while need > free:
+            victim = victims.pop()
+            assert victim.table is not None
+            preempted.append(Preempted(victim, Reason.PREEMPTED_NO_BLOCKS))
+            gone.add(victim.order)
+            free += victim.table.num_blocks
+            if victim is request:
+                break
+        if request.order not in gone:
+            assert request.table is not None
+            free -= need
+            scheduled.append(Scheduled(request, 1, request.table.kind, Reason.DECODES))
+    converted = () if state.waiting or preempted else plan_conversion(state, free)
+    kinds = {entry.request.order: CacheKind.KV for entry in converted}
+    entries = [Scheduled(s.request, 1, kinds.get(s.request.order, s.kind), s.reason) for s in scheduled if kinds]
+    return Plan(scheduled=tuple(entries or scheduled), preempted=tuple(preempted), converted=converted, waited=waited)
+
+
+def plan_conversion(state: SchedulerState, free: int) -> tuple[Converted, ...]:
+    """The oldest hidden request, if after its conversion every running request can still grow by a page."""
+    if state.limits.cache_mode != "hybrid":
+        return ()
+    for request in state.running:
+        if request.cache_kind is CacheKind.HIDDEN and request.is_decoding and not request.is_exhausted:
+            assert request.table is not None
+            # the new page that this step may add costs one block more as KV than counted in `free`
+            extra = state.blocks_needed(request, CacheKind.KV) - request.table.num_blocks
+            if free - extra >= state.limits.watermark_blocks + 2 * len(state.running):
+                return (Converted(request, Reason.CONVERTED_MEMORY_FREE),)
+            return ()
+    return ()

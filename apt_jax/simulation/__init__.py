@@ -1,0 +1,1 @@
+"""A simulator: virtual clock and cost model around the real scheduler."""

@@ -1,0 +1,13 @@
+"""`python -m apt_jax.simulation`: the simulator without the rest of the command line."""
+
+import sys
+
+import tyro
+
+from apt_jax.simulation.cli import SimulateArgs, run
+
+if __name__ == "__main__":
+    try:
+        run(tyro.cli(SimulateArgs, prog="python -m apt_jax.simulation"))
+    except ValueError as error:
+        sys.exit(f"error: {error}")

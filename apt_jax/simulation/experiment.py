@@ -1,0 +1,121 @@
+"""One simulated configuration by its names, as the command line gives them, and the points it can be asked for."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+
+from apt_jax.request import Slo
+from apt_jax.scheduling.cost_model import CostModel, HiddenMode, cache_blocks
+from apt_jax.scheduling.hardware import HARDWARE, MODELS, by_name
+from apt_jax.scheduling.policy import make_policy
+from apt_jax.scheduling.state import CacheMode, Limits
+from apt_jax.simulation.report import Report, summarise
+from apt_jax.simulation.simulator import Outcome, simulate
+from apt_jax.simulation.workload import Arrival, Lengths, load_lengths, make_arrivals
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """What stays fixed while policies, cache modes and rates vary. Field names are the command-line flags."""
+
+    model: str = "opt-13b"
+    hardware: str = "a100-40gb"
+    tensor_parallel_size: int = 1
+    workload: str = "sharegpt"
+    cv: float | None = None
+    num_requests: int = 1000
+    ttft_slo_ms: float = 1000.0
+    tbt_slo_ms: float = 1000.0
+    seed: int = 0
+    block_size: int = 16
+    max_num_seqs: int = 256
+    max_num_batched_tokens: int = 2048
+    device_memory_utilization: float = 0.9
+    num_blocks: int | None = None
+
+    @cached_property
+    def lengths(self) -> Lengths:
+        """The workload's table."""
+        return load_lengths(self.workload, by_name(MODELS, self.model, "model").max_position_embeddings)
+
+    def arrivals(self, rate: float | None) -> tuple[list[Arrival], float]:
+        """Requests at `rate` (None: as recorded), and that rate. Without `cv`, recorded arrivals keep their pattern."""
+        rate = self.lengths.recorded_rate if rate is None else rate
+        cv = 1.0 if self.cv is None and self.lengths.arrival_s is None else self.cv
+        return make_arrivals(self.lengths, rate=rate, num_requests=self.num_requests, cv=cv, seed=self.seed), rate
+
+    def cost_model(self, hidden_attention: HiddenMode) -> CostModel:
+        """Physics of the device."""
+        model, hardware = by_name(MODELS, self.model, "model"), by_name(HARDWARE, self.hardware, "hardware")
+        return CostModel(model, hardware, hidden_attention, self.tensor_parallel_size)
+
+    @cached_property
+    def pool_blocks(self) -> int:
+        """Blocks of the pool: `num_blocks`, or what the device's memory leaves."""
+        if self.num_blocks is not None:
+            return self.num_blocks
+        return cache_blocks(
+            self.cost_model("absorbed"),
+            block_size=self.block_size,
+            max_num_batched_tokens=self.max_num_batched_tokens,
+            max_num_seqs=self.max_num_seqs,
+            utilization=self.device_memory_utilization,
+        )
+
+    def run(
+        self,
+        policy: str,
+        cache_mode: CacheMode,
+        hidden_attention: HiddenMode,
+        rate: float | None,
+        *,
+        on_progress: Callable[[int], None] | None = None,
+        is_decided: Callable[[int, int], bool] | None = None,
+    ) -> tuple[Outcome, Report | None]:
+        """One point; without a report if `is_decided(missed, left)` ended it early."""
+        arrivals, rate = self.arrivals(rate)
+        cost_model = self.cost_model(hidden_attention)
+        limits = Limits(
+            self.max_num_seqs, self.max_num_batched_tokens, cache_mode, watermark_blocks=self.pool_blocks // 100
+        )
+        outcome = simulate(
+            arrivals,
+            make_policy(policy, cost_model=cost_model, seed=self.seed),
+            cost_model=cost_model,
+            num_blocks=self.pool_blocks,
+            limits=limits,
+            slo=Slo(self.ttft_slo_ms / 1000, self.tbt_slo_ms / 1000),
+            block_size=self.block_size,
+            max_model_len=cost_model.model.max_position_embeddings,
+            on_progress=on_progress,
+            is_decided=is_decided,
+        )
+        if any(request.finish_reason is None for request in outcome.requests):
+            return outcome, None
+        report = summarise(
+            outcome, policy=policy, cache_mode=cache_mode, hidden_attention=hidden_attention, rate=rate,
+            num_blocks=self.pool_blocks,
+        )  # fmt: skip
+        return outcome, report
+
+    def reaches(
+        self, policy: str, cache_mode: CacheMode, hidden_attention: HiddenMode
+    ) -> Callable[[float, float], bool]:
+        """For the search: whether attainment at a rate is at least a target. Left as soon as that is decided."""
+        known: dict[tuple[float, float], bool] = {}
+
+        def test(rate: float, target: float) -> bool:
+            if (rate, target) in known:
+                return known[rate, target]
+            allowed = int((1 - target) * len(self.arrivals(rate)[0]) + 1e-9)
+            counts = [0, 0]
+
+            def is_decided(missed: int, left: int) -> bool:
+                counts[:] = missed, left
+                return missed > allowed or missed + left <= allowed
+
+            self.run(policy, cache_mode, hidden_attention, rate, is_decided=is_decided)
+            known[rate, target] = counts[0] <= allowed
+            return known[rate, target]
+
+        return test

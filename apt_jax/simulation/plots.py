@@ -1,0 +1,78 @@
+"""The plots that people expect of a serving study: the cliff, first-token times, batch size and cache mix."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from apt_jax.simulation.report import Report
+from apt_jax.simulation.simulator import Sample
+
+Key = tuple[tuple[str, str, str], float]
+
+
+def draw(
+    path: Path,
+    reports: Sequence[Report],
+    timelines: Mapping[Any, Sequence[Sample]],
+    first_tokens: Mapping[Any, Sequence[float]],
+    num_blocks: int,
+) -> None:
+    """Write four panels to `path`: attainment against rate, and of each configuration's highest rate the rest.
+
+    Raises:
+        ValueError: nothing was simulated at a given rate, or matplotlib is missing.
+    """
+    if not reports:
+        raise ValueError("nothing to plot: give --rate")
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ValueError("--plot needs matplotlib; install it with: pip install 'apt-jax[plots]'") from error
+    figure = Figure(figsize=(10, 7), layout="constrained", dpi=60)
+    FigureCanvasAgg(figure)
+    cliff, ttft, batch, mix = figure.subplots(2, 2).flat
+    labels = list(dict.fromkeys(_label(r) for r in reports))
+    for number, label in enumerate(labels):
+        points = sorted((r.rate, r) for r in reports if _label(r) == label)
+        color = f"C{number % 10}"
+        cliff.plot(
+            [rate for rate, _ in points], [100 * r.attainment for _, r in points], "o-", color=color, label=label
+        )
+        last = points[-1][1]
+        key = ((last.policy, last.cache_mode, last.hidden_attention), last.rate)
+        times = np.sort(first_tokens[key])
+        share = np.linspace(0, 100, len(times))
+        ttft.plot(np.maximum(times, 1e-3), share, color=color, label=f"{label} at {last.rate:g}/s")
+        start, size, kv, hidden = _timeline(timelines[key])
+        batch.plot(start, size, color=color, lw=0.8)
+        mix.plot(start, 100 * kv / num_blocks, color=color, lw=0.8)
+        mix.plot(start, 100 * hidden / num_blocks, color=color, lw=0.8, ls=":")
+    for axes, title, x, y in (
+        (cliff, "SLO attainment", "requests/s", "%"),
+        (ttft, "time to first token, cumulative", "s", "% of requests"),
+        (batch, "requests per iteration", "s", ""),
+        (mix, "pool used (solid KV, dotted hidden)", "s", "%"),
+    ):
+        axes.set(title=title, xlabel=x, ylabel=y)
+        axes.grid(alpha=0.3)
+    cliff.set_ylim(0, 102)
+    ttft.set_xscale("log")
+    ttft.axvline(1.0, color="0.6", lw=0.8)
+    cliff.legend(fontsize=7)
+    ttft.legend(fontsize=7)
+    figure.savefig(path, metadata={"Software": None} if path.suffix == ".png" else None)
+
+
+def _label(report: Report) -> str:
+    hidden = "" if report.cache_mode == "kv" else f"/{report.hidden_attention}"
+    return f"{report.policy} {report.cache_mode}{hidden}"
+
+
+def _timeline(samples: Sequence[Sample], points: int = 300) -> tuple[np.ndarray, ...]:
+    """Time, batch, KV and hidden blocks at about `points` iterations."""
+    step = max(1, len(samples) // points)
+    rows = np.array([(s.start_s, s.scheduled, s.kv_blocks, s.hidden_blocks) for s in samples[::step]], np.float64)
+    return tuple(rows.T)

@@ -1,0 +1,116 @@
+"""From a finished simulation to the figures people compare: attainment, latencies, batch size, cache mix."""
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+
+import numpy as np
+
+from apt_jax.request import Request
+from apt_jax.simulation.simulator import Outcome
+
+
+@dataclass(frozen=True)
+class CacheMix:
+    """Time-weighted shares of the pool; they sum to 1."""
+
+    kv: float
+    hidden: float
+    free: float
+
+
+@dataclass(frozen=True)
+class Report:
+    """One simulated point. Definitions: the docs' "Metrics" (attainment counts every request sent).
+
+    `p50_tbt_s` and `p99_tbt_s` are over all gaps of all requests. `backlog` counts unfinished requests when the last
+    one arrived; `longest_wait_s` is the longest any request went without a token. `lost_to_demotion` is the share of
+    requests that missed their SLO and were preempted.
+    """
+
+    policy: str
+    cache_mode: str
+    hidden_attention: str
+    rate: float
+    num_requests: int
+    attainment: float
+    ttft_attainment: float
+    tbt_attainment: float
+    p50_ttft_s: float
+    p99_ttft_s: float
+    p50_tbt_s: float
+    p99_tbt_s: float
+    p50_queue_s: float
+    p99_queue_s: float
+    preemptions: int
+    conversions: int
+    mean_batch: float
+    cache_mix: CacheMix
+    arrivals_s: float
+    makespan_s: float
+    iterations: int
+    backlog: int
+    longest_wait_s: float
+
+    def as_dict(self) -> dict[str, object]:
+        """Plain data; figures rounded to 6 digits so that files compare well."""
+        return {key: _rounded(value) for key, value in asdict(self).items()}
+
+
+def summarise(
+    outcome: Outcome, *, policy: str, cache_mode: str, hidden_attention: str, rate: float, num_blocks: int
+) -> Report:
+    """The report of a finished simulation."""
+    requests = outcome.requests
+    ttft = np.array([r.ttft_s for r in requests], np.float64)
+    gaps = np.concatenate([np.zeros(0), *(np.array(r.gaps_s) for r in requests)])
+    queue = np.array([_first_scheduled(r) - r.arrival_s for r in requests])
+    seconds = np.array([s.end_s - s.start_s for s in outcome.samples])
+    busy = max(float(seconds.sum()), 1e-12)
+    kv = float((seconds * [s.kv_blocks for s in outcome.samples]).sum()) / busy / num_blocks
+    hidden = float((seconds * [s.hidden_blocks for s in outcome.samples]).sum()) / busy / num_blocks
+    return Report(
+        policy=policy,
+        cache_mode=cache_mode,
+        hidden_attention=hidden_attention,
+        rate=rate,
+        num_requests=len(requests),
+        attainment=_share(r.attained for r in requests),
+        ttft_attainment=_share(r.ttft_s is not None and r.ttft_s <= r.slo.ttft_s for r in requests),
+        tbt_attainment=_share(r.p99_gap_s <= r.slo.tbt_s for r in requests),
+        p50_ttft_s=_quantile(ttft, 50),
+        p99_ttft_s=_quantile(ttft, 99),
+        p50_tbt_s=_quantile(gaps, 50),
+        p99_tbt_s=_quantile(gaps, 99),
+        p50_queue_s=_quantile(queue, 50),
+        p99_queue_s=_quantile(queue, 99),
+        preemptions=sum(r.num_preemptions for r in requests),
+        conversions=sum(r.num_conversions for r in requests),
+        mean_batch=float((seconds * [s.scheduled for s in outcome.samples]).sum()) / busy,
+        cache_mix=CacheMix(kv, hidden, 1 - kv - hidden),
+        arrivals_s=requests[-1].arrival_s,
+        makespan_s=outcome.makespan_s,
+        iterations=len(outcome.samples),
+        backlog=outcome.backlog,
+        longest_wait_s=max(max([r.ttft_s or 0.0, *r.gaps_s]) for r in requests),
+    )
+
+
+def _share(flags: Iterable[bool]) -> float:
+    values = list(flags)
+    return sum(values) / len(values)
+
+
+def _first_scheduled(request: Request) -> float:
+    assert request.first_scheduled_s is not None
+    return request.first_scheduled_s
+
+
+def _quantile(values: np.ndarray, percent: float) -> float:
+    """Nearest rank above, as `Request.p99_gap_s`; 0 of nothing."""
+    return float(np.percentile(values, percent, method="higher")) if len(values) else 0.0
+
+
+def _rounded(value: object) -> object:
+    if isinstance(value, dict):
+        return {key: _rounded(item) for key, item in value.items()}
+    return float(f"{value:.6g}") if isinstance(value, float) else value

@@ -1,0 +1,110 @@
+"""Workloads: request lengths from a table, arrival times from a Gamma process or a recorded trace."""
+
+import csv
+import math
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+NAMED = ("sharegpt", "humaneval", "longbench", "azure")
+MIN_DURATION_S = 300.0  # shorter traces flatter policies that starve
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """A table of requests: `[n]` prompt and output tokens, and `[n]` arrival seconds if they were recorded."""
+
+    name: str
+    prompt_tokens: NDArray[np.int64]
+    output_tokens: NDArray[np.int64]
+    arrival_s: NDArray[np.float64] | None = None
+
+    @property
+    def recorded_rate(self) -> float:
+        """Requests per second of the recorded arrivals.
+
+        Raises:
+            ValueError: arrivals were not recorded.
+        """
+        if self.arrival_s is None:
+            raise ValueError(f"workload {self.name} has no recorded arrivals; give --rate")
+        return len(self.arrival_s) / max(float(self.arrival_s[-1]), 1e-9)
+
+
+@dataclass(frozen=True)
+class Arrival:
+    """One request to come."""
+
+    arrival_s: float
+    prompt_tokens: int
+    output_tokens: int
+
+
+def load_lengths(workload: str, max_model_len: int = 2048) -> Lengths:
+    """A named workload, or a CSV with columns prompt_tokens, output_tokens and, if recorded, arrival_s.
+
+    Requests longer than `max_model_len`, or without a prompt or output token, are left out.
+
+    Raises:
+        ValueError: no such name or file, a column is missing, a cell is no number, or no request is left.
+    """
+    if workload in NAMED:
+        text = resources.files("apt_jax.simulation").joinpath(f"workloads/{workload}.csv").read_text("utf-8")
+    else:
+        path = Path(workload)
+        if not path.is_file():
+            raise ValueError(f"workload {workload!r} is neither a file nor one of {', '.join(NAMED)}")
+        text = path.read_text("utf-8")
+    reader = csv.DictReader(text.splitlines())
+    columns = reader.fieldnames or []
+    for column in ("prompt_tokens", "output_tokens"):
+        if column not in columns:
+            raise ValueError(f"workload {workload} has no column {column}; it has {', '.join(columns)}")
+    wanted = [c for c in ("arrival_s", "prompt_tokens", "output_tokens") if c in columns]
+    try:
+        rows = np.array([[float(row[c]) for c in wanted] for row in reader], np.float64).reshape(-1, len(wanted))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"workload {workload}: {error}; every cell must be a number") from error
+    prompt, output = rows[:, -2], rows[:, -1]
+    keep = (prompt >= 1) & (output >= 1) & (prompt + output <= max_model_len)
+    if not keep.any():
+        raise ValueError(f"workload {workload} has no request of at most {max_model_len} tokens")
+    rows = rows[keep]
+    arrival = None
+    if len(wanted) == 3:
+        rows = rows[np.argsort(rows[:, 0], kind="stable")]
+        arrival = rows[:, 0] - rows[0, 0]
+    return Lengths(workload, rows[:, -2].astype(np.int64), rows[:, -1].astype(np.int64), arrival)
+
+
+def make_arrivals(lengths: Lengths, *, rate: float, num_requests: int, cv: float | None, seed: int) -> list[Arrival]:
+    """Requests at `rate` per second: `num_requests`, or more if those would arrive within 300 seconds.
+
+    Lengths are drawn from the table in shuffled passes (each row once per pass). Gaps are Gamma distributed with
+    mean 1/rate and coefficient of variation `cv` (1 is Poisson). With `cv` None the recorded arrivals are
+    stretched to `rate`, repeated end to end if they are too few, in their order. Times scale with 1/rate for a
+    fixed seed: two rates see the same pattern.
+    """
+    if not rate > 0 or num_requests < 1 or (cv is not None and not cv > 0):
+        raise ValueError(f"{rate=}, {num_requests=} and {cv=} must all be greater than 0")
+    count = max(num_requests, math.ceil(rate * MIN_DURATION_S))
+    rows = len(lengths.prompt_tokens)
+    passes = -(-count // rows)
+    lengths_rng, gaps_rng = np.random.default_rng([seed, 0]), np.random.default_rng([seed, 1])
+    if cv is None:
+        recorded_rate = lengths.recorded_rate
+        assert lengths.arrival_s is not None
+        period = rows / recorded_rate
+        times = np.concatenate([lengths.arrival_s + k * period for k in range(passes)])[:count]
+        times = times * (recorded_rate / rate)
+        index = np.tile(np.arange(rows), passes)[:count]
+    else:
+        times = np.cumsum(gaps_rng.gamma(1 / cv**2, cv**2, count)) / rate
+        index = np.concatenate([lengths_rng.permutation(rows) for _ in range(passes)])[:count]
+    return [
+        Arrival(float(t), int(p), int(o))
+        for t, p, o in zip(times, lengths.prompt_tokens[index], lengths.output_tokens[index], strict=True)
+    ]
