@@ -229,15 +229,11 @@ class Completion:
             return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
 
     def _prompt_text(self, sample: Sample) -> str:
-        item = self.body.prompt[sample.index // sample_count(self.body)]
+        samples_per_prompt = len(self.samples) // len(self.body.prompt)
+        item = self.body.prompt[sample.index // samples_per_prompt]
         if isinstance(item, str):
             return item
         return "" if self._tokenizer is None else self._tokenizer.decode(list(item), skip_special_tokens=False)
-
-
-def sample_count(body: CompletionRequest) -> int:
-    """Samples per prompt."""
-    return body.n or 1
 
 
 def as_bad_request(error: ValueError, body: CompletionRequest) -> BadRequest:
