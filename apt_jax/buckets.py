@@ -23,7 +23,7 @@ class Buckets:
 
     def __init__(self, *, max_num_seqs: int, max_num_batched_tokens: int):
         self.decode = [Bucket(size, size, True) for size in ladder(1, max_num_seqs)]
-        smallest = min(16, max_num_batched_tokens)
+        smallest = min(max(16, max_num_batched_tokens // 64), max_num_batched_tokens)
         self.prefill = [
             Bucket(size, min(size, max_num_seqs), False) for size in ladder(smallest, max_num_batched_tokens)
         ]
@@ -53,12 +53,12 @@ class Buckets:
 
 
 def ladder(smallest: int, largest: int) -> list[int]:
-    """Sizes from `smallest` to `largest`: powers of two and, from 16 on, the steps halfway between them."""
+    """Sizes from `smallest` to `largest`: powers of two and, from 8 on, the steps halfway between them."""
     sizes = {largest}
     size = 1
     while size < largest:
         sizes.add(size)
-        if size >= 16:
+        if size >= 8:
             sizes.add(size + size // 2)
         size *= 2
     return sorted(size for size in sizes if smallest <= size <= largest)

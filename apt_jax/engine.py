@@ -286,9 +286,9 @@ class Engine:
             if len(request.output_token_ids) >= request.params.min_tokens:
                 shown, stop = text.stop.push(shown)
             if stop is not None:
-                reason = FinishReason.STOP
+                self.state.finish(request, FinishReason.STOP)
                 request.stop_reason = stop
-                self.state.finish(request, reason)
+                request.finish_reason = reason = FinishReason.STOP  # also where this token was the last allowed
             elif reason is not None:
                 shown += self._flush(text)
         if reason is not None:

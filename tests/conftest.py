@@ -1,7 +1,16 @@
 """Compiled programs are shared by all tests of a run (and by parallel workers), so that each shape compiles once."""
 
+import os
+
 import jax
 import pytest
+from hypothesis import HealthCheck, settings
+
+# A busy machine is no reason to fail; continuous integration always draws the same examples.
+settings.register_profile(
+    "project", deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=bool(os.environ.get("CI"))
+)
+settings.load_profile("project")
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -251,6 +251,22 @@ def test_the_slot_of_one_that_ended_is_used_again_with_the_new_one_s_parameters(
     assert batch.rows.first_blocks[0, :3].tolist() == new.table.first
 
 
+def test_a_preempted_request_gives_up_its_slot_and_takes_a_free_one_when_it_comes_back():
+    state = make_state(100, max_num_seqs=2)
+    builder = builder_for(state)
+    early, late, new = (request_number(n, 4, 5) for n in (1, 2, 3))
+    assert builder.build([held(state, early), held(state, late)]).sample_slot[:2].tolist() == [0, 1]
+    state.apply(Plan(preempted=(Preempted(early, Reason.PREEMPTED_NO_BLOCKS),)), 0.0)
+    assert builder.build([held(state, new)]).sample_slot[0] == 0
+    state.commit(early, true_token(1, 4), 0.0)
+    finish_any(state, late)
+    again = builder.build(state.apply(Plan((Scheduled(early, 5, CacheKind.HIDDEN, Reason.ADMITTED_HIDDEN),)), 0.0))
+    assert again.sample_slot[0] == 1 and again.sampling.seed[0].tolist() == [0, 1]
+    assert again.rows.is_hidden[0] and again.rows.first_blocks[0, :2].tolist() == early.table.first
+    (span,) = state.apply(Plan((Scheduled(new, 1, CacheKind.KV, Reason.DECODES),)), 0.0)
+    assert builder.build([span]).sample_slot[0] == 0
+
+
 def test_more_requests_than_slots_is_a_bug_of_the_policy():
     state = make_state(100, max_num_seqs=2)
     builder = builder_for(state, num_slots=1)

@@ -17,8 +17,8 @@ def test_the_defaults_need_at_most_32_programs(max_num_seqs, max_num_batched_tok
     assert num_programs(Buckets(max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens)) <= 32
 
 
-def test_the_ladder_doubles_and_halves_the_steps_from_16_on():
-    assert ladder(1, 64) == [1, 2, 4, 8, 16, 24, 32, 48, 64]
+def test_the_ladder_doubles_and_halves_the_steps_from_8_on():
+    assert ladder(1, 64) == [1, 2, 4, 8, 12, 16, 24, 32, 48, 64]
     assert ladder(16, 100) == [16, 24, 32, 48, 64, 96, 100]
     assert ladder(5, 5) == [5]
     assert ladder(1, 1) == [1]

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 from host_loop import EOS, STOP_ID, WORD, HostLoop, finish_any, fits, make_request, make_state
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
@@ -114,6 +114,9 @@ def test_any_sequence_on_the_pool_keeps_every_block_with_one_owner(num_blocks, b
         pool.check(tables)
 
 
+numbers = st.integers(0, 11)  # which of those there are, modulo how many
+
+
 class RequestMachine(RuleBasedStateMachine):
     """Requests come, run, end, are preempted and converted in any order; `mode` is set by the subclasses.
 
@@ -168,18 +171,18 @@ class RequestMachine(RuleBasedStateMachine):
         self.loop.commit()
 
     @precondition(lambda self: self.requests)
-    @rule(data=st.data(), reason=st.sampled_from([FinishReason.ABORT, FinishReason.ERROR, FinishReason.STOP]))
-    def finish(self, data, reason):
-        request = data.draw(st.sampled_from(self.requests))
+    @rule(number=numbers, reason=st.sampled_from([FinishReason.ABORT, FinishReason.ERROR, FinishReason.STOP]))
+    def finish(self, number, reason):
+        request = self.requests[number % len(self.requests)]
         held = request.table.num_blocks if request.table else 0
         free = self.state.pool.num_free
         finish_any(self.state, request, reason)
         assert self.state.pool.num_free == free + held
 
     @precondition(lambda self: self.state.running)
-    @rule(data=st.data())
-    def preempt(self, data):
-        request = data.draw(st.sampled_from(self.state.running))
+    @rule(number=numbers)
+    def preempt(self, number):
+        request = self.state.running[number % len(self.state.running)]
         freed = self.state.pool.num_free + request.table.num_blocks
         known, times = request.num_tokens, request.num_preemptions
         self.state.apply(Plan(preempted=(Preempted(request, Reason.PREEMPTED_NO_BLOCKS),)), self.loop.now)
@@ -188,9 +191,10 @@ class RequestMachine(RuleBasedStateMachine):
         self.loop.run(Plan())  # the engine reads back all that is in flight when nothing else runs
 
     @precondition(lambda self: any(r.cache_kind is CacheKind.HIDDEN for r in self.state.running))
-    @rule(data=st.data())
-    def convert(self, data):
-        request = data.draw(st.sampled_from([r for r in self.state.running if r.cache_kind is CacheKind.HIDDEN]))
+    @rule(number=numbers)
+    def convert(self, number):
+        hidden = [r for r in self.state.running if r.cache_kind is CacheKind.HIDDEN]
+        request = hidden[number % len(hidden)]
         plan = Plan(converted=(Converted(request, Reason.CONVERTED_MEMORY_FREE),))
         pages, free = request.table.num_pages, self.state.pool.num_free
         if pages > free:
@@ -231,6 +235,7 @@ class RequestMachine(RuleBasedStateMachine):
     def teardown(self):
         if not hasattr(self, "loop"):
             return
+        self.state.check()
         self.tokens = [WORD]
         self.loop.drain()
         assert self.state.pool.num_free == self.state.pool.num_blocks
@@ -249,7 +254,12 @@ class HiddenMachine(RequestMachine):
 
 
 MACHINE_SETTINGS = settings(
-    max_examples=25, stateful_step_count=30, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+    max_examples=25,
+    stateful_step_count=30,
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow],
+    phases=[Phase.explicit, Phase.reuse, Phase.generate, Phase.shrink],
+    report_multiple_bugs=False,  # the first failure shrinks in seconds, several take minutes
 )
 for machine in (RequestMachine, KvMachine, HiddenMachine):
     machine.TestCase.settings = MACHINE_SETTINGS

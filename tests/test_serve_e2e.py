@@ -219,7 +219,7 @@ def test_a_batch_that_is_killed_goes_on_and_answers_every_line_once_as_http_woul
     before = output.read_bytes()
     assert before.count(b"\n") < len(batch_lines), "it was killed in the middle"
     job = run_batch(folder, source, output)
-    _, errors = job.communicate(timeout=120)
+    _, errors = job.communicate(timeout=240)
     assert job.returncode == 0, errors
     assert f"{len(batch_lines)}/{len(batch_lines)}" in errors, "the progress bar ends full"
     after = output.read_bytes()
@@ -263,15 +263,15 @@ def test_the_command_serves_at_once_is_ready_later_and_ends_in_order(folder):
     try:
         assert httpx.get(f"{url}/health").status_code == 200
         assert httpx.get(f"{url}/ready").status_code == 503
-        until(lambda: is_ready(url), 120)
+        until(lambda: is_ready(url), 240)
         body = {"model": NAME, "prompt": "the quick", "max_tokens": 100, "ignore_eos": True, "stream": True}
-        with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=30) as reply:
+        with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=60) as reply:
             lines = (line for line in reply.iter_lines() if line)
             events = [next(lines)]
             process.send_signal(signal.SIGTERM)
             events += lines
         assert len(events) == 101 and '"length"' in events[99] and events[100] == "data: [DONE]"
-        _, errors = process.communicate(timeout=30)
+        _, errors = process.communicate(timeout=60)
     finally:
         process.kill()
     assert process.returncode == 0
@@ -283,7 +283,7 @@ def test_interrupting_the_command_while_it_loads_ends_it(folder):
     try:
         assert httpx.get(f"{url}/health").json()["status"] == "loading"
         process.send_signal(signal.SIGINT)
-        _, errors = process.communicate(timeout=30)
+        _, errors = process.communicate(timeout=60)
     finally:
         process.kill()
     assert process.returncode == 0 and "Traceback" not in errors
