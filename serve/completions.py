@@ -54,6 +54,7 @@ class Completion:
         self.prompt_token_ids = prompt_token_ids
         self.samples = samples
         self.choices = [Choice() for _ in samples]
+        self._num_unfinished = len(samples)
         self._tokenizer = tokenizer
 
     @classmethod
@@ -103,7 +104,7 @@ class Completion:
     @property
     def is_finished(self) -> bool:
         """Whether every sample has ended."""
-        return all(choice.finish_reason is not None for choice in self.choices)
+        return self._num_unfinished == 0
 
     def usage(self) -> dict[str, int]:
         """OpenAI's `usage`: each prompt counts once, every sample's tokens count."""
@@ -173,6 +174,7 @@ class Completion:
         choice.started = True
         choice.token_ids.extend(output.token_ids)
         choice.finish_reason = output.finish_reason
+        self._num_unfinished -= output.finish_reason is not None
 
     def _object(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
         return {
@@ -229,15 +231,11 @@ class Completion:
             return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
 
     def _prompt_text(self, sample: Sample) -> str:
-        item = self.body.prompt[sample.index // sample_count(self.body)]
+        samples_per_prompt = len(self.samples) // len(self.body.prompt)
+        item = self.body.prompt[sample.index // samples_per_prompt]
         if isinstance(item, str):
             return item
         return "" if self._tokenizer is None else self._tokenizer.decode(list(item), skip_special_tokens=False)
-
-
-def sample_count(body: CompletionRequest) -> int:
-    """Samples per prompt."""
-    return body.n or 1
 
 
 def as_bad_request(error: ValueError, body: CompletionRequest) -> BadRequest:

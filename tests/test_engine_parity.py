@@ -55,7 +55,7 @@ def test_fcfs_under_memory_pressure_gives_the_greedy_tokens_of_transformers(mode
     """A pool for about two requests: fcfs preempts and, in hybrid mode, mixes kinds and converts."""
     golden = load_golden("pre_norm")
     config = ModelConfig.from_hf(golden.config)
-    blocks = 36 if mode == "kv" else 25
+    blocks = {"kv": 36, "hidden": 25, "hybrid": 40}[mode]
     engine = make_engine(
         load_golden_model(golden, tmp_path),
         config,

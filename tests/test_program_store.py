@@ -8,6 +8,7 @@ import jax
 import pytest
 from checkpoint_folders import random_model
 from engines import GREEDY, count_compilations, make_engine, run
+from jax.experimental.compilation_cache import compilation_cache
 
 from apt_jax.config import ModelConfig
 
@@ -19,10 +20,15 @@ CONFIG = ModelConfig(
 
 @pytest.fixture
 def cache_folder(tmp_path):
+    """A store of its own, without JAX's cache beside it: what that holds already would not be stored."""
     before = jax.config.jax_compilation_cache_dir
     jax.config.update("jax_compilation_cache_dir", str(tmp_path))
+    jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()
     yield tmp_path / "programs"
     jax.config.update("jax_compilation_cache_dir", before)
+    jax.config.update("jax_enable_compilation_cache", True)
+    compilation_cache.reset_cache()
 
 
 def test_second_start_loads_every_program_and_gives_the_same_tokens(cache_folder, monkeypatch, caplog):
