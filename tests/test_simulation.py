@@ -1,6 +1,5 @@
 """The simulator: workloads, the search, deterministic results, and the very plans of the engine."""
 
-import json
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -100,29 +99,6 @@ def test_search_finds_the_cliff_of_each_target():
         assert rate / 1.03 <= found[target] <= rate
     assert len(asked) < 30
     assert effective_throughput(lambda rate, target: False, [0.9]) == {0.9: 0.0}
-
-
-def test_results_are_the_same_bytes_and_name_what_was_promised(tmp_path):
-    first, second, workload = tmp_path / "a.json", tmp_path / "b.json", tmp_path / "short.csv"
-    workload.write_text("prompt_tokens,output_tokens\n" + "".join(f"{20 + k},{3 + k % 5}\n" for k in range(40)))
-    args = SimulateArgs(
-        workload=str(workload), num_requests=30, rate="0.1,0.3", cache_modes="kv,hybrid", max_num_seqs=1
-    )
-    for path in (first, second):
-        run(replace(args, json=path, plot=path.with_suffix(".png"), effective_throughput="0.9"))
-    assert first.read_bytes() == second.read_bytes()
-    assert first.with_suffix(".png").read_bytes() == second.with_suffix(".png").read_bytes()
-    result = json.loads(first.read_text())
-    assert len(result["runs"]) == 2 * 2 * 2
-    row = result["runs"][0]
-    for name in ("policy", "cache_mode", "hidden_attention", "rate", "attainment", "ttft_attainment",
-                 "tbt_attainment", "p50_ttft_s", "p99_ttft_s", "p50_tbt_s", "p99_tbt_s", "preemptions", "conversions",
-                 "mean_batch", "cache_mix", "makespan_s", "backlog", "longest_wait_s"):  # fmt: skip
-        assert name in row
-    assert sum(row["cache_mix"].values()) == pytest.approx(1)
-    assert [set(r) for r in result["effective_throughput"]] == [
-        {"policy", "cache_mode", "hidden_attention", "target", "rate"}
-    ] * 4
 
 
 @pytest.mark.parametrize(
