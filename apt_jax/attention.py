@@ -20,10 +20,10 @@ from jax.typing import DTypeLike
 from apt_jax.batch import Rows, Tokens
 from apt_jax.cache_arrays import write_tokens
 from apt_jax.opt import Attend, SelfAttention
+from pallas_kernels.reference import NEVER, Partial, merge
 
 CHUNK_TOKENS = 128
 _QUERY_TILE = 256
-_NEVER = -1e30
 
 
 class Kinds(NamedTuple):
@@ -31,22 +31,6 @@ class Kinds(NamedTuple):
 
     kv: bool
     hidden: bool
-
-
-class Partial(NamedTuple):
-    """Attention over a part of the context: normalised output and log-sum-exp of its scores, both float32."""
-
-    out: jax.Array  # [..., width]
-    lse: jax.Array  # [...]
-
-
-def merge(a: Partial, b: Partial) -> Partial:
-    """Attention over the union of two disjoint parts of the context. Pure."""
-    top = jnp.maximum(a.lse, b.lse)
-    wa, wb = jnp.exp(a.lse - top), jnp.exp(b.lse - top)
-    total = wa + wb
-    out = (a.out * wa[..., None] + b.out * wb[..., None]) / total[..., None]
-    return Partial(out, top + jnp.log(total))
 
 
 def paged_attention(
@@ -132,7 +116,7 @@ def _wide_rows(
         row = _wide_pages(wide[r], pool, x_blocks[r], y, length[r])
         return Partial(found.out.at[r].set(row.out), found.lse.at[r].set(row.lse))
 
-    empty = Partial(jnp.zeros((R, N, D), jnp.float32), jnp.full((R, N), _NEVER, jnp.float32))
+    empty = Partial(jnp.zeros((R, N, D), jnp.float32), jnp.full((R, N), NEVER, jnp.float32))
     return jax.lax.fori_loop(0, R, one_row, empty)
 
 
@@ -147,7 +131,7 @@ def _wide_pages(
         x = read_chunk(pool, x_blocks, chunk, valid)
         y = x if y_blocks is None else read_chunk(pool, y_blocks, chunk, valid)
         scores = jnp.einsum("QD,CD->QC", wide, x)
-        return jnp.where(valid, scores, _NEVER), y, valid
+        return jnp.where(valid, scores, NEVER), y, valid
 
     def body(chunk: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         scores, y, valid = read(chunk)
@@ -192,7 +176,7 @@ def _chunks(
             valid = chunk * CHUNK_TOKENS + jnp.arange(CHUNK_TOKENS) < prefix[r]
             keys, values = keys_values(r, chunk, valid)
             scores = jnp.einsum("TNH,CNH->TNC", q, keys, preferred_element_type=jnp.float32)
-            scores = jnp.where(valid, scores, _NEVER)
+            scores = jnp.where(valid, scores, NEVER)
             return _online_softmax(
                 carry, scores, lambda p: jnp.einsum("TNC,CNH->TNH", p, values.astype(jnp.float32)), valid
             )
@@ -230,7 +214,7 @@ def _causal(q: jax.Array, k: jax.Array, v: jax.Array, tokens: Tokens) -> Partial
     def tile(q: jax.Array, row: jax.Array, position: jax.Array) -> Partial:
         scores = jnp.einsum("QNH,TNH->QNT", q, k, preferred_element_type=jnp.float32)
         seen = (row[:, None] == tokens.row) & (position[:, None] >= tokens.position)
-        scores = jnp.where(seen[:, None, :], scores, _NEVER)
+        scores = jnp.where(seen[:, None, :], scores, NEVER)
         top = scores.max(-1)
         weights = jnp.exp(scores - top[..., None])
         total = weights.sum(-1)
@@ -279,7 +263,7 @@ def _absorbed_values(projections: SelfAttention, context: jax.Array) -> jax.Arra
 
 
 def _start_softmax(shape: tuple[int, ...], out_shape: tuple[int, ...]) -> tuple[jax.Array, ...]:
-    return jnp.full(shape, _NEVER, jnp.float32), jnp.zeros(shape, jnp.float32), jnp.zeros(out_shape, jnp.float32)
+    return jnp.full(shape, NEVER, jnp.float32), jnp.zeros(shape, jnp.float32), jnp.zeros(out_shape, jnp.float32)
 
 
 def _online_softmax(carry, scores, weighted_values, valid):  # type: ignore[no-untyped-def]
@@ -295,4 +279,4 @@ def _finish_softmax(carry: tuple[jax.Array, ...]) -> Partial:
     top, total, out = carry
     empty = total == 0
     safe = jnp.where(empty, 1.0, total)
-    return Partial(out / safe[..., None], jnp.where(empty, _NEVER, top + jnp.log(safe)))
+    return Partial(out / safe[..., None], jnp.where(empty, NEVER, top + jnp.log(safe)))
