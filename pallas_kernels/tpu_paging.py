@@ -42,8 +42,8 @@ class Source(NamedTuple):
 
 
 def chunk_tokens(width: int, block_size: int, itemsize: int, num_sources: int) -> int:
-    """Tokens of a chunk: as many as `BUFFER_BYTES` allow, a power of two from a block up to `MAX_CHUNK_TOKENS`."""
-    tokens = MAX_CHUNK_TOKENS
+    """Tokens of a chunk, whole blocks: at most `MAX_CHUNK_TOKENS` and what `BUFFER_BYTES` hold, but at least one."""
+    tokens = max(MAX_CHUNK_TOKENS, block_size)
     while tokens > block_size and 2 * num_sources * tokens * width * itemsize > BUFFER_BYTES:
         tokens //= 2
     return tokens
