@@ -16,9 +16,8 @@ from jax.typing import DTypeLike
 
 from pallas_kernels import tpu_paging
 from pallas_kernels.reference import NEVER, Partial
-from pallas_kernels.tpu_paging import Deal, Ref, Source
+from pallas_kernels.tpu_paging import LANES, Deal, Ref, Source
 
-LANES = 128
 SUBLANES = 8
 SLICE = 512  # columns that one product takes; more would spill registers
 
@@ -40,9 +39,13 @@ def hidden_decode_attention(
             bfloat16 for both saves the memory traffic of 2N tokens.
         cores: tensor cores of one device; rows are dealt to them.
         interpret: run without a TPU.
+
+    Raises:
+        NotImplementedError: a dtype, block size or width that the kernel does not handle.
     """
     R, N, D = q_wide.shape
     S = pool.shape[1]
+    tpu_paging.check_shapes(q_wide, pool, D, interpret)
     chunk = tpu_paging.chunk_tokens(D, S, pool.dtype.itemsize, num_sources=1)
     dealt = tpu_paging.deal(length)
     cores = min(cores, R)

@@ -17,9 +17,8 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import tpu_paging
 from pallas_kernels.reference import NEVER, Partial
-from pallas_kernels.tpu_paging import Deal, Ref, Source
+from pallas_kernels.tpu_paging import LANES, Deal, Ref, Source
 
-LANES = 128
 GROUP = 8  # heads
 
 
@@ -38,9 +37,13 @@ def kv_decode_attention(
     Args:
         cores: tensor cores of one device; rows are dealt to them.
         interpret: run without a TPU.
+
+    Raises:
+        NotImplementedError: a dtype, block size or width that the kernel does not handle.
     """
     R, N, H = q.shape
     S, D = pool.shape[1:]
+    tpu_paging.check_shapes(q, pool, GROUP * H, interpret)
     chunk = tpu_paging.chunk_tokens(D, S, pool.dtype.itemsize, num_sources=2)
     dealt = tpu_paging.deal(length)
     cores = min(cores, R)

@@ -21,6 +21,7 @@ from jax.typing import DTypeLike
 SCOPED_VMEM_BYTES = 16 * 2**20  # what a kernel gets without asking, on v5e and v5p
 BUFFER_BYTES = 6 * 2**20  # VMEM for page buffers
 MAX_CHUNK_TOKENS = 256
+LANES = 128
 
 type Ref = Any
 
@@ -47,6 +48,27 @@ def chunk_tokens(width: int, block_size: int, itemsize: int, num_sources: int) -
     while tokens > block_size and 2 * num_sources * tokens * width * itemsize > BUFFER_BYTES:
         tokens //= 2
     return tokens
+
+
+def check_shapes(query: jax.Array, pool: jax.Array, columns: int, interpret: object) -> None:
+    """Refuse what does not compile for a TPU; the interpreter takes any width.
+
+    Args:
+        columns: of the pool that one product takes.
+
+    Raises:
+        NotImplementedError: a dtype, block size or width that a kernel does not handle.
+    """
+    cure = "use --attention-backend xla"
+    for array in (query, pool):
+        if array.dtype not in (jnp.bfloat16, jnp.float32):
+            raise NotImplementedError(f"dtype {array.dtype} is neither bfloat16 nor float32; {cure}")
+    if interpret:
+        return
+    if pool.shape[1] < 8:
+        raise NotImplementedError(f"block_size={pool.shape[1]} < 8, the rows of a register tile; {cure}")
+    if pool.shape[2] % LANES or columns % LANES:
+        raise NotImplementedError(f"hidden_size={pool.shape[2]} or {columns=} is no multiple of {LANES}; {cure}")
 
 
 def deal(length: jax.Array) -> Deal:
