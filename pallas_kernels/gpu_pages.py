@@ -52,7 +52,7 @@ def copied_pages(pages: int) -> int:
 def pad_table(blocks: jax.Array, pages: int) -> tuple[jax.Array, int]:
     """The table `[R, W]`, padded so that every split of `pages` can copy `copied_pages(pages)`; and how many splits."""
     splits = -(-blocks.shape[1] // pages)
-    width = (splits - 1) * pages + copied_pages(pages)
+    width = -(-((splits - 1) * pages + copied_pages(pages)) // 4) * 4  # rows of TMA start at multiples of 16 bytes
     return jnp.pad(blocks, ((0, 0), (0, max(width - blocks.shape[1], 0)))), splits
 
 
@@ -62,7 +62,15 @@ def copies_per_chunk(block_size: int) -> int:
 
 
 def load_chunk(
-    pool: Any, pages: Any, slot: Any, full: Any, chunk: jax.Array, todo: jax.Array, block_size: int, columns: Any
+    pool: Any,
+    pages: Any,
+    slot: Any,
+    full: Any,
+    chunk: jax.Array | int,
+    todo: jax.Array,
+    block_size: int,
+    columns: Any,
+    skipped: jax.Array | int = 0,
 ) -> None:
     """Start the copies of one chunk into `slot [C, E]`; each arrives on `full`.
 
@@ -74,10 +82,11 @@ def load_chunk(
         chunk: which chunk of the split.
         todo: valid tokens of the split.
         columns: slice of D.
+        skipped: tokens of the split's first page that belong to the split before, a multiple of C.
     """
     last = lax.div(todo - 1, block_size)
     if block_size >= CHUNK_TOKENS:
-        start = chunk * CHUNK_TOKENS
+        start = chunk * CHUNK_TOKENS + skipped
         inside = pl.multiple_of(lax.rem(start, block_size), CHUNK_TOKENS)
         block = pages[lax.div(start, block_size)]
         plgpu.copy_gmem_to_smem(pool.at[block, pl.ds(inside, CHUNK_TOKENS), columns], slot, full)
