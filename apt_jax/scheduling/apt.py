@@ -60,6 +60,7 @@ class AptOptions:
 class Apt:
     """The adaptive policy."""
 
+    uses_cost_model = True
     Options = AptOptions
 
     def __init__(self, context: PolicyContext | None = None, options: AptOptions | None = None):

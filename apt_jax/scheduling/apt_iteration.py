@@ -7,7 +7,6 @@ import numpy as np
 
 from apt_jax.cache import CacheKind
 from apt_jax.request import Request
-from apt_jax.scheduling.cost_model import StepLoad
 from apt_jax.scheduling.forecast import expected_blocks
 from apt_jax.scheduling.greedy import solve_greedy
 from apt_jax.scheduling.lateness import DEMOTED_VALUE, is_late, is_overdue, lane
@@ -16,6 +15,7 @@ from apt_jax.scheduling.plan import Converted, Plan, Preempted, Reason, Schedule
 from apt_jax.scheduling.policy import PolicyContext
 from apt_jax.scheduling.problem import Bools, Floats, Ints, Problem
 from apt_jax.scheduling.state import SchedulerState
+from apt_jax.scheduling.step_load import StepLoad
 
 if TYPE_CHECKING:
     from apt_jax.scheduling.apt import AptOptions
