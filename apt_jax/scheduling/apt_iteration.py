@@ -126,6 +126,8 @@ class Iteration:
         if self.options.value == "footprint" and remaining is not None:
             # mean context over the rest of its life, times that life, against the context now
             value = value * queue.tokens / ((queue.tokens + remaining / 2) * remaining)
+        elif self.options.value == "longest":
+            value = value * queue.pages(self.block_size)  # the solver divides by blocks
         return np.where(late, value * DEMOTED_VALUE, value)
 
     def _lane(self) -> tuple[Bools, Bools]:
