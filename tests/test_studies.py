@@ -12,8 +12,8 @@ from experiments.studies.pictures import draw_rates, draw_targets
 from experiments.studies.tables import rates_table, targets_table
 
 SMALL = Experiment(model="opt-125m", hardware="tpu-v5e", workload="humaneval", num_blocks=260, num_requests=10)
-STUDY = Study("small", "Why?", (Case("KV", "fcfs", "kv", experiment=SMALL), Case("both", "apt", "hybrid",
-              experiment=SMALL)), rates=(0.03, 0.06), columns=("attainment", "mean_batch", "longest_wait_s"))  # fmt: skip
+CASES = (Case("KV", "fcfs", "kv", experiment=SMALL), Case("both", "apt", "hybrid", experiment=SMALL))
+STUDY = Study("small", "Why?", CASES, rates=(0.03, 0.06), columns=("attainment", "mean_batch", "longest_wait_s"))
 
 
 def test_a_study_goes_on_where_it_was_stopped_with_the_same_figures(tmp_path):
