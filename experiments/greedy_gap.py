@@ -56,7 +56,7 @@ def main() -> None:
         ratios["greedy without filling up"].append(problem.value_s(solve_greedy(problem, fill=False)) / best)
     sizes = [problem.size for problem in chosen]
     print(
-        f"{len(problems)} contested problems, {len(chosen)} solved exactly; {np.median(sizes):.0f} requests in the median,"
+        f"{len(problems)} contested problems, {len(chosen)} solved; median {np.median(sizes):.0f} requests,"
         f" {max(sizes)} at most; {np.mean([p.is_guaranteed for p in chosen]):.0%} meet the guarantee's premise"
     )
     print(f"{'value / optimum':<28} {'worst':>7} {'p1':>7} {'p10':>7} {'median':>7} {'mean':>7}")

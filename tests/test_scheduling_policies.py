@@ -1,5 +1,7 @@
 """What every policy owes: progress, conserved blocks, limits kept, the same plans for the same trace."""
 
+from pathlib import Path
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -199,3 +201,13 @@ def test_plan_log_keeps_the_newest_and_tells_why():
     assert state.plans.as_dicts()[0]["scheduled"] == [
         {"request": "a", "tokens": 12, "cache": "kv", "reason": "admitted with KV cache"}
     ]
+
+
+def test_every_policy_has_a_page():
+    """`docs/scheduling` explains each; apt-paper shares apt's page."""
+    folder = Path(__file__).parent.parent / "docs" / "scheduling"
+    index = (folder / "README.md").read_text("utf-8")
+    for name in policy_names():
+        page = folder / f"{name.removesuffix('-paper')}.md"
+        assert page.read_text("utf-8").startswith(f"# {name.removesuffix('-paper')}"), page
+        assert f"[{name}](" in index
