@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from apt_jax.attention import Kinds
-from apt_jax.batch import Batch, BatchBuilder
+from apt_jax.batch import MAX_END_IDS, Batch, BatchBuilder
 from apt_jax.buckets import Buckets
 from apt_jax.cache import BlockPool, CacheKind
 from apt_jax.cache_arrays import block_bytes
@@ -212,6 +212,12 @@ class Engine:
             bad = low if low < 0 else high
             raise ValueError(f"prompt token id {bad} is not in the vocabulary 0..{self.model_config.vocab_size - 1}")
         params.check_vocabulary(self.model_config.vocab_size)
+        ends = len(params.stop_token_ids or ()) + (0 if params.ignore_eos else len(self.model_config.eos_token_ids))
+        if ends > MAX_END_IDS:
+            raise ValueError(
+                f"stop_token_ids and the model's end-of-sequence ids are {ends} together, at most {MAX_END_IDS} are "
+                "possible; give fewer, or ignore_eos"
+            )
         if params.stop and self.tokenizer is None:
             raise ValueError("stop strings need a tokenizer, and this model has none; use stop_token_ids")
         total = length + self._max_new_tokens(length, params) - 1  # the last token is never cached

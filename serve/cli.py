@@ -45,6 +45,8 @@ class RunBatch:
     """Hub id, Hugging Face folder or converted folder; none is the bundled demo model."""
     served_model_name: str | None = None
     """Name that the lines call the model by; default: MODEL as given."""
+    chat_template: str | None = None
+    """File with a Jinja chat template; default: the tokenizer's own (OPT has none)."""
     load: OmitArgPrefixes[LoadOptions] = field(default_factory=LoadOptions)
     engine: OmitArgPrefixes[EngineConfig] = field(default_factory=EngineConfig)
 
@@ -52,7 +54,9 @@ class RunBatch:
         """Answer what is unanswered."""
         from serve.batch_jobs import run_batch
 
-        return run_batch(self.input, self.output, self.model, self.served_model_name, self.load, self.engine)
+        return run_batch(
+            *(self.input, self.output, self.model, self.served_model_name, self.load, self.engine, self.chat_template)
+        )
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ from typing import Any
 from apt_jax.output import QueueFull
 
 RETRY_AFTER_S = 1
+CLIENT_CLOSED_REQUEST = 499  # never sent: the client has gone
 
 
 class BadRequest(ValueError):

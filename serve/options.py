@@ -32,6 +32,9 @@ class ServerOptions:
     max_body_bytes: int = DEFAULT_MAX_BODY_BYTES
     """Longest request body; longer ones get 413."""
 
+    chat_template: str | None = None
+    """File with a Jinja chat template; default: the tokenizer's own (OPT has none)."""
+
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65535:
             raise ValueError(f"port={self.port} must be between 0 and 65535")

@@ -7,14 +7,16 @@ import os
 import signal
 import socket
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import uvicorn
 
 from apt_jax.config import EngineConfig
-from serve.app import Service, create_app
+from serve.app import create_app
 from serve.engine_thread import EngineThread
 from serve.options import DEMO_NAME, LoadOptions, ServerOptions
+from serve.service import Service
 
 if TYPE_CHECKING:
     from apt_jax.engine import Engine
@@ -64,7 +66,10 @@ def serve(model: str | None, load: LoadOptions, options: ServerOptions, config: 
 
     def make_engine() -> "Engine":
         from serve.build import build_engine  # imports jax, which takes seconds
+        from serve.chat_template import read_template
 
+        if options.chat_template is not None:
+            service.chat_template = read_template(Path(options.chat_template))
         return build_engine(model, engine_config=config, **dataclasses.asdict(load))
 
     name, url = options.served_model_name or model or DEMO_NAME, url_of(listener)
@@ -73,7 +78,8 @@ def serve(model: str | None, load: LoadOptions, options: ServerOptions, config: 
         logger.info("ready after %.1f s: %s answers at %s/v1/completions", seconds, name, url)
 
     engine_thread = EngineThread(make_engine, ready, fail)
-    app = create_app(Service(engine_thread, name, options.max_body_bytes))
+    service = Service(engine_thread, name, options)
+    app = create_app(service)
     server = Server(
         uvicorn.Config(app, log_config=None, lifespan="on", timeout_graceful_shutdown=int(2 * GRACE_S)),
         engine_thread,

@@ -21,13 +21,17 @@ EOS = 2
 
 
 class CharTokenizer:
-    """One token per Latin-1 character, </s> first."""
+    """One token per Latin-1 character (? for others), </s> first."""
 
-    def encode(self, text: str) -> list[int]:
-        return [EOS, *text.encode("latin-1")]
+    def __init__(self, chat_template: str | None = None):
+        self.chat_template = chat_template
+        self.special_tokens = {"eos_token": "</s>"}
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        return [*([EOS] if add_special_tokens else []), *text.encode("latin-1", "replace")]
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
-        kept = [i for i in token_ids if not (skip_special_tokens and i == EOS)]
+        kept = [i for i in token_ids if i < VOCABULARY and not (skip_special_tokens and i == EOS)]
         return bytes(kept).decode("latin-1")
 
     def token_bytes(self, token_id: int) -> bytes:
