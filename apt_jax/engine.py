@@ -17,10 +17,11 @@ from apt_jax.batch import MAX_END_IDS, Batch, BatchBuilder
 from apt_jax.buckets import Buckets
 from apt_jax.cache import BlockPool, CacheKind
 from apt_jax.cache_arrays import block_bytes
+from apt_jax.compilations import Compilations
 from apt_jax.config import EngineConfig, ModelConfig
 from apt_jax.memory import MemoryPlan, plan_memory
 from apt_jax.opt import OPT
-from apt_jax.output import Output, QueueFull, TokenLogprobs
+from apt_jax.output import DeviceLost, Output, QueueFull, TokenLogprobs
 from apt_jax.request import FinishReason, Request, SamplingParams, Slo, Status
 from apt_jax.runner import Runner, Shapes, pages_multiple
 from apt_jax.sampling import Sampled
@@ -94,11 +95,14 @@ class Engine:
         self.state = SchedulerState(BlockPool(self.memory.num_blocks, config.block_size), limits)
         self.policy = make_policy(config.scheduling_policy)
         self.last_plan = Plan()
+        self.last_schedule_s = 0.0
+        self.num_failed_steps = 0
         self._depth = 1 if config.async_scheduling else 0
         self._inflight: deque[tuple[Batch, Sampled | None]] = deque()
         self._requests: dict[str, Request] = {}
         self._texts: dict[str, _Text] = {}
         self._ended: list[Output] = []  # requests that ended outside a step
+        self._compilations = Compilations()
         self._seeds = np.random.default_rng(config.seed)
 
     @property
@@ -106,11 +110,17 @@ class Engine:
         """Whether `step` has anything to do or to report."""
         return bool(self._requests or self._ended or self._inflight)
 
+    @property
+    def num_recompiles(self) -> int:
+        """Compilations since `warm_up` in the calling thread, which must be the one that steps; should stay 0."""
+        return self._compilations.count
+
     def warm_up(self, progress: bool = False) -> None:
         """Compile every shape; afterwards no request can cause a compilation."""
         started = time.perf_counter()
         self.runner.compile_all(progress)
         logger.info("compiled %d programs in %.1f s", self.runner.num_programs, time.perf_counter() - started)
+        self._compilations.reset()
 
     def add(
         self,
@@ -167,6 +177,7 @@ class Engine:
         """
         now = self._clock()
         self.last_plan = plan = self.policy.schedule(self.state, now)
+        self.last_schedule_s = self._clock() - now
         if plan.scheduled or plan.preempted or plan.converted:
             self._dispatch(plan, now)
         elif not self._inflight and self.state.num_unfinished:
@@ -247,11 +258,15 @@ class Engine:
 
     def _recover(self, message: str) -> None:
         """After a failed device step nothing in the cache can be trusted: end all that runs, start afresh."""
+        self.num_failed_steps += 1
         self._inflight.clear()
         lost = [request for request in self.state.waiting if request.num_inflight_tokens > 0]  # just preempted
         for request in [*self.state.running, *lost]:
             self._end(request, FinishReason.ERROR, message)
-        self.runner.reset()
+        try:
+            self.runner.reset()
+        except Exception as error:
+            raise DeviceLost(f"the device does not work any more after a failed step: {error}") from error
 
     def _give_up(self) -> None:
         head = (self.state.waiting or self.state.running)[0]

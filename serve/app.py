@@ -6,11 +6,14 @@ from collections.abc import AsyncIterator
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 
 from serve.errors import CLIENT_CLOSED_REQUEST, ERROR_REPLIES, error_body, error_reply
-from serve.generation_routes import GenerationRoutes
+from serve.generation_routes import GENERATION_PATHS, GenerationRoutes
+from serve.middleware import ApiKeys, HeaderLimit, RequestIds
 from serve.model_routes import ModelRoutes
 from serve.openapi import openapi_route
 from serve.service import Service
@@ -27,21 +30,38 @@ def create_app(service: Service) -> Starlette:
         yield
         await run_in_threadpool(service.engine_thread.stop, STOP_TIMEOUT_S)
 
+    options = service.options
+    middleware = [Middleware(RequestIds), Middleware(HeaderLimit, options.max_header_bytes)]
+    if options.allowed_origins:
+        middleware.append(
+            Middleware(
+                CORSMiddleware,
+                allow_origins=options.allowed_origins,
+                allow_methods=["GET", "POST"],
+                allow_headers=["*"],
+                expose_headers=["x-request-id"],
+            )
+        )
+    if options.api_key:
+        middleware.append(Middleware(ApiKeys, options.api_key))
+
+    async def error(http: Request, error: Exception) -> Response:
+        status, body, headers = error_reply(error)
+        if http.url.path in GENERATION_PATHS and status != 500:
+            service.metrics.reject(body["error"]["code"] or "bad_request")
+        return JSONResponse(body, status, headers)
+
     return Starlette(
         routes=[*GenerationRoutes(service).routes(), *ModelRoutes(service).routes(), openapi_route()],
+        middleware=middleware,
         exception_handlers={
-            **{kind: _error for kind, _ in ERROR_REPLIES},
-            Exception: _error,  # also logged, with its traceback
+            **{kind: error for kind, _ in ERROR_REPLIES},
+            Exception: error,  # also logged, with its traceback
             HTTPException: _http_error,
             ClientDisconnect: _gone,
         },
         lifespan=lifespan,
     )
-
-
-async def _error(http: Request, error: Exception) -> Response:
-    status, body, headers = error_reply(error)
-    return JSONResponse(body, status, headers)
 
 
 async def _gone(http: Request, error: Exception) -> Response:

@@ -1,6 +1,5 @@
 """The `apt-jax` command. Flags are generated from dataclass fields; jax is imported only when a command needs it."""
 
-import logging
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +10,7 @@ from tyro.conf import OmitArgPrefixes, OmitSubcommandPrefixes, Positional, arg, 
 
 from apt_jax.config import EngineConfig
 from serve.errors import EngineFailure
+from serve.logs import set_up_logs
 from serve.options import LoadOptions, ServerOptions
 
 Model = Positional[Annotated[str | None, arg(metavar="[MODEL]")]]
@@ -102,9 +102,7 @@ class AptJax:
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line; exits with 0, 1 (it failed), 2 (wrong usage) or 130 (interrupted)."""
     command = tyro.cli(AptJax, prog="apt-jax", args=arguments).command
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
-    for name in ("httpx", "jax"):  # the hub client's requests, the platforms that are not there
-        logging.getLogger(name).setLevel(logging.WARNING)
+    set_up_logs(command.server.log_format if isinstance(command, Serve) else "text")
     try:
         code = command.run()
     except KeyboardInterrupt:

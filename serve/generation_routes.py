@@ -1,6 +1,7 @@
 """POST /v1/completions and /v1/chat/completions: one way through the engine, whole or streamed."""
 
 import contextlib
+import logging
 import time
 import uuid
 from collections.abc import AsyncGenerator, Callable, Iterable
@@ -21,7 +22,10 @@ from serve.protocol import GenerationRequest, parse_completion, parse_json
 from serve.service import Service
 from serve.sse import SseResponse, close_on_disconnect, event
 
+GENERATION_PATHS = ("/v1/completions", "/v1/chat/completions")
 LONG_TEXT_CHARS = 4096  # longer prompts are tokenised off the event loop
+
+logger = logging.getLogger("apt_jax.requests")
 
 
 class GenerationRoutes:
@@ -52,6 +56,9 @@ class GenerationRoutes:
         arrival_s = time.monotonic()
         body = parse(parse_json(await service.read_body(http)))
         generation = await self._prepare(body, kind, http, arrival_s)
+        if service.options.log_requests:
+            fields = {"id": generation.request_id, "request_id": http.state.request_id}
+            logger.info("body %s", body.model_dump_json(exclude_none=True, warnings=False), extra={"fields": fields})
         with contextlib.ExitStack() as cleanup:
             group = service.engine_thread.submit(generation.samples)
             service.num_generating += 1

@@ -2,6 +2,7 @@
 
 import importlib.metadata
 
+from prometheus_client import CONTENT_TYPE_PLAIN_0_0_4
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
@@ -36,6 +37,7 @@ class ModelRoutes:
             Route("/ready", self.ready, methods=["GET"]),
             Route("/version", self.version, methods=["GET"]),
             Route("/load", self.load, methods=["GET"]),
+            Route("/metrics", self.metrics, methods=["GET"]),
         ]
 
     async def models(self, http: Request) -> Response:
@@ -90,6 +92,11 @@ class ModelRoutes:
         engine = self._service.engine_thread.engine
         waiting, running = (0, 0) if engine is None else (len(engine.state.waiting), len(engine.state.running))
         return JSONResponse({"server_load": self._service.num_generating, "waiting": waiting, "running": running})
+
+    async def metrics(self, http: Request) -> Response:
+        """GET /metrics, for Prometheus."""
+        text = await run_in_threadpool(self._service.metrics.text)
+        return Response(text, media_type=CONTENT_TYPE_PLAIN_0_0_4)
 
     def _encode(self, body: TokenizeRequest, tokenizer: Tokenizer) -> list[int]:
         if body.messages is None:

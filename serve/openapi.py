@@ -41,6 +41,7 @@ class Operation:
     statuses: tuple[int, ...] = ()  # of errors
     parameters: tuple[dict[str, Any], ...] = ()
     streams: bool = False
+    media_type: str = "application/json"
 
     def streamed(self) -> "Operation":
         """The same as one that the engine works for: it may stream, has an SLO, and may run into a time limit."""
@@ -64,6 +65,7 @@ OPERATIONS = (
     Operation("get", "/ready", "200 once requests are taken", replies.Status, statuses=(503,)),
     Operation("get", "/version", "Version of the server", replies.Version),
     Operation("get", "/load", "Requests under way", replies.Load),
+    Operation("get", "/metrics", "Metrics for Prometheus", str, media_type="text/plain"),
 )
 
 
@@ -99,7 +101,7 @@ def document() -> dict[str, Any]:
 
 
 def _operation(operation: Operation, schemas: dict[Any, Any]) -> dict[str, Any]:
-    content: dict[str, Any] = {"application/json": {"schema": schemas[operation.reply]}}
+    content: dict[str, Any] = {operation.media_type: {"schema": schemas[operation.reply]}}
     if operation.streams:
         content["text/event-stream"] = {"schema": {"type": "string"}}
     responses: dict[str, Any] = {"200": {"description": "done", "content": content}}

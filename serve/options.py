@@ -35,8 +35,23 @@ class ServerOptions:
     chat_template: str | None = None
     """File with a Jinja chat template; default: the tokenizer's own (OPT has none)."""
 
+    max_header_bytes: int = 32768
+    """Most bytes of all headers of a request; more get 431."""
+    api_key: tuple[str, ...] = ()
+    """Keys of which a client must send one (Authorization: Bearer KEY); also from APT_JAX_API_KEY; default: none."""
+    allowed_origins: tuple[str, ...] = ()
+    """Web pages of these origins may call the server from browsers; * is any; default: none."""
+    log_requests: bool = False
+    """Write prompts and sampling fields to the log."""
+    log_format: Literal["text", "json"] = "text"
+    """Log lines for people, or one JSON object a line."""
+
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65535:
             raise ValueError(f"port={self.port} must be between 0 and 65535")
         if self.max_body_bytes < 1:
             raise ValueError(f"max_body_bytes={self.max_body_bytes} must be at least 1")
+        if self.max_header_bytes < 1024:
+            raise ValueError(f"max_header_bytes={self.max_header_bytes} must be at least 1024")
+        if not all(self.api_key):
+            raise ValueError("api_key has an empty key; give at least one character")

@@ -61,8 +61,11 @@ def serve(model: str | None, load: LoadOptions, options: ServerOptions, config: 
     failures: list[Exception] = []
 
     def fail(error: Exception) -> None:
-        failures.append(error)
-        server.should_exit = True
+        if engine_thread.engine is None:
+            failures.append(error)
+            server.should_exit = True
+        else:  # /health says so: whoever watches it decides
+            report_failure(error)
 
     def make_engine() -> "Engine":
         from serve.build import build_engine  # imports jax, which takes seconds
@@ -78,14 +81,21 @@ def serve(model: str | None, load: LoadOptions, options: ServerOptions, config: 
         logger.info("ready after %.1f s: %s answers at %s/v1/completions", seconds, name, url)
 
     engine_thread = EngineThread(make_engine, ready, fail)
-    service = Service(engine_thread, name, options)
+    service = Service(engine_thread, name, with_environment(options))
     app = create_app(service)
     server = Server(
-        uvicorn.Config(app, log_config=None, lifespan="on", timeout_graceful_shutdown=int(2 * GRACE_S)),
+        uvicorn.Config(
+            app,
+            http="h11",  # the one parser with a limit on headers that are still coming in
+            h11_max_incomplete_event_size=options.max_header_bytes,
+            log_config=None,
+            access_log=False,  # the application's own has more
+            lifespan="on",
+            timeout_graceful_shutdown=int(2 * GRACE_S),
+        ),
         engine_thread,
     )
     logging.getLogger("uvicorn.error").setLevel(logging.WARNING)  # its milestones are told here
-    logging.getLogger("uvicorn.access").addFilter(is_no_probe)
     logger.info("listening on %s, loading %s; %s/ready turns 200 when requests are taken", url, name, url)
     run_until_signal(server, listener)
     if failures:
@@ -99,10 +109,10 @@ def serve(model: str | None, load: LoadOptions, options: ServerOptions, config: 
     return 1 if failures else 0
 
 
-def is_no_probe(record: logging.LogRecord) -> bool:
-    """Whether an access log record is of anything but a probe; those come every few seconds."""
-    path = record.args[2] if isinstance(record.args, tuple) and len(record.args) > 2 else ""
-    return path not in ("/health", "/ready")
+def with_environment(options: ServerOptions) -> ServerOptions:
+    """The options with the key that APT_JAX_API_KEY holds, which `ps` does not show."""
+    key = os.environ.get("APT_JAX_API_KEY")
+    return options if not key else dataclasses.replace(options, api_key=(*options.api_key, key))
 
 
 def run_until_signal(server: uvicorn.Server, listener: socket.socket) -> None:

@@ -7,7 +7,9 @@ from starlette.requests import Request
 from serve.engine_thread import EngineThread
 from serve.errors import BodyTooLarge
 from serve.generation import ServedModel
+from serve.metrics import Metrics
 from serve.options import ServerOptions
+from serve.request_log import RequestLog
 
 
 class Service:
@@ -19,6 +21,8 @@ class Service:
         self.options = options
         self.chat_template: str | None = None
         self.created = int(time.time())
+        self.metrics = Metrics(model_name)
+        engine_thread.observers += [self.metrics, RequestLog()]
         self.num_generating = 0  # HTTP requests for completions that are under way
 
     def served_model(self) -> ServedModel:

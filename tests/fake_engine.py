@@ -13,6 +13,7 @@ from apt_jax.config import EngineConfig, ModelConfig
 from apt_jax.engine import Engine
 from apt_jax.output import Output, QueueFull, TokenLogprobs
 from apt_jax.request import FinishReason, Request, SamplingParams, Slo
+from apt_jax.scheduling.plan import Plan
 from apt_jax.scheduling.policy import make_policy
 from apt_jax.scheduling.state import Limits, SchedulerState
 
@@ -56,6 +57,10 @@ class FakeEngine:
         self.warmed = False
         self.fail_with: Exception | None = None
         self.num_steps = 0
+        self.num_failed_steps = 0
+        self.num_recompiles = 0
+        self.last_plan = Plan()
+        self.last_schedule_s = 0.0
         self._policy = make_policy("fcfs")
         self._requests: dict[str, Request] = {}
         self._ended: list[Output] = []
@@ -125,7 +130,9 @@ class FakeEngine:
             error, self.fail_with = self.fail_with, None
             raise error
         now = time.monotonic()
-        spans = self.state.apply(self._policy.schedule(self.state, now), now)
+        self.last_plan = self._policy.schedule(self.state, now)
+        self.last_schedule_s = time.monotonic() - now
+        spans = self.state.apply(self.last_plan, now)
         outputs = [*self._ended, *(self._sample(span.request, now) for span in spans if span.samples)]
         self._ended = []
         return outputs
