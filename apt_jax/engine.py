@@ -44,6 +44,7 @@ class EngineStuck(RuntimeError):
 class _Text:
     detokenizer: IncrementalDetokenizer
     stop: StopText
+    resumed: str = ""  # of tokens generated before the request was added
 
 
 class Engine:
@@ -131,8 +132,12 @@ class Engine:
         slo: Slo | None = None,
         priority: int = 0,
         arrival_s: float | None = None,
+        output_token_ids: Sequence[int] = (),
     ) -> Request:
         """Queue one request (one sample).
+
+        `output_token_ids` were generated before, by this engine or another, and are gone on from: with the same seed
+        the same tokens follow. The first output then brings all of their text.
 
         Raises:
             ValueError: the request can never be served; one sentence with the value, the limit and the cure.
@@ -155,13 +160,18 @@ class Engine:
             eos_token_ids=frozenset(self.model_config.eos_token_ids),
             slo=slo or Slo(self.config.ttft_slo_ms / 1e3, self.config.tbt_slo_ms / 1e3),
             priority=priority,
+            output_token_ids=list(output_token_ids),
         )
+        if len(output_token_ids) >= request.max_new_tokens:
+            raise ValueError(f"output_token_ids has all {request.max_new_tokens} tokens that may be generated")
         self.state.add(request)
         self._requests[request_id] = request
         if self.tokenizer is not None:
             detokenizer = self.tokenizer.detokenizer(skip_special_tokens=params.skip_special_tokens)
             stop = StopText(params.stop or (), params.include_stop_str_in_output)
-            self._texts[request_id] = _Text(detokenizer, stop)
+            self._texts[request_id] = text = _Text(detokenizer, stop)
+            for number, token in enumerate(output_token_ids, start=1):
+                text.resumed += self._show(text, token, early=number < params.min_tokens)[0]
         return request
 
     def abort(self, request_id: str) -> None:
@@ -303,9 +313,8 @@ class Engine:
         shown = ""
         text = self._texts.get(request.request_id)
         if text is not None:
-            shown, stop = text.detokenizer.push([token]), None
-            if len(request.output_token_ids) >= request.params.min_tokens:
-                shown, stop = text.stop.push(shown)
+            shown, stop = self._show(text, token, early=len(request.output_token_ids) < request.params.min_tokens)
+            shown, text.resumed = text.resumed + shown, ""
             if stop is not None:
                 self.state.finish(request, FinishReason.STOP)
                 request.stop_reason = stop
@@ -326,6 +335,12 @@ class Engine:
         return (TokenLogprobs(token, float(host.logprob[row]), int(host.rank[row]), top),)
 
     @staticmethod
+    def _show(text: _Text, token: int, *, early: bool) -> tuple[str, str | None]:
+        """Text that a token completes, and the stop string that it ends, if it is not too early for one."""
+        shown = text.detokenizer.push([token])
+        return (shown, None) if early else text.stop.push(shown)
+
+    @staticmethod
     def _flush(text: _Text) -> str:
         shown, stop = text.stop.push(text.detokenizer.flush())
         return shown if stop is not None else shown + text.stop.flush()
@@ -336,7 +351,7 @@ class Engine:
             return
         self.state.finish(request, reason)
         text = self._texts.get(request.request_id)
-        shown = self._flush(text) if text is not None else ""
+        shown = text.resumed + self._flush(text) if text is not None else ""
         self._forget(request, self._clock())
         self._ended.append(Output(request, shown, (), (), reason, error))
 

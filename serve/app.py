@@ -1,5 +1,6 @@
 """The HTTP application: OpenAI's API and the probes, over an engine thread."""
 
+import asyncio
 import contextlib
 from collections.abc import AsyncIterator
 
@@ -16,18 +17,25 @@ from serve.generation_routes import GENERATION_PATHS, GenerationRoutes
 from serve.middleware import ApiKeys, HeaderLimit, RequestIds
 from serve.model_routes import ModelRoutes
 from serve.openapi import openapi_route
+from serve.resume import Resumption
 from serve.service import Service
 
 STOP_TIMEOUT_S = 5.0
 
 
-def create_app(service: Service) -> Starlette:
-    """The application; its lifespan starts and stops the engine thread."""
+def create_app(service: Service, resumption: Resumption | None = None) -> Starlette:
+    """The application; its lifespan starts and stops the engine thread, and runs `resumption`."""
 
     @contextlib.asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
         service.engine_thread.start()
+        resuming = None if resumption is None else asyncio.create_task(resumption.run(service))
         yield
+        service.is_stopping = True
+        service.engine_thread.abort_all()
+        if resuming is not None:
+            await asyncio.wait([resuming], timeout=STOP_TIMEOUT_S)
+            resuming.cancel()
         await run_in_threadpool(service.engine_thread.stop, STOP_TIMEOUT_S)
 
     options = service.options

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING
 
 from apt_jax.output import DeviceLost, Output, QueueFull
 from apt_jax.request import FinishReason
-from serve.errors import EngineFailure, NotReady
+from serve.admission import Admission
+from serve.errors import EngineFailure, NotReady, PredictedLate
 from serve.group import Group
 from serve.observer import Observer, Stepped
 from serve.samples import Sample
@@ -75,6 +76,7 @@ class EngineThread:
     ):
         self.status = EngineStatus.LOADING
         self.observers: list[Observer] = []
+        self.admission: Admission | None = None
         self.engine: Engine | None = None
         self._make_engine = make_engine
         self._on_ready = on_ready
@@ -201,6 +203,8 @@ class EngineThread:
     def _admit(self, engine: "Engine", group: Group) -> None:
         added: list[str] = []
         try:
+            if self.admission is not None:
+                self.admission.check(engine, group.samples)
             for sample in group.samples:
                 sample.add_to(engine)
                 self._active[sample.request_id] = _Active(group, sample)
@@ -209,7 +213,7 @@ class EngineThread:
             for request_id in added:
                 del self._active[request_id]
                 engine.abort(request_id)
-            if not isinstance(error, ValueError | QueueFull):
+            if not isinstance(error, ValueError | QueueFull | PredictedLate):
                 logger.exception("the engine failed to take a request")
                 error = EngineFailure(f"the engine failed to take this request; {SEE_LOG}")
             self._mail.append(partial(group.fail, error))

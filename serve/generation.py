@@ -68,7 +68,7 @@ class Generation[Body: GenerationRequest]:
         self.prompt_token_ids = prompt_token_ids
         self.samples = samples
         self.choices = [Choice() for _ in samples]
-        self._num_unfinished = len(samples)
+        self.num_unfinished = len(samples)
         self._tokenizer = tokenizer
 
     @classmethod
@@ -123,7 +123,12 @@ class Generation[Body: GenerationRequest]:
     @property
     def is_finished(self) -> bool:
         """Whether every sample has ended."""
-        return self._num_unfinished == 0
+        return self.num_unfinished == 0
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether every sample has ended by itself."""
+        return all(choice.finish_reason in (FinishReason.STOP, FinishReason.LENGTH) for choice in self.choices)
 
     def usage(self) -> dict[str, int]:
         """OpenAI's `usage`: each prompt counts once, every sample's tokens count."""
@@ -175,10 +180,7 @@ class Generation[Body: GenerationRequest]:
         Raises:
             EngineFailure: the engine ended the sample with an error.
         """
-        choice = self.choices[sample.index]
-        self._add(choice, output)
-        choice.text.append(output.text)
-        choice.logprobs.extend(output.logprobs)
+        self._add(self.choices[sample.index], output)
 
     def response(self) -> dict[str, Any]:
         """The whole object, once every sample has ended."""
@@ -189,12 +191,13 @@ class Generation[Body: GenerationRequest]:
             if self.body.return_token_ids:
                 entry["token_ids"] = list(choice.token_ids)
                 entry["prompt_token_ids"] = list(sample.prompt_token_ids)
-            assert choice.request is not None
-            if len(self.samples) > 1:
-                entry["slo"] = slo_report([choice.request])
+            if choice.request is not None:
+                requests.append(choice.request)
+                if len(self.samples) > 1:
+                    entry["slo"] = slo_report([choice.request])
             choices.append(entry)
-            requests.append(choice.request)
-        return {**self._object(choices), "usage": self.usage(), "slo": slo_report(requests)}
+        report = {"slo": slo_report(requests)} if len(requests) == len(self.samples) else {}  # not when it was resumed
+        return {**self._object(choices), "usage": self.usage(), **report}
 
     def _delta(self, sample: Sample, output: Output, first: bool) -> dict[str, Any]:
         """The choice in which a stream brings an output; `first` is the sample's first one."""
@@ -213,9 +216,11 @@ class Generation[Body: GenerationRequest]:
         choice.started = True
         if output.finish_reason is not None:
             choice.request = output.request
+        choice.text.append(output.text)
         choice.token_ids.extend(output.token_ids)
+        choice.logprobs.extend(output.logprobs)
         choice.finish_reason = output.finish_reason
-        self._num_unfinished -= output.finish_reason is not None
+        self.num_unfinished -= output.finish_reason is not None
 
     def _token_text(self, token_id: int) -> str:
         """The token's text; as OpenAI writes it where it is only part of a character."""

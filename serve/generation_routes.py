@@ -1,5 +1,6 @@
 """POST /v1/completions and /v1/chat/completions: one way through the engine, whole or streamed."""
 
+import asyncio
 import contextlib
 import logging
 import time
@@ -15,7 +16,7 @@ from starlette.routing import Route
 from serve.chat_completions import ChatCompletion
 from serve.chat_protocol import parse_chat
 from serve.completions import Completion
-from serve.errors import CLIENT_CLOSED_REQUEST, error_reply
+from serve.errors import CLIENT_CLOSED_REQUEST, RequestTimeout, error_reply
 from serve.generation import Generation, as_bad_request
 from serve.group import Group
 from serve.protocol import GenerationRequest, parse_completion, parse_json
@@ -54,6 +55,7 @@ class GenerationRoutes:
     ) -> Response:
         service = self._service
         arrival_s = time.monotonic()
+        service.check_accepts()
         body = parse(parse_json(await service.read_body(http)))
         generation = await self._prepare(body, kind, http, arrival_s)
         if service.options.log_requests:
@@ -61,8 +63,8 @@ class GenerationRoutes:
             logger.info("body %s", body.model_dump_json(exclude_none=True, warnings=False), extra={"fields": fields})
         with contextlib.ExitStack() as cleanup:
             group = service.engine_thread.submit(generation.samples)
-            service.num_generating += 1
-            cleanup.callback(self._leave)
+            cleanup.enter_context(service.generating(generation, group))
+            cleanup.callback(self._limit_time(group))
             close_on_disconnect(http.receive, group, cleanup)
             try:
                 await group.accepted()
@@ -91,8 +93,13 @@ class GenerationRoutes:
             return await run_in_threadpool(prepare)
         return prepare()
 
-    def _leave(self) -> None:
-        self._service.num_generating -= 1
+    def _limit_time(self, group: Group) -> Callable[[], None]:
+        """Ends `group` after --request-timeout; call what this returns when it is over."""
+        limit_s = self._service.options.request_timeout
+        if limit_s is None:
+            return lambda: None
+        error = RequestTimeout(f"the request took longer than {limit_s:g} s, the limit of --request-timeout")
+        return asyncio.get_running_loop().call_later(limit_s, group.expire, error).cancel
 
 
 def _is_long(texts: Iterable[str]) -> bool:

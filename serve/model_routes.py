@@ -79,9 +79,10 @@ class ModelRoutes:
     async def ready(self, http: Request) -> Response:
         """GET /ready: 200 once every program is compiled and requests are taken."""
         status = self._service.engine_thread.status
-        if status is EngineStatus.READY:
+        if status is EngineStatus.READY and not self._service.is_stopping:
             return JSONResponse({"status": status.value})
-        return JSONResponse({"status": status.value}, 503, {"retry-after": "1"})
+        shown = "stopping" if self._service.is_stopping else status.value
+        return JSONResponse({"status": shown}, 503, {"retry-after": "1"})
 
     async def version(self, http: Request) -> Response:
         """GET /version."""

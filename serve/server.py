@@ -3,11 +3,13 @@
 import asyncio
 import dataclasses
 import logging
+import math
 import os
 import signal
 import socket
 import sys
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING
 
 import uvicorn
@@ -16,12 +18,14 @@ from apt_jax.config import EngineConfig
 from serve.app import create_app
 from serve.engine_thread import EngineThread
 from serve.options import DEMO_NAME, LoadOptions, ServerOptions
+from serve.resume import Resumption
 from serve.service import Service
+from serve.snapshot import read_snapshot, write_snapshot
 
 if TYPE_CHECKING:
     from apt_jax.engine import Engine
 
-GRACE_S = 5.0  # that running requests get when the server is told to stop
+FLUSH_S = 5.0  # that clients get, after the running requests were ended, to read what is sent
 
 logger = logging.getLogger("apt_jax.serve")
 
@@ -29,14 +33,22 @@ logger = logging.getLogger("apt_jax.serve")
 class Server(uvicorn.Server):
     """Uvicorn's server, which on shutdown gives requests a grace time and then ends them with finish reason abort."""
 
-    def __init__(self, config: uvicorn.Config, engine_thread: EngineThread):
+    def __init__(self, config: uvicorn.Config, service: Service):
         super().__init__(config)
-        self._engine_thread = engine_thread
+        self._service = service
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """A first signal stops the server in order, a second one ends it at once."""
+        if self.should_exit:
+            os._exit(128 + sig)
+        super().handle_exit(sig, frame)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Stop listening, wait for the requests, then close."""
-        logger.info("stopping; running requests get %.0f s", GRACE_S)
-        timer = asyncio.get_running_loop().call_later(GRACE_S, self._engine_thread.abort_all)
+        grace_s = self._service.options.shutdown_timeout
+        self._service.is_stopping = True
+        logger.info("stopping; %d running requests get %g s", self._service.num_generating, grace_s)
+        timer = asyncio.get_running_loop().call_later(grace_s, self._service.engine_thread.abort_all)
         try:
             await super().shutdown(sockets)
         finally:
@@ -82,7 +94,8 @@ def serve(model: str | None, load: LoadOptions, options: ServerOptions, config: 
 
     engine_thread = EngineThread(make_engine, ready, fail)
     service = Service(engine_thread, name, with_environment(options))
-    app = create_app(service)
+    resumption = None if options.resume_from is None else Resumption(Path(options.resume_from))
+    app = create_app(service, resumption)
     server = Server(
         uvicorn.Config(
             app,
@@ -91,15 +104,16 @@ def serve(model: str | None, load: LoadOptions, options: ServerOptions, config: 
             log_config=None,
             access_log=False,  # the application's own has more
             lifespan="on",
-            timeout_graceful_shutdown=int(2 * GRACE_S),
+            timeout_graceful_shutdown=math.ceil(options.shutdown_timeout + FLUSH_S),
         ),
-        engine_thread,
+        service,
     )
     logging.getLogger("uvicorn.error").setLevel(logging.WARNING)  # its milestones are told here
     logger.info("listening on %s, loading %s; %s/ready turns 200 when requests are taken", url, name, url)
     run_until_signal(server, listener)
     if failures:
         report_failure(failures[0])
+    keep_unfinished(service)
     if not engine_thread.stop(timeout_s=0):
         # It is inside the compiler, which nothing can interrupt; the interpreter would crash under its feet.
         logging.shutdown()
@@ -107,6 +121,18 @@ def serve(model: str | None, load: LoadOptions, options: ServerOptions, config: 
         os._exit(1 if failures else 0)
     logger.info("stopped")
     return 1 if failures else 0
+
+
+def keep_unfinished(service: Service) -> None:
+    """Write what the server could not finish to the snapshot file, if one is wanted."""
+    records, file = service.unfinished_records, service.options.snapshot_file
+    if records and file is None:
+        logger.warning("%d requests were not finished", len(records))
+    elif records and file is not None:
+        path = Path(file)
+        records += [r for r in read_snapshot(path) if r["id"] not in {record["id"] for record in records}]
+        count = write_snapshot(path, records)
+        logger.info("%d unfinished requests are in %s; start with --resume-from %s to finish them", count, path, path)
 
 
 def with_environment(options: ServerOptions) -> ServerOptions:

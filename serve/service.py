@@ -1,15 +1,21 @@
 """What the routes share: the engine thread, the model's public name, the options, and how a body is read."""
 
+import contextlib
 import time
+from collections.abc import Iterator
+from typing import Any
 
 from starlette.requests import Request
 
+from serve.admission import Admission
 from serve.engine_thread import EngineThread
-from serve.errors import BodyTooLarge
-from serve.generation import ServedModel
+from serve.errors import BodyTooLarge, EngineFailure, NotReady
+from serve.generation import Generation, ServedModel
+from serve.group import Group
 from serve.metrics import Metrics
 from serve.options import ServerOptions
 from serve.request_log import RequestLog
+from serve.snapshot import record_of
 
 
 class Service:
@@ -23,7 +29,12 @@ class Service:
         self.created = int(time.time())
         self.metrics = Metrics(model_name)
         engine_thread.observers += [self.metrics, RequestLog()]
-        self.num_generating = 0  # HTTP requests for completions that are under way
+        if options.reject_predicted_late:
+            engine_thread.admission = Admission()
+            engine_thread.observers.append(engine_thread.admission)
+        self.num_generating = 0  # requests for completions that are under way
+        self.is_stopping = False
+        self.unfinished_records: list[dict[str, Any]] = []  # for the snapshot
 
     def served_model(self) -> ServedModel:
         """What bodies are checked against.
@@ -32,6 +43,26 @@ class Service:
             NotReady: the engine is not ready.
         """
         return ServedModel(self.engine_thread.ready_engine(), self.model_name, self.chat_template)
+
+    def check_accepts(self) -> None:
+        """Raises NotReady once the server is stopping."""
+        if self.is_stopping:
+            raise NotReady("the server is stopping; try another one, or this one again soon")
+
+    @contextlib.contextmanager
+    def generating(self, generation: Generation[Any], group: Group) -> Iterator[None]:
+        """While a request is under way. If the server stops meanwhile, what is unfinished goes into the snapshot."""
+        self.num_generating += 1
+        try:
+            yield
+        finally:
+            self.num_generating -= 1
+            if self.is_stopping and not group.abandoned:
+                with contextlib.suppress(EngineFailure):
+                    for sample, output in group.take_pending():
+                        generation.collect(sample, output)
+                if not generation.is_whole:
+                    self.unfinished_records.append(record_of(generation))
 
     async def read_body(self, http: Request) -> bytes:
         """The body, read no further than the limit.

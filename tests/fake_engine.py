@@ -90,6 +90,7 @@ class FakeEngine:
         slo: Slo | None = None,
         priority: int = 0,
         arrival_s: float | None = None,
+        output_token_ids: Sequence[int] = (),
     ) -> Request:
         assert params.n == 1 and request_id not in self._requests
         if not prompt_token_ids:
@@ -111,6 +112,7 @@ class FakeEngine:
             frozenset({EOS}),
             slo or Slo(),
             priority,
+            output_token_ids=list(output_token_ids),
         )
         self.state.add(request)
         self._requests[request_id] = request
@@ -147,7 +149,8 @@ class FakeEngine:
         self.state.check()
         if finish_reason is not None:
             del self._requests[request.request_id]
-        text = "" if self.tokenizer is None else self.tokenizer.decode([token])
+        shown = request.output_token_ids if request.first_token_s == request.last_token_s else [token]
+        text = "" if self.tokenizer is None else self.tokenizer.decode(shown)
         logprobs: tuple[TokenLogprobs, ...] = ()
         if request.params.logprobs is not None:
             top = tuple((token + i, -0.5 - i) for i in range(request.params.logprobs))

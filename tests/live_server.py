@@ -9,16 +9,17 @@ import uvicorn
 
 from serve.app import create_app
 from serve.engine_thread import EngineStatus
+from serve.resume import Resumption
 from serve.server import listen, url_of
 from serve.service import Service
 
 
 @contextlib.contextmanager
-def live(service: Service) -> Iterator[str]:
+def live(service: Service, resumption: Resumption | None = None) -> Iterator[str]:
     """Serve until the block ends; gives the address, once the engine is ready."""
     listener = listen("127.0.0.1", 0)
     http = uvicorn.Server(
-        uvicorn.Config(create_app(service), log_config=None, lifespan="on", timeout_graceful_shutdown=5)
+        uvicorn.Config(create_app(service, resumption), log_config=None, lifespan="on", timeout_graceful_shutdown=5)
     )
     runner = threading.Thread(target=http.run, kwargs={"sockets": [listener]})
     runner.start()

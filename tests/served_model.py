@@ -2,6 +2,9 @@
 
 import contextlib
 import json
+import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +20,7 @@ from checkpoints.demo_training.tokenizer import save_tokenizer, train_tokenizer
 from serve.build import build_engine
 from serve.engine_thread import EngineThread
 from serve.options import ServerOptions
+from serve.resume import Resumption
 from serve.service import Service
 
 NAME = "tiny"
@@ -58,6 +62,7 @@ def write_folder(folder: Path) -> Path:
 class Server:
     url: str
     thread: EngineThread
+    service: Service
 
     @property
     def engine(self) -> Engine:
@@ -71,12 +76,15 @@ class Server:
 
 
 @contextlib.contextmanager
-def serving(folder: Path, options: ServerOptions | None = None) -> Iterator[Server]:
+def serving(
+    folder: Path, options: ServerOptions | None = None, resumption: Resumption | None = None
+) -> Iterator[Server]:
     """The real application, engine and uvicorn on a free port, in threads of this process."""
     config = EngineConfig(**engine_options())
     thread = EngineThread(lambda: build_engine(str(folder), engine_config=config, load_format="dummy"))
-    with live(Service(thread, NAME, options or ServerOptions())) as url:
-        yield Server(url, thread)
+    service = Service(thread, NAME, options or ServerOptions())
+    with live(service, resumption) as url:
+        yield Server(url, thread, service)
 
 
 def is_ready(url: str) -> bool:
@@ -85,3 +93,13 @@ def is_ready(url: str) -> bool:
         return httpx.get(f"{url}/ready", timeout=5).status_code == 200
     except httpx.TransportError:
         return False
+
+
+def start_server(folder: Path, *more: str) -> tuple[subprocess.Popen[str], str]:
+    """`apt-jax serve` in a process of its own on a free port; returns it and its address."""
+    command = [sys.executable, "-m", "serve.cli", "serve", str(folder), "--port", "0", "--load-format", "dummy"]
+    process = subprocess.Popen([*command, *flags(), *more], stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    while (found := re.search(r"listening on (http://\S+),", line := process.stderr.readline())) is None:
+        assert line, "it ended without listening"
+    return process, found[1]

@@ -15,7 +15,7 @@ import httpx
 import openai
 import pytest
 from live_server import until
-from served_model import CONFIG, NAME, engine_options, flags, is_ready, serving, write_folder
+from served_model import CONFIG, NAME, engine_options, flags, is_ready, serving, start_server, write_folder
 
 from apt_jax import LLM, SamplingParams
 
@@ -275,16 +275,6 @@ def test_llm_gives_what_http_gives(folder, client):
     assert [r.prompt for r in results] == PROMPTS and all(r.finished for r in results)
     pool = llm.engine.state.pool
     assert pool.num_free == pool.num_blocks
-
-
-def start_server(folder, *more):
-    """`apt-jax serve` in a process of its own on a free port; returns it and its address."""
-    command = [sys.executable, "-m", "serve.cli", "serve", str(folder), "--port", "0", "--load-format", "dummy"]
-    process = subprocess.Popen([*command, *flags(), *more], stderr=subprocess.PIPE, text=True)
-    assert process.stderr is not None
-    while (found := re.search(r"listening on (http://\S+),", line := process.stderr.readline())) is None:
-        assert line, "it ended without listening"
-    return process, found[1]
 
 
 def test_the_command_serves_at_once_is_ready_later_and_ends_in_order(folder):
