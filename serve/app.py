@@ -12,6 +12,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 
+from serve.debug_routes import DebugRoutes
 from serve.errors import CLIENT_CLOSED_REQUEST, ERROR_REPLIES, error_body, error_reply
 from serve.generation_routes import GENERATION_PATHS, GenerationRoutes
 from serve.middleware import ApiKeys, HeaderLimit, RequestIds
@@ -37,6 +38,8 @@ def create_app(service: Service, resumption: Resumption | None = None) -> Starle
             await asyncio.wait([resuming], timeout=STOP_TIMEOUT_S)
             resuming.cancel()
         await run_in_threadpool(service.engine_thread.stop, STOP_TIMEOUT_S)
+        if service.tracing is not None:
+            await run_in_threadpool(service.tracing.close)
 
     options = service.options
     middleware = [Middleware(RequestIds), Middleware(HeaderLimit, options.max_header_bytes)]
@@ -56,11 +59,16 @@ def create_app(service: Service, resumption: Resumption | None = None) -> Starle
     async def error(http: Request, error: Exception) -> Response:
         status, body, headers = error_reply(error)
         if http.url.path in GENERATION_PATHS and status != 500:
-            service.metrics.reject(body["error"]["code"] or "bad_request")
+            service.refused(body["error"]["code"] or "bad_request")
         return JSONResponse(body, status, headers)
 
     return Starlette(
-        routes=[*GenerationRoutes(service).routes(), *ModelRoutes(service).routes(), openapi_route()],
+        routes=[
+            *GenerationRoutes(service).routes(),
+            *ModelRoutes(service).routes(),
+            *DebugRoutes(service).routes(),
+            openapi_route(),
+        ],
         middleware=middleware,
         exception_handlers={
             **{kind: error for kind, _ in ERROR_REPLIES},

@@ -32,6 +32,7 @@ class Metrics(Observer):
         self.registry = CollectorRegistry()
         self._labels = {"model_name": model_name}
         self._demoted: set[str] = set()
+        self.last_blocks: dict[str, int] = {}
         self._failures = self._recompiles = 0  # of the engine, as counted last
         running = "Requests that hold cache."
         self.running = self._gauge("vllm:num_requests_running", running)
@@ -157,6 +158,7 @@ class Metrics(Observer):
         self.waiting.set(len(state.waiting))
         blocks = state.blocks_by_kind()
         self.usage.set(1 - blocks["free"] / state.pool.num_blocks)
+        self.last_blocks = blocks
         for kind, count in blocks.items():
             self.blocks.labels(**self._labels, kind=kind).set(count)
         if engine.num_failed_steps > self._failures:

@@ -12,10 +12,13 @@ from serve.engine_thread import EngineThread
 from serve.errors import BodyTooLarge, EngineFailure, NotReady
 from serve.generation import Generation, ServedModel
 from serve.group import Group
-from serve.metrics import Metrics
+from serve.history import History
+from serve.metrics import MISSES, Metrics
 from serve.options import ServerOptions
+from serve.recent import Recent
 from serve.request_log import RequestLog
 from serve.snapshot import record_of
+from serve.tracing import Tracing
 
 
 class Service:
@@ -28,7 +31,12 @@ class Service:
         self.chat_template: str | None = None
         self.created = int(time.time())
         self.metrics = Metrics(model_name)
-        engine_thread.observers += [self.metrics, RequestLog()]
+        self.history, self.recent = History(), Recent()
+        engine_thread.observers += [self.metrics, self.history, self.recent, RequestLog()]
+        self.tracing: Tracing | None = None
+        if options.otlp_traces_endpoint is not None:
+            self.tracing = Tracing(options.otlp_traces_endpoint, model_name)
+            engine_thread.observers.append(self.tracing)
         if options.reject_predicted_late:
             engine_thread.admission = Admission()
             engine_thread.observers.append(engine_thread.admission)
@@ -43,6 +51,12 @@ class Service:
             NotReady: the engine is not ready.
         """
         return ServedModel(self.engine_thread.ready_engine(), self.model_name, self.chat_template)
+
+    def refused(self, reason: str) -> None:
+        """Count a request that was refused."""
+        self.metrics.reject(reason)
+        if reason in MISSES:
+            self.recent.refused()
 
     def check_accepts(self) -> None:
         """Raises NotReady once the server is stopping."""
