@@ -25,6 +25,7 @@ from serve.snapshot import read_snapshot, write_snapshot
 if TYPE_CHECKING:
     from apt_jax.engine import Engine
 
+BACKLOG = 2048  # connections that wait to be accepted
 FLUSH_S = 5.0  # that clients get, after the running requests were ended, to read what is sent
 
 logger = logging.getLogger("apt_jax.serve")
@@ -165,7 +166,7 @@ def report_failure(error: Exception) -> None:
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A listening-to-be TCP socket.
+    """A listening TCP socket; who connects before it is served waits.
 
     Raises:
         OSError: the address is unknown or taken.
@@ -175,6 +176,7 @@ def listen(host: str, port: int) -> socket.socket:
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
+        listener.listen(BACKLOG)
     except OSError:
         listener.close()
         raise
