@@ -12,6 +12,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 
+from serve.dashboard import dashboard_route
 from serve.debug_routes import DebugRoutes
 from serve.errors import CLIENT_CLOSED_REQUEST, ERROR_REPLIES, error_body, error_reply
 from serve.generation_routes import GENERATION_PATHS, GenerationRoutes
@@ -68,6 +69,7 @@ def create_app(service: Service, resumption: Resumption | None = None) -> Starle
             *ModelRoutes(service).routes(),
             *DebugRoutes(service).routes(),
             openapi_route(),
+            dashboard_route(),
         ],
         middleware=middleware,
         exception_handlers={

@@ -15,7 +15,7 @@ from serve.protocol import Strict, parse_body, parse_json
 from serve.service import Service
 
 SHOWN_PLANS = 64
-STATE_PLANS = 12  # on the dashboard
+STATE_PLANS = 48  # on the dashboard
 
 
 class ProfileRequest(Strict):

@@ -14,8 +14,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from serve.errors import error_body
 
 GIVEN_ID = re.compile(r"[\x21-\x7e]{1,128}")
-PROBES = ("/health", "/ready", "/metrics", "/load")  # asked every few seconds: not worth a line
-OPEN_PATHS = ("/health", "/ready", "/version", "/metrics", "/load", "/openapi.json", "/", "/dashboard.js")
+PROBES = ("/health", "/ready", "/metrics", "/load", "/debug/state")  # asked every few seconds: not worth a line
+OPEN_PATHS = ("/health", "/ready", "/version", "/metrics", "/load", "/openapi.json", "/")
 
 access = logging.getLogger("apt_jax.access")
 
