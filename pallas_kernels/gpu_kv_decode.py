@@ -49,6 +49,7 @@ def kv_decode_attention(
     value_blocks: jax.Array,
     length: jax.Array,
     *,
+    split_tokens: int = SPLIT_TOKENS,
     interpret: object = None,
 ) -> Partial:
     """One query per row over the row's cached keys and values; as `reference.kv_decode_attention`. Pure.
@@ -58,6 +59,7 @@ def kv_decode_attention(
         pool: `[L*P, S, D]`, bfloat16 or float16.
         key_blocks, value_blocks: int32 `[R, W]`.
         length: int32 `[R]`.
+        split_tokens: context that one CUDA block reads.
         interpret: None on a GPU, `plgpu.InterpretGPUParams()` elsewhere.
 
     Returns:
@@ -70,7 +72,7 @@ def kv_decode_attention(
     S = pool.shape[1]
     gpu_pages.check_pool(pool, N * H)
     G = heads_in_group(N, H)
-    split = gpu_pages.split_tokens(key_blocks.shape[1], S, SPLIT_TOKENS)
+    split = gpu_pages.split_tokens(key_blocks.shape[1], S, split_tokens)
     (key_blocks, splits), (value_blocks, _) = (gpu_pages.pad_table(b, split // S) for b in (key_blocks, value_blocks))
     kernel = plgpu.kernel(
         functools.partial(_body, split=split, heads=G, head_dim=H, block_size=S),
