@@ -161,7 +161,7 @@ class EngineConfig:
     tensor_parallel_size: int = 1
     """Devices that one model is split over."""
     attention_backend: Literal["auto", "xla", "pallas"] = "auto"
-    """Implementation of attention over the cache."""
+    """Implementation of decode attention: Pallas kernels, XLA, or auto: the kernels on TPU and GPU if they pass a check."""
     async_scheduling: bool | None = None
     """Plan the next iteration while the device runs this one; default: on for TPU and GPU, off on a CPU."""
     compilation_cache_dir: str | None = None

@@ -27,16 +27,18 @@ class Case(NamedTuple):
 def make_case(
     lengths: Sequence[int], *, heads: int, head_dim: int, block_size: int, dtype: DTypeLike = jnp.float32,
     seed: int = 0, table_pages: int | None = None, query_dtype: DTypeLike | None = None,
+    num_blocks: int | None = None,
 ) -> Case:  # fmt: skip
     """A case whose pool is NaN outside the first `lengths[r]` positions of row r's pages.
 
-    Tables point at a block full of NaN past the last page. Scores have a spread of about 1.
+    Tables point at a block full of NaN past the last page. Scores have a spread of about 1. With `num_blocks` and
+    `table_pages` given, shapes do not depend on the lengths.
     """
     rng = np.random.default_rng(seed)
     D = heads * head_dim
     pages = [-(-length // block_size) for length in lengths]
     W = table_pages or max(*pages, 1)
-    blocks = rng.permutation(2 * sum(pages) + 1)
+    blocks = rng.permutation(num_blocks or 2 * sum(pages) + 1)
     nowhere, blocks = blocks[-1], list(blocks[:-1])
     pool = np.full((len(blocks) + 1, block_size, D), np.nan, np.float32)
     tables = np.full((2, len(lengths), W), nowhere, np.int32)
