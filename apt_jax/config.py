@@ -160,6 +160,8 @@ class EngineConfig:
     """Most requests waiting; more are refused with 503."""
     tensor_parallel_size: int = 1
     """Devices that one model is split over."""
+    calibrate: bool = True
+    """Measure the device at start-up for policies that predict iteration times; seconds, once per device and model."""
     attention_backend: Literal["auto", "xla", "pallas"] = "auto"
     """Implementation of decode attention: Pallas kernels, XLA, or auto: the kernels on TPU and GPU if they pass a check."""
     async_scheduling: bool | None = None

@@ -17,6 +17,7 @@ from apt_jax.batch import Batch, BatchBuilder
 from apt_jax.buckets import Buckets
 from apt_jax.cache import BlockPool, CacheKind
 from apt_jax.cache_arrays import block_bytes
+from apt_jax.calibration import base_model, calibrate
 from apt_jax.config import EngineConfig, ModelConfig
 from apt_jax.memory import MemoryPlan, plan_memory
 from apt_jax.opt import OPT
@@ -24,9 +25,11 @@ from apt_jax.output import Output, QueueFull, TokenLogprobs
 from apt_jax.request import FinishReason, Request, SamplingParams, Slo, Status
 from apt_jax.runner import Runner, Shapes, pages_multiple
 from apt_jax.sampling import Sampled
+from apt_jax.scheduling.fit import Calibration
 from apt_jax.scheduling.plan import Plan
-from apt_jax.scheduling.policy import make_policy
+from apt_jax.scheduling.policy import PolicyContext, make_policy
 from apt_jax.scheduling.state import Limits, SchedulerState, Span
+from apt_jax.scheduling.step_load import StepLoad, step_load
 from apt_jax.stop_text import StopText
 from apt_jax.tokenizer import IncrementalDetokenizer, Tokenizer
 
@@ -37,6 +40,17 @@ WATERMARK = 0.01  # share of the pool kept free on admission, as vLLM
 
 class EngineStuck(RuntimeError):
     """A policy planned nothing although requests wait and nothing is in flight."""
+
+
+@dataclass(frozen=True)
+class _Flight:
+    """An iteration on the device."""
+
+    batch: Batch
+    sampled: Sampled | None
+    load: StepLoad
+    started_s: float
+    is_measurable: bool  # nothing was compiled for it
 
 
 @dataclass
@@ -77,7 +91,7 @@ class Engine:
         self.max_model_len = config.max_model_len
         limits = Limits(config.max_num_seqs, config.max_num_batched_tokens, config.cache_mode)
         buckets = Buckets(max_num_seqs=config.max_num_seqs, max_num_batched_tokens=config.max_num_batched_tokens)
-        self._builder = BatchBuilder(
+        self.builder = BatchBuilder(
             buckets,
             num_slots=config.max_num_seqs,
             block_size=config.block_size,
@@ -85,17 +99,20 @@ class Engine:
             pages_multiple=pages_multiple(config.block_size),
         )
         kinds = Kinds(kv=CacheKind.KV in limits.kinds, hidden=CacheKind.HIDDEN in limits.kinds)
-        shapes = Shapes(config.max_num_seqs, self.max_model_len, self._builder.table_pages, config.block_size, kinds)
+        shapes = Shapes(config.max_num_seqs, self.max_model_len, self.builder.table_pages, config.block_size, kinds)
         self.runner = Runner(model, model_config, shapes, buckets, config.attention_backend)
         self.memory = self._plan_memory(limits)
         logger.info("device memory\n%s", self.memory.table())
         self.runner.allocate(self.memory.num_blocks)
         limits = replace(limits, watermark_blocks=int(WATERMARK * self.memory.num_blocks))
         self.state = SchedulerState(BlockPool(self.memory.num_blocks, config.block_size), limits)
-        self.policy = make_policy(config.scheduling_policy)
+        self.calibration = Calibration(base_model(self))
+        self.policy_context = PolicyContext(seed=config.seed)
+        self.policy = make_policy(config.scheduling_policy, self.policy_context)
         self.last_plan = Plan()
         self._depth = 1 if config.async_scheduling else 0
-        self._inflight: deque[tuple[Batch, Sampled | None]] = deque()
+        self._inflight: deque[_Flight] = deque()
+        self._device_free_s: float | None = None  # when the last iteration ended, if that is known
         self._requests: dict[str, Request] = {}
         self._texts: dict[str, _Text] = {}
         self._ended: list[Output] = []  # requests that ended outside a step
@@ -107,10 +124,13 @@ class Engine:
         return bool(self._requests or self._ended or self._inflight)
 
     def warm_up(self, progress: bool = False) -> None:
-        """Compile every shape; afterwards no request can cause a compilation."""
+        """Compile every shape, and measure the device if the policy uses that; afterwards nothing compiles."""
         started = time.perf_counter()
         self.runner.compile_all(progress)
         logger.info("compiled %d programs in %.1f s", self.runner.num_programs, time.perf_counter() - started)
+        if self.config.calibrate and getattr(self.policy, "uses_cost_model", False):
+            self.calibration = calibrate(self)
+            self._use_cost_model()
 
     def add(
         self,
@@ -173,7 +193,7 @@ class Engine:
             self._give_up()
         outputs: list[Output] = []
         while len(self._inflight) > (self._depth if plan.scheduled else 0):
-            outputs += self._commit(*self._inflight.popleft())
+            outputs += self._commit(self._inflight.popleft())
         outputs, self._ended = [*self._ended, *outputs], []
         return outputs
 
@@ -233,8 +253,10 @@ class Engine:
             if plan.converted:
                 self.runner.convert([c.request.table for c in plan.converted if c.request.table is not None])
             if spans:
-                batch = self._builder.build(spans)
-                self._inflight.append((batch, self.runner.dispatch(batch)))
+                batch, programs = self.builder.build(spans), self.runner.num_programs
+                sampled = self.runner.dispatch(batch)
+                is_measurable = programs == self.runner.num_programs
+                self._inflight.append(_Flight(batch, sampled, step_load(plan, spans), now, is_measurable))
         except Exception as error:
             logger.exception("an iteration failed; its requests end with an error")
             self._recover(str(error) or type(error).__name__)
@@ -242,6 +264,7 @@ class Engine:
     def _recover(self, message: str) -> None:
         """After a failed device step nothing in the cache can be trusted: end all that runs, start afresh."""
         self._inflight.clear()
+        self._device_free_s = None
         lost = [request for request in self.state.waiting if request.num_inflight_tokens > 0]  # just preempted
         for request in [*self.state.running, *lost]:
             self._end(request, FinishReason.ERROR, message)
@@ -256,18 +279,20 @@ class Engine:
         logger.error("%s; request %s ends with an error", error, head.request_id)
         self._end(head, FinishReason.ERROR, str(error))
 
-    def _commit(self, batch: Batch, sampled: Sampled | None) -> list[Output]:
-        if sampled is None:
+    def _commit(self, flight: _Flight) -> list[Output]:
+        if flight.sampled is None:
+            self._device_free_s = None  # nothing is read back, so nobody knows when it ends
             return []
         try:
-            host = self.runner.read(sampled)
+            host = self.runner.read(flight.sampled)
         except Exception as error:
             logger.exception("an iteration failed on the device; its requests end with an error")
             self._recover(str(error) or type(error).__name__)
             return []
         now = self._clock()
+        self._learn_time(flight, now)
         outputs = []
-        for row, request in enumerate(batch.requests):
+        for row, request in enumerate(flight.batch.requests):
             if request.status is Status.FINISHED:
                 continue
             if not host.is_finite[row]:
@@ -275,6 +300,18 @@ class Engine:
                 continue
             outputs.append(self._accept(request, row, host, now))
         return outputs
+
+    def _learn_time(self, flight: _Flight, now: float) -> None:
+        """Refine the cost model by an iteration that ended `now`: it began when the one before had ended."""
+        if flight.is_measurable and self._device_free_s is not None:
+            seconds = now - max(flight.started_s, self._device_free_s)
+            if self.calibration.observe(flight.load, seconds):
+                self._use_cost_model()
+        self._device_free_s = now
+
+    def _use_cost_model(self) -> None:
+        if self.calibration.is_fitted:
+            self.policy_context.cost_model = self.calibration.model
 
     def _accept(self, request: Request, row: int, host: Sampled, now: float) -> Output:
         token = int(host.token[row])

@@ -24,13 +24,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import gpu_pages
-from pallas_kernels.gpu_pages import CHUNK_TOKENS, PADDED_HEADS, TILE_COLUMNS, TILES
+from pallas_kernels.gpu_pages import CHUNK_TOKENS, PADDED_HEADS, TILE_COLUMNS, TILES, TILES_32
 from pallas_kernels.reference import NEVER, Partial
 
 _WGMMA = plgpu.Layout.WGMMA
 _SMEM_BYTES = 208 << 10  # of 227 KiB that a block may have
 _BLOCKS_WANTED = 2 * 132  # an H200 has 132 SMs
-_F32_TILES = (plgpu.TilingTransform((8, 32)), plgpu.SwizzleTransform(128))
 
 
 def hidden_decode_attention(
@@ -226,7 +225,7 @@ def _context(
             "ring": plgpu.SMEM((slots, CHUNK_TOKENS, columns), pool.dtype, transforms=TILES),
             "weights_ring": plgpu.SMEM((slots, M, CHUNK_TOKENS), pool.dtype, transforms=TILES),
             "factor_ring": plgpu.SMEM((slots, factors.shape[2]), jnp.float32),
-            "out_s": plgpu.SMEM((workers, M, width), jnp.float32, transforms=_F32_TILES),
+            "out_s": plgpu.SMEM((workers, M, width), jnp.float32, transforms=TILES_32),
             "table_ready": plgpu.Barrier(),
             "full": plgpu.Barrier(num_arrivals=gpu_pages.copies_per_chunk(S) + 2, num_barriers=slots),
             "empty": plgpu.Barrier(num_arrivals=workers, num_barriers=slots),

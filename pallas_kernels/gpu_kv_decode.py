@@ -11,6 +11,7 @@ Shape letters as in `reference.py`; G heads in a group, E = G*H columns of a gro
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -100,7 +101,7 @@ def _block_diagonal(q: jax.Array, group: int) -> jax.Array:
     return jnp.pad(wide, ((0, 0), (0, 0), (0, PADDED_HEADS - group), (0, 0)))
 
 
-def _scratch(columns: int, pages: int, block_size: int, dtype: jnp.dtype) -> dict[str, object]:
+def _scratch(columns: int, pages: int, block_size: int, dtype: jnp.dtype) -> dict[str, Any]:
     slot_bytes = CHUNK_TOKENS * columns * dtype.itemsize
     slots = max(-(-_RING_BYTES // slot_bytes), 2)
     return {

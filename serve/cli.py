@@ -10,6 +10,7 @@ import tyro
 from tyro.conf import OmitArgPrefixes, OmitSubcommandPrefixes, Positional, arg, subcommand
 
 from apt_jax.config import EngineConfig
+from apt_jax.simulation.cli import SimulateArgs
 from serve.errors import EngineFailure
 from serve.options import LoadOptions, ServerOptions
 
@@ -81,10 +82,23 @@ class Convert:
         return 0
 
 
+@dataclass(frozen=True)
+class Simulate(SimulateArgs):
+    """Simulate a server: the real scheduler under a virtual clock. Lists are separated by commas."""
+
+    def run(self) -> int:
+        """Simulate, print tables, write files."""
+        from apt_jax.simulation.cli import run
+
+        run(self)
+        return 0
+
+
 Command = (
     Annotated[Serve, subcommand("serve")]
     | Annotated[RunBatch, subcommand("run-batch")]
     | Annotated[Convert, subcommand("convert")]
+    | Annotated[Simulate, subcommand("simulate")]
 )
 
 

@@ -10,15 +10,16 @@ from engines import make_engine
 
 from apt_jax.config import ModelConfig
 from apt_jax.request import SamplingParams
-from apt_jax.scheduling.cost_model import CostModel, StepLoad
+from apt_jax.scheduling.cost_model import CostModel
 from apt_jax.scheduling.hardware import HARDWARE, MODELS
 from apt_jax.scheduling.plan import Plan
 from apt_jax.scheduling.plan_log import plan_dict
-from apt_jax.scheduling.policy import make_policy
+from apt_jax.scheduling.policy import PolicyContext, make_policy
 from apt_jax.scheduling.state import Limits
+from apt_jax.scheduling.step_load import StepLoad, step_load
 from apt_jax.simulation.cli import SimulateArgs, configurations, run
 from apt_jax.simulation.search import effective_throughput
-from apt_jax.simulation.simulator import Stalled, simulate, step_load
+from apt_jax.simulation.simulator import Stalled, simulate
 from apt_jax.simulation.workload import NAMED, Arrival, load_lengths, make_arrivals
 
 SMALL = SimulateArgs(
@@ -159,6 +160,8 @@ CONFIG = ModelConfig(
 class FakeRunner:
     """Takes the cost model's time for each iteration and ends each request at its length."""
 
+    num_programs = 0
+
     def __init__(self, engine, model, lengths):
         self.now, self._engine, self._model, self._lengths = 0.0, engine, model, lengths
         self._apply = engine.state.apply
@@ -191,7 +194,7 @@ def test_engine_and_simulator_make_the_same_plans(policy):
     arrivals = [Arrival(float(t), int(rng.integers(2, 30)), int(rng.integers(2, 30))) for t in times]
     engine = make_engine(random_model(CONFIG, seed=0), CONFIG, num_blocks=40, async_scheduling=False)
     runner = FakeRunner(engine, cost, {f"r{i}": a.output_tokens for i, a in enumerate(arrivals)})
-    engine.policy = make_policy(policy, cost_model=cost)
+    engine.policy = make_policy(policy, PolicyContext(cost))
     served, coming = [], list(enumerate(arrivals))
     while coming or engine.has_unfinished:
         while coming and coming[0][1].arrival_s <= runner.now:
@@ -208,7 +211,7 @@ def test_engine_and_simulator_make_the_same_plans(policy):
         served.append((now, engine.last_plan))
     simulated = []
     simulate(
-        arrivals, make_policy(policy, cost_model=cost), cost_model=cost, num_blocks=40, limits=engine.state.limits,
+        arrivals, make_policy(policy, PolicyContext(cost)), cost_model=cost, num_blocks=40, limits=engine.state.limits,
         block_size=8, max_model_len=64, on_plan=lambda plan, now: simulated.append((now, plan)),
     )  # fmt: skip
     served = [(now, plan) for now, plan in served if not plan.is_empty]
