@@ -46,12 +46,10 @@ def _cases(experiment: Experiment, *kinds: tuple[str, str, str, str], prefix: st
 
 
 def _targets(
-    name: str, question: str, *experiments: tuple[str, Experiment], targets: tuple[float, ...] = (0.9,)
+    name: str, question: str, *experiments: tuple[str, Experiment], targets: tuple[float, ...] = (0.9,),
+    kinds: tuple[tuple[str, str, str, str], ...] = (BASELINE, BEST),
 ) -> Study:  # fmt: skip
-    cases = [
-        _cases(experiment, BASELINE, PAPER, BEST, prefix=f"{label}: " if label else "")
-        for label, experiment in experiments
-    ]
+    cases = [_cases(experiment, *kinds, prefix=f"{label}: " if label else "") for label, experiment in experiments]
     return Study(name, question, sum(cases, ()), targets=targets)
 
 
@@ -59,11 +57,12 @@ DEFAULT = Experiment()
 SHORT = Experiment(num_requests=300)  # still 300 seconds of arrivals, see `make_arrivals`
 STUDIES = (
     _targets("sharegpt", "What request rate keeps the promise for 90% and 99% of all requests?", ("", DEFAULT),
-             targets=(0.9, 0.99)),
+             targets=(0.9, 0.99), kinds=(BASELINE, PAPER, BEST)),
     _targets("workloads", "Does it hold for other request lengths?",
-             ("HumanEval", replace(SHORT, workload="humaneval")), ("LongBench", replace(SHORT, workload="longbench"))),
+             ("HumanEval", replace(SHORT, workload="humaneval")), ("LongBench", replace(SHORT, workload="longbench")),
+             kinds=(BASELINE, PAPER, BEST)),
     Study("cliff", "How does attainment fall with the rate?", _cases(DEFAULT, BASELINE, PAPER, BEST),
-          rates=(1, 1.5, 2, 3, 4, 6, 8, 10),
+          rates=(1, 2, 3, 4, 6, 8, 10),
           columns=("attainment", "p50_ttft_s", "p99_ttft_s", "p99_tbt_s", "mean_batch", "backlog", "longest_wait_s")),
     Study("memory", "Scheduling off: what does the cache alone change when memory is short?",
           (Case("KV", "fcfs", "kv"), Case("hybrid, recompute", "fcfs", "hybrid", "recompute"),
