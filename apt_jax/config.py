@@ -150,8 +150,8 @@ class EngineConfig:
     """Share of the device's memory (on a CPU: of the free memory) that the engine may take."""
     cache_mode: Literal["hybrid", "kv", "hidden"] = "hybrid"
     """What requests may cache: KV pairs, hidden vectors at half the memory, or either."""
-    scheduling_policy: str = "fcfs"
-    """Name of the scheduling policy."""
+    scheduling_policy: str = "apt"
+    """Name of the scheduling policy, with options as NAME:option=value; docs/scheduling tells them."""
     ttft_slo_ms: float = 1000.0
     """Default promise for the time to the first token."""
     tbt_slo_ms: float = 1000.0
@@ -160,6 +160,8 @@ class EngineConfig:
     """Most requests waiting; more are refused with 503."""
     tensor_parallel_size: int = 1
     """Devices that one model is split over."""
+    calibrate: bool = True
+    """Measure the device at start-up for policies that predict iteration times; seconds, once per device and model."""
     attention_backend: Literal["auto", "xla", "pallas"] = "auto"
     """Implementation of decode attention; auto: Pallas on TPU and GPU if it passes a check there, else XLA."""
     async_scheduling: bool | None = None

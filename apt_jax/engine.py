@@ -13,20 +13,24 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from apt_jax.attention import Kinds
-from apt_jax.batch import Batch, BatchBuilder
+from apt_jax.batch import MAX_END_IDS, Batch, BatchBuilder
 from apt_jax.buckets import Buckets
 from apt_jax.cache import BlockPool, CacheKind
 from apt_jax.cache_arrays import block_bytes
+from apt_jax.calibration import base_model, calibrate
+from apt_jax.compilations import Compilations
 from apt_jax.config import EngineConfig, ModelConfig
 from apt_jax.memory import MemoryPlan, plan_memory
 from apt_jax.opt import OPT
-from apt_jax.output import Output, QueueFull, TokenLogprobs
+from apt_jax.output import DeviceLost, Output, QueueFull, TokenLogprobs
 from apt_jax.request import FinishReason, Request, SamplingParams, Slo, Status
 from apt_jax.runner import Runner, Shapes, pages_multiple
 from apt_jax.sampling import Sampled
+from apt_jax.scheduling.fit import Calibration
 from apt_jax.scheduling.plan import Plan
-from apt_jax.scheduling.policy import make_policy
+from apt_jax.scheduling.policy import PolicyContext, make_policy
 from apt_jax.scheduling.state import Limits, SchedulerState, Span
+from apt_jax.scheduling.step_load import StepLoad, step_load
 from apt_jax.stop_text import StopText
 from apt_jax.tokenizer import IncrementalDetokenizer, Tokenizer
 
@@ -39,10 +43,22 @@ class EngineStuck(RuntimeError):
     """A policy planned nothing although requests wait and nothing is in flight."""
 
 
+@dataclass(frozen=True)
+class _Flight:
+    """An iteration on the device."""
+
+    batch: Batch
+    sampled: Sampled | None
+    load: StepLoad
+    started_s: float
+    is_measurable: bool  # nothing was compiled for it
+
+
 @dataclass
 class _Text:
     detokenizer: IncrementalDetokenizer
     stop: StopText
+    resumed: str = ""  # of tokens generated before the request was added
 
 
 class Engine:
@@ -77,7 +93,7 @@ class Engine:
         self.max_model_len = config.max_model_len
         limits = Limits(config.max_num_seqs, config.max_num_batched_tokens, config.cache_mode)
         buckets = Buckets(max_num_seqs=config.max_num_seqs, max_num_batched_tokens=config.max_num_batched_tokens)
-        self._builder = BatchBuilder(
+        self.builder = BatchBuilder(
             buckets,
             num_slots=config.max_num_seqs,
             block_size=config.block_size,
@@ -85,20 +101,26 @@ class Engine:
             pages_multiple=pages_multiple(config.block_size),
         )
         kinds = Kinds(kv=CacheKind.KV in limits.kinds, hidden=CacheKind.HIDDEN in limits.kinds)
-        shapes = Shapes(config.max_num_seqs, self.max_model_len, self._builder.table_pages, config.block_size, kinds)
+        shapes = Shapes(config.max_num_seqs, self.max_model_len, self.builder.table_pages, config.block_size, kinds)
         self.runner = Runner(model, model_config, shapes, buckets, config.attention_backend)
         self.memory = self._plan_memory(limits)
         logger.info("device memory\n%s", self.memory.table())
         self.runner.allocate(self.memory.num_blocks)
         limits = replace(limits, watermark_blocks=int(WATERMARK * self.memory.num_blocks))
         self.state = SchedulerState(BlockPool(self.memory.num_blocks, config.block_size), limits)
-        self.policy = make_policy(config.scheduling_policy)
+        self.calibration = Calibration(base_model(self))
+        self.policy_context = PolicyContext(seed=config.seed)
+        self.policy = make_policy(config.scheduling_policy, self.policy_context)
         self.last_plan = Plan()
+        self.last_schedule_s = 0.0
+        self.num_failed_steps = 0
         self._depth = 1 if config.async_scheduling else 0
-        self._inflight: deque[tuple[Batch, Sampled | None]] = deque()
+        self._inflight: deque[_Flight] = deque()
+        self._device_free_s: float | None = None  # when the last iteration ended, if that is known
         self._requests: dict[str, Request] = {}
         self._texts: dict[str, _Text] = {}
         self._ended: list[Output] = []  # requests that ended outside a step
+        self._compilations = Compilations()
         self._seeds = np.random.default_rng(config.seed)
 
     @property
@@ -106,11 +128,20 @@ class Engine:
         """Whether `step` has anything to do or to report."""
         return bool(self._requests or self._ended or self._inflight)
 
+    @property
+    def num_recompiles(self) -> int:
+        """Compilations since `warm_up` in the calling thread, which must be the one that steps; should stay 0."""
+        return self._compilations.count
+
     def warm_up(self, progress: bool = False) -> None:
-        """Compile every shape; afterwards no request can cause a compilation."""
+        """Compile every shape, and measure the device if the policy uses that; afterwards nothing compiles."""
         started = time.perf_counter()
         self.runner.compile_all(progress)
         logger.info("compiled %d programs in %.1f s", self.runner.num_programs, time.perf_counter() - started)
+        if self.config.calibrate and getattr(self.policy, "uses_cost_model", False):
+            self.calibration = calibrate(self)
+            self._use_cost_model()
+        self._compilations.reset()
 
     def add(
         self,
@@ -121,8 +152,12 @@ class Engine:
         slo: Slo | None = None,
         priority: int = 0,
         arrival_s: float | None = None,
+        output_token_ids: Sequence[int] = (),
     ) -> Request:
         """Queue one request (one sample).
+
+        `output_token_ids` were generated before, by this engine or another, and are gone on from: with the same seed
+        the same tokens follow. The first output then brings all of their text.
 
         Raises:
             ValueError: the request can never be served; one sentence with the value, the limit and the cure.
@@ -145,13 +180,18 @@ class Engine:
             eos_token_ids=frozenset(self.model_config.eos_token_ids),
             slo=slo or Slo(self.config.ttft_slo_ms / 1e3, self.config.tbt_slo_ms / 1e3),
             priority=priority,
+            output_token_ids=list(output_token_ids),
         )
+        if len(output_token_ids) >= request.max_new_tokens:
+            raise ValueError(f"output_token_ids has all {request.max_new_tokens} tokens that may be generated")
         self.state.add(request)
         self._requests[request_id] = request
         if self.tokenizer is not None:
             detokenizer = self.tokenizer.detokenizer(skip_special_tokens=params.skip_special_tokens)
             stop = StopText(params.stop or (), params.include_stop_str_in_output)
-            self._texts[request_id] = _Text(detokenizer, stop)
+            self._texts[request_id] = text = _Text(detokenizer, stop)
+            for number, token in enumerate(output_token_ids, start=1):
+                text.resumed += self._show(text, token, early=number < params.min_tokens)[0]
         return request
 
     def abort(self, request_id: str) -> None:
@@ -167,13 +207,14 @@ class Engine:
         """
         now = self._clock()
         self.last_plan = plan = self.policy.schedule(self.state, now)
+        self.last_schedule_s = self._clock() - now
         if plan.scheduled or plan.preempted or plan.converted:
             self._dispatch(plan, now)
         elif not self._inflight and self.state.num_unfinished:
             self._give_up()
         outputs: list[Output] = []
         while len(self._inflight) > (self._depth if plan.scheduled else 0):
-            outputs += self._commit(*self._inflight.popleft())
+            outputs += self._commit(self._inflight.popleft())
         outputs, self._ended = [*self._ended, *outputs], []
         return outputs
 
@@ -212,6 +253,12 @@ class Engine:
             bad = low if low < 0 else high
             raise ValueError(f"prompt token id {bad} is not in the vocabulary 0..{self.model_config.vocab_size - 1}")
         params.check_vocabulary(self.model_config.vocab_size)
+        ends = len(params.stop_token_ids or ()) + (0 if params.ignore_eos else len(self.model_config.eos_token_ids))
+        if ends > MAX_END_IDS:
+            raise ValueError(
+                f"stop_token_ids and the model's end-of-sequence ids are {ends} together, at most {MAX_END_IDS} are "
+                "possible; give fewer, or ignore_eos"
+            )
         if params.stop and self.tokenizer is None:
             raise ValueError("stop strings need a tokenizer, and this model has none; use stop_token_ids")
         total = length + self._max_new_tokens(length, params) - 1  # the last token is never cached
@@ -233,19 +280,26 @@ class Engine:
             if plan.converted:
                 self.runner.convert([c.request.table for c in plan.converted if c.request.table is not None])
             if spans:
-                batch = self._builder.build(spans)
-                self._inflight.append((batch, self.runner.dispatch(batch)))
+                batch, programs = self.builder.build(spans), self.runner.num_programs
+                sampled = self.runner.dispatch(batch)
+                is_measurable = programs == self.runner.num_programs
+                self._inflight.append(_Flight(batch, sampled, step_load(plan, spans), now, is_measurable))
         except Exception as error:
             logger.exception("an iteration failed; its requests end with an error")
             self._recover(str(error) or type(error).__name__)
 
     def _recover(self, message: str) -> None:
         """After a failed device step nothing in the cache can be trusted: end all that runs, start afresh."""
+        self.num_failed_steps += 1
         self._inflight.clear()
+        self._device_free_s = None
         lost = [request for request in self.state.waiting if request.num_inflight_tokens > 0]  # just preempted
         for request in [*self.state.running, *lost]:
             self._end(request, FinishReason.ERROR, message)
-        self.runner.reset()
+        try:
+            self.runner.reset()
+        except Exception as error:
+            raise DeviceLost(f"the device does not work any more after a failed step: {error}") from error
 
     def _give_up(self) -> None:
         head = (self.state.waiting or self.state.running)[0]
@@ -256,18 +310,20 @@ class Engine:
         logger.error("%s; request %s ends with an error", error, head.request_id)
         self._end(head, FinishReason.ERROR, str(error))
 
-    def _commit(self, batch: Batch, sampled: Sampled | None) -> list[Output]:
-        if sampled is None:
+    def _commit(self, flight: _Flight) -> list[Output]:
+        if flight.sampled is None:
+            self._device_free_s = None  # nothing is read back, so nobody knows when it ends
             return []
         try:
-            host = self.runner.read(sampled)
+            host = self.runner.read(flight.sampled)
         except Exception as error:
             logger.exception("an iteration failed on the device; its requests end with an error")
             self._recover(str(error) or type(error).__name__)
             return []
         now = self._clock()
+        self._learn_time(flight, now)
         outputs = []
-        for row, request in enumerate(batch.requests):
+        for row, request in enumerate(flight.batch.requests):
             if request.status is Status.FINISHED:
                 continue
             if not host.is_finite[row]:
@@ -276,15 +332,26 @@ class Engine:
             outputs.append(self._accept(request, row, host, now))
         return outputs
 
+    def _learn_time(self, flight: _Flight, now: float) -> None:
+        """Refine the cost model by an iteration that ended `now`: it began when the one before had ended."""
+        if flight.is_measurable and self._device_free_s is not None:
+            seconds = now - max(flight.started_s, self._device_free_s)
+            if self.calibration.observe(flight.load, seconds):
+                self._use_cost_model()
+        self._device_free_s = now
+
+    def _use_cost_model(self) -> None:
+        if self.calibration.is_fitted:
+            self.policy_context.cost_model = self.calibration.model
+
     def _accept(self, request: Request, row: int, host: Sampled, now: float) -> Output:
         token = int(host.token[row])
         reason = self.state.commit(request, token, now)
         shown = ""
         text = self._texts.get(request.request_id)
         if text is not None:
-            shown, stop = text.detokenizer.push([token]), None
-            if len(request.output_token_ids) >= request.params.min_tokens:
-                shown, stop = text.stop.push(shown)
+            shown, stop = self._show(text, token, early=len(request.output_token_ids) < request.params.min_tokens)
+            shown, text.resumed = text.resumed + shown, ""
             if stop is not None:
                 self.state.finish(request, FinishReason.STOP)
                 request.stop_reason = stop
@@ -305,6 +372,12 @@ class Engine:
         return (TokenLogprobs(token, float(host.logprob[row]), int(host.rank[row]), top),)
 
     @staticmethod
+    def _show(text: _Text, token: int, *, early: bool) -> tuple[str, str | None]:
+        """Text that a token completes, and the stop string that it ends, if it is not too early for one."""
+        shown = text.detokenizer.push([token])
+        return (shown, None) if early else text.stop.push(shown)
+
+    @staticmethod
     def _flush(text: _Text) -> str:
         shown, stop = text.stop.push(text.detokenizer.flush())
         return shown if stop is not None else shown + text.stop.flush()
@@ -315,7 +388,7 @@ class Engine:
             return
         self.state.finish(request, reason)
         text = self._texts.get(request.request_id)
-        shown = self._flush(text) if text is not None else ""
+        shown = text.resumed + self._flush(text) if text is not None else ""
         self._forget(request, self._clock())
         self._ended.append(Output(request, shown, (), (), reason, error))
 

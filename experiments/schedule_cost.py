@@ -12,7 +12,7 @@ from apt_jax.cache import BlockPool
 from apt_jax.request import Request, SamplingParams
 from apt_jax.scheduling.cost_model import CostModel
 from apt_jax.scheduling.hardware import HARDWARE, MODELS
-from apt_jax.scheduling.policy import make_policy
+from apt_jax.scheduling.policy import PolicyContext, make_policy
 from apt_jax.scheduling.state import Limits, SchedulerState
 from apt_jax.simulation.workload import load_lengths
 
@@ -23,7 +23,7 @@ def measure(name: str, size: int, iterations: int, mode: str = "hybrid") -> list
     """Seconds of each of `iterations` calls of `schedule` with about `size` candidates."""
     lengths = load_lengths("sharegpt")
     state = SchedulerState(BlockPool(4000, 16), Limits(256, 2048, mode, 40))  # type: ignore[arg-type]
-    policy = make_policy(name, cost_model=CostModel(MODELS["opt-13b"], HARDWARE["a100-40gb"]))
+    policy = make_policy(name, PolicyContext(CostModel(MODELS["opt-13b"], HARDWARE["a100-40gb"])))
     params = SamplingParams(max_tokens=None, ignore_eos=True)
     now, seconds, arrived = 0.0, [], 0
     for iteration in range(iterations + 20):

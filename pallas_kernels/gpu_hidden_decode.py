@@ -2,8 +2,8 @@
 
 An absorbed query is D wide, and so is its result: for OPT-13B 400 KB and 800 KB a request, more than one SM holds. So
 
-1. `_weights`: a CUDA block takes one row and up to 4 chunks of 64 tokens, streams hidden vectors and queries in steps of
-   64 columns, and leaves, per chunk, its softmax weights `exp(s - top)` with their maximum and sum;
+1. `_weights`: a CUDA block takes one row and up to 4 chunks of 64 tokens, streams hidden vectors and queries in steps
+   of 64 columns, and leaves, per chunk, its softmax weights `exp(s - top)` with their maximum and sum;
 2. XLA turns maxima and sums (one number per chunk and head) into the factor that normalises each chunk;
 3. `_context`: a CUDA block takes one row and 256 columns, streams hidden vectors and weights by chunk, and accumulates
    `context^T [columns, N] = H^T P`, with every chunk's factor applied in float32.
@@ -24,13 +24,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import gpu_pages
-from pallas_kernels.gpu_pages import CHUNK_TOKENS, PADDED_HEADS, TILE_COLUMNS, TILES
+from pallas_kernels.gpu_pages import CHUNK_TOKENS, PADDED_HEADS, TILE_COLUMNS, TILES, TILES_32
 from pallas_kernels.reference import NEVER, Partial
 
 _WGMMA = plgpu.Layout.WGMMA
 _SMEM_BYTES = 208 << 10  # of 227 KiB that a block may have
 _BLOCKS_WANTED = 2 * 132  # an H200 has 132 SMs
-_F32_TILES = (plgpu.TilingTransform((8, 32)), plgpu.SwizzleTransform(128))
 
 
 def hidden_decode_attention(
@@ -52,7 +51,6 @@ def hidden_decode_attention(
         NotImplementedError: a dtype, block size or width that the kernel does not handle.
     """
     N, D = q_wide.shape[1:]
-    S = pool.shape[1]
     gpu_pages.check_pool(pool, D)
     if D % TILE_COLUMNS:
         raise NotImplementedError(f"{D=} is no multiple of {TILE_COLUMNS}; use --attention-backend xla")
@@ -130,9 +128,7 @@ def _weights_body(  # type: ignore[no-untyped-def]
     @pl.when((todo > 0) & (worker == workers))
     def _memory() -> None:
         first = tile * tile_tokens
-        plgpu.copy_gmem_to_smem(
-            table.at[row, pl.ds(lax.div(first, block_size), pages.shape[0])], pages, table_ready
-        )
+        plgpu.copy_gmem_to_smem(table.at[row, pl.ds(lax.div(first, block_size), pages.shape[0])], pages, table_ready)
         plgpu.barrier_wait(table_ready)
 
         @pl.loop(0, steps)
@@ -194,9 +190,7 @@ def _weights_body(  # type: ignore[no-untyped-def]
             total_s.at[worker][...] = gpu_pages.column(found.sum(axis=0))
             plgpu.commit_smem()
             chunk = tile * workers + worker
-            plgpu.copy_smem_to_gmem(
-                weights_s.at[worker], weights.at[row, :, pl.ds(chunk * CHUNK_TOKENS, CHUNK_TOKENS)]
-            )
+            plgpu.copy_smem_to_gmem(weights_s.at[worker], weights.at[row, :, pl.ds(chunk * CHUNK_TOKENS, CHUNK_TOKENS)])
             plgpu.copy_smem_to_gmem(top_s.at[worker], tops.at[row, chunk])
             plgpu.copy_smem_to_gmem(total_s.at[worker], totals.at[row, chunk])
             plgpu.wait_smem_to_gmem(0)
@@ -231,7 +225,7 @@ def _context(
             "ring": plgpu.SMEM((slots, CHUNK_TOKENS, columns), pool.dtype, transforms=TILES),
             "weights_ring": plgpu.SMEM((slots, M, CHUNK_TOKENS), pool.dtype, transforms=TILES),
             "factor_ring": plgpu.SMEM((slots, factors.shape[2]), jnp.float32),
-            "out_s": plgpu.SMEM((workers, M, width), jnp.float32, transforms=_F32_TILES),
+            "out_s": plgpu.SMEM((workers, M, width), jnp.float32, transforms=TILES_32),
             "table_ready": plgpu.Barrier(),
             "full": plgpu.Barrier(num_arrivals=gpu_pages.copies_per_chunk(S) + 2, num_barriers=slots),
             "empty": plgpu.Barrier(num_arrivals=workers, num_barriers=slots),
@@ -293,13 +287,12 @@ def _context_body(  # type: ignore[no-untyped-def]
             gpu_pages.clear_tail(vectors, todo - chunk * CHUNK_TOKENS)
             added = gpu_pages.product((width, M), vectors.T, weights_ring.at[slot].T)
             factor = plgpu.load(factor_ring.at[slot, pl.ds(0, M)], layout=_WGMMA.reduce(0))
+            plgpu.commit_smem()  # orders this read before the copy that overwrites the slot
             plgpu.barrier_arrive(empty.at[slot])
             return acc + added * gpu_pages.over_rows(factor, acc.shape)
 
         acc = lax.fori_loop(0, chunks, step, plgpu.layout_cast(jnp.zeros((width, M), jnp.float32), _WGMMA))
         out_s.at[worker].T[...] = plgpu.layout_cast(acc, plgpu.Layout.WGMMA_TRANSPOSED)
         plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(
-            out_s.at[worker], out.at[row, part, :, pl.ds(first_column + worker * width, width)]
-        )
+        plgpu.copy_smem_to_gmem(out_s.at[worker], out.at[row, part, :, pl.ds(first_column + worker * width, width)])
         plgpu.wait_smem_to_gmem(0)

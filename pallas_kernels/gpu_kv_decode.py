@@ -11,6 +11,7 @@ Shape letters as in `reference.py`; G heads in a group, E = G*H columns of a gro
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -49,6 +50,7 @@ def kv_decode_attention(
     value_blocks: jax.Array,
     length: jax.Array,
     *,
+    split_tokens: int = SPLIT_TOKENS,
     interpret: object = None,
 ) -> Partial:
     """One query per row over the row's cached keys and values; as `reference.kv_decode_attention`. Pure.
@@ -58,6 +60,7 @@ def kv_decode_attention(
         pool: `[L*P, S, D]`, bfloat16 or float16.
         key_blocks, value_blocks: int32 `[R, W]`.
         length: int32 `[R]`.
+        split_tokens: context that one CUDA block reads.
         interpret: None on a GPU, `plgpu.InterpretGPUParams()` elsewhere.
 
     Returns:
@@ -70,7 +73,7 @@ def kv_decode_attention(
     S = pool.shape[1]
     gpu_pages.check_pool(pool, N * H)
     G = heads_in_group(N, H)
-    split = gpu_pages.split_tokens(key_blocks.shape[1], S, SPLIT_TOKENS)
+    split = gpu_pages.split_tokens(key_blocks.shape[1], S, split_tokens)
     (key_blocks, splits), (value_blocks, _) = (gpu_pages.pad_table(b, split // S) for b in (key_blocks, value_blocks))
     kernel = plgpu.kernel(
         functools.partial(_body, split=split, heads=G, head_dim=H, block_size=S),
@@ -98,7 +101,7 @@ def _block_diagonal(q: jax.Array, group: int) -> jax.Array:
     return jnp.pad(wide, ((0, 0), (0, 0), (0, PADDED_HEADS - group), (0, 0)))
 
 
-def _scratch(columns: int, pages: int, block_size: int, dtype: jnp.dtype) -> dict[str, object]:
+def _scratch(columns: int, pages: int, block_size: int, dtype: jnp.dtype) -> dict[str, Any]:
     slot_bytes = CHUNK_TOKENS * columns * dtype.itemsize
     slots = max(-(-_RING_BYTES // slot_bytes), 2)
     return {

@@ -16,7 +16,9 @@ from pallas_kernels.reference import NEVER, Partial
 CHUNK_TOKENS = 64  # the row dimension of one wgmma
 PADDED_HEADS = 8  # the narrowest column dimension of wgmma
 TILE_COLUMNS = 64  # 128 bytes of bfloat16: the widest swizzle
-TILES = (plgpu.TilingTransform((8, TILE_COLUMNS)), plgpu.SwizzleTransform(128))
+# 16-bit and 32-bit arrays in the layout that wgmma and TMA share: rows of 128 bytes, swizzled
+TILES: tuple[Any, ...] = (plgpu.TilingTransform((8, TILE_COLUMNS)), plgpu.SwizzleTransform(128))  # type: ignore[abstract]
+TILES_32: tuple[Any, ...] = (plgpu.TilingTransform((8, TILE_COLUMNS // 2)), plgpu.SwizzleTransform(128))  # type: ignore[abstract]
 # Lane semantics: layouts are as written here, where inferring them takes minutes for the loops of these kernels.
 COMPILER = plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane)
 _WGMMA = plgpu.Layout.WGMMA

@@ -1,6 +1,5 @@
 """The `apt-jax` command. Flags are generated from dataclass fields; jax is imported only when a command needs it."""
 
-import logging
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,7 +9,9 @@ import tyro
 from tyro.conf import OmitArgPrefixes, OmitSubcommandPrefixes, Positional, arg, subcommand
 
 from apt_jax.config import EngineConfig
+from apt_jax.simulation.options import SimulateArgs
 from serve.errors import EngineFailure
+from serve.logs import set_up_logs
 from serve.options import LoadOptions, ServerOptions
 
 Model = Positional[Annotated[str | None, arg(metavar="[MODEL]")]]
@@ -45,6 +46,8 @@ class RunBatch:
     """Hub id, Hugging Face folder or converted folder; none is the bundled demo model."""
     served_model_name: str | None = None
     """Name that the lines call the model by; default: MODEL as given."""
+    chat_template: str | None = None
+    """File with a Jinja chat template; default: the tokenizer's own (OPT has none)."""
     load: OmitArgPrefixes[LoadOptions] = field(default_factory=LoadOptions)
     engine: OmitArgPrefixes[EngineConfig] = field(default_factory=EngineConfig)
 
@@ -52,7 +55,9 @@ class RunBatch:
         """Answer what is unanswered."""
         from serve.batch_jobs import run_batch
 
-        return run_batch(self.input, self.output, self.model, self.served_model_name, self.load, self.engine)
+        return run_batch(
+            *(self.input, self.output, self.model, self.served_model_name, self.load, self.engine, self.chat_template)
+        )
 
 
 @dataclass(frozen=True)
@@ -81,10 +86,23 @@ class Convert:
         return 0
 
 
+@dataclass(frozen=True)
+class Simulate(SimulateArgs):
+    """Simulate a server: the real scheduler under a virtual clock. Lists are separated by commas."""
+
+    def run(self) -> int:
+        """Simulate, print tables, write files."""
+        from apt_jax.simulation.cli import run
+
+        run(self)
+        return 0
+
+
 Command = (
     Annotated[Serve, subcommand("serve")]
     | Annotated[RunBatch, subcommand("run-batch")]
     | Annotated[Convert, subcommand("convert")]
+    | Annotated[Simulate, subcommand("simulate")]
 )
 
 
@@ -98,9 +116,7 @@ class AptJax:
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line; exits with 0, 1 (it failed), 2 (wrong usage) or 130 (interrupted)."""
     command = tyro.cli(AptJax, prog="apt-jax", args=arguments).command
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
-    for name in ("httpx", "jax"):  # the hub client's requests, the platforms that are not there
-        logging.getLogger(name).setLevel(logging.WARNING)
+    set_up_logs(command.server.log_format if isinstance(command, Serve) else "text")
     try:
         code = command.run()
     except KeyboardInterrupt:

@@ -15,7 +15,7 @@ from apt_jax.scheduling.hardware import HARDWARE, MODELS
 from apt_jax.scheduling.ledger import Ledger
 from apt_jax.scheduling.length import LengthPredictor
 from apt_jax.scheduling.plan import Reason
-from apt_jax.scheduling.policy import make_policy
+from apt_jax.scheduling.policy import PolicyContext, make_policy
 
 A100 = CostModel(MODELS["opt-13b"], HARDWARE["a100-40gb"])
 SLOW_HIDDEN = dataclasses.replace(A100, hidden_mode="recompute")
@@ -30,7 +30,7 @@ def reasons(plan):
 
 
 def test_short_requests_pass_long_ones_when_memory_is_short():
-    state, policy = make_state(24), make_policy("apt:prediction=off", cost_model=TINY)
+    state, policy = make_state(24), make_policy("apt:prediction=off", PolicyContext(TINY))
     for name, prompt in (("long", 40), ("short", 8), ("shorter", 4)):
         state.add(request(prompt, 3, name=name))
     assert names(step(state, policy, 0.1).scheduled) == ["shorter", "short"]
@@ -38,13 +38,16 @@ def test_short_requests_pass_long_ones_when_memory_is_short():
 
 def test_the_kind_follows_rho():
     for model, kind in ((A100, CacheKind.HIDDEN), (SLOW_HIDDEN, CacheKind.KV)):
-        state, policy = make_state(64, mode="hybrid"), make_policy("apt", cost_model=model)
+        state, policy = make_state(64, mode="hybrid"), make_policy("apt", PolicyContext(model))
         state.add(request(16, 3))
         assert step(state, policy, 0.1).scheduled[0].kind is kind
 
 
 def test_hidden_serves_more_when_memory_is_short_even_if_it_is_slower():
-    state, policy = make_state(20, mode="hybrid", tokens=200), make_policy("apt:prediction=off", cost_model=SLOW_HIDDEN)
+    state, policy = (
+        make_state(20, mode="hybrid", tokens=200),
+        make_policy("apt:prediction=off", PolicyContext(SLOW_HIDDEN)),
+    )
     for k in range(4):
         state.add(request(16, 2, name=str(k)))
     plan = step(state, policy, 0.9)
@@ -55,7 +58,7 @@ def test_hidden_serves_more_when_memory_is_short_even_if_it_is_slower():
 def test_hidden_turns_into_kv_once_memory_is_free_and_never_where_hidden_is_faster():
     for model, converts in ((SLOW_HIDDEN, True), (A100, False)):
         state = make_state(64, mode="hybrid", tokens=200)
-        policy = make_policy("apt:prediction=off", cost_model=model)
+        policy = make_policy("apt:prediction=off", PolicyContext(model))
         for k in range(8):
             state.add(request(24, 60 if k == 7 else 2, arrival_s=-0.9, name=str(k)))
         serve(state, policy, [])
@@ -64,7 +67,7 @@ def test_hidden_turns_into_kv_once_memory_is_free_and_never_where_hidden_is_fast
 
 
 def test_a_late_request_is_demoted_and_says_so():
-    state, policy = make_state(24), make_policy("apt:prediction=off", cost_model=TINY)
+    state, policy = make_state(24), make_policy("apt:prediction=off", PolicyContext(TINY))
     state.add(request(40, 3, name="late"))
     for k in range(3):
         state.add(request(8, 3, arrival_s=1.9, name=f"fresh{k}"))
@@ -78,7 +81,7 @@ def names_of(waited):
 
 
 def test_a_late_running_request_makes_room_for_one_that_can_be_served_in_time():
-    state, policy = make_state(24), make_policy("apt:prediction=off", cost_model=TINY)
+    state, policy = make_state(24), make_policy("apt:prediction=off", PolicyContext(TINY))
     state.add(request(40, 8, name="late"))
     step(state, policy, 3.0)
     state.add(request(20, 3, arrival_s=3.0, name="fresh"))
@@ -88,7 +91,7 @@ def test_a_late_running_request_makes_room_for_one_that_can_be_served_in_time():
 
 
 def test_each_requests_own_slo_counts():
-    state, policy = make_state(12), make_policy("apt:prediction=off", cost_model=TINY)
+    state, policy = make_state(12), make_policy("apt:prediction=off", PolicyContext(TINY))
     state.add(request(20, 3, name="patient", slo=Slo(60.0, 60.0)))
     state.add(request(20, 3, name="urgent", slo=Slo(0.5, 0.5)))
     assert names(step(state, policy, 0.2).scheduled) == ["urgent"]
@@ -100,7 +103,7 @@ def test_each_requests_own_slo_counts():
 @pytest.mark.parametrize("name", ["apt:mixed=off", "apt-paper"])
 def test_prefill_does_not_starve_decode_nor_decode_prefill(name):
     """A steady stream of prompts beside steady talkers: both sides keep getting iterations."""
-    state, policy = make_state(4000, max_num_seqs=400, tokens=64), make_policy(name, cost_model=TINY)
+    state, policy = make_state(4000, max_num_seqs=400, tokens=64), make_policy(name, PolicyContext(TINY))
     for k in range(4):
         state.add(request(4, 2000, name=f"talker{k}"))
     now = 0.0
@@ -131,7 +134,7 @@ def test_alternating_iterations_follow_cumulative_pending_time():
 
 
 def test_mixed_iterations_decode_and_prefill_together():
-    state, policy = make_state(400, tokens=64), make_policy("apt", cost_model=A100)
+    state, policy = make_state(400, tokens=64), make_policy("apt", PolicyContext(A100))
     state.add(request(4, 50, name="talker"))
     step(state, policy, 0.0, 0.02)
     state.add(request(40, 2, arrival_s=0.02, name="new"))
@@ -139,7 +142,7 @@ def test_mixed_iterations_decode_and_prefill_together():
 
 
 def test_a_prompt_chunk_respects_the_tightest_gap_promise():
-    state, policy = make_state(4000, tokens=2048), make_policy("apt", cost_model=A100)
+    state, policy = make_state(4000, tokens=2048), make_policy("apt", PolicyContext(A100))
     state.add(request(4, 50, name="tight", slo=Slo(1.0, 0.15)))
     step(state, policy, 0.0, 0.02)
     state.add(request(1800, 2, arrival_s=0.02, name="essay"))
@@ -156,7 +159,7 @@ def test_a_prompt_chunk_respects_the_tightest_gap_promise():
 def test_no_late_request_waits_longer_than_the_bound(seed, older, mode):
     """Fresh requests flood the server for ever; late ones still finish within the bound of `lateness.py`."""
     rng = np.random.default_rng(seed)
-    policy = make_policy("apt:patience_s=2:lane_share=0", cost_model=TINY)
+    policy = make_policy("apt:patience_s=2:lane_share=0", PolicyContext(TINY))
     state = make_state(40, 4, 6, 32, mode)
     late = [request(int(rng.integers(1, 40)), int(rng.integers(1, 12)), 0.0, name=f"late{k}") for k in range(older)]
     for r in late:
@@ -180,7 +183,7 @@ def test_no_late_request_waits_longer_than_the_bound(seed, older, mode):
 
 def test_without_aging_the_flood_starves_the_late_one():
     """The other side: the bound is the lane's doing."""
-    policy = make_policy("apt:fallback=constant", cost_model=TINY)
+    policy = make_policy("apt:fallback=constant", PolicyContext(TINY))
     state = make_state(40, 4, 6, 32)
     late = request(30, 4, 0.0, name="late")
     state.add(late)

@@ -1,12 +1,14 @@
 """What every policy owes: progress, conserved blocks, limits kept, the same plans for the same trace."""
 
+from pathlib import Path
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scheduling_loop import TINY, make_state, request, serve, step
 
 from apt_jax.scheduling.plan import Reason
-from apt_jax.scheduling.policy import make_policy, policy_names
+from apt_jax.scheduling.policy import PolicyContext, make_policy, policy_names
 
 ALL = policy_names()
 VARIANTS = [*ALL, "apt:mixed=off", "apt:value=footprint", "apt:value=slack:fallback=none", "apt:prediction=off"]
@@ -24,7 +26,7 @@ traces = st.lists(
 )  # fmt: skip
 @settings(max_examples=12, deadline=None)
 def test_everything_is_served_and_no_block_is_lost(name, mode, trace, with_model, num_blocks, seconds):
-    policy = make_policy(name, **({"cost_model": TINY} if with_model else {}))
+    policy = make_policy(name, PolicyContext(TINY if with_model else None))
     state = make_state(num_blocks, 4, 6, 32, mode, watermark=1)
     requests = [request(p, o, a, priority=c) for p, o, a, c in trace]
     serve(state, policy, requests, seconds)
@@ -34,7 +36,7 @@ def test_everything_is_served_and_no_block_is_lost(name, mode, trace, with_model
 @pytest.mark.parametrize("name", VARIANTS)
 def test_same_trace_same_plans(name):
     def run():
-        policy = make_policy(name, cost_model=TINY, seed=3)
+        policy = make_policy(name, PolicyContext(TINY, seed=3))
         state = make_state(24, 4, 6, 32, "hybrid")
         serve(state, policy, [request(5 + 7 * k % 23, 3 + 5 * k % 17, 0.05 * k) for k in range(25)], 0.05)
         return state.plans.as_dicts()
@@ -179,7 +181,7 @@ def test_priority_preempts_a_higher_number():
 
 def test_random_depends_on_the_seed_only():
     def order(seed):
-        state, policy = make_state(200, tokens=8), make_policy("random", seed=seed)
+        state, policy = make_state(200, tokens=8), make_policy("random", PolicyContext(seed=seed))
         for k in range(8):
             state.add(request(8, 1, name=str(k)))
         return [names(step(state, policy, 0.1 * k).scheduled)[0] for k in range(8)]
@@ -199,3 +201,13 @@ def test_plan_log_keeps_the_newest_and_tells_why():
     assert state.plans.as_dicts()[0]["scheduled"] == [
         {"request": "a", "tokens": 12, "cache": "kv", "reason": "admitted with KV cache"}
     ]
+
+
+def test_every_policy_has_a_page():
+    """`docs/scheduling` explains each; apt-paper shares apt's page."""
+    folder = Path(__file__).parent.parent / "docs" / "scheduling"
+    index = (folder / "README.md").read_text("utf-8")
+    for name in policy_names():
+        page = folder / f"{name.removesuffix('-paper')}.md"
+        assert page.read_text("utf-8").startswith(f"# {name.removesuffix('-paper')}"), page
+        assert f"[{name}](" in index

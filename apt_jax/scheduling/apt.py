@@ -20,7 +20,7 @@ from apt_jax.scheduling.plan import Plan
 from apt_jax.scheduling.policy import PolicyContext, register
 from apt_jax.scheduling.state import SchedulerState
 
-VALUES = ("pending", "absolute", "slack", "footprint")
+VALUES = ("pending", "absolute", "slack", "footprint", "longest")
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class AptOptions:
     Attributes:
         value: of serving a request now. pending: time since its last token, in units of its SLO. absolute: the same
             in seconds (the paper's). slack: 1 / (what is left of the SLO). footprint: pending, per block and
-            predicted iteration instead of per block.
+            predicted iteration instead of per block. longest: pending, whatever the memory it takes.
         fallback: what becomes of late requests. aging: demoted, with a bounded wait. constant: demoted (the
             paper's). none: nothing.
         mixed: allow iterations that decode and prefill.
@@ -60,6 +60,7 @@ class AptOptions:
 class Apt:
     """The adaptive policy."""
 
+    uses_cost_model = True
     Options = AptOptions
 
     def __init__(self, context: PolicyContext | None = None, options: AptOptions | None = None):

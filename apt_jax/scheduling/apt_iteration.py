@@ -1,5 +1,6 @@
 """One iteration of the adaptive policy: who keeps memory, who is admitted, and what runs."""
 
+from functools import cached_property
 from itertools import compress
 from typing import TYPE_CHECKING
 
@@ -7,7 +8,6 @@ import numpy as np
 
 from apt_jax.cache import CacheKind
 from apt_jax.request import Request
-from apt_jax.scheduling.cost_model import StepLoad
 from apt_jax.scheduling.forecast import expected_blocks
 from apt_jax.scheduling.greedy import solve_greedy
 from apt_jax.scheduling.lateness import DEMOTED_VALUE, is_late, is_overdue, lane
@@ -16,6 +16,7 @@ from apt_jax.scheduling.plan import Converted, Plan, Preempted, Reason, Schedule
 from apt_jax.scheduling.policy import PolicyContext
 from apt_jax.scheduling.problem import Bools, Floats, Ints, Problem
 from apt_jax.scheduling.state import SchedulerState
+from apt_jax.scheduling.step_load import StepLoad
 
 if TYPE_CHECKING:
     from apt_jax.scheduling.apt import AptOptions
@@ -36,15 +37,9 @@ class Iteration:
         self.waiting, self.running, self.now, self.tick_s = waiting, running, now, tick_s
         self.block_size = state.pool.block_size
         self.kinds = state.limits.kinds
-        self.remaining_w = self._remaining(waiting)
-        self.remaining_r = self._remaining(running)
-        self.late_w, self.late_r = self._late(waiting, self.remaining_w), self._late(running, self.remaining_r)
-        # U of the formulation: those whose delay counts
-        self.num_counted = max(1, len(waiting) + len(running) - int(self.late_w.sum()) - int(self.late_r.sum()))
         self.pages_w, self.pages_r = waiting.pages(self.block_size), running.pages(self.block_size)
         self.blocks_r = running.pages_held * running.blocks_per_page
         self.need_r = np.maximum(self.blocks_r, self.pages_r * running.blocks_per_page)
-        self.lane_w, self.lane_r = self._lane()
         self.preempted: dict[int, Reason] = {}
         self.admitted: list[tuple[int, CacheKind, Reason]] = []
         self.free = state.pool.num_free
@@ -61,6 +56,47 @@ class Iteration:
         else:
             decodes = self._alternate(decodes, prefills)
         return self._build(decodes, prefills)
+
+    # Read only when someone waits or memory is short: cached, so that a quiet iteration costs little.
+
+    @cached_property
+    def remaining_w(self) -> Floats | None:
+        """`[waiting]` predicted tokens to come."""
+        return self._remaining(self.waiting)
+
+    @cached_property
+    def remaining_r(self) -> Floats | None:
+        """`[running]` predicted tokens to come."""
+        return self._remaining(self.running)
+
+    @cached_property
+    def late_w(self) -> Bools:
+        """`[waiting]` whether the SLO is lost."""
+        return self._late(self.waiting, self.remaining_w)
+
+    @cached_property
+    def late_r(self) -> Bools:
+        """`[running]` whether the SLO is lost."""
+        return self._late(self.running, self.remaining_r)
+
+    @cached_property
+    def num_counted(self) -> int:
+        """U of the formulation: those whose delay counts."""
+        return max(1, len(self.waiting) + len(self.running) - int(self.late_w.sum()) - int(self.late_r.sum()))
+
+    @property
+    def lane_w(self) -> Bools:
+        """`[waiting]` whether it is in the lane of `lateness.py`."""
+        return self._lanes[0]
+
+    @property
+    def lane_r(self) -> Bools:
+        """`[running]` whether it is in the lane of `lateness.py`."""
+        return self._lanes[1]
+
+    @cached_property
+    def _lanes(self) -> tuple[Bools, Bools]:
+        return self._lane()
 
     # -- values -------------------------------------------------------------------------------------------------
 
@@ -90,6 +126,8 @@ class Iteration:
         if self.options.value == "footprint" and remaining is not None:
             # mean context over the rest of its life, times that life, against the context now
             value = value * queue.tokens / ((queue.tokens + remaining / 2) * remaining)
+        elif self.options.value == "longest":
+            value = value * queue.pages(self.block_size)  # the solver divides by blocks
         return np.where(late, value * DEMOTED_VALUE, value)
 
     def _lane(self) -> tuple[Bools, Bools]:

@@ -14,39 +14,21 @@ Under tensor parallelism weights, heads and each cached vector (along D) are spl
 attention then sums N partial scores per token over the devices; recomputation gathers D numbers per token.
 """
 
+import math
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Literal
 
+import numpy as np
+from numpy.typing import NDArray
+
 from apt_jax.config import ModelConfig
 from apt_jax.scheduling.hardware import Hardware
+from apt_jax.scheduling.step_load import PaddedSizes, StepLoad
 
 HiddenMode = Literal["recompute", "absorbed"]
+Floats = NDArray[np.float64]
 BYTES = 2  # per number, bfloat16 or float16
-
-
-@dataclass(frozen=True, slots=True)
-class StepLoad:
-    """What one iteration does. Tokens are summed over its requests.
-
-    Attributes:
-        prefill_tokens: prompt tokens computed.
-        prefill_pairs: query-key pairs of their attention; a whole prompt of n has n (n + 1) / 2.
-        decode_requests: requests that compute one new token.
-        kv_tokens: tokens of context that decoding KV requests read.
-        hidden_tokens: tokens of context that decoding hidden requests read.
-        projected_tokens: cached hidden tokens projected to keys and values once: the earlier chunks of a hidden
-            request's prefill, and conversions to KV.
-        samples: requests that sample a token.
-    """
-
-    prefill_tokens: int = 0
-    prefill_pairs: int = 0
-    decode_requests: int = 0
-    kv_tokens: int = 0
-    hidden_tokens: int = 0
-    projected_tokens: int = 0
-    samples: int = 0
 
 
 @dataclass(frozen=True)
@@ -56,6 +38,7 @@ class Scales:
     overhead: float = 1.0
     dense: float = 1.0
     compute: float = 1.0  # of matrix products against weight reads, inside the dense term
+    knee: float = math.inf  # how sharp the dense term bends: infinity is the larger of the two, 1 their sum
     kv: float = 1.0
     hidden: float = 1.0
     pairs: float = 1.0
@@ -71,16 +54,17 @@ class CostModel:
     hidden_mode: HiddenMode = "absorbed"
     devices: int = 1
     scales: Scales = field(default_factory=Scales)
+    sizes: PaddedSizes = field(default_factory=PaddedSizes)
 
     def step_s(self, load: StepLoad) -> float:
-        """Seconds of one iteration with `load`; 0 if it is empty."""
+        """Seconds of one iteration with `load`, padded to the compiled sizes; 0 if it is empty."""
+        load = self.sizes.pad(load)
         tokens = load.prefill_tokens + load.decode_requests
         if not tokens and not load.projected_tokens:
             return 0.0
-        compute_s = tokens * self.token_s + load.samples * self.logits_s + load.projected_tokens * self.projection_s
         return (
             self.overhead_s
-            + self.dense_s(compute_s)
+            + self.dense_s(self.compute_s(load))
             + tokens * self.exchange_token_s
             + load.kv_tokens * self.kv_token_s
             + load.hidden_tokens * self.hidden_token_s
@@ -88,9 +72,21 @@ class CostModel:
             + load.decode_requests * self.scales.per_request_s
         )
 
+    def compute_s(self, load: StepLoad) -> float:
+        """Seconds of an iteration's matrix products at full rate, those of attention not included."""
+        tokens = load.prefill_tokens + load.decode_requests
+        return tokens * self.token_s + load.samples * self.logits_s + load.projected_tokens * self.projection_s
+
     def dense_s(self, compute_s: float) -> float:
         """Seconds of the weight-bound part, given its matrix products: whichever is slower, reading or computing."""
-        return self.scales.dense * max(self.weights_s, compute_s * self.scales.compute)
+        return self.scales.dense * float(self.blend(self.weights_s, compute_s * self.scales.compute, self.scales.knee))
+
+    @staticmethod
+    def blend[N: (float, Floats)](read_s: N, compute_s: N, knee: float) -> N:
+        """Reading and computing overlap: the larger of both for knee infinity, their sum for 1, between for others."""
+        if math.isinf(knee):
+            return np.maximum(read_s, compute_s)
+        return (read_s**knee + compute_s**knee) ** (1 / knee)
 
     @property
     def rho_s(self) -> float:

@@ -8,7 +8,7 @@ Whoever is in the lane is scheduled in every iteration, cannot be preempted, and
 Bound: let a late request have k older unfinished requests when its patience ends. No later arrival ever enters the
 lane before it. The lane always holds its oldest eligible request, which computes at least one prefill chunk or one
 token per iteration. So it is finished after at most the sum, over those k and itself, of (prefill chunks + output
-tokens) iterations, whatever else arrives. `tests/test_scheduling_starvation.py` holds the policy to it.
+tokens) iterations, whatever else arrives. `tests/test_scheduling_apt.py` holds the policy to it.
 """
 
 from typing import Literal

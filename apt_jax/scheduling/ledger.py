@@ -74,6 +74,8 @@ class Ledger:
         self._static = np.zeros((capacity, 5))  # arrival, both SLOs, prompt, most new tokens
         self._paused = np.zeros((capacity, 6))  # what a waiting request looked like when it last ran
         self._ran: list[Request] = []
+        self._static_r = np.zeros((0, 5))
+        self._waiting = _queue([], self._static_r, np.zeros((0, 8)))
 
     def update(self, state: SchedulerState) -> tuple[Queue, Queue]:
         """Columns of the waiting and of the running requests."""
@@ -88,26 +90,16 @@ class Ledger:
                 (r.arrival_s, r.slo.ttft_s, r.slo.tbt_s, len(r.prompt_token_ids), r.max_new_tokens) for r in fresh
             ]
         if paused:
-            self._paused[[r.order - self._base for r in paused]] = np.array(_dynamic(paused)).T
-        self._ran = list(running)
+            self._paused[[r.order - self._base for r in paused]] = _dynamic(paused)
         self._next = max(self._next, newest + 1)
-        index_w, index_r = self._index(waiting), self._index(running)
-        tables = [r.table for r in running]
-        held = np.array([len(t.first) for t in tables], np.int64)  # type: ignore[union-attr]
-        per_page = np.array([2 if t.second else 1 for t in tables], np.int64)  # type: ignore[union-attr]
-        none = np.zeros(len(waiting), np.int64)
-        return (
-            self._queue(waiting, self._static[index_w], self._paused[index_w].T, none, none),
-            self._queue(running, self._static[index_r], np.array(_dynamic(running)), held, per_page),
-        )
-
-    def _queue(self, requests: list[Request], static: Floats, dynamic: Floats, held: Ints, per_page: Ints) -> Queue:
-        whole = dynamic[1:].astype(np.int64)
-        prompt, new = static[:, 3:].astype(np.int64).T
-        return Queue(
-            requests, dynamic[0], static[:, 0], static[:, 1], static[:, 2], prompt, new, whole[0], whole[1], whole[2],
-            whole[3] > 0, whole[4] > 0, held, per_page,
-        )  # fmt: skip
+        if fresh or paused or waiting != self._waiting.requests:
+            index = self._index(waiting)
+            rows = np.column_stack([self._paused[index], np.zeros((len(waiting), 2))])
+            self._waiting = _queue(list(waiting), self._static[index], rows)
+        if running != self._ran:
+            self._ran, self._static_r = list(running), self._static[self._index(running)]
+        rows = np.array([(*row, *_held(r)) for row, r in zip(_dynamic(running), running, strict=True)], np.float64)
+        return self._waiting, _queue(self._ran, self._static_r, rows.reshape(-1, 8))
 
     def _index(self, requests: list[Request]) -> Ints:
         return np.array([r.order for r in requests], np.int64) - self._base
@@ -122,6 +114,23 @@ class Ledger:
         self._base = oldest
 
 
+def _queue(requests: list[Request], static: Floats, rows: Floats) -> Queue:
+    """Columns from the fixed `[n, 5]` and the changing `[n, 8]` table."""
+    whole = rows[:, 1:].T.astype(np.int64)
+    prompt, new = static[:, 3:].T.astype(np.int64)
+    return Queue(
+        requests, rows[:, 0], static[:, 0], static[:, 1], static[:, 2], prompt, new, whole[0], whole[1], whole[2],
+        whole[3] > 0, whole[4] > 0, whole[5], whole[6],
+    )  # fmt: skip
+
+
+def _held(request: Request) -> tuple[int, int]:
+    """Pages held, and blocks per page."""
+    table = request.table
+    assert table is not None
+    return len(table.first), table.kind.blocks_per_page
+
+
 def _newer(queue: list[Request], order: int) -> list[Request]:
     """Requests from the end of `queue` that arrived as number `order` or later."""
     found = []
@@ -132,17 +141,20 @@ def _newer(queue: list[Request], order: int) -> list[Request]:
     return found
 
 
-def _dynamic(requests: list[Request]) -> list[list[float]]:
-    """Six columns: since, tokens, uncomputed, late gaps, started, missed first token."""
-    tokens: list[float] = [len(r.prompt_token_ids) + len(r.output_token_ids) + r.num_inflight_tokens for r in requests]
-    return [
-        [r.arrival_s if r.last_token_s is None else r.last_token_s for r in requests],
-        tokens,
-        [t - r.num_computed_tokens for t, r in zip(tokens, requests, strict=True)],
-        [r.num_late_gaps for r in requests],
-        [r.first_token_s is not None for r in requests],
-        [r.first_token_s is not None and r.first_token_s - r.arrival_s > r.slo.ttft_s for r in requests],
-    ]
+def _dynamic(requests: list[Request]) -> list[tuple[float, ...]]:
+    """A row per request: since, tokens, uncomputed, late gaps, started, missed first token."""
+    rows: list[tuple[float, ...]] = []
+    for r in requests:
+        tokens = len(r.prompt_token_ids) + len(r.output_token_ids) + r.num_inflight_tokens
+        last_s, first_s = r.last_token_s, r.first_token_s
+        uncomputed = tokens - r.num_computed_tokens
+        if first_s is None:
+            rows.append((r.arrival_s, tokens, uncomputed, r.num_late_gaps, 0, 0))
+        else:
+            missed = first_s - r.arrival_s > r.slo.ttft_s
+            assert last_s is not None
+            rows.append((last_s, tokens, uncomputed, r.num_late_gaps, 1, missed))
+    return rows
 
 
 def kind_of(blocks_per_page: int) -> CacheKind:

@@ -2,6 +2,7 @@
 
 import enum
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from apt_jax.cache import CacheKind
 from apt_jax.request import Request
@@ -34,8 +35,7 @@ class Reason(enum.Enum):
     WAITS_BEHIND = "waits behind an earlier request"
 
 
-@dataclass(frozen=True, slots=True)
-class Scheduled:
+class Scheduled(NamedTuple):
     """Run `num_tokens` of the request's uncomputed tokens; the last one's successor is sampled if none remain.
 
     `kind` is the cache kind to admit a waiting request with; for a running request it is the kind it has.

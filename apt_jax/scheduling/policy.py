@@ -19,7 +19,8 @@ from apt_jax.scheduling.state import SchedulerState
 class PolicyContext:
     """What a policy may use besides the state. Everything has a default, so a policy runs without any of it.
 
-    `cost_model` may be replaced at any time by a better fitted one; policies read it at each decision.
+    `cost_model` may be replaced at any time by a better fitted one; policies read it at each decision. A policy that
+    does so says it with a class attribute `uses_cost_model = True`, and the engine measures the device for it.
     """
 
     cost_model: CostModel | None = None
@@ -66,12 +67,12 @@ def policy_names() -> list[str]:
     return sorted(_POLICIES)
 
 
-def make_policy(name: str, **context: Any) -> Policy:
-    """A fresh policy by name, e.g. `make_policy("apt:fallback=constant", cost_model=...)`.
+def make_policy(name: str, context: PolicyContext | None = None) -> Policy:
+    """A fresh policy by name, e.g. `make_policy("apt:fallback=constant", PolicyContext(cost_model))`.
 
     Args:
         name: the policy, then options as `:field=value`.
-        **context: fields of `PolicyContext`.
+        context: what it may use besides the state.
 
     Raises:
         ValueError: no policy or option has that name, or a value is bad; the message lists what there is.
@@ -81,12 +82,13 @@ def make_policy(name: str, **context: Any) -> Policy:
     if base not in _POLICIES:
         raise ValueError(f"unknown scheduling_policy={base!r}; known: {', '.join(policy_names())}")
     policy = _POLICIES[base]
+    context = context or PolicyContext()
     options = getattr(policy, "Options", None)
     if options is None:
         if settings:
             raise ValueError(f"policy {base!r} takes no options, got {':'.join(settings)!r}")
-        return policy(PolicyContext(**context))
-    return policy(PolicyContext(**context), _parse_options(base, options, settings))
+        return policy(context)
+    return policy(context, _parse_options(base, options, settings))
 
 
 def _parse_options(base: str, options: type, settings: list[str]) -> Any:

@@ -3,7 +3,7 @@
 from bisect import bisect_left, insort
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal, assert_never
+from typing import Literal, NamedTuple, assert_never
 
 from apt_jax.cache import BlockPool, BlockTable, CacheKind, blocks_for
 from apt_jax.request import FinishReason, Request, Status
@@ -38,8 +38,7 @@ class Limits:
         assert_never(self.cache_mode)
 
 
-@dataclass(frozen=True, slots=True)
-class Span:
+class Span(NamedTuple):
     """A scheduled entry with what the device must do: compute tokens `start .. start+num_tokens` of the request.
 
     `samples` says whether the token after them is to be sampled.
@@ -116,21 +115,26 @@ class SchedulerState:
         if request.status is Status.FINISHED:
             return request.finish_reason
         request.num_inflight_tokens -= 1
-        request.output_token_ids.append(token_id)
-        if request.last_token_s is None:
+        output, params, last_token_s = request.output_token_ids, request.params, request.last_token_s
+        output.append(token_id)
+        if last_token_s is None:
             request.first_token_s = now
         else:
-            gap_s = now - request.last_token_s
+            gap_s = now - last_token_s
             request.gaps_s.append(gap_s)
-            request.num_late_gaps += gap_s > request.slo.tbt_s
+            if gap_s > request.slo.tbt_s:
+                request.num_late_gaps += 1
         request.last_token_s = now
-        enough = len(request.output_token_ids) >= request.params.min_tokens
-        if enough and token_id in request.params.stop_token_ids:  # type: ignore[operator]
-            request.stop_reason = token_id
-            self.finish(request, FinishReason.STOP)
-        elif enough and not request.params.ignore_eos and token_id in request.eos_token_ids:
-            self.finish(request, FinishReason.STOP)
-        elif len(request.output_token_ids) >= request.max_new_tokens:
+        generated = len(output)
+        if generated >= params.min_tokens:
+            if params.stop_token_ids and token_id in params.stop_token_ids:
+                request.stop_reason = token_id
+                self.finish(request, FinishReason.STOP)
+                return request.finish_reason
+            if token_id in request.eos_token_ids and not params.ignore_eos:
+                self.finish(request, FinishReason.STOP)
+                return request.finish_reason
+        if generated >= request.max_new_tokens:
             self.finish(request, FinishReason.LENGTH)
         return request.finish_reason
 
@@ -161,31 +165,35 @@ class SchedulerState:
             assert orders == sorted(set(orders)), "a queue is out of order or holds a request twice"
 
     def _start(self, entry: Scheduled, now: float) -> Span:
-        request, num_tokens, known_tokens = entry.request, entry.num_tokens, entry.request.num_tokens
-        start = request.num_computed_tokens
-        assert 1 <= num_tokens <= known_tokens - start, (request.request_id, num_tokens)
-        if request.table is None:
-            assert request.status is Status.WAITING
-            table = BlockTable(entry.kind)
-            self.pool.grow(table, known_tokens)
-            request.table = table
-            request.cache_history.append(entry.kind)
-            _remove(self.waiting, request)
-            insort(self.running, request, key=_order)
-            request.status = Status.RUNNING
-            if request.first_scheduled_s is None:
-                request.first_scheduled_s = now
+        request, num_tokens, kind, _ = entry
+        prompt_tokens = len(request.prompt_token_ids)
+        generated = len(request.output_token_ids) + request.num_inflight_tokens
+        start, known_tokens, table = request.num_computed_tokens, prompt_tokens + generated, request.table
+        end = start + num_tokens
+        assert start < end <= known_tokens, (request.request_id, num_tokens)
+        if table is None:
+            self._admit(request, kind, known_tokens, now)
         else:
-            assert request.table.kind is entry.kind
-            if known_tokens > len(request.table.first) * self.pool.block_size:
-                self.pool.grow(request.table, known_tokens)
-        request.num_computed_tokens = start + num_tokens
-        samples = start + num_tokens == known_tokens
+            assert table.kind is kind
+            if known_tokens > len(table.first) * self.pool.block_size:
+                self.pool.grow(table, known_tokens)
+        request.num_computed_tokens = end
+        samples = end == known_tokens
         if samples:
-            generated = known_tokens - len(request.prompt_token_ids)
             assert generated < request.max_new_tokens, f"{request.request_id} has all its {generated} tokens"
             request.num_inflight_tokens += 1
         return Span(request, start, num_tokens, samples)
+
+    def _admit(self, request: Request, kind: CacheKind, tokens: int, now: float) -> None:
+        assert request.status is Status.WAITING
+        request.table = BlockTable(kind)
+        self.pool.grow(request.table, tokens)
+        request.cache_history.append(kind)
+        _remove(self.waiting, request)
+        insort(self.running, request, key=_order)
+        request.status = Status.RUNNING
+        if request.first_scheduled_s is None:
+            request.first_scheduled_s = now
 
     def _preempt(self, request: Request) -> None:
         assert request.status is Status.RUNNING

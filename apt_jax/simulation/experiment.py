@@ -7,7 +7,7 @@ from functools import cached_property
 from apt_jax.request import Slo
 from apt_jax.scheduling.cost_model import CostModel, HiddenMode, cache_blocks
 from apt_jax.scheduling.hardware import HARDWARE, MODELS, by_name
-from apt_jax.scheduling.policy import make_policy
+from apt_jax.scheduling.policy import PolicyContext, make_policy
 from apt_jax.scheduling.state import CacheMode, Limits
 from apt_jax.simulation.report import Report, summarise
 from apt_jax.simulation.simulator import Outcome, simulate
@@ -80,7 +80,7 @@ class Experiment:
         )
         outcome = simulate(
             arrivals,
-            make_policy(policy, cost_model=cost_model, seed=self.seed),
+            make_policy(policy, PolicyContext(cost_model, seed=self.seed)),
             cost_model=cost_model,
             num_blocks=self.pool_blocks,
             limits=limits,

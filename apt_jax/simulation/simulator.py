@@ -8,12 +8,13 @@ Policies cannot see a request's output length: it ends with an end-of-sequence t
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from apt_jax.cache import BlockPool, CacheKind
+from apt_jax.cache import BlockPool
 from apt_jax.request import Request, SamplingParams, Slo
-from apt_jax.scheduling.cost_model import CostModel, StepLoad
+from apt_jax.scheduling.cost_model import CostModel
 from apt_jax.scheduling.plan import Plan
 from apt_jax.scheduling.policy import Policy
-from apt_jax.scheduling.state import Limits, SchedulerState, Span
+from apt_jax.scheduling.state import Limits, SchedulerState
+from apt_jax.scheduling.step_load import step_load
 from apt_jax.simulation.workload import Arrival
 
 _EOS, _TOKEN = 2, 5
@@ -123,28 +124,6 @@ def simulate(
             break
     outcome.makespan_s = now
     return outcome
-
-
-def step_load(plan: Plan, spans: Sequence[Span]) -> StepLoad:
-    """What an iteration computes and reads. `spans` come from applying `plan`."""
-    prefill = pairs = decodes = samples = 0
-    projected = sum(entry.request.num_computed_tokens for entry in plan.converted)
-    kv_tokens = hidden_tokens = 0
-    for span in spans:
-        start, tokens = span.start, span.num_tokens
-        as_kv = span.request.table.kind is CacheKind.KV  # type: ignore[union-attr]
-        samples += span.samples
-        if tokens == 1 and start:
-            decodes += 1
-            if as_kv:
-                kv_tokens += start + 1
-            else:
-                hidden_tokens += start + 1
-        else:
-            prefill += tokens
-            pairs += tokens * start + tokens * (tokens + 1) // 2
-            projected += 0 if as_kv else start
-    return StepLoad(prefill, pairs, decodes, kv_tokens, hidden_tokens, projected, samples)
 
 
 def _request(index: int, arrival: Arrival, slo: Slo, max_model_len: int) -> Request:

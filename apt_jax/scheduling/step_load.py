@@ -1,0 +1,82 @@
+"""What one iteration computes and reads: the cost model's input, counted from a plan."""
+
+from bisect import bisect_left
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from apt_jax.cache import CacheKind
+from apt_jax.scheduling.plan import Plan
+from apt_jax.scheduling.state import Span
+
+
+@dataclass(frozen=True, slots=True)
+class StepLoad:
+    """What one iteration does. Tokens are summed over its requests.
+
+    Attributes:
+        prefill_tokens: prompt tokens computed.
+        prefill_pairs: query-key pairs of their attention; a whole prompt of n has n (n + 1) / 2.
+        decode_requests: requests that compute one new token.
+        kv_tokens: tokens of context that decoding KV requests read.
+        hidden_tokens: tokens of context that decoding hidden requests read.
+        projected_tokens: cached hidden tokens projected to keys and values once: the earlier chunks of a hidden
+            request's prefill, and conversions to KV.
+        samples: requests that sample a token.
+    """
+
+    prefill_tokens: int = 0
+    prefill_pairs: int = 0
+    decode_requests: int = 0
+    kv_tokens: int = 0
+    hidden_tokens: int = 0
+    projected_tokens: int = 0
+    samples: int = 0
+
+
+@dataclass(frozen=True)
+class PaddedSizes:
+    """Compiled sizes, ascending: what an iteration really computes. Empty ones pad nothing (the simulator's default).
+
+    Attributes:
+        decode: tokens of iterations that only decode.
+        prefill: tokens of all others.
+        samples: rows of the sampling program.
+    """
+
+    decode: tuple[int, ...] = ()
+    prefill: tuple[int, ...] = ()
+    samples: tuple[int, ...] = ()
+
+    def pad(self, load: StepLoad) -> StepLoad:
+        """`load` with the tokens (as prefill tokens) and samples of the program that runs it."""
+        tokens = load.prefill_tokens + load.decode_requests
+        padding = _padded(tokens, self.prefill if load.prefill_tokens else self.decode) - tokens
+        samples = _padded(load.samples, self.samples)
+        return replace(load, prefill_tokens=load.prefill_tokens + padding, samples=samples)
+
+
+def _padded(count: int, sizes: tuple[int, ...]) -> int:
+    index = bisect_left(sizes, count)
+    return sizes[index] if count and index < len(sizes) else count
+
+
+def step_load(plan: Plan, spans: Sequence[Span]) -> StepLoad:
+    """What an iteration computes and reads. `spans` come from applying `plan`."""
+    prefill = pairs = decodes = samples = 0
+    projected = sum(entry.request.num_computed_tokens for entry in plan.converted)
+    kv_tokens = hidden_tokens = 0
+    for span in spans:
+        start, tokens = span.start, span.num_tokens
+        as_kv = span.request.table.kind is CacheKind.KV  # type: ignore[union-attr]
+        samples += span.samples
+        if tokens == 1 and start:
+            decodes += 1
+            if as_kv:
+                kv_tokens += start + 1
+            else:
+                hidden_tokens += start + 1
+        else:
+            prefill += tokens
+            pairs += tokens * start + tokens * (tokens + 1) // 2
+            projected += 0 if as_kv else start
+    return StepLoad(prefill, pairs, decodes, kv_tokens, hidden_tokens, projected, samples)

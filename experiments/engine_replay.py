@@ -1,0 +1,185 @@
+"""Attainment of the real engine under load, several policies in one run: `python -m experiments.engine_replay`.
+
+One model, one pool small enough to hurt. A trace of request lengths is replayed in real time at several rates, for
+`fcfs` with KV cache and `apt` with the hybrid cache in turn (the same arrivals, rates interleaved, so that a change of
+the machine's speed hits both), and attainment is printed side by side. Promises are scaled to the machine: multiples
+of what an idle engine needs for the median prompt and for one token. The simulator's answer for the same arrivals,
+pool and measured cost model stands beside each figure.
+
+Output lengths are the trace's: `ignore_eos` with `max_tokens`, which a policy that knows `max_tokens` could exploit;
+so every request asks for the same large `max_tokens` and is ended by a stop token that the replay makes it sample.
+"""
+
+import argparse
+import dataclasses
+import json
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from apt_jax.config import EngineConfig
+from apt_jax.engine import Engine
+from apt_jax.request import FinishReason, Request, SamplingParams, Slo
+from apt_jax.scheduling.policy import PolicyContext, make_policy
+from apt_jax.scheduling.state import SchedulerState
+from apt_jax.simulation.simulator import simulate
+from apt_jax.simulation.workload import Arrival, Lengths, load_lengths
+from checkpoints.load import load_model
+from experiments.preset_model import preset_model
+from serve.compile_cache import use_compile_cache
+
+Setup = tuple[str, str]  # policy, cache mode
+
+
+class Replayed(SchedulerState):
+    """Ends each request at the trace's length, which no policy can see."""
+
+    lengths: dict[str, int]
+
+    def commit(self, request: Request, token_id: int, now: float) -> FinishReason | None:
+        """As always; a request that has reached its length stops."""
+        reason = super().commit(request, token_id, now)
+        if reason is None and len(request.output_token_ids) >= self.lengths[request.request_id]:
+            self.finish(request, FinishReason.STOP)
+        return request.finish_reason
+
+
+def prepare(model: Any, config: Any, options: EngineConfig, setup: Setup) -> Engine:
+    """A warm engine for one policy and cache mode."""
+    policy, mode = setup
+    chosen = dataclasses.replace(options, scheduling_policy=policy, cache_mode=mode)  # type: ignore[arg-type]
+    engine = Engine(model, config, chosen)
+    engine.warm_up(progress=True)
+    engine.state.__class__ = Replayed
+    return engine
+
+
+def replay(engine: Engine, arrivals: list[Arrival], slo: Slo) -> list[Request]:
+    """Serve the arrivals in real time with a fresh policy; returns the finished requests."""
+    state = engine.state
+    assert isinstance(state, Replayed)
+    engine.policy_context = PolicyContext(engine.calibration.model if engine.calibration.is_fitted else None)
+    engine.policy = make_policy(engine.config.scheduling_policy, engine.policy_context)
+    state.lengths = {f"r{i}": a.output_tokens for i, a in enumerate(arrivals)}
+    params = SamplingParams(temperature=0, max_tokens=None, ignore_eos=True)
+    requests: list[Request] = []
+    start = time.monotonic()
+    while len(requests) < len(arrivals) or engine.has_unfinished:
+        now = time.monotonic() - start
+        while len(requests) < len(arrivals) and arrivals[len(requests)].arrival_s <= now:
+            due = arrivals[len(requests)]
+            prompt = [5 + k % 64 for k in range(due.prompt_tokens)]
+            name = f"r{len(requests)}"
+            requests.append(engine.add(prompt, params, request_id=name, slo=slo, arrival_s=start + due.arrival_s))
+        if engine.has_unfinished:
+            engine.step()
+        else:
+            time.sleep(max(0.0, start + arrivals[len(requests)].arrival_s - time.monotonic()))
+    return requests
+
+
+def simulated(engine: Engine, setup: Setup, arrivals: list[Arrival], slo: Slo) -> float:
+    """Attainment that the simulator predicts from the calibrated cost model."""
+    cost_model = engine.calibration.model
+    outcome = simulate(
+        arrivals, make_policy(setup[0], PolicyContext(cost_model)), cost_model=cost_model,
+        num_blocks=engine.state.pool.num_blocks, limits=engine.state.limits, slo=slo,
+        block_size=engine.config.block_size, max_model_len=engine.max_model_len,
+    )  # fmt: skip
+    return float(np.mean([r.attained for r in outcome.requests]))
+
+
+def make_trace(lengths: Lengths, count: int, rate: float, seed: int) -> list[Arrival]:
+    """`count` requests with Poisson arrivals; the pattern is the same at every rate, stretched."""
+    rng = np.random.default_rng(seed)
+    rows = rng.permutation(len(lengths.prompt_tokens))[:count]
+    times = np.cumsum(rng.exponential(1.0, count)) / rate
+    return [
+        Arrival(float(t), int(lengths.prompt_tokens[i]), int(lengths.output_tokens[i]))
+        for t, i in zip(times, rows, strict=True)
+    ]
+
+
+def effective(rates: list[float], attained: list[float], target: float) -> float:
+    """The rate at which attainment (linear between those measured) falls below `target`; 0 if it never reached it."""
+    best = 0.0
+    for k, (rate, share) in enumerate(zip(rates, attained, strict=True)):
+        if share >= target:
+            best = rate
+        elif best:
+            before = attained[k - 1]
+            return rates[k - 1] + (rate - rates[k - 1]) * (before - target) / (before - share)
+        else:
+            return 0.0
+    return best
+
+
+def main() -> None:
+    """Build, calibrate, replay, print."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--model", default="demo", help="demo, or an OPT size with random weights such as opt-125m")
+    parser.add_argument("--workload", default="sharegpt")
+    parser.add_argument("--rates", default="2,4,6,8,12,16")
+    parser.add_argument("--duration-s", type=float, default=30.0, help="of arrivals, at each rate")
+    parser.add_argument("--num-blocks", type=int, default=160)
+    parser.add_argument("--max-model-len", type=int, default=1024)
+    parser.add_argument("--slo-factor", type=float, default=20.0, help="promise, in times an idle engine")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    use_compile_cache(None)
+    if args.model == "demo":
+        loaded = load_model(None)
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            loaded = preset_model(args.model, Path(folder), dtype="float32")
+    options = EngineConfig(num_blocks=args.num_blocks, max_model_len=args.max_model_len)
+    setups: list[Setup] = [("fcfs", "kv"), ("apt", "hybrid")]
+    engines = {setup: prepare(loaded.model, loaded.config, options, setup) for setup in setups}
+    lengths = load_lengths(args.workload, args.max_model_len)
+    measured = engines["apt", "hybrid"].calibration
+    slo = scaled_slo(measured.model, lengths, args.slo_factor)
+    engines["fcfs", "kv"].calibration = measured
+    print(
+        f"{args.model}, {args.num_blocks} blocks of 16, {args.workload} lengths of at most {args.max_model_len} tokens"
+    )
+    print(
+        f"promise: first token {1e3 * slo.ttft_s:.0f} ms, gaps {1e3 * slo.tbt_s:.0f} ms, {args.slo_factor:g} x idle;"
+        f" rho {1e6 * measured.model.rho_s:+.2f} us per hidden token (KV {1e6 * measured.model.kv_token_s:.2f})"
+    )
+    rates = [float(rate) for rate in args.rates.split(",")]
+    found: dict[Setup, list[float]] = {setup: [] for setup in setups}
+    print(f"{'rate':>6} " + " ".join(f"{policy + '/' + mode:>12} {'(simulated)':>12}" for policy, mode in setups))
+    for rate in tqdm(rates, desc="rates", disable=None):
+        arrivals = make_trace(lengths, max(20, int(rate * args.duration_s)), rate, args.seed)
+        cells = []
+        for setup in setups:
+            requests = replay(engines[setup], arrivals, slo)
+            found[setup].append(float(np.mean([r.attained for r in requests])))
+            cells.append(f"{found[setup][-1]:>12.1%} {simulated(engines[setup], setup, arrivals, slo):>12.1%}")
+        tqdm.write(f"{rate:>6g} " + " ".join(cells))
+    for target in (0.9, 0.99):
+        fcfs, apt = (effective(rates, found[setup], target) for setup in setups)
+        ratio = f"{apt / fcfs:.2f} x" if fcfs else "fcfs never reaches it"
+        print(f"effective throughput at {target:.0%}: fcfs/kv {fcfs:.2f}, apt/hybrid {apt:.2f} requests/s, {ratio}")
+    if args.json is not None:
+        rows = {"/".join(setup): found[setup] for setup in setups}
+        args.json.write_text(json.dumps({"rates": rates, "attainment": rows}, indent=1) + "\n", "utf-8")
+
+
+def scaled_slo(model: Any, lengths: Lengths, factor: float) -> Slo:
+    """`factor` times what the measured model says of the median prompt alone, and of one token of one request."""
+    from apt_jax.scheduling.step_load import StepLoad
+
+    prompt = int(np.median(lengths.prompt_tokens))
+    prefill = model.step_s(StepLoad(prefill_tokens=prompt, prefill_pairs=prompt * (prompt + 1) // 2, samples=1))
+    decode = model.step_s(StepLoad(decode_requests=1, kv_tokens=prompt, samples=1))
+    return Slo(factor * prefill, factor * decode)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,24 @@
+"""A Hugging Face folder of an OPT size by name, without weights: `--load-format dummy` serves it."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+from apt_jax.config import ModelConfig
+from apt_jax.scheduling.hardware import MODELS, by_name
+from checkpoints.load import Loaded, load_model
+
+
+def write_config(folder: Path, config: ModelConfig) -> Path:
+    """Write `config.json` for `config` into `folder`; returns the folder."""
+    raw = dataclasses.asdict(config)
+    raw |= {"model_type": "opt", "eos_token_id": list(raw.pop("eos_token_ids")), "dtype": raw.pop("checkpoint_dtype")}
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(raw, indent=1) + "\n", encoding="utf-8")
+    return folder
+
+
+def preset_model(name: str, folder: Path, *, dtype: str, seed: int = 0) -> Loaded:
+    """Random weights of the OPT size `name`, its configuration written into `folder`."""
+    config = by_name(MODELS, name, "model")
+    return load_model(str(write_config(folder, config)), load_format="dummy", dtype=dtype, seed=seed)

@@ -1,0 +1,106 @@
+"""What each study asks, and the points that answer it. OPT-13B on one A100 with 40 GB unless a case says otherwise."""
+
+from dataclasses import dataclass, field, replace
+
+from apt_jax.scheduling.cost_model import HiddenMode
+from apt_jax.scheduling.state import CacheMode
+from apt_jax.simulation.experiment import Experiment
+
+
+@dataclass(frozen=True)
+class Case:
+    """One line of a plot: a policy with a cache, on an experiment. `rates` are its own where it has any."""
+
+    label: str
+    policy: str
+    cache_mode: CacheMode
+    hidden_attention: HiddenMode = "absorbed"
+    experiment: Experiment = field(default_factory=Experiment)
+
+
+@dataclass(frozen=True)
+class Study:
+    """Cases at rates (attainment and what goes with it), or searched for effective throughput at targets.
+
+    `columns` are fields of the report that its table shows; the first two are drawn.
+    """
+
+    name: str
+    question: str
+    cases: tuple[Case, ...]
+    rates: tuple[float, ...] = ()
+    targets: tuple[float, ...] = ()
+    columns: tuple[str, ...] = ("attainment", "mean_batch", "p99_ttft_s", "p99_tbt_s", "preemptions")
+
+
+BASELINE = ("fcfs, KV", "fcfs", "kv", "absorbed")
+PAPER = ("paper: apt-paper, hybrid, recompute", "apt-paper", "hybrid", "recompute")
+BEST = ("apt, hybrid, absorbed", "apt", "hybrid", "absorbed")
+
+
+def _cases(experiment: Experiment, *kinds: tuple[str, str, str, str], prefix: str = "") -> tuple[Case, ...]:
+    return tuple(
+        Case(prefix + label, policy, mode, attention, experiment)  # type: ignore[arg-type]
+        for label, policy, mode, attention in kinds
+    )
+
+
+def _targets(
+    name: str, question: str, *experiments: tuple[str, Experiment], targets: tuple[float, ...] = (0.9,),
+    kinds: tuple[tuple[str, str, str, str], ...] = (BASELINE, BEST),
+) -> Study:  # fmt: skip
+    cases = [_cases(experiment, *kinds, prefix=f"{label}: " if label else "") for label, experiment in experiments]
+    return Study(name, question, sum(cases, ()), targets=targets)
+
+
+DEFAULT = Experiment()
+SHORT = Experiment(num_requests=300)  # still 300 seconds of arrivals, see `make_arrivals`
+STUDIES = (
+    _targets("sharegpt", "What request rate keeps the promise for 90% and 99% of all requests?", ("", DEFAULT),
+             targets=(0.9, 0.99), kinds=(BASELINE, PAPER, BEST)),
+    _targets("workloads", "Does it hold for other request lengths?",
+             ("HumanEval", replace(SHORT, workload="humaneval")), ("LongBench", replace(SHORT, workload="longbench")),
+             kinds=(BASELINE, PAPER, BEST)),
+    Study("cliff", "How does attainment fall with the rate?", _cases(DEFAULT, BASELINE, PAPER, BEST),
+          rates=(1, 2, 3, 4, 6, 8, 10),
+          columns=("attainment", "p50_ttft_s", "p99_ttft_s", "p99_tbt_s", "mean_batch", "backlog", "longest_wait_s")),
+    Study("memory", "Scheduling off: what does the cache alone change when memory is short?",
+          (Case("KV", "fcfs", "kv"), Case("hybrid, recompute", "fcfs", "hybrid", "recompute"),
+           Case("hybrid, absorbed", "fcfs", "hybrid"), Case("hidden, recompute", "fcfs", "hidden", "recompute"),
+           Case("hidden, absorbed", "fcfs", "hidden")),
+          rates=(2, 4, 6),
+          columns=("attainment", "mean_batch", "p50_ttft_s", "p99_tbt_s", "preemptions", "conversions")),
+    Study("scheduler", "KV only: what does the order of service change when requests queue?",
+          tuple(Case(policy, policy, "kv") for policy in (
+              "fcfs", "random", "sarathi", "mlfq", "sjf", "edf", "apt-paper", "apt")),
+          rates=(2, 3, 4),
+          columns=("attainment", "p50_queue_s", "p99_queue_s", "p99_tbt_s", "preemptions", "longest_wait_s")),
+    Study("mechanisms", "Which part helps: hidden blocks, absorbed attention, the mix of kinds?",
+          (Case("KV", "apt", "kv"), Case("hidden, recompute", "apt", "hidden", "recompute"),
+           Case("hybrid, recompute", "apt", "hybrid", "recompute"), Case("hidden, absorbed", "apt", "hidden"),
+           Case("hybrid, absorbed", "apt", "hybrid")),
+          rates=(3, 5, 7),
+          columns=("attainment", "mean_batch", "p99_ttft_s", "p99_tbt_s", "preemptions", "conversions")),
+    Study("value", "How much does the value function matter? Gap promise 200 ms.",
+          tuple(Case(f"value={value}", f"apt:value={value}", "hybrid", "absorbed", Experiment(tbt_slo_ms=200))
+                for value in ("pending", "absolute", "slack", "footprint", "longest")),
+          rates=(6, 8),
+          columns=("attainment", "ttft_attainment", "tbt_attainment", "p99_tbt_s", "preemptions", "longest_wait_s")),
+    Study("prediction", "Does predicting output lengths help?",
+          (Case("on", "apt", "hybrid"), Case("off", "apt:prediction=off", "hybrid"),
+           Case("on, LongBench", "apt", "hybrid", "absorbed", replace(SHORT, workload="longbench")),
+           Case("off, LongBench", "apt:prediction=off", "hybrid", "absorbed", replace(SHORT, workload="longbench"))),
+          rates=(3, 6, 8),
+          columns=("attainment", "preemptions", "p99_tbt_s", "mean_batch", "longest_wait_s")),
+    Study("fallback", "What becomes of late requests, and what does it cost the others?",
+          tuple(Case(name, f"apt:fallback={name}", "hybrid") for name in ("none", "constant", "aging")),
+          rates=(6, 8, 10),
+          columns=("attainment", "longest_wait_s", "p99_ttft_s", "backlog", "preemptions")),
+    _targets("bursts", "What do bursts do? Gamma gaps with coefficient of variation 2 and 4.",
+             ("cv 2", replace(SHORT, cv=2.0)), ("cv 4", replace(SHORT, cv=4.0))),
+    _targets("larger", "Larger models over several devices.",
+             ("OPT-30B x2", replace(SHORT, model="opt-30b", tensor_parallel_size=2)),
+             ("OPT-66B x4", replace(SHORT, model="opt-66b", tensor_parallel_size=4))),
+    _targets("azure", "Recorded arrivals: Azure's conversation trace of 2023, stretched in time.",
+             ("", replace(SHORT, workload="azure"))),
+)  # fmt: skip

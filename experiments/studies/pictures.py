@@ -1,0 +1,51 @@
+"""Studies as plots: lines over the rate, or bars of effective throughput."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from experiments.studies.catalogue import Study
+from experiments.studies.tables import head
+
+Rows = Sequence[dict[str, Any]]
+
+
+def draw_rates(study: Study, rows: Rows, path: Path) -> None:
+    """The study's first two columns over the rate, a line per case."""
+    figure = Figure(figsize=(9, 3.4), layout="constrained", dpi=90)
+    FigureCanvasAgg(figure)
+    for axes, column in zip(figure.subplots(1, 2).flat, study.columns[:2], strict=True):
+        for case in study.cases:
+            points = [(row["rate"], row[column]) for row in rows if row["case"] == case.label]
+            scale = 100 if column.endswith("attainment") else 1
+            axes.plot([x for x, _ in points], [scale * y for _, y in points], "o-", ms=3, label=case.label)
+        axes.set(xlabel="requests/s", ylabel=head(column) + (", %" if column.endswith("attainment") else ""))
+        if column.endswith("attainment"):
+            axes.set_ylim(0, 102)
+        axes.grid(alpha=0.3)
+    axes.legend(fontsize=7)
+    _save(figure, path)
+
+
+def draw_targets(study: Study, rows: Rows, path: Path) -> None:
+    """A group of bars per case, one bar per target."""
+    figure = Figure(figsize=(9, 0.9 + 0.36 * len(rows)), layout="constrained", dpi=90)
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    height = 0.8 / len(study.targets)
+    for k, target in enumerate(study.targets):
+        places = [i + k * height for i in range(len(rows))]
+        axes.barh(places, [row["rates"][f"{target:g}"] for row in rows], height, label=f"{target:.0%} attained")
+    axes.set_yticks([i + 0.4 - height / 2 for i in range(len(rows))], [row["case"] for row in rows], fontsize=8)
+    axes.invert_yaxis()
+    axes.set_xlabel("effective throughput, requests/s")
+    axes.grid(alpha=0.3, axis="x")
+    axes.legend(fontsize=8)
+    _save(figure, path)
+
+
+def _save(figure: Figure, path: Path) -> None:
+    figure.savefig(path, metadata={"Software": None})

@@ -1,0 +1,52 @@
+"""Studies as Markdown tables."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from experiments.studies.catalogue import Study
+
+_HEADS = {
+    "attainment": "attained", "ttft_attainment": "TTFT ok", "tbt_attainment": "TBT ok", "mean_batch": "mean batch",
+    "p50_ttft_s": "TTFT p50, s", "p99_ttft_s": "TTFT p99, s", "p99_tbt_s": "TBT p99, s",
+    "p50_queue_s": "queue p50, s", "p99_queue_s": "queue p99, s", "preemptions": "preemptions",
+    "conversions": "conversions", "backlog": "backlog", "longest_wait_s": "longest wait, s",
+}  # fmt: skip
+
+
+def head(column: str) -> str:
+    """A column's heading, with its unit."""
+    return _HEADS[column]
+
+
+def rates_table(study: Study, rows: Sequence[dict[str, Any]]) -> str:
+    """One line per case and rate."""
+    lines = [["", "requests/s", *map(head, study.columns)]]
+    lines += [[row["case"], f"{row['rate']:g}", *(_cell(c, row[c]) for c in study.columns)] for row in rows]
+    return f"{study.question}\n\n{_markdown(lines)}"
+
+
+def targets_table(study: Study, rows: Sequence[dict[str, Any]]) -> str:
+    """One line per case: effective throughput at each target, and times the first case of the same experiment."""
+    targets = [f"{target:g}" for target in study.targets]
+    lines = [["", *(f"at {float(t):.0%}" for t in targets), *(f"ratio at {float(t):.0%}" for t in targets)]]
+    base: dict[str, float] = {}
+    experiment = None
+    for case, row in zip(study.cases, rows, strict=True):
+        if case.experiment != experiment:
+            experiment, base = case.experiment, row["rates"]
+        rates = row["rates"]
+        ratios = [f"{rates[t] / base[t]:.2f}" if base[t] else "-" for t in targets]
+        lines.append([row["case"], *(f"{rates[t]:.2f}" for t in targets), *ratios])
+    return f"{study.question} Effective throughput in requests/s; ratios to fcfs with KV.\n\n{_markdown(lines)}"
+
+
+def _cell(column: str, value: float) -> str:
+    if column.endswith("attainment"):
+        return f"{value:.1%}"
+    return f"{value:.3g}" if isinstance(value, float) and value < 100 else f"{value:.0f}"
+
+
+def _markdown(lines: list[list[str]]) -> str:
+    first, *rest = lines
+    rule = ["---", *["---:"] * (len(first) - 1)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in [first, rule, *rest]) + "\n"

@@ -1,0 +1,53 @@
+"""The studies' bookkeeping: going on after an interruption, ratios, and a small study end to end."""
+
+import json
+
+import pytest
+
+from apt_jax.simulation.experiment import Experiment
+from experiments.engine_replay import effective
+from experiments.studies.__main__ import run
+from experiments.studies.catalogue import STUDIES, Case, Study
+from experiments.studies.pictures import draw_rates, draw_targets
+from experiments.studies.tables import rates_table, targets_table
+
+SMALL = Experiment(model="opt-125m", hardware="tpu-v5e", workload="humaneval", num_blocks=260, num_requests=10)
+CASES = (Case("KV", "fcfs", "kv", experiment=SMALL), Case("both", "apt", "hybrid", experiment=SMALL))
+STUDY = Study("small", "Why?", CASES, rates=(0.03, 0.06), columns=("attainment", "mean_batch", "longest_wait_s"))
+
+
+def test_a_study_goes_on_where_it_was_stopped_with_the_same_figures(tmp_path):
+    path = tmp_path / "small.json"
+    rows = run(STUDY, path)
+    assert [(r["case"], r["rate"]) for r in rows] == [("KV", 0.03), ("KV", 0.06), ("both", 0.03), ("both", 0.06)]
+    stored = json.loads(path.read_text())
+    del stored["rows"][1]
+    path.write_text(json.dumps(stored))
+    assert run(STUDY, path) == rows
+    table = rates_table(STUDY, rows)
+    assert "| KV | 0.03 | " in table and table.count("\n") == 4 + len(rows)
+    draw_rates(STUDY, rows, tmp_path / "small.png")
+    assert (tmp_path / "small.png").stat().st_size > 1000
+
+
+def test_ratios_are_to_the_first_case_of_the_same_experiment(tmp_path):
+    study = next(s for s in STUDIES if s.name == "workloads")
+    rows = [{"case": c.label, "rates": {"0.9": 2.0 * k, "0.99": float(k)}} for k, c in enumerate(study.cases, 1)]
+    lines = targets_table(study, rows).splitlines()[4:]
+    assert [line.split(" | ")[2].strip(" |") for line in lines] == ["1.00", "2.00", "3.00", "1.00", "1.25", "1.50"]
+    draw_targets(study, rows, tmp_path / "bars.png")
+    assert (tmp_path / "bars.png").stat().st_size > 1000
+
+
+def test_names_and_labels_are_unique():
+    assert len({s.name for s in STUDIES}) == len(STUDIES)
+    for study in STUDIES:
+        assert len({c.label for c in study.cases}) == len(study.cases), study.name
+        assert bool(study.rates) != bool(study.targets)
+
+
+@pytest.mark.parametrize(
+    ("shares", "expected"), [((1.0, 0.95, 0.85), 3.0), ((1.0, 1.0, 1.0), 4.0), ((0.8, 0.7, 0.1), 0.0)]
+)  # fmt: skip
+def test_effective_throughput_between_measured_rates(shares, expected):
+    assert effective([1.0, 2.0, 4.0], list(shares), 0.9) == pytest.approx(expected)
