@@ -11,6 +11,7 @@ from tyro.conf import OmitArgPrefixes, OmitSubcommandPrefixes, Positional, arg, 
 
 from apt_jax.config import EngineConfig
 from apt_jax.simulation.cli import SimulateArgs
+from serve.bench.kernels import Bench
 from serve.errors import EngineFailure
 from serve.options import LoadOptions, ServerOptions
 
@@ -99,6 +100,7 @@ Command = (
     | Annotated[RunBatch, subcommand("run-batch")]
     | Annotated[Convert, subcommand("convert")]
     | Annotated[Simulate, subcommand("simulate")]
+    | Annotated[Bench, subcommand("bench")]
 )
 
 
