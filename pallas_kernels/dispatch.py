@@ -33,9 +33,10 @@ def kernels_for(device: jax.Device) -> Kernels:
         NotImplementedError: there are none for this platform.
     """
     if device.platform == "gpu":
-        from pallas_kernels import gpu_hidden_decode, gpu_kv_decode
+        from pallas_kernels.gpu_hidden_decode import hidden_decode_attention
+        from pallas_kernels.gpu_kv_decode import kv_decode_attention
 
-        return Kernels("gpu", gpu_kv_decode.kv_decode_attention, gpu_hidden_decode.hidden_decode_attention)
+        return Kernels("gpu", kv_decode_attention, hidden_decode_attention)
     if device.platform == "tpu":
         return tpu_kernels("tpu", cores=getattr(device, "num_cores", None) or 1, interpret=False)
     if device.platform == "cpu":

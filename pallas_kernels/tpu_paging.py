@@ -30,7 +30,7 @@ class Deal(NamedTuple):
     """Which row each step of each core serves; rows without tokens come last and are never visited."""
 
     order: jax.Array  # int32 [R]: rows, longest first, then those of length 0
-    count: jax.Array  # int32 [1]: rows with tokens
+    num_rows: jax.Array  # int32 [1]: rows with tokens
     length: jax.Array  # int32 [R]
 
 
@@ -79,7 +79,7 @@ def deal(length: jax.Array) -> Deal:
 
 def grid(dealt: Deal, cores: int) -> tuple[int, jax.Array]:
     """`(cores, steps)`: enough steps for the rows that have tokens, at least one."""
-    return cores, jnp.maximum(lax.div(dealt.count[0] + cores - 1, cores), 1)
+    return cores, jnp.maximum(lax.div(dealt.num_rows[0] + cores - 1, cores), 1)
 
 
 def row_spec(block_shape: tuple[int, ...], cores: int) -> pl.BlockSpec:
@@ -124,11 +124,11 @@ def for_each_row(
     """
     core, step = pl.program_id(0), pl.program_id(1)
     turn = step * cores + core
-    count = dealt.count[0]
+    count = dealt.num_rows[0]
     pages, S = sources[0].buffer.shape[1:3]
     C = pages * S
 
-    def copy(row: jax.Array, chunk: jax.Array, buffer: jax.Array, act: Callable[[Any], None]) -> None:
+    def copy(row: jax.Array, chunk: jax.Array | int, buffer: jax.Array | int, act: Callable[[Any], None]) -> None:
         needed = jnp.minimum(lax.div(dealt.length[row] + S - 1, S) - chunk * pages, pages)
 
         def one_page(page: jax.Array, _: None) -> None:
@@ -143,7 +143,7 @@ def for_each_row(
 
         lax.fori_loop(0, needed, one_page, None)
 
-    def start(row: jax.Array, chunk: jax.Array, buffer: jax.Array) -> None:
+    def start(row: jax.Array, chunk: jax.Array | int, buffer: jax.Array | int) -> None:
         copy(row, chunk, buffer, lambda dma: dma.start())
 
     def walk(row: jax.Array, body: Callable[..., Any], carry: Any) -> Any:

@@ -161,5 +161,5 @@ def test_chunks_fill_the_buffers_and_no_more(monkeypatch):
 def test_rows_without_tokens_are_not_visited():
     dealt = tpu_paging.deal(jnp.array([0, 5, 0, 9, 0]))
     np.testing.assert_array_equal(dealt.order[:2], [3, 1])
-    assert dealt.count[0] == 2
+    assert dealt.num_rows[0] == 2
     assert tpu_paging.grid(dealt, cores=1)[1] == 2 and tpu_paging.grid(dealt, cores=2)[1] == 1
