@@ -13,15 +13,16 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from apt_jax.attention import Kinds
-from apt_jax.batch import Batch, BatchBuilder
+from apt_jax.batch import MAX_END_IDS, Batch, BatchBuilder
 from apt_jax.buckets import Buckets
 from apt_jax.cache import BlockPool, CacheKind
 from apt_jax.cache_arrays import block_bytes
 from apt_jax.calibration import base_model, calibrate
+from apt_jax.compilations import Compilations
 from apt_jax.config import EngineConfig, ModelConfig
 from apt_jax.memory import MemoryPlan, plan_memory
 from apt_jax.opt import OPT
-from apt_jax.output import Output, QueueFull, TokenLogprobs
+from apt_jax.output import DeviceLost, Output, QueueFull, TokenLogprobs
 from apt_jax.request import FinishReason, Request, SamplingParams, Slo, Status
 from apt_jax.runner import Runner, Shapes, pages_multiple
 from apt_jax.sampling import Sampled
@@ -57,6 +58,7 @@ class _Flight:
 class _Text:
     detokenizer: IncrementalDetokenizer
     stop: StopText
+    resumed: str = ""  # of tokens generated before the request was added
 
 
 class Engine:
@@ -110,18 +112,26 @@ class Engine:
         self.policy_context = PolicyContext(seed=config.seed)
         self.policy = make_policy(config.scheduling_policy, self.policy_context)
         self.last_plan = Plan()
+        self.last_schedule_s = 0.0
+        self.num_failed_steps = 0
         self._depth = 1 if config.async_scheduling else 0
         self._inflight: deque[_Flight] = deque()
         self._device_free_s: float | None = None  # when the last iteration ended, if that is known
         self._requests: dict[str, Request] = {}
         self._texts: dict[str, _Text] = {}
         self._ended: list[Output] = []  # requests that ended outside a step
+        self._compilations = Compilations()
         self._seeds = np.random.default_rng(config.seed)
 
     @property
     def has_unfinished(self) -> bool:
         """Whether `step` has anything to do or to report."""
         return bool(self._requests or self._ended or self._inflight)
+
+    @property
+    def num_recompiles(self) -> int:
+        """Compilations since `warm_up` in the calling thread, which must be the one that steps; should stay 0."""
+        return self._compilations.count
 
     def warm_up(self, progress: bool = False) -> None:
         """Compile every shape, and measure the device if the policy uses that; afterwards nothing compiles."""
@@ -131,6 +141,7 @@ class Engine:
         if self.config.calibrate and getattr(self.policy, "uses_cost_model", False):
             self.calibration = calibrate(self)
             self._use_cost_model()
+        self._compilations.reset()
 
     def add(
         self,
@@ -141,8 +152,12 @@ class Engine:
         slo: Slo | None = None,
         priority: int = 0,
         arrival_s: float | None = None,
+        output_token_ids: Sequence[int] = (),
     ) -> Request:
         """Queue one request (one sample).
+
+        `output_token_ids` were generated before, by this engine or another, and are gone on from: with the same seed
+        the same tokens follow. The first output then brings all of their text.
 
         Raises:
             ValueError: the request can never be served; one sentence with the value, the limit and the cure.
@@ -165,13 +180,18 @@ class Engine:
             eos_token_ids=frozenset(self.model_config.eos_token_ids),
             slo=slo or Slo(self.config.ttft_slo_ms / 1e3, self.config.tbt_slo_ms / 1e3),
             priority=priority,
+            output_token_ids=list(output_token_ids),
         )
+        if len(output_token_ids) >= request.max_new_tokens:
+            raise ValueError(f"output_token_ids has all {request.max_new_tokens} tokens that may be generated")
         self.state.add(request)
         self._requests[request_id] = request
         if self.tokenizer is not None:
             detokenizer = self.tokenizer.detokenizer(skip_special_tokens=params.skip_special_tokens)
             stop = StopText(params.stop or (), params.include_stop_str_in_output)
-            self._texts[request_id] = _Text(detokenizer, stop)
+            self._texts[request_id] = text = _Text(detokenizer, stop)
+            for number, token in enumerate(output_token_ids, start=1):
+                text.resumed += self._show(text, token, early=number < params.min_tokens)[0]
         return request
 
     def abort(self, request_id: str) -> None:
@@ -187,6 +207,7 @@ class Engine:
         """
         now = self._clock()
         self.last_plan = plan = self.policy.schedule(self.state, now)
+        self.last_schedule_s = self._clock() - now
         if plan.scheduled or plan.preempted or plan.converted:
             self._dispatch(plan, now)
         elif not self._inflight and self.state.num_unfinished:
@@ -232,6 +253,12 @@ class Engine:
             bad = low if low < 0 else high
             raise ValueError(f"prompt token id {bad} is not in the vocabulary 0..{self.model_config.vocab_size - 1}")
         params.check_vocabulary(self.model_config.vocab_size)
+        ends = len(params.stop_token_ids or ()) + (0 if params.ignore_eos else len(self.model_config.eos_token_ids))
+        if ends > MAX_END_IDS:
+            raise ValueError(
+                f"stop_token_ids and the model's end-of-sequence ids are {ends} together, at most {MAX_END_IDS} are "
+                "possible; give fewer, or ignore_eos"
+            )
         if params.stop and self.tokenizer is None:
             raise ValueError("stop strings need a tokenizer, and this model has none; use stop_token_ids")
         total = length + self._max_new_tokens(length, params) - 1  # the last token is never cached
@@ -263,12 +290,16 @@ class Engine:
 
     def _recover(self, message: str) -> None:
         """After a failed device step nothing in the cache can be trusted: end all that runs, start afresh."""
+        self.num_failed_steps += 1
         self._inflight.clear()
         self._device_free_s = None
         lost = [request for request in self.state.waiting if request.num_inflight_tokens > 0]  # just preempted
         for request in [*self.state.running, *lost]:
             self._end(request, FinishReason.ERROR, message)
-        self.runner.reset()
+        try:
+            self.runner.reset()
+        except Exception as error:
+            raise DeviceLost(f"the device does not work any more after a failed step: {error}") from error
 
     def _give_up(self) -> None:
         head = (self.state.waiting or self.state.running)[0]
@@ -319,9 +350,8 @@ class Engine:
         shown = ""
         text = self._texts.get(request.request_id)
         if text is not None:
-            shown, stop = text.detokenizer.push([token]), None
-            if len(request.output_token_ids) >= request.params.min_tokens:
-                shown, stop = text.stop.push(shown)
+            shown, stop = self._show(text, token, early=len(request.output_token_ids) < request.params.min_tokens)
+            shown, text.resumed = text.resumed + shown, ""
             if stop is not None:
                 self.state.finish(request, FinishReason.STOP)
                 request.stop_reason = stop
@@ -342,6 +372,12 @@ class Engine:
         return (TokenLogprobs(token, float(host.logprob[row]), int(host.rank[row]), top),)
 
     @staticmethod
+    def _show(text: _Text, token: int, *, early: bool) -> tuple[str, str | None]:
+        """Text that a token completes, and the stop string that it ends, if it is not too early for one."""
+        shown = text.detokenizer.push([token])
+        return (shown, None) if early else text.stop.push(shown)
+
+    @staticmethod
     def _flush(text: _Text) -> str:
         shown, stop = text.stop.push(text.detokenizer.flush())
         return shown if stop is not None else shown + text.stop.flush()
@@ -352,7 +388,7 @@ class Engine:
             return
         self.state.finish(request, reason)
         text = self._texts.get(request.request_id)
-        shown = self._flush(text) if text is not None else ""
+        shown = text.resumed + self._flush(text) if text is not None else ""
         self._forget(request, self._clock())
         self._ended.append(Output(request, shown, (), (), reason, error))
 

@@ -9,6 +9,10 @@ class QueueFull(RuntimeError):
     """As many requests are waiting as may; try again later."""
 
 
+class DeviceLost(RuntimeError):
+    """After a failed step the device could not even take an empty cache: nothing can be served any more."""
+
+
 @dataclass(frozen=True)
 class TokenLogprobs:
     """Log-probabilities of one generated token, under the model's own distribution (before penalties)."""

@@ -3,6 +3,7 @@
 import enum
 import math
 import numbers
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 
@@ -77,8 +78,8 @@ class SamplingParams:
     def __post_init__(self) -> None:
         object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ()))
         object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids or ()))
-        object.__setattr__(self, "logit_bias", dict(self.logit_bias or {}))
-        for name, low, high in _RANGES:
+        object.__setattr__(self, "logit_bias", _by_token_id(self.logit_bias or {}))
+        for name, low, high in RANGES:
             value = getattr(self, name)
             if value is None and name in _OPTIONAL:
                 continue
@@ -97,8 +98,11 @@ class SamplingParams:
             if len(getattr(self, name)) > limit:
                 raise ValueError(f"{name} has {len(getattr(self, name))} entries, at most {limit} are allowed")
         for token_id, bias in self.logit_bias.items():  # type: ignore[union-attr]
-            if not -100 <= bias <= 100:
+            if not _is_number(bias, whole=False) or not -100 <= bias <= 100:
                 raise ValueError(f"logit_bias of token {token_id} is {bias}, must be between -100 and 100")
+        for token_id in self.stop_token_ids:  # type: ignore[union-attr]
+            if not _is_number(token_id, whole=True):
+                raise ValueError(f"stop_token_ids has {token_id!r}, every one must be a token id")
         for text in self.stop:  # type: ignore[union-attr]
             if not isinstance(text, str):
                 raise ValueError(f"stop has {text!r}, every stop must be a string")
@@ -118,7 +122,7 @@ class SamplingParams:
                     raise ValueError(f"{name} has token id {token_id}, the vocabulary is 0..{vocab_size - 1}")
 
 
-_RANGES = (
+RANGES = (  # field, lowest, highest value; whole numbers where the lowest is one
     ("n", 1, MAX_SAMPLES),
     ("temperature", 0.0, 1e4),
     ("top_k", -1, math.inf),
@@ -133,6 +137,20 @@ _RANGES = (
     ("seed", -(2**63), 2**63 - 1),
 )
 _OPTIONAL = ("max_tokens", "logprobs", "seed")  # may be None
+
+
+def _by_token_id(bias: Mapping[int, float]) -> dict[int, float]:
+    """`logit_bias` with whole numbers as keys, also where they came as text, as JSON has them."""
+    if not isinstance(bias, Mapping):
+        raise ValueError(f"logit_bias={bias!r} must map token ids to numbers")
+    found = {}
+    for key, value in bias.items():
+        try:
+            token_id = int(key) if isinstance(key, str) else operator.index(key)
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"logit_bias has the key {key!r}, every key must be a token id") from error
+        found[token_id] = value
+    return found
 
 
 def _is_number(value: object, whole: bool) -> bool:

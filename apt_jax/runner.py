@@ -112,12 +112,17 @@ class Runner:
         self.num_blocks = num_blocks
 
     def reset(self) -> None:
-        """Fresh pool and history, for instance after a step failed and took the donated ones with it."""
+        """Fresh pool and history, for instance after a step failed and took the donated ones with it.
+
+        Waits for the device, so that one which is lost raises here.
+        """
+        self.__dict__.pop("_pool", None)  # two do not fit
         shape = pool_shape(self.model_config, self.num_blocks, self.shapes.block_size)
         self._pool = jax.device_put(jnp.zeros(shape, self.dtype), self.device)
         self._history = jax.device_put(
             jnp.zeros((self.shapes.num_slots, self.shapes.max_model_len), jnp.int32), self.device
         )
+        jax.block_until_ready((self._pool, self._history))
 
     def compile_all(self, progress: bool = False) -> None:
         """Compile every bucket and the conversion; two at a time, since XLA compiles without the interpreter lock."""

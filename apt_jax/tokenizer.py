@@ -7,7 +7,7 @@ library behind it. No jax here.
 import codecs
 import contextlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -38,14 +38,26 @@ class IncrementalDetokenizer(Protocol):
 class Tokenizer:
     """A tokenizer of a model's folder."""
 
-    def __init__(self, backend: Any, *, eos_token_id: int | None):
-        """Wrap a `tokenizers.Tokenizer`; `from_folder` is the usual way."""
+    def __init__(
+        self,
+        backend: Any,
+        *,
+        eos_token_id: int | None,
+        chat_template: str | None = None,
+        special_tokens: Mapping[str, str] | None = None,
+    ):
+        """Wrap a `tokenizers.Tokenizer`; `from_folder` is the usual way.
+
+        `chat_template` (Jinja; None if the model has none) and `special_tokens` (such as `bos_token`) are only kept.
+        """
         from tokenizers import decoders
 
         backend.no_truncation()  # a prompt that is too long must be refused, not cut
         backend.no_padding()
         self._backend = backend
         self.eos_token_id = eos_token_id
+        self.chat_template = chat_template
+        self.special_tokens = dict(special_tokens or {})
         added = backend.get_added_tokens_decoder()
         self._special_ids = frozenset(token_id for token_id, token in added.items() if token.special)
         self._bytes = _TokenBytes(backend) if isinstance(backend.decoder, decoders.ByteLevel) else None
@@ -70,7 +82,13 @@ class Tokenizer:
             from transformers import AutoTokenizer
         try:
             found = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
-            return cls(found.backend_tokenizer, eos_token_id=found.eos_token_id)
+            template = found.chat_template
+            return cls(
+                found.backend_tokenizer,
+                eos_token_id=found.eos_token_id,
+                chat_template=template.get("default") if isinstance(template, dict) else template,
+                special_tokens={name: str(text) for name, text in found.special_tokens_map.items()},
+            )
         except Exception as error:  # of the JSON parser, the Rust library or transformers
             reason = str(error).strip().splitlines()
             raise ValueError(

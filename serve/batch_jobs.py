@@ -4,9 +4,9 @@ import dataclasses
 import logging
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pydantic import Field, ValidationError
 from tqdm import tqdm
@@ -15,17 +15,20 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from apt_jax.config import EngineConfig
 from apt_jax.output import Output
 from serve.batch_file import MAX_LINE_BYTES, Line, ResultFile, count_lines, read_lines
-from serve.completions import Completion, as_bad_request
+from serve.chat_completions import ChatCompletion
+from serve.chat_protocol import parse_chat
+from serve.completions import Completion
 from serve.driver import Driver
 from serve.errors import BadRequest, EngineFailure, error_reply
+from serve.generation import Generation, ServedModel, as_bad_request
 from serve.options import DEMO_NAME, LoadOptions
-from serve.protocol import Strict, first_fault, parse_completion, parse_json
+from serve.protocol import GenerationRequest, Strict, first_fault, parse_completion, parse_json
 from serve.samples import Sample
 
-if TYPE_CHECKING:
-    from apt_jax.engine import Engine
-
-URL = "/v1/completions"
+KINDS: dict[str, tuple[Callable[[object], GenerationRequest], type[Generation[Any]]]] = {
+    "/v1/completions": (parse_completion, Completion),
+    "/v1/chat/completions": (parse_chat, ChatCompletion),
+}
 MAX_ATTEMPTS = 3  # at a line on which the engine fails
 HOPELESS = 4  # times as many failures in a row as requests run at once mean that the engine is broken
 
@@ -53,7 +56,7 @@ class LineError(ValueError):
 class Work:
     """A line on its way through the engine."""
 
-    def __init__(self, line: Line, custom_id: str, completion: Completion):
+    def __init__(self, line: Line, custom_id: str, completion: Generation[Any]):
         self.line = line
         self.custom_id = custom_id
         self.completion = completion
@@ -67,13 +70,12 @@ class BatchJob:
     the error as its answer.
     """
 
-    def __init__(self, engine: "Engine", source: Path, results: ResultFile, model_name: str, bar: tqdm):
-        self._engine = engine
+    def __init__(self, model: ServedModel, source: Path, results: ResultFile, bar: tqdm):
+        self._model = model
         self._source = source
         self._results = results
-        self._model_name = model_name
         self._bar = bar
-        self._driver = Driver(engine)
+        self._driver = Driver(model.engine)
         self._work: dict[str, Work] = {}  # by engine request id
         self._first_line: dict[str, int] = {}  # by custom_id
         self._attempt = 0
@@ -136,12 +138,13 @@ class BatchJob:
 
     def _prepare(self, line: Line, request: BatchLine) -> Work:
         """Raises BadRequest: the body is not valid here."""
-        body = parse_completion(request.body)
+        parse, kind = KINDS[request.url]
+        body = parse(request.body)
         if body.stream:
             raise BadRequest("stream is not possible in a batch; leave it out", "stream")
         # another id for each attempt: what the engine still reports of the last one must not be taken for this one
-        request_id = f"cmpl-{line.result_id}" + (f"-{self._attempt}" if self._attempt > 1 else "")
-        completion = Completion.prepare(body, self._engine, request_id=request_id, model_name=self._model_name)
+        request_id = f"{kind.ID_PREFIX}-{line.result_id}" + (f"-{self._attempt}" if self._attempt > 1 else "")
+        completion = kind.prepare(body, self._model, request_id=request_id)
         return Work(line, request.custom_id, completion)
 
     def _take(self, work: Work, sample: Sample, output: Output) -> None:
@@ -171,7 +174,7 @@ class BatchJob:
         logger.error("line %d, attempt %d of %d: %s", work.line.number, self._attempt, MAX_ATTEMPTS, error)
         self._failures += 1
         self._failures_in_a_row += 1
-        if self._failures_in_a_row >= HOPELESS * self._engine.state.limits.max_num_seqs:
+        if self._failures_in_a_row >= HOPELESS * self._model.engine.state.limits.max_num_seqs:
             raise EngineFailure(
                 f"the engine has failed on {self._failures_in_a_row} lines in a row, the last time with: {error}; "
                 "the answers so far are kept, run the same command again to go on"
@@ -210,15 +213,22 @@ def parse_line(line: Line) -> BatchLine:
         request = BatchLine.model_validate(value)
     except ValidationError as error:
         raise LineError(str(first_fault(error, BatchLine)), "invalid_line", known_id) from error
-    if (request.method, request.url) != ("POST", URL):
+    if request.method != "POST" or request.url not in KINDS:
         raise LineError(
-            f"{request.method} {request.url} cannot be answered in a batch; POST {URL} can", "unsupported_url", known_id
+            f"{request.method} {request.url} cannot be answered in a batch; POST {' and '.join(KINDS)} can",
+            *("unsupported_url", known_id),
         )
     return request
 
 
 def run_batch(
-    source: Path, output: Path, model: str | None, model_name: str | None, load: LoadOptions, config: EngineConfig
+    source: Path,
+    output: Path,
+    model: str | None,
+    model_name: str | None,
+    load: LoadOptions,
+    config: EngineConfig,
+    chat_template: str | None = None,
 ) -> int:
     """Answer `source` into `output`, which may hold results already; returns the exit code.
 
@@ -238,11 +248,13 @@ def run_batch(
         if done:
             logger.info("%d of %d lines are answered in %s, going on with the others", done, total, output)
         from serve.build import build_engine  # imports jax, which takes seconds
+        from serve.chat_template import read_template
 
+        template = None if chat_template is None else read_template(Path(chat_template))
         engine = build_engine(model, engine_config=config, **dataclasses.asdict(load))
         engine.warm_up(progress=True)
         with logging_redirect_tqdm(), tqdm(total=total, initial=done, desc=source.name, unit="line") as bar:
-            job = BatchJob(engine, source, results, model_name or model or DEMO_NAME, bar)
+            job = BatchJob(ServedModel(engine, model_name or model or DEMO_NAME, template), source, results, bar)
             job.run()
         logger.info(
             "%d lines answered and %d refused in this run, %d tokens; results in %s",

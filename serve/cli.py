@@ -1,6 +1,5 @@
 """The `apt-jax` command. Flags are generated from dataclass fields; jax is imported only when a command needs it."""
 
-import logging
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +12,7 @@ from apt_jax.config import EngineConfig
 from apt_jax.simulation.cli import SimulateArgs
 from serve.bench.kernels import Bench
 from serve.errors import EngineFailure
+from serve.logs import set_up_logs
 from serve.options import LoadOptions, ServerOptions
 
 Model = Positional[Annotated[str | None, arg(metavar="[MODEL]")]]
@@ -47,6 +47,8 @@ class RunBatch:
     """Hub id, Hugging Face folder or converted folder; none is the bundled demo model."""
     served_model_name: str | None = None
     """Name that the lines call the model by; default: MODEL as given."""
+    chat_template: str | None = None
+    """File with a Jinja chat template; default: the tokenizer's own (OPT has none)."""
     load: OmitArgPrefixes[LoadOptions] = field(default_factory=LoadOptions)
     engine: OmitArgPrefixes[EngineConfig] = field(default_factory=EngineConfig)
 
@@ -54,7 +56,9 @@ class RunBatch:
         """Answer what is unanswered."""
         from serve.batch_jobs import run_batch
 
-        return run_batch(self.input, self.output, self.model, self.served_model_name, self.load, self.engine)
+        return run_batch(
+            *(self.input, self.output, self.model, self.served_model_name, self.load, self.engine, self.chat_template)
+        )
 
 
 @dataclass(frozen=True)
@@ -114,9 +118,7 @@ class AptJax:
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line; exits with 0, 1 (it failed), 2 (wrong usage) or 130 (interrupted)."""
     command = tyro.cli(AptJax, prog="apt-jax", args=arguments).command
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
-    for name in ("httpx", "jax"):  # the hub client's requests, the platforms that are not there
-        logging.getLogger(name).setLevel(logging.WARNING)
+    set_up_logs(command.server.log_format if isinstance(command, Serve) else "text")
     try:
         code = command.run()
     except KeyboardInterrupt:

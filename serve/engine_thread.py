@@ -15,10 +15,12 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
-from apt_jax.output import Output, QueueFull
+from apt_jax.output import DeviceLost, Output, QueueFull
 from apt_jax.request import FinishReason
-from serve.errors import EngineFailure, NotReady
+from serve.admission import Admission
+from serve.errors import EngineFailure, NotReady, PredictedLate
 from serve.group import Group
+from serve.observer import Observer, Stepped
 from serve.samples import Sample
 
 if TYPE_CHECKING:
@@ -73,6 +75,8 @@ class EngineThread:
         on_failure: Callable[[Exception], None] = lambda error: None,
     ):
         self.status = EngineStatus.LOADING
+        self.observers: list[Observer] = []
+        self.admission: Admission | None = None
         self.engine: Engine | None = None
         self._make_engine = make_engine
         self._on_ready = on_ready
@@ -131,6 +135,8 @@ class EngineThread:
             logger.info("model loaded after %.1f s, preparing its programs", time.monotonic() - began)
             engine.warm_up(progress=True)
             self.engine = engine
+            for observer in self.observers:
+                observer.ready(engine)
             self.status = EngineStatus.READY
             self._mail.append(partial(self._on_ready, time.monotonic() - began))
             self._post()
@@ -146,14 +152,31 @@ class EngineThread:
             self._read_inbox(engine)
             self._post()  # who was accepted or refused need not wait for the step
             if engine.has_unfinished:
-                try:
-                    outputs = engine.step()
-                except Exception as error:
-                    self._recover(engine, error)
-                else:
-                    for output in outputs:
-                        self._deliver(output)
+                self._step(engine)
                 self._post()
+
+    def _step(self, engine: "Engine") -> None:
+        began = time.monotonic()
+        try:
+            outputs = engine.step()
+        except Exception as error:
+            self._recover(engine, error)
+        else:
+            stepped = Stepped(outputs, {o.request.request_id for o in outputs} - self._active.keys(), began)
+            for output in outputs:
+                self._deliver(output)
+            for observer in self.observers:
+                observer.stepped(engine, stepped)
+        if not engine.has_unfinished:
+            self._check_idle(engine)
+
+    def _check_idle(self, engine: "Engine") -> None:
+        """Whenever nothing is left to do, every block must be free."""
+        lost = engine.state.pool.num_blocks - engine.state.pool.num_free
+        if lost:
+            logger.error("the engine is idle but %d blocks are not free; this is a bug, please report it", lost)
+        for observer in self.observers:
+            observer.idle(engine, lost)
 
     def _read_inbox(self, engine: "Engine") -> None:
         """Carry out what is in the inbox, waiting for something when idle."""
@@ -180,6 +203,8 @@ class EngineThread:
     def _admit(self, engine: "Engine", group: Group) -> None:
         added: list[str] = []
         try:
+            if self.admission is not None:
+                self.admission.check(engine, group.samples)
             for sample in group.samples:
                 sample.add_to(engine)
                 self._active[sample.request_id] = _Active(group, sample)
@@ -188,7 +213,7 @@ class EngineThread:
             for request_id in added:
                 del self._active[request_id]
                 engine.abort(request_id)
-            if not isinstance(error, ValueError | QueueFull):
+            if not isinstance(error, ValueError | QueueFull | PredictedLate):
                 logger.exception("the engine failed to take a request")
                 error = EngineFailure(f"the engine failed to take this request; {SEE_LOG}")
             self._mail.append(partial(group.fail, error))
@@ -214,7 +239,11 @@ class EngineThread:
         """
         if not self._active:
             raise EngineFailure("a step without requests failed") from error
+        if isinstance(error, DeviceLost):
+            raise error
         logger.error("a step failed; ending its %d requests", len(self._active), exc_info=error)
+        for observer in self.observers:
+            observer.failed(engine, [active.sample for active in self._active.values()])
         self._fail_groups(EngineFailure(f"the engine failed while it worked on this request; {SEE_LOG}"))
         for request_id in list(self._active):
             del self._active[request_id]

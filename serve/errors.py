@@ -1,11 +1,13 @@
 """Errors as a client sees them: OpenAI's shape, and the one table from exception to HTTP status."""
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
 from apt_jax.output import QueueFull
 
 RETRY_AFTER_S = 1
+CLIENT_CLOSED_REQUEST = 499  # never sent: the client has gone
 
 
 class BadRequest(ValueError):
@@ -32,6 +34,18 @@ class EngineFailure(RuntimeError):
     """The engine failed while it worked on the request."""
 
 
+class RequestTimeout(RuntimeError):
+    """The request took longer than the server lets one take."""
+
+
+class PredictedLate(RuntimeError):
+    """The request would miss its SLO; it was refused at once. `late_s` is by how much."""
+
+    def __init__(self, message: str, late_s: float):
+        super().__init__(message)
+        self.late_s = late_s
+
+
 @dataclass(frozen=True)
 class ErrorReply:
     """Status and `error` object of an HTTP error reply."""
@@ -47,6 +61,8 @@ ERROR_REPLIES: tuple[tuple[type[Exception], ErrorReply], ...] = (
     (BodyTooLarge, ErrorReply(413, "invalid_request_error", "body_too_large")),
     (BadRequest, ErrorReply(400, "invalid_request_error", None)),
     (QueueFull, ErrorReply(503, "server_error", "queue_full", RETRY_AFTER_S)),
+    (PredictedLate, ErrorReply(503, "server_error", "predicted_late", RETRY_AFTER_S)),
+    (RequestTimeout, ErrorReply(504, "server_error", "timeout")),
     (NotReady, ErrorReply(503, "server_error", "not_ready", RETRY_AFTER_S)),
     (EngineFailure, ErrorReply(500, "server_error", "engine_failure")),
 )
@@ -57,7 +73,10 @@ def error_reply(error: Exception) -> tuple[int, dict[str, Any], dict[str, str]]:
     """Status, JSON body in OpenAI's shape, and headers for an exception; unforeseen ones keep their text to the log."""
     reply = next((reply for kind, reply in ERROR_REPLIES if isinstance(error, kind)), UNFORESEEN)
     message = "the server failed on this request; its log has the details" if reply is UNFORESEEN else str(error)
-    headers = {} if reply.retry_after_s is None else {"retry-after": str(reply.retry_after_s)}
+    retry_s = reply.retry_after_s
+    if isinstance(error, PredictedLate):
+        retry_s = max(RETRY_AFTER_S, math.ceil(error.late_s))
+    headers = {} if retry_s is None else {"retry-after": str(retry_s)}
     return reply.status, error_body(message, reply.type, getattr(error, "param", None), reply.code), headers
 
 

@@ -17,6 +17,7 @@ class Group:
     def __init__(self, samples: Sequence[Sample], on_close: Callable[["Group"], None]):
         self.samples = samples
         self.closed = False
+        self.abandoned = False
         self._on_close = on_close
         self._unfinished = len(samples)
         self._accepted = False
@@ -52,6 +53,21 @@ class Group:
             self.closed = True
             self._changed.set()
             self._on_close(self)
+
+    def abandon(self) -> None:
+        """The client has gone: nobody wants the rest."""
+        self.abandoned = True
+        self.close()
+
+    def expire(self, error: Exception) -> None:
+        """Abort what is unfinished and fail."""
+        self.fail(error)
+        self._on_close(self)
+
+    def take_pending(self) -> list[tuple[Sample, Output]]:
+        """What has come and was not iterated over."""
+        pending, self._pending = self._pending, []
+        return pending
 
     def accept(self) -> None:
         """Every sample is queued."""

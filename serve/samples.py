@@ -26,6 +26,7 @@ class Sample:
     slo: Slo | None = None
     priority: int = 0
     arrival_s: float | None = None
+    output_token_ids: Sequence[int] = ()  # generated before
 
     def add_to(self, engine: "Engine") -> Request:
         """Give it to the engine.
@@ -41,6 +42,7 @@ class Sample:
             slo=self.slo,
             priority=self.priority,
             arrival_s=self.arrival_s,
+            output_token_ids=self.output_token_ids,
         )
 
 

@@ -3,23 +3,30 @@
 import asyncio
 import dataclasses
 import logging
+import math
 import os
 import signal
 import socket
 import sys
+from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING
 
 import uvicorn
 
 from apt_jax.config import EngineConfig
-from serve.app import Service, create_app
+from serve.app import create_app
 from serve.engine_thread import EngineThread
 from serve.options import DEMO_NAME, LoadOptions, ServerOptions
+from serve.resume import Resumption
+from serve.service import Service
+from serve.snapshot import read_snapshot, write_snapshot
 
 if TYPE_CHECKING:
     from apt_jax.engine import Engine
 
-GRACE_S = 5.0  # that running requests get when the server is told to stop
+BACKLOG = 2048  # connections that wait to be accepted
+FLUSH_S = 5.0  # that clients get, after the running requests were ended, to read what is sent
 
 logger = logging.getLogger("apt_jax.serve")
 
@@ -27,14 +34,22 @@ logger = logging.getLogger("apt_jax.serve")
 class Server(uvicorn.Server):
     """Uvicorn's server, which on shutdown gives requests a grace time and then ends them with finish reason abort."""
 
-    def __init__(self, config: uvicorn.Config, engine_thread: EngineThread):
+    def __init__(self, config: uvicorn.Config, service: Service):
         super().__init__(config)
-        self._engine_thread = engine_thread
+        self._service = service
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """A first signal stops the server in order, a second one ends it at once."""
+        if self.should_exit:
+            os._exit(128 + sig)
+        super().handle_exit(sig, frame)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Stop listening, wait for the requests, then close."""
-        logger.info("stopping; running requests get %.0f s", GRACE_S)
-        timer = asyncio.get_running_loop().call_later(GRACE_S, self._engine_thread.abort_all)
+        grace_s = self._service.options.shutdown_timeout
+        self._service.is_stopping = True
+        logger.info("stopping; %d running requests get %g s", self._service.num_generating, grace_s)
+        timer = asyncio.get_running_loop().call_later(grace_s, self._service.engine_thread.abort_all)
         try:
             await super().shutdown(sockets)
         finally:
@@ -59,12 +74,18 @@ def serve(model: str | None, load: LoadOptions, options: ServerOptions, config: 
     failures: list[Exception] = []
 
     def fail(error: Exception) -> None:
-        failures.append(error)
-        server.should_exit = True
+        if engine_thread.engine is None:
+            failures.append(error)
+            server.should_exit = True
+        else:  # /health says so: whoever watches it decides
+            report_failure(error)
 
     def make_engine() -> "Engine":
         from serve.build import build_engine  # imports jax, which takes seconds
+        from serve.chat_template import read_template
 
+        if options.chat_template is not None:
+            service.chat_template = read_template(Path(options.chat_template))
         return build_engine(model, engine_config=config, **dataclasses.asdict(load))
 
     name, url = options.served_model_name or model or DEMO_NAME, url_of(listener)
@@ -73,17 +94,27 @@ def serve(model: str | None, load: LoadOptions, options: ServerOptions, config: 
         logger.info("ready after %.1f s: %s answers at %s/v1/completions", seconds, name, url)
 
     engine_thread = EngineThread(make_engine, ready, fail)
-    app = create_app(Service(engine_thread, name, options.max_body_bytes))
+    service = Service(engine_thread, name, with_environment(options))
+    resumption = None if options.resume_from is None else Resumption(Path(options.resume_from))
+    app = create_app(service, resumption)
     server = Server(
-        uvicorn.Config(app, log_config=None, lifespan="on", timeout_graceful_shutdown=int(2 * GRACE_S)),
-        engine_thread,
+        uvicorn.Config(
+            app,
+            http="h11",  # the one parser with a limit on headers that are still coming in
+            h11_max_incomplete_event_size=options.max_header_bytes,
+            log_config=None,
+            access_log=False,  # the application's own has more
+            lifespan="on",
+            timeout_graceful_shutdown=math.ceil(options.shutdown_timeout + FLUSH_S),
+        ),
+        service,
     )
     logging.getLogger("uvicorn.error").setLevel(logging.WARNING)  # its milestones are told here
-    logging.getLogger("uvicorn.access").addFilter(is_no_probe)
     logger.info("listening on %s, loading %s; %s/ready turns 200 when requests are taken", url, name, url)
     run_until_signal(server, listener)
     if failures:
         report_failure(failures[0])
+    keep_unfinished(service)
     if not engine_thread.stop(timeout_s=0):
         # It is inside the compiler, which nothing can interrupt; the interpreter would crash under its feet.
         logging.shutdown()
@@ -93,10 +124,22 @@ def serve(model: str | None, load: LoadOptions, options: ServerOptions, config: 
     return 1 if failures else 0
 
 
-def is_no_probe(record: logging.LogRecord) -> bool:
-    """Whether an access log record is of anything but a probe; those come every few seconds."""
-    path = record.args[2] if isinstance(record.args, tuple) and len(record.args) > 2 else ""
-    return path not in ("/health", "/ready")
+def keep_unfinished(service: Service) -> None:
+    """Write what the server could not finish to the snapshot file, if one is wanted."""
+    records, file = service.unfinished_records, service.options.snapshot_file
+    if records and file is None:
+        logger.warning("%d requests were not finished", len(records))
+    elif records and file is not None:
+        path = Path(file)
+        records += [r for r in read_snapshot(path) if r["id"] not in {record["id"] for record in records}]
+        count = write_snapshot(path, records)
+        logger.info("%d unfinished requests are in %s; start with --resume-from %s to finish them", count, path, path)
+
+
+def with_environment(options: ServerOptions) -> ServerOptions:
+    """The options with the key that APT_JAX_API_KEY holds, which `ps` does not show."""
+    key = os.environ.get("APT_JAX_API_KEY")
+    return options if not key else dataclasses.replace(options, api_key=(*options.api_key, key))
 
 
 def run_until_signal(server: uvicorn.Server, listener: socket.socket) -> None:
@@ -123,7 +166,7 @@ def report_failure(error: Exception) -> None:
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A listening-to-be TCP socket.
+    """A listening TCP socket; who connects before it is served waits.
 
     Raises:
         OSError: the address is unknown or taken.
@@ -133,6 +176,7 @@ def listen(host: str, port: int) -> socket.socket:
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
+        listener.listen(BACKLOG)
     except OSError:
         listener.close()
         raise

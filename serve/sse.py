@@ -23,7 +23,7 @@ def close_on_disconnect(receive: Receive, group: Group, cleanup: contextlib.Exit
     async def watch() -> None:
         while (await receive())["type"] != "http.disconnect":
             pass
-        group.close()
+        group.abandon()
 
     cleanup.callback(group.close)
     cleanup.callback(asyncio.create_task(watch()).cancel)

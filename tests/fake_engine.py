@@ -13,6 +13,7 @@ from apt_jax.config import EngineConfig, ModelConfig
 from apt_jax.engine import Engine
 from apt_jax.output import Output, QueueFull, TokenLogprobs
 from apt_jax.request import FinishReason, Request, SamplingParams, Slo
+from apt_jax.scheduling.plan import Plan
 from apt_jax.scheduling.policy import make_policy
 from apt_jax.scheduling.state import Limits, SchedulerState
 
@@ -21,13 +22,17 @@ EOS = 2
 
 
 class CharTokenizer:
-    """One token per Latin-1 character, </s> first."""
+    """One token per Latin-1 character (? for others), </s> first."""
 
-    def encode(self, text: str) -> list[int]:
-        return [EOS, *text.encode("latin-1")]
+    def __init__(self, chat_template: str | None = None):
+        self.chat_template = chat_template
+        self.special_tokens = {"eos_token": "</s>"}
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        return [*([EOS] if add_special_tokens else []), *text.encode("latin-1", "replace")]
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
-        kept = [i for i in token_ids if not (skip_special_tokens and i == EOS)]
+        kept = [i for i in token_ids if i < VOCABULARY and not (skip_special_tokens and i == EOS)]
         return bytes(kept).decode("latin-1")
 
     def token_bytes(self, token_id: int) -> bytes:
@@ -52,6 +57,10 @@ class FakeEngine:
         self.warmed = False
         self.fail_with: Exception | None = None
         self.num_steps = 0
+        self.num_failed_steps = 0
+        self.num_recompiles = 0
+        self.last_plan = Plan()
+        self.last_schedule_s = 0.0
         self._policy = make_policy("fcfs")
         self._requests: dict[str, Request] = {}
         self._ended: list[Output] = []
@@ -81,6 +90,7 @@ class FakeEngine:
         slo: Slo | None = None,
         priority: int = 0,
         arrival_s: float | None = None,
+        output_token_ids: Sequence[int] = (),
     ) -> Request:
         assert params.n == 1 and request_id not in self._requests
         if not prompt_token_ids:
@@ -102,6 +112,7 @@ class FakeEngine:
             frozenset({EOS}),
             slo or Slo(),
             priority,
+            output_token_ids=list(output_token_ids),
         )
         self.state.add(request)
         self._requests[request_id] = request
@@ -121,7 +132,9 @@ class FakeEngine:
             error, self.fail_with = self.fail_with, None
             raise error
         now = time.monotonic()
-        spans = self.state.apply(self._policy.schedule(self.state, now), now)
+        self.last_plan = self._policy.schedule(self.state, now)
+        self.last_schedule_s = time.monotonic() - now
+        spans = self.state.apply(self.last_plan, now)
         outputs = [*self._ended, *(self._sample(span.request, now) for span in spans if span.samples)]
         self._ended = []
         return outputs
@@ -136,7 +149,8 @@ class FakeEngine:
         self.state.check()
         if finish_reason is not None:
             del self._requests[request.request_id]
-        text = "" if self.tokenizer is None else self.tokenizer.decode([token])
+        shown = request.output_token_ids if request.first_token_s == request.last_token_s else [token]
+        text = "" if self.tokenizer is None else self.tokenizer.decode(shown)
         logprobs: tuple[TokenLogprobs, ...] = ()
         if request.params.logprobs is not None:
             top = tuple((token + i, -0.5 - i) for i in range(request.params.logprobs))

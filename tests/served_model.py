@@ -2,25 +2,26 @@
 
 import contextlib
 import json
-import threading
-import time
-from collections.abc import Callable, Iterator
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import httpx
 import jax
-import uvicorn
+from live_server import live
 
 from apt_jax.config import EngineConfig
 from apt_jax.engine import Engine
 from checkpoints.demo_training.tokenizer import save_tokenizer, train_tokenizer
-from serve.app import Service, create_app
 from serve.build import build_engine
-from serve.engine_thread import EngineStatus, EngineThread
-from serve.options import DEFAULT_MAX_BODY_BYTES
-from serve.server import listen, url_of
+from serve.engine_thread import EngineThread
+from serve.options import ServerOptions
+from serve.resume import Resumption
+from serve.service import Service
 
 NAME = "tiny"
 CONFIG = {
@@ -33,25 +34,27 @@ CONFIG = {
     "num_attention_heads": 4,
     "word_embed_proj_dim": 32,
 }
+CHAT_TEMPLATE = "{{ eos_token }}{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
 # few shapes, so that it compiles quickly; a pool that a few requests fill
 OPTIONS = {"max_num_seqs": 4, "max_num_batched_tokens": 16, "num_blocks": 48}
 
 
-def options() -> dict[str, Any]:
+def engine_options() -> dict[str, Any]:
     """Keywords of the engine: `OPTIONS`, and the compile cache that all tests share."""
     return {**OPTIONS, "compilation_cache_dir": jax.config.jax_compilation_cache_dir}
 
 
 def flags() -> list[str]:
-    """`options()` for the command line."""
-    return [text for name, value in options().items() for text in (f"--{name.replace('_', '-')}", str(value))]
+    """`engine_options()` for the command line."""
+    return [text for name, value in engine_options().items() for text in (f"--{name.replace('_', '-')}", str(value))]
 
 
 def write_folder(folder: Path) -> Path:
-    """A Hugging Face folder with config and tokenizer, for `load_format="dummy"`."""
+    """A Hugging Face folder with config, tokenizer and chat template, for `load_format="dummy"`."""
     texts = ["the quick brown fox jumps over the lazy dog " * 3, "def add(left, right):\n    return left + right\n"]
     save_tokenizer(train_tokenizer(texts, CONFIG["vocab_size"]), folder, CONFIG["max_position_embeddings"])
     (folder / "config.json").write_text(json.dumps(CONFIG))
+    (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE)
     return folder
 
 
@@ -59,6 +62,7 @@ def write_folder(folder: Path) -> Path:
 class Server:
     url: str
     thread: EngineThread
+    service: Service
 
     @property
     def engine(self) -> Engine:
@@ -72,31 +76,15 @@ class Server:
 
 
 @contextlib.contextmanager
-def serving(folder: Path) -> Iterator[Server]:
+def serving(
+    folder: Path, options: ServerOptions | None = None, resumption: Resumption | None = None
+) -> Iterator[Server]:
     """The real application, engine and uvicorn on a free port, in threads of this process."""
-    config = EngineConfig(**options())
+    config = EngineConfig(**engine_options())
     thread = EngineThread(lambda: build_engine(str(folder), engine_config=config, load_format="dummy"))
-    listener = listen("127.0.0.1", 0)
-    app = create_app(Service(thread, NAME, DEFAULT_MAX_BODY_BYTES))
-    http = uvicorn.Server(uvicorn.Config(app, log_config=None, lifespan="on", timeout_graceful_shutdown=5))
-    runner = threading.Thread(target=http.run, kwargs={"sockets": [listener]})
-    runner.start()
-    try:
-        until(lambda: thread.status not in (EngineStatus.LOADING, EngineStatus.WARMING), 200)
-        yield Server(url_of(listener), thread)
-    finally:
-        http.should_exit = True
-        runner.join(20)
-        listener.close()
-    assert not runner.is_alive() and thread.status is EngineStatus.STOPPED
-
-
-def until(condition: Callable[[], bool], timeout_s: float = 20) -> None:
-    """Wait for a condition."""
-    end = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < end, "it did not come true in time"
-        time.sleep(0.005)
+    service = Service(thread, NAME, options or ServerOptions())
+    with live(service, resumption) as url:
+        yield Server(url, thread, service)
 
 
 def is_ready(url: str) -> bool:
@@ -105,3 +93,13 @@ def is_ready(url: str) -> bool:
         return httpx.get(f"{url}/ready", timeout=5).status_code == 200
     except httpx.TransportError:
         return False
+
+
+def start_server(folder: Path, *more: str) -> tuple[subprocess.Popen[str], str]:
+    """`apt-jax serve` in a process of its own on a free port; returns it and its address."""
+    command = [sys.executable, "-m", "serve.cli", "serve", str(folder), "--port", "0", "--load-format", "dummy"]
+    process = subprocess.Popen([*command, *flags(), *more], stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    while (found := re.search(r"listening on (http://\S+),", line := process.stderr.readline())) is None:
+        assert line, "it ended without listening"
+    return process, found[1]

@@ -13,6 +13,7 @@ from apt_jax.request import FinishReason
 from serve.batch_file import MAX_LINE_BYTES, ResultFile, count_lines, read_lines
 from serve.batch_jobs import BatchJob, run_batch
 from serve.errors import EngineFailure
+from serve.generation import ServedModel
 from serve.options import LoadOptions
 
 
@@ -31,7 +32,7 @@ def answer(source, output, engine=None):
     engine = engine or FakeEngine(tokenizer=CharTokenizer())
     with ResultFile(output) as results, tqdm(total=count_lines(source), file=io.StringIO()) as bar:
         bar.update(results.num_done)
-        BatchJob(engine, source, results, "tiny", bar).run()
+        BatchJob(ServedModel(engine, "tiny"), source, results, bar).run()
         assert bar.n == bar.total
     assert engine.is_idle
     return results_of(output)
@@ -69,7 +70,7 @@ def test_lines_are_answered_in_openai_s_shape(tmp_path):
         (line(""), "", "invalid_line", "custom_id"),
         (line(3), None, "invalid_line", "custom_id=3: input should be a valid string"),
         (line("x", method="GET"), "x", "unsupported_url", "GET /v1/completions cannot be answered in a batch"),
-        (line("x", url="/v1/embeddings"), "x", "unsupported_url", "POST /v1/completions can"),
+        (line("x", url="/v1/embeddings"), "x", "unsupported_url", "POST /v1/completions and /v1/chat/completions can"),
         (line("x", extra=1), "x", "invalid_line", 'unknown field "extra"'),
         (line("x", "not an object"), "x", "invalid_line", "body="),
         (line("ok"), "ok", "duplicate_custom_id", "custom_id 'ok' is already that of line 1"),

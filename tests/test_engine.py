@@ -214,6 +214,14 @@ def test_bad_requests_are_refused_with_a_sentence_and_leave_nothing(engine):
     finish(engine)
 
 
+def test_more_ends_than_the_device_holds_are_refused(model):
+    engine = make_engine(model, replace(CONFIG, eos_token_ids=tuple(range(9))))
+    params = SamplingParams(stop_token_ids=range(64), max_tokens=1)
+    with pytest.raises(ValueError, match="stop_token_ids and the model's end-of-sequence ids are 73 together"):
+        engine.add([1], params, request_id="r")
+    engine.add([1], replace(params, ignore_eos=True), request_id="r")
+
+
 def test_a_request_larger_than_the_pool_is_refused(model):
     engine = make_engine(model, CONFIG, num_blocks=7)
     with pytest.raises(ValueError, match=r"up to 63 tokens do not fit in the cache of 7 blocks of 8 tokens"):

@@ -183,3 +183,22 @@ def test_a_token_that_comes_after_the_end_is_dropped():
     state.finish(request, FinishReason.ABORT)
     assert state.commit(request, WORD, 3.0) is FinishReason.ABORT
     assert request.output_token_ids == [] and request.first_token_s is None
+
+
+def test_logit_bias_takes_token_ids_as_text_too():
+    assert SamplingParams(logit_bias={"5": 1.0, 7: -2}).logit_bias == {5: 1.0, 7: -2}
+
+
+@pytest.mark.parametrize(
+    ("fields", "sentence"),
+    [
+        ({"logit_bias": {"x": 1.0}}, "logit_bias has the key 'x', every key must be a token id"),
+        ({"logit_bias": {1.5: 1.0}}, "logit_bias has the key 1.5"),
+        ({"logit_bias": {5: "1"}}, "logit_bias of token 5 is 1, must be between -100 and 100"),
+        ({"logit_bias": [5]}, "must map token ids to numbers"),
+        ({"stop_token_ids": ["5"]}, "stop_token_ids has '5', every one must be a token id"),
+    ],
+)
+def test_token_ids_of_another_type_are_refused(fields, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        SamplingParams(**fields)

@@ -2,46 +2,12 @@
 
 import asyncio
 import json
-from collections.abc import Callable, Coroutine
-from contextlib import asynccontextmanager
 from typing import Any
 
 import httpx
 import pytest
+from asgi_service import MAX_BODY_BYTES, events_of, run, serving, until
 from fake_engine import CharTokenizer, FakeEngine
-
-from serve.app import Service, create_app
-from serve.engine_thread import EngineStatus, EngineThread
-
-MAX_BODY_BYTES = 4096
-
-
-def run(main: Callable[[], Coroutine[Any, Any, None]]) -> None:
-    asyncio.run(asyncio.wait_for(main(), 20))
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(10):
-        while not condition():
-            await asyncio.sleep(0.002)
-
-
-@asynccontextmanager
-async def serving(engine, *, wait=True):
-    """A client of an application around `engine`."""
-    thread = EngineThread(lambda: engine)
-    app = create_app(Service(thread, "tiny", MAX_BODY_BYTES))
-    async with app.router.lifespan_context(app):
-        if wait:
-            await until(lambda: thread.status is EngineStatus.READY)
-        transport = httpx.ASGITransport(app, raise_app_exceptions=False)
-        try:
-            async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
-                client.app = app
-                yield client
-        finally:
-            if engine.is_paced:
-                engine.allow_step(1000)
 
 
 def exchange(body: Any, engine: FakeEngine | None = None, headers: dict[str, str] | None = None) -> httpx.Response:
@@ -65,12 +31,36 @@ def test_a_completion_in_openai_s_shape():
     reply = exchange({"model": "tiny", "prompt": "abc", "max_tokens": 4})
     body = reply.json()
     assert reply.status_code == 200 and body.pop("id").startswith("cmpl-") and body.pop("created") > 0
+    slo = body.pop("slo")
+    assert slo["p99_tbt_ms"] >= 0 and slo["ttft_ms"] > 0 and slo["attained"] and slo["cache_kinds"] == ["kv"]
     assert body == {
         "object": "text_completion",
         "model": "tiny",
         "choices": [{"index": 0, "text": "defg", "logprobs": None, "finish_reason": "length"}],
         "usage": {"prompt_tokens": 4, "completion_tokens": 4, "total_tokens": 8},
     }
+
+
+def test_every_sample_reports_its_slo_and_the_response_the_worst():
+    slo = {"ttft_ms": 60000, "tbt_ms": 0.001}
+    body = exchange({"prompt": "a", "n": 2, "max_tokens": 3, "slo": slo}).json()
+    assert (body["slo"]["ttft_slo_ms"], body["slo"]["tbt_slo_ms"], body["slo"]["attained"]) == (60000, 0.001, False)
+    assert body["slo"]["p99_tbt_ms"] == max(choice["slo"]["p99_tbt_ms"] for choice in body["choices"])
+    chunks = events_of(exchange({"prompt": "a", "max_tokens": 3, "stream": True}))
+    assert ["slo" in chunk for chunk in chunks] == [False, False, True] and chunks[-1]["slo"]["attained"]
+
+
+@pytest.mark.parametrize("more", [{}, {"stream": True}])
+def test_more_tokens_than_the_context_holds_are_refused(more):
+    reply = exchange({"prompt": "abc", "max_tokens": 125, **more})  # and 4 of the prompt
+    assert reply.status_code == 400 and reply.json()["error"]["param"] == "max_tokens"
+    assert "the context holds 128 tokens and the prompt has 4; ask for at most 124" in reply.text
+
+
+def test_a_stream_can_count_as_it_goes():
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    chunks = events_of(exchange({"prompt": "a", "max_tokens": 2, "stream": True, "stream_options": options}))
+    assert [chunk["usage"]["completion_tokens"] for chunk in chunks] == [1, 2, 2]
 
 
 def test_max_tokens_defaults_to_16():
@@ -131,13 +121,6 @@ def test_a_model_without_tokenizer_takes_and_returns_token_ids():
     assert [r.status_code for r in replies] == [200, 400, 400]
     assert "no tokenizer; give the prompt as token ids" in replies[1].json()["error"]["message"]
     assert "use stop_token_ids" in replies[2].json()["error"]["message"]
-
-
-def events_of(reply: httpx.Response) -> list[Any]:
-    assert reply.headers["content-type"].startswith("text/event-stream")
-    *events, end = reply.text.removesuffix("\n\n").split("\n\n")
-    assert end == "data: [DONE]"
-    return [json.loads(event.removeprefix("data: ")) for event in events]
 
 
 def test_a_stream_brings_the_same_text_and_ends_with_usage():

@@ -14,7 +14,8 @@ from urllib.parse import urlsplit
 import httpx
 import openai
 import pytest
-from served_model import CONFIG, NAME, flags, is_ready, options, serving, until, write_folder
+from live_server import until
+from served_model import CONFIG, NAME, engine_options, flags, is_ready, serving, start_server, write_folder
 
 from apt_jax import LLM, SamplingParams
 
@@ -124,6 +125,34 @@ def test_openai_s_client_sees_errors(client, fields, kind, sentence, stream):
         client.completions.create(**{"model": NAME, "prompt": "a"}, stream=stream, extra_body=fields)
     assert caught.value.body["type"] == "invalid_request_error"
     assert complete(client, max_tokens=1).usage.completion_tokens == 1
+
+
+def test_openai_s_client_chats_as_the_template_says(client, server):
+    messages = [{"role": "system", "content": "be quick"}, {"role": "user", "content": "the quick"}]
+    fields = {"model": NAME, "messages": messages, "temperature": 0, "max_completion_tokens": 8}
+    reply = client.chat.completions.create(**fields, logprobs=True, top_logprobs=2, extra_body={"ignore_eos": True})
+    (choice,) = reply.choices
+    assert choice.message.role == "assistant" and choice.finish_reason == "length" and reply.slo["cache_kinds"]
+    assert len(choice.logprobs.content) == reply.usage.completion_tokens == 8
+    assert all(len(entry.top_logprobs) == 2 and entry.bytes for entry in choice.logprobs.content)
+    prompt = "system: be quick\nuser: the quick\nassistant:"  # the tokenizer puts </s> first, as the template does
+    assert complete(client, prompt, **GREEDY, return_token_ids=True).choices[0].text.startswith(choice.message.content)
+    assert reply.usage.prompt_tokens == len(server.engine.tokenizer.encode(prompt))
+    options = {"include_usage": True}
+    chunks = list(
+        client.chat.completions.create(
+            **fields, stream=True, stream_options=options, extra_body={"ignore_eos": True, "slo": {"ttft_ms": 60_000}}
+        )
+    )
+    assert "".join(c.choices[0].delta.content for c in chunks[:-1]) == choice.message.content
+    assert chunks[-1].usage.completion_tokens == 8 and chunks[-2].slo["ttft_slo_ms"] == 60_000
+
+
+def test_tokens_of_the_served_model(server):
+    with httpx.Client(base_url=server.url) as http:
+        tokens = http.post("/tokenize", json={"prompt": "the quick"}).json()["tokens"]
+        assert tokens == server.engine.tokenizer.encode("the quick")
+        assert http.post("/detokenize", json={"tokens": tokens}).json()["prompt"] == "</s>the quick"
 
 
 def test_models(client):
@@ -238,7 +267,7 @@ def test_a_batch_that_is_killed_goes_on_and_answers_every_line_once_as_http_woul
 
 
 def test_llm_gives_what_http_gives(folder, client):
-    llm = LLM(str(folder), load_format="dummy", **options())
+    llm = LLM(str(folder), load_format="dummy", **engine_options())
     params = SamplingParams(n=2, seed=9, max_tokens=15, ignore_eos=True)
     results = llm.generate(PROMPTS, params, use_tqdm=False)
     reply = complete(client, PROMPTS, n=2, seed=9, max_tokens=15, ignore_eos=True)
@@ -246,16 +275,6 @@ def test_llm_gives_what_http_gives(folder, client):
     assert [r.prompt for r in results] == PROMPTS and all(r.finished for r in results)
     pool = llm.engine.state.pool
     assert pool.num_free == pool.num_blocks
-
-
-def start_server(folder, *more):
-    """`apt-jax serve` in a process of its own on a free port; returns it and its address."""
-    command = [sys.executable, "-m", "serve.cli", "serve", str(folder), "--port", "0", "--load-format", "dummy"]
-    process = subprocess.Popen([*command, *flags(), *more], stderr=subprocess.PIPE, text=True)
-    assert process.stderr is not None
-    while (found := re.search(r"listening on (http://\S+),", line := process.stderr.readline())) is None:
-        assert line, "it ended without listening"
-    return process, found[1]
 
 
 def test_the_command_serves_at_once_is_ready_later_and_ends_in_order(folder):

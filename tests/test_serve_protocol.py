@@ -89,7 +89,7 @@ def test_sampling_fields_reach_the_sampling_params():
         ({"stream_options": {"include_usage": True}}, "stream_options", "only allowed with stream=true"),
         ({"stream": True, "stream_options": {"chunks": 1}}, "stream_options.chunks", "unknown field"),
         ({"echo": True, "logprobs": 1}, "logprobs", "logprobs of the prompt are not supported"),
-        ({"slo": {"ttft_ms": 0}}, "slo.ttft_ms", "slo.ttft_ms=0: input should be greater than 0"),
+        ({"slo": {"ttft_ms": 0}}, "slo.ttft_ms", "slo.ttft_ms=0: input should be greater than or equal to 0.001"),
         ({"slo": {"ttft": 5}}, "slo.ttft", 'unknown field "slo.ttft"'),
         ({"temperature": float("inf")}, "temperature", "finite number"),
     ],

@@ -1,0 +1,98 @@
+"""What the routes share: the engine thread, the model's public name, the options, and how a body is read."""
+
+import contextlib
+import time
+from collections.abc import Iterator
+from typing import Any
+
+from starlette.requests import Request
+
+from serve.admission import Admission
+from serve.engine_thread import EngineThread
+from serve.errors import BodyTooLarge, EngineFailure, NotReady
+from serve.generation import Generation, ServedModel
+from serve.group import Group
+from serve.history import History
+from serve.metrics import MISSES, Metrics
+from serve.options import ServerOptions
+from serve.recent import Recent
+from serve.request_log import RequestLog
+from serve.snapshot import record_of
+from serve.tracing import Tracing
+
+
+class Service:
+    """One engine as it is seen over HTTP. `chat_template` goes before the tokenizer's own."""
+
+    def __init__(self, engine_thread: EngineThread, model_name: str, options: ServerOptions):
+        self.engine_thread = engine_thread
+        self.model_name = model_name
+        self.options = options
+        self.chat_template: str | None = None
+        self.created = int(time.time())
+        self.metrics = Metrics(model_name)
+        self.history, self.recent = History(), Recent()
+        engine_thread.observers += [self.metrics, self.history, self.recent, RequestLog()]
+        self.tracing: Tracing | None = None
+        if options.otlp_traces_endpoint is not None:
+            self.tracing = Tracing(options.otlp_traces_endpoint, model_name)
+            engine_thread.observers.append(self.tracing)
+        if options.reject_predicted_late:
+            engine_thread.admission = Admission()
+            engine_thread.observers.append(engine_thread.admission)
+        self.num_generating = 0  # requests for completions that are under way
+        self.is_stopping = False
+        self.unfinished_records: list[dict[str, Any]] = []  # for the snapshot
+
+    def served_model(self) -> ServedModel:
+        """What bodies are checked against.
+
+        Raises:
+            NotReady: the engine is not ready.
+        """
+        return ServedModel(self.engine_thread.ready_engine(), self.model_name, self.chat_template)
+
+    def refused(self, reason: str) -> None:
+        """Count a request that was refused."""
+        self.metrics.reject(reason)
+        if reason in MISSES:
+            self.recent.refused()
+
+    def check_accepts(self) -> None:
+        """Raises NotReady once the server is stopping."""
+        if self.is_stopping:
+            raise NotReady("the server is stopping; try another one, or this one again soon")
+
+    @contextlib.contextmanager
+    def generating(self, generation: Generation[Any], group: Group) -> Iterator[None]:
+        """While a request is under way. If the server stops meanwhile, what is unfinished goes into the snapshot."""
+        self.num_generating += 1
+        try:
+            yield
+        finally:
+            self.num_generating -= 1
+            if self.is_stopping and not group.abandoned:
+                with contextlib.suppress(EngineFailure):
+                    for sample, output in group.take_pending():
+                        generation.collect(sample, output)
+                if not generation.is_whole:
+                    self.unfinished_records.append(record_of(generation))
+
+    async def read_body(self, http: Request) -> bytes:
+        """The body, read no further than the limit.
+
+        Raises:
+            BodyTooLarge: it is longer.
+        """
+        limit = self.options.max_body_bytes
+        too_large = BodyTooLarge(f"the body is longer than {limit} bytes; send less or raise --max-body-bytes")
+        length = http.headers.get("content-length", "")
+        if length.isdigit() and int(length) > limit:
+            raise too_large
+        chunks, size = [], 0
+        async for chunk in http.stream():
+            size += len(chunk)
+            if size > limit:
+                raise too_large
+            chunks.append(chunk)
+        return b"".join(chunks)
