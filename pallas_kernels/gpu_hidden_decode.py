@@ -236,6 +236,8 @@ def _context(
         interpret=interpret,
     )
     parts = kernel(weights, factors, pool, table, length)
+    if splits == 1:
+        return parts[:, 0]  # no other pass over it: it is wide
     used = (jnp.arange(splits) * split < length[:, None])[..., None, None]
     return jnp.where(used, parts, 0).sum(1)
 
@@ -250,7 +252,7 @@ def _context_body(  # type: ignore[no-untyped-def]
     slots, columns = ring.shape[0], ring.shape[2]
     M, width = out_s.shape[1:]
     todo = jnp.minimum(length[row] - part * split, split)
-    chunks = pl.cdiv(todo, CHUNK_TOKENS)
+    chunks = jnp.maximum(pl.cdiv(todo, CHUNK_TOKENS), 0)
     first_column = lax.axis_index("slice") * columns
 
     @pl.when((todo > 0) & (worker == workers))
@@ -278,8 +280,8 @@ def _context_body(  # type: ignore[no-untyped-def]
 
         gpu_pages.drain(empty, chunks)
 
-    @pl.when((todo > 0) & (worker < workers))
-    def _compute() -> None:
+    @pl.when((worker < workers) & ((todo > 0) | (out.shape[1] == 1)))
+    def _compute() -> None:  # a row without tokens gets zeros, unless splits are added later, which leaves it out
         mine = pl.ds(worker * width, width)
 
         def step(chunk: jax.Array, acc: jax.Array) -> jax.Array:
