@@ -38,11 +38,11 @@ clean:
 
 # The stamps are newer than pyproject.toml once everything that it names is installed; then nothing is installed again.
 $(VENV)/.installed: pyproject.toml | $(BIN)/python
-	$(PIP) install -e .
+	$(PIP) install --no-compile -e .
 	@touch $@
 
 $(VENV)/.installed-dev: pyproject.toml | $(BIN)/python
-	$(PIP) install -e '.[dev]'
+	$(PIP) install --no-compile -e '.[dev]'
 	@touch $(VENV)/.installed $@
 
 # Each candidate is really run: a shim or a Windows alias may be there and not work.
