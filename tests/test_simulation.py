@@ -18,7 +18,8 @@ from apt_jax.scheduling.plan_log import plan_dict
 from apt_jax.scheduling.policy import PolicyContext, make_policy
 from apt_jax.scheduling.state import Limits
 from apt_jax.scheduling.step_load import StepLoad, step_load
-from apt_jax.simulation.cli import SimulateArgs, configurations, run
+from apt_jax.simulation.cli import configurations, run
+from apt_jax.simulation.options import SimulateArgs
 from apt_jax.simulation.search import effective_throughput
 from apt_jax.simulation.simulator import Stalled, simulate
 from apt_jax.simulation.workload import NAMED, Arrival, load_lengths, make_arrivals
