@@ -4,6 +4,7 @@
 """
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -96,12 +97,12 @@ def test_what_does_not_compile_is_refused(heads, head_dim, block_size, dtype, re
         compile_kernel(kernel, "v5e", "this", block_size, dtype)
 
 
-# OPT-13B with two layers: a pool of 1.3 GB, a hundred times what a step needs otherwise
+# OPT-13B with two layers, and a pool of 5.4 GB: more than all that a step may keep beside it
 CONFIG = ModelConfig(
     hidden_size=5120, num_attention_heads=40, num_hidden_layers=2, ffn_dim=20480, word_embed_proj_dim=5120,
     max_position_embeddings=2048,
 )  # fmt: skip
-BLOCK_SIZE, NUM_BLOCKS, STEP_ROWS, STEP_TOKENS = 16, 4096, 64, 256
+BLOCK_SIZE, NUM_BLOCKS, STEP_ROWS, STEP_TOKENS = 16, 16384, 64, 256
 POOL = shape(CONFIG.num_hidden_layers * NUM_BLOCKS, BLOCK_SIZE, CONFIG.hidden_size, dtype=jnp.bfloat16)
 
 
@@ -115,18 +116,24 @@ def in_place(program) -> None:
     memory = program.memory_analysis()
     pool_bytes = POOL.size * 2
     assert memory.alias_size_in_bytes >= pool_bytes, "the pool was not donated"
-    assert memory.temp_size_in_bytes < pool_bytes / 4, f"{memory.temp_size_in_bytes=}, the pool is {pool_bytes}"
+    assert memory.temp_size_in_bytes < pool_bytes / 3, f"{memory.temp_size_in_bytes=}, the pool is {pool_bytes}"
+    pool_type = "bf16[" + ",".join(map(str, POOL.shape)) + "]"
+    copies = [line for line in program.as_text().splitlines() if re.search(re.escape(pool_type) + r"\S* copy", line)]
+    assert not copies, copies[0]
 
 
-@CHIPS
-@pytest.mark.parametrize("decode_only", [True, False], ids=["decode", "prefill"])
 @pytest.mark.parametrize(
-    "kinds", [Kinds(True, True), Kinds(True, False), Kinds(False, True)], ids=["both", "kv", "hidden"]
+    ("chip", "decode_only", "kinds"),
+    [
+        *((chip, True, Kinds(True, True)) for chip in TOPOLOGIES),
+        ("v5e", True, Kinds(True, False)),
+        ("v5e", True, Kinds(False, True)),
+        ("v5e", False, Kinds(True, True)),
+        ("tpu7x", False, Kinds(True, True)),
+    ],
 )
 def test_no_step_copies_the_pool(chip, decode_only, kinds):
     """Writing a step's tokens and attending, with the kernels, over all layers."""
-    if chip not in ("v5e", "tpu7x") and kinds != Kinds(True, True):
-        pytest.skip("one kind is compiled for v5e and tpu7x")
     graphdef, weights = model_shapes()
     kernels = dispatch.tpu_kernels("tpu", cores=device(chip).num_cores, interpret=False)
     tokens_, rows_ = (STEP_ROWS, STEP_ROWS) if decode_only else (STEP_TOKENS, STEP_ROWS)

@@ -27,6 +27,8 @@ OPT_SIZES = {  # heads, head_dim
 # libtpu asks the cloud's metadata server what it runs on, unless told
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+# and lets one process load it, which matters only where there are TPUs
+os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "true")
 
 
 @functools.cache
