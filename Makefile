@@ -5,6 +5,7 @@
 #   make test                          lint, types and tests
 #   make test ARGS="tests/test_x.py"   some of the tests, any argument of pytest
 #   make parity                        live comparison with transformers, in a virtual environment of its own
+#   make test-aot                      the kernels, compiled for real TPUs and GPUs; needs none, but 6 GB of compilers
 #   make clean                         remove everything that these made
 #
 # PYTHON=/path/to/python names the interpreter to start from.
@@ -15,7 +16,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: serve test lint parity clean
+.PHONY: serve test lint parity test-aot clean
 .NOTPARALLEL:
 
 serve: $(VENV)/.installed
@@ -32,8 +33,11 @@ lint: $(VENV)/.installed-dev
 parity: $(VENV)/.installed-dev
 	JAX_PLATFORMS=cpu PYTHONPATH=. $(BIN)/python tests/parity.py $(ARGS)
 
+test-aot: $(VENV)-aot/.installed
+	JAX_PLATFORMS=cpu $(VENV)-aot/bin/python -m pytest tests/aot $(ARGS)
+
 clean:
-	rm -rf $(VENV) .venv-parity .pytest_cache .mypy_cache .ruff_cache .hypothesis .cache build dist *.egg-info
+	rm -rf $(VENV) $(VENV)-aot .venv-parity .pytest_cache .mypy_cache .ruff_cache .hypothesis .cache build dist *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The stamps are newer than pyproject.toml once everything that it names is installed; then nothing is installed again.
@@ -44,6 +48,12 @@ $(VENV)/.installed: pyproject.toml | $(BIN)/python
 $(VENV)/.installed-dev: pyproject.toml | $(BIN)/python
 	$(PIP) install --no-compile -e '.[dev]'
 	@touch $(VENV)/.installed $@
+
+# libtpu and the CUDA wheels hold the compilers; they need no device.
+$(VENV)-aot/.installed: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m venv $(VENV)-aot
+	$(VENV)-aot/bin/python -m pip --disable-pip-version-check install -e '.[dev,tpu,gpu]'
+	@touch $@
 
 # Each candidate is really run: a shim or a Windows alias may be there and not work.
 $(BIN)/python:
