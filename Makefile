@@ -35,7 +35,7 @@ parity: $(VENV)/.installed-dev
 	JAX_PLATFORMS=cpu PYTHONPATH=. $(BIN)/python tests/parity.py $(ARGS)
 
 soak: $(VENV)/.installed-dev
-	PYTHONPATH=. $(BIN)/python tests/soak $(ARGS)
+	PYTHONPATH='$(CURDIR)' $(BIN)/python tests/soak $(ARGS)
 
 overhead: $(VENV)/.installed-dev
 	JAX_PLATFORMS=cpu PYTHONPATH=. $(BIN)/python tests/soak/overhead.py $(ARGS)

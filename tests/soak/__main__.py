@@ -25,25 +25,7 @@ from client import Outcome, complete, send_raw
 from server import Server
 
 PATHS = (b"/v1/completions", b"/v1/chat/completions", b"/tokenize", b"/detokenize", b"/debug/profile")
-WORDS = [
-    "def",
-    "return",
-    "the",
-    "file",
-    "of",
-    "a",
-    "list",
-    "is",
-    "not",
-    "self",
-    "import",
-    "for",
-    "in",
-    "if",
-    "class",
-    "value",
-    "(",
-]
+WORDS = ("def", "return", "the", "file", "of", "a", "list", "is", "not", "self", "import", "for", "in", "class", "(")
 
 
 def prompt(numbers: random.Random, words: int) -> str:

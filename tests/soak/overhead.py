@@ -133,9 +133,8 @@ def main() -> None:
         server.terminate()
         server.join(20)
     ids = list(itertools.islice(itertools.cycle(range(5, 2000)), 100_000))
-    print(
-        f"{asked.streams} streams, {asked.steps_per_s:g} steps/s, one event per token and stream, {os.cpu_count()} cores"
-    )
+    load = f"{asked.streams} streams, {asked.steps_per_s:g} steps/s"
+    print(f"{load}, an event per token and stream, {os.cpu_count()} cores")
     print(f"streamed: {wall:,.0f} tokens/s of {asked.streams * asked.steps_per_s:,.0f} offered")
     print(f"per second of the server's CPU time: {cpu:,.0f} tokens ({1e6 / cpu:.0f} us per token)")
     print(f"of that the detokeniser: {1e6 * detokenizer_s(ids):.1f} us per token (not run by the free engine)")

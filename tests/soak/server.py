@@ -46,7 +46,7 @@ class Server:
         for line in lines:
             if not line.startswith("#"):
                 name, value = line.rsplit(" ", 1)
-                found[re.sub(r'model_name="[^"]*",?', "", name).replace("{}", "")] = float(value)
+                found[re.sub(r',model_name="[^"]*"|model_name="[^"]*",?', "", name).replace("{}", "")] = float(value)
         found["rss_mb"] = self._watched.memory_info().rss / 2**20
         found["fds"] = self._watched.num_fds()
         found["threads"] = self._watched.num_threads()
