@@ -1,4 +1,4 @@
-"""Attention over the paged hybrid cache, in plain XLA: the CPU default and the reference of the Pallas kernels.
+"""Attention over the paged hybrid cache: decode steps by Pallas kernels where given, and everything in plain XLA.
 
 Shape letters: T token slots, R rows, N heads, H head_dim, D = N*H, L layers, P blocks, S block_size, C chunk of
 cached tokens that one loop step reads. The pool is flat, `[L*P, S, D]`; block b of layer l is row `l*P + b`.
@@ -20,10 +20,11 @@ from jax.typing import DTypeLike
 from apt_jax.batch import Rows, Tokens
 from apt_jax.cache_arrays import write_tokens
 from apt_jax.opt import Attend, SelfAttention
+from pallas_kernels.dispatch import Kernels
+from pallas_kernels.reference import NEVER, Partial, merge
 
 CHUNK_TOKENS = 128
 _QUERY_TILE = 256
-_NEVER = -1e30
 
 
 class Kinds(NamedTuple):
@@ -33,24 +34,8 @@ class Kinds(NamedTuple):
     hidden: bool
 
 
-class Partial(NamedTuple):
-    """Attention over a part of the context: normalised output and log-sum-exp of its scores, both float32."""
-
-    out: jax.Array  # [..., width]
-    lse: jax.Array  # [...]
-
-
-def merge(a: Partial, b: Partial) -> Partial:
-    """Attention over the union of two disjoint parts of the context. Pure."""
-    top = jnp.maximum(a.lse, b.lse)
-    wa, wb = jnp.exp(a.lse - top), jnp.exp(b.lse - top)
-    total = wa + wb
-    out = (a.out * wa[..., None] + b.out * wb[..., None]) / total[..., None]
-    return Partial(out, top + jnp.log(total))
-
-
 def paged_attention(
-    tokens: Tokens, rows: Rows, kinds: Kinds, num_blocks: int, *, decode_only: bool
+    tokens: Tokens, rows: Rows, kinds: Kinds, num_blocks: int, *, decode_only: bool, kernels: Kernels | None = None
 ) -> Attend[jax.Array]:
     """The attention of one iteration over the pool: writes the new tokens' vectors, then attends.
 
@@ -59,6 +44,7 @@ def paged_attention(
         kinds: cache kinds that can occur.
         num_blocks: P.
         decode_only: every row has one token, and token r belongs to row r.
+        kernels: for decode attention; None does it in XLA.
 
     Returns:
         An `Attend` whose cache is the pool.
@@ -82,12 +68,13 @@ def paged_attention(
             first_blocks=rows.first_blocks + layer * num_blocks, second_blocks=rows.second_blocks + layer * num_blocks
         )
         if decode_only:
-            return _decode(projections, q, pool, shifted, kinds, shifted.start + shifted.length).astype(q.dtype), pool
+            context = shifted.start + shifted.length
+            return _decode(projections, q, pool, shifted, kinds, context, kernels).astype(q.dtype), pool
         out = _chunks(projections, q, k, v, pool, tokens, shifted, kinds)
         # rows with a single token (decodes of a mixed iteration) attend like a decode step
         single = rows.length == 1
         context = jnp.where(single, rows.start + 1, 0)
-        by_row = _decode(projections, q[rows.last], pool, shifted, kinds, context)
+        by_row = _decode(projections, q[rows.last], pool, shifted, kinds, context, kernels)
         row = jnp.minimum(tokens.row, rows.length.shape[0] - 1)
         out = jnp.where(single[row][:, None, None], by_row[row], out)
         return out.astype(q.dtype), pool
@@ -96,9 +83,37 @@ def paged_attention(
 
 
 def _decode(
-    projections: SelfAttention, q: jax.Array, pool: jax.Array, rows: Rows, kinds: Kinds, context: jax.Array
+    projections: SelfAttention,
+    q: jax.Array,
+    pool: jax.Array,
+    rows: Rows,
+    kinds: Kinds,
+    context: jax.Array,
+    kernels: Kernels | None = None,
 ) -> jax.Array:
     """One query per row `[R, N, H]` over the row's first `context [R]` cached tokens; float32 `[R, N, H]`."""
+    if kernels is None:
+        return _decode_wide(projections, q, pool, rows, kinds, context)
+
+    def of_hidden() -> jax.Array:
+        wide = _absorb_query(projections, q).astype(pool.dtype)
+        length = jnp.where(rows.is_hidden, context, 0)
+        return _absorbed_values(projections, kernels.hidden_decode(wide, pool, rows.first_blocks, length).out)
+
+    if not kinds.kv:
+        return of_hidden()
+    length = jnp.where(rows.is_hidden, 0, context)
+    out = kernels.kv_decode(q, pool, rows.first_blocks, rows.second_blocks, length).out
+    if not kinds.hidden:
+        return out
+    hidden = rows.is_hidden & (context > 0)
+    return jax.lax.cond(jnp.any(hidden), lambda: jnp.where(hidden[:, None, None], of_hidden(), out), lambda: out)
+
+
+def _decode_wide(
+    projections: SelfAttention, q: jax.Array, pool: jax.Array, rows: Rows, kinds: Kinds, context: jax.Array
+) -> jax.Array:
+    """`_decode` in XLA: KV and hidden rows in one loop of wide heads."""
     R, N, H = q.shape
     diagonal = jnp.eye(N, dtype=jnp.float32)
     hidden = (rows.is_hidden & (context > 0))[:, None, None]
@@ -132,7 +147,7 @@ def _wide_rows(
         row = _wide_pages(wide[r], pool, x_blocks[r], y, length[r])
         return Partial(found.out.at[r].set(row.out), found.lse.at[r].set(row.lse))
 
-    empty = Partial(jnp.zeros((R, N, D), jnp.float32), jnp.full((R, N), _NEVER, jnp.float32))
+    empty = Partial(jnp.zeros((R, N, D), jnp.float32), jnp.full((R, N), NEVER, jnp.float32))
     return jax.lax.fori_loop(0, R, one_row, empty)
 
 
@@ -147,7 +162,7 @@ def _wide_pages(
         x = read_chunk(pool, x_blocks, chunk, valid)
         y = x if y_blocks is None else read_chunk(pool, y_blocks, chunk, valid)
         scores = jnp.einsum("QD,CD->QC", wide, x)
-        return jnp.where(valid, scores, _NEVER), y, valid
+        return jnp.where(valid, scores, NEVER), y, valid
 
     def body(chunk: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         scores, y, valid = read(chunk)
@@ -192,7 +207,7 @@ def _chunks(
             valid = chunk * CHUNK_TOKENS + jnp.arange(CHUNK_TOKENS) < prefix[r]
             keys, values = keys_values(r, chunk, valid)
             scores = jnp.einsum("TNH,CNH->TNC", q, keys, preferred_element_type=jnp.float32)
-            scores = jnp.where(valid, scores, _NEVER)
+            scores = jnp.where(valid, scores, NEVER)
             return _online_softmax(
                 carry, scores, lambda p: jnp.einsum("TNC,CNH->TNH", p, values.astype(jnp.float32)), valid
             )
@@ -230,7 +245,7 @@ def _causal(q: jax.Array, k: jax.Array, v: jax.Array, tokens: Tokens) -> Partial
     def tile(q: jax.Array, row: jax.Array, position: jax.Array) -> Partial:
         scores = jnp.einsum("QNH,TNH->QNT", q, k, preferred_element_type=jnp.float32)
         seen = (row[:, None] == tokens.row) & (position[:, None] >= tokens.position)
-        scores = jnp.where(seen[:, None, :], scores, _NEVER)
+        scores = jnp.where(seen[:, None, :], scores, NEVER)
         top = scores.max(-1)
         weights = jnp.exp(scores - top[..., None])
         total = weights.sum(-1)
@@ -272,14 +287,14 @@ def _key_bias_score(projections: SelfAttention, q: jax.Array) -> jax.Array:
 
 def _absorbed_values(projections: SelfAttention, context: jax.Array) -> jax.Array:
     """`context Wv + bv`, `[T, N, D] -> [T, N, H]` in float32: the weights sum to 1, so bv counts once."""
-    kernel = projections.v_proj.kernel[...].astype(jnp.float32)
-    out = jnp.einsum("TND,DNH->TNH", context, kernel)
+    kernel = projections.v_proj.kernel[...].astype(context.dtype)
+    out = jnp.einsum("TND,DNH->TNH", context, kernel, preferred_element_type=jnp.float32)
     bias = projections.v_proj.bias
     return out if bias is None else out + bias[...].astype(jnp.float32)
 
 
 def _start_softmax(shape: tuple[int, ...], out_shape: tuple[int, ...]) -> tuple[jax.Array, ...]:
-    return jnp.full(shape, _NEVER, jnp.float32), jnp.zeros(shape, jnp.float32), jnp.zeros(out_shape, jnp.float32)
+    return jnp.full(shape, NEVER, jnp.float32), jnp.zeros(shape, jnp.float32), jnp.zeros(out_shape, jnp.float32)
 
 
 def _online_softmax(carry, scores, weighted_values, valid):  # type: ignore[no-untyped-def]
@@ -295,4 +310,4 @@ def _finish_softmax(carry: tuple[jax.Array, ...]) -> Partial:
     top, total, out = carry
     empty = total == 0
     safe = jnp.where(empty, 1.0, total)
-    return Partial(out / safe[..., None], jnp.where(empty, _NEVER, top + jnp.log(safe)))
+    return Partial(out / safe[..., None], jnp.where(empty, NEVER, top + jnp.log(safe)))

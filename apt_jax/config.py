@@ -163,7 +163,7 @@ class EngineConfig:
     calibrate: bool = True
     """Measure the device at start-up for policies that predict iteration times; seconds, once per device and model."""
     attention_backend: Literal["auto", "xla", "pallas"] = "auto"
-    """Implementation of attention over the cache."""
+    """Implementation of decode attention; auto: Pallas on TPU and GPU if it passes a check there, else XLA."""
     async_scheduling: bool | None = None
     """Plan the next iteration while the device runs this one; default: on for TPU and GPU, off on a CPU."""
     compilation_cache_dir: str | None = None

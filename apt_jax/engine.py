@@ -102,7 +102,7 @@ class Engine:
         )
         kinds = Kinds(kv=CacheKind.KV in limits.kinds, hidden=CacheKind.HIDDEN in limits.kinds)
         shapes = Shapes(config.max_num_seqs, self.max_model_len, self.builder.table_pages, config.block_size, kinds)
-        self.runner = Runner(model, model_config, shapes, buckets)
+        self.runner = Runner(model, model_config, shapes, buckets, config.attention_backend)
         self.memory = self._plan_memory(limits)
         logger.info("device memory\n%s", self.memory.table())
         self.runner.allocate(self.memory.num_blocks)
@@ -409,8 +409,6 @@ def resolve(config: EngineConfig, model_config: ModelConfig, platform: str) -> E
             f"max_model_len={config.max_model_len} is more than the model's max_position_embeddings="
             f"{model_config.max_position_embeddings}; lower --max-model-len"
         )
-    if config.attention_backend == "pallas":
-        raise ValueError("attention_backend='pallas' is not available in this version; use auto or xla")
     if config.tensor_parallel_size != 1:
         raise ValueError(f"tensor_parallel_size={config.tensor_parallel_size} is not available in this version; use 1")
     on_cpu = platform == "cpu"

@@ -25,6 +25,8 @@ import jax
 import jaxlib
 from jax.experimental import serialize_executable
 
+import pallas_kernels
+
 logger = logging.getLogger(__name__)
 
 
@@ -109,10 +111,11 @@ def _environment(device: jax.Device) -> str:
 
 @cache
 def _source_hash() -> str:
-    """Hash of this package's source code: any change makes all programs new."""
+    """Hash of the source code that programs are made of: any change makes all of them new."""
     digest = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.rglob("*.py")):
-        digest.update(path.read_bytes())
+    for package in (__file__, pallas_kernels.__file__):
+        for path in sorted(Path(package).parent.rglob("*.py")):
+            digest.update(path.read_bytes())
     return digest.hexdigest()
 
 

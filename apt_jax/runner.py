@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from apt_jax import attention
 from apt_jax.attention import Kinds, paged_attention
+from apt_jax.attention_backend import select_kernels
 from apt_jax.batch import Batch, Rows, Sampling, Tokens, empty_sampling
 from apt_jax.buckets import Bucket, Buckets
 from apt_jax.cache import BlockTable
@@ -27,6 +28,7 @@ from apt_jax.config import ModelConfig
 from apt_jax.opt import OPT
 from apt_jax.program_store import ProgramStore
 from apt_jax.sampling import Sampled, sample
+from pallas_kernels.dispatch import Kernels
 
 CONVERT_TOKENS = 256  # cached tokens that one call of the conversion program handles
 
@@ -43,15 +45,29 @@ class Shapes:
 
 
 class Runner:
-    """Runs batches on the device. Weights are shared, pool and history are replaced by every step."""
+    """Runs batches on the device. Weights are shared, pool and history are replaced by every step.
 
-    def __init__(self, model: OPT, model_config: ModelConfig, shapes: Shapes, buckets: Buckets):
+    Raises:
+        ValueError: the Pallas kernels were asked for and do not work here.
+    """
+
+    def __init__(
+        self,
+        model: OPT,
+        model_config: ModelConfig,
+        shapes: Shapes,
+        buckets: Buckets,
+        attention_backend: Literal["auto", "xla", "pallas"] = "xla",
+    ):
         self.model_config = model_config
         self.shapes = shapes
         self.buckets = buckets
         self._graphdef, state = nnx.split(model)
         self._weights, self._weights_tree = jax.tree.flatten(state)
         self.dtype = jnp.dtype(model.embed_tokens.embedding[...].dtype)
+        self.kernels = select_kernels(
+            attention_backend, model_config, block_size=shapes.block_size, dtype=self.dtype, device=self.device
+        )
         self.num_blocks = 0
         self._store = ProgramStore.beside_compile_cache(self.device)
         self._steps: dict[Bucket, Any] = {}
@@ -182,14 +198,14 @@ class Runner:
         def step(weights, pool, history, tokens, rows):  # type: ignore[no-untyped-def]
             return run_step(
                 self._model(weights), self.shapes.kinds, num_blocks, bucket.decode_only, self.buckets.max_rows,
-                pool, history, tokens, rows,
+                pool, history, tokens, rows, self.kernels,
             )  # fmt: skip
 
         tokens = Tokens(*(_abstract((T,), dtype) for dtype in (np.int32, np.bool_, np.int32, np.int32)))
         number, flag = _abstract((R,), np.int32), _abstract((R,), np.bool_)
         table = _abstract((R, self.shapes.table_pages), np.int32)
         rows = Rows(number, number, number, number, flag, table, table)
-        name = f"step {bucket} {num_blocks}"
+        name = f"step {bucket} {num_blocks} {self.kernels.name if self.kernels else 'xla'}"
         pool, history = self._abstract_pool(num_blocks), self._abstract_history()
         return self._compile(name, step, pool, history, tokens, rows, donate=(1, 2))
 
@@ -242,6 +258,7 @@ def run_step(
     history: jax.Array,
     tokens: Tokens,
     rows: Rows,
+    kernels: Kernels | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """One iteration of the model: tokens in, cache written. Pure; jitted by `Runner`.
 
@@ -252,7 +269,7 @@ def run_step(
     slot = jnp.append(rows.slot, history.shape[0])[tokens.row]  # out of range for padding tokens
     ids = jnp.where(tokens.on_device, history[jnp.minimum(slot, history.shape[0] - 1), tokens.position], tokens.ids)
     history = history.at[slot, tokens.position].set(ids, mode="drop")
-    attend = paged_attention(tokens, rows, kinds, num_blocks, decode_only=decode_only)
+    attend = paged_attention(tokens, rows, kinds, num_blocks, decode_only=decode_only, kernels=kernels)
     hidden, pool = model(ids, tokens.position, attend, pool)
     last = hidden if decode_only else hidden[rows.last]
     return jnp.pad(last, ((0, max_rows - last.shape[0]), (0, 0))), pool, history

@@ -9,7 +9,7 @@ import tyro
 from tyro.conf import OmitArgPrefixes, OmitSubcommandPrefixes, Positional, arg, subcommand
 
 from apt_jax.config import EngineConfig
-from apt_jax.simulation.cli import SimulateArgs
+from apt_jax.simulation.options import SimulateArgs
 from serve.errors import EngineFailure
 from serve.logs import set_up_logs
 from serve.options import LoadOptions, ServerOptions

@@ -69,7 +69,7 @@ def test_convert_takes_source_and_destination(ran):
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        ([], "Expected one of {serve, run-batch, convert}"),
+        ([], "Expected one of {serve, run-batch, convert, simulate}"),
         (["sreve"], "sreve"),
         (["serve", "--max-num-seq", "3"], "--max-num-seqs"),
         (["serve", "--block-size", "3"], "block_size=3 must be a power of"),
@@ -128,3 +128,17 @@ def test_a_port_that_is_taken_is_told_before_anything_is_loaded(tmp_path):
     assert done.returncode == 1 and time.monotonic() - began < 60
     assert done.stderr.startswith("error: cannot listen on 127.0.0.1:")
     assert "choose another --host or --port" in done.stderr
+
+
+def test_simulate_prints_a_table_and_writes_json(tmp_path, capsys):
+    out = tmp_path / "out.json"
+    flags = "--model opt-125m --hardware tpu-v5e --workload humaneval --rate 0.03 --num-requests 9 --policies fcfs"
+    assert run("simulate", *flags.split(), "--cache-modes", "kv", "--json", str(out)) == 0
+    record = json.loads(out.read_text())["runs"][0]
+    assert (record["policy"], record["cache_mode"], record["rate"]) == ("fcfs", "kv", 0.03)
+    assert "attained" in capsys.readouterr().out
+
+
+def test_simulate_names_what_there_is(capsys):
+    assert run("simulate", "--hardware", "a100") == 1
+    assert "a100-40gb" in capsys.readouterr().err

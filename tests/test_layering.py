@@ -35,7 +35,12 @@ def test_importing_the_scheduler_does_not_import_jax():
 
 
 @pytest.mark.parametrize(
-    ("package", "forbidden"), [("apt_jax", {"checkpoints", "serve", "starlette"}), ("checkpoints", {"serve"})]
+    ("package", "forbidden"),
+    [
+        ("pallas_kernels", {"apt_jax", "checkpoints", "serve", "flax"}),
+        ("apt_jax", {"checkpoints", "serve", "starlette"}),
+        ("checkpoints", {"serve"}),
+    ],
 )
 def test_lower_packages_do_not_import_higher_ones(package, forbidden):
     found = {

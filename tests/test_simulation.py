@@ -1,5 +1,6 @@
 """The simulator: workloads, the search, deterministic results, and the very plans of the engine."""
 
+import json
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -17,7 +18,8 @@ from apt_jax.scheduling.plan_log import plan_dict
 from apt_jax.scheduling.policy import PolicyContext, make_policy
 from apt_jax.scheduling.state import Limits
 from apt_jax.scheduling.step_load import StepLoad, step_load
-from apt_jax.simulation.cli import SimulateArgs, configurations, run
+from apt_jax.simulation.cli import configurations, run
+from apt_jax.simulation.options import SimulateArgs
 from apt_jax.simulation.search import effective_throughput
 from apt_jax.simulation.simulator import Stalled, simulate
 from apt_jax.simulation.workload import NAMED, Arrival, load_lengths, make_arrivals
@@ -218,3 +220,22 @@ def test_engine_and_simulator_make_the_same_plans(policy):
     assert len(served) == len(simulated) > 60
     assert [plan_dict(0, *entry) for entry in served] == [plan_dict(0, *entry) for entry in simulated]
     assert any(plan.preempted or plan.waited for _, plan in simulated), "the pool was meant to be too small"
+
+
+def test_the_same_arguments_give_the_same_bytes(tmp_path, monkeypatch):
+    """JSON and plot, searches included, learned lengths and random orders too; arrivals last 5 s to be quick."""
+    monkeypatch.setattr("apt_jax.simulation.workload.MIN_DURATION_S", 5.0)
+    args = replace(
+        SMALL, model="opt-13b", hardware="a100-40gb", workload=str(tmp_path / "short.csv"), policies="apt,random,fcfs",
+        cache_modes="hybrid", rate="3", effective_throughput="0.9", num_requests=20, num_blocks=100, max_num_seqs=4,
+    )  # fmt: skip
+    (tmp_path / "short.csv").write_text("prompt_tokens,output_tokens\n30,4\n200,2\n60,6\n")
+    for name in ("a", "b"):
+        run(replace(args, json=tmp_path / f"{name}.json", plot=tmp_path / f"{name}.png"))
+    for kind in ("json", "png"):
+        assert (tmp_path / f"a.{kind}").read_bytes() == (tmp_path / f"b.{kind}").read_bytes()
+    result = json.loads((tmp_path / "a.json").read_text())
+    assert [r["policy"] for r in result["runs"]] == ["apt", "random", "fcfs"]
+    assert {e["policy"]: e["target"] for e in result["effective_throughput"]} == dict.fromkeys(
+        ("apt", "random", "fcfs"), 0.9
+    )

@@ -4,7 +4,8 @@ import sys
 
 import tyro
 
-from apt_jax.simulation.cli import SimulateArgs, run
+from apt_jax.simulation.cli import run
+from apt_jax.simulation.options import SimulateArgs
 
 if __name__ == "__main__":
     try:

@@ -25,7 +25,8 @@ def run(study: Study, path: Path) -> list[Row]:
     done = {(row["case"], row.get("rate") if study.rates else None) for row in rows}
     points = [(case, rate) for case in study.cases for rate in (study.rates or (None,))]
     for case, rate in tqdm([p for p in points if (p[0].label, p[1]) not in done], desc=study.name, unit="point"):
-        rows.append(_simulate(case, rate) if rate is not None else _search(case, study.targets))
+        start = max((max(row["rates"].values()) for row in rows if "rates" in row), default=1.0)
+        rows.append(_simulate(case, rate) if rate is not None else _search(case, study.targets, start))
         path.write_text(json.dumps({"question": study.question, "rows": rows}, indent=1) + "\n", "utf-8")
     order = [case.label for case in study.cases]
     return sorted(rows, key=lambda row: (order.index(row["case"]), row.get("rate", 0)))
@@ -37,9 +38,9 @@ def _simulate(case: Case, rate: float) -> Row:
     return {"case": case.label, **report.as_dict()}
 
 
-def _search(case: Case, targets: tuple[float, ...]) -> Row:
+def _search(case: Case, targets: tuple[float, ...], start: float) -> Row:
     reaches = case.experiment.reaches(case.policy, case.cache_mode, case.hidden_attention)
-    found = effective_throughput(reaches, targets)
+    found = effective_throughput(reaches, targets, start=start)
     return {"case": case.label, "rates": {f"{target:g}": float(f"{rate:.4g}") for target, rate in found.items()}}
 
 

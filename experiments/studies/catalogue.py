@@ -1,6 +1,6 @@
 """What each study asks, and the points that answer it. OPT-13B on one A100 with 40 GB unless a case says otherwise."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from apt_jax.scheduling.cost_model import HiddenMode
 from apt_jax.scheduling.state import CacheMode
@@ -36,11 +36,6 @@ class Study:
 BASELINE = ("fcfs, KV", "fcfs", "kv", "absorbed")
 PAPER = ("paper: apt-paper, hybrid, recompute", "apt-paper", "hybrid", "recompute")
 BEST = ("apt, hybrid, absorbed", "apt", "hybrid", "absorbed")
-OTHERS = (
-    ("apt, KV", "apt", "kv", "absorbed"),
-    ("apt, hybrid, recompute", "apt", "hybrid", "recompute"),
-    ("apt, hidden, absorbed", "apt", "hidden", "absorbed"),
-)
 
 
 def _cases(experiment: Experiment, *kinds: tuple[str, str, str, str], prefix: str = "") -> tuple[Case, ...]:
@@ -51,22 +46,23 @@ def _cases(experiment: Experiment, *kinds: tuple[str, str, str, str], prefix: st
 
 
 def _targets(
-    name: str, question: str, *experiments: tuple[str, Experiment], others: bool = False,
-    targets: tuple[float, ...] = (0.9,),
+    name: str, question: str, *experiments: tuple[str, Experiment], targets: tuple[float, ...] = (0.9,),
+    kinds: tuple[tuple[str, str, str, str], ...] = (BASELINE, BEST),
 ) -> Study:  # fmt: skip
-    kinds = (BASELINE, PAPER, BEST, *(OTHERS if others else ()))
     cases = [_cases(experiment, *kinds, prefix=f"{label}: " if label else "") for label, experiment in experiments]
     return Study(name, question, sum(cases, ()), targets=targets)
 
 
 DEFAULT = Experiment()
+SHORT = Experiment(num_requests=300)  # still 300 seconds of arrivals, see `make_arrivals`
 STUDIES = (
     _targets("sharegpt", "What request rate keeps the promise for 90% and 99% of all requests?", ("", DEFAULT),
-             others=True, targets=(0.9, 0.99)),
+             targets=(0.9, 0.99), kinds=(BASELINE, PAPER, BEST)),
     _targets("workloads", "Does it hold for other request lengths?",
-             ("HumanEval", Experiment(workload="humaneval")), ("LongBench", Experiment(workload="longbench"))),
+             ("HumanEval", replace(SHORT, workload="humaneval")), ("LongBench", replace(SHORT, workload="longbench")),
+             kinds=(BASELINE, PAPER, BEST)),
     Study("cliff", "How does attainment fall with the rate?", _cases(DEFAULT, BASELINE, PAPER, BEST),
-          rates=(1, 1.5, 2, 3, 4, 6, 8, 10),
+          rates=(1, 2, 3, 4, 6, 8, 10),
           columns=("attainment", "p50_ttft_s", "p99_ttft_s", "p99_tbt_s", "mean_batch", "backlog", "longest_wait_s")),
     Study("memory", "Scheduling off: what does the cache alone change when memory is short?",
           (Case("KV", "fcfs", "kv"), Case("hybrid, recompute", "fcfs", "hybrid", "recompute"),
@@ -92,8 +88,8 @@ STUDIES = (
           columns=("attainment", "ttft_attainment", "tbt_attainment", "p99_tbt_s", "preemptions", "longest_wait_s")),
     Study("prediction", "Does predicting output lengths help?",
           (Case("on", "apt", "hybrid"), Case("off", "apt:prediction=off", "hybrid"),
-           Case("on, LongBench", "apt", "hybrid", "absorbed", Experiment(workload="longbench")),
-           Case("off, LongBench", "apt:prediction=off", "hybrid", "absorbed", Experiment(workload="longbench"))),
+           Case("on, LongBench", "apt", "hybrid", "absorbed", replace(SHORT, workload="longbench")),
+           Case("off, LongBench", "apt:prediction=off", "hybrid", "absorbed", replace(SHORT, workload="longbench"))),
           rates=(3, 6, 8),
           columns=("attainment", "preemptions", "p99_tbt_s", "mean_batch", "longest_wait_s")),
     Study("fallback", "What becomes of late requests, and what does it cost the others?",
@@ -101,10 +97,10 @@ STUDIES = (
           rates=(6, 8, 10),
           columns=("attainment", "longest_wait_s", "p99_ttft_s", "backlog", "preemptions")),
     _targets("bursts", "What do bursts do? Gamma gaps with coefficient of variation 2 and 4.",
-             ("cv 2", Experiment(cv=2.0)), ("cv 4", Experiment(cv=4.0))),
+             ("cv 2", replace(SHORT, cv=2.0)), ("cv 4", replace(SHORT, cv=4.0))),
     _targets("larger", "Larger models over several devices.",
-             ("OPT-30B x2", Experiment(model="opt-30b", tensor_parallel_size=2)),
-             ("OPT-66B x4", Experiment(model="opt-66b", tensor_parallel_size=4))),
+             ("OPT-30B x2", replace(SHORT, model="opt-30b", tensor_parallel_size=2)),
+             ("OPT-66B x4", replace(SHORT, model="opt-66b", tensor_parallel_size=4))),
     _targets("azure", "Recorded arrivals: Azure's conversation trace of 2023, stretched in time.",
-             ("", Experiment(workload="azure"))),
+             ("", replace(SHORT, workload="azure"))),
 )  # fmt: skip

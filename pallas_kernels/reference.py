@@ -1,0 +1,94 @@
+"""What the decode kernels compute, in plain jnp: each kernel has the signature of its reference here.
+
+Shape letters: R rows (requests), N heads, H head_dim, D = N*H, L layers, P blocks, S block_size, W pages per table.
+The pool is flat, `[L*P, S, D]`; tables hold rows of it (block + layer*P). Pages past a row's length and positions past
+it may hold anything, NaN too. Rows of length 0 give out 0 and lse `NEVER`; a batch of KV and hidden rows runs both
+functions, each with length 0 for the other's rows.
+
+These gather every page of every row, so they are for checks, not for speed.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+NEVER = -1e30  # log-sum-exp of no position at all: exp of it is 0, and it merges without NaN
+
+
+class Partial(NamedTuple):
+    """Attention over a part of the context: normalised output and log-sum-exp of its scores, both float32."""
+
+    out: jax.Array  # [..., width]
+    lse: jax.Array  # [...]
+
+
+def merge(a: Partial, b: Partial) -> Partial:
+    """Attention over the union of two disjoint parts of the context. Pure."""
+    top = jnp.maximum(a.lse, b.lse)
+    wa, wb = jnp.exp(a.lse - top), jnp.exp(b.lse - top)
+    total = wa + wb
+    out = (a.out * wa[..., None] + b.out * wb[..., None]) / total[..., None]
+    return Partial(out, top + jnp.log(total))
+
+
+def kv_decode_attention(
+    q: jax.Array, pool: jax.Array, key_blocks: jax.Array, value_blocks: jax.Array, length: jax.Array
+) -> Partial:
+    """One query per row over the row's cached keys and values. Pure.
+
+    Args:
+        q: `[R, N, H]`, bfloat16 or float32, already scaled.
+        pool: `[L*P, S, D]`, bfloat16 or float32.
+        key_blocks, value_blocks: int32 `[R, W]`.
+        length: int32 `[R]`, cached tokens, at most W*S.
+
+    Returns:
+        float32 out `[R, N, H]` and lse `[R, N]`.
+    """
+    R, N, H = q.shape
+    keys, valid = _gather(pool, key_blocks, length)
+    values, _ = _gather(pool, value_blocks, length)
+    keys, values = keys.reshape(R, -1, N, H), values.reshape(R, -1, N, H)
+    scores = jnp.einsum("RNH,RCNH->RNC", q.astype(jnp.float32), keys, precision="highest")
+    weights, lse = _softmax(scores, valid)
+    return Partial(jnp.einsum("RNC,RCNH->RNH", weights, values, precision="highest"), lse)
+
+
+def hidden_decode_attention(q_wide: jax.Array, pool: jax.Array, blocks: jax.Array, length: jax.Array) -> Partial:
+    """One absorbed query per row and head over the row's cached hidden vectors. Pure. Source: DESIGN 2.1.
+
+    Args:
+        q_wide: `[R, N, D]`, bfloat16 or float32: q Wk^T of scaled q. Any width D that the pool has.
+        pool: `[L*P, S, D]`, bfloat16 or float32.
+        blocks: int32 `[R, W]`.
+        length: int32 `[R]`, cached tokens, at most W*S.
+
+    Returns:
+        float32 out `[R, N, D]` (the weighted sum of hidden vectors, Wv not applied) and lse `[R, N]` (without q . bk).
+    """
+    vectors, valid = _gather(pool, blocks, length)
+    scores = jnp.einsum("RND,RCD->RNC", q_wide.astype(jnp.float32), vectors, precision="highest")
+    weights, lse = _softmax(scores, valid)
+    return Partial(jnp.einsum("RNC,RCD->RND", weights, vectors, precision="highest"), lse)
+
+
+def _gather(pool: jax.Array, blocks: jax.Array, length: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Vectors of whole tables in float32, `[R, C, D]` with C = W*S, 0 where not valid; and valid `[R, C]`."""
+    R, W = blocks.shape
+    S, D = pool.shape[1:]
+    valid = jnp.arange(W * S) < length[:, None]
+    vectors = pool[blocks].reshape(R, W * S, D)  # an index out of range is clamped, and then not valid
+    return jnp.where(valid[..., None], vectors, 0).astype(jnp.float32), valid
+
+
+def _softmax(scores: jax.Array, valid: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Weights `[R, N, C]` over the valid positions and their log-sum-exp `[R, N]`; 0 and NEVER without any."""
+    scores = jnp.where(valid[:, None], scores, NEVER)
+    top = scores.max(-1, keepdims=True)
+    weights = jnp.where(valid[:, None], jnp.exp(scores - top), 0)
+    total = weights.sum(-1, keepdims=True)
+    some = total > 0
+    total = jnp.where(some, total, 1)
+    lse = jnp.where(some, top + jnp.log(total), NEVER)
+    return weights / total, lse[..., 0]

@@ -1,0 +1,221 @@
+"""What the TPU decode kernels share: dealing rows to cores, and reading a row's pages chunk by chunk from HBM.
+
+A kernel runs on a grid (cores, steps). A step serves one row: its pages are copied from the pool in HBM to one of two
+VMEM buffers, a chunk of tokens at a time, while the other buffer is computed on; during a row's last chunk the first
+chunk of the core's next row is already on its way, so that only the very first read of a core is waited for.
+
+Shape letters as in `reference.py`; C is the tokens of a chunk.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jax.typing import DTypeLike
+
+SCOPED_VMEM_BYTES = 16 * 2**20  # what a kernel gets without asking, on v5e and v5p
+BUFFER_BYTES = 6 * 2**20  # VMEM for page buffers
+MAX_CHUNK_TOKENS = 256
+LANES = 128
+
+type Ref = Any
+
+
+class Deal(NamedTuple):
+    """Which row each step of each core serves; rows without tokens come last and are never visited."""
+
+    order: jax.Array  # int32 [R]: rows, longest first, then those of length 0
+    num_rows: jax.Array  # int32 [1]: rows with tokens
+    length: jax.Array  # int32 [R]
+
+
+class Source(NamedTuple):
+    """One of the things read for a row (keys, values or hidden vectors)."""
+
+    blocks: Ref  # SMEM int32 [R, W]
+    buffer: Ref  # VMEM [2, C/S, S, D]
+    arrived: Ref  # DMA semaphores [2]
+
+
+def chunk_tokens(width: int, block_size: int, itemsize: int, num_sources: int) -> int:
+    """Tokens of a chunk, whole blocks: at most `MAX_CHUNK_TOKENS` and what `BUFFER_BYTES` hold, but at least one."""
+    tokens = max(MAX_CHUNK_TOKENS, block_size)
+    while tokens > block_size and 2 * num_sources * tokens * width * itemsize > BUFFER_BYTES:
+        tokens //= 2
+    return tokens
+
+
+def check_shapes(query: jax.Array, pool: jax.Array, columns: int, interpret: object) -> None:
+    """Refuse what does not compile for a TPU; the interpreter takes any width.
+
+    Args:
+        columns: of the pool that one product takes.
+
+    Raises:
+        NotImplementedError: a dtype, block size or width that a kernel does not handle.
+    """
+    cure = "use --attention-backend xla"
+    for array in (query, pool):
+        if array.dtype not in (jnp.bfloat16, jnp.float32):
+            raise NotImplementedError(f"dtype {array.dtype} is neither bfloat16 nor float32; {cure}")
+    if interpret:
+        return
+    if pool.shape[1] < 8:
+        raise NotImplementedError(f"block_size={pool.shape[1]} < 8, the rows of a register tile; {cure}")
+    if pool.shape[2] % LANES or columns % LANES:
+        raise NotImplementedError(f"hidden_size={pool.shape[2]} or {columns=} is no multiple of {LANES}; {cure}")
+
+
+def deal(length: jax.Array) -> Deal:
+    """Sort rows by length, so that cores that take turns get equal work. Pure; the same for every layer."""
+    order = jnp.argsort(-length).astype(jnp.int32)
+    return Deal(order, jnp.sum(length > 0, dtype=jnp.int32)[None], length.astype(jnp.int32))
+
+
+def grid(dealt: Deal, cores: int) -> tuple[int, jax.Array]:
+    """`(cores, steps)`: enough steps for the rows that have tokens, at least one."""
+    return cores, jnp.maximum(lax.div(dealt.num_rows[0] + cores - 1, cores), 1)
+
+
+def row_spec(block_shape: tuple[int, ...], cores: int) -> pl.BlockSpec:
+    """Block `[1, ...]` of the array `[R, ...]` for the row of each step.
+
+    The last step of a core may have no row. It keeps the block of the step before, so that nothing is copied and
+    nothing of another core is overwritten; a core without any row takes that of a row without tokens.
+    """
+
+    def index(core: jax.Array, step: jax.Array, order: Ref, count: Ref, *_: Ref) -> tuple[jax.Array | int, ...]:
+        turn = step * cores + core
+        idle = turn >= jnp.maximum(count[0], cores)
+        return order[jnp.where(idle, turn - cores, turn)], *(0 for _ in block_shape)
+
+    return pl.BlockSpec((None, *block_shape), index)
+
+
+def scratch(num_sources: int, chunk: int, block_size: int, width: int, dtype: DTypeLike) -> list[Any]:
+    """Scratch shapes: buffer and semaphores of each source, then the number of the buffer that is next."""
+    shapes: list[Any] = []
+    for _ in range(num_sources):
+        shapes.append(pltpu.VMEM((2, chunk // block_size, block_size, width), dtype))
+        shapes.append(pltpu.SemaphoreType.DMA((2,)))
+    return [*shapes, pltpu.SMEM((1,), jnp.int32)]
+
+
+def compiler_params(scratch_shapes: Sequence[Any], block_bytes: int) -> pltpu.CompilerParams:
+    """Rows go to the cores; more VMEM is asked for where buffers and blocks (twice: the next row's) need it."""
+    buffers = (shape for shape in scratch_shapes if getattr(shape, "memory_space", None) == pltpu.VMEM)
+    needed = sum(math.prod(b.shape) * jnp.dtype(b.dtype).itemsize for b in buffers) + 2 * block_bytes
+    limit = None if needed < 0.8 * SCOPED_VMEM_BYTES else int(1.25 * needed) + 2 * 2**20
+    return pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=limit)
+
+
+def for_each_row(
+    dealt: Deal, pool: Ref, sources: Sequence[Source], next_buffer: Ref, serve: Callable[..., None], *, cores: int
+) -> None:
+    """In a kernel: run `serve(walk)` for this step's row, if it has one.
+
+    `walk(body, carry)` calls `body(buffer_index, num_valid, carry)` for each chunk once it has arrived and returns the
+    last carry. The buffers' tokens from `num_valid` on are 0 by then, whatever the pool holds.
+    """
+    core, step = pl.program_id(0), pl.program_id(1)
+    turn = step * cores + core
+    count = dealt.num_rows[0]
+    pages, S = sources[0].buffer.shape[1:3]
+    C = pages * S
+
+    def copy(row: jax.Array, chunk: jax.Array | int, buffer: jax.Array | int, act: Callable[[Any], None]) -> None:
+        needed = jnp.minimum(lax.div(dealt.length[row] + S - 1, S) - chunk * pages, pages)
+
+        def one_page(page: jax.Array, _: None) -> None:
+            for source in sources:
+                act(
+                    pltpu.make_async_copy(
+                        pool.at[source.blocks[row, chunk * pages + page]],
+                        source.buffer.at[buffer, page],
+                        source.arrived.at[buffer],
+                    )
+                )
+
+        lax.fori_loop(0, needed, one_page, None)
+
+    def start(row: jax.Array, chunk: jax.Array | int, buffer: jax.Array | int) -> None:
+        copy(row, chunk, buffer, lambda dma: dma.start())
+
+    def walk(row: jax.Array, body: Callable[..., Any], carry: Any) -> Any:
+        length = dealt.length[row]
+        chunks = lax.div(length + C - 1, C)
+        first_buffer = next_buffer[0]
+
+        def one_chunk(chunk: jax.Array, carry: Any) -> Any:
+            buffer = lax.rem(first_buffer + chunk, 2)
+
+            @pl.when(chunk + 1 < chunks)
+            def _() -> None:
+                start(row, chunk + 1, 1 - buffer)
+
+            @pl.when((chunk + 1 == chunks) & (turn + cores < count))
+            def _() -> None:
+                start(dealt.order[turn + cores], 0, 1 - buffer)
+
+            copy(row, chunk, buffer, lambda dma: dma.wait())
+            num_valid = jnp.minimum(length - chunk * C, C)
+
+            @pl.when(num_valid < C)
+            def _() -> None:
+                for source in sources:
+                    _clear_tail(source.buffer, buffer, num_valid)
+
+            return body(buffer, num_valid, carry)
+
+        carry = lax.fori_loop(0, chunks, one_chunk, carry)
+        next_buffer[0] = lax.rem(first_buffer + chunks, 2)
+        return carry
+
+    @pl.when(turn < count)
+    def _() -> None:
+        row = dealt.order[turn]
+
+        @pl.when(step == 0)
+        def _() -> None:
+            next_buffer[0] = 0
+            start(row, 0, 0)
+
+        serve(lambda body, carry: walk(row, body, carry))
+
+
+def _clear_tail(buffer: Ref, index: jax.Array, num_valid: jax.Array) -> None:
+    """Zero the tokens from `num_valid` on: a weight of 0 times NaN would be NaN."""
+    pages, S, D = buffer.shape[1:]
+
+    def one_page(page: jax.Array, _: None) -> None:
+        token = page * S + lax.broadcasted_iota(jnp.int32, (S, D), 0)
+        # selected in float32: a bfloat16 select on an iota mask does not compile
+        kept = jnp.where(token < num_valid, buffer[index, page].astype(jnp.float32), 0)
+        buffer[index, page] = kept.astype(buffer.dtype)
+
+    lax.fori_loop(lax.div(num_valid, S), pages, one_page, None)
+
+
+def online_softmax(
+    scores: jax.Array, num_valid: jax.Array, top: jax.Array, total: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """One step of the running softmax over scores `[N, C]`.
+
+    Args:
+        num_valid: positions from here on do not count; at least 1.
+        top, total: running maximum and sum, `[N, 1]`.
+
+    Returns:
+        Weights `[N, C]`, the factor `[N, 1]` for what was summed so far, and the new top and total.
+    """
+    position = lax.broadcasted_iota(jnp.int32, scores.shape, 1)
+    scores = jnp.where(position < num_valid, scores, -jnp.inf)
+    new_top = jnp.maximum(top, jnp.max(scores, axis=1, keepdims=True))
+    weights = jnp.exp(scores - new_top)
+    keep = jnp.exp(top - new_top)
+    return weights, keep, new_top, total * keep + jnp.sum(weights, axis=1, keepdims=True)

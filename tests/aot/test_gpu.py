@@ -1,0 +1,84 @@
+"""The GPU kernels compiled to machine code for an NVIDIA H200, with no GPU at hand: registers, spills, shared memory.
+
+Needs the compilers that come with `jax[cuda13]`; skipped where they are missing. `h200.txtpb` describes the device to
+XLA. Speed and numbers need a real one: `apt-jax bench kernels`.
+"""
+
+import importlib.util
+import re
+from functools import cache
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.experimental import topologies
+from jax.sharding import SingleDeviceSharding
+
+from apt_jax.scheduling.hardware import MODELS
+from pallas_kernels.gpu_hidden_decode import hidden_decode_attention
+from pallas_kernels.gpu_kv_decode import kv_decode_attention
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("jax_plugins.xla_cuda13") is None if importlib.util.find_spec("jax_plugins") else True,
+    reason="no CUDA compiler in this environment: pip install 'jax[cuda13]'",
+)
+CONTEXT_TOKENS = 2048
+REGISTERS_OF_AN_SM = 65_536
+# every OPT size in blocks of 16 tokens; one size also in the shortest and longest blocks; batches of 8, 32 and 128 rows
+CASES = [(model, 16, 32) for model in MODELS] + [("opt-13b", block, rows) for block, rows in ((8, 8), (128, 128))]
+
+
+@cache
+def h200() -> SingleDeviceSharding:
+    config = Path(__file__).with_name("h200.txtpb").read_text()
+    topology = topologies.get_topology_desc(platform="cuda", topology="1x1x1", target_config=config)
+    return SingleDeviceSharding(topology.devices[0])
+
+
+def compile_kernel(kernel, queries, model: str, block_size: int, rows: int, tables: int) -> None:
+    config = MODELS[model]
+    shapes = [
+        (queries, jnp.bfloat16),
+        ((1000, block_size, config.hidden_size), jnp.bfloat16),
+        *[((rows, CONTEXT_TOKENS // block_size), jnp.int32)] * tables,
+        ((rows,), jnp.int32),
+    ]
+    jax.jit(kernel).lower(*(jax.ShapeDtypeStruct(*shape, sharding=h200()) for shape in shapes)).compile()
+
+
+def check_report(report: str, kernels: int) -> None:
+    """Fail on spills, and print what `ptxas -v` says of each of `kernels` kernels."""
+    spills = [int(n) for n in re.findall(r"(\d+) bytes spill (?:stores|loads)", report)]
+    registers = [int(n) for n in re.findall(r"Used (\d+) registers", report)]
+    threads = [int(n) for n in re.findall(r"\.maxntid (\d+)", report)]
+    assert len(registers) == len(threads) == kernels and len(spills) == 2 * kernels, report[-2000:]
+    print(f"registers {registers}, threads {threads}, spilled bytes {spills}")
+    assert not any(spills), f"{spills=} bytes for {registers=}"
+    for used, count in zip(registers, threads, strict=True):
+        assert used * count <= REGISTERS_OF_AN_SM
+
+
+@pytest.fixture
+def ptxas(monkeypatch, capfd):
+    """Mosaic GPU prints PTX and the assembler's report when these are set."""
+    monkeypatch.setenv("MOSAIC_GPU_DUMP_PTX", "1")
+    monkeypatch.setenv("MOSAIC_GPU_DUMP_PTXAS", "1")
+    jax.clear_caches()
+    return lambda: "".join(capfd.readouterr())
+
+
+@pytest.mark.parametrize(("model", "block_size", "rows"), CASES)
+def test_kv_decode_compiles_without_spills(model, block_size, rows, ptxas):
+    config = MODELS[model]
+    queries = (rows, config.num_attention_heads, config.head_dim)
+    compile_kernel(kv_decode_attention, queries, model, block_size, rows, tables=2)
+    check_report(ptxas(), kernels=1)
+
+
+@pytest.mark.parametrize(("model", "block_size", "rows"), CASES)
+def test_hidden_decode_compiles_without_spills(model, block_size, rows, ptxas):
+    config = MODELS[model]
+    queries = (rows, config.num_attention_heads, config.hidden_size)
+    compile_kernel(hidden_decode_attention, queries, model, block_size, rows, tables=1)
+    check_report(ptxas(), kernels=2)
