@@ -161,7 +161,7 @@ def terminated(server: Server, scale: float, restart: Callable[..., Server]) -> 
         return await asyncio.gather(*tasks)
 
     outcomes = asyncio.run(run())
-    code = server.stop()
+    code = server.wait()
     assert code == 0, f"it exits with {code}: {server.tail()}"
     whole = sum("length" in outcome.reasons for outcome in outcomes)
     aborted = sum("abort" in outcome.reasons for outcome in outcomes)

@@ -1,7 +1,6 @@
 """A server process under test: started, watched (metrics, memory, file descriptors), stopped in any way."""
 
 import re
-import signal
 import subprocess
 import sys
 import threading
@@ -72,9 +71,8 @@ class Server:
         """Send a signal."""
         self._process.send_signal(number)
 
-    def stop(self, timeout_s: float = 60) -> int:
-        """SIGTERM; the exit code."""
-        self.signal(signal.SIGTERM)
+    def wait(self, timeout_s: float = 60) -> int:
+        """The exit code."""
         return self._process.wait(timeout_s)
 
     def kill(self) -> None:
