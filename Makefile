@@ -7,6 +7,7 @@
 #   make soak                          load and faults on a running server; ARGS="--scale 0.1" for a short one
 #   make overhead                      what HTTP costs per streamed token
 #   make parity                        live comparison with transformers, in a virtual environment of its own
+#   make test-aot                      the kernels, compiled for real TPUs and GPUs; needs none, but 6 GB of compilers
 #   make clean                         remove everything that these made
 #
 # PYTHON=/path/to/python names the interpreter to start from.
@@ -17,7 +18,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: serve test lint parity soak overhead clean
+.PHONY: serve test lint parity test-aot soak overhead clean
 .NOTPARALLEL:
 
 serve: $(VENV)/.installed
@@ -34,6 +35,9 @@ lint: $(VENV)/.installed-dev
 parity: $(VENV)/.installed-dev
 	JAX_PLATFORMS=cpu PYTHONPATH=. $(BIN)/python tests/parity.py $(ARGS)
 
+test-aot: $(VENV)-aot/.installed
+	JAX_PLATFORMS=cpu $(VENV)-aot/bin/python -m pytest tests/aot $(ARGS)
+
 soak: $(VENV)/.installed-dev
 	PYTHONPATH='$(CURDIR)' $(BIN)/python tests/soak $(ARGS)
 
@@ -41,17 +45,23 @@ overhead: $(VENV)/.installed-dev
 	JAX_PLATFORMS=cpu PYTHONPATH=. $(BIN)/python tests/soak/overhead.py $(ARGS)
 
 clean:
-	rm -rf $(VENV) .venv-parity .pytest_cache .mypy_cache .ruff_cache .hypothesis .cache build dist *.egg-info
+	rm -rf $(VENV) $(VENV)-aot .venv-parity .pytest_cache .mypy_cache .ruff_cache .hypothesis .cache build dist *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The stamps are newer than pyproject.toml once everything that it names is installed; then nothing is installed again.
 $(VENV)/.installed: pyproject.toml | $(BIN)/python
-	$(PIP) install -e .
+	$(PIP) install --no-compile -e .
 	@touch $@
 
 $(VENV)/.installed-dev: pyproject.toml | $(BIN)/python
-	$(PIP) install -e '.[dev]'
+	$(PIP) install --no-compile -e '.[dev]'
 	@touch $(VENV)/.installed $@
+
+# libtpu and the CUDA wheels hold the compilers; they need no device.
+$(VENV)-aot/.installed: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m venv $(VENV)-aot
+	$(VENV)-aot/bin/python -m pip --disable-pip-version-check install -e '.[dev,tpu,gpu]'
+	@touch $@
 
 # Each candidate is really run: a shim or a Windows alias may be there and not work.
 $(BIN)/python:

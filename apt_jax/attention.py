@@ -95,19 +95,21 @@ def _decode(
     if kernels is None:
         return _decode_wide(projections, q, pool, rows, kinds, context)
 
-    def of_hidden() -> jax.Array:
+    hidden = (rows.is_hidden & (context > 0))[:, None, None]
+
+    def of_hidden(otherwise: jax.Array) -> jax.Array:
         wide = _absorb_query(projections, q).astype(pool.dtype)
         length = jnp.where(rows.is_hidden, context, 0)
-        return _absorbed_values(projections, kernels.hidden_decode(wide, pool, rows.first_blocks, length).out)
+        found = kernels.hidden_decode(wide, pool, rows.first_blocks, length).out
+        return jnp.where(hidden, _absorbed_values(projections, found), otherwise)
 
     if not kinds.kv:
-        return of_hidden()
+        return of_hidden(jnp.zeros(q.shape, jnp.float32))
     length = jnp.where(rows.is_hidden, 0, context)
     out = kernels.kv_decode(q, pool, rows.first_blocks, rows.second_blocks, length).out
     if not kinds.hidden:
         return out
-    hidden = rows.is_hidden & (context > 0)
-    return jax.lax.cond(jnp.any(hidden), lambda: jnp.where(hidden[:, None, None], of_hidden(), out), lambda: out)
+    return jax.lax.cond(jnp.any(hidden), of_hidden, lambda out: out, out)
 
 
 def _decode_wide(

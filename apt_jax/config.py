@@ -150,8 +150,8 @@ class EngineConfig:
     """Share of the device's memory (on a CPU: of the free memory) that the engine may take."""
     cache_mode: Literal["hybrid", "kv", "hidden"] = "hybrid"
     """What requests may cache: KV pairs, hidden vectors at half the memory, or either."""
-    scheduling_policy: str = "fcfs"
-    """Name of the scheduling policy."""
+    scheduling_policy: str = "apt"
+    """Name of the scheduling policy, with options as NAME:option=value; docs/scheduling tells them."""
     ttft_slo_ms: float = 1000.0
     """Default promise for the time to the first token."""
     tbt_slo_ms: float = 1000.0

@@ -3,7 +3,7 @@
 An absorbed query is D wide, and so is its result: for OPT-13B 400 KB and 800 KB a request, more than one SM holds. So
 
 1. `_weights`: a CUDA block takes one row and up to 4 chunks of 64 tokens, streams hidden vectors and queries in steps
-   of 64 columns, and leaves, per chunk, its softmax weights `exp(s - top)` with their maximum and sum;
+   of 128 columns, and leaves, per chunk, its softmax weights `exp(s - top)` with their maximum and sum;
 2. XLA turns maxima and sums (one number per chunk and head) into the factor that normalises each chunk;
 3. `_context`: a CUDA block takes one row and 256 columns, streams hidden vectors and weights by chunk, and accumulates
    `context^T [columns, N] = H^T P`, with every chunk's factor applied in float32.
@@ -76,14 +76,15 @@ def _weights(
     capacity = blocks.shape[1] * S
     workers = max(w for w in (1, 2, 4) if w == 1 or R * capacity >= _BLOCKS_WANTED * w * CHUNK_TOKENS)
     tile = gpu_pages.split_tokens(blocks.shape[1], S, workers * CHUNK_TOKENS)
+    tile = min(tile, 4 * CHUNK_TOKENS)  # less than a block, where that is longer
     workers = tile // CHUNK_TOKENS
-    if workers > 4:  # a block longer than 4 chunks: several tiles to a page
-        workers, tile = 4, 4 * CHUNK_TOKENS
     pages = max(tile // S, 1)
     table, _ = gpu_pages.pad_table(blocks, pages)
     tiles = -(-capacity // tile)
     chunks = tiles * workers
-    slot_bytes = (tile + M) * TILE_COLUMNS * pool.dtype.itemsize
+    # wide steps, for fewer and larger copies
+    columns = 2 * TILE_COLUMNS if q_wide.shape[2] % (2 * TILE_COLUMNS) == 0 else TILE_COLUMNS
+    slot_bytes = (tile + M) * columns * pool.dtype.itemsize
     fixed_bytes = workers * M * (CHUNK_TOKENS * pool.dtype.itemsize + 8)
     slots = min((_SMEM_BYTES - fixed_bytes) // slot_bytes, 6)
     kernel = plgpu.kernel(
@@ -99,8 +100,8 @@ def _weights(
         thread_name="wg",
         scratch_types={
             "pages": plgpu.SMEM((gpu_pages.copied_pages(pages),), jnp.int32),
-            "ring": plgpu.SMEM((slots, workers, CHUNK_TOKENS, TILE_COLUMNS), pool.dtype, transforms=TILES),
-            "q_ring": plgpu.SMEM((slots, M, TILE_COLUMNS), pool.dtype, transforms=TILES),
+            "ring": plgpu.SMEM((slots, workers, CHUNK_TOKENS, columns), pool.dtype, transforms=TILES),
+            "q_ring": plgpu.SMEM((slots, M, columns), pool.dtype, transforms=TILES),
             "weights_s": plgpu.SMEM((workers, M, CHUNK_TOKENS), pool.dtype, transforms=TILES),
             "top_s": plgpu.SMEM((workers, M), jnp.float32),
             "total_s": plgpu.SMEM((workers, M), jnp.float32),
@@ -123,7 +124,8 @@ def _weights_body(  # type: ignore[no-untyped-def]
     row, tile, worker = lax.axis_index("row"), lax.axis_index("tile"), lax.axis_index("wg")
     slots, tile_tokens = ring.shape[0], workers * CHUNK_TOKENS
     todo = jnp.minimum(length[row] - tile * tile_tokens, tile_tokens)
-    steps = q_wide.shape[2] // TILE_COLUMNS
+    step_columns = ring.shape[3]
+    steps = q_wide.shape[2] // step_columns
 
     @pl.when((todo > 0) & (worker == workers))
     def _memory() -> None:
@@ -139,7 +141,7 @@ def _weights_body(  # type: ignore[no-untyped-def]
             def _() -> None:
                 plgpu.barrier_wait(empty.at[slot])
 
-            columns = pl.ds(step * TILE_COLUMNS, TILE_COLUMNS)
+            columns = pl.ds(step * step_columns, step_columns)
             plgpu.copy_gmem_to_smem(q_wide.at[row, :, columns], q_ring.at[slot], q_full.at[slot])
             for chunk in range(workers):
 
@@ -234,6 +236,8 @@ def _context(
         interpret=interpret,
     )
     parts = kernel(weights, factors, pool, table, length)
+    if splits == 1:
+        return parts[:, 0]  # no other pass over it: it is wide
     used = (jnp.arange(splits) * split < length[:, None])[..., None, None]
     return jnp.where(used, parts, 0).sum(1)
 
@@ -248,7 +252,7 @@ def _context_body(  # type: ignore[no-untyped-def]
     slots, columns = ring.shape[0], ring.shape[2]
     M, width = out_s.shape[1:]
     todo = jnp.minimum(length[row] - part * split, split)
-    chunks = pl.cdiv(todo, CHUNK_TOKENS)
+    chunks = jnp.maximum(pl.cdiv(todo, CHUNK_TOKENS), 0)
     first_column = lax.axis_index("slice") * columns
 
     @pl.when((todo > 0) & (worker == workers))
@@ -276,8 +280,8 @@ def _context_body(  # type: ignore[no-untyped-def]
 
         gpu_pages.drain(empty, chunks)
 
-    @pl.when((todo > 0) & (worker < workers))
-    def _compute() -> None:
+    @pl.when((worker < workers) & ((todo > 0) | (out.shape[1] == 1)))
+    def _compute() -> None:  # a row without tokens gets zeros, unless splits are added later, which leaves it out
         mine = pl.ds(worker * width, width)
 
         def step(chunk: jax.Array, acc: jax.Array) -> jax.Array:

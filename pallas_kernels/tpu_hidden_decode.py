@@ -29,6 +29,7 @@ def hidden_decode_attention(
     length: jax.Array,
     *,
     out_dtype: DTypeLike = jnp.float32,
+    clears: bool = True,
     cores: int = 1,
     interpret: bool | pltpu.InterpretParams = False,
 ) -> Partial:
@@ -37,6 +38,8 @@ def hidden_decode_attention(
     Args:
         out_dtype: of `out`. At 2 N D numbers per row, query and output weigh as much as the vectors of 2N tokens, so
             bfloat16 for both saves the memory traffic of 2N tokens.
+        clears: whether `out` is 0 in rows without tokens; without, it holds anything there, and that of N tokens is
+            saved.
         cores: tensor cores of one device; rows are dealt to them.
         interpret: run without a TPU.
 
@@ -69,7 +72,9 @@ def hidden_decode_attention(
         name="hidden_decode_attention",
     )(*dealt, blocks.astype(jnp.int32), q_wide, pool)
     some = length > 0  # rows that were never visited hold anything
-    return Partial(jnp.where(some[:, None, None], out, 0), jnp.where(some[:, None], lse[..., 0], NEVER))
+    if clears:
+        out = jnp.where(some[:, None, None], out, 0)
+    return Partial(out, jnp.where(some[:, None], lse[..., 0], NEVER))
 
 
 def _splits(q: jax.Array | Ref, pool: jax.Array | Ref) -> bool:

@@ -16,8 +16,11 @@ GREEDY = SamplingParams(temperature=0, max_tokens=64, ignore_eos=True)
 
 
 def make_engine(model: OPT, config: ModelConfig, **options) -> Engine:
-    """An engine of few shapes: 8 requests, 16 tokens an iteration, blocks of 8."""
-    options = {"max_num_seqs": 8, "max_num_batched_tokens": 16, "block_size": 8, "num_blocks": 40, **options}
+    """An engine of few shapes: 8 requests, 16 tokens an iteration, blocks of 8; plans that do not look at the clock."""
+    options = {
+        "max_num_seqs": 8, "max_num_batched_tokens": 16, "block_size": 8, "num_blocks": 40,
+        "scheduling_policy": "fcfs", **options,
+    }  # fmt: skip
     return Engine(model, config, EngineConfig(**options))
 
 

@@ -1,0 +1,150 @@
+"""`apt-jax bench kernels`: counts where there is no accelerator, measurements where there is one."""
+
+import json
+import platform
+import sys
+import time
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from tyro.conf import Positional, arg
+
+Chip = Literal["auto", "h200", "h100", "a100", "v5e", "v5p", "v6e", "tpu7x"]
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Measure decode attention on the accelerator at hand, or count its work where there is none."""
+
+    what: Positional[Annotated[Literal["kernels"], arg(metavar="kernels")]]
+    """What to measure."""
+    device: Chip = "auto"
+    """auto measures on the accelerator at hand, and counts for every chip where there is none; a name counts for it."""
+    model: str = "opt-13b,opt-30b"
+    """OPT sizes, separated by commas."""
+    batch: str = "8,32,128"
+    """Requests in a step, separated by commas."""
+    context: str = "256,512,1024,2048"
+    """Cached tokens of each request, separated by commas."""
+    block_size: int = 16
+    """Tokens per cache block."""
+    end_to_end: bool = False
+    """Measure whole decode steps of the first model with random weights instead."""
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Number type of --end-to-end; the kernels are measured in bfloat16."""
+    allow_cpu: bool = False
+    """Measure on a CPU too: to try the command, not to learn about speed."""
+    output: Annotated[Path | None, arg(aliases=["-o"])] = None
+    """JSON file for all results."""
+
+    def run(self) -> int:
+        """Count or measure, print a table, write JSON."""
+        return run(self)
+
+
+def run(args: Bench) -> int:
+    """Run the command; 1 if something was to be measured and nothing could be.
+
+    Raises:
+        ValueError: a flag has an unknown or impossible value.
+    """
+    from apt_jax.scheduling.hardware import MODELS, by_name
+    from serve.bench.kernel_counts import CHIPS, WAYS, Shape, count, counted_table
+
+    models, batches, contexts = args.model.split(","), _numbers("batch", args.batch), _numbers("context", args.context)
+    for model in models:
+        by_name(MODELS, model, "model")
+    shapes = [Shape(model, batch, context) for model in models for batch in batches for context in contexts]
+    device = _accelerator(args)
+    if device is None:
+        if args.end_to_end:
+            raise ValueError("--end-to-end needs an accelerator; --allow-cpu tries it on the CPU")
+        chips = list(CHIPS) if args.device == "auto" else [args.device]
+        print(counted_table(shapes, chips))
+        counts = [{**asdict(shape), "way": way, **asdict(count(shape, way))} for shape in shapes for way in WAYS]
+        _write(args, {"counts": counts})
+        return 0
+    return (
+        _measure_steps(args, device, models[0], batches, contexts)
+        if args.end_to_end
+        else _measure(args, device, shapes)
+    )
+
+
+def _measure(args: Bench, device: Any, shapes: list[Any]) -> int:
+    from serve.bench.kernel_runs import HEADER, run_all
+    from serve.bench.timing import copy_bytes_per_s
+
+    copy = _report_copy(device, copy_bytes_per_s(device))
+    print("us: median of repeated runs, one layer; GB/s: bytes that must be moved over time; share: of the copy")
+    print(HEADER)
+    results = run_all(shapes, device, args.block_size, copy, lambda result: print(result.line(), flush=True))
+    _write(args, {"copy_bytes_per_s": copy, "kernels": [asdict(result) for result in results]}, device)
+    return int(all(result.times is None for result in results))
+
+
+def _measure_steps(args: Bench, device: Any, model: str, batches: list[int], contexts: list[int]) -> int:
+    from apt_jax.scheduling.hardware import MODELS
+    from serve.bench.decode_steps import HEADER, make_engine, measure_steps, rho_s
+    from serve.bench.timing import copy_bytes_per_s
+
+    copy = _report_copy(device, copy_bytes_per_s(device))
+    started = time.perf_counter()
+    engine = make_engine(
+        MODELS[model], dtype=args.dtype, batch=max(batches), context_tokens=max(contexts), block_size=args.block_size
+    )
+    backend = "XLA" if engine.runner.kernels is None else f"Pallas ({engine.runner.kernels.name})"
+    print(f"{model}, {args.dtype}, attention by {backend}, ready after {time.perf_counter() - started:.0f} s")
+    print(HEADER)
+    results = measure_steps(engine, batches, contexts, copy, lambda result: print(result.line(), flush=True))
+    rho = rho_s(results)
+    for shape, seconds in rho.items():
+        print(f"rho at {shape}: {seconds * 1e9:+.3f} ns per hidden token and step, against KV")
+    found = {"model": model, "attention": backend, "steps": [asdict(result) for result in results], "rho_s": rho}
+    _write(args, {"copy_bytes_per_s": copy, "end_to_end": found}, device)
+    return int(all(result.times is None for result in results))
+
+
+def _accelerator(args: Bench) -> Any:
+    """The device to measure on, or None to count."""
+    if args.device != "auto":
+        return None
+    import jax
+
+    device = jax.devices()[0]
+    return device if device.platform != "cpu" or args.allow_cpu else None
+
+
+def _report_copy(device: Any, copy_bytes_per_s: float) -> float:
+    import jax
+
+    print(f"{device.device_kind} ({device.platform}), jax {jax.__version__}: copies {copy_bytes_per_s / 1e9:.0f} GB/s")
+    return copy_bytes_per_s
+
+
+def _numbers(flag: str, text: str) -> list[int]:
+    try:
+        numbers = [int(part) for part in text.split(",")]
+    except ValueError:
+        raise ValueError(f"--{flag} {text!r} is not a list of numbers such as 8,32") from None
+    if min(numbers) < 1:
+        raise ValueError(f"--{flag} {text!r}: numbers must be at least 1")
+    return numbers
+
+
+def _write(args: Bench, found: dict[str, Any], device: Any = None) -> None:
+    if args.output is None:
+        return
+    versions = {name: version(name) for name in ("jax", "jaxlib", "flax")}
+    versions["python"] = platform.python_version()
+    if device is not None:
+        versions |= {
+            "device": device.device_kind,
+            "platform": device.platform,
+            "driver": device.client.platform_version,
+        }
+    flags = {key: str(value) if isinstance(value, Path) else value for key, value in asdict(args).items()}
+    args.output.write_text(json.dumps({"versions": versions, "flags": flags, **found}, indent=1) + "\n")
+    print(f"wrote {args.output}", file=sys.stderr)

@@ -1,0 +1,67 @@
+"""Timing programs on an accelerator: medians of repeated runs, and the bandwidth of a plain copy to compare with."""
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+REPEATS = 7
+
+
+@dataclass(frozen=True)
+class Times:
+    """Seconds of one iteration, over repeated runs."""
+
+    median_s: float
+    fastest_s: float
+    slowest_s: float
+
+
+def time_calls(call: Callable[[], Any], *, calls: int, repeats: int = REPEATS) -> Times:
+    """Time `call`, which starts work and returns arrays; `calls` are started before the last is awaited.
+
+    The first runs, which compile and warm up, are not counted.
+    """
+    for _ in range(2):
+        jax.block_until_ready(call())
+    seconds = []
+    for _ in range(repeats):
+        started = time.perf_counter()
+        for _ in range(calls - 1):
+            call()
+        jax.block_until_ready(call())
+        seconds.append((time.perf_counter() - started) / calls)
+    return Times(statistics.median(seconds), min(seconds), max(seconds))
+
+
+def copy_bytes_per_s(device: jax.Device, *, num_bytes: int = 2**30) -> float:
+    """Bytes read and written per second by a copy of `num_bytes` in device memory (smaller on a CPU)."""
+    if device.platform == "cpu":
+        num_bytes = min(num_bytes, 2**26)
+    source = jax.device_put(jnp.zeros(num_bytes // 4, jnp.int32), device)
+    copy = jax.jit(lambda x: x + 1)
+    times = time_calls(lambda: copy(source), calls=4)
+    return 2 * source.nbytes / times.median_s
+
+
+def repeated(step: Callable[[jax.Array, Any], Any], iterations: int) -> Callable[..., jax.Array]:
+    """A program that runs `step(i, arguments)` `iterations` times on the device, one after the other.
+
+    The last of the arguments, integers, depends on the step before (by an addition that is always zero), so that no
+    step can be left out, moved out of the loop or run beside another.
+    """
+
+    def program(*arguments: Any) -> jax.Array:
+        def body(i: jax.Array, carry: jax.Array) -> jax.Array:
+            *others, last = arguments
+            out = jax.lax.optimization_barrier(step(i, (*others, last + carry)))
+            first = jax.tree.leaves(out)[0]
+            return jnp.where(first[(0,) * first.ndim] == 1e33, 1, 0)
+
+        return jax.lax.fori_loop(0, iterations, body, jnp.zeros((), jnp.int32))
+
+    return jax.jit(program)
