@@ -48,8 +48,17 @@ def streams(server: Server, scale: float) -> str:
 
 
 def mixed(server: Server, scale: float) -> str:
-    """Requests of random size, a fifth of whose clients leave."""
-    count, numbers = max(int(10_000 * scale), 50), random.Random(1)
+    """Requests of random size, a fifth of whose clients leave; memory must be flat in the second half."""
+    sizes, shown = [], []
+    for half in range(2):
+        shown.append(half_mixed(server, scale / 2, half))
+        sizes.append(server.figures()["rss_mb"])
+    assert sizes[1] < 1.05 * sizes[0], f"memory: {sizes[0]:.0f} MB after the first half, {sizes[1]:.0f} MB after all"
+    return f"{shown[0]}; again {shown[1]}; {sizes[0]:.0f} MB after the first half, {sizes[1]:.0f} MB after the second"
+
+
+def half_mixed(server: Server, scale: float, seed: int) -> str:
+    count, numbers = max(int(10_000 * scale), 50), random.Random(seed)
     before = server.figures()
 
     async def run() -> collections.Counter[str]:
