@@ -4,6 +4,8 @@
 #   make serve ARGS="FOLDER --port N"  another model, any flag of `apt-jax serve`
 #   make test                          lint, types and tests
 #   make test ARGS="tests/test_x.py"   some of the tests, any argument of pytest
+#   make soak                          load and faults on a running server; ARGS="--scale 0.1" for a short one
+#   make overhead                      what HTTP costs per streamed token
 #   make parity                        live comparison with transformers, in a virtual environment of its own
 #   make test-aot                      the kernels, compiled for real TPUs and GPUs; needs none, but 6 GB of compilers
 #   make clean                         remove everything that these made
@@ -16,7 +18,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: serve test lint parity test-aot clean
+.PHONY: serve test lint parity test-aot soak overhead clean
 .NOTPARALLEL:
 
 serve: $(VENV)/.installed
@@ -36,17 +38,23 @@ parity: $(VENV)/.installed-dev
 test-aot: $(VENV)-aot/.installed
 	JAX_PLATFORMS=cpu $(VENV)-aot/bin/python -m pytest tests/aot $(ARGS)
 
+soak: $(VENV)/.installed-dev
+	PYTHONPATH='$(CURDIR)' $(BIN)/python tests/soak $(ARGS)
+
+overhead: $(VENV)/.installed-dev
+	JAX_PLATFORMS=cpu PYTHONPATH=. $(BIN)/python tests/soak/overhead.py $(ARGS)
+
 clean:
 	rm -rf $(VENV) $(VENV)-aot .venv-parity .pytest_cache .mypy_cache .ruff_cache .hypothesis .cache build dist *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The stamps are newer than pyproject.toml once everything that it names is installed; then nothing is installed again.
 $(VENV)/.installed: pyproject.toml | $(BIN)/python
-	$(PIP) install -e .
+	$(PIP) install --no-compile -e .
 	@touch $@
 
 $(VENV)/.installed-dev: pyproject.toml | $(BIN)/python
-	$(PIP) install -e '.[dev]'
+	$(PIP) install --no-compile -e '.[dev]'
 	@touch $(VENV)/.installed $@
 
 # libtpu and the CUDA wheels hold the compilers; they need no device.

@@ -102,7 +102,8 @@ class BatchJob:
                     self.counts["tokens"] += len(output.token_ids)
                 if work.ended:
                     rate = self.counts["tokens"] / max(time.monotonic() - began, 1e-9)
-                    self._bar.set_postfix_str(f"{rate:.0f} tokens/s", refresh=False)
+                    running = len(self._model.engine.state.running)
+                    self._bar.set_postfix_str(f"{rate:.0f} tokens/s, {running} running", refresh=False)
             if not self._failures:
                 return
 

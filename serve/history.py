@@ -20,7 +20,7 @@ KEPT_REQUESTS = 2000  # finished ones; the oldest is forgotten
 KEPT_EVENTS = 200  # per request; the oldest is forgotten
 
 
-@dataclass
+@dataclass(slots=True)
 class Event:
     """`count` successive steps, from time `first_s` to `last_s` of the engine's clock, that did the same."""
 
@@ -31,7 +31,7 @@ class Event:
     count: int = 1
 
 
-@dataclass
+@dataclass(slots=True)
 class Story:
     """One request's."""
 

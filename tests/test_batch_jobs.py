@@ -3,6 +3,7 @@
 import io
 import json
 import logging
+import re
 from dataclasses import replace
 
 import pytest
@@ -36,6 +37,26 @@ def answer(source, output, engine=None):
         assert bar.n == bar.total
     assert engine.is_idle
     return results_of(output)
+
+
+def test_chats_and_completions_may_be_mixed(tmp_path):
+    chat = {"messages": [{"role": "user", "content": "x"}], "max_tokens": 2}
+    source = write(tmp_path / "in.jsonl", line("chat", chat, url="/v1/chat/completions"), line("text"))
+    results = answer(source, tmp_path / "out.jsonl", FakeEngine(tokenizer=CharTokenizer("{{ messages[0].content }}")))
+    body = results[1]["response"]["body"]
+    assert body["object"] == "chat.completion" and body["choices"][0]["message"]["content"] == "yz"
+    assert body["id"] == results[1]["response"]["request_id"] and body["id"].startswith("chatcmpl-")
+    assert results[2]["response"]["body"]["choices"][0]["text"] == "bc"
+    refused = answer(source, tmp_path / "other.jsonl")[1]["response"]
+    assert refused["status_code"] == 400 and "--chat-template" in refused["body"]["error"]["message"]
+
+
+def test_the_bar_shows_the_time_left_and_the_throughput(tmp_path):
+    source = write(tmp_path / "in.jsonl", *(line(str(i)) for i in range(9)))
+    shown = io.StringIO()
+    with ResultFile(tmp_path / "out.jsonl") as results, tqdm(total=9, file=shown, mininterval=0, unit="line") as bar:
+        BatchJob(ServedModel(FakeEngine(tokenizer=CharTokenizer()), "tiny"), source, results, bar).run()
+    assert re.search(r"5/9 \[\d+:\d+<\d+:\d+, +[\d.]+line/s, \d+ tokens/s, \d running\]", shown.getvalue())
 
 
 def results_of(output):

@@ -19,7 +19,7 @@ from apt_jax.cache_arrays import pool_shape
 from apt_jax.config import EngineConfig, ModelConfig
 from apt_jax.engine import Engine
 from apt_jax.opt import OPT
-from apt_jax.output import QueueFull
+from apt_jax.output import DeviceLost, QueueFull
 from apt_jax.request import FinishReason, Request, SamplingParams
 from apt_jax.runner import Runner, Shapes, pages_multiple, run_step, temporary_bytes
 from apt_jax.scheduling.plan import Plan, Reason, Scheduled
@@ -372,3 +372,29 @@ def test_logprobs_follow_the_request(engine):
             assert entry.top[0] == (entry.token_id, pytest.approx(entry.logprob))
             values = [value for _, value in entry.top]
             assert values == sorted(values, reverse=True)
+
+
+def test_a_device_that_takes_no_cache_after_a_failed_step_is_lost(model, monkeypatch):
+    engine = make_engine(model, CONFIG)
+
+    def fail(*_):
+        raise RuntimeError("the device is gone")
+
+    engine.add([5], GREEDY, request_id="r")
+    monkeypatch.setattr(engine.runner, "dispatch", fail)
+    monkeypatch.setattr(engine.runner, "reset", fail)
+    with pytest.raises(DeviceLost, match="does not work any more after a failed step: the device is gone"):
+        engine.step()
+    assert engine.num_failed_steps == 1
+
+
+def test_a_request_goes_on_from_tokens_of_an_earlier_run(model):
+    engine = make_engine(model, CONFIG)
+    params = SamplingParams(seed=3, max_tokens=30, ignore_eos=True, presence_penalty=0.5)
+    whole = run(engine, [[5, 6, 7]], params)[0].output_token_ids
+    for given in (1, 13, 29):
+        request = engine.add([5, 6, 7], params, request_id="again", output_token_ids=whole[:given])
+        finish(engine)
+        assert request.output_token_ids == whole and request.finish_reason is FinishReason.LENGTH
+    with pytest.raises(ValueError, match="output_token_ids has all 30 tokens"):
+        engine.add([5, 6, 7], params, request_id="done", output_token_ids=whole)

@@ -91,7 +91,7 @@ def test_pythons_that_will_not_do_are_named_with_what_they_lack(machine):
 def test_the_first_python_that_really_runs_is_taken_and_the_second_start_installs_nothing(machine):
     machine.put("python3", BROKEN)
     machine.put_python("python3.13", "3.13")
-    install = "-m pip --disable-pip-version-check install -e ."
+    install = "-m pip --disable-pip-version-check install --no-compile -e ."
     assert machine.make("serve").returncode == 0
     assert machine.did() == ["python3.13 venv", install, "apt-jax serve"]
     assert machine.make("serve", "ARGS=folder --port 0").returncode == 0
@@ -117,4 +117,4 @@ def test_an_interrupted_installation_is_done_again(machine):
     assert machine.did() == ["python3 venv"]
     (machine.folder / ".venv/bin/python").write_text(script)
     assert machine.make("serve").returncode == 0
-    assert machine.did() == ["-m pip --disable-pip-version-check install -e .", "apt-jax serve"]
+    assert machine.did() == ["-m pip --disable-pip-version-check install --no-compile -e .", "apt-jax serve"]

@@ -45,7 +45,7 @@ CASES = [
 def test_every_answer_is_as_the_document_says(api, path, method, mode):
     operation = api[path][method.upper()]
 
-    @settings(max_examples=30, suppress_health_check=list(HealthCheck), phases=[Phase.generate], deadline=None)
+    @settings(max_examples=20, suppress_health_check=list(HealthCheck), phases=[Phase.generate], deadline=None)
     @given(case=operation.as_strategy(generation_mode=mode))
     def check(case):
         case.call_and_validate(checks=CHECKS)

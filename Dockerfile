@@ -1,0 +1,41 @@
+# One image per kind of device:
+#
+#   docker build --target cpu -t apt-jax:cpu .
+#   docker build --target gpu -t apt-jax:gpu .     # NVIDIA; the CUDA libraries come with JAX, the driver from the host
+#   docker build --target tpu -t apt-jax:tpu .     # Cloud TPU VM
+#
+#   docker run --rm -p 127.0.0.1:8000:8000 -v apt-jax:/data apt-jax:cpu [MODEL] [flags of apt-jax serve]
+#
+# /data keeps models from the hub, compiled programs and the snapshot of unfinished requests from run to run.
+
+FROM python:3.12-slim AS base
+ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PYTHONUNBUFFERED=1 HF_HOME=/data/huggingface
+WORKDIR /app
+COPY pyproject.toml README.md LICENSE ./
+COPY apt_jax apt_jax
+COPY pallas_kernel[s] pallas_kernels
+COPY checkpoints checkpoints
+COPY serve serve
+RUN useradd --create-home --uid 10001 apt && mkdir /data && chown apt /data
+VOLUME /data
+EXPOSE 8000
+STOPSIGNAL SIGTERM
+# /health is 200 from the first second on and 503 once the engine has failed for good
+HEALTHCHECK --interval=10s --timeout=5s --start-period=30s CMD ["python", "-c", \
+  "import urllib.request; urllib.request.urlopen('http://127.0.0.1:8000/health', timeout=4)"]
+ENTRYPOINT ["apt-jax", "serve", "--host", "0.0.0.0", "--compilation-cache-dir", "/data/xla", \
+  "--snapshot-file", "/data/unfinished.jsonl", "--resume-from", "/data/unfinished.jsonl"]
+
+FROM base AS gpu
+RUN pip install '.[gpu,otel]'
+USER apt
+WORKDIR /data
+
+FROM base AS tpu
+RUN pip install '.[tpu,otel]'
+WORKDIR /data
+
+FROM base AS cpu
+RUN pip install '.[otel]'
+USER apt
+WORKDIR /data
