@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
 
 from apt_jax.output import Output
+from serve.errors import NotReady
 from serve.samples import Sample
 
 
@@ -24,6 +25,11 @@ class Group:
         self._pending: list[tuple[Sample, Output]] = []
         self._error: Exception | None = None
         self._changed = asyncio.Event()
+
+    @property
+    def is_wanted(self) -> bool:
+        """Whether somebody still waits for what the engine has accepted, unless the engine stopped."""
+        return self._accepted and not self.abandoned and isinstance(self._error, NotReady | None)
 
     async def accepted(self) -> None:
         """Wait until the engine has queued every sample, or the group is closed.

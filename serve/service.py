@@ -71,7 +71,7 @@ class Service:
             yield
         finally:
             self.num_generating -= 1
-            if self.is_stopping and not group.abandoned:
+            if self.is_stopping and group.is_wanted:
                 with contextlib.suppress(EngineFailure):
                     for sample, output in group.take_pending():
                         generation.collect(sample, output)

@@ -234,3 +234,16 @@ def test_lengths_are_learned_by_prompt_class_and_tokens_so_far():
     assert before == pytest.approx([20, 400], rel=0.1)
     assert predictor.remaining_tokens([50], [256])[0] == pytest.approx(144, rel=0.15)
     assert (predictor.remaining_tokens([50, 5, 9999], [5000, 0, 1]) >= 1).all()
+
+
+def test_several_late_ones_admitted_at_once_take_no_more_seats_than_there_are():
+    state, policy = make_state(num_blocks=400, max_num_seqs=2), make_policy("apt", PolicyContext(cost_model=TINY))
+    for _ in range(2):
+        state.add(request(output=50, arrival_s=99.0))
+    step(state, policy, 99.0)
+    assert len(state.running) == 2
+    for i in range(4):
+        state.add(request(output=50, arrival_s=0.0, name=f"late{i}"))
+    for i in range(10):
+        step(state, policy, 100.0 + i)  # checks that no more run than may
+    assert any(r.request_id.startswith("late") for r in state.running)

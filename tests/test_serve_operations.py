@@ -152,6 +152,24 @@ def test_a_stopping_server_takes_nothing_new_and_keeps_what_it_could_not_finish(
     run(main)
 
 
+def test_a_stopping_server_keeps_nothing_that_was_refused_or_that_nobody_wants():
+    engine = FakeEngine(tokenizer=CharTokenizer(), paced=True)
+
+    async def main():
+        async with serving(engine, request_timeout=0.2) as client:
+            first = asyncio.create_task(client.post("/v1/completions", json=LONG))
+            await until(lambda: engine.has_unfinished)
+            bodies = [{"prompt": [999]}, {"prompt": ["a"] * 8}, {"prompt": "x"}]  # one is invalid, one too many
+            tasks = [asyncio.create_task(client.post("/v1/completions", json=body)) for body in bodies]
+            await asyncio.sleep(0.3)  # the first and all that wait run into the time limit
+            client.service.is_stopping = True
+            engine.allow_step(100)
+            statuses = [(await task).status_code for task in (first, *tasks)]
+            assert set(statuses) <= {400, 503, 504} and client.service.unfinished_records == []
+
+    run(main)
+
+
 def stopped_records() -> list[dict]:
     """The snapshot of two requests, stopped after some steps; the second has ended one of its two samples."""
     engine = FakeEngine(tokenizer=CharTokenizer(), paced=True)

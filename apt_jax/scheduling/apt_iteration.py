@@ -171,8 +171,8 @@ class Iteration:
             return
         seats = self.state.limits.max_num_seqs - len(self.running) + len(self.preempted)
         for i in np.flatnonzero(self.lane_w):
-            seats += self._make_room_for_lane(int(i))
-            if self._fits_lane(int(i)):
+            seats += self._make_room_for_lane(int(i), seats)
+            if seats > 0 and self._fits_lane(int(i)):
                 self.admitted.append((int(i), self.kinds[-1], Reason.ADMITTED_LONGEST_LATE))
                 self.free -= int(self.pages_w[i]) * self.kinds[-1].blocks_per_page
                 seats -= 1
@@ -245,10 +245,10 @@ class Iteration:
     def _fits_lane(self, i: int) -> bool:
         return int(self.pages_w[i]) * self.kinds[-1].blocks_per_page <= self.free
 
-    def _make_room_for_lane(self, i: int) -> int:
-        """Preempt, the least value per block first, until waiting request i fits; returns seats gained."""
+    def _make_room_for_lane(self, i: int, seats: int) -> int:
+        """Preempt, the least value per block first, until waiting request i fits and has a seat; the seats gained."""
         gained = 0
-        if self._fits_lane(i) and self.state.limits.max_num_seqs > len(self.running) - len(self.preempted):
+        if self._fits_lane(i) and seats > 0:
             return 0
         value = self._values(self.running, self.late_r, self.remaining_r) / np.maximum(self.need_r, 1)
         for victim in np.argsort(value, kind="stable").tolist():
@@ -257,7 +257,7 @@ class Iteration:
             self.preempted[victim] = Reason.PREEMPTED_FOR_LONGEST_LATE
             self.free += int(self.need_r[victim])
             gained += 1
-            if self._fits_lane(i):
+            if self._fits_lane(i) and seats + gained > 0:
                 break
         return gained
 

@@ -251,6 +251,10 @@ def main() -> None:
             if "clock" in wanted:
                 report("clock", clock(start(clock_jumps=True), asked.scale))
             assert not alive[-1].count("Traceback"), alive[-1].tail()
+        except BaseException:
+            if alive:
+                print(alive[-1].troubles(), file=sys.stderr)
+            raise
         finally:
             while alive:
                 alive.pop().kill()
