@@ -55,6 +55,20 @@ def test_hidden_serves_more_when_memory_is_short_even_if_it_is_slower():
     assert Reason.ADMITTED_HIDDEN_SERVES_MORE in set(reasons(plan).values())
 
 
+def test_slow_hidden_attention_is_not_used_where_it_slows_the_batch_down():
+    """40 of 60 requests fit as KV; recomputing 1,000 tokens for one more costs more than the one is worth."""
+    for option, kinds in (("on", {CacheKind.KV}), ("off", {CacheKind.KV, CacheKind.HIDDEN})):
+        state = make_state(20_000, mode="hybrid", tokens=100_000, max_num_seqs=100)
+        policy = make_policy(f"apt:value=absolute:prediction=off:sustained={option}", PolicyContext(SLOW_HIDDEN))
+        for k in range(39):
+            state.add(request(1000, 50, name=f"first{k}", slo=Slo(20.0, 20.0)))
+        step(state, policy, 0.1)
+        for k in range(10):
+            state.add(request(1000, 50, arrival_s=0.1, name=f"then{k}", slo=Slo(20.0, 20.0)))
+        step(state, policy, 8.0)
+        assert {r.cache_kind for r in state.running} == kinds
+
+
 def test_hidden_turns_into_kv_once_memory_is_free_and_never_where_hidden_is_faster():
     for model, converts in ((SLOW_HIDDEN, True), (A100, False)):
         state = make_state(64, mode="hybrid", tokens=200)

@@ -36,6 +36,7 @@ class AptOptions:
         mixed: allow iterations that decode and prefill.
         prediction: use predicted output lengths.
         convert: turn hidden caches into KV when it pays.
+        sustained: where hidden is slower than KV, use it only if the batch still gains tokens per second.
         patience_s: time in the system after which a late request queues for the lane.
         lane_share: share of the blocks that the lane may fill.
     """
@@ -45,6 +46,7 @@ class AptOptions:
     mixed: bool = True
     prediction: bool = True
     convert: bool = True
+    sustained: bool = True
     patience_s: float = 20.0
     lane_share: float = 0.05
 
@@ -86,13 +88,14 @@ class Apt:
 
 @dataclass(frozen=True)
 class PaperOptions(AptOptions):
-    """The original: pending seconds, constant fallback, alternating iterations, no prediction, no conversion."""
+    """The original: pending seconds, constant fallback, alternating iterations, and none of the additions."""
 
     value: str = "absolute"
     fallback: str = "constant"
     mixed: bool = False
     prediction: bool = False
     convert: bool = False
+    sustained: bool = False
 
 
 @register("apt-paper")

@@ -8,6 +8,7 @@ import numpy as np
 
 from apt_jax.cache import CacheKind
 from apt_jax.request import Request
+from apt_jax.scheduling.cost_model import CostModel
 from apt_jax.scheduling.forecast import expected_blocks
 from apt_jax.scheduling.greedy import solve_greedy
 from apt_jax.scheduling.lateness import DEMOTED_VALUE, is_late, is_overdue, lane
@@ -195,13 +196,36 @@ class Iteration:
             pending_s=self._values(self.waiting, self.late_w, self.remaining_w)[candidates],
             kv_blocks=2 * self.pages_w[candidates],
             may_be_kv=np.full(n, CacheKind.KV in self.kinds),
-            may_be_hidden=np.full(n, CacheKind.HIDDEN in self.kinds),
+            may_be_hidden=self._may_be_hidden(candidates),
             capacity_blocks=max(0, capacity),
             num_requests=self.num_counted,
             rho_s=rho_s * self.block_size / 2 if hybrid else 0.0,  # per KV block; no choice, no penalty
         )
         solution = solve_greedy(problem)
         return candidates[solution.order], solution.is_hidden[solution.order]
+
+    def _may_be_hidden(self, candidates: Ints) -> Bools:
+        """Whether each may be hidden: where hidden is slower than KV, only if the batch gains from one more like it.
+
+        The formulation counts a hidden request's delay for one iteration, but it lasts as long as the request. R
+        requests in T seconds become R + 1 in T + d: more tokens per second only if R d < T.
+        """
+        model = self.context.cost_model
+        allowed = np.full(len(candidates), CacheKind.HIDDEN in self.kinds)
+        if len(self.kinds) < 2 or model is None or model.rho_s <= 0 or not self.options.sustained:
+            return allowed
+        running = np.flatnonzero(self.running.decoding)
+        tokens = self.waiting.tokens[candidates].astype(np.float64)
+        if self.remaining_w is not None:
+            tokens = tokens + self.remaining_w[candidates] / 2
+        return allowed & (len(running) * model.hidden_token_s * tokens <= self._decode_s(model, running))
+
+    def _decode_s(self, model: CostModel, index: Ints) -> float:
+        """Seconds of an iteration that decodes these running requests and no more."""
+        tokens, as_kv = self.running.tokens[index], self.running.blocks_per_page[index] == 2
+        kv_tokens, hidden_tokens = int(tokens[as_kv].sum()), int(tokens[~as_kv].sum())
+        load = StepLoad(decode_requests=len(index), kv_tokens=kv_tokens, hidden_tokens=hidden_tokens)
+        return model.step_s(load)
 
     def _take(self, order: Ints, hidden: Bools, seats: int, room: int, evictable: Ints) -> None:
         """Admit in order while seats, blocks and the forecast allow; late running requests make room."""
@@ -359,13 +383,7 @@ class Iteration:
         if model is None or not len(decode_index):
             return max(budget, 0)
         limit_s = STEP_SHARE * float(self.running.tbt_slo_s[decode_index].min())
-        tokens = self.running.tokens[decode_index]
-        as_kv = self.running.blocks_per_page[decode_index] == 2
-        decode_s = model.step_s(
-            StepLoad(
-                decode_requests=len(tokens), kv_tokens=int(tokens[as_kv].sum()), hidden_tokens=int(tokens[~as_kv].sum())
-            )
-        )
+        decode_s = self._decode_s(model, decode_index)
         per_token_s = max(model.token_s * model.scales.compute * model.scales.dense, 1e-12)
         free = max(0, model.free_tokens - len(decode_index))
         affordable = free + int(max(0.0, limit_s - decode_s) / per_token_s)
