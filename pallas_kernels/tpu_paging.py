@@ -128,10 +128,16 @@ def for_each_row(
     pages, S = sources[0].buffer.shape[1:3]
     C = pages * S
 
-    def copy(row: jax.Array, chunk: jax.Array | int, buffer: jax.Array | int, act: Callable[[Any], None]) -> None:
+    def copy(
+        row: jax.Array,
+        chunk: jax.Array | int,
+        buffer: jax.Array | int,
+        act: Callable[[Any], None],
+        unroll: bool = False,
+    ) -> None:
         needed = jnp.minimum(lax.div(dealt.length[row] + S - 1, S) - chunk * pages, pages)
 
-        def one_page(page: jax.Array, _: None) -> None:
+        def one_page(page: jax.Array | int, _: None) -> None:
             for source in sources:
                 act(
                     pltpu.make_async_copy(
@@ -141,10 +147,21 @@ def for_each_row(
                     )
                 )
 
-        lax.fori_loop(0, needed, one_page, None)
+        if not unroll:
+            lax.fori_loop(0, needed, one_page, None)
+            return
 
-    def start(row: jax.Array, chunk: jax.Array | int, buffer: jax.Array | int) -> None:
-        copy(row, chunk, buffer, lambda dma: dma.start())
+        @pl.when(needed == pages)
+        def _() -> None:
+            for page in range(pages):
+                one_page(page, None)
+
+        @pl.when(needed < pages)
+        def _() -> None:
+            lax.fori_loop(0, needed, one_page, None)
+
+    def start(row: jax.Array, chunk: jax.Array | int, buffer: jax.Array | int, unroll: bool = False) -> None:
+        copy(row, chunk, buffer, lambda dma: dma.start(), unroll)
 
     def walk(row: jax.Array, body: Callable[..., Any], carry: Any) -> Any:
         length = dealt.length[row]
@@ -156,7 +173,7 @@ def for_each_row(
 
             @pl.when(chunk + 1 < chunks)
             def _() -> None:
-                start(row, chunk + 1, 1 - buffer)
+                start(row, chunk + 1, 1 - buffer, unroll=True)
 
             @pl.when((chunk + 1 == chunks) & (turn + cores < count))
             def _() -> None:

@@ -22,9 +22,9 @@ Row = dict[str, Any]
 def run(study: Study, path: Path) -> list[Row]:
     """The rows of a study; those that `path` has are taken from it, and it is written after each new one."""
     rows: list[Row] = json.loads(path.read_text("utf-8"))["rows"] if path.exists() else []
-    wanted = {(case.label, rate) for case in study.cases for rate in study.rates}
-    rows = [row for row in rows if not study.rates or (row["case"], row["rate"]) in wanted]
-    done = {(row["case"], row.get("rate") if study.rates else None) for row in rows}
+    wanted = {(case.label, rate) for case in study.cases for rate in (study.rates or (None,))}
+    rows = [row for row in rows if (row["case"], row.get("rate")) in wanted]
+    done = {(row["case"], row.get("rate")) for row in rows}
     points = [(case, rate) for case in study.cases for rate in (study.rates or (None,))]
     for case, rate in tqdm([p for p in points if (p[0].label, p[1]) not in done], desc=study.name, unit="point"):
         start = max((max(row["rates"].values()) for row in rows if "rates" in row), default=1.0)

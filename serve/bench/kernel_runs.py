@@ -83,15 +83,22 @@ class Inputs(NamedTuple):
 
 
 def implementations(device: jax.Device) -> list[Implementation]:
-    """All that could run on `device`; importing or running one may fail."""
+    """All that could run on `device`; importing or running one may fail, and then only when it is called."""
     found = [Implementation("xla", "kv", _xla_kv), Implementation("xla", "hidden", _xla_hidden)]
     if device.platform in ("gpu", "tpu"):
-        kernels = dispatch.kernels_for(device)
+
+        def kv(q: jax.Array, pool: jax.Array, first: jax.Array, second: jax.Array, length: jax.Array) -> Partial:
+            return dispatch.kernels_for(device).kv_decode(q, pool, first, second, length)
+
+        def hidden(q: jax.Array, pool: jax.Array, first: jax.Array, _: jax.Array, length: jax.Array) -> Partial:
+            return dispatch.kernels_for(device).hidden_decode(q, pool, first, length)
+
+        theirs = _jax_gpu if device.platform == "gpu" else _jax_tpu
         found = [
-            Implementation("pallas", "kv", lambda q, pool, a, b, n: kernels.kv_decode(q, pool, a, b, n)),
-            Implementation("pallas", "hidden", lambda q, pool, a, b, n: kernels.hidden_decode(q, pool, a, n)),
+            Implementation("pallas", "kv", kv),
+            Implementation("pallas", "hidden", hidden),
             *found,
-            Implementation("jax", "kv", _jax_gpu if device.platform == "gpu" else _jax_tpu, by_head=True),
+            Implementation("jax", "kv", theirs, by_head=True),
         ]
     return found
 
@@ -160,13 +167,20 @@ def make_inputs(shape: Shape, way: str, block_size: int, seed: int = 0) -> Input
     wide = D if way == "hidden" else config.head_dim
     return Inputs(
         jax.random.normal(keys[0], (R, N, wide), jnp.bfloat16) * wide**-0.5,
-        jax.jit(lambda key: jax.random.normal(key, (layers * blocks, block_size, D), jnp.bfloat16))(keys[1]),
+        jax.jit(_vectors, static_argnums=1)(keys[1], (layers * blocks, block_size, D)),
         jnp.asarray(order[0]),
         jnp.asarray(order[-1]),
         jnp.full((R,), shape.context_tokens, jnp.int32),
         layers,
         blocks,
     )
+
+
+def _vectors(key: jax.Array, shape: tuple[int, int, int]) -> jax.Array:
+    """Random numbers for a pool; a part is drawn and repeated, since drawing takes several times their memory."""
+    drawn = min(shape[0], 1021)  # a prime, so that no table's stride repeats with it
+    part = jax.random.normal(key, (drawn, *shape[1:]), jnp.bfloat16)
+    return jnp.tile(part, (-(-shape[0] // drawn), 1, 1))[: shape[0]]
 
 
 def _expected(inputs: Inputs, way: str) -> Partial:
