@@ -48,7 +48,9 @@ class FakeEngine:
     def __init__(
         self, config: EngineConfig | None = None, tokenizer: Any = None, *, num_blocks: int = 64, paced: bool = False
     ):
-        self.config = config or EngineConfig(max_num_seqs=4, max_num_queued_reqs=8, max_num_batched_tokens=64)
+        self.config = config or EngineConfig(
+            max_num_seqs=4, max_num_queued_reqs=8, max_num_batched_tokens=64, scheduling_policy="fcfs"
+        )
         self.model_config = ModelConfig(vocab_size=VOCABULARY, max_position_embeddings=128)
         self.max_model_len = 128
         self.tokenizer = tokenizer
