@@ -95,7 +95,7 @@ def test_real_iterations_refine_the_model(model, async_scheduling):
     recent = list(engine.calibration._recent)
     assert len(recent) > 50
     seconds = np.array([o.seconds for o in recent])
-    assert (seconds > 0).all() and np.median(seconds) in (1.0, 2.0)  # it reads the clock once or twice
+    assert (seconds > 0).all() and np.median(seconds) in (1.0, 2.0, 3.0)  # it reads the clock up to three times
     engine.calibration._since_fit = 10**6
     assert engine.calibration.observe(recent[0].load, recent[0].seconds)
     assert np.median(relative_errors(engine.calibration.model, recent)) < 0.15
