@@ -261,3 +261,25 @@ def test_several_late_ones_admitted_at_once_take_no_more_seats_than_there_are():
     for i in range(10):
         step(state, policy, 100.0 + i)  # checks that no more run than may
     assert any(r.request_id.startswith("late") for r in state.running)
+
+
+def test_a_preempted_request_gives_back_what_it_holds_not_what_it_was_going_to_take():
+    """Without a cost model, a prefill iteration: the late one holds 4 blocks and needs 6 for its next token."""
+    state, policy = make_state(11), make_policy("apt:prediction=off:fallback=constant")
+    state.add(request(8, 9, name="late", slo=Slo(0.01, 0.01)))
+    state.add(request(6, 9, name="fine", slo=Slo(60.0, 60.0)))
+    step(state, policy, 0.0, 0.02)
+    assert state.pool.num_free == 3
+    state.add(request(16, 2, arrival_s=0.02, name="fresh"))  # 8 blocks: 3 and 4 are too few
+    for k in range(1, 9):
+        step(state, policy, 0.5 * k, 0.02)
+
+
+def test_plans_stay_within_the_pool_in_long_random_runs():
+    """Many small requests around page boundaries, with and without a cost model."""
+    rng = np.random.default_rng(11)
+    for k in range(12):
+        policy = make_policy(("apt", "apt:mixed=off", "apt-paper")[k % 3], PolicyContext(TINY if k % 2 else None))
+        state = make_state(int(rng.integers(32, 60)), 4, 6, 32, ("hybrid", "kv", "hidden")[k % 3], watermark=1)
+        sizes = rng.integers(1, (40, 20, 100), (60, 3))
+        serve(state, policy, [request(int(p), int(o), 0.05 * int(a)) for p, o, a in sizes], (0.01, 0.4)[k % 2])

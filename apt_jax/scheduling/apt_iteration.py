@@ -41,6 +41,7 @@ class Iteration:
         self.pages_w, self.pages_r = waiting.pages(self.block_size), running.pages(self.block_size)
         self.blocks_r = running.pages_held * running.blocks_per_page
         self.need_r = np.maximum(self.blocks_r, self.pages_r * running.blocks_per_page)
+        self.claims_r = self.blocks_r  # what preempting gives back: `_shed` adds the growth that it has set aside
         self.preempted: dict[int, Reason] = {}
         self.admitted: list[tuple[int, CacheKind, Reason]] = []
         self.free = state.pool.num_free
@@ -145,7 +146,7 @@ class Iteration:
 
     def _shed(self, decodes: Bools) -> None:
         """Preempt the running requests worth least per block if the blocks do not last for this iteration."""
-        need = np.where(decodes, self.need_r, self.blocks_r)
+        self.claims_r = need = np.where(decodes, self.need_r, self.blocks_r)
         growth = int((need - self.blocks_r).sum())
         if growth <= self.free:
             self.free -= growth
@@ -179,7 +180,7 @@ class Iteration:
                 seats -= 1
         spare = self.state.limits.watermark_blocks if len(self.running) > len(self.preempted) or self.admitted else 0
         evictable = self._evictable()
-        held = int(self.need_r[evictable].sum())
+        held = int(self.claims_r[evictable].sum())
         room = self.free - spare
         if room + held < min(kind.blocks_per_page for kind in self.kinds):
             return
@@ -230,7 +231,7 @@ class Iteration:
     def _take(self, order: Ints, hidden: Bools, seats: int, room: int, evictable: Ints) -> None:
         """Admit in order while seats, blocks and the forecast allow; late running requests make room."""
         forecast = self._forecast()
-        victims = list(evictable[np.argsort(-self.need_r[evictable], kind="stable")])
+        victims = list(evictable[np.argsort(-self.claims_r[evictable], kind="stable")])
         needs = self.pages_w[order] * np.where(hidden, 1, 2)
         smallest = np.minimum.accumulate(needs[::-1])[::-1]  # of this and all that follow
         for i, is_hidden, need, least in zip(
@@ -243,8 +244,8 @@ class Iteration:
             while (need > room or seats <= 0) and victims and not late:
                 victim = int(victims.pop(0))
                 self.preempted[victim] = Reason.PREEMPTED_LATE
-                room += int(self.need_r[victim])
-                self.free += int(self.need_r[victim])
+                room += int(self.claims_r[victim])
+                self.free += int(self.claims_r[victim])
                 seats += 1
                 if forecast is not None:
                     forecast += self._expected_r(np.array([victim]))[0]
@@ -279,7 +280,7 @@ class Iteration:
             if victim in self.preempted or self.lane_r[victim]:
                 continue
             self.preempted[victim] = Reason.PREEMPTED_FOR_LONGEST_LATE
-            self.free += int(self.need_r[victim])
+            self.free += int(self.claims_r[victim])
             gained += 1
             if self._fits_lane(i) and seats + gained > 0:
                 break
