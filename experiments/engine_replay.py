@@ -164,7 +164,7 @@ def main() -> None:
         tqdm.write(f"{rate:>6g} " + " ".join(cells))
     for target in (0.9, 0.99):
         fcfs, apt = (effective(rates, found[setup], target) for setup in setups)
-        ratio = f"{apt / fcfs:.2f} x" if fcfs else "fcfs never reaches it"
+        ratio = f"{apt / fcfs:.2f} x" if fcfs else "fcfs does not reach it at any of these rates"
         print(f"effective throughput at {target:.0%}: fcfs/kv {fcfs:.2f}, apt/hybrid {apt:.2f} requests/s, {ratio}")
     if args.json is not None:
         rows = {"/".join(setup): found[setup] for setup in setups}

@@ -72,7 +72,7 @@ class Ledger:
         self._base = 0  # arrival number of row 0
         self._next = 0  # first arrival number never seen
         self._static = np.zeros((capacity, 5))  # arrival, both SLOs, prompt, most new tokens
-        self._paused = np.zeros((capacity, 6))  # what a waiting request looked like when it last ran
+        self._paused = np.zeros((capacity, 8))  # what a waiting request looked like when it last ran
         self._ran: list[Request] = []
         self._static_r = np.zeros((0, 5))
         self._waiting = _queue([], self._static_r, np.zeros((0, 8)))
@@ -90,16 +90,15 @@ class Ledger:
                 (r.arrival_s, r.slo.ttft_s, r.slo.tbt_s, len(r.prompt_token_ids), r.max_new_tokens) for r in fresh
             ]
         if paused:
-            self._paused[[r.order - self._base for r in paused]] = _dynamic(paused)
+            self._paused[[r.order - self._base for r in paused]] = _rows(paused)
         self._next = max(self._next, newest + 1)
         if fresh or paused or waiting != self._waiting.requests:
             index = self._index(waiting)
-            rows = np.column_stack([self._paused[index], np.zeros((len(waiting), 2))])
-            self._waiting = _queue(list(waiting), self._static[index], rows)
+            self._waiting = _queue(list(waiting), self._static[index], self._paused[index])
         if running != self._ran:
             self._ran, self._static_r = list(running), self._static[self._index(running)]
-        rows = np.array([(*row, *_held(r)) for row, r in zip(_dynamic(running), running, strict=True)], np.float64)
-        return self._waiting, _queue(self._ran, self._static_r, rows.reshape(-1, 8))
+        rows = np.array(_rows(running), np.float64).reshape(-1, 8)
+        return self._waiting, _queue(self._ran, self._static_r, rows)
 
     def _index(self, requests: list[Request]) -> Ints:
         return np.array([r.order for r in requests], np.int64) - self._base
@@ -124,13 +123,6 @@ def _queue(requests: list[Request], static: Floats, rows: Floats) -> Queue:
     )  # fmt: skip
 
 
-def _held(request: Request) -> tuple[int, int]:
-    """Pages held, and blocks per page."""
-    table = request.table
-    assert table is not None
-    return len(table.first), table.kind.blocks_per_page
-
-
 def _newer(queue: list[Request], order: int) -> list[Request]:
     """Requests from the end of `queue` that arrived as number `order` or later."""
     found = []
@@ -141,19 +133,20 @@ def _newer(queue: list[Request], order: int) -> list[Request]:
     return found
 
 
-def _dynamic(requests: list[Request]) -> list[tuple[float, ...]]:
-    """A row per request: since, tokens, uncomputed, late gaps, started, missed first token."""
+def _rows(requests: list[Request]) -> list[tuple[float, ...]]:
+    """A row per request: since, tokens, uncomputed, late gaps, started, missed first token, pages, blocks per page."""
     rows: list[tuple[float, ...]] = []
+    add = rows.append
     for r in requests:
         tokens = len(r.prompt_token_ids) + len(r.output_token_ids) + r.num_inflight_tokens
-        last_s, first_s = r.last_token_s, r.first_token_s
+        first_s, table = r.first_token_s, r.table
+        pages, per_page = (0, 0) if table is None else (len(table.first), 2 if table.second else 1)
         uncomputed = tokens - r.num_computed_tokens
         if first_s is None:
-            rows.append((r.arrival_s, tokens, uncomputed, r.num_late_gaps, 0, 0))
+            add((r.arrival_s, tokens, uncomputed, r.num_late_gaps, 0, 0, pages, per_page))
         else:
             missed = first_s - r.arrival_s > r.slo.ttft_s
-            assert last_s is not None
-            rows.append((last_s, tokens, uncomputed, r.num_late_gaps, 1, missed))
+            add((r.last_token_s, tokens, uncomputed, r.num_late_gaps, 1, missed, pages, per_page))  # type: ignore[arg-type]
     return rows
 
 
