@@ -15,7 +15,8 @@ from starlette.responses import JSONResponse, Response
 from serve.dashboard import dashboard_route
 from serve.debug_routes import DebugRoutes
 from serve.errors import CLIENT_CLOSED_REQUEST, ERROR_REPLIES, error_body, error_reply
-from serve.generation_routes import GENERATION_PATHS, GenerationRoutes
+from serve.generation_routes import GenerationRoutes
+from serve.kinds import KINDS_BY_PATH
 from serve.middleware import ApiKeys, HeaderLimit, RequestIds
 from serve.model_routes import ModelRoutes
 from serve.openapi import openapi_route
@@ -59,7 +60,7 @@ def create_app(service: Service, resumption: Resumption | None = None) -> Starle
 
     async def error(http: Request, error: Exception) -> Response:
         status, body, headers = error_reply(error)
-        if http.url.path in GENERATION_PATHS and status != 500:
+        if http.url.path in KINDS_BY_PATH and status != 500:
             service.refused(body["error"]["code"] or "bad_request")
         return JSONResponse(body, status, headers)
 

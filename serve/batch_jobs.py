@@ -4,7 +4,7 @@ import dataclasses
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,20 +15,14 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from apt_jax.config import EngineConfig
 from apt_jax.output import Output
 from serve.batch_file import MAX_LINE_BYTES, Line, ResultFile, count_lines, read_lines
-from serve.chat_completions import ChatCompletion
-from serve.chat_protocol import parse_chat
-from serve.completions import Completion
 from serve.driver import Driver
 from serve.errors import BadRequest, EngineFailure, error_reply
 from serve.generation import Generation, ServedModel, as_bad_request
+from serve.kinds import KINDS_BY_PATH
 from serve.options import DEMO_NAME, LoadOptions
-from serve.protocol import GenerationRequest, Strict, first_fault, parse_completion, parse_json
+from serve.protocol import Strict, first_fault, parse_json
 from serve.samples import Sample
 
-KINDS: dict[str, tuple[Callable[[object], GenerationRequest], type[Generation[Any]]]] = {
-    "/v1/completions": (parse_completion, Completion),
-    "/v1/chat/completions": (parse_chat, ChatCompletion),
-}
 MAX_ATTEMPTS = 3  # at a line on which the engine fails
 HOPELESS = 4  # times as many failures in a row as requests run at once mean that the engine is broken
 
@@ -139,7 +133,7 @@ class BatchJob:
 
     def _prepare(self, line: Line, request: BatchLine) -> Work:
         """Raises BadRequest: the body is not valid here."""
-        parse, kind = KINDS[request.url]
+        parse, kind = KINDS_BY_PATH[request.url]
         body = parse(request.body)
         if body.stream:
             raise BadRequest("stream is not possible in a batch; leave it out", "stream")
@@ -214,9 +208,9 @@ def parse_line(line: Line) -> BatchLine:
         request = BatchLine.model_validate(value)
     except ValidationError as error:
         raise LineError(str(first_fault(error, BatchLine)), "invalid_line", known_id) from error
-    if request.method != "POST" or request.url not in KINDS:
+    if request.method != "POST" or request.url not in KINDS_BY_PATH:
         raise LineError(
-            f"{request.method} {request.url} cannot be answered in a batch; POST {' and '.join(KINDS)} can",
+            f"{request.method} {request.url} cannot be answered in a batch; POST {' and '.join(KINDS_BY_PATH)} can",
             *("unsupported_url", known_id),
         )
     return request

@@ -6,6 +6,7 @@ import logging
 import time
 import uuid
 from collections.abc import AsyncGenerator, Callable, Iterable
+from functools import partial
 from typing import Any
 
 from starlette.concurrency import run_in_threadpool
@@ -13,17 +14,14 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from serve.chat_completions import ChatCompletion
-from serve.chat_protocol import parse_chat
-from serve.completions import Completion
 from serve.errors import CLIENT_CLOSED_REQUEST, RequestTimeout, error_reply
 from serve.generation import Generation, as_bad_request
 from serve.group import Group
-from serve.protocol import GenerationRequest, parse_completion, parse_json
+from serve.kinds import KINDS_BY_PATH, Kind
+from serve.protocol import GenerationRequest, parse_json
 from serve.service import Service
 from serve.sse import SseResponse, close_on_disconnect, event
 
-GENERATION_PATHS = ("/v1/completions", "/v1/chat/completions")
 LONG_TEXT_CHARS = 4096  # longer prompts are tokenised off the event loop
 
 logger = logging.getLogger("apt_jax.requests")
@@ -37,27 +35,14 @@ class GenerationRoutes:
 
     def routes(self) -> list[Route]:
         """For the application."""
-        return [
-            Route("/v1/completions", self.completions, methods=["POST"]),
-            Route("/v1/chat/completions", self.chat, methods=["POST"]),
-        ]
+        return [Route(path, partial(self._generate, kind), methods=["POST"]) for path, kind in KINDS_BY_PATH.items()]
 
-    async def completions(self, http: Request) -> Response:
-        """POST /v1/completions."""
-        return await self._generate(http, parse_completion, Completion)
-
-    async def chat(self, http: Request) -> Response:
-        """POST /v1/chat/completions."""
-        return await self._generate(http, parse_chat, ChatCompletion)
-
-    async def _generate[Body: GenerationRequest](
-        self, http: Request, parse: Callable[[object], Body], kind: type[Generation[Body]]
-    ) -> Response:
+    async def _generate(self, kind: Kind, http: Request) -> Response:
         service = self._service
         arrival_s = time.monotonic()
         service.check_accepts()
-        body = parse(parse_json(await service.read_body(http)))
-        generation = await self._prepare(body, kind, http, arrival_s)
+        body = kind.parse(parse_json(await service.read_body(http)))
+        generation = await self._prepare(body, kind.generation, http, arrival_s)
         if service.options.log_requests:
             fields = {"id": generation.request_id, "request_id": http.state.request_id}
             logger.info("body %s", body.model_dump_json(exclude_none=True, warnings=False), extra={"fields": fields})

@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from apt_jax.request import Request
-from apt_jax.scheduling.plan import Plan
 from serve.observer import Observer, Stepped
 from serve.slo_report import slo_report
 
@@ -61,7 +60,8 @@ class History(Observer):
     def stepped(self, engine: "Engine", step: Stepped) -> None:
         """Take in the step's plan."""
         with self._lock:
-            self._take(engine.last_plan, step.began_s)
+            for action, request, reason in engine.last_plan.decisions():
+                self._story(request).add(action, reason.value, step.began_s)
             for output in step.outputs:
                 if output.finish_reason is not None:
                     story = self._story(output.request)
@@ -75,16 +75,6 @@ class History(Observer):
         with self._lock:
             names = [n for n in self._stories if n == request_id or n.startswith(f"{request_id}-")]
             return [_shown(self._stories[name]) for name in names]
-
-    def _take(self, plan: Plan, now: float) -> None:
-        for action, entries in (
-            ("preempted", plan.preempted), ("converted", plan.converted), ("scheduled", plan.scheduled),
-        ):  # fmt: skip
-            for entry in entries:
-                self._story(entry.request).add(action, entry.reason.value, now)
-        for waited in plan.waited:
-            for request in waited.requests:
-                self._story(request).add("waited", waited.reason.value, now)
 
     def _story(self, request: Request) -> Story:
         story = self._stories.get(request.request_id)

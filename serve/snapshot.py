@@ -7,25 +7,18 @@ that was really used, and the tokens so far.
 import dataclasses
 import json
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from apt_jax.output import TokenLogprobs
 from apt_jax.request import FinishReason, SamplingParams, Slo
-from serve.chat_completions import ChatCompletion
-from serve.chat_protocol import parse_chat
-from serve.completions import Completion
 from serve.errors import BadRequest
 from serve.generation import Choice, Generation, ServedModel
-from serve.protocol import GenerationRequest, parse_completion
+from serve.kinds import KINDS_BY_PREFIX
 from serve.samples import Sample
 
 VERSION = 1
-KINDS: dict[str, tuple[Callable[[object], GenerationRequest], type[Generation[Any]]]] = {
-    Completion.ID_PREFIX: (parse_completion, Completion),
-    ChatCompletion.ID_PREFIX: (parse_chat, ChatCompletion),
-}
 
 
 def write_snapshot(path: Path, records: Iterable[dict[str, Any]]) -> int:
@@ -61,7 +54,7 @@ def read_snapshot(path: Path) -> list[dict[str, Any]]:
             version, kind = record["version"], record["kind"]
         except (ValueError, TypeError, KeyError) as error:
             raise ValueError(f"{path} line {number} is no snapshot of a request; choose another file") from error
-        if version != VERSION or kind not in KINDS:
+        if version != VERSION or kind not in KINDS_BY_PREFIX:
             raise ValueError(f"{path} line {number} is of version {version}, this server reads {VERSION}")
         records.append(record)
     return records
@@ -74,7 +67,7 @@ def restore(record: dict[str, Any], model: ServedModel) -> tuple[Generation[Any]
         ValueError: the record is damaged.
     """
     try:
-        parse, kind = KINDS[record["kind"]]
+        parse, kind = KINDS_BY_PREFIX[record["kind"]]
         samples = [_sample(entry) for entry in record["samples"]]
         generation = kind(
             *(parse(record["body"]), record["id"], model.name, model.engine.tokenizer),

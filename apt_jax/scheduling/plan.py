@@ -1,6 +1,7 @@
 """A Plan: what one iteration does, and why. Frozen data; policies make it, `SchedulerState.apply` carries it out."""
 
 import enum
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -89,3 +90,15 @@ class Plan:
     def num_tokens(self) -> int:
         """Tokens that the model runs."""
         return sum(entry.num_tokens for entry in self.scheduled)
+
+    def decisions(self) -> Iterator[tuple[str, Request, Reason]]:
+        """What was decided about each request, in the order it is applied, then those that wait."""
+        for preempted in self.preempted:
+            yield "preempted", preempted.request, preempted.reason
+        for converted in self.converted:
+            yield "converted", converted.request, converted.reason
+        for scheduled in self.scheduled:
+            yield "scheduled", scheduled.request, scheduled.reason
+        for waited in self.waited:
+            for request in waited.requests:
+                yield "waited", request, waited.reason

@@ -29,18 +29,12 @@ class PlanLog:
 
     def of_request(self, request_id: str) -> list[dict[str, Any]]:
         """What each plan kept did with one request: `{number, now_s, action, reason}`, oldest first."""
-        found = []
-        for number, now, plan in list(self._entries):
-            for action, entries in (
-                ("preempted", plan.preempted), ("converted", plan.converted), ("scheduled", plan.scheduled),
-            ):  # fmt: skip
-                for entry in entries:
-                    if entry.request.request_id == request_id:
-                        found.append({"number": number, "now_s": now, "action": action, "reason": entry.reason.value})
-            for waited in plan.waited:
-                if any(request.request_id == request_id for request in waited.requests):
-                    found.append({"number": number, "now_s": now, "action": "waited", "reason": waited.reason.value})
-        return found
+        return [
+            {"number": number, "now_s": now, "action": action, "reason": reason.value}
+            for number, now, plan in list(self._entries)
+            for action, request, reason in plan.decisions()
+            if request.request_id == request_id
+        ]
 
 
 def plan_dict(number: int, now: float, plan: Plan) -> dict[str, Any]:
