@@ -49,9 +49,8 @@ class _Flight:
 
     batch: Batch
     sampled: Sampled | None
-    load: StepLoad
+    load: StepLoad | None  # what it works through, if its time will be learned
     started_s: float
-    is_measurable: bool  # nothing was compiled for it
 
 
 @dataclass
@@ -111,6 +110,8 @@ class Engine:
         self.calibration = Calibration(base_model(self))
         self.policy_context = PolicyContext(seed=config.seed)
         self.policy = make_policy(config.scheduling_policy, self.policy_context)
+        # Whether iterations are timed to refine the cost model; only some policies look at that.
+        self.learns_times = config.calibrate and getattr(self.policy, "uses_cost_model", False)
         self.last_plan = Plan()
         self.last_schedule_s = 0.0
         self.num_failed_steps = 0
@@ -138,7 +139,7 @@ class Engine:
         started = time.perf_counter()
         self.runner.compile_all(progress)
         logger.info("compiled %d programs in %.1f s", self.runner.num_programs, time.perf_counter() - started)
-        if self.config.calibrate and getattr(self.policy, "uses_cost_model", False):
+        if self.learns_times:
             self.calibration = calibrate(self)
             self._use_cost_model()
         self._compilations.reset()
@@ -282,8 +283,8 @@ class Engine:
             if spans:
                 batch, programs = self.builder.build(spans), self.runner.num_programs
                 sampled = self.runner.dispatch(batch)
-                is_measurable = programs == self.runner.num_programs
-                self._inflight.append(_Flight(batch, sampled, step_load(plan, spans), now, is_measurable))
+                is_measurable = self.learns_times and programs == self.runner.num_programs  # nothing was compiled
+                self._inflight.append(_Flight(batch, sampled, step_load(plan, spans) if is_measurable else None, now))
         except Exception as error:
             logger.exception("an iteration failed; its requests end with an error")
             self._recover(str(error) or type(error).__name__)
@@ -334,7 +335,7 @@ class Engine:
 
     def _learn_time(self, flight: _Flight, now: float) -> None:
         """Refine the cost model by an iteration that ended `now`: it began when the one before had ended."""
-        if flight.is_measurable and self._device_free_s is not None:
+        if flight.load is not None and self._device_free_s is not None:
             seconds = now - max(flight.started_s, self._device_free_s)
             if self.calibration.observe(flight.load, seconds):
                 self._use_cost_model()
