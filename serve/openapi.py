@@ -48,6 +48,11 @@ class Operation:
         return replace(self, statuses=(*POST_STATUSES, 504), parameters=SLO_HEADERS, streams=True)
 
 
+EVENT: dict[str, Any] = {  # of a stream: until OpenAPI 3.2 the schema is that of each event
+    "type": "object",
+    "required": ["data"],
+    "properties": {"data": {"type": "string", "description": "a chunk or an error as JSON; at the end [DONE]"}},
+}
 NAME_PARAMETER = {"name": "name", "in": "path", "required": True, "schema": {"type": "string"}}
 POST_STATUSES = (400, 404, 413, 500, 503)
 OPERATIONS = (
@@ -103,7 +108,7 @@ def document() -> dict[str, Any]:
 def _operation(operation: Operation, schemas: dict[Any, Any]) -> dict[str, Any]:
     content: dict[str, Any] = {operation.media_type: {"schema": schemas[operation.reply]}}
     if operation.streams:
-        content["text/event-stream"] = {"schema": {"type": "string"}}
+        content["text/event-stream"] = {"schema": EVENT}
     responses: dict[str, Any] = {"200": {"description": "done", "content": content}}
     for status in operation.statuses:
         reply = replies.Status if operation.reply is replies.Status else replies.Error
