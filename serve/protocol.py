@@ -35,7 +35,6 @@ NOT_SUPPORTED = {
     **dict.fromkeys(("add_special_tokens", "min_new_tokens", "lora_path", "spaces_between_special_tokens"), ""),
     **dict.fromkeys(("allowed_token_ids", "bad_words", "logits_processors", "documents", "mm_processor_kwargs"), ""),
     **dict.fromkeys(("continue_final_message", "chat_template", "chat_template_kwargs", "tool_calls"), ""),
-    "prompt_logprobs": "only generated tokens have log-probabilities here",
     "top_logprobs": "in /v1/completions, logprobs is the number of likely tokens",
     "max_completion_tokens": "in /v1/completions, it is called max_tokens",
     "echo": "it is a field of /v1/completions",
@@ -176,6 +175,7 @@ class GenerationRequest(Strict):
         WithJsonSchema(LOGIT_BIAS_SCHEMA),
     ] = None
     seed: int | None = ranged("seed")
+    prompt_logprobs: int | None = ranged("prompt_logprobs")
     stop: Annotated[
         tuple[str, ...] | None,
         PlainValidator(
@@ -235,8 +235,23 @@ class CompletionRequest(GenerationRequest):
         tuple[PromptItem, ...],
         PlainValidator(parse_prompt, json_schema_input_type=PromptForms),
     ]
+    max_tokens: int | None = Field(default=None, json_schema_extra={"minimum": 0})
     logprobs: int | None = ranged("logprobs")
     echo: bool | None = None
+
+    @property
+    def is_prompt_only(self) -> bool:
+        """Whether the prompt is to be echoed and nothing generated."""
+        return bool(self.echo) and self.max_tokens == 0
+
+    def sampling_fields(self) -> dict[str, Any]:
+        """Keywords of `SamplingParams`. The engine generates at least one token, here to be dropped."""
+        fields = super().sampling_fields()
+        if self.is_prompt_only:
+            fields["max_tokens"] = 1
+        if self.echo and self.logprobs is not None and (self.prompt_logprobs or 0) >= 0:
+            fields["prompt_logprobs"] = max(self.logprobs, self.prompt_logprobs or 0)
+        return fields
 
     @property
     def default_max_tokens(self) -> int | None:
@@ -278,9 +293,9 @@ def parse_completion(value: object) -> CompletionRequest:
         BadRequest: one sentence that names the field, and its value where that helps.
     """
     body = parse_body(value, CompletionRequest)
-    check_stream_options(body)
-    if body.echo and body.logprobs is not None:
-        raise BadRequest("logprobs of the prompt are not supported; leave out echo or logprobs", "logprobs")
+    check_stream(body)
+    if body.is_prompt_only and body.min_tokens:
+        raise BadRequest(f"min_tokens={body.min_tokens} is more than max_tokens=0", "min_tokens")
     return body
 
 
@@ -298,8 +313,10 @@ def parse_body[Body: BaseModel](value: object, model: type[Body]) -> Body:
         raise first_fault(error, model) from error
 
 
-def check_stream_options(body: GenerationRequest) -> None:
-    """Raises BadRequest if there are options of a stream without one."""
+def check_stream(body: GenerationRequest) -> None:
+    """Raises BadRequest if there are options of a stream without one, or what a stream has no place for."""
+    if body.stream and body.prompt_logprobs is not None:
+        raise BadRequest("prompt_logprobs is only possible without stream, as in vLLM", "prompt_logprobs")
     if body.stream_options is not None and not body.stream:
         raise BadRequest("stream_options is only allowed with stream=true", "stream_options")
 
