@@ -160,7 +160,12 @@ class FakeEngine:
         prompt_logprobs = None
         if request.params.prompt_logprobs is not None and request.first_token_s == request.last_token_s:
             prompt_logprobs = tuple(
-                TokenLogprobs(i, -1.5, 2, tuple((i + 1 - k, -0.5 - k) for k in range(request.params.prompt_logprobs)))
+                TokenLogprobs(
+                    i,
+                    -1.5,
+                    2,
+                    tuple(((i + 1 - k) % VOCABULARY, -0.5 - k) for k in range(request.params.prompt_logprobs)),
+                )
                 for i in request.prompt_token_ids[1:]
             )
         return Output(request, text, (token,), logprobs, finish_reason, prompt_logprobs=prompt_logprobs)
