@@ -325,18 +325,15 @@ def slo_of(body: SloBody | None, headers: Mapping[str, str], default: Slo) -> Sl
     """The SLO of a request: its body's `slo`, else the headers x-slo-ttft-ms and x-slo-tbt-ms, else `default`.
 
     Raises:
-        BadRequest: a header is not a number of milliseconds from MIN_SLO_MS to MAX_SLO_MS.
+        BadRequest: a header is not a number of milliseconds from MIN_SLO_MS to MAX_SLO_MS, even if it is not needed.
     """
     chosen = {}
     for name, fallback in (("ttft", default.ttft_s), ("tbt", default.tbt_s)):
         in_body = None if body is None else getattr(body, f"{name}_ms")
         header = f"x-slo-{name}-ms"
-        if in_body is not None:
-            chosen[f"{name}_s"] = in_body / 1000
-        elif header in headers:
-            chosen[f"{name}_s"] = _milliseconds(header, headers[header]) / 1000
-        else:
-            chosen[f"{name}_s"] = fallback
+        in_header = _milliseconds(header, headers[header]) if header in headers else None
+        given_ms = in_header if in_body is None else in_body
+        chosen[f"{name}_s"] = fallback if given_ms is None else given_ms / 1000
     return Slo(**chosen)
 
 

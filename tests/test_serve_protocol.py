@@ -191,3 +191,5 @@ def test_a_bad_slo_header_is_refused(text):
     with pytest.raises(BadRequest, match="must be a number of milliseconds greater than 0") as caught:
         slo_of(None, {"x-slo-tbt-ms": text}, Slo())
     assert caught.value.param == "x-slo-tbt-ms"
+    with pytest.raises(BadRequest, match="must be a number of milliseconds greater than 0"):
+        slo_of(SloBody(tbt_ms=5.0), {"x-slo-tbt-ms": text}, Slo())  # the body goes before it, but wrong is wrong
