@@ -118,6 +118,7 @@ class Engine:
         self.last_plan = Plan()
         self.last_schedule_s = 0.0
         self.num_failed_steps = 0
+        self.compile_s = 0.0  # what `warm_up` took to compile, or to load what was compiled
         self._depth = 1 if config.async_scheduling else 0
         self._inflight: deque[_Flight] = deque()
         self._device_free_s: float | None = None  # when the last iteration ended, if that is known
@@ -142,7 +143,8 @@ class Engine:
         """Compile every shape, and measure the device if the policy uses that; afterwards nothing compiles."""
         started = time.perf_counter()
         self.runner.compile_all(progress)
-        logger.info("compiled %d programs in %.1f s", self.runner.num_programs, time.perf_counter() - started)
+        self.compile_s = time.perf_counter() - started
+        logger.info("compiled %d programs in %.1f s", self.runner.num_programs, self.compile_s)
         if self.learns_times:
             self.calibration = calibrate(self)
             self._use_cost_model()
