@@ -62,6 +62,14 @@ class Sampling(NamedTuple):
     wants_logprobs: Array  # bool [R]
 
 
+class ScoreChunk(NamedTuple):
+    """Prompt positions after which the log-probability of the token that followed is wanted."""
+
+    index: Array  # int32 [C]: index in Tokens; padding 0
+    target: Array  # int32 [C]: the token that followed; padding 0
+    requests: tuple[Request, ...]  # whose positions these are, without padding
+
+
 class Batch(NamedTuple):
     """One iteration's device input, and which request each row that samples is; these rows come first."""
 
@@ -72,6 +80,8 @@ class Batch(NamedTuple):
     sample_slot: Array  # int32 [sample_rows]: padding is max_num_seqs
     sample_length: Array  # int32 [sample_rows]: tokens before the one to sample
     requests: tuple[Request, ...]
+    spans: tuple[Span, ...]  # row by row
+    chunks: tuple[ScoreChunk, ...] = ()
 
 
 class BatchBuilder:
@@ -91,15 +101,15 @@ class BatchBuilder:
         self._second = np.zeros((num_slots + 1, self.table_pages), np.int32)
         self._sampling = empty_sampling(num_slots + 1)
 
-    def build(self, spans: Sequence[Span]) -> Batch:
-        """Arrays for one iteration. Rows that sample come first.
+    def build(self, spans: Sequence[Span], *, prefill: bool = False) -> Batch:
+        """Arrays for one iteration. Rows that sample come first. `prefill` forbids the shapes of mere decoding.
 
         Raises:
             ValueError: the spans exceed the largest bucket (the policy went past its limits).
         """
         spans = sorted(spans, key=lambda span: not span.samples)
         num_tokens = sum(span.num_tokens for span in spans)
-        bucket = self.buckets.choose(num_tokens, len(spans), decode_only=num_tokens == len(spans))
+        bucket = self.buckets.choose(num_tokens, len(spans), decode_only=num_tokens == len(spans) and not prefill)
         T, R = bucket.tokens, bucket.rows
         ids, on_device = np.zeros(T, np.int32), np.zeros(T, bool)
         row, position = np.full(T, R, np.int32), np.zeros(T, np.int32)
@@ -132,6 +142,7 @@ class BatchBuilder:
             sample_slot=sample_slot,
             sample_length=sample_length,
             requests=requests,
+            spans=tuple(spans),
         )
 
     def _seat(self, request: Request, *, restart: bool) -> int:

@@ -29,6 +29,7 @@ class Buckets:
         ]
         self.max_rows = max_num_seqs
         self.sample_rows = sorted({max(max_num_seqs // part, 1) for part in (16, 4, 1)})
+        self.score_rows = min(max(max_num_seqs // 4, 16), max_num_batched_tokens)  # prompt positions in one program
 
     def choose_sample_rows(self, num_samples: int) -> int:
         """The smallest shape of the sampling program that holds `num_samples` rows."""

@@ -23,9 +23,10 @@ from apt_jax.config import EngineConfig, ModelConfig
 from apt_jax.memory import MemoryPlan, plan_memory
 from apt_jax.opt import OPT
 from apt_jax.output import DeviceLost, Output, QueueFull, TokenLogprobs
+from apt_jax.prompt_logprobs import PromptLogprobs
 from apt_jax.request import FinishReason, Request, SamplingParams, Slo, Status
 from apt_jax.runner import Runner, Shapes, pages_multiple
-from apt_jax.sampling import Sampled
+from apt_jax.sampling import Sampled, Scored
 from apt_jax.scheduling.fit import Calibration
 from apt_jax.scheduling.plan import Plan
 from apt_jax.scheduling.policy import PolicyContext, make_policy
@@ -36,6 +37,7 @@ from apt_jax.tokenizer import IncrementalDetokenizer, Tokenizer
 
 logger = logging.getLogger(__name__)
 
+NOT_FINITE = "the model's logits are not finite (NaN or infinity)"
 WATERMARK = 0.01  # share of the pool kept free on admission, as vLLM
 
 
@@ -49,6 +51,7 @@ class _Flight:
 
     batch: Batch
     sampled: Sampled | None
+    scores: tuple[Scored, ...]  # of the batch's chunks
     load: StepLoad | None  # what it works through, if its time will be learned
     started_s: float
 
@@ -121,6 +124,7 @@ class Engine:
         self._device_free_s: float | None = None  # when the last iteration ended, if that is known
         self._requests: dict[str, Request] = {}
         self._texts: dict[str, _Text] = {}
+        self._prompt_logprobs = PromptLogprobs(buckets.score_rows)
         self._ended: list[Output] = []  # requests that ended outside a step
         self._compilations = Compilations()
         self._seeds = np.random.default_rng(config.seed)
@@ -189,6 +193,7 @@ class Engine:
             raise ValueError(f"output_token_ids has all {request.max_new_tokens} tokens that may be generated")
         self.state.add(request)
         self._requests[request_id] = request
+        self._prompt_logprobs.add(request)
         if self.tokenizer is not None:
             detokenizer = self.tokenizer.detokenizer(skip_special_tokens=params.skip_special_tokens)
             stop = StopText(params.stop or (), params.include_stop_str_in_output)
@@ -283,18 +288,27 @@ class Engine:
             if plan.converted:
                 self.runner.convert([c.request.table for c in plan.converted if c.request.table is not None])
             if spans:
-                batch, programs = self.builder.build(spans), self.runner.num_programs
+                batch, programs = self._build(spans), self.runner.num_programs
                 sampled = self.runner.dispatch(batch)
-                is_measurable = self.learns_times and programs == self.runner.num_programs  # nothing was compiled
-                self._inflight.append(_Flight(batch, sampled, step_load(plan, spans) if is_measurable else None, now))
+                scores = self.runner.score(batch) if batch.chunks else ()
+                compiled = programs != self.runner.num_programs
+                load = step_load(plan, spans) if self.learns_times and not compiled and not scores else None
+                self._inflight.append(_Flight(batch, sampled, scores, load, now))
         except Exception as error:
             logger.exception("an iteration failed; its requests end with an error")
             self._recover(str(error) or type(error).__name__)
+
+    def _build(self, spans: Sequence[Span]) -> Batch:
+        if not self._prompt_logprobs.wanted(spans):
+            return self.builder.build(spans)
+        batch = self.builder.build(spans, prefill=True)  # only prefill steps hand on every hidden state
+        return batch._replace(chunks=self._prompt_logprobs.ask(batch))
 
     def _recover(self, message: str) -> None:
         """After a failed device step nothing in the cache can be trusted: end all that runs, start afresh."""
         self.num_failed_steps += 1
         self._inflight.clear()
+        self._prompt_logprobs.rewind()
         self._device_free_s = None
         lost = [request for request in self.state.waiting if request.num_inflight_tokens > 0]  # just preempted
         for request in [*self.state.running, *lost]:
@@ -314,23 +328,26 @@ class Engine:
         self._end(head, FinishReason.ERROR, str(error))
 
     def _commit(self, flight: _Flight) -> list[Output]:
-        if flight.sampled is None:
+        if flight.sampled is None and not flight.scores:
             self._device_free_s = None  # nothing is read back, so nobody knows when it ends
             return []
         try:
-            host = self.runner.read(flight.sampled)
+            host, scores = self.runner.read((flight.sampled, flight.scores))
         except Exception as error:
             logger.exception("an iteration failed on the device; its requests end with an error")
             self._recover(str(error) or type(error).__name__)
             return []
         now = self._clock()
         self._learn_time(flight, now)
+        for request in self._prompt_logprobs.take(flight.batch.chunks, scores):
+            self._end(request, FinishReason.ERROR, NOT_FINITE)
         outputs = []
         for row, request in enumerate(flight.batch.requests):
+            assert host is not None
             if request.status is Status.FINISHED:
                 continue
             if not host.is_finite[row]:
-                self._end(request, FinishReason.ERROR, "the model's logits are not finite (NaN or infinity)")
+                self._end(request, FinishReason.ERROR, NOT_FINITE)
                 continue
             outputs.append(self._accept(request, row, host, now))
         return outputs
@@ -361,9 +378,11 @@ class Engine:
                 request.finish_reason = reason = FinishReason.STOP  # also where this token was the last allowed
             elif reason is not None:
                 shown += self._flush(text)
+        prompt_logprobs = self._prompt_logprobs.pop(request)
         if reason is not None:
             self._forget(request, now)
-        return Output(request, shown, (token,), self._token_logprobs(request, token, row, host), reason)
+        logprobs = self._token_logprobs(request, token, row, host)
+        return Output(request, shown, (token,), logprobs, reason, prompt_logprobs=prompt_logprobs)
 
     @staticmethod
     def _token_logprobs(request: Request, token: int, row: int, host: Sampled) -> tuple[TokenLogprobs, ...]:
@@ -398,6 +417,7 @@ class Engine:
     def _forget(self, request: Request, now: float) -> None:
         self._requests.pop(request.request_id, None)
         self._texts.pop(request.request_id, None)
+        self._prompt_logprobs.forget(request.request_id)
         self.policy.finished(request, now)
 
 

@@ -15,7 +15,7 @@ class DeviceLost(RuntimeError):
 
 @dataclass(frozen=True)
 class TokenLogprobs:
-    """Log-probabilities of one generated token, under the model's own distribution (before penalties)."""
+    """Log-probabilities of one token of prompt or output, under the model's own distribution (before penalties)."""
 
     token_id: int
     logprob: float
@@ -25,7 +25,10 @@ class TokenLogprobs:
 
 @dataclass(frozen=True)
 class Output:
-    """What one step brought one request. `finish_reason` is set exactly once, on the request's last Output."""
+    """What one step brought one request. `finish_reason` is set exactly once, on the request's last Output.
+
+    `prompt_logprobs`, of every prompt token but the first, come with the first token if they were asked for.
+    """
 
     request: Request
     text: str
@@ -33,3 +36,4 @@ class Output:
     logprobs: tuple[TokenLogprobs, ...]
     finish_reason: FinishReason | None
     error: str | None = None
+    prompt_logprobs: tuple[TokenLogprobs, ...] | None = None

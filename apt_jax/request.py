@@ -62,6 +62,7 @@ class SamplingParams:
         stop_token_ids: token ids that end the output; at most 64.
         ignore_eos: go on past the end-of-sequence token.
         logprobs: report the chosen token's log-probability and those of this many most likely tokens (0 to 20).
+        prompt_logprobs: the same for every token of the prompt but its first.
         skip_special_tokens: leave special tokens such as </s> out of the text.
 
     Raises:
@@ -84,6 +85,7 @@ class SamplingParams:
     stop_token_ids: Sequence[int] | None = ()
     ignore_eos: bool = False
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
     skip_special_tokens: bool = True
     include_stop_str_in_output: bool = False
 
@@ -146,9 +148,10 @@ RANGES = (  # field, lowest, highest value; whole numbers where the lowest is on
     ("max_tokens", 1, math.inf),
     ("min_tokens", 0, math.inf),
     ("logprobs", 0, MAX_LOGPROBS),
+    ("prompt_logprobs", 0, MAX_LOGPROBS),
     ("seed", -(2**63), 2**63 - 1),
 )
-_OPTIONAL = ("max_tokens", "logprobs", "seed")  # may be None
+_OPTIONAL = ("max_tokens", "logprobs", "prompt_logprobs", "seed")  # may be None
 
 
 def _by_token_id(bias: Mapping[int, float]) -> dict[int, float]:

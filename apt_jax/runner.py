@@ -27,7 +27,7 @@ from apt_jax.cache_arrays import convert_blocks, pool_shape
 from apt_jax.config import ModelConfig
 from apt_jax.opt import OPT
 from apt_jax.program_store import ProgramStore
-from apt_jax.sampling import Sampled, sample
+from apt_jax.sampling import Sampled, Scored, sample, score
 from pallas_kernels.dispatch import Kernels
 
 CONVERT_TOKENS = 256  # cached tokens that one call of the conversion program handles
@@ -72,9 +72,12 @@ class Runner:
         self._store = ProgramStore.beside_compile_cache(self.device)
         self._steps: dict[Bucket, Any] = {}
         self._samplers: dict[int, Any] = {}
+        self._gathers: dict[Bucket, Any] = {}
+        self._scorer: Any = None
         self._convert: Any = None
         self._pool: jax.Array
         self._history: jax.Array
+        self._hidden: jax.Array | None = None  # after every token of the last iteration, if `score` needs it
 
     @property
     def weight_bytes(self) -> int:
@@ -89,16 +92,19 @@ class Runner:
     @property
     def num_programs(self) -> int:
         """Compiled programs at hand."""
-        return len(self._steps) + len(self._samplers) + (self._convert is not None)
+        singles = (self._scorer is not None) + (self._convert is not None)
+        return len(self._steps) + len(self._samplers) + len(self._gathers) + singles
 
     def measure_activations(self, num_blocks: int) -> int:
-        """Bytes of temporaries of the largest step and sampling programs, as the compiler reports them.
+        """Bytes of temporaries of the largest programs, as the compiler reports them, and of what they hand on.
 
         They do not depend on `num_blocks`, since there is no copy of the pool; a good guess saves compiling again.
         """
         self._fit(num_blocks)
-        programs = (self._step(self.buckets.prefill[-1]), self._sampler(self.buckets.sample_rows[-1]))
-        return max(map(temporary_bytes, programs))
+        largest = self.buckets.prefill[-1]
+        programs = (self._step(largest), self._sampler(self.buckets.sample_rows[-1]), self._score_program())
+        hidden_bytes = largest.tokens * self.model_config.word_embed_proj_dim * self.dtype.itemsize
+        return max(map(temporary_bytes, programs)) + hidden_bytes
 
     def allocate(self, num_blocks: int) -> None:
         """Make pool and history; forgets programs compiled for another size."""
@@ -137,6 +143,10 @@ class Runner:
             for size in self.buckets.sample_rows:
                 if size not in self._samplers:
                     jobs[threads.submit(self._compile_sampler, size)] = keep(self._samplers, size)
+            for bucket in (bucket for bucket in self.buckets.prefill if bucket not in self._gathers):
+                jobs[threads.submit(self._compile_gather, bucket)] = keep(self._gathers, bucket)
+            if self._scorer is None:
+                jobs[threads.submit(self._compile_scorer)] = partial(setattr, self, "_scorer")
             if self.shapes.kinds.kv and self.shapes.kinds.hidden and self._convert is None:
                 jobs[threads.submit(self._compile_convert, self.num_blocks)] = partial(setattr, self, "_convert")
             for job in tqdm(as_completed(jobs), total=len(jobs), desc="compiling", disable=not progress):
@@ -145,11 +155,12 @@ class Runner:
     def dispatch(self, batch: Batch) -> Sampled | None:
         """Start one step; returns at once with arrays still being computed, or None if no row samples.
 
-        Replaces pool and history.
+        Replaces pool and history. If the batch has `chunks`, call `score` next.
         """
-        hidden, self._pool, self._history = self._step(batch.bucket)(
+        hidden, self._pool, self._history, every = self._step(batch.bucket)(
             self._weights, self._pool, self._history, batch.tokens, batch.rows
         )
+        self._hidden = every if batch.chunks else None
         if not batch.requests:
             return None
         sampled, self._history = self._sampler(len(batch.sample_slot))(
@@ -157,9 +168,18 @@ class Runner:
         )
         return sampled
 
-    def read(self, sampled: Sampled) -> Sampled:
+    def score(self, batch: Batch) -> tuple[Scored, ...]:
+        """Start what the batch's `chunks` ask for, after `dispatch` of it; returns at once, a result per chunk."""
+        scores = []
+        for chunk in batch.chunks:
+            hidden = self._gather(batch.bucket)(self._weights, self._hidden, chunk.index)
+            scores.append(self._score_program()(self._weights, hidden, chunk.target))
+        self._hidden = None
+        return tuple(scores)
+
+    def read[Results](self, results: Results) -> Results:
         """Wait for a step and bring its results to the host as numpy arrays: the one read-back of an iteration."""
-        return jax.device_get(sampled)
+        return jax.device_get(results)
 
     def convert(self, tables: Sequence[BlockTable]) -> None:
         """Compute keys and values for tables that have just become KV; keys sit where hidden vectors were."""
@@ -184,6 +204,16 @@ class Runner:
         if size not in self._samplers:
             self._samplers[size] = self._compile_sampler(size)
         return self._samplers[size]
+
+    def _gather(self, bucket: Bucket) -> Any:
+        if bucket not in self._gathers:
+            self._gathers[bucket] = self._compile_gather(bucket)
+        return self._gathers[bucket]
+
+    def _score_program(self) -> Any:
+        if self._scorer is None:
+            self._scorer = self._compile_scorer()
+        return self._scorer
 
     @property
     def _convert_pages(self) -> int:
@@ -214,11 +244,25 @@ class Runner:
             return run_sampling(self._model(weights), history, hidden, sampling, slot, length)
 
         sampling = Sampling(*(_abstract((size, *a.shape[1:]), a.dtype) for a in empty_sampling(1)))
-        hidden = _abstract((self.buckets.max_rows, self.model_config.word_embed_proj_dim), self.dtype)
+        hidden = self._abstract_hidden(self.buckets.max_rows)
         number = _abstract((size,), np.int32)
         return self._compile(
             "sampler", sampler, self._abstract_history(), hidden, sampling, number, number, donate=(1,)
         )
+
+    def _compile_gather(self, bucket: Bucket) -> Any:
+        def gather(weights, hidden, index):  # type: ignore[no-untyped-def]
+            return hidden[index]
+
+        index = _abstract((self.buckets.score_rows,), np.int32)
+        return self._compile("gather", gather, self._abstract_hidden(bucket.tokens), index, donate=())
+
+    def _compile_scorer(self) -> Any:
+        def scorer(weights, hidden, target):  # type: ignore[no-untyped-def]
+            return score(self._model(weights).logits(hidden), target)
+
+        rows = self.buckets.score_rows
+        return self._compile("scorer", scorer, self._abstract_hidden(rows), _abstract((rows,), np.int32), donate=())
 
     def _compile_convert(self, num_blocks: int) -> Any:
         def convert(weights, pool, hidden_blocks, value_blocks):  # type: ignore[no-untyped-def]
@@ -244,6 +288,9 @@ class Runner:
     def _abstract_pool(self, num_blocks: int) -> jax.ShapeDtypeStruct:
         return _abstract(pool_shape(self.model_config, num_blocks, self.shapes.block_size), self.dtype)
 
+    def _abstract_hidden(self, rows: int) -> jax.ShapeDtypeStruct:
+        return _abstract((rows, self.model_config.word_embed_proj_dim), self.dtype)
+
     def _abstract_history(self) -> jax.ShapeDtypeStruct:
         return _abstract((self.shapes.num_slots, self.shapes.max_model_len), np.int32)
 
@@ -259,12 +306,13 @@ def run_step(
     tokens: Tokens,
     rows: Rows,
     kernels: Kernels | None = None,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]:
     """One iteration of the model: tokens in, cache written. Pure; jitted by `Runner`.
 
     Returns:
         Hidden states `[max_rows, E]` after each row's last token (padded, so that sampling has one input shape),
-        the pool, and the history with this step's tokens.
+        the pool, the history with this step's tokens, and hidden states `[T, E]` after every token (None if
+        `decode_only`: they are the first).
     """
     slot = jnp.append(rows.slot, history.shape[0])[tokens.row]  # out of range for padding tokens
     ids = jnp.where(tokens.on_device, history[jnp.minimum(slot, history.shape[0] - 1), tokens.position], tokens.ids)
@@ -272,7 +320,8 @@ def run_step(
     attend = paged_attention(tokens, rows, kinds, num_blocks, decode_only=decode_only, kernels=kernels)
     hidden, pool = model(ids, tokens.position, attend, pool)
     last = hidden if decode_only else hidden[rows.last]
-    return jnp.pad(last, ((0, max_rows - last.shape[0]), (0, 0))), pool, history
+    last = jnp.pad(last, ((0, max_rows - last.shape[0]), (0, 0)))
+    return last, pool, history, None if decode_only else hidden
 
 
 def run_sampling(

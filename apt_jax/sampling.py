@@ -26,6 +26,15 @@ class Sampled(NamedTuple):
     top_logprobs: jax.Array  # float32 [R, MAX_LOGPROBS]
 
 
+class Scored(NamedTuple):
+    """How likely given tokens were, row by row."""
+
+    logprob: jax.Array  # float32 [R]; not a number where the logits are none
+    rank: jax.Array  # int32 [R]
+    top_ids: jax.Array  # int32 [R, MAX_LOGPROBS]
+    top_logprobs: jax.Array  # float32 [R, MAX_LOGPROBS]
+
+
 def sample(logits: jax.Array, history: jax.Array, num_tokens: jax.Array, sampling: Sampling) -> Sampled:
     """Choose each row's next token.
 
@@ -156,23 +165,19 @@ def _from_order_bits(bits: jax.Array) -> jax.Array:
     return jax.lax.bitcast_convert_type(jnp.where(bits < 0, bits ^ 0x7FFFFFFF, bits), jnp.float32)
 
 
-def _logprobs(logits: jax.Array, token: jax.Array, wanted: jax.Array) -> tuple[jax.Array, ...]:
-    R, V = logits.shape
-    top = min(MAX_LOGPROBS, V)
+def score(logits: jax.Array, token: jax.Array) -> Scored:
+    """Log-probability and rank of each row's `token` (int32 `[R]`) under `logits` (float32 `[R, V]`). Pure."""
+    logprobs = jax.nn.log_softmax(logits, axis=-1)
+    chosen = jnp.take_along_axis(logprobs, token[:, None], axis=-1)
+    rank = 1 + (logprobs > chosen).sum(-1)
+    values, ids = jax.lax.top_k(logprobs, min(MAX_LOGPROBS, logits.shape[1]))
+    return Scored(chosen[:, 0], rank.astype(jnp.int32), ids.astype(jnp.int32), values)
 
-    def compute() -> tuple[jax.Array, ...]:
-        logprobs = jax.nn.log_softmax(logits, axis=-1)
-        chosen = jnp.take_along_axis(logprobs, token[:, None], axis=-1)
-        rank = 1 + (logprobs > chosen).sum(-1)
-        values, ids = jax.lax.top_k(logprobs, top)
-        return chosen[:, 0], rank.astype(jnp.int32), ids.astype(jnp.int32), values
 
-    def nothing() -> tuple[jax.Array, ...]:
-        return (
-            jnp.zeros(R, jnp.float32),
-            jnp.zeros(R, jnp.int32),
-            jnp.zeros((R, top), jnp.int32),
-            jnp.zeros((R, top), jnp.float32),
-        )
+def _logprobs(logits: jax.Array, token: jax.Array, wanted: jax.Array) -> Scored:
+    shapes = jax.eval_shape(score, logits, token)
 
-    return jax.lax.cond(jnp.any(wanted), compute, nothing)
+    def nothing() -> Scored:
+        return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+
+    return jax.lax.cond(jnp.any(wanted), lambda: score(logits, token), nothing)

@@ -25,6 +25,11 @@ class ChatCompletion(Generation[ChatRequest]):
         text = render(body.messages, tokenizer, model.chat_template, generate=generate)
         return [tokenizer.encode(text, add_special_tokens=False)]  # the template writes the special ones
 
+    def response(self) -> dict[str, Any]:
+        """The whole object; `prompt_logprobs` is beside the choices, which share their prompt, as in vLLM."""
+        found = self._prompt_logprobs(self.choices[0])
+        return {**super().response(), **({} if found is None else {"prompt_logprobs": found})}
+
     def _object(self, choices: list[dict[str, Any]], stream: bool = False) -> dict[str, Any]:
         return {
             "id": self.request_id,

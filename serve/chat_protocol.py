@@ -7,7 +7,7 @@ from pydantic import Field
 
 from apt_jax.request import MAX_LOGPROBS
 from serve.errors import BadRequest
-from serve.protocol import GenerationRequest, Strict, check_stream_options, limits, parse_body
+from serve.protocol import GenerationRequest, Strict, check_stream, limits, parse_body
 
 
 class TextPart(Strict):
@@ -68,7 +68,7 @@ def parse_chat(value: object) -> ChatRequest:
         BadRequest: one sentence that names the field, and its value where that helps.
     """
     body = parse_body(value, ChatRequest)
-    check_stream_options(body)
+    check_stream(body)
     if body.top_logprobs is not None and not body.logprobs:
         raise BadRequest("top_logprobs is only allowed with logprobs=true", "top_logprobs")
     if None not in (body.max_tokens, body.max_completion_tokens) and body.max_tokens != body.max_completion_tokens:

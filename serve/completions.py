@@ -1,5 +1,6 @@
 """Text completions: prompts to token ids, and outputs to OpenAI's text completion objects."""
 
+import dataclasses
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -33,41 +34,57 @@ class Completion(Generation[CompletionRequest]):
         }
 
     def _delta(self, sample: Sample, output: Output, first: bool) -> dict[str, Any]:
-        text = self._prompt_text(sample) + output.text if first and self.body.echo else output.text
-        return self._choice(sample, text, output.logprobs, output.finish_reason)
+        return self._choice(sample, output.text, output.logprobs, output.finish_reason, bool(first and self.body.echo))
 
     def _whole(self, sample: Sample, choice: Choice) -> dict[str, Any]:
-        text = "".join(choice.text)
-        if self.body.echo:
-            text = self._prompt_text(sample) + text
-        return self._choice(sample, text, choice.logprobs, choice.finish_reason)
+        entry = self._choice(sample, "".join(choice.text), choice.logprobs, choice.finish_reason, bool(self.body.echo))
+        found = self._prompt_logprobs(choice)
+        return {**entry, **({} if found is None else {"prompt_logprobs": found})}
+
+    def _wanted(self, output: Output) -> Output:
+        """Without the token that the engine had to generate where only the prompt was asked for."""
+        if not self.body.is_prompt_only:
+            return output
+        reason = FinishReason.LENGTH if output.finish_reason is FinishReason.STOP else output.finish_reason
+        return dataclasses.replace(output, text="", token_ids=(), logprobs=(), finish_reason=reason)
 
     def _choice(
-        self, sample: Sample, text: str, logprobs: Sequence[TokenLogprobs], finish_reason: FinishReason | None
+        self,
+        sample: Sample,
+        text: str,
+        logprobs: Sequence[TokenLogprobs],
+        finish_reason: FinishReason | None,
+        with_prompt: bool,
     ) -> dict[str, Any]:
         wanted = sample.params.logprobs is not None
         return {
             "index": sample.index,
-            "text": text,
-            "logprobs": self._logprobs(self.choices[sample.index], logprobs) if wanted else None,
+            "text": self._prompt_text(sample) + text if with_prompt else text,
+            "logprobs": self._logprobs(sample, logprobs, with_prompt) if wanted else None,
             "finish_reason": None if finish_reason is None else finish_reason.value,
         }
 
-    def _logprobs(self, choice: Choice, entries: Sequence[TokenLogprobs]) -> dict[str, Any]:
-        """OpenAI's four parallel lists; the chosen token is always in `top_logprobs`."""
-        tokens, offsets, tops = [], [], []
-        for entry in entries:
-            tokens.append(self._token_text(entry.token_id))
+    def _logprobs(self, sample: Sample, entries: Sequence[TokenLogprobs], with_prompt: bool) -> dict[str, Any]:
+        """OpenAI's four parallel lists; the token itself is always in `top_logprobs`."""
+        choice, count = self.choices[sample.index], sample.params.logprobs
+        rows: list[tuple[int, TokenLogprobs | None]] = [(entry.token_id, entry) for entry in entries]
+        if with_prompt and choice.prompt_logprobs is not None:
+            prompt = [(entry.token_id, entry) for entry in choice.prompt_logprobs]
+            rows = [(sample.prompt_token_ids[0], None), *prompt, *rows]
+        tokens, values, tops, offsets = [], [], [], []
+        for token_id, entry in rows:
+            tokens.append(self._token_text(token_id))
             offsets.append(choice.num_chars)
-            choice.num_chars += len(tokens[-1])
-            top = {self._token_text(token_id): finite(logprob) for token_id, logprob in entry.top}
-            tops.append({tokens[-1]: finite(entry.logprob), **top})
-        return {
-            "tokens": tokens,
-            "token_logprobs": [finite(entry.logprob) for entry in entries],
-            "top_logprobs": tops,
-            "text_offset": offsets,
-        }
+            if entry is not None or self._is_in_text(sample, token_id):
+                choice.num_chars += _characters(self._token_bytes(token_id))
+            values.append(None if entry is None else finite(entry.logprob))
+            top = {} if entry is None else {self._token_text(i): finite(logprob) for i, logprob in entry.top[:count]}
+            tops.append(None if entry is None else {tokens[-1]: finite(entry.logprob), **top})
+        return {"tokens": tokens, "token_logprobs": values, "top_logprobs": tops, "text_offset": offsets}
+
+    def _is_in_text(self, sample: Sample, first_token_id: int) -> bool:
+        """Whether a prompt's first token is part of the prompt's text, where a tokenizer has put </s> in front."""
+        return self._prompt_text(sample).startswith(self._token_text(first_token_id))
 
     def _prompt_text(self, sample: Sample) -> str:
         samples_per_prompt = len(self.samples) // len(self.body.prompt)
@@ -75,6 +92,11 @@ class Completion(Generation[CompletionRequest]):
         if isinstance(item, str):
             return item
         return "" if self._tokenizer is None else self._tokenizer.decode(list(item), skip_special_tokens=False)
+
+
+def _characters(data: bytes) -> int:
+    """Characters that begin in these UTF-8 bytes, which may be part of one."""
+    return sum(byte & 0xC0 != 0x80 for byte in data)
 
 
 def _token_ids(item: str | tuple[int, ...], tokenizer: "Tokenizer | None") -> Sequence[int]:

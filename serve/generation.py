@@ -14,6 +14,7 @@ from apt_jax.output import Output, TokenLogprobs
 from apt_jax.request import FinishReason, Request, Slo
 from serve.errors import BadRequest, EngineFailure, ModelNotFound
 from serve.protocol import GenerationRequest, bad_request, slo_of
+from serve.replies import PromptTokenLogprob
 from serve.samples import Sample, fan_out
 from serve.slo_report import slo_report
 
@@ -40,6 +41,7 @@ class Choice:
     text: list[str] = field(default_factory=list)
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprobs] = field(default_factory=list)
+    prompt_logprobs: Sequence[TokenLogprobs] | None = None  # of its prompt but for the first token, once known
     finish_reason: FinishReason | None = None
     num_chars: int = 0  # of the tokens' texts, for text_offset
     started: bool = False
@@ -147,7 +149,7 @@ class Generation[Body: GenerationRequest]:
             EngineFailure: the engine ended the sample with an error.
         """
         choice = self.choices[sample.index]
-        first = not choice.started
+        first, output = not choice.started, self._wanted(output)
         self._add(choice, output)
         entry = self._delta(sample, output, first)
         if self.body.return_token_ids:
@@ -180,7 +182,7 @@ class Generation[Body: GenerationRequest]:
         Raises:
             EngineFailure: the engine ended the sample with an error.
         """
-        self._add(self.choices[sample.index], output)
+        self._add(self.choices[sample.index], self._wanted(output))
 
     def response(self) -> dict[str, Any]:
         """The whole object, once every sample has ended."""
@@ -198,6 +200,10 @@ class Generation[Body: GenerationRequest]:
             choices.append(entry)
         report = {"slo": slo_report(requests)} if len(requests) == len(self.samples) else {}  # not when it was resumed
         return {**self._object(choices), "usage": self.usage(), **report}
+
+    def _wanted(self, output: Output) -> Output:
+        """What the client is to see of an output."""
+        return output
 
     def _delta(self, sample: Sample, output: Output, first: bool) -> dict[str, Any]:
         """The choice in which a stream brings an output; `first` is the sample's first one."""
@@ -219,8 +225,31 @@ class Generation[Body: GenerationRequest]:
         choice.text.append(output.text)
         choice.token_ids.extend(output.token_ids)
         choice.logprobs.extend(output.logprobs)
+        if output.prompt_logprobs is not None:
+            choice.prompt_logprobs = output.prompt_logprobs
         choice.finish_reason = output.finish_reason
         self.num_unfinished -= output.finish_reason is not None
+
+    def _prompt_logprobs(self, choice: Choice) -> list[dict[str, PromptTokenLogprob] | None] | None:
+        """vLLM's list, an object per prompt token; the first token has none. None where they are not known."""
+        count = self.body.prompt_logprobs
+        if choice.prompt_logprobs is None or count is None:
+            return None
+        return [None, *(self._likely(entry, count) for entry in choice.prompt_logprobs)]
+
+    def _likely(self, entry: TokenLogprobs, count: int) -> dict[str, PromptTokenLogprob]:
+        """The token itself and the `count` most likely ones, by id."""
+        ranked = {entry.token_id: (entry.logprob, entry.rank)}
+        for rank, (token_id, logprob) in enumerate(entry.top[:count], start=1):
+            ranked.setdefault(token_id, (logprob, rank))
+        return {
+            str(token_id): {
+                "logprob": finite(logprob),
+                "rank": rank,
+                "decoded_token": None if self._tokenizer is None else self._tokenizer.token_text(token_id),
+            }
+            for token_id, (logprob, rank) in ranked.items()
+        }
 
     def _token_text(self, token_id: int) -> str:
         """The token's text; as OpenAI writes it where it is only part of a character."""

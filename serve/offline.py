@@ -65,12 +65,17 @@ class CompletionOutput:
 
 @dataclass
 class RequestOutput:
-    """What one prompt brought; `prompt` is None if it was given as token ids."""
+    """What one prompt brought; `prompt` is None if it was given as token ids.
+
+    `prompt_logprobs` has per prompt token id -> `Logprob` of the token itself and the most likely, None for the first
+    token; it is None unless asked for.
+    """
 
     request_id: str
     prompt: str | None
     prompt_token_ids: list[int]
     outputs: list[CompletionOutput]
+    prompt_logprobs: list[dict[int, Logprob] | None] | None = None
 
     @property
     def finished(self) -> bool:
@@ -117,13 +122,13 @@ class LLM:
         if len(each) != len(listed):
             raise ValueError(f"{len(listed)} prompts but {len(each)} params; give one for all or one for each")
         results: list[RequestOutput] = []
-        targets: dict[str, CompletionOutput] = {}
+        targets: dict[str, tuple[RequestOutput, CompletionOutput]] = {}
         samples: list[Sample] = []
         for number, (prompt, param) in enumerate(zip(listed, each, strict=True)):
             result, fanned = self._prepare(number, prompt, param)
             results.append(result)
             samples.extend(fanned)
-            targets.update(zip((sample.request_id for sample in fanned), result.outputs, strict=True))
+            targets.update((s.request_id, (result, o)) for s, o in zip(fanned, result.outputs, strict=True))
         self._run(samples, targets, len(listed), use_tqdm)
         return results
 
@@ -146,7 +151,11 @@ class LLM:
         return RequestOutput(request_id, text, list(token_ids), outputs), samples
 
     def _run(
-        self, samples: list[Sample], targets: dict[str, CompletionOutput], num_prompts: int, use_tqdm: bool
+        self,
+        samples: list[Sample],
+        targets: dict[str, tuple[RequestOutput, CompletionOutput]],
+        num_prompts: int,
+        use_tqdm: bool,
     ) -> None:
         tokens = 0
         with tqdm(total=len(samples), desc="Generating", unit="sample", disable=not use_tqdm) as bar:
@@ -156,7 +165,10 @@ class LLM:
                     raise ValueError(f"prompt {number} of {num_prompts}: {output}") from output
                 if output.finish_reason is FinishReason.ERROR:
                     raise RuntimeError(f"the engine failed on request {sample.request_id}: {output.error}")
-                self._take(targets[sample.request_id], output)
+                result, target = targets[sample.request_id]
+                self._take(target, output)
+                if output.prompt_logprobs is not None:
+                    result.prompt_logprobs = [None, *map(self._logprobs, output.prompt_logprobs)]
                 tokens += len(output.token_ids)
                 if output.finish_reason is not None:
                     bar.set_postfix_str(f"{tokens / max(bar.format_dict['elapsed'], 1e-6):.0f} tokens/s", refresh=False)

@@ -41,6 +41,8 @@ class ServerOptions:
     """Keys of which a client must send one (Authorization: Bearer KEY); also from APT_JAX_API_KEY; default: none."""
     allowed_origins: tuple[str, ...] = ()
     """Web pages of these origins may call the server from browsers; * is any; default: none."""
+    request_read_timeout: float = 60.0
+    """Seconds that a client gets to send a request, headers and body; a slower one gets 408."""
     request_timeout: float | None = None
     """Seconds after which an unfinished request gets 504 and gives its blocks back; default: none."""
     reject_predicted_late: bool = False
@@ -67,6 +69,8 @@ class ServerOptions:
             raise ValueError(f"port={self.port} must be between 0 and 65535")
         if self.max_body_bytes < 1:
             raise ValueError(f"max_body_bytes={self.max_body_bytes} must be at least 1")
+        if not 0 < self.request_read_timeout < 1e6:
+            raise ValueError(f"request_read_timeout={self.request_read_timeout} must be greater than 0 seconds")
         if self.request_timeout is not None and not self.request_timeout > 0:
             raise ValueError(f"request_timeout={self.request_timeout} must be greater than 0 seconds")
         if not 0 <= self.shutdown_timeout < 1e6:

@@ -35,7 +35,6 @@ NOT_SUPPORTED = {
     **dict.fromkeys(("add_special_tokens", "min_new_tokens", "lora_path", "spaces_between_special_tokens"), ""),
     **dict.fromkeys(("allowed_token_ids", "bad_words", "logits_processors", "documents", "mm_processor_kwargs"), ""),
     **dict.fromkeys(("continue_final_message", "chat_template", "chat_template_kwargs", "tool_calls"), ""),
-    "prompt_logprobs": "only generated tokens have log-probabilities here",
     "top_logprobs": "in /v1/completions, logprobs is the number of likely tokens",
     "max_completion_tokens": "in /v1/completions, it is called max_tokens",
     "echo": "it is a field of /v1/completions",
@@ -176,6 +175,7 @@ class GenerationRequest(Strict):
         WithJsonSchema(LOGIT_BIAS_SCHEMA),
     ] = None
     seed: int | None = ranged("seed")
+    prompt_logprobs: int | None = ranged("prompt_logprobs")
     stop: Annotated[
         tuple[str, ...] | None,
         PlainValidator(
@@ -233,8 +233,23 @@ class CompletionRequest(GenerationRequest):
         tuple[PromptItem, ...],
         PlainValidator(parse_prompt, json_schema_input_type=PromptForms),
     ]
+    max_tokens: int | None = Field(default=None, json_schema_extra={"minimum": 0})
     logprobs: int | None = ranged("logprobs")
     echo: bool | None = None
+
+    @property
+    def is_prompt_only(self) -> bool:
+        """Whether the prompt is to be echoed and nothing generated."""
+        return bool(self.echo) and self.max_tokens == 0
+
+    def sampling_fields(self) -> dict[str, Any]:
+        """Keywords of `SamplingParams`. The engine generates at least one token, here to be dropped."""
+        fields = super().sampling_fields()
+        if self.is_prompt_only:
+            fields["max_tokens"] = 1
+        if self.echo and self.logprobs is not None and (self.prompt_logprobs or 0) >= 0:
+            fields["prompt_logprobs"] = max(self.logprobs, self.prompt_logprobs or 0)
+        return fields
 
     @property
     def default_max_tokens(self) -> int | None:
@@ -276,9 +291,9 @@ def parse_completion(value: object) -> CompletionRequest:
         BadRequest: one sentence that names the field, and its value where that helps.
     """
     body = parse_body(value, CompletionRequest)
-    check_stream_options(body)
-    if body.echo and body.logprobs is not None:
-        raise BadRequest("logprobs of the prompt are not supported; leave out echo or logprobs", "logprobs")
+    check_stream(body)
+    if body.is_prompt_only and body.min_tokens:
+        raise BadRequest(f"min_tokens={body.min_tokens} is more than max_tokens=0", "min_tokens")
     return body
 
 
@@ -296,8 +311,10 @@ def parse_body[Body: BaseModel](value: object, model: type[Body]) -> Body:
         raise first_fault(error, model) from error
 
 
-def check_stream_options(body: GenerationRequest) -> None:
-    """Raises BadRequest if there are options of a stream without one."""
+def check_stream(body: GenerationRequest) -> None:
+    """Raises BadRequest if there are options of a stream without one, or what a stream has no place for."""
+    if body.stream and body.prompt_logprobs is not None:
+        raise BadRequest("prompt_logprobs is only possible without stream, as in vLLM", "prompt_logprobs")
     if body.stream_options is not None and not body.stream:
         raise BadRequest("stream_options is only allowed with stream=true", "stream_options")
 
@@ -306,18 +323,15 @@ def slo_of(body: SloBody | None, headers: Mapping[str, str], default: Slo) -> Sl
     """The SLO of a request: its body's `slo`, else the headers x-slo-ttft-ms and x-slo-tbt-ms, else `default`.
 
     Raises:
-        BadRequest: a header is not a number of milliseconds from MIN_SLO_MS to MAX_SLO_MS.
+        BadRequest: a header is not a number of milliseconds from MIN_SLO_MS to MAX_SLO_MS, even if it is not needed.
     """
     chosen = {}
     for name, fallback in (("ttft", default.ttft_s), ("tbt", default.tbt_s)):
         in_body = None if body is None else getattr(body, f"{name}_ms")
         header = f"x-slo-{name}-ms"
-        if in_body is not None:
-            chosen[f"{name}_s"] = in_body / 1000
-        elif header in headers:
-            chosen[f"{name}_s"] = _milliseconds(header, headers[header]) / 1000
-        else:
-            chosen[f"{name}_s"] = fallback
+        in_header = _milliseconds(header, headers[header]) if header in headers else None
+        given_ms = in_header if in_body is None else in_body
+        chosen[f"{name}_s"] = fallback if given_ms is None else given_ms / 1000
     return Slo(**chosen)
 
 

@@ -16,12 +16,23 @@ class Usage(TypedDict):
 
 
 class TextLogprobs(TypedDict):
-    """Four parallel lists."""
+    """Four parallel lists; null for the first token of an echoed prompt."""
 
     tokens: list[str]
-    token_logprobs: list[float]
-    top_logprobs: list[dict[str, float]]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None]
     text_offset: list[int]
+
+
+class PromptTokenLogprob(TypedDict):
+    """How likely a token was at its place in the prompt; `rank` 1 is the most likely."""
+
+    logprob: float
+    rank: int
+    decoded_token: str | None
+
+
+type PromptLogprobs = list[dict[str, PromptTokenLogprob] | None]  # by token id; null for the first token
 
 
 class TextChoice(TypedDict):
@@ -31,6 +42,7 @@ class TextChoice(TypedDict):
     text: str
     logprobs: TextLogprobs | None
     finish_reason: FinishReasonName | None
+    prompt_logprobs: NotRequired[PromptLogprobs]
     token_ids: NotRequired[list[int]]
     prompt_token_ids: NotRequired[list[int]]
     slo: NotRequired[SloReport]
@@ -108,6 +120,7 @@ class ChatCompletionReply(TypedDict):
     created: int
     model: str
     choices: list[ChatChoice]
+    prompt_logprobs: NotRequired[PromptLogprobs]
     usage: Usage
     slo: SloReport
 

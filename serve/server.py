@@ -13,10 +13,12 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 import uvicorn
+from starlette.types import ASGIApp
 
 from apt_jax.config import EngineConfig
 from serve.app import create_app
 from serve.engine_thread import EngineThread
+from serve.http_protocol import timed_protocol
 from serve.options import DEMO_NAME, LoadOptions, ServerOptions
 from serve.resume import Resumption
 from serve.service import Service
@@ -104,18 +106,7 @@ def serve(model: str | None, load: LoadOptions, options: ServerOptions, config: 
     service = Service(engine_thread, name, with_environment(options))
     resumption = None if options.resume_from is None else Resumption(Path(options.resume_from))
     app = create_app(service, resumption)
-    server = Server(
-        uvicorn.Config(
-            app,
-            http="h11",  # the one parser with a limit on headers that are still coming in
-            h11_max_incomplete_event_size=options.max_header_bytes,
-            log_config=None,
-            access_log=False,  # the application's own has more
-            lifespan="on",
-            timeout_graceful_shutdown=math.ceil(options.shutdown_timeout + FLUSH_S),
-        ),
-        service,
-    )
+    server = Server(http_config(app, options), service)
     logging.getLogger("uvicorn.error").setLevel(logging.WARNING)  # its milestones are told here
     logger.info("listening on %s, loading %s; %s/ready turns 200 when requests are taken", url, name, url)
     run_until_signal(server, listener)
@@ -129,6 +120,20 @@ def serve(model: str | None, load: LoadOptions, options: ServerOptions, config: 
         os._exit(1 if failures else 0)
     logger.info("stopped")
     return 1 if failures else 0
+
+
+def http_config(app: ASGIApp, options: ServerOptions) -> uvicorn.Config:
+    """How uvicorn serves `app`."""
+    return uvicorn.Config(
+        app,
+        http=timed_protocol(options.request_read_timeout),  # of h11, which limits headers that are still coming in
+        h11_max_incomplete_event_size=options.max_header_bytes,
+        ws="none",
+        log_config=None,
+        access_log=False,  # the application's own has more
+        lifespan="on",
+        timeout_graceful_shutdown=math.ceil(options.shutdown_timeout + FLUSH_S),
+    )
 
 
 def keep_unfinished(service: Service) -> None:

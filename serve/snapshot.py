@@ -7,7 +7,7 @@ that was really used, and the tokens so far.
 import dataclasses
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -109,7 +109,8 @@ def _entry(sample: Sample, choice: Choice) -> dict[str, Any]:
         "slo": None if sample.slo is None else dataclasses.asdict(sample.slo),
         "priority": sample.priority,
         "token_ids": choice.token_ids,
-        "logprobs": [dataclasses.asdict(entry) for entry in choice.logprobs],
+        "logprobs": _plain(choice.logprobs),
+        "prompt_logprobs": _plain(choice.prompt_logprobs),
         "finish_reason": choice.finish_reason.value if done and choice.finish_reason is not None else None,
         "text": "".join(choice.text) if done else None,
     }
@@ -130,10 +131,17 @@ def _sample(entry: dict[str, Any]) -> Sample:
 def _restore_choice(choice: Choice, entry: dict[str, Any]) -> None:
     choice.started = bool(entry["token_ids"])
     choice.token_ids = list(entry["token_ids"])
-    choice.logprobs = [
-        TokenLogprobs(e["token_id"], e["logprob"], e["rank"], tuple((i, p) for i, p in e["top"]))
-        for e in entry["logprobs"]
-    ]
+    choice.logprobs = _token_logprobs(entry["logprobs"])
+    if entry.get("prompt_logprobs") is not None:  # else the engine finds them again
+        choice.prompt_logprobs = _token_logprobs(entry["prompt_logprobs"])
     if entry["finish_reason"] is not None:
         choice.finish_reason = FinishReason(entry["finish_reason"])
         choice.text = [entry["text"]]
+
+
+def _plain(entries: Sequence[TokenLogprobs] | None) -> list[dict[str, Any]] | None:
+    return None if entries is None else [dataclasses.asdict(entry) for entry in entries]
+
+
+def _token_logprobs(entries: list[dict[str, Any]]) -> list[TokenLogprobs]:
+    return [TokenLogprobs(e["token_id"], e["logprob"], e["rank"], tuple((i, p) for i, p in e["top"])) for e in entries]

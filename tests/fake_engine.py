@@ -157,7 +157,18 @@ class FakeEngine:
         if request.params.logprobs is not None:
             top = tuple((token + i, -0.5 - i) for i in range(request.params.logprobs))
             logprobs = (TokenLogprobs(token, -0.5, 1, top),)
-        return Output(request, text, (token,), logprobs, finish_reason)
+        prompt_logprobs = None
+        if request.params.prompt_logprobs is not None and request.first_token_s == request.last_token_s:
+            prompt_logprobs = tuple(
+                TokenLogprobs(
+                    i,
+                    -1.5,
+                    2,
+                    tuple(((i + 1 - k) % VOCABULARY, -0.5 - k) for k in range(request.params.prompt_logprobs)),
+                )
+                for i in request.prompt_token_ids[1:]
+            )
+        return Output(request, text, (token,), logprobs, finish_reason, prompt_logprobs=prompt_logprobs)
 
 
 def fake_engine(**options: Any) -> Engine:

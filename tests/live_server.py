@@ -10,7 +10,7 @@ import uvicorn
 from serve.app import create_app
 from serve.engine_thread import EngineStatus
 from serve.resume import Resumption
-from serve.server import listen, url_of
+from serve.server import http_config, listen, url_of
 from serve.service import Service
 
 
@@ -18,9 +18,9 @@ from serve.service import Service
 def live(service: Service, resumption: Resumption | None = None) -> Iterator[str]:
     """Serve until the block ends; gives the address, once the engine is ready."""
     listener = listen("127.0.0.1", 0)
-    http = uvicorn.Server(
-        uvicorn.Config(create_app(service, resumption), log_config=None, lifespan="on", timeout_graceful_shutdown=5)
-    )
+    config = http_config(create_app(service, resumption), service.options)
+    config.timeout_graceful_shutdown = 5
+    http = uvicorn.Server(config)
     runner = threading.Thread(target=http.run, kwargs={"sockets": [listener]})
     runner.start()
     thread = service.engine_thread

@@ -51,6 +51,17 @@ def test_chats_and_completions_may_be_mixed(tmp_path):
     assert refused["status_code"] == 400 and "--chat-template" in refused["body"]["error"]["message"]
 
 
+def test_loglikelihoods_in_a_batch(tmp_path):
+    body = {"prompt": ["ab", "xy"], "echo": True, "max_tokens": 0, "logprobs": 1, "prompt_logprobs": 0}
+    response = answer(write(tmp_path / "in.jsonl", line("one", body)), tmp_path / "out.jsonl")[1]["response"]
+    choices = response["body"]["choices"]
+    assert [choice["text"] for choice in choices] == ["ab", "xy"] and response["body"]["usage"][
+        "completion_tokens"
+    ] == 0
+    assert all(choice["logprobs"]["token_logprobs"] == [None, -1.5, -1.5] for choice in choices)
+    assert [len(choice["prompt_logprobs"]) for choice in choices] == [3, 3]
+
+
 def test_the_bar_shows_the_time_left_and_the_throughput(tmp_path):
     source = write(tmp_path / "in.jsonl", *(line(str(i)) for i in range(9)))
     shown = io.StringIO()

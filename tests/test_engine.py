@@ -147,7 +147,7 @@ def last_logits(model: OPT, config: ModelConfig, prompts: list[list[int]], kind:
         entry = Scheduled(request, request.num_prompt_tokens - 1, kind, Reason.ADMITTED_KV)
         batch = builder.build(state.apply(Plan(scheduled=(entry,)), 0.0))
         batch = batch if batch.bucket == buckets.prefill[-1] else widen(batch, builder, request)
-        _, *device = prefill(weights, *device, batch.tokens, batch.rows)
+        _, *device, _ = prefill(weights, *device, batch.tokens, batch.rows)
     entries = tuple(Scheduled(request, 1, kind, Reason.DECODES) for request in requests)
     batch = builder.build(state.apply(Plan(scheduled=entries), 0.0))
     hidden, *_ = decode(weights, *device, batch.tokens, batch.rows)

@@ -75,6 +75,15 @@ def test_logprobs_are_dicts_by_token_id(llm):
     assert (first[99].logprob, first[99].rank) == (-1.5, 2)
 
 
+def test_prompt_logprobs_belong_to_the_prompt(llm):
+    plain, asked = generate(llm, ["ab", "ab"], [SamplingParams(), SamplingParams(n=2, prompt_logprobs=1)])
+    assert plain.prompt_logprobs is None
+    first, a, b = asked.prompt_logprobs
+    assert first is None and (sorted(a), sorted(b)) == ([97, 98], [98, 99])
+    assert (a[97].logprob, a[97].rank, a[97].decoded_token) == (-1.5, 2, "a")
+    assert (a[98].logprob, a[98].rank, a[98].decoded_token) == (-0.5, 1, "b")
+
+
 def test_without_a_tokenizer_token_ids_work_and_text_is_an_error(llm_without_tokenizer):
     llm = llm_without_tokenizer
     output = generate(llm, {"prompt_token_ids": [7]}, SamplingParams(max_tokens=2))[0].outputs[0]

@@ -99,6 +99,67 @@ def test_logprobs_come_in_openai_s_shape():
     }
 
 
+ECHOED = {"prompt": "ab", "logprobs": 1, "echo": True}
+PROMPT_LOGPROBS = {
+    "tokens": ["\x02", "a", "b"],
+    "token_logprobs": [None, -1.5, -1.5],
+    "top_logprobs": [None, {"a": -1.5, "b": -0.5}, {"b": -1.5, "c": -0.5}],
+    "text_offset": [0, 0, 1],  # </s>, which the tokenizer puts in front, is no part of the text
+}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_echo_brings_the_logprobs_of_the_prompt_before_those_of_the_answer(stream):
+    reply = exchange({**ECHOED, "max_tokens": 2, "stream": stream})
+    choices = [chunk["choices"][0] for chunk in events_of(reply)] if stream else reply.json()["choices"]
+    assert "".join(choice["text"] for choice in choices) == "abcd"
+    found = {name: [x for c in choices for x in c["logprobs"][name]] for name in PROMPT_LOGPROBS}
+    answer = {
+        "tokens": ["c", "d"],
+        "token_logprobs": [-0.5] * 2,
+        "top_logprobs": [{"c": -0.5}, {"d": -0.5}],
+        "text_offset": [2, 3],
+    }
+    assert found == {name: [*PROMPT_LOGPROBS[name], *answer[name]] for name in answer}
+    assert "prompt_logprobs" not in choices[0]
+
+
+def test_offsets_count_a_first_token_that_is_text():
+    choice = exchange({**ECHOED, "prompt": [97, 98], "max_tokens": 1}).json()["choices"][0]
+    assert choice["logprobs"]["tokens"] == ["a", "b", "c"] and choice["logprobs"]["text_offset"] == [0, 1, 2]
+    assert choice["logprobs"]["token_logprobs"] == [None, -1.5, -0.5]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("stop", [[], [ord("c")]])
+def test_echo_alone_generates_nothing(stream, stop):
+    reply = exchange({**ECHOED, "max_tokens": 0, "stream": stream, "n": 2, "stop_token_ids": stop})
+    if stream:
+        choices = [chunk["choices"][0] for chunk in events_of(reply)]
+    else:
+        choices = reply.json()["choices"]
+        assert reply.json()["usage"] == {"prompt_tokens": 3, "completion_tokens": 0, "total_tokens": 3}
+    for choice in choices:
+        assert (choice["text"], choice["logprobs"], choice["finish_reason"]) == ("ab", PROMPT_LOGPROBS, "length")
+    assert len(choices) == 2
+    choice = exchange({"prompt": "ab", "max_tokens": 0, "echo": True, "return_token_ids": True}).json()["choices"][0]
+    assert (choice["text"], choice["logprobs"], choice["token_ids"]) == ("ab", None, [])
+
+
+def test_prompt_logprobs_come_in_vllm_s_shape():
+    choices = exchange({"prompt": [[2, 97, 98], [99]], "n": 2, "max_tokens": 1, "prompt_logprobs": 1}).json()["choices"]
+    a = {"logprob": -1.5, "rank": 2, "decoded_token": "a"}
+    b = {"logprob": -0.5, "rank": 1, "decoded_token": "b"}
+    c = {"logprob": -0.5, "rank": 1, "decoded_token": "c"}
+    likely = [None, {"97": a, "98": b}, {"98": {**a, "decoded_token": "b"}, "99": c}]
+    assert [choice["prompt_logprobs"] for choice in choices] == [likely, likely, [None], [None]]
+    assert [choice["logprobs"] for choice in choices] == [None] * 4
+    body = {"prompt": "ab", "max_tokens": 1, "prompt_logprobs": 0, "logprobs": 1, "echo": True}
+    choice = exchange(body).json()["choices"][0]
+    assert [list(entry) for entry in choice["prompt_logprobs"][1:]] == [["97"], ["98"]]
+    assert choice["logprobs"]["top_logprobs"][1] == {"a": -1.5, "b": -0.5}
+
+
 def test_tokens_that_are_no_text_are_written_as_bytes_or_id():
     choice = exchange({"prompt": [0xEE], "max_tokens": 2, "logprobs": 0}).json()["choices"][0]
     assert choice["logprobs"]["tokens"] == ["bytes:\\xef", "token_id:240"]
@@ -113,12 +174,15 @@ def test_a_model_without_tokenizer_takes_and_returns_token_ids():
                 {"prompt": [7], "max_tokens": 2, "return_token_ids": True},
                 {"prompt": "text"},
                 {"prompt": [7], "stop": "x"},
+                {"prompt": [7, 8], "max_tokens": 1, "prompt_logprobs": 0},
             ):
                 replies.append(await client.post("/v1/completions", json=body))
 
     run(main)
     assert replies[0].json()["choices"][0]["token_ids"] == [8, 9]
-    assert [r.status_code for r in replies] == [200, 400, 400]
+    assert [r.status_code for r in replies] == [200, 400, 400, 200]
+    expected = [None, {"8": {"logprob": -1.5, "rank": 2, "decoded_token": None}}]
+    assert replies[3].json()["choices"][0]["prompt_logprobs"] == expected
     assert "no tokenizer; give the prompt as token ids" in replies[1].json()["error"]["message"]
     assert "use stop_token_ids" in replies[2].json()["error"]["message"]
 

@@ -74,6 +74,15 @@ def test_logprobs_of_a_chat():
     assert choice["logprobs"]["content"][0]["top_logprobs"] == []
 
 
+def test_prompt_logprobs_of_a_chat_are_beside_its_choices():
+    body = post({"messages": HELLO, "max_tokens": 1, "n": 2, "prompt_logprobs": 0})[0].json()
+    first, *others = body["prompt_logprobs"]
+    assert first is None and [list(entry) for entry in others] == [[str(i)] for i in b":hi;a"]
+    assert "prompt_logprobs" not in body["choices"][0]
+    refused = post({"messages": HELLO, "prompt_logprobs": 1, "stream": True})[0]
+    assert refused.status_code == 400 and refused.json()["error"]["param"] == "prompt_logprobs"
+
+
 def test_parts_of_text_are_joined_and_the_server_s_template_goes_first():
     parts = [{"type": "text", "text": "one"}, {"type": "text", "text": "two"}]
     body = {"messages": [{"role": "user", "content": parts}], "max_tokens": 1, "return_token_ids": True}

@@ -6,11 +6,14 @@ import json
 import pytest
 from asgi_service import run, serving, until
 from fake_engine import CharTokenizer, FakeEngine
+from hypothesis import given
+from hypothesis import strategies as st
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
+from apt_jax.cache import CacheKind
 from apt_jax.output import Output
-from apt_jax.request import FinishReason, SamplingParams
-from apt_jax.scheduling.plan import Reason
+from apt_jax.request import FinishReason, Request, SamplingParams
+from apt_jax.scheduling.plan import Plan, Preempted, Reason, Scheduled, Waited
 from serve.history import KEPT_EVENTS, KEPT_REQUESTS, History, Story
 from serve.observer import Stepped
 from serve.tracing import Tracing
@@ -81,6 +84,68 @@ def test_histories_are_bounded():
     for i in range(KEPT_EVENTS + 5):
         story.add("waited", str(i), float(i))
     assert len(story.events) == KEPT_EVENTS and story.events[-1].reason == str(KEPT_EVENTS + 4)
+
+
+def told(plans) -> History:
+    """What a history makes of these plans, a second apart."""
+    engine, history = FakeEngine(), History()
+    for number, plan in enumerate(plans):
+        engine.last_plan = plan
+        history.stepped(engine, Stepped([], (), float(number)))
+    return history
+
+
+REQUESTS = [Request(f"r{i}", [1], SamplingParams(), 0.0, 1) for i in range(5)]
+ACTIONS = st.sampled_from(["scheduled", "preempted", "waits for blocks", "waits behind", "absent"])
+
+
+@given(st.lists(st.tuples(*[ACTIONS] * len(REQUESTS)), max_size=12), st.randoms(use_true_random=False))
+def test_a_story_is_what_the_plans_say_step_by_step(steps, shuffle):
+    plans = []
+    for actions in steps:
+        of = {name: [r for r, a in zip(REQUESTS, actions, strict=True) if a == name] for name in set(actions)}
+        groups = [
+            Waited((request,), reason)
+            for name, reason in (("waits for blocks", Reason.WAITS_FOR_BLOCKS), ("waits behind", Reason.WAITS_BEHIND))
+            for request in of.get(name, [])
+        ]
+        shuffle.shuffle(groups)
+        plans.append(
+            Plan(
+                scheduled=tuple(Scheduled(r, 1, CacheKind.KV, Reason.DECODES) for r in of.get("scheduled", [])),
+                preempted=tuple(Preempted(r, Reason.PREEMPTED_LATE) for r in of.get("preempted", [])),
+                waited=tuple(groups),
+            )
+        )
+    for length in range(len(plans) + 1):  # after every step, not only the last
+        history, expected = told(plans[:length]), {r.request_id: Story(r) for r in REQUESTS}
+        for number, plan in enumerate(plans[:length]):
+            for action, request, reason in plan.decisions():
+                expected[request.request_id].add(action, reason.value, float(number))
+        for name, story in expected.items():
+            shown = [s["events"] for s in history.of(name)]
+            events = [
+                {
+                    "action": e.action,
+                    "reason": e.reason,
+                    "after_ms": 1000 * e.first_s,
+                    "until_ms": 1000 * e.last_s,
+                    "steps": e.count,
+                }
+                for e in story.events
+            ]
+            assert shown == ([events] if events else [])
+
+
+def test_waiting_on_costs_nothing_per_step(monkeypatch):
+    added = []
+    add = Story.add
+    monkeypatch.setattr(Story, "add", lambda story, *event: added.append(event) or add(story, *event))
+    waiting = tuple(Request(f"w{i}", [1], SamplingParams(), 0.0, 1) for i in range(1000))
+    plans = [Plan(waited=(Waited(waiting[i // 10 :], Reason.WAITS_FOR_SEQUENCES),)) for i in range(100)]
+    history = told(plans)  # one leaves every ten steps
+    assert len(added) == 1000
+    assert history.of("w999")[0]["events"][0]["steps"] == 100 and history.of("w3")[0]["events"][0]["steps"] == 40
 
 
 def test_profiling_is_off_unless_enabled(tmp_path):

@@ -54,6 +54,7 @@ def test_sampling_fields_reach_the_sampling_params():
         "stop_token_ids": [9],
         "ignore_eos": True,
         "logprobs": 3,
+        "prompt_logprobs": 4,
         "skip_special_tokens": False,
         "include_stop_str_in_output": True,
     }
@@ -94,7 +95,8 @@ def test_sampling_fields_reach_the_sampling_params():
         ({"logit_bias": [1]}, "logit_bias", "logit_bias=[1]: input should be a valid dictionary"),
         ({"stream_options": {"include_usage": True}}, "stream_options", "only allowed with stream=true"),
         ({"stream": True, "stream_options": {"chunks": 1}}, "stream_options.chunks", "unknown field"),
-        ({"echo": True, "logprobs": 1}, "logprobs", "logprobs of the prompt are not supported"),
+        ({"stream": True, "prompt_logprobs": 1}, "prompt_logprobs", "only possible without stream"),
+        ({"echo": True, "max_tokens": 0, "min_tokens": 1}, "min_tokens", "min_tokens=1 is more than max_tokens=0"),
         ({"slo": {"ttft_ms": 0}}, "slo.ttft_ms", "slo.ttft_ms=0: input should be greater than or equal to 0.001"),
         ({"slo": {"ttft": 5}}, "slo.ttft", 'unknown field "slo.ttft"'),
         ({"temperature": float("inf")}, "temperature", "finite number"),
@@ -114,6 +116,9 @@ def test_a_bad_field_is_refused_by_name(fields, param, sentence):
         ({"temperature": -1}, "temperature", "temperature=-1.0 must be between 0.0 and 10000.0"),
         ({"n": 1000}, "n", "n=1000 must be between 1 and 128"),
         ({"logprobs": 21}, "logprobs", "logprobs=21 must be between 0 and 20"),
+        ({"logprobs": 21, "echo": True}, "logprobs", "logprobs=21 must be between 0 and 20"),
+        ({"prompt_logprobs": -1, "logprobs": 1, "echo": True}, "prompt_logprobs", "must be between 0 and 20"),
+        ({"max_tokens": -1, "echo": True}, "max_tokens", "max_tokens=-1 must be at least 1"),
         ({"seed": 2**64}, "seed", "must be between"),
         ({"stop": ""}, "stop", "stop has an empty string"),
     ],
@@ -123,6 +128,22 @@ def test_a_value_out_of_range_is_refused_by_name(fields, param, sentence):
         parse(**fields).sampling_params()
     assert sentence in str(caught.value)
     assert caught.value.param == param
+
+
+@pytest.mark.parametrize(
+    ("fields", "counts"),
+    [
+        ({"logprobs": 2}, (2, None)),
+        ({"prompt_logprobs": 3}, (None, 3)),
+        ({"logprobs": 2, "echo": True}, (2, 2)),
+        ({"logprobs": 2, "prompt_logprobs": 5, "echo": True}, (2, 5)),
+        ({"logprobs": 2, "prompt_logprobs": 0, "echo": True}, (2, 2)),
+        ({"echo": True}, (None, None)),
+    ],
+)
+def test_echo_wants_the_logprobs_of_the_prompt_too(fields, counts):
+    params = parse(**fields).sampling_params()
+    assert (params.logprobs, params.prompt_logprobs) == counts
 
 
 def test_a_missing_prompt_is_named():
@@ -176,3 +197,5 @@ def test_a_bad_slo_header_is_refused(text):
     with pytest.raises(BadRequest, match="must be a number of milliseconds greater than 0") as caught:
         slo_of(None, {"x-slo-tbt-ms": text}, Slo())
     assert caught.value.param == "x-slo-tbt-ms"
+    with pytest.raises(BadRequest, match="must be a number of milliseconds greater than 0"):
+        slo_of(SloBody(tbt_ms=5.0), {"x-slo-tbt-ms": text}, Slo())  # the body goes before it, but wrong is wrong

@@ -19,6 +19,8 @@ COMMON = {"ignore_eos": True, "return_token_ids": True, "model": NAME}
 REQUESTS = [
     ("/v1/completions", {"prompt": "the quick", "temperature": 0, "max_tokens": 60}),
     ("/v1/completions", {"prompt": ["def add(", "the lazy dog"], "n": 2, "seed": 5, "max_tokens": 50, "logprobs": 2}),
+    ("/v1/completions", {"prompt": "def", "seed": 9, "max_tokens": 60, "logprobs": 1, "echo": True}),
+    ("/v1/completions", {"prompt": "lazy return dog", "seed": 10, "max_tokens": 60, "prompt_logprobs": 2}),
     ("/v1/completions", {"prompt": "x", "seed": 6, "frequency_penalty": 1.5, "max_tokens": 70, "stream": True}),
     ("/v1/completions", {"prompt": "return", "seed": 7, "top_p": 0.8, "stop": ["zz", "qq"], "max_tokens": 60}),
     ("/v1/chat/completions", {"messages": [{"role": "user", "content": "hi"}], "seed": 8, "max_tokens": 50}),
@@ -41,6 +43,19 @@ def choices_of(body):
     ]
 
 
+def numbers(logprobs):
+    """0 for the first token of a prompt, which has none."""
+    return [0.0 if value is None else value for value in logprobs]
+
+
+def prompt_logprobs_of(body):
+    """Of each choice's prompt, token by token."""
+    return [
+        [value["logprob"] for entry in c.get("prompt_logprobs", []) for value in (entry or {}).values()]
+        for c in body["choices"]
+    ]
+
+
 def close(found, expected):
     """The same tokens and texts; log-probabilities may differ in the last digits."""
     for (ids, text, reason, logprobs), (want_ids, want_text, want_reason, want_logprobs) in zip(
@@ -49,14 +64,18 @@ def close(found, expected):
         assert (ids, text, reason) == (want_ids, want_text, want_reason)
         assert (logprobs is None) == (want_logprobs is None)
         if logprobs is not None:
-            assert logprobs["token_logprobs"] == pytest.approx(want_logprobs["token_logprobs"], abs=1e-3)
+            assert numbers(logprobs["token_logprobs"]) == pytest.approx(
+                numbers(want_logprobs["token_logprobs"]), abs=1e-3
+            )
 
 
 def test_a_stopped_server_s_requests_end_with_the_tokens_of_one_that_was_never_stopped(folder, tmp_path):
     path = tmp_path / "left.jsonl"
     with serving(folder) as server, ThreadPoolExecutor(len(REQUESTS)) as pool:
         whole = [{**body, "stream": False} for _, body in REQUESTS]
-        expected = [choices_of(ask(server.url, r[0], body).json()) for r, body in zip(REQUESTS, whole, strict=True)]
+        bodies = [ask(server.url, r[0], body).json() for r, body in zip(REQUESTS, whole, strict=True)]
+        expected = [(choices_of(body), prompt_logprobs_of(body)) for body in bodies]
+        assert len(expected[3][1][0]) > 4
         step = server.engine.step
         server.engine.step = lambda: (time.sleep(0.02), step())[1]
         asked = [pool.submit(ask, server.url, *request) for request in REQUESTS]
@@ -74,11 +93,15 @@ def test_a_stopped_server_s_requests_end_with_the_tokens_of_one_that_was_never_s
         assert server.is_idle
     results = {}
     for line in map(json.loads, resumption.results_path.read_text().splitlines()):
-        results[line["custom_id"]] = choices_of(line["response"]["body"])
+        body = line["response"]["body"]
+        results[line["custom_id"]] = (choices_of(body), prompt_logprobs_of(body))
     found = {json.dumps(record["prompts"]): results[record["id"]] for record in records}
     for want, (_, body) in zip(expected, REQUESTS, strict=True):
         (record,) = [r for r in records if r["body"].get("seed") == body.get("seed")]
-        close(found[json.dumps(record["prompts"])], want)
+        choices, prompt_logprobs = found[json.dumps(record["prompts"])]
+        close(choices, want[0])
+        for one, other in zip(prompt_logprobs, want[1], strict=True):
+            assert one == pytest.approx(other, abs=1e-3)
 
 
 def test_sigterm_keeps_what_runs_and_a_second_one_ends_at_once(folder, tmp_path):

@@ -47,18 +47,19 @@ class Iteration:
         self.preempted: dict[int, Reason] = {}
         self.admitted: list[tuple[int, CacheKind, Reason]] = []
         self.free = state.pool.num_free
+        self.mixes = options.mixed and context.cost_model is not None
 
     def plan(self) -> Plan:
         """Decide."""
         decodes = self.running.decoding & self.running.may_sample
         prefills = self.running.uncomputed > 0
         prefills &= ~self.running.decoding
-        mixed = self.options.mixed and self.context.cost_model is not None
-        if mixed:
+        if self.mixes:
             self._shed(decodes)
             self._admit()
-        else:
-            decodes = self._alternate(decodes, prefills)
+            self.mixes = self._gains_by_mixing(decodes, prefills)
+        if not self.mixes:
+            decodes, prefills = self._alternate(decodes, prefills)
         return self._build(decodes, prefills)
 
     # Read only when someone waits or memory is short: cached, so that a quiet iteration costs little.
@@ -170,16 +171,10 @@ class Iteration:
         self.free = self.state.pool.num_blocks - int(need.sum()) + int(need[dropped].sum())
 
     def _admit(self) -> None:
-        """Choose waiting requests, the longest late one first, then by value per block."""
+        """Choose waiting requests, those of the lane first, then by value per block."""
         if not len(self.waiting):
             return
-        seats = self.state.limits.max_num_seqs - len(self.running) + len(self.preempted)
-        for i in np.flatnonzero(self.lane_w):
-            seats += self._make_room_for_lane(int(i), seats)
-            if seats > 0 and self._fits_lane(int(i)):
-                self.admitted.append((int(i), self.kinds[-1], Reason.ADMITTED_LONGEST_LATE))
-                self.free -= int(self.pages_w[i]) * self.kinds[-1].blocks_per_page
-                seats -= 1
+        seats = self._admit_lane()
         spare = self.state.limits.watermark_blocks if len(self.running) > len(self.preempted) or self.admitted else 0
         evictable = self._evictable()
         held = int(self.claims_r[evictable].sum())
@@ -188,6 +183,17 @@ class Iteration:
             return
         order, hidden = self._solve(room + held)
         self._take(order, hidden, seats, room, evictable)
+
+    def _admit_lane(self) -> int:
+        """Admit those of the lane; returns how many more requests may run."""
+        seats = self.state.limits.max_num_seqs - len(self.running) + len(self.preempted)
+        for i in np.flatnonzero(self.lane_w).tolist():
+            seats += self._make_room_for_lane(i, seats)
+            if seats > 0 and self._fits_lane(i):
+                self.admitted.append((i, self.kinds[-1], Reason.ADMITTED_LONGEST_LATE))
+                self.free -= int(self.pages_w[i]) * self.kinds[-1].blocks_per_page
+                seats -= 1
+        return seats
 
     def _solve(self, capacity: int) -> tuple[Ints, Bools]:
         """Waiting requests to admit into `capacity` blocks, best first, and whether as hidden."""
@@ -334,23 +340,52 @@ class Iteration:
 
     # -- iteration type -----------------------------------------------------------------------------------------
 
-    def _alternate(self, decodes: Bools, prefills: Bools) -> Bools:
-        """Prefill or decode, by cumulative pending time; returns who decodes."""
-        nobody = np.zeros(len(self.running), np.bool_)
+    def _gains_by_mixing(self, decodes: Bools, prefills: Bools) -> bool:
+        """Whether decodes and prompt chunks take no longer together than one after the other.
+
+        Together the weights are read once, but the tokens are padded to another program's size. Attention costs the
+        same.
+        """
+        model = self.context.cost_model
+        assert model is not None
+        out = np.zeros(len(self.running), np.bool_)
+        out[list(self.preempted)] = True
+        index = np.flatnonzero(decodes & ~out)
+        wanted = int(self.running.uncomputed[prefills & ~out].sum())
+        wanted += int(self.waiting.uncomputed[[i for i, _, _ in self.admitted]].sum())
+        if not len(index) or not wanted:
+            return True
+        tokens = min(wanted, max(self._prefill_budget(index), 1))
+        decode, prefill = StepLoad(decode_requests=len(index), samples=len(index)), StepLoad(tokens, samples=1)
+        both = StepLoad(tokens, decode_requests=len(index), samples=len(index) + 1)
+        return model.step_s(both) <= model.step_s(decode) + model.step_s(prefill)
+
+    def _alternate(self, decodes: Bools, prefills: Bools) -> tuple[Bools, Bools]:
+        """Prefill or decode, by cumulative pending time; returns who decodes and who goes on with its prefill.
+
+        Those in the lane run in either case, so that its bound holds. Forgets what was decided before.
+        """
+        self._forget()
         pending_w = (self.now + self.tick_s - self.waiting.since_s)[~self.late_w]
         pending_r = self.now + self.tick_s - self.running.since_s
-        counted = decodes & ~self.late_r
         urgent_w = float(pending_w.sum()) + float(pending_r[prefills & ~self.late_r].sum())
-        urgent_r = float(pending_r[counted].sum())
+        urgent_r = float(pending_r[decodes & ~self.late_r].sum())
         if urgent_w >= urgent_r or not decodes.any():
+            in_lane = decodes & self.lane_r
+            self._shed(in_lane)
             self._admit()
             if self.admitted or prefills.any():
-                return nobody
+                return in_lane, prefills
+            self._forget()
+        self._shed(decodes)
+        self._admit_lane()
+        return decodes, prefills & self.lane_r
+
+    def _forget(self) -> None:
         self.preempted.clear()
         self.admitted.clear()
         self.free = self.state.pool.num_free
-        self._shed(decodes)
-        return decodes
+        self.claims_r = self.blocks_r
 
     # -- the plan -----------------------------------------------------------------------------------------------
 
@@ -424,7 +459,7 @@ class Iteration:
         if len(self.waiting) > len(self.admitted):
             left = np.ones(len(self.waiting), np.bool_)
             left[[i for i, _, _ in self.admitted]] = False
-            decode_only = not self.admitted and not self.options.mixed
+            decode_only = not self.admitted and not self.mixes
             in_time = Reason.WAITS_FOR_DECODE if decode_only else Reason.WAITS_FOR_BLOCKS
             groups = ((left & self.late_w, Reason.WAITS_LATE), (left & ~self.late_w, in_time))
             found += [Waited(_pick(self.waiting, mask), reason) for mask, reason in groups if mask.any()]
