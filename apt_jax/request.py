@@ -28,6 +28,18 @@ class Slo:
             if not value > 0:
                 raise ValueError(f"slo {name}={value} must be > 0 seconds")
 
+    def is_kept(self, ttft_s: float, gaps_s: Sequence[float]) -> bool:
+        """Whether a request with this first-token time and these gaps between tokens attains it."""
+        return ttft_s <= self.ttft_s and p99_gap_s(gaps_s) <= self.tbt_s
+
+
+def p99_gap_s(gaps_s: Sequence[float]) -> float:
+    """99th percentile of a request's gaps (nearest rank above); 0 without a gap."""
+    if not gaps_s:
+        return 0.0
+    ranked = sorted(gaps_s)
+    return ranked[min(len(ranked) - 1, math.ceil(0.99 * len(ranked)) - 1)]
+
 
 @dataclass(frozen=True)
 class SamplingParams:
@@ -262,14 +274,11 @@ class Request:
     @property
     def p99_gap_s(self) -> float:
         """99th percentile of the gaps between its tokens (nearest rank above); 0 without a gap."""
-        if not self.gaps_s:
-            return 0.0
-        ranked = sorted(self.gaps_s)
-        return ranked[min(len(ranked) - 1, math.ceil(0.99 * len(ranked)) - 1)]
+        return p99_gap_s(self.gaps_s)
 
     @property
     def attained(self) -> bool:
         """Whether it finished by itself within its SLO. Source: DESIGN, "Definitions"."""
         if self.finish_reason not in (FinishReason.STOP, FinishReason.LENGTH) or self.ttft_s is None:
             return False
-        return self.ttft_s <= self.slo.ttft_s and self.p99_gap_s <= self.slo.tbt_s
+        return self.slo.is_kept(self.ttft_s, self.gaps_s)

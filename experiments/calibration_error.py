@@ -55,8 +55,9 @@ def main() -> None:
     use_compile_cache(None)
     with tempfile.TemporaryDirectory() as folder:
         loaded = preset_model(args.model, Path(folder), dtype=args.dtype, seed=args.seed)
-    options = EngineConfig(dtype=args.dtype, num_blocks=args.num_blocks, calibrate=False)
+    options = EngineConfig(dtype=args.dtype, num_blocks=args.num_blocks, calibrate=False, scheduling_policy="fcfs")
     engine = Engine(loaded.model, loaded.config, options)
+    engine.learns_times = True  # so that every iteration is timed
     engine.warm_up(progress=True)
     started = time.perf_counter()
     measured = measure(engine)

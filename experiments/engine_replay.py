@@ -7,7 +7,7 @@ of what an idle engine needs for the median prompt and for one token. The simula
 pool and measured cost model stands beside each figure.
 
 Output lengths are the trace's: `ignore_eos` with `max_tokens`, which a policy that knows `max_tokens` could exploit;
-so every request asks for the same large `max_tokens` and is ended by a stop token that the replay makes it sample.
+so every request asks for all the context holds and the replay ends it, as a stop token would.
 """
 
 import argparse
@@ -26,6 +26,7 @@ from apt_jax.engine import Engine
 from apt_jax.request import FinishReason, Request, SamplingParams, Slo
 from apt_jax.scheduling.policy import PolicyContext, make_policy
 from apt_jax.scheduling.state import SchedulerState
+from apt_jax.scheduling.step_load import StepLoad
 from apt_jax.simulation.simulator import simulate
 from apt_jax.simulation.workload import Arrival, Lengths, load_lengths
 from checkpoints.load import load_model
@@ -173,8 +174,6 @@ def main() -> None:
 
 def scaled_slo(model: Any, lengths: Lengths, factor: float) -> Slo:
     """`factor` times what the measured model says of the median prompt alone, and of one token of one request."""
-    from apt_jax.scheduling.step_load import StepLoad
-
     prompt = int(np.median(lengths.prompt_tokens))
     prefill = model.step_s(StepLoad(prefill_tokens=prompt, prefill_pairs=prompt * (prompt + 1) // 2, samples=1))
     decode = model.step_s(StepLoad(decode_requests=1, kv_tokens=prompt, samples=1))

@@ -1,6 +1,7 @@
 """From a model's name to an engine: compile cache, checkpoint, tokenizer, engine, in that order."""
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 
 from apt_jax.config import EngineConfig
@@ -21,10 +22,12 @@ def build_engine(
     load_format: str = "auto",
     tokenizer: str | None = None,
     revision: str | None = None,
+    on_phase: Callable[[str], None] = lambda phase: None,
 ) -> Engine:
     """Load a model (None: the bundled demo) and its tokenizer and put an engine around them; compiles nothing.
 
-    A model folder without a tokenizer gives an engine that takes token ids only.
+    A model folder without a tokenizer gives an engine that takes token ids only. `on_phase` is told what has ended:
+    "weights", "memory".
 
     Raises:
         ValueError: what was named cannot be loaded, or does not fit; one sentence with the file, value or flag.
@@ -34,7 +37,10 @@ def build_engine(
         model, load_format=load_format, dtype=engine_config.dtype, revision=revision, seed=engine_config.seed
     )
     logger.info("%s: %s weights from %s", model or "demo model", loaded.dtype.name, loaded.folder)
-    return Engine(loaded.model, loaded.config, engine_config, load_tokenizer(loaded.folder, tokenizer, revision))
+    on_phase("weights")
+    engine = Engine(loaded.model, loaded.config, engine_config, load_tokenizer(loaded.folder, tokenizer, revision))
+    on_phase("memory")
+    return engine
 
 
 def load_tokenizer(folder: Path, name: str | None, revision: str | None) -> Tokenizer | None:

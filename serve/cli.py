@@ -10,7 +10,7 @@ from tyro.conf import OmitArgPrefixes, OmitSubcommandPrefixes, Positional, arg, 
 
 from apt_jax.config import EngineConfig
 from apt_jax.simulation.options import SimulateArgs
-from serve.bench.kernels import Bench
+from serve.bench.commands import Bench
 from serve.errors import EngineFailure
 from serve.logs import set_up_logs
 from serve.options import LoadOptions, ServerOptions

@@ -1,6 +1,6 @@
 """Run samples through an engine in the calling thread; for offline use, where nobody else steps the engine."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING
 
 from apt_jax.output import Output
@@ -11,10 +11,11 @@ if TYPE_CHECKING:
 
 
 class Driver:
-    """Steps `engine` and keeps its queue filled."""
+    """Steps `engine` and keeps its queue filled; `on_step` is called after every step."""
 
-    def __init__(self, engine: "Engine"):
+    def __init__(self, engine: "Engine", on_step: Callable[[], None] | None = None):
         self.engine = engine
+        self._on_step = on_step
         self._active: dict[str, Sample] = {}
         self._waiting_target = min(engine.state.limits.max_num_seqs, engine.config.max_num_queued_reqs)
 
@@ -36,7 +37,10 @@ class Driver:
                     continue
                 if not self._active:
                     return
-                for output in self.engine.step():
+                outputs = self.engine.step()
+                if self._on_step is not None:
+                    self._on_step()
+                for output in outputs:
                     known = self._active.get(output.request.request_id)
                     if known is None:  # aborted meanwhile
                         continue

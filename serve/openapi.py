@@ -40,26 +40,23 @@ class Operation:
     body: Any = None
     statuses: tuple[int, ...] = ()  # of errors
     parameters: tuple[dict[str, Any], ...] = ()
-    streams: bool = False
+    chunk: Any = None  # what each event of a stream carries
     media_type: str = "application/json"
 
-    def streamed(self) -> "Operation":
+    def streamed(self, chunk: Any) -> "Operation":
         """The same as one that the engine works for: it may stream, has an SLO, and may run into a time limit."""
-        return replace(self, statuses=(*POST_STATUSES, 504), parameters=SLO_HEADERS, streams=True)
+        return replace(self, statuses=(*POST_STATUSES, 504), parameters=SLO_HEADERS, chunk=chunk)
 
 
-EVENT: dict[str, Any] = {  # of a stream: until OpenAPI 3.2 the schema is that of each event
-    "type": "object",
-    "required": ["data"],
-    "properties": {"data": {"type": "string", "description": "a chunk or an error as JSON; at the end [DONE]"}},
-}
 NAME_PARAMETER = {"name": "name", "in": "path", "required": True, "schema": {"type": "string"}}
 POST_STATUSES = (400, 404, 413, 500, 503)
 OPERATIONS = (
     Operation(
         "post", "/v1/completions", "Complete one or several prompts", replies.TextCompletion, CompletionRequest
-    ).streamed(),
-    Operation("post", "/v1/chat/completions", "Answer in a chat", replies.ChatCompletionReply, ChatRequest).streamed(),
+    ).streamed(replies.TextCompletionChunk),
+    Operation("post", "/v1/chat/completions", "Answer in a chat", replies.ChatCompletionReply, ChatRequest).streamed(
+        replies.ChatCompletionChunk
+    ),
     Operation("get", "/v1/models", "The model served, as a list", replies.ModelList),
     Operation(
         "get", "/v1/models/{name}", "The model served", replies.Model, statuses=(404,), parameters=(NAME_PARAMETER,)
@@ -89,6 +86,8 @@ def document() -> dict[str, Any]:
     types: list[tuple[Any, JsonSchemaMode, TypeAdapter[Any]]] = []
     for operation in OPERATIONS:
         types.append((operation.reply, "serialization", TypeAdapter(operation.reply)))
+        if operation.chunk is not None:
+            types.append((operation.chunk, "serialization", TypeAdapter(operation.chunk)))
         if operation.body is not None:
             types.append((operation.body, "validation", TypeAdapter(operation.body)))
     types.append((replies.Error, "serialization", TypeAdapter(replies.Error)))
@@ -107,8 +106,8 @@ def document() -> dict[str, Any]:
 
 def _operation(operation: Operation, schemas: dict[Any, Any]) -> dict[str, Any]:
     content: dict[str, Any] = {operation.media_type: {"schema": schemas[operation.reply]}}
-    if operation.streams:
-        content["text/event-stream"] = {"schema": EVENT}
+    if operation.chunk is not None:
+        content["text/event-stream"] = {"schema": _event(schemas[operation.chunk], schemas[replies.Error])}
     responses: dict[str, Any] = {"200": {"description": "done", "content": content}}
     for status in operation.statuses:
         reply = replies.Status if operation.reply is replies.Status else replies.Error
@@ -123,3 +122,14 @@ def _operation(operation: Operation, schemas: dict[Any, Any]) -> dict[str, Any]:
         body = {"application/json": {"schema": schemas[operation.body]}}
         shown["requestBody"] = {"required": True, "content": body}
     return shown
+
+
+def _event(chunk: dict[str, Any], error: dict[str, Any]) -> dict[str, Any]:
+    """One server-sent event: before 3.2, OpenAPI has no word for a stream, and tools take the schema as an event's."""
+    body = {"type": "string", "contentMediaType": "application/json", "contentSchema": {"anyOf": [chunk, error]}}
+    return {
+        "type": "object",
+        "description": "each event of the stream, which ends with [DONE]",
+        "properties": {"data": {"anyOf": [{"const": "[DONE]"}, body]}},
+        "required": ["data"],
+    }

@@ -89,7 +89,7 @@ def parse_logit_bias(value: object) -> object:
     if not isinstance(value, dict):
         return value
     for key in value:
-        digits = str(key).removeprefix("-")
+        digits = str(key)
         if not (digits.isascii() and digits.isdigit() and len(digits) <= 18):
             raise ValueError(f"logit_bias has the key {shown(key)}, keys must be token ids")
     return {int(key): bias for key, bias in value.items()}
@@ -183,9 +183,7 @@ class GenerationRequest(Strict):
             json_schema_input_type=Text | Annotated[list[Text], Field(max_length=MAX_STOP_STRINGS)] | None,
         ),
     ] = None
-    stop_token_ids: list[int] | None = Field(
-        default=None, json_schema_extra={"maxItems": MAX_STOP_TOKEN_IDS, "items": {"type": "integer", "minimum": 0}}
-    )
+    stop_token_ids: list[TokenId] | None = Field(default=None, json_schema_extra={"maxItems": MAX_STOP_TOKEN_IDS})
     ignore_eos: bool | None = None
     skip_special_tokens: bool | None = None
     include_stop_str_in_output: bool | None = None

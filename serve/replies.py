@@ -60,6 +60,18 @@ class TextCompletion(TypedDict):
     slo: SloReport
 
 
+class TextCompletionChunk(TypedDict):
+    """One event of a streamed answer of /v1/completions; the last ones have no text, or no choice but usage."""
+
+    id: str
+    object: Literal["text_completion"]
+    created: int
+    model: str
+    choices: list[TextChoice]
+    usage: NotRequired[Usage | None]
+    slo: NotRequired[SloReport]
+
+
 class TokenLogprob(TypedDict):
     """A token, its log-probability and its bytes."""
 
@@ -111,6 +123,36 @@ class ChatCompletionReply(TypedDict):
     prompt_logprobs: NotRequired[PromptLogprobs]
     usage: Usage
     slo: SloReport
+
+
+class ChatDelta(TypedDict):
+    """What is new of a message."""
+
+    role: NotRequired[Literal["assistant"]]
+    content: str
+
+
+class ChatChunkChoice(TypedDict):
+    """What is new of one sample."""
+
+    index: int
+    delta: ChatDelta
+    logprobs: ChatLogprobs | None
+    finish_reason: FinishReasonName | None
+    token_ids: NotRequired[list[int]]
+    prompt_token_ids: NotRequired[list[int]]
+
+
+class ChatCompletionChunk(TypedDict):
+    """One event of a streamed answer of /v1/chat/completions."""
+
+    id: str
+    object: Literal["chat.completion.chunk"]
+    created: int
+    model: str
+    choices: list[ChatChunkChoice]
+    usage: NotRequired[Usage | None]
+    slo: NotRequired[SloReport]
 
 
 class Model(TypedDict):

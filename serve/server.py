@@ -23,6 +23,7 @@ from serve.options import DEMO_NAME, LoadOptions, ServerOptions
 from serve.resume import Resumption
 from serve.service import Service
 from serve.snapshot import read_snapshot, write_snapshot
+from serve.start_up import StartUp
 
 if TYPE_CHECKING:
     from apt_jax.engine import Engine
@@ -64,6 +65,7 @@ def serve(model: str | None, load: LoadOptions, options: ServerOptions, config: 
     Listens at once: while the model loads, /health is 200 and /ready 503. A model that cannot be loaded ends the
     server with one sentence and exit code 1.
     """
+    start_up = StartUp()
     try:
         listener = listen(options.host, options.port)
     except OSError as error:
@@ -88,12 +90,17 @@ def serve(model: str | None, load: LoadOptions, options: ServerOptions, config: 
 
         if options.chat_template is not None:
             service.chat_template = read_template(Path(options.chat_template))
-        return build_engine(model, engine_config=config, **dataclasses.asdict(load))
+        start_up.ended("imports")
+        return build_engine(model, engine_config=config, on_phase=start_up.ended, **dataclasses.asdict(load))
 
     name, url = options.served_model_name or model or DEMO_NAME, url_of(listener)
 
     def ready(seconds: float) -> None:
-        logger.info("ready after %.1f s: %s answers at %s/v1/completions", seconds, name, url)
+        engine = engine_thread.engine
+        start_up.ended("measuring", 0.0 if engine is None else engine.compile_s)
+        logger.info(
+            "ready after %.1f s (%s): %s answers at %s/v1/completions", start_up.total_s, start_up.text(), name, url
+        )
 
     engine_thread = EngineThread(make_engine, ready, fail)
     service = Service(engine_thread, name, with_environment(options))

@@ -9,7 +9,7 @@ from apt_jax.scheduling.hardware import HARDWARE
 from serve.bench import kernel_runs, timing
 from serve.bench.decode_steps import StepResult, rho_s
 from serve.bench.kernel_counts import Shape, count, counted_table
-from serve.bench.kernels import Bench, run
+from serve.bench.kernels import BenchKernels, run
 from serve.bench.timing import Times
 
 
@@ -43,7 +43,7 @@ def test_table_has_a_row_per_shape_and_way_and_columns_per_chip():
 
 def test_command_counts_and_writes_json(tmp_path, capsys):
     output = tmp_path / "counts.json"
-    assert run(Bench("kernels", device="v5e", model="opt-125m", batch="1,2", context="64", output=output)) == 0
+    assert run(BenchKernels(device="v5e", model="opt-125m", batch="1,2", context="64", output=output)) == 0
     assert "tpu-v5e us" in capsys.readouterr().out
     found = json.loads(output.read_text())
     assert len(found["counts"]) == 2 * 3 and found["versions"]["jax"] == jax.__version__
@@ -59,7 +59,7 @@ def test_command_counts_and_writes_json(tmp_path, capsys):
 )
 def test_wrong_flags_are_named(flags, message):
     with pytest.raises(ValueError, match=message):
-        run(Bench("kernels", device="h200", **flags))
+        run(BenchKernels(device="h200", **flags))
 
 
 def test_measuring_checks_first_and_survives_an_implementation_that_fails(monkeypatch, tmp_path, capsys):
@@ -70,7 +70,7 @@ def test_measuring_checks_first_and_survives_an_implementation_that_fails(monkey
     monkeypatch.setattr(timing, "REPEATS", 1)
     output = tmp_path / "kernels.json"
     flags = {"model": "opt-125m", "batch": "2", "context": "32", "output": output, "allow_cpu": True}
-    assert run(Bench("kernels", **flags)) == 0
+    assert run(BenchKernels(**flags)) == 0
     found = json.loads(output.read_text())
     first, second, third = found["kernels"]
     assert "ZeroDivisionError" in first["error"] and first["times"] is None

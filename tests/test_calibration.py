@@ -78,7 +78,9 @@ def test_a_busy_engine_is_refused(model, folder):
 def test_policies_that_predict_get_the_measured_model_and_others_measure_nothing(model, folder):
     engine = make_engine(model, CONFIG, scheduling_policy="fcfs")
     engine.warm_up()
+    run(engine, [[5, 6, 7]] * 3)
     assert not folder.exists() and engine.policy_context.cost_model is None
+    assert not engine.calibration.num_observations
     engine = make_engine(model, CONFIG, scheduling_policy="apt")
     engine.warm_up()
     assert folder.exists() and engine.policy_context.cost_model == engine.calibration.model
@@ -91,6 +93,7 @@ def test_real_iterations_refine_the_model(model, async_scheduling):
     ticks = iter(range(10**6))
     engine = make_engine(model, CONFIG, async_scheduling=async_scheduling)
     engine._clock = lambda: float(next(ticks))
+    engine.learns_times = True
     run(engine, [[5, 6, 7]] * 3)
     recent = list(engine.calibration._recent)
     assert len(recent) > 50

@@ -16,8 +16,10 @@ from apt_jax.scheduling.ledger import Ledger
 from apt_jax.scheduling.length import LengthPredictor
 from apt_jax.scheduling.plan import Reason
 from apt_jax.scheduling.policy import PolicyContext, make_policy
+from apt_jax.scheduling.step_load import PaddedSizes
 
 A100 = CostModel(MODELS["opt-13b"], HARDWARE["a100-40gb"])
+PADDED = PaddedSizes((1, 8), (60, 4096))
 SLOW_HIDDEN = dataclasses.replace(A100, hidden_mode="recompute")
 
 
@@ -155,6 +157,21 @@ def test_mixed_iterations_decode_and_prefill_together():
     assert names(step(state, policy, 0.04, 0.02).scheduled) == ["talker", "new"]
 
 
+def test_where_padding_makes_a_mixed_iteration_slower_they_take_turns():
+    """60 prompt tokens fill the program for 60; with one decode beside them they would be padded to 4,096."""
+    for sizes, mixed in ((PaddedSizes(), True), (PaddedSizes((1, 8), (60, 64, 4096)), True), (PADDED, False)):
+        model = dataclasses.replace(A100, sizes=sizes)
+        state, policy = make_state(4000, tokens=2048), make_policy("apt", PolicyContext(model))
+        state.add(request(4, 50, name="talker"))
+        step(state, policy, 0.0, 0.02)
+        state.add(request(60, 3, arrival_s=0.01, name="new"))
+        plan = step(state, policy, 0.04, 0.02)
+        assert names(plan.scheduled) == (["talker", "new"] if mixed else ["new"]), sizes
+        if not mixed:
+            assert [(names_of(w), w.reason) for w in plan.waited] == [(["talker"], Reason.WAITS_FOR_PREFILL)]
+        assert names(step(state, policy, 0.06, 0.02).scheduled) == ["talker", "new"]
+
+
 def test_a_prompt_chunk_respects_the_tightest_gap_promise():
     state, policy = make_state(4000, tokens=2048), make_policy("apt", PolicyContext(A100))
     state.add(request(4, 50, name="tight", slo=Slo(1.0, 0.15)))
@@ -168,12 +185,18 @@ def test_a_prompt_chunk_respects_the_tightest_gap_promise():
 # -- the bound on waiting ---------------------------------------------------------------------------------------
 
 
-@given(st.integers(0, 10_000), st.integers(1, 6), st.sampled_from(["kv", "hybrid", "hidden"]))
-@settings(max_examples=15, deadline=None)
-def test_no_late_request_waits_longer_than_the_bound(seed, older, mode):
+@given(
+    st.integers(0, 10_000), st.integers(1, 6), st.sampled_from(["kv", "hybrid", "hidden"]),
+    st.sampled_from(["on", "off", "padded"]),
+)  # fmt: skip
+@settings(max_examples=30, deadline=None)
+def test_no_late_request_waits_longer_than_the_bound(seed, older, mode, mixed):
     """Fresh requests flood the server for ever; late ones still finish within the bound of `lateness.py`."""
     rng = np.random.default_rng(seed)
-    policy = make_policy("apt:patience_s=2:lane_share=0", PolicyContext(TINY))
+    model = dataclasses.replace(TINY, sizes=PADDED) if mixed == "padded" else TINY
+    policy = make_policy(
+        f"apt:patience_s=2:lane_share=0:mixed={'off' if mixed == 'off' else 'on'}", PolicyContext(model)
+    )
     state = make_state(40, 4, 6, 32, mode)
     late = [request(int(rng.integers(1, 40)), int(rng.integers(1, 12)), 0.0, name=f"late{k}") for k in range(older)]
     for r in late:

@@ -8,6 +8,7 @@ from live_server import live
 from schemathesis.generation import GenerationMode
 from schemathesis.specs.openapi import checks
 
+from serve.completions import Completion
 from serve.engine_thread import EngineThread
 from serve.openapi import document
 from serve.options import ServerOptions
@@ -51,6 +52,16 @@ def test_every_answer_is_as_the_document_says(api, path, method, mode):
         case.call_and_validate(checks=CHECKS)
 
     check()
+
+
+def test_events_are_checked_against_the_document(api, monkeypatch):
+    """A chunk that the document does not know is found, so the test above looks into streams."""
+    body = {"model": "tiny", "prompt": "a", "max_tokens": 2, "stream": True}
+    case = api["/v1/completions"]["POST"].Case(body=body, media_type="application/json")
+    case.call_and_validate(checks=CHECKS)
+    monkeypatch.setattr(Completion, "_object", lambda self, choices, stream=False: {"id": 7, "choices": choices})
+    with pytest.raises(BaseExceptionGroup, match="distinct failure"):
+        case.call_and_validate(checks=CHECKS)
 
 
 def test_every_field_that_a_body_takes_is_in_the_document():

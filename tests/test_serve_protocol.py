@@ -86,6 +86,12 @@ def test_sampling_fields_reach_the_sampling_params():
         ({"stop": [1]}, "stop", "stop must be a string or a list of strings, not [1]"),
         ({"stop": ["a"] * 65}, "stop", "stop has 65 strings, at most 64 are allowed"),
         ({"logit_bias": {"x": 1}}, "logit_bias", 'logit_bias has the key "x", keys must be token ids'),
+        ({"logit_bias": {"-1": 1}}, "logit_bias", 'logit_bias has the key "-1", keys must be token ids'),
+        (
+            {"stop_token_ids": [5, -1]},
+            "stop_token_ids",
+            "stop_token_ids=-1: input should be greater than or equal to 0",
+        ),
         ({"logit_bias": [1]}, "logit_bias", "logit_bias=[1]: input should be a valid dictionary"),
         ({"stream_options": {"include_usage": True}}, "stream_options", "only allowed with stream=true"),
         ({"stream": True, "stream_options": {"chunks": 1}}, "stream_options.chunks", "unknown field"),

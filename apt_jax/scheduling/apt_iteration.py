@@ -1,7 +1,8 @@
 """One iteration of the adaptive policy: who keeps memory, who is admitted, and what runs."""
 
+from collections.abc import Iterator
 from functools import cached_property
-from itertools import compress
+from itertools import compress, repeat
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 UNKNOWN_RHO_S = 1e-9  # without a cost model KV is taken to be faster by next to nothing: first choice while it fits
 STEP_SHARE = 0.25  # of the tightest gap promise that one iteration may last
 MIN_PREFILL_TOKENS = 16
+OFFERS = 64  # waiting requests looked at in one go
 
 
 class Iteration:
@@ -45,18 +47,19 @@ class Iteration:
         self.preempted: dict[int, Reason] = {}
         self.admitted: list[tuple[int, CacheKind, Reason]] = []
         self.free = state.pool.num_free
+        self.mixes = options.mixed and context.cost_model is not None
 
     def plan(self) -> Plan:
         """Decide."""
         decodes = self.running.decoding & self.running.may_sample
         prefills = self.running.uncomputed > 0
         prefills &= ~self.running.decoding
-        mixed = self.options.mixed and self.context.cost_model is not None
-        if mixed:
+        if self.mixes:
             self._shed(decodes)
             self._admit()
-        else:
-            decodes = self._alternate(decodes, prefills)
+            self.mixes = self._gains_by_mixing(decodes, prefills)
+        if not self.mixes:
+            decodes, prefills = self._alternate(decodes, prefills)
         return self._build(decodes, prefills)
 
     # Read only when someone waits or memory is short: cached, so that a quiet iteration costs little.
@@ -168,16 +171,10 @@ class Iteration:
         self.free = self.state.pool.num_blocks - int(need.sum()) + int(need[dropped].sum())
 
     def _admit(self) -> None:
-        """Choose waiting requests, the longest late one first, then by value per block."""
+        """Choose waiting requests, those of the lane first, then by value per block."""
         if not len(self.waiting):
             return
-        seats = self.state.limits.max_num_seqs - len(self.running) + len(self.preempted)
-        for i in np.flatnonzero(self.lane_w):
-            seats += self._make_room_for_lane(int(i), seats)
-            if seats > 0 and self._fits_lane(int(i)):
-                self.admitted.append((int(i), self.kinds[-1], Reason.ADMITTED_LONGEST_LATE))
-                self.free -= int(self.pages_w[i]) * self.kinds[-1].blocks_per_page
-                seats -= 1
+        seats = self._admit_lane()
         spare = self.state.limits.watermark_blocks if len(self.running) > len(self.preempted) or self.admitted else 0
         evictable = self._evictable()
         held = int(self.claims_r[evictable].sum())
@@ -186,6 +183,17 @@ class Iteration:
             return
         order, hidden = self._solve(room + held)
         self._take(order, hidden, seats, room, evictable)
+
+    def _admit_lane(self) -> int:
+        """Admit those of the lane; returns how many more requests may run."""
+        seats = self.state.limits.max_num_seqs - len(self.running) + len(self.preempted)
+        for i in np.flatnonzero(self.lane_w).tolist():
+            seats += self._make_room_for_lane(i, seats)
+            if seats > 0 and self._fits_lane(i):
+                self.admitted.append((i, self.kinds[-1], Reason.ADMITTED_LONGEST_LATE))
+                self.free -= int(self.pages_w[i]) * self.kinds[-1].blocks_per_page
+                seats -= 1
+        return seats
 
     def _solve(self, capacity: int) -> tuple[Ints, Bools]:
         """Waiting requests to admit into `capacity` blocks, best first, and whether as hidden."""
@@ -232,14 +240,9 @@ class Iteration:
         """Admit in order while seats, blocks and the forecast allow; late running requests make room."""
         forecast = self._forecast()
         victims = list(evictable[np.argsort(-self.claims_r[evictable], kind="stable")])
-        needs = self.pages_w[order] * np.where(hidden, 1, 2)
-        smallest = np.minimum.accumulate(needs[::-1])[::-1]  # of this and all that follow
-        for i, is_hidden, need, least in zip(
-            order.tolist(), hidden.tolist(), needs.tolist(), smallest.tolist(), strict=True
-        ):
-            if (seats <= 0 or room < least) and not victims:
+        for i, is_hidden, need, least, late, any_may_evict, expected in self._offers(order, hidden):
+            if (seats <= 0 or room < least) and not (victims and any_may_evict):
                 break
-            late = bool(self.late_w[i])
             kind = CacheKind.HIDDEN if is_hidden else CacheKind.KV
             while (need > room or seats <= 0) and victims and not late:
                 victim = int(victims.pop(0))
@@ -251,15 +254,32 @@ class Iteration:
                     forecast += self._expected_r(np.array([victim]))[0]
             if need > room or seats <= 0:
                 continue
-            if forecast is not None:
-                expected = self._expected_w(i, kind)
-                if (forecast < expected).any() and (self.admitted or len(self.running) > len(self.preempted)):
+            if forecast is not None and expected is not None:
+                overflows = (forecast < expected).any()
+                if overflows and (self.admitted or len(self.running) > len(self.preempted)):
                     continue
                 forecast -= expected
             room -= need
             self.free -= need
             seats -= 1
             self.admitted.append((i, kind, self._admission_reason(kind, late)))
+
+    def _offers(self, order: Ints, hidden: Bools) -> Iterator[tuple[int, bool, int, int, bool, bool, Floats | None]]:
+        """What `_take` must know of each waiting request, in slices: it seldom comes far.
+
+        Index, whether hidden, blocks, fewest blocks of it and all that follow, whether it is late, whether it or any
+        that follows is not, and its `[horizons]` expected blocks (None without prediction).
+        """
+        per_page = np.where(hidden, 1, 2)
+        needs, late = self.pages_w[order] * per_page, self.late_w[order]
+        least = np.minimum.accumulate(needs[::-1])[::-1]
+        any_in_time = np.logical_or.accumulate(~late[::-1])[::-1]
+        for first in range(0, len(order), OFFERS):
+            part = slice(first, first + OFFERS)
+            columns = [column[part].tolist() for column in (order, hidden, needs, least, late, any_in_time)]
+            predicted = self.remaining_w is not None
+            expected = self._expected_w(order[part], per_page[part]) if predicted else repeat(None)
+            yield from zip(*columns, expected, strict=False)
 
     def _evictable(self) -> Ints:
         """Late running requests outside the lane that hold memory."""
@@ -293,8 +313,10 @@ class Iteration:
         stays = np.ones(len(self.running), np.bool_)
         stays[list(self.preempted)] = False
         expected = self._expected_r(np.flatnonzero(stays)).sum(axis=0)
-        for i, kind, _ in self.admitted:
-            expected = expected + self._expected_w(i, kind)
+        if self.admitted:
+            index = np.array([i for i, _, _ in self.admitted])
+            per_page = np.array([kind.blocks_per_page for _, kind, _ in self.admitted])
+            expected = expected + self._expected_w(index, per_page).sum(axis=0)
         return np.asarray(self.state.pool.num_blocks - self.state.limits.watermark_blocks - expected)
 
     def _expected_r(self, index: Ints) -> Floats:
@@ -303,12 +325,9 @@ class Iteration:
             self.running.tokens[index], self.running.blocks_per_page[index], self.remaining_r[index], self.block_size
         )
 
-    def _expected_w(self, i: int, kind: CacheKind) -> Floats:
+    def _expected_w(self, index: Ints, blocks_per_page: Ints) -> Floats:
         assert self.remaining_w is not None
-        per_page = np.array([kind.blocks_per_page])
-        return np.asarray(
-            expected_blocks(self.waiting.tokens[[i]], per_page, self.remaining_w[[i]], self.block_size)[0]
-        )
+        return expected_blocks(self.waiting.tokens[index], blocks_per_page, self.remaining_w[index], self.block_size)
 
     def _admission_reason(self, kind: CacheKind, late: bool) -> Reason:
         if late:
@@ -321,23 +340,52 @@ class Iteration:
 
     # -- iteration type -----------------------------------------------------------------------------------------
 
-    def _alternate(self, decodes: Bools, prefills: Bools) -> Bools:
-        """Prefill or decode, by cumulative pending time; returns who decodes."""
-        nobody = np.zeros(len(self.running), np.bool_)
+    def _gains_by_mixing(self, decodes: Bools, prefills: Bools) -> bool:
+        """Whether decodes and prompt chunks take no longer together than one after the other.
+
+        Together the weights are read once, but the tokens are padded to another program's size. Attention costs the
+        same.
+        """
+        model = self.context.cost_model
+        assert model is not None
+        out = np.zeros(len(self.running), np.bool_)
+        out[list(self.preempted)] = True
+        index = np.flatnonzero(decodes & ~out)
+        wanted = int(self.running.uncomputed[prefills & ~out].sum())
+        wanted += int(self.waiting.uncomputed[[i for i, _, _ in self.admitted]].sum())
+        if not len(index) or not wanted:
+            return True
+        tokens = min(wanted, max(self._prefill_budget(index), 1))
+        decode, prefill = StepLoad(decode_requests=len(index), samples=len(index)), StepLoad(tokens, samples=1)
+        both = StepLoad(tokens, decode_requests=len(index), samples=len(index) + 1)
+        return model.step_s(both) <= model.step_s(decode) + model.step_s(prefill)
+
+    def _alternate(self, decodes: Bools, prefills: Bools) -> tuple[Bools, Bools]:
+        """Prefill or decode, by cumulative pending time; returns who decodes and who goes on with its prefill.
+
+        Those in the lane run in either case, so that its bound holds. Forgets what was decided before.
+        """
+        self._forget()
         pending_w = (self.now + self.tick_s - self.waiting.since_s)[~self.late_w]
         pending_r = self.now + self.tick_s - self.running.since_s
-        counted = decodes & ~self.late_r
         urgent_w = float(pending_w.sum()) + float(pending_r[prefills & ~self.late_r].sum())
-        urgent_r = float(pending_r[counted].sum())
+        urgent_r = float(pending_r[decodes & ~self.late_r].sum())
         if urgent_w >= urgent_r or not decodes.any():
+            in_lane = decodes & self.lane_r
+            self._shed(in_lane)
             self._admit()
             if self.admitted or prefills.any():
-                return nobody
+                return in_lane, prefills
+            self._forget()
+        self._shed(decodes)
+        self._admit_lane()
+        return decodes, prefills & self.lane_r
+
+    def _forget(self) -> None:
         self.preempted.clear()
         self.admitted.clear()
         self.free = self.state.pool.num_free
-        self._shed(decodes)
-        return decodes
+        self.claims_r = self.blocks_r
 
     # -- the plan -----------------------------------------------------------------------------------------------
 
@@ -350,11 +398,8 @@ class Iteration:
         as_kv = self.running.blocks_per_page == 2
         as_kv[converted] = True
         kinds = [CacheKind.KV if kv else CacheKind.HIDDEN for kv in as_kv[decode_index].tolist()]
-        requests = self.running.requests
-        scheduled += [
-            Scheduled(requests[i], 1, kind, Reason.DECODES)
-            for i, kind in zip(decode_index.tolist(), kinds, strict=True)
-        ]
+        decoding = compress(self.running.requests, (decodes & ~out).tolist())
+        scheduled += map(Scheduled._make, zip(decoding, repeat(1), kinds, repeat(Reason.DECODES)))
         if prefills.any() or self.admitted:
             budget = self._prefill_budget(decode_index)
             for i in np.flatnonzero(prefills & ~out).tolist():
@@ -410,15 +455,14 @@ class Iteration:
         return chosen
 
     def _waited(self, decodes: Bools, out: Bools) -> tuple[Waited, ...]:
-        taken = np.zeros(len(self.waiting), np.bool_)
-        taken[[i for i, _, _ in self.admitted]] = True
-        left = ~taken
-        decode_only = not self.admitted and not self.options.mixed
-        groups = (
-            (self.waiting, left & self.late_w, Reason.WAITS_LATE),
-            (self.waiting, left & ~self.late_w, Reason.WAITS_FOR_DECODE if decode_only else Reason.WAITS_FOR_BLOCKS),
-        )
-        found = [Waited(_pick(queue, mask), reason) for queue, mask, reason in groups if mask.any()]
+        found = []
+        if len(self.waiting) > len(self.admitted):
+            left = np.ones(len(self.waiting), np.bool_)
+            left[[i for i, _, _ in self.admitted]] = False
+            decode_only = not self.admitted and not self.mixes
+            in_time = Reason.WAITS_FOR_DECODE if decode_only else Reason.WAITS_FOR_BLOCKS
+            groups = ((left & self.late_w, Reason.WAITS_LATE), (left & ~self.late_w, in_time))
+            found += [Waited(_pick(self.waiting, mask), reason) for mask, reason in groups if mask.any()]
         if not decodes.any() and (resting := self.running.decoding & ~out).any():
             found.append(Waited(_pick(self.running, resting), Reason.WAITS_FOR_PREFILL))
         return tuple(found)

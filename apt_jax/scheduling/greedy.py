@@ -28,6 +28,7 @@ class Items:
     blocks: Ints
     gain_s: Floats
     is_hidden: Bools  # the request's kind once the item is taken
+    is_upgrade: Bools  # never ahead of its first half
 
 
 def solve_greedy(problem: Problem, *, fill: bool = True) -> Solution:
@@ -42,14 +43,13 @@ def solve_greedy(problem: Problem, *, fill: bool = True) -> Solution:
     packed = int(np.searchsorted(np.cumsum(items.blocks), room, side="right"))
     taken = np.zeros(len(items.request), np.bool_)
     taken[:packed] = True
-    answer = _solution(problem, items, taken)
     if packed == len(items.request):
-        return answer
+        return _solution(problem, items, taken)
     critical = int(items.request[packed])
     value_s = float(items.gain_s[:packed].sum())
     alone, alone_s = _alone(problem, critical)
     if not fill:
-        return alone if value_s < alone_s else answer
+        return alone if value_s < alone_s else _solution(problem, items, taken)
     filled = _solution(problem, items, _fill(items, taken, room - int(items.blocks[:packed].sum())))
     if problem.value_s(filled) >= alone_s:
         return filled
@@ -73,9 +73,10 @@ def offer(problem: Problem) -> Items:
     blocks = np.concatenate([np.where(whole[first], kv_blocks[first], kv_blocks[first] // 2), kv_blocks[second] // 2])
     gain = np.concatenate([np.where(whole[first], pending[first], pending[first] - penalty[first]), penalty[second]])
     is_hidden = np.concatenate([halves[first], np.zeros(len(second), np.bool_)])
+    is_upgrade = np.arange(len(request)) >= len(first)
     order = np.argsort(-gain / blocks, kind="stable")
     order = order[gain[order] > 0]
-    return Items(request[order], blocks[order], gain[order], is_hidden[order])
+    return Items(request[order], blocks[order], gain[order], is_hidden[order], is_upgrade[order])
 
 
 def _alone(problem: Problem, index: int) -> tuple[Solution, float]:
@@ -116,8 +117,7 @@ def _solution(problem: Problem, items: Items, taken: Bools) -> Solution:
     is_scheduled[request] = True
     is_hidden[request[hidden]] = True
     is_hidden[request[~hidden]] = False  # whole requests and upgrades
-    _, first = np.unique(request, return_index=True)
-    return Solution(is_scheduled, is_hidden, request[np.sort(first)])
+    return Solution(is_scheduled, is_hidden, request[~items.is_upgrade[taken]])
 
 
 def _merge(alone: Solution, rest: Solution, index: int) -> Solution:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from apt_jax.cache import CacheKind
-from apt_jax.request import Request
+from apt_jax.request import Request, Status
 from apt_jax.scheduling.problem import Bools, Floats, Ints
 from apt_jax.scheduling.state import SchedulerState
 
@@ -66,61 +66,76 @@ class Queue:
 
 
 class Ledger:
-    """Rows by arrival number. Rows of finished requests are dropped when the table is full."""
+    """Columns by arrival number. Those of finished requests are dropped when the table is full."""
 
     def __init__(self, capacity: int = 1024):
-        self._base = 0  # arrival number of row 0
+        self._base = 0  # arrival number of column 0
         self._next = 0  # first arrival number never seen
-        self._static = np.zeros((capacity, 5))  # arrival, both SLOs, prompt, most new tokens
-        self._paused = np.zeros((capacity, 8))  # what a waiting request looked like when it last ran
+        # of each request, and, as far as it changes, what it looked like when it last ran
+        self._times = np.zeros((4, capacity))  # arrival, both SLOs, since
+        self._counts = np.zeros((7, capacity), np.int64)  # prompt, most new tokens, and as in `_progress`
         self._ran: list[Request] = []
-        self._static_r = np.zeros((0, 5))
-        self._waiting = _queue([], self._static_r, np.zeros((0, 8)))
+        self._ran_orders = self._waiting_orders = np.zeros(0, np.int64)
+        self._waiting = self._waiting_queue([])
 
     def update(self, state: SchedulerState) -> tuple[Queue, Queue]:
         """Columns of the waiting and of the running requests."""
         waiting, running = state.waiting, state.running
         newest = max((q[-1].order for q in (waiting, running) if q), default=-1)
-        if newest - self._base >= len(self._static):
+        if newest - self._base >= self._times.shape[1]:
             self._make_room(min(q[0].order for q in (waiting, running) if q), newest)
         fresh = [r for q in (waiting, running) for r in _newer(q, self._next)]
-        paused = [r for r in (*self._ran, *fresh) if r.table is None and r.order >= self._base]
-        if fresh:
-            self._static[[r.order - self._base for r in fresh]] = [
-                (r.arrival_s, r.slo.ttft_s, r.slo.tbt_s, len(r.prompt_token_ids), r.max_new_tokens) for r in fresh
-            ]
-        if paused:
-            self._paused[[r.order - self._base for r in paused]] = _rows(paused)
         self._next = max(self._next, newest + 1)
-        if fresh or paused or waiting != self._waiting.requests:
-            index = self._index(waiting)
-            self._waiting = _queue(list(waiting), self._static[index], self._paused[index])
+        if fresh:
+            column = _orders(fresh) - self._base
+            self._times[:3, column] = np.array([(r.arrival_s, r.slo.ttft_s, r.slo.tbt_s) for r in fresh]).T
+            self._counts[:2, column] = np.array([(len(r.prompt_token_ids), r.max_new_tokens) for r in fresh]).T
+        came = [r for r in (*self._ran, *fresh) if r.table is None and r.status is Status.WAITING]
+        if came:
+            column = _orders(came) - self._base
+            since_s, *changing = _progress(came, self._times[:, column], self._counts[0, column])
+            self._times[3, column] = since_s
+            self._counts[2:, column] = changing
+        admitted = np.zeros(0, np.int64)
         if running != self._ran:
-            self._ran, self._static_r = list(running), self._static[self._index(running)]
-        rows = np.array(_rows(running), np.float64).reshape(-1, 8)
-        return self._waiting, _queue(self._ran, self._static_r, rows)
+            orders = _orders(running)
+            admitted = np.setdiff1d(orders, self._ran_orders, assume_unique=True)
+            self._ran, self._ran_orders = list(running), orders
+        if came or len(admitted) or len(waiting) != len(self._waiting):
+            self._waiting_orders = _moved(self._waiting_orders, waiting, came, admitted)
+            self._waiting = self._waiting_queue(list(waiting))
+        return self._waiting, self._running_queue()
 
-    def _index(self, requests: list[Request]) -> Ints:
-        return np.array([r.order for r in requests], np.int64) - self._base
+    def _waiting_queue(self, requests: list[Request]) -> Queue:
+        column = self._waiting_orders - self._base
+        arrival_s, ttft_slo_s, tbt_slo_s, since_s = self._times[:, column]
+        prompt, most_new, tokens, uncomputed, late_gaps, started, missed = self._counts[:, column]
+        nothing = np.zeros_like(tokens)
+        return Queue(
+            requests, since_s, arrival_s, ttft_slo_s, tbt_slo_s, prompt, most_new, tokens, uncomputed, late_gaps,
+            started > 0, missed > 0, nothing, nothing,
+        )  # fmt: skip
+
+    def _running_queue(self) -> Queue:
+        column, running = self._ran_orders - self._base, self._ran
+        times, (prompt, most_new) = self._times[:, column], self._counts[:2, column]
+        arrival_s, ttft_slo_s, tbt_slo_s, _ = times
+        since_s, tokens, uncomputed, late_gaps, started, missed = _progress(running, times, prompt)
+        first = np.array([len(r.table.first) for r in running], np.int64)  # type: ignore[union-attr]
+        second = np.array([len(r.table.second) for r in running], np.int64)  # type: ignore[union-attr]
+        return Queue(
+            running, since_s, arrival_s, ttft_slo_s, tbt_slo_s, prompt, most_new, tokens, uncomputed, late_gaps,
+            started, missed, first, np.where(second > 0, 2, 1),
+        )  # fmt: skip
 
     def _make_room(self, oldest: int, newest: int) -> None:
-        size = max(len(self._static), 2 * (newest - oldest + 1))
-        for name in ("_static", "_paused"):
-            old = getattr(self, name)[oldest - self._base :]
-            table = np.zeros((size, old.shape[1]))
-            table[: len(old)] = old[:size]
+        size = max(self._times.shape[1], 2 * (newest - oldest + 1))
+        for name in ("_times", "_counts"):
+            old = getattr(self, name)[:, oldest - self._base :][:, :size]
+            table = np.zeros((len(old), size), old.dtype)
+            table[:, : old.shape[1]] = old
             setattr(self, name, table)
         self._base = oldest
-
-
-def _queue(requests: list[Request], static: Floats, rows: Floats) -> Queue:
-    """Columns from the fixed `[n, 5]` and the changing `[n, 8]` table."""
-    whole = rows[:, 1:].T.astype(np.int64)
-    prompt, new = static[:, 3:].T.astype(np.int64)
-    return Queue(
-        requests, rows[:, 0], static[:, 0], static[:, 1], static[:, 2], prompt, new, whole[0], whole[1], whole[2],
-        whole[3] > 0, whole[4] > 0, whole[5], whole[6],
-    )  # fmt: skip
 
 
 def _newer(queue: list[Request], order: int) -> list[Request]:
@@ -133,21 +148,35 @@ def _newer(queue: list[Request], order: int) -> list[Request]:
     return found
 
 
-def _rows(requests: list[Request]) -> list[tuple[float, ...]]:
-    """A row per request: since, tokens, uncomputed, late gaps, started, missed first token, pages, blocks per page."""
-    rows: list[tuple[float, ...]] = []
-    add = rows.append
-    for r in requests:
-        tokens = len(r.prompt_token_ids) + len(r.output_token_ids) + r.num_inflight_tokens
-        first_s, table = r.first_token_s, r.table
-        pages, per_page = (0, 0) if table is None else (len(table.first), 2 if table.second else 1)
-        uncomputed = tokens - r.num_computed_tokens
-        if first_s is None:
-            add((r.arrival_s, tokens, uncomputed, r.num_late_gaps, 0, 0, pages, per_page))
-        else:
-            missed = first_s - r.arrival_s > r.slo.ttft_s
-            add((r.last_token_s, tokens, uncomputed, r.num_late_gaps, 1, missed, pages, per_page))  # type: ignore[arg-type]
-    return rows
+def _orders(requests: list[Request]) -> Ints:
+    return np.array([r.order for r in requests], np.int64)
+
+
+def _moved(orders: Ints, waiting: list[Request], came: list[Request], admitted: Ints) -> Ints:
+    """Arrival numbers of `waiting`, from those before, those that came and those that left to run."""
+    if len(admitted):
+        orders = orders[~np.isin(orders, admitted, assume_unique=True)]
+    if came:
+        new = np.sort(_orders(came))
+        orders = np.insert(orders, np.searchsorted(orders, new), new)
+    # every one that came is known, so a difference in number means that some ended while they waited
+    return orders if len(orders) == len(waiting) else _orders(waiting)
+
+
+def _progress(
+    requests: list[Request], times: Floats, prompt_tokens: Ints
+) -> tuple[Floats, Ints, Ints, Ints, Bools, Bools]:
+    """What changes as they run: pending since, tokens, uncomputed tokens, late gaps, started, missed first token."""
+    arrival_s, ttft_slo_s = times[:2]
+    first_s = np.array([r.first_token_s for r in requests], np.float64)  # None becomes NaN
+    last_s = np.array([r.last_token_s for r in requests], np.float64)
+    generated = np.array([len(r.output_token_ids) + r.num_inflight_tokens for r in requests], np.int64)
+    computed = np.array([r.num_computed_tokens for r in requests], np.int64)
+    late_gaps = np.array([r.num_late_gaps for r in requests], np.int64)
+    started = ~np.isnan(first_s)
+    tokens = prompt_tokens + generated
+    missed = started & (first_s - arrival_s > ttft_slo_s)
+    return np.where(started, last_s, arrival_s), tokens, tokens - computed, late_gaps, started, missed
 
 
 def kind_of(blocks_per_page: int) -> CacheKind:

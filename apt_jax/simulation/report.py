@@ -23,8 +23,7 @@ class Report:
     """One simulated point. Definitions: the docs' "Metrics" (attainment counts every request sent).
 
     `p50_tbt_s` and `p99_tbt_s` are over all gaps of all requests. `backlog` counts unfinished requests when the last
-    one arrived; `longest_wait_s` is the longest any request went without a token. `lost_to_demotion` is the share of
-    requests that missed their SLO and were preempted.
+    one arrived; `longest_wait_s` is the longest any request went without a token.
     """
 
     policy: str

@@ -3,19 +3,27 @@
 from collections.abc import Callable, Sequence
 
 START_RATE = 1.0
+LOWEST_RATE = 1 / 64
 RELATIVE_TOLERANCE = 0.03
 MAX_RATE = 4096.0
 
 
 def effective_throughput(
-    reaches: Callable[[float, float], bool], targets: Sequence[float], *, start: float = START_RATE
+    reaches: Callable[[float, float], bool],
+    targets: Sequence[float],
+    *,
+    start: float = START_RATE,
+    lowest: float = LOWEST_RATE,
+    tolerance: float = RELATIVE_TOLERANCE,
 ) -> dict[float, float]:
-    """The rate for each target, within 3%; 0.0 where even 1/64 request per second misses it.
+    """The rate for each target, within `tolerance`; 0.0 where even `lowest` requests per second miss it.
 
     Args:
         reaches: `(rate, target)` -> whether attainment at `rate` is at least `target`. It may stop early.
         targets: shares in 0..1. Higher ones are searched first; their rate is a floor for the lower ones.
-        start: where to begin; doubled or halved until the answer is bracketed, then bisected geometrically.
+        start: where to begin; raised or halved until the answer is bracketed, then bisected geometrically.
+        lowest: where to give up.
+        tolerance: a share of the rate.
 
     Attainment is taken to fall with the rate, as it does on one arrival pattern stretched in time; where it wobbles,
     the answer is one crossing.
@@ -34,13 +42,13 @@ def effective_throughput(
             else:
                 high = rate
         rate = high
-        while low == 0.0 and rate > 1 / 64:
+        while low == 0.0 and rate > lowest:
             rate /= 2
             if reaches(rate, target):
                 low = rate
             else:
                 high = rate
-        while low and high / low > 1 + RELATIVE_TOLERANCE:
+        while low and high / low > 1 + tolerance:
             middle = (low * high) ** 0.5
             if reaches(middle, target):
                 low = middle

@@ -92,19 +92,38 @@ def make_arrivals(lengths: Lengths, *, rate: float, num_requests: int, cv: float
         raise ValueError(f"{rate=}, {num_requests=} and {cv=} must all be greater than 0")
     count = max(num_requests, math.ceil(rate * MIN_DURATION_S))
     rows = len(lengths.prompt_tokens)
-    passes = -(-count // rows)
-    lengths_rng, gaps_rng = np.random.default_rng([seed, 0]), np.random.default_rng([seed, 1])
     if cv is None:
-        recorded_rate = lengths.recorded_rate
-        assert lengths.arrival_s is not None
-        period = rows / recorded_rate
-        times = np.concatenate([lengths.arrival_s + k * period for k in range(passes)])[:count]
-        times = times * (recorded_rate / rate)
-        index = np.tile(np.arange(rows), passes)[:count]
+        times, index = recorded_times(lengths, count, rate=rate), np.arange(count) % rows
     else:
-        times = np.cumsum(gaps_rng.gamma(1 / cv**2, cv**2, count)) / rate
-        index = np.concatenate([lengths_rng.permutation(rows) for _ in range(passes)])[:count]
+        times, index = gamma_times(count, rate=rate, cv=cv, seed=seed), shuffled_rows(rows, count, seed=seed)
     return [
         Arrival(float(t), int(p), int(o))
         for t, p, o in zip(times, lengths.prompt_tokens[index], lengths.output_tokens[index], strict=True)
     ]
+
+
+def gamma_times(count: int, *, rate: float, cv: float, seed: int) -> NDArray[np.float64]:
+    """`[count]` arrival seconds with Gamma distributed gaps of mean 1/rate; `cv` 0 is regular, rate inf all at 0."""
+    generator = np.random.default_rng([seed, 1])
+    gaps = generator.gamma(1 / cv**2, cv**2, count) if cv else np.ones(count)
+    return np.cumsum(gaps) / rate
+
+
+def recorded_times(lengths: Lengths, count: int, *, rate: float) -> NDArray[np.float64]:
+    """`[count]` recorded arrival seconds stretched to `rate`, repeated end to end if they are too few.
+
+    Raises:
+        ValueError: arrivals were not recorded.
+    """
+    recorded_rate = lengths.recorded_rate
+    assert lengths.arrival_s is not None
+    rows = len(lengths.arrival_s)
+    period = rows / recorded_rate
+    times = np.concatenate([lengths.arrival_s + k * period for k in range(-(-count // rows))])[:count]
+    return times * (recorded_rate / rate)
+
+
+def shuffled_rows(rows: int, count: int, *, seed: int) -> NDArray[np.int64]:
+    """`[count]` row numbers in shuffled passes over a table: each row once per pass."""
+    generator = np.random.default_rng([seed, 0])
+    return np.concatenate([generator.permutation(rows) for _ in range(-(-count // rows))])[:count]

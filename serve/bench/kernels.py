@@ -9,17 +9,15 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from tyro.conf import Positional, arg
+from tyro.conf import arg
 
 Chip = Literal["auto", "h200", "h100", "a100", "v5e", "v5p", "v6e", "tpu7x"]
 
 
 @dataclass(frozen=True)
-class Bench:
+class BenchKernels:
     """Measure decode attention on the accelerator at hand, or count its work where there is none."""
 
-    what: Positional[Annotated[Literal["kernels"], arg(metavar="kernels")]]
-    """What to measure."""
     device: Chip = "auto"
     """auto measures on the accelerator at hand, and counts for every chip where there is none; a name counts for it."""
     model: str = "opt-13b,opt-30b"
@@ -44,7 +42,7 @@ class Bench:
         return run(self)
 
 
-def run(args: Bench) -> int:
+def run(args: BenchKernels) -> int:
     """Run the command; 1 if something was to be measured and nothing could be.
 
     Raises:
@@ -73,7 +71,7 @@ def run(args: Bench) -> int:
     )
 
 
-def _measure(args: Bench, device: Any, shapes: list[Any]) -> int:
+def _measure(args: BenchKernels, device: Any, shapes: list[Any]) -> int:
     from serve.bench.kernel_runs import HEADER, run_all
     from serve.bench.timing import copy_bytes_per_s
 
@@ -85,7 +83,7 @@ def _measure(args: Bench, device: Any, shapes: list[Any]) -> int:
     return int(all(result.times is None for result in results))
 
 
-def _measure_steps(args: Bench, device: Any, model: str, batches: list[int], contexts: list[int]) -> int:
+def _measure_steps(args: BenchKernels, device: Any, model: str, batches: list[int], contexts: list[int]) -> int:
     from apt_jax.scheduling.hardware import MODELS
     from serve.bench.decode_steps import HEADER, make_engine, measure_steps, rho_s
     from serve.bench.timing import copy_bytes_per_s
@@ -107,7 +105,7 @@ def _measure_steps(args: Bench, device: Any, model: str, batches: list[int], con
     return int(all(result.times is None for result in results))
 
 
-def _accelerator(args: Bench) -> Any:
+def _accelerator(args: BenchKernels) -> Any:
     """The device to measure on, or None to count."""
     if args.device != "auto":
         return None
@@ -134,7 +132,7 @@ def _numbers(flag: str, text: str) -> list[int]:
     return numbers
 
 
-def _write(args: Bench, found: dict[str, Any], device: Any = None) -> None:
+def _write(args: BenchKernels, found: dict[str, Any], device: Any = None) -> None:
     if args.output is None:
         return
     versions = {name: version(name) for name in ("jax", "jaxlib", "flax")}

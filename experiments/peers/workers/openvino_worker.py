@@ -1,0 +1,40 @@
+"""openvino-genai's continuous batching; the model is converted once by optimum."""
+
+import os
+import subprocess
+import sys
+
+from protocol import serve
+
+
+def open_peer(folder, dtype, options):
+    """See `protocol`."""
+    import numpy
+    import openvino
+    import openvino_genai
+
+    target = folder + "-openvino"
+    if not os.path.isfile(os.path.join(target, "openvino_model.xml")):
+        exporter = os.path.join(os.path.dirname(sys.executable), "optimum-cli")
+        flags = ["--model", folder, "--task", "text-generation-with-past", "--weight-format", "fp32", target]
+        subprocess.run([exporter, "export", "openvino", *flags], check=True, stdout=sys.stderr)
+    scheduler = openvino_genai.SchedulerConfig()
+    scheduler.cache_size = options.get("cache_gb", 2)
+    scheduler.max_num_seqs = 32
+    scheduler.enable_prefix_caching = False
+    hint = {"float32": "f32", "bfloat16": "bf16"}[dtype]
+    properties = {"INFERENCE_PRECISION_HINT": hint, "KV_CACHE_PRECISION": hint}
+    pipeline = openvino_genai.ContinuousBatchingPipeline(target, scheduler, "CPU", properties)
+
+    def generate(prompts, new_tokens):
+        config = openvino_genai.GenerationConfig(max_new_tokens=new_tokens, min_new_tokens=new_tokens)
+        config.ignore_eos, config.do_sample = True, False
+        tensors = [openvino.Tensor(numpy.array([prompt], numpy.int64)) for prompt in prompts]
+        results = pipeline.generate(tensors, [config] * len(prompts))
+        return [result.m_generation_ids[0] for result in results]
+
+    return generate
+
+
+if __name__ == "__main__":
+    serve(open_peer)

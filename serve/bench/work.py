@@ -1,0 +1,167 @@
+"""The requests of a benchmark: lengths from a table, prompts as token ids or as texts of so many tokens."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from apt_jax.simulation.workload import Lengths, load_lengths, recorded_times, shuffled_rows
+from serve.bench.work_options import WorkOptions
+
+if TYPE_CHECKING:
+    from apt_jax.tokenizer import Tokenizer
+
+LOWEST_ID = 10  # those below may be special
+DEFAULT_MAX_MODEL_LEN = 2048
+MIN_TEXT_TOKENS = 4  # shorter prompts and answers of a ShareGPT file are left out, as vLLM does
+TEXT_TRIES = 8
+LETTERS = list("abcdefghijklmnopqrstuvwxyz     ")
+
+
+@dataclass(frozen=True)
+class Work:
+    """One request: its prompt, how many tokens that is, and how many to ask for."""
+
+    prompt: str | list[int]
+    prompt_tokens: int
+    output_tokens: int
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A table of lengths; `texts` are the prompts where the dataset has its own."""
+
+    lengths: Lengths
+    texts: tuple[str, ...] | None = None
+
+    @property
+    def has_arrivals(self) -> bool:
+        """Whether arrival times were recorded."""
+        return self.lengths.arrival_s is not None
+
+    def rows(self, count: int, *, seed: int, in_order: bool = False) -> NDArray[np.int64]:
+        """`[count]` rows of the table: in shuffled passes, or in their order as recorded arrivals need."""
+        rows = len(self.lengths.prompt_tokens)
+        return np.arange(count) % rows if in_order else shuffled_rows(rows, count, seed=seed)
+
+    def recorded_times(self, count: int, rate: float | None) -> NDArray[np.float64]:
+        """`[count]` recorded arrival seconds, stretched to `rate` unless it is None."""
+        return recorded_times(self.lengths, count, rate=self.lengths.recorded_rate if rate is None else rate)
+
+
+def load_dataset(
+    options: WorkOptions, *, seed: int, tokenizer: "Tokenizer | None", max_model_len: int | None = None
+) -> Dataset:
+    """What `options.dataset` names. Requests longer than `max_model_len` are left out.
+
+    Raises:
+        ValueError: it cannot be read, needs a tokenizer, or has no request that fits.
+    """
+    longest = max_model_len or DEFAULT_MAX_MODEL_LEN
+    if options.dataset == "random":
+        return Dataset(_random_lengths(options, seed, longest))
+    if options.dataset.endswith(".json"):
+        return _sharegpt(Path(options.dataset), tokenizer, longest)
+    return Dataset(load_lengths(options.dataset, longest))
+
+
+def make_work(
+    dataset: Dataset, rows: Sequence[int], *, vocab_size: int, tokenizer: "Tokenizer | None", seed: Sequence[int]
+) -> list[Work]:
+    """The requests of these rows. Prompts are random but for a dataset's own texts; equal seeds give equal prompts."""
+    generator = np.random.default_rng(seed)
+    made = []
+    for row in rows:
+        prompt_tokens, output_tokens = (
+            int(column[row]) for column in (dataset.lengths.prompt_tokens, dataset.lengths.output_tokens)
+        )
+        prompt: str | list[int]
+        if dataset.texts is not None:
+            prompt = dataset.texts[row]
+        elif tokenizer is None:
+            prompt = generator.integers(LOWEST_ID, vocab_size, prompt_tokens).tolist()
+        else:
+            prompt, prompt_tokens = text_of_length(tokenizer, prompt_tokens, generator)
+        made.append(Work(prompt, prompt_tokens, output_tokens))
+    return made
+
+
+def text_of_length(tokenizer: "Tokenizer", tokens: int, generator: np.random.Generator) -> tuple[str, int]:
+    """A random text of `tokens` tokens, special ones included, and how many it has: seldom fewer, never more.
+
+    Raises:
+        ValueError: no text is so short.
+    """
+    ids = tokenizer.encode("".join(generator.choice(LETTERS, 8 * tokens + 16)))
+    keep, best = tokens, ("", 0)
+    for _ in range(TEXT_TRIES):
+        text = tokenizer.decode(ids[:keep])
+        found = len(tokenizer.encode(text)) if text else 0
+        if best[1] < found <= tokens:
+            best = text, found
+        if found == tokens:
+            break
+        keep += tokens - found
+    if not best[0]:
+        raise ValueError(f"the tokenizer makes no text of {tokens} tokens; ask for longer prompts or send token ids")
+    return best
+
+
+def load_tokenizer(name: str | None) -> "Tokenizer | None":
+    """The tokenizer in a folder or hub repository; None gives None.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if name is None:
+        return None
+    from apt_jax.tokenizer import Tokenizer
+    from checkpoints.source import resolve
+    from checkpoints.weight_files import LoadFormat
+
+    return Tokenizer.from_folder(resolve(name, revision=None, load_format=LoadFormat.DUMMY))
+
+
+def _random_lengths(options: WorkOptions, seed: int, longest: int) -> Lengths:
+    generator = np.random.default_rng([seed, 2])
+
+    def draw(middle: int) -> NDArray[np.int64]:
+        spread = int(middle * options.random_range_ratio)
+        return generator.integers(max(middle - spread, 1), middle + spread + 1, options.num_prompts)
+
+    prompt, output = draw(options.random_input_len), draw(options.random_output_len)
+    if (most := int((prompt + output).max())) > longest:
+        raise ValueError(
+            f"random requests of up to {most} tokens are more than the {longest} of the model's context; lower "
+            "--random-input-len or --random-output-len"
+        )
+    return Lengths("random", prompt, output)
+
+
+def _sharegpt(path: Path, tokenizer: "Tokenizer | None", longest: int) -> Dataset:
+    """First question and answer of every conversation, as long as the tokenizer says."""
+    if tokenizer is None:
+        raise ValueError(f"the texts of {path} need a tokenizer to be counted; give --tokenizer")
+    try:
+        conversations = json.loads(path.read_text(encoding="utf-8"))
+        turns = [[str(turn["value"]) for turn in c["conversations"][:2]] for c in conversations]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f'{path} is not a ShareGPT file, a JSON list of {{"conversations": [{{"value": TEXT}}, ...]}}: {error!r}'
+        ) from error
+    texts, prompt, output = [], [], []
+    for pair in turns:
+        if len(pair) < 2:
+            continue
+        asked, answered = (len(tokenizer.encode(text)) for text in pair)
+        if min(asked, answered) >= MIN_TEXT_TOKENS and asked + answered <= longest:
+            texts.append(pair[0])
+            prompt.append(asked)
+            output.append(answered)
+    if not texts:
+        raise ValueError(f"{path} has no conversation of two turns and at most {longest} tokens")
+    return Dataset(Lengths(str(path), np.array(prompt), np.array(output)), tuple(texts))

@@ -1,0 +1,31 @@
+"""Which requests a benchmark makes: flags that `bench serve` and `bench throughput` share."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class WorkOptions:
+    """Lengths and texts of the requests."""
+
+    dataset: str = "random"
+    """random; lengths of sharegpt, humaneval, longbench or azure; a CSV file (prompt_tokens, output_tokens and, if
+    recorded, arrival_s); or a ShareGPT JSON file (needs --tokenizer)."""
+    num_prompts: int = 200
+    """Requests of a run."""
+    random_input_len: int = 128
+    """Prompt tokens, for --dataset random."""
+    random_output_len: int = 128
+    """Output tokens, for --dataset random."""
+    random_range_ratio: float = 0.0
+    """Lengths are drawn evenly from LEN x (1 - ratio) to LEN x (1 + ratio), for --dataset random."""
+    vocab_size: int = 256
+    """Prompts without --tokenizer are token ids from 10 up to this; no model has fewer."""
+
+    def __post_init__(self) -> None:
+        for name in ("num_prompts", "random_input_len", "random_output_len"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if not 0 <= self.random_range_ratio < 1:
+            raise ValueError(f"random_range_ratio={self.random_range_ratio} must be at least 0 and less than 1")
+        if self.vocab_size < 11:
+            raise ValueError(f"vocab_size={self.vocab_size} must be at least 11")

@@ -1,0 +1,133 @@
+"""`make bench-peers`: its arithmetic, its folder, and how peers that fail are left out; the peers are not run here."""
+
+import dataclasses
+import json
+import sys
+
+import pytest
+from jax import numpy as jnp
+
+from checkpoints.load import load_model
+from experiments.peers import environments, folder
+from experiments.peers.__main__ import Args, Comparison, main
+from experiments.peers.catalogue import OURS, PEERS, Peer
+from experiments.peers.comparison import TASKS, agreement, markdown, medians, ratio
+from experiments.peers.environments import NotInstalled, python_of, versions_of
+from experiments.peers.process import PeerFailed, Process
+
+WORKER = """
+from protocol import serve
+
+def open_peer(folder, dtype, options):
+    print("noise that must not be taken for an answer")
+    if folder == "missing":
+        raise OSError("no such model\\nwith details")
+    def generate(prompts, new_tokens):
+        if new_tokens == 3:
+            raise RuntimeError("out of memory")
+        return [[prompt[0] + options.get("add", 0)] * (new_tokens % 100) for prompt in prompts]
+    return generate
+
+serve(open_peer)
+"""
+
+
+@pytest.fixture
+def peer(tmp_path, monkeypatch):
+    script = tmp_path / "worker.py"
+    script.write_text(WORKER)
+    monkeypatch.setattr(Peer, "script", property(lambda self: script))
+    return Peer("other", "worker.py", ())
+
+
+def started(peer, tmp_path, folder="model", **options):
+    return Process(peer, sys.executable, folder, "float32", options, tmp_path / "log")
+
+
+def test_a_worker_answers_with_tokens_and_its_noise_goes_to_the_log(peer, tmp_path):
+    process = started(peer, tmp_path, add=1)
+    seconds, tokens = process.generate([[10], [20]], 2)
+    assert tokens == [[11, 11], [21, 21]] and seconds >= 0 and process.load_s >= 0
+    process.close()
+    assert "noise" in (tmp_path / "log").read_text()
+
+
+@pytest.mark.parametrize(
+    ("new_tokens", "sentence"),
+    [(3, "other failed: RuntimeError: out of memory; see"), (101, r"other gave \[1\] tokens instead of 101")],
+)
+def test_what_a_worker_cannot_do_is_one_sentence(new_tokens, sentence, peer, tmp_path):
+    process = started(peer, tmp_path)
+    with pytest.raises(PeerFailed, match=sentence):
+        process.generate([[10]], new_tokens)
+    process.close()
+
+
+def test_a_worker_that_cannot_load_is_one_sentence(peer, tmp_path):
+    with pytest.raises(PeerFailed, match="other failed: OSError: no such model; see"):
+        started(peer, tmp_path, folder="missing")
+
+
+def test_peers_take_turns_and_one_that_fails_is_left_out(peer, monkeypatch, tmp_path):
+    monkeypatch.setattr("experiments.peers.__main__.FOLDER", tmp_path)
+    monkeypatch.setitem(TASKS, "broken", dataclasses.replace(TASKS["ttft"], name="broken", new_tokens=3))
+    comparison = Comparison(Args(rounds=2), "float32", [(peer, sys.executable)])
+    comparison.run(["ttft"])
+    assert list(comparison.seconds) == [("other", "ttft")] and len(comparison.seconds["other", "ttft"]) == 2
+    broken = Comparison(Args(rounds=1), "float32", [(peer, sys.executable)])
+    broken.run(["ttft", "broken"])
+    assert broken.seconds == {} and "out of memory" in broken.left_out[0]
+
+
+def test_a_peer_that_cannot_be_installed_is_skipped_with_a_sentence(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(environments, "ROOT", tmp_path)
+    monkeypatch.setattr(environments, "FOLDER", tmp_path / ".venv-peers")
+    peer = Peer("other", "worker.py", (), ("nothing-at-all",), "false")  # a Python that makes no environment
+    with pytest.raises(NotInstalled, match=r"other is skipped: it cannot be installed here \(see; see .venv-peers/"):
+        python_of(peer)
+    assert "installing other" in capsys.readouterr().err
+
+
+def test_versions_are_those_of_the_environment():
+    found = versions_of(OURS, python_of(OURS))
+    assert found["python"].startswith("3.") and set(found) == {"jax", "jaxlib", "flax", "python"}
+    assert versions_of(dataclasses.replace(OURS, distributions=("no-such-thing",)), python_of(OURS)) == {}
+
+
+def test_unknown_names_are_told_with_the_known_ones():
+    for flags, sentence in (({"peers": "vllm"}, "known: transformers, "), ({"tasks": "online"}, "known: offline")):
+        with pytest.raises(ValueError, match=sentence):
+            main(Args(**flags))
+
+
+def test_every_peer_has_a_worker():
+    assert all(peer.script.is_file() for peer in [OURS, *PEERS.values()])
+
+
+def test_agreement_is_cut_at_the_first_difference():
+    found = agreement([[1, 2, 3, 4], [1, 2, 3, 4]], [[1, 2, 3, 4], [1, 9, 3, 4]])
+    assert (found.equal, found.before_first_difference) == (7 / 8, 5 / 8)
+
+
+def test_figures_are_medians_and_ratios_say_how_many_times_as_fast_we_are():
+    seconds = {("apt-jax", "offline"): [4.0, 2.0, 9.0], ("other", "offline"): [8.0], ("apt-jax", "ttft"): [0.5]}
+    seconds |= {("other", "ttft"): [0.25]}
+    found = medians(seconds)
+    assert found["apt-jax", "offline"] == 32 * 128 / 4 and found["other", "ttft"] == 250
+    assert ratio("offline", 200, 100) == 2 and ratio("ttft", 200, 100) == 0.5
+    table = markdown("float32", found, "apt-jax", {"other": agreement([[1]], [[1]])}).splitlines()
+    assert table[2] == "| apt-jax | 1024 | | 500 | |  |"
+    assert table[3] == "| other | 512 | 2.00 x | 250 | 0.50 x | 100% |"
+
+
+def test_the_folder_is_a_model_that_loads_and_is_the_same_for_a_seed(tmp_path, monkeypatch):
+    small = {"VOCABULARY": 300, "LAYERS": 2, "HIDDEN": 32, "HEADS": 4, "FFN": 64, "CONTEXT": 64}
+    for name, value in small.items():
+        monkeypatch.setattr(folder, name, value)
+    loaded = load_model(str(folder.without_tokenizer(folder.write_folder(tmp_path / "model"))), dtype="float32")
+    assert loaded.config.num_hidden_layers == 2 and loaded.config.vocab_size == 300
+    embedding = loaded.model.embed_tokens.embedding[...]
+    assert jnp.array_equal(embedding, folder.weights(0)["model.decoder.embed_tokens.weight"])
+    vocabulary = json.loads((tmp_path / "model/tokenizer.json").read_text())["model"]["vocab"]
+    assert sorted(vocabulary.values()) == list(range(300))
+    assert not jnp.array_equal(embedding, folder.weights(1)["model.decoder.embed_tokens.weight"])
