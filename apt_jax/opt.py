@@ -144,15 +144,12 @@ class OPT(nnx.Module):
         """Run all layers over `token_ids` and `positions` (same shape, int32). Pure.
 
         `unroll` writes the layers out one after the other: more to compile, but on a GPU the matrix products then read
-        the weights where they are, which in a loop XLA copies out of the stack first. On a CPU it is slower.
+        the weights where they are, which in a loop XLA copies out of the stack first. On a CPU it copies either way.
 
         Returns:
             Hidden states `[..., E]` ready for `logits`, and the cache after the last layer.
         """
-        x = self.embed_tokens(token_ids)
-        if self.project_in is not None:
-            x = self.project_in(x)
-        x = x + self.embed_positions(positions + POSITION_OFFSET)
+        x = self.embed(token_ids, positions)
         graphdef, stacked = nnx.split(self.layers)
 
         def body(
@@ -164,11 +161,20 @@ class OPT(nnx.Module):
 
         layers = jnp.arange(self.num_layers, dtype=jnp.int32)
         (x, cache), _ = jax.lax.scan(body, (x, cache), (layers, stacked), unroll=unroll)
+        return self.finish(x), cache
+
+    def embed(self, token_ids: jax.Array, positions: jax.Array) -> jax.Array:
+        """The residual stream `[..., D]` before the first layer."""
+        x = self.embed_tokens(token_ids)
+        if self.project_in is not None:
+            x = self.project_in(x)
+        return x + self.embed_positions(positions + POSITION_OFFSET)
+
+    def finish(self, x: jax.Array) -> jax.Array:
+        """Hidden states `[..., E]` of the residual stream after the last layer."""
         if self.final_layer_norm is not None:
             x = self.final_layer_norm(x)
-        if self.project_out is not None:
-            x = self.project_out(x)
-        return x, cache
+        return x if self.project_out is None else self.project_out(x)
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Float32 logits `[..., V]` of hidden states `[..., E]`."""

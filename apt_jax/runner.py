@@ -18,7 +18,7 @@ from flax import nnx
 from tqdm import tqdm
 
 from apt_jax import attention
-from apt_jax.attention import Kinds, paged_attention
+from apt_jax.attention import Kinds
 from apt_jax.attention_backend import select_kernels
 from apt_jax.batch import Batch, Rows, Sampling, Tokens, empty_sampling
 from apt_jax.buckets import Bucket, Buckets
@@ -27,8 +27,8 @@ from apt_jax.cache_arrays import convert_blocks, pool_shape
 from apt_jax.config import ModelConfig
 from apt_jax.opt import OPT
 from apt_jax.program_store import ProgramStore
-from apt_jax.sampling import Sampled, Scored, sample, score
-from pallas_kernels.dispatch import Kernels
+from apt_jax.sampling import Sampled, Scored, score
+from apt_jax.steps import end_step, run_layer, run_sampling, run_step, start_step
 
 CONVERT_TOKENS = 256  # cached tokens that one call of the conversion program handles
 
@@ -64,7 +64,12 @@ class Runner:
         self.buckets = buckets
         self._graphdef, state = nnx.split(model)
         self._weights, self._weights_tree = jax.tree.flatten(state)
+        self._layer_graphdef, stacked = nnx.split(model.layers)
+        leaves, self._layer_tree = jax.tree.flatten(stacked)
         self.dtype = jnp.dtype(model.embed_tokens.embedding[...].dtype)
+        # On a CPU, XLA copies a layer's weights out of the stack before it multiplies; arrays of their own it reads in
+        # place. There each layer is a call of one program, which also compiles once and not once per layer.
+        self._layers = _views(leaves, model.num_layers) if self.device.platform == "cpu" else None
         self.kernels = select_kernels(
             attention_backend, model_config, block_size=shapes.block_size, dtype=self.dtype, device=self.device
         )
@@ -224,6 +229,14 @@ class Runner:
 
     def _compile_step(self, bucket: Bucket, num_blocks: int) -> Any:
         T, R = bucket.tokens, bucket.rows
+        tokens = Tokens(*(_abstract((T,), dtype) for dtype in (np.int32, np.bool_, np.int32, np.int32)))
+        number, flag = _abstract((R,), np.int32), _abstract((R,), np.bool_)
+        table = _abstract((R, self.shapes.table_pages), np.int32)
+        rows = Rows(number, number, number, number, flag, table, table)
+        name = f"{bucket} {num_blocks} {self.kernels.name if self.kernels else 'xla'}"
+        pool, history = self._abstract_pool(num_blocks), self._abstract_history()
+        if self._layers is not None:
+            return self._compile_layers(name, bucket, num_blocks, self._layers, pool, history, tokens, rows)
 
         def step(weights, pool, history, tokens, rows):  # type: ignore[no-untyped-def]
             return run_step(
@@ -231,13 +244,31 @@ class Runner:
                 pool, history, tokens, rows, self.kernels, unroll=bucket.decode_only and self.device.platform == "gpu",
             )  # fmt: skip
 
-        tokens = Tokens(*(_abstract((T,), dtype) for dtype in (np.int32, np.bool_, np.int32, np.int32)))
-        number, flag = _abstract((R,), np.int32), _abstract((R,), np.bool_)
-        table = _abstract((R, self.shapes.table_pages), np.int32)
-        rows = Rows(number, number, number, number, flag, table, table)
-        name = f"step {bucket} {num_blocks} {self.kernels.name if self.kernels else 'xla'}"
-        pool, history = self._abstract_pool(num_blocks), self._abstract_history()
-        return self._compile(name, step, pool, history, tokens, rows, donate=(1, 2))
+        return self._compile(f"step {name}", step, pool, history, tokens, rows, donate=(1, 2))
+
+    def _compile_layers(
+        self, name: str, bucket: Bucket, num_blocks: int, layers: list[list[jax.Array]], pool: Any, history: Any,
+        tokens: Tokens, rows: Rows,
+    ) -> "LayeredStep":  # fmt: skip
+        def start(weights, history, tokens, rows):  # type: ignore[no-untyped-def]
+            return start_step(self._model(weights), history, tokens, rows)
+
+        def layer(leaves, pool, x, index, tokens, rows):  # type: ignore[no-untyped-def]
+            module = nnx.merge(self._layer_graphdef, jax.tree.unflatten(self._layer_tree, leaves))
+            return run_layer(
+                module, self.shapes.kinds, num_blocks, bucket.decode_only, pool, x, index, tokens, rows, self.kernels
+            )
+
+        def end(weights, x, rows):  # type: ignore[no-untyped-def]
+            return end_step(self._model(weights), bucket.decode_only, self.buckets.max_rows, x, rows)
+
+        x, index = _abstract((bucket.tokens, self.model_config.hidden_size), self.dtype), _abstract((), np.int32)
+        return LayeredStep(
+            self._compile(f"start {name}", start, history, tokens, rows, donate=(1,)),
+            self._compile(f"layer {name}", layer, pool, x, index, tokens, rows, donate=(1, 2), weights=layers[0]),
+            self._compile(f"end {name}", end, x, rows, donate=()),
+            layers,
+        )
 
     def _compile_sampler(self, size: int) -> Any:
         def sampler(weights, history, hidden, sampling, slot, length):  # type: ignore[no-untyped-def]
@@ -273,16 +304,22 @@ class Runner:
             f"convert {num_blocks}", convert, self._abstract_pool(num_blocks), blocks, blocks, donate=(1,)
         )
 
-    def _compile(self, name: str, function: Any, *args: Any, donate: tuple[int, ...]) -> Any:
-        """Compile `function(weights, *args)`, or take it from the store; `name` holds every static argument."""
-        weights = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding) for leaf in self._weights]
+    def _compile(
+        self, name: str, function: Any, *args: Any, donate: tuple[int, ...], weights: list[jax.Array] | None = None
+    ) -> Any:
+        """Compile `function(weights, *args)`, or take it from the store; `name` holds every static argument.
+
+        `weights` are all of the model's unless given.
+        """
+        leaves = self._weights if weights is None else weights
+        shapes_of = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding) for leaf in leaves]
         precision = "highest" if self.dtype == jnp.float32 else None
 
         def compile_program() -> Any:
             with jax.default_matmul_precision(precision):
-                return jax.jit(function, donate_argnums=donate).lower(weights, *args).compile()
+                return jax.jit(function, donate_argnums=donate).lower(shapes_of, *args).compile()
 
-        shapes = (weights, jax.tree.map(lambda leaf: (leaf.shape, str(leaf.dtype)), args), donate, precision)
+        shapes = (shapes_of, jax.tree.map(lambda leaf: (leaf.shape, str(leaf.dtype)), args), donate, precision)
         return self._store.get(repr((name, self.model_config, self.shapes, shapes)), compile_program)
 
     def _abstract_pool(self, num_blocks: int) -> jax.ShapeDtypeStruct:
@@ -295,56 +332,33 @@ class Runner:
         return _abstract((self.shapes.num_slots, self.shapes.max_model_len), np.int32)
 
 
-def run_step(
-    model: OPT,
-    kinds: Kinds,
-    num_blocks: int,
-    decode_only: bool,
-    max_rows: int,
-    pool: jax.Array,
-    history: jax.Array,
-    tokens: Tokens,
-    rows: Rows,
-    kernels: Kernels | None = None,
-    *,
-    unroll: bool = False,
-) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]:
-    """One iteration of the model: tokens in, cache written. Pure; jitted by `Runner`. `unroll` is the model's.
+class LayeredStep:
+    """A step as one call per layer, each with that layer's own weights; called like the program of a whole step.
 
-    Returns:
-        Hidden states `[max_rows, E]` after each row's last token (padded, so that sampling has one input shape),
-        the pool, the history with this step's tokens, and hidden states `[T, E]` after every token (None if
-        `decode_only`: they are the first).
+    `start`, `layer` and `end` are compiled from the functions of those names in `steps.py`.
     """
-    slot = jnp.append(rows.slot, history.shape[0])[tokens.row]  # out of range for padding tokens
-    ids = jnp.where(tokens.on_device, history[jnp.minimum(slot, history.shape[0] - 1), tokens.position], tokens.ids)
-    history = history.at[slot, tokens.position].set(ids, mode="drop")
-    attend = paged_attention(tokens, rows, kinds, num_blocks, decode_only=decode_only, kernels=kernels)
-    hidden, pool = model(ids, tokens.position, attend, pool, unroll=unroll)
-    last = hidden if decode_only else hidden[rows.last]
-    last = jnp.pad(last, ((0, max_rows - last.shape[0]), (0, 0)))
-    return last, pool, history, None if decode_only else hidden
 
+    def __init__(self, start: Any, layer: Any, end: Any, layers: list[list[jax.Array]]):
+        self.programs = (start, layer, end)
+        self._layers = [(leaves, jnp.int32(index)) for index, leaves in enumerate(layers)]
 
-def run_sampling(
-    model: OPT, history: jax.Array, hidden: jax.Array, sampling: Sampling, slot: jax.Array, length: jax.Array
-) -> tuple[Sampled, jax.Array]:
-    """Sample after the first rows of `hidden`, as many as `slot` has. Pure; jitted by `Runner`.
-
-    Args:
-        slot: int32 `[R]`, out of range for padding rows.
-        length: int32 `[R]`, tokens before the one to sample.
-
-    Returns:
-        What was sampled, and the history with it.
-    """
-    known = history[jnp.minimum(slot, history.shape[0] - 1)]
-    sampled = sample(model.logits(hidden[: slot.shape[0]]), known, length, sampling)
-    return sampled, history.at[slot, length].set(sampled.token, mode="drop")
+    def __call__(
+        self, weights: list[jax.Array], pool: jax.Array, history: jax.Array, tokens: Tokens, rows: Rows
+    ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]:
+        """As `run_step`; pool and history are donated."""
+        start, layer, end = self.programs
+        tokens, rows = jax.device_put((tokens, rows))
+        x, history = start(weights, history, tokens, rows)
+        for leaves, index in self._layers:
+            x, pool = layer(leaves, pool, x, index, tokens, rows)
+        last, every = end(weights, x, rows)
+        return last, pool, history, every
 
 
 def temporary_bytes(program: Any) -> int:
-    """Bytes of temporaries of a compiled program; 0 where the backend does not say."""
+    """Bytes of temporaries of a compiled program or step; 0 where the backend does not say."""
+    if isinstance(program, LayeredStep):
+        return max(map(temporary_bytes, program.programs))
     analysis = program.memory_analysis()
     return 0 if analysis is None else int(analysis.temp_size_in_bytes)
 
@@ -352,6 +366,13 @@ def temporary_bytes(program: Any) -> int:
 def pages_multiple(block_size: int) -> int:
     """Tables are padded to a multiple of this many pages, so that every chunk lies inside."""
     return max(attention.CHUNK_TOKENS // block_size, 1)
+
+
+def _views(leaves: list[jax.Array], num_layers: int) -> list[list[jax.Array]]:
+    """Each layer's arrays of stacked ones on a CPU, in the same memory where its alignment allows."""
+    device = next(iter(leaves[0].devices()))
+    stacked = [np.asarray(leaf) for leaf in leaves]
+    return [[jax.device_put(leaf[i], device, may_alias=True) for leaf in stacked] for i in range(num_layers)]
 
 
 def _abstract(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:

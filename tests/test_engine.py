@@ -21,9 +21,10 @@ from apt_jax.engine import Engine
 from apt_jax.opt import OPT
 from apt_jax.output import DeviceLost, QueueFull
 from apt_jax.request import FinishReason, Request, SamplingParams
-from apt_jax.runner import Runner, Shapes, pages_multiple, run_step, temporary_bytes
+from apt_jax.runner import Runner, Shapes, pages_multiple, temporary_bytes
 from apt_jax.scheduling.plan import Plan, Reason, Scheduled
 from apt_jax.scheduling.state import Limits, SchedulerState
+from apt_jax.steps import run_step
 
 CONFIG = ModelConfig(
     vocab_size=96, hidden_size=32, num_hidden_layers=2, ffn_dim=64, max_position_embeddings=64,
@@ -52,11 +53,11 @@ def test_steps_update_the_pool_in_place():
     runner = Runner(model, config, shapes, buckets)
     num_blocks = 2048
     pool_bytes = np.prod(pool_shape(config, num_blocks, 16)) * 4
-    for program in (
-        runner._compile_step(buckets.prefill[-1], num_blocks),
-        runner._compile_step(buckets.decode[-1], num_blocks),
-        runner._compile_convert(num_blocks),
-    ):
+    sizes = buckets.prefill[-1], buckets.decode[-1]
+    layered = [runner._compile_step(size, num_blocks).programs[1] for size in sizes]
+    runner._layers = None  # as on an accelerator
+    whole = [runner._compile_step(size, num_blocks) for size in sizes]
+    for program in (*layered, *whole, runner._compile_convert(num_blocks)):
         assert temporary_bytes(program) < pool_bytes / 20
         assert program.memory_analysis().alias_size_in_bytes >= pool_bytes
 

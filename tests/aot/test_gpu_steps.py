@@ -15,7 +15,7 @@ from apt_jax.attention import Kinds
 from apt_jax.batch import Rows, Tokens
 from apt_jax.config import ModelConfig
 from apt_jax.opt import OPT
-from apt_jax.runner import run_step
+from apt_jax.steps import run_step
 from pallas_kernels.dispatch import Kernels
 from pallas_kernels.gpu_hidden_decode import hidden_decode_attention
 from pallas_kernels.gpu_kv_decode import kv_decode_attention

@@ -17,7 +17,7 @@ from apt_jax.batch import Rows, Tokens
 from apt_jax.cache_arrays import convert_blocks
 from apt_jax.config import ModelConfig
 from apt_jax.opt import OPT
-from apt_jax.runner import run_step
+from apt_jax.steps import run_step
 from pallas_kernels import dispatch, tpu_hidden_decode, tpu_kv_decode
 
 if MISSING:
