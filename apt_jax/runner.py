@@ -264,9 +264,9 @@ class Runner:
 
         x, index = _abstract((bucket.tokens, self.model_config.hidden_size), self.dtype), _abstract((), np.int32)
         return LayeredStep(
-            self._compile(f"start {name}", start, history, tokens, rows, donate=(1,)),
+            self._compile(f"start {bucket}", start, history, tokens, rows, donate=(1,)),
             self._compile(f"layer {name}", layer, pool, x, index, tokens, rows, donate=(1, 2), weights=layers[0]),
-            self._compile(f"end {name}", end, x, rows, donate=()),
+            self._compile(f"end {bucket}", end, x, rows, donate=()),
             layers,
         )
 
