@@ -99,7 +99,7 @@ def test_levels_show_what_runs_and_waits():
         async with serving(engine) as client:
             body = {"prompt": ["abcdefg"] * 6, "max_tokens": 4}
             task = asyncio.create_task(client.post("/v1/completions", json=body))
-            await until(lambda: client.service.num_generating == len(asked))
+            await until(lambda: len(engine.state.waiting) == 6)
             engine.allow_step()
             await until(lambda: engine.num_steps == 1 and engine.state.running)
             await asyncio.sleep(0.05)
