@@ -3,8 +3,13 @@
 import json
 
 import pytest
+from fake_engine import CharTokenizer, fake_engine
 from served_model import flags, write_folder
 
+from serve.bench.offline_options import BenchThroughput
+from serve.bench.throughput import token_works
+from serve.bench.work import Work
+from serve.bench.work_options import WorkOptions
 from serve.cli import main
 
 FLAGS = ["--load-format", "dummy", "--scheduling-policy", "fcfs"]  # shares its programs with other tests
@@ -36,6 +41,14 @@ def test_throughput_counts_every_token_and_tells_padding_and_cache(folder, tmp_p
     assert found["peak_cache_usage"] <= 1 and found["arguments"]["max_num_seqs"] == 4 and "jax" in found["versions"]
     said = capsys.readouterr().out
     assert "output tokens/s" in said and "token slots were padding" in said and "preemptions" in said
+
+
+def test_texts_of_a_dataset_become_token_ids(tmp_path):
+    path = tmp_path / "chats.json"
+    path.write_text(json.dumps([{"conversations": [{"value": "abcd"}, {"value": "efghi"}]}]))
+    args = BenchThroughput(work=WorkOptions(dataset=str(path), num_prompts=2))
+    works = token_works(args, fake_engine(tokenizer=CharTokenizer()))
+    assert works == [Work([2, *b"abcd"], 5, 6)] * 2
 
 
 def test_latency_is_split_in_first_token_and_the_rest(folder, tmp_path, capsys):

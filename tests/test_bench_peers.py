@@ -21,7 +21,7 @@ from protocol import serve
 def open_peer(folder, dtype, options):
     print("noise that must not be taken for an answer")
     if folder == "missing":
-        raise OSError("no such model\\nwith details")
+        raise OSError("no such model\\nat all")
     def generate(prompts, new_tokens):
         if new_tokens == 3:
             raise RuntimeError("out of memory")
@@ -64,7 +64,7 @@ def test_what_a_worker_cannot_do_is_one_sentence(new_tokens, sentence, peer, tmp
 
 
 def test_a_worker_that_cannot_load_is_one_sentence(peer, tmp_path):
-    with pytest.raises(PeerFailed, match="other failed: OSError: no such model; see"):
+    with pytest.raises(PeerFailed, match="other failed: OSError: no such model at all; see"):
         started(peer, tmp_path, folder="missing")
 
 

@@ -282,7 +282,7 @@ def test_a_sweep_finds_the_rate_that_a_server_can_take(tmp_path, capsys):
     assert plot.read_text().startswith("<?xml") and "effective throughput at 90%" in capsys.readouterr().out
 
 
-def test_several_rates_are_one_run_each_and_recorded_arrivals_are_kept(tmp_path):
+def test_several_rates_are_one_run_each_and_recorded_arrivals_are_kept(tmp_path, capsys):
     trace = tmp_path / "trace.csv"
     trace.write_text("arrival_s,prompt_tokens,output_tokens\n0,3,2\n0.1,4,3\n0.2,5,4\n")
     output = tmp_path / "result.json"
@@ -294,3 +294,4 @@ def test_several_rates_are_one_run_each_and_recorded_arrivals_are_kept(tmp_path)
     assert first["input_lens"] == second["input_lens"] == [3, 4, 5] and first["output_lens"] == [2, 3, 4]
     assert first["planned_times"] == pytest.approx([0, 0.1, 0.2])
     assert second["planned_times"] == pytest.approx([0, 0.05, 0.1])
+    assert "effective throughput at 99% attainment: at least 30 requests/s" in capsys.readouterr().out

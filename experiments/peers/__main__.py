@@ -25,6 +25,8 @@ from experiments.peers.environments import FOLDER, NotInstalled, python_of, vers
 from experiments.peers.folder import without_tokenizer, write_folder
 from experiments.peers.process import PeerFailed, Process
 
+INSTRUCTIONS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16")  # those that decide how fast a CPU is
+
 
 @dataclass
 class Args:
@@ -119,12 +121,18 @@ def args_folder(args: Args, peer: Peer) -> Path:
 
 def machine() -> dict[str, Any]:
     """What it ran on."""
-    model = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
-    if info.is_file():
-        lines = info.read_text(encoding="utf-8").splitlines()
-        model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), model)
-    return {"cpu": model, "cores": os.cpu_count(), "memory_gb": round(psutil.virtual_memory().total / 2**30)}
+    lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
+
+    def first(name: str) -> str:
+        return next((line.partition(":")[2].strip() for line in lines if line.startswith(name)), "")
+
+    return {
+        "cpu": first("model name") or platform.processor() or platform.machine(),
+        "instructions": [name for name in first("flags").split() if name in INSTRUCTIONS],
+        "cores": os.cpu_count(),
+        "memory_gb": round(psutil.virtual_memory().total / 2**30),
+    }
 
 
 def main(args: Args) -> int:

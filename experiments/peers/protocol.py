@@ -32,7 +32,7 @@ def serve(open_peer):
             say(seconds=seconds, tokens=[[int(token) for token in row] for row in tokens])
     except Exception as error:
         traceback.print_exc()
-        text = (str(error).strip().splitlines() or [""])[0]
+        text = " ".join(str(error).split())
         say(error=f"{type(error).__name__}: {text}"[:300])
     answers.close()
     os._exit(0)  # some peers' threads keep a process alive

@@ -51,8 +51,9 @@ def print_points(points: Sequence[Mapping[str, Any]], found: Mapping[float, floa
         table.add_row(*row, f"{point['output_throughput']:.1f}")
     console = _console()
     console.print(table)
+    highest = max(float(point["request_rate"]) for point in points)
     for target, rate in found.items():
-        reached = f"{rate:.3g} requests/s" if rate else "not reached"
+        reached = f"{'at least ' if rate >= highest else ''}{rate:.3g} requests/s" if rate else "not reached"
         console.print(f"effective throughput at {target:.0%} attainment: {reached}")
 
 

@@ -1,6 +1,7 @@
 """`apt-jax bench throughput`: many requests through the engine, without HTTP, as fast as it goes."""
 
 import time
+from dataclasses import replace
 from typing import Any
 
 from tqdm import tqdm
@@ -19,14 +20,7 @@ def run(args: BenchThroughput) -> int:
         ValueError: a flag has a bad value, or a request cannot be served; one sentence.
     """
     engine = open_engine(args.model, args.load, args.engine)
-    seed, tokenizer = args.engine.seed, engine.tokenizer
-    dataset = load_dataset(args.work, seed=seed, tokenizer=tokenizer, max_model_len=engine.max_model_len)
-    rows = dataset.rows(args.work.num_prompts, seed=seed)
-    vocab_size = min(args.work.vocab_size, engine.model_config.vocab_size)
-    works = make_work(dataset, rows.tolist(), vocab_size=vocab_size, tokenizer=None, seed=(seed, 3))
-    if dataset.texts is not None:
-        assert tokenizer is not None
-        works = [Work(tokenizer.encode(str(w.prompt)), w.prompt_tokens, w.output_tokens) for w in works]
+    works = token_works(args, engine)
     engine.warm_up(progress=True)
     figures = measure(engine, works, temperature=args.temperature)
     print(
@@ -44,6 +38,24 @@ def run(args: BenchThroughput) -> int:
     )
     write_result(args.output, args, figures)
     return 0
+
+
+def token_works(args: BenchThroughput, engine: Engine) -> list[Work]:
+    """The requests, with token ids as prompts.
+
+    Raises:
+        ValueError: the dataset cannot be read, needs a tokenizer, or does not fit; one sentence.
+    """
+    seed, tokenizer = args.engine.seed, engine.tokenizer
+    dataset = load_dataset(args.work, seed=seed, tokenizer=tokenizer, max_model_len=engine.max_model_len)
+    rows = dataset.rows(args.work.num_prompts, seed=seed)
+    vocab_size = min(args.work.vocab_size, engine.model_config.vocab_size)
+    works = make_work(dataset, rows.tolist(), vocab_size=vocab_size, tokenizer=None, seed=(seed, 3))
+    if tokenizer is None:
+        return works
+    return [
+        replace(work, prompt=tokenizer.encode(work.prompt)) if isinstance(work.prompt, str) else work for work in works
+    ]
 
 
 def measure(engine: Engine, works: list[Work], *, temperature: float = 0.0) -> dict[str, Any]:
