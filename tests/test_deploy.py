@@ -13,7 +13,7 @@ from serve.cli import main
 from serve.metrics import Metrics
 
 ROOT = Path(__file__).parent.parent
-OTHER_TOOLS = {  # flags of docker, useradd, gcloud and uv, and of make's targets
+OTHER_TOOLS = {  # flags of docker, useradd, gcloud and uv
     "Dockerfile": {
         "--target",
         "--rm",
@@ -27,10 +27,10 @@ OTHER_TOOLS = {  # flags of docker, useradd, gcloud and uv, and of make's target
     "deploy/compose.yaml": {"--build"},
     "deploy/apt-jax.service": {"--system", "--create-home", "--home-dir", "--now"},
     "docs/operations.md": {
-        *("--zone", "--accelerator-type", "--version", "--python", "--net", "--privileged", "--scale", "--stop-timeout")
+        *("--zone", "--accelerator-type", "--version", "--python", "--net", "--privileged", "--stop-timeout")
     },
 }
-OTHER_PROGRAMS = "(?:python -m (?!serve)|vllm bench|guidellm benchmark|locust -f|lm_eval --)"
+OTHER_PROGRAMS = "(?:python -m (?!serve)|make [a-z-]+ ARGS|vllm bench|guidellm benchmark|locust -f|lm_eval --)"
 PAGES = sorted(str(path.relative_to(ROOT)) for path in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
 FLAG = r"(?<![\w-])--[a-z][a-z0-9-]+"
 
