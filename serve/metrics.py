@@ -32,6 +32,7 @@ class Metrics(Observer):
         self.registry = CollectorRegistry()
         self._labels = {"model_name": model_name}
         self._demoted: set[str] = set()
+        self._late: tuple[Request, ...] = ()  # of those that waited in the last step
         self.last_blocks: dict[str, int] = {}
         self._failures = self._recompiles = 0  # of the engine, as counted last
         running = "Requests that hold cache."
@@ -100,7 +101,8 @@ class Metrics(Observer):
     def failed(self, engine: "Engine", samples: Sequence[Sample]) -> None:
         """Count a step that raised, and its requests as missed."""
         self.failures.inc()
-        for _ in samples:
+        for sample in samples:
+            self._demoted.discard(sample.request_id)
             self.success.labels(**self._labels, finished_reason=FinishReason.ERROR.value).inc()
             self._judge(ttft=False, tbt=False)
         self._levels(engine)
@@ -146,7 +148,8 @@ class Metrics(Observer):
     def _count_demotions(self, plan: Plan) -> None:
         late = [entry.request for entry in plan.preempted if entry.reason is Reason.PREEMPTED_LATE]
         for waited in plan.waited:
-            if waited.reason is Reason.WAITS_LATE:
+            if waited.reason is Reason.WAITS_LATE and waited.requests != self._late:
+                self._late = waited.requests
                 late.extend(waited.requests)
         for request in late:
             if request.request_id not in self._demoted:
