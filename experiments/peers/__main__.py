@@ -78,12 +78,14 @@ class Comparison:
 
     def run(self, tasks: list[str]) -> None:
         """Every task with every peer in turn, once to warm up and `rounds` times to count."""
+        longest = max(tasks, key=lambda task: TASKS[task].num_prompts * TASKS[task].new_tokens)
         for number in range(self.args.rounds + 1):
             for task in tasks:
+                self._tokens.clear()
                 prompts = TASKS[task].prompts(1000 * self.args.seed + number)
                 for name in list(self.loaded):
                     self._do(name, task, prompts, number)
-                if task == tasks[0] and number == 0:
+                if task == longest and number == 0:
                     self._compare()
         for process in self.loaded.values():
             process.close()
@@ -100,7 +102,7 @@ class Comparison:
             print(f"{self.dtype} {task} {name}: {TASKS[task].figure(seconds):.1f}", file=sys.stderr)
 
     def _compare(self) -> None:
-        """Greedy tokens of the first task against ours."""
+        """Greedy tokens of the task just done against ours."""
         if OURS.name in self._tokens:
             ours = self._tokens[OURS.name]
             others = {name: tokens for name, tokens in self._tokens.items() if name != OURS.name}
