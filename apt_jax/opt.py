@@ -139,9 +139,12 @@ class OPT(nnx.Module):
         self.lm_head = None if config.tie_word_embeddings else _linear(E, V, False, dtype, rngs)
 
     def __call__[Cache](
-        self, token_ids: jax.Array, positions: jax.Array, attend: Attend[Cache], cache: Cache
+        self, token_ids: jax.Array, positions: jax.Array, attend: Attend[Cache], cache: Cache, *, unroll: bool = False
     ) -> tuple[jax.Array, Cache]:
         """Run all layers over `token_ids` and `positions` (same shape, int32). Pure.
+
+        `unroll` writes the layers out one after the other: more to compile, but on a GPU the matrix products then read
+        the weights where they are, which in a loop XLA copies out of the stack first. On a CPU it is slower.
 
         Returns:
             Hidden states `[..., E]` ready for `logits`, and the cache after the last layer.
@@ -159,7 +162,8 @@ class OPT(nnx.Module):
             layer, state = xs
             return nnx.merge(graphdef, state)(x, attend, cache, layer), None
 
-        (x, cache), _ = jax.lax.scan(body, (x, cache), (jnp.arange(self.num_layers, dtype=jnp.int32), stacked))
+        layers = jnp.arange(self.num_layers, dtype=jnp.int32)
+        (x, cache), _ = jax.lax.scan(body, (x, cache), (layers, stacked), unroll=unroll)
         if self.final_layer_norm is not None:
             x = self.final_layer_norm(x)
         if self.project_out is not None:

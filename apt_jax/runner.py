@@ -228,7 +228,7 @@ class Runner:
         def step(weights, pool, history, tokens, rows):  # type: ignore[no-untyped-def]
             return run_step(
                 self._model(weights), self.shapes.kinds, num_blocks, bucket.decode_only, self.buckets.max_rows,
-                pool, history, tokens, rows, self.kernels,
+                pool, history, tokens, rows, self.kernels, unroll=bucket.decode_only and self.device.platform == "gpu",
             )  # fmt: skip
 
         tokens = Tokens(*(_abstract((T,), dtype) for dtype in (np.int32, np.bool_, np.int32, np.int32)))
@@ -306,8 +306,10 @@ def run_step(
     tokens: Tokens,
     rows: Rows,
     kernels: Kernels | None = None,
+    *,
+    unroll: bool = False,
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]:
-    """One iteration of the model: tokens in, cache written. Pure; jitted by `Runner`.
+    """One iteration of the model: tokens in, cache written. Pure; jitted by `Runner`. `unroll` is the model's.
 
     Returns:
         Hidden states `[max_rows, E]` after each row's last token (padded, so that sampling has one input shape),
@@ -318,7 +320,7 @@ def run_step(
     ids = jnp.where(tokens.on_device, history[jnp.minimum(slot, history.shape[0] - 1), tokens.position], tokens.ids)
     history = history.at[slot, tokens.position].set(ids, mode="drop")
     attend = paged_attention(tokens, rows, kinds, num_blocks, decode_only=decode_only, kernels=kernels)
-    hidden, pool = model(ids, tokens.position, attend, pool)
+    hidden, pool = model(ids, tokens.position, attend, pool, unroll=unroll)
     last = hidden if decode_only else hidden[rows.last]
     last = jnp.pad(last, ((0, max_rows - last.shape[0]), (0, 0)))
     return last, pool, history, None if decode_only else hidden

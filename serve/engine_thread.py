@@ -163,8 +163,7 @@ class EngineThread:
             self._recover(engine, error)
         else:
             stepped = Stepped(outputs, {o.request.request_id for o in outputs} - self._active.keys(), began)
-            for output in outputs:
-                self._deliver(output)
+            self._deliver(outputs)
             for observer in self.observers:
                 observer.stepped(engine, stepped)
         if not engine.has_unfinished:
@@ -220,16 +219,19 @@ class EngineThread:
         else:
             self._mail.append(group.accept)
 
-    def _deliver(self, output: Output) -> None:
-        request_id = output.request.request_id
-        active = self._active.get(request_id)
-        if active is None:  # aborted meanwhile
-            return
-        if output.finish_reason is not None:
-            del self._active[request_id]
-        if output.finish_reason is FinishReason.ERROR:
-            logger.error("request %s ended with an error: %s", request_id, output.error)
-        self._mail.append(partial(active.group.receive, active.sample, output))
+    def _deliver(self, outputs: Sequence[Output]) -> None:
+        delivered: list[tuple[_Active, Output]] = []
+        for output in outputs:
+            request_id = output.request.request_id
+            active = self._active.get(request_id)
+            if active is None:  # aborted meanwhile
+                continue
+            if output.finish_reason is not None:
+                del self._active[request_id]
+            if output.finish_reason is FinishReason.ERROR:
+                logger.error("request %s ended with an error: %s", request_id, output.error)
+            delivered.append((active, output))
+        self._mail.append(partial(_hand_out, delivered))
 
     def _recover(self, engine: "Engine", error: Exception) -> None:
         """A step raised: end the requests that the engine holds, and go on without them.
@@ -274,6 +276,11 @@ class EngineThread:
             self._loop.call_soon_threadsafe(_open, mail)
         except RuntimeError:  # the loop is closed: nobody waits any more
             logger.debug("the event loop is closed; %d messages dropped", len(mail))
+
+
+def _hand_out(delivered: list[tuple[_Active, Output]]) -> None:
+    for active, output in delivered:
+        active.group.receive(active.sample, output)
 
 
 def _open(mail: list[Callable[[], None]]) -> None:

@@ -4,11 +4,15 @@ HTTP, streamed or not, and batch jobs go through the same two steps: `Generation
 `collect` for all. How the objects look is up to `Completion` and `ChatCompletion`.
 """
 
+import dataclasses
 import math
 import time
+import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Self
+
+from pydantic_core import to_json
 
 from apt_jax.output import Output, TokenLogprobs
 from apt_jax.request import FinishReason, Request, Slo
@@ -17,6 +21,7 @@ from serve.protocol import GenerationRequest, bad_request, slo_of
 from serve.replies import PromptTokenLogprob
 from serve.samples import Sample, fan_out
 from serve.slo_report import slo_report
+from serve.sse import event
 
 if TYPE_CHECKING:
     from apt_jax.engine import Engine
@@ -46,6 +51,7 @@ class Choice:
     num_chars: int = 0  # of the tokens' texts, for text_offset
     started: bool = False
     request: Request | None = None  # the engine's, once it has ended
+    frame: tuple[bytes, bytes] | None = None  # what a streamed token's text goes between
 
 
 class Generation[Body: GenerationRequest]:
@@ -162,6 +168,29 @@ class Generation[Body: GenerationRequest]:
         if output.finish_reason is not None:
             chunk["slo"] = slo_report([output.request])
         return chunk
+
+    def streamed(self, sample: Sample, output: Output) -> bytes:
+        """Take in an output and render it as one server-sent event. Most differ from the last in their text only.
+
+        Raises:
+            EngineFailure: the engine ended the sample with an error.
+        """
+        choice = self.choices[sample.index]
+        varies = sample.params.logprobs is not None or self.body.return_token_ids or self._wants_running_usage
+        if varies or output.finish_reason is not None or not choice.started:
+            return event(self.chunk(sample, output))
+        if choice.frame is None:
+            choice.frame = self._frame(sample, output)
+        self._add(choice, output)
+        return choice.frame[0] + to_json(output.text) + choice.frame[1]
+
+    def _frame(self, sample: Sample, output: Output) -> tuple[bytes, bytes]:
+        """An event without its text: what comes before and after it."""
+        mark = uuid.uuid4().hex
+        delta = self._delta(sample, dataclasses.replace(output, text=mark), first=False)
+        usage = {"usage": None} if self.wants_usage else {}
+        head, _, tail = event({**self._object([delta], stream=True), **usage}).partition(to_json(mark))
+        return head, tail
 
     @property
     def wants_usage(self) -> bool:

@@ -104,7 +104,7 @@ async def _events(generation: Generation[Any], group: Group) -> AsyncGenerator[b
     """Server-sent events; all that has come since the last send goes out in one piece."""
     try:
         async for outputs in group:
-            yield b"".join([event(generation.chunk(sample, output)) for sample, output in outputs])
+            yield b"".join([generation.streamed(sample, output) for sample, output in outputs])
         if generation.wants_usage:
             yield event(generation.usage_chunk())
     except Exception as error:  # the status line has gone out; OpenAI's clients know an error event

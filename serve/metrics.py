@@ -61,6 +61,7 @@ class Metrics(Observer):
         self.batch = self._histogram("apt:batch_requests", "Requests per step.", BATCH)
         self.rejected = self._counter("apt:requests_rejected", "Requests refused, by reason.", "reason")
         self.failures = self._counter("apt:failed_steps", "Steps that failed; the server went on.")
+        self.tasks = self._gauge("apt:event_loop_tasks", "Tasks of the server's event loop, this reading's own too.")
         self.lost_blocks = self._gauge("apt:idle_lost_blocks", "Blocks not free when idle; should be 0.")
 
     def text(self) -> bytes:

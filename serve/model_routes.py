@@ -1,5 +1,6 @@
 """What can be asked about the server and its model: models, tokens, health, load, version."""
 
+import asyncio
 import importlib.metadata
 
 from prometheus_client import CONTENT_TYPE_PLAIN_0_0_4
@@ -96,6 +97,7 @@ class ModelRoutes:
 
     async def metrics(self, http: Request) -> Response:
         """GET /metrics, for Prometheus."""
+        self._service.metrics.tasks.set(len(asyncio.all_tasks()))
         text = await run_in_threadpool(self._service.metrics.text)
         return Response(text, media_type=CONTENT_TYPE_PLAIN_0_0_4)
 

@@ -21,6 +21,7 @@ OTHER_TOOLS = {  # flags of docker, useradd, gcloud and uv, and of make's target
         *("--zone", "--accelerator-type", "--version", "--python", "--net", "--privileged", "--scale")
     },
 }
+OTHER_PROGRAMS = "(?:python -m (?!serve)|vllm bench|guidellm benchmark|locust -f|lm_eval --)"
 PAGES = sorted(str(path.relative_to(ROOT)) for path in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
 FLAG = r"(?<![\w-])--[a-z][a-z0-9-]+"
 
@@ -53,7 +54,7 @@ def test_the_help_shows_flags():
 
 @pytest.mark.parametrize("name", [*PAGES, "Dockerfile", "deploy/compose.yaml", "deploy/apt-jax.service"])
 def test_every_flag_that_is_named_exists(name):
-    named = set(re.findall(FLAG, re.sub(r".*python -m (?!serve).*", "", joined(name))))
+    named = set(re.findall(FLAG, re.sub(rf".*{OTHER_PROGRAMS}.*", "", joined(name))))
     assert named - OTHER_TOOLS.get(name, set()) <= flags_of()
 
 

@@ -203,6 +203,25 @@ def test_a_stream_brings_the_same_text_and_ends_with_usage():
     assert len({chunk["id"] for chunk in [*chunks, last]}) == 1
 
 
+@pytest.mark.parametrize("more", [{}, {"logprobs": 0}, {"return_token_ids": True}])
+def test_every_event_of_a_stream_is_built_alike(more):
+    """Text that JSON must escape, with and without what varies from token to token."""
+    fields = {"prompt": "\x1f", "max_tokens": 90, "n": 2, "stream_options": {"include_usage": True}, **more}
+    *chunks, _ = events_of(exchange({**fields, "stream": True}))
+    assert "".join(c["choices"][0]["text"] for c in chunks if c["choices"][0]["index"] == 1) == bytes(
+        range(0x20, 0x20 + 90)
+    ).decode("latin-1")
+    keys = {"id", "object", "created", "model", "choices", "usage"}
+    for chunk in chunks:
+        (choice,) = chunk["choices"]
+        last = {"slo"} if choice["finish_reason"] else set()
+        assert set(chunk) == keys | last and chunk["usage"] is None and chunk["object"] == "text_completion"
+        assert {"index", "text", "logprobs", "finish_reason"} <= set(choice)
+        assert (choice["logprobs"] is not None) == ("logprobs" in more) and ("token_ids" in choice) == (
+            "return_token_ids" in more
+        )
+
+
 def test_a_stream_echoes_and_counts_text_offsets_on():
     chunks = events_of(exchange({"prompt": "a", "max_tokens": 3, "stream": True, "logprobs": 0}))
     assert [c["choices"][0]["logprobs"]["text_offset"] for c in chunks] == [[0], [1], [2]]

@@ -289,3 +289,23 @@ def test_the_grafana_dashboard_asks_only_for_metrics_that_exist():
     expressions = [target["expr"] for panel in board["panels"] for target in panel["targets"]]
     asked = {name for expression in expressions for name in re.findall(r"(?:vllm|apt):\w+", expression)}
     assert len(asked) > 15 and asked <= exported
+
+
+def test_tasks_come_back_to_what_they_were():
+    engine = FakeEngine(tokenizer=CharTokenizer(), paced=True)
+
+    async def main():
+        async with serving(engine) as client:
+            before = (await metrics_of(client))[("apt:event_loop_tasks",)]
+            body = {"prompt": "a", "max_tokens": 50, "stream": True}
+            asked = [asyncio.create_task(client.post("/v1/completions", json=body)) for _ in range(6)]
+            await until(lambda: client.service.num_generating == len(asked))
+            assert (await metrics_of(client))[("apt:event_loop_tasks",)] >= before + 2 * len(asked)
+            for task in asked[:3]:
+                task.cancel()
+            engine.allow_step(1000)
+            await asyncio.gather(*asked, return_exceptions=True)
+            await until(lambda: engine.is_idle)
+            assert (await metrics_of(client))[("apt:event_loop_tasks",)] <= before
+
+    run(main)

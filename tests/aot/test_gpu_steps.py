@@ -1,4 +1,4 @@
-"""Whole decode steps with the GPU kernels, compiled for an H200: nothing copies the pool.
+"""Whole decode steps with the GPU kernels, compiled for an H200: nothing copies the pool or the weights.
 
 Skipped where `test_gpu.py` is.
 """
@@ -31,14 +31,14 @@ BLOCK_SIZE, NUM_BLOCKS, ROWS, CONTEXT_TOKENS = 16, 16384, 64, 2048
 @pytest.mark.parametrize(
     "kinds", [Kinds(kv=True, hidden=True), Kinds(kv=True, hidden=False), Kinds(kv=False, hidden=True)]
 )
-def test_no_decode_step_copies_the_pool(kinds):
-    """Writing a step's tokens and attending, over all layers."""
+def test_no_decode_step_copies_the_pool_or_the_weights(kinds):
+    """Writing a step's tokens and attending, over all layers, unrolled as `Runner` has it on GPUs."""
     graphdef, weights = nnx.split(nnx.eval_shape(lambda: OPT(CONFIG, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))))
     kernels = Kernels("gpu", kv_decode_attention, hidden_decode_attention)
 
     def step(weights, pool, history, tokens, rows):
         model = nnx.merge(graphdef, weights)
-        return run_step(model, kinds, NUM_BLOCKS, True, ROWS, pool, history, tokens, rows, kernels)
+        return run_step(model, kinds, NUM_BLOCKS, True, ROWS, pool, history, tokens, rows, kernels, unroll=True)
 
     def shape(*sizes, dtype=jnp.int32):
         return jax.ShapeDtypeStruct(sizes, dtype, sharding=h200())
@@ -54,7 +54,8 @@ def test_no_decode_step_copies_the_pool(kinds):
     assert text.count("mosaic_gpu") >= kinds.kv + kinds.hidden
     memory, pool_bytes = program.memory_analysis(), 2 * pool.size
     assert memory.alias_size_in_bytes >= pool_bytes, "the pool was not donated"
-    assert memory.temp_size_in_bytes < pool_bytes / 3, f"{memory.temp_size_in_bytes=}, the pool is {pool_bytes}"
+    layer_bytes = 2 * 12 * CONFIG.hidden_size**2
+    assert memory.temp_size_in_bytes < layer_bytes / 2, f"{memory.temp_size_in_bytes=}, a layer has {layer_bytes}"
     pool_type = "bf16[" + ",".join(map(str, pool.shape)) + "]"
     copies = [line for line in text.splitlines() if re.search(re.escape(pool_type) + r"\S* copy", line)]
     assert not copies, copies[0]

@@ -94,6 +94,8 @@ def half_mixed(server: Server, scale: float, seed: int) -> str:
     assert after.get('vllm:request_success_total{finished_reason="error"}', 0) == 0
     assert after["fds"] <= before["fds"] + 16, f"file descriptors: {before['fds']} before, {after['fds']} after"
     assert after["threads"] <= before["threads"] + 40, "threads leaked"  # the pools fill up once
+    tasks = [found["apt:event_loop_tasks"] for found in (before, after)]
+    assert tasks[1] <= tasks[0] + 2, f"event loop tasks: {tasks[0]:.0f} before, {tasks[1]:.0f} after"
     return ", ".join(f"{number} {name}" for name, number in sorted(seen.items()))
 
 
@@ -261,10 +263,11 @@ def main() -> None:
 
 
 def report(name: str, seen: str, before: dict[str, float] | None = None, after: dict[str, float] | None = None) -> None:
-    """One line per scenario; with memory and file descriptors since the start where one server lives on."""
+    """One line per scenario; with memory, file descriptors and tasks since the start where one server lives on."""
     if before is not None and after is not None:
         seen += f" [rss {before['rss_mb']:.0f} -> {after['rss_mb']:.0f} MB,"
-        seen += f" fds {before['fds']:.0f} -> {after['fds']:.0f}]"
+        seen += f" fds {before['fds']:.0f} -> {after['fds']:.0f},"
+        seen += f" tasks {before['apt:event_loop_tasks']:.0f} -> {after['apt:event_loop_tasks']:.0f}]"
     print(f"{name:10} ok: {seen}", flush=True)
 
 

@@ -34,7 +34,7 @@ from checkpoints.source import DEMO_FOLDER
 from serve.app import create_app
 from serve.engine_thread import EngineThread
 from serve.options import ServerOptions
-from serve.server import listen, url_of
+from serve.server import http_config, listen, url_of
 from serve.service import Service
 
 
@@ -70,8 +70,7 @@ def serve_free(streams: int, steps_per_s: float, port: Any) -> None:
     service = Service(EngineThread(lambda: FreeEngine(streams, steps_per_s)), "free", ServerOptions())
     listener = listen("127.0.0.1", 0)
     port.put(url_of(listener))
-    config = uvicorn.Config(create_app(service), http="h11", log_config=None, access_log=False, lifespan="on")
-    uvicorn.Server(config).run(sockets=[listener])
+    uvicorn.Server(http_config(create_app(service), service.options)).run(sockets=[listener])
 
 
 class Counter(asyncio.Protocol):
