@@ -41,7 +41,7 @@ class Args:
     dtypes: str = "float32,bfloat16"
     """Number types; a peer that lacks one is left out there."""
     rounds: int = 3
-    """Times that every task is done, after one that does not count."""
+    """Times that every task is done, after one that does not count; 0 only compares greedy tokens."""
     options: str = "{}"
     """JSON: fields of apt-jax' EngineConfig, such as {"max_num_batched_tokens": 256}."""
     folder: Path = field(default_factory=lambda: FOLDER / "opt-125m-random")
