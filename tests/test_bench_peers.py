@@ -76,7 +76,7 @@ def test_peers_take_turns_and_one_that_fails_is_left_out(peer, monkeypatch, tmp_
     assert list(comparison.seconds) == [("other", "ttft")] and len(comparison.seconds["other", "ttft"]) == 2
     broken = Comparison(Args(rounds=1), "float32", [(peer, sys.executable)])
     broken.run(["ttft", "broken"])
-    assert broken.seconds == {} and "out of memory" in broken.left_out[0]
+    assert broken.seconds == {} and "out of memory" in broken.remarks[0]
 
 
 def test_a_peer_that_cannot_be_installed_is_skipped_with_a_sentence(monkeypatch, tmp_path, capsys):

@@ -182,9 +182,10 @@ class FakeRunner:
         self.now += self._model.step_s(self._load)
         return batch if any(span.samples for span in self._spans) else None
 
-    def read(self, batch):
+    def read(self, results):
+        batch, scores = results
         last = [len(r.output_token_ids) + 1 >= self._lengths[r.request_id] for r in batch.requests]
-        return SimpleNamespace(token=np.where(last, 2, 5), is_finite=np.ones(len(last), bool))
+        return SimpleNamespace(token=np.where(last, 2, 5), is_finite=np.ones(len(last), bool)), scores
 
 
 @pytest.mark.parametrize("policy", ["fcfs", "apt", "apt-paper", "sarathi"])

@@ -27,6 +27,8 @@ from experiments.peers.process import PeerFailed, Process
 
 INSTRUCTIONS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16")  # those that decide how fast a CPU is
 
+BUSY_SHARE = 0.75  # of the cores: a load beyond which figures mislead
+
 
 @dataclass
 class Args:
@@ -39,7 +41,7 @@ class Args:
     dtypes: str = "float32,bfloat16"
     """Number types; a peer that lacks one is left out there."""
     rounds: int = 3
-    """Times that every task is done, after one that does not count."""
+    """Times that every task is done, after one that does not count; 0 only compares greedy tokens."""
     options: str = "{}"
     """JSON: fields of apt-jax' EngineConfig, such as {"max_num_batched_tokens": 256}."""
     folder: Path = field(default_factory=lambda: FOLDER / "opt-125m-random")
@@ -58,7 +60,7 @@ class Comparison:
         self.seconds: dict[tuple[str, str], list[float]] = {}
         self.agreements: dict[str, Agreement] = {}
         self.loaded: dict[str, Process] = {}
-        self.left_out: list[str] = []
+        self.remarks: list[str] = []
         self._tokens: dict[str, list[Any]] = {}
         for peer, python in chosen:
             if dtype in peer.dtypes:
@@ -78,15 +80,21 @@ class Comparison:
 
     def run(self, tasks: list[str]) -> None:
         """Every task with every peer in turn, once to warm up and `rounds` times to count."""
-        for number in range(self.args.rounds + 1):
-            for task in tasks:
-                prompts = TASKS[task].prompts(1000 * self.args.seed + number)
-                for name in list(self.loaded):
-                    self._do(name, task, prompts, number)
-                if task == tasks[0] and number == 0:
-                    self._compare()
-        for process in self.loaded.values():
-            process.close()
+        try:
+            for number in range(self.args.rounds + 1):
+                for task in tasks:
+                    self._round(task, number, is_compared=number == 0 and task == longest(tasks))
+        finally:
+            for process in self.loaded.values():
+                process.close()
+
+    def _round(self, task: str, number: int, *, is_compared: bool) -> None:
+        prompts = TASKS[task].prompts(1000 * self.args.seed + number)
+        self._tokens.clear()
+        for name in list(self.loaded):
+            self._do(name, task, prompts, number)
+        if is_compared:
+            self._compare()
 
     def _do(self, name: str, task: str, prompts: list[list[int]], number: int) -> None:
         try:
@@ -100,7 +108,7 @@ class Comparison:
             print(f"{self.dtype} {task} {name}: {TASKS[task].figure(seconds):.1f}", file=sys.stderr)
 
     def _compare(self) -> None:
-        """Greedy tokens of the first task against ours."""
+        """Greedy tokens of the task just done against ours."""
         if OURS.name in self._tokens:
             ours = self._tokens[OURS.name]
             others = {name: tokens for name, tokens in self._tokens.items() if name != OURS.name}
@@ -108,10 +116,15 @@ class Comparison:
 
     def _leave_out(self, name: str, error: Exception) -> None:
         print(f"left out: {error}", file=sys.stderr)
-        self.left_out.append(str(error))
+        self.remarks.append(str(error))
         if name in self.loaded:
             self.loaded.pop(name).close()
         self.seconds = {key: times for key, times in self.seconds.items() if key[0] != name}
+
+
+def longest(tasks: list[str]) -> str:
+    """The task with the most new tokens: the one to compare."""
+    return max(tasks, key=lambda task: TASKS[task].num_prompts * TASKS[task].new_tokens)
 
 
 def args_folder(args: Args, peer: Peer) -> Path:
@@ -139,13 +152,18 @@ def main(args: Args) -> int:
     """Install, measure, print, write; 1 if there is nobody to compare with."""
     tasks, dtypes = _known(args.tasks, TASKS), _known(args.dtypes, ("float32", "bfloat16"))
     chosen: list[tuple[Peer, Path]] = [(OURS, python_of(OURS))]
-    left_out = []
+    remarks = []
     for name in _known(args.peers, PEERS):
         try:
             chosen.append((PEERS[name], python_of(PEERS[name])))
         except NotInstalled as error:
             print(error, file=sys.stderr)
-            left_out.append(str(error))
+            remarks.append(str(error))
+    if (load := os.getloadavg()[0]) > BUSY_SHARE * (os.cpu_count() or 1):
+        remarks.append(
+            f"other programs were running (load {load:.1f}); engines whose threads wait for each other suffer most"
+        )
+        print(f"warning: {remarks[-1]}", file=sys.stderr)
     args.folder = args.folder.resolve()
     write_folder(args.folder, args.seed)
     result: dict[str, Any] = {
@@ -158,14 +176,14 @@ def main(args: Args) -> int:
         comparison.run(tasks)
         found = medians(comparison.seconds)
         tables.append(markdown(dtype, found, OURS.name, comparison.agreements))
-        left_out += comparison.left_out
+        remarks += comparison.remarks
         result["dtypes"][dtype] = {
             "medians": [{"peer": p, "task": t, "figure": figure} for (p, t), figure in found.items()],
             "seconds": [{"peer": p, "task": t, "seconds": s} for (p, t), s in comparison.seconds.items()],
             "agreement": {name: asdict(found) for name, found in comparison.agreements.items()},
         }
-    result |= {"left_out": left_out, "load_after": os.getloadavg()[0]}
-    print("\n\n".join([*tables, json.dumps(result["machine"]), json.dumps(result["versions"]), *left_out]))
+    result |= {"remarks": remarks, "load_after": os.getloadavg()[0]}
+    print("\n\n".join([*tables, json.dumps(result["machine"]), json.dumps(result["versions"]), *remarks]))
     if args.output is not None:
         args.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     return int(len(chosen) == 1)

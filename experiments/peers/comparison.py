@@ -70,7 +70,7 @@ def ratio(task: str, ours: float, theirs: float) -> float:
 
 def markdown(dtype: str, found: Mapping[tuple[str, str], float], reference: str, agreements: Mapping[str, Any]) -> str:
     """A table: one row per peer, figure and our ratio to it per task, and agreement in the greedy tokens."""
-    peers = list(dict.fromkeys(peer for peer, _ in found))
+    peers = list(dict.fromkeys([*(peer for peer, _ in found), *agreements]))
     tasks = [name for name in TASKS if any(task == name for _, task in found)]
     head = "".join(f" {TASKS[task].title} | {reference} / it |" for task in tasks)
     lines = [f"| {dtype} |{head} same greedy tokens |", "|---|" + "---:|---:|" * len(tasks) + "---:|"]
