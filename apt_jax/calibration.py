@@ -2,8 +2,8 @@
 
 The device runs made-up iterations of a few batch sizes and context lengths, as KV and as hidden, straight through the
 batch builder and the runner, so no prompt has to be computed to measure a long context. A fit explains the times
-(`apt_jax/scheduling/fit.py`). Observations are stored by device, model shape, number type and attention backend: the
-next start needs no measuring.
+(`apt_jax/scheduling/fit.py`). Observations are stored by device, model shape, number type, attention backend and
+version of the code: the next start needs no measuring.
 """
 
 import hashlib
@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 import jax
 
 from apt_jax.cache import BlockTable, CacheKind, blocks_for
+from apt_jax.program_store import source_hash
 from apt_jax.request import Request, SamplingParams
 from apt_jax.scheduling.cost_model import CostModel
 from apt_jax.scheduling.fit import MIN_OBSERVATIONS, Calibration, Observation
@@ -63,14 +64,14 @@ def base_model(engine: "Engine") -> CostModel:
 
 
 def calibration_path(engine: "Engine") -> Path | None:
-    """The file of this device, model, number type and attention backend: beside the compiled programs, if kept."""
+    """The file of this device, model, number type, backend and code: beside the compiled programs, if kept."""
     folder = jax.config.jax_compilation_cache_dir
     if not folder:
         return None
     kernels = engine.runner.kernels
     facts = [
         asdict(engine.model_config), str(engine.runner.dtype), asdict(base_model(engine).sizes),
-        engine.config.block_size, kernels.name if kernels else "xla",
+        engine.config.block_size, kernels.name if kernels else "xla", source_hash(),
     ]  # fmt: skip
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]
     device = engine.runner.device.device_kind.lower().replace(" ", "-").replace("/", "-")

@@ -106,11 +106,11 @@ def _environment(device: jax.Device) -> str:
     versions = (jax.__version__, jaxlib.__version__, flax.__version__, device.client.platform_version)
     flags = (os.environ.get("XLA_FLAGS"), os.environ.get("LIBTPU_INIT_ARGS"), jax.config.jax_enable_x64)
     place = (device.platform, device.device_kind, device.id, len(jax.devices()), platform.machine(), _cpu_features())
-    return repr((versions, flags, place, _source_hash()))
+    return repr((versions, flags, place, source_hash()))
 
 
 @cache
-def _source_hash() -> str:
+def source_hash() -> str:
     """Hash of the source code that programs are made of (scheduling is not): any change makes all of them new."""
     digest = hashlib.sha256()
     for package in (__file__, pallas_kernels.__file__):
