@@ -19,6 +19,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
+# Bytecode is written where Python runs, once, instead of for all packages when they are installed.
+export PYTHONDONTWRITEBYTECODE =
+
 .PHONY: serve test lint parity test-aot soak overhead bench-peers clean
 .NOTPARALLEL:
 

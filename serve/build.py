@@ -27,7 +27,7 @@ def build_engine(
     """Load a model (None: the bundled demo) and its tokenizer and put an engine around them; compiles nothing.
 
     A model folder without a tokenizer gives an engine that takes token ids only. `on_phase` is told what has ended:
-    "weights", "memory".
+    "weights", "tokenizer", "memory".
 
     Raises:
         ValueError: what was named cannot be loaded, or does not fit; one sentence with the file, value or flag.
@@ -38,7 +38,9 @@ def build_engine(
     )
     logger.info("%s: %s weights from %s", model or "demo model", loaded.dtype.name, loaded.folder)
     on_phase("weights")
-    engine = Engine(loaded.model, loaded.config, engine_config, load_tokenizer(loaded.folder, tokenizer, revision))
+    text = load_tokenizer(loaded.folder, tokenizer, revision)
+    on_phase("tokenizer")
+    engine = Engine(loaded.model, loaded.config, engine_config, text)
     on_phase("memory")
     return engine
 
