@@ -68,10 +68,9 @@ def calibration_path(engine: "Engine") -> Path | None:
     folder = jax.config.jax_compilation_cache_dir
     if not folder:
         return None
-    kernels = engine.runner.kernels
     facts = [
         asdict(engine.model_config), str(engine.runner.dtype), asdict(base_model(engine).sizes),
-        engine.config.block_size, kernels.name if kernels else "xla", source_hash(),
+        engine.config.block_size, engine.runner.attention, source_hash(),
     ]  # fmt: skip
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]
     device = engine.runner.device.device_kind.lower().replace(" ", "-").replace("/", "-")

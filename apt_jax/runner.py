@@ -1,4 +1,4 @@
-"""The only place that jits: compiled steps per bucket, the donated pool, the read-back.
+"""The only place that jits: compiled steps per bucket (`steps.py`), the donated pool, the read-back.
 
 A program is compiled when it is first needed, or ahead of time by `compile_all`; after that nothing compiles, because
 there is one program per shape and programs are called as executables. Device state that is carried from step to step
@@ -31,6 +31,8 @@ from apt_jax.sampling import Sampled, Scored, score
 from apt_jax.steps import end_step, run_layer, run_sampling, run_step, start_step
 
 CONVERT_TOKENS = 256  # cached tokens that one call of the conversion program handles
+
+Layers = list[tuple[list[jax.Array], jax.Array]]  # per layer its weights, and its number as int32
 
 
 @dataclass(frozen=True)
@@ -93,6 +95,11 @@ class Runner:
     def device(self) -> jax.Device:
         """The device that holds the weights."""
         return next(iter(self._weights[0].devices()))
+
+    @property
+    def attention(self) -> str:
+        """Which implementation of attention runs: the kernels' name, or xla."""
+        return self.kernels.name if self.kernels else "xla"
 
     @property
     def num_programs(self) -> int:
@@ -177,7 +184,7 @@ class Runner:
         """Start what the batch's `chunks` ask for, after `dispatch` of it; returns at once, a result per chunk."""
         scores = []
         for chunk in batch.chunks:
-            hidden = self._gather(batch.bucket)(self._weights, self._hidden, chunk.index)
+            hidden = self._gather(batch.bucket)([], self._hidden, chunk.index)
             scores.append(self._score_program()(self._weights, hidden, chunk.target))
         self._hidden = None
         return tuple(scores)
@@ -233,7 +240,7 @@ class Runner:
         number, flag = _abstract((R,), np.int32), _abstract((R,), np.bool_)
         table = _abstract((R, self.shapes.table_pages), np.int32)
         rows = Rows(number, number, number, number, flag, table, table)
-        name = f"{bucket} {num_blocks} {self.kernels.name if self.kernels else 'xla'}"
+        name = f"{bucket} {num_blocks} {self.attention}"
         pool, history = self._abstract_pool(num_blocks), self._abstract_history()
         if self._layers is not None:
             return self._compile_layers(name, bucket, num_blocks, self._layers, pool, history, tokens, rows)
@@ -247,8 +254,8 @@ class Runner:
         return self._compile(f"step {name}", step, pool, history, tokens, rows, donate=(1, 2))
 
     def _compile_layers(
-        self, name: str, bucket: Bucket, num_blocks: int, layers: list[list[jax.Array]], pool: Any, history: Any,
-        tokens: Tokens, rows: Rows,
+        self, name: str, bucket: Bucket, num_blocks: int, layers: Layers, pool: Any, history: Any, tokens: Tokens,
+        rows: Rows,
     ) -> "LayeredStep":  # fmt: skip
         def start(weights, history, tokens, rows):  # type: ignore[no-untyped-def]
             return start_step(self._model(weights), history, tokens, rows)
@@ -265,7 +272,7 @@ class Runner:
         x, index = _abstract((bucket.tokens, self.model_config.hidden_size), self.dtype), _abstract((), np.int32)
         return LayeredStep(
             self._compile(f"start {bucket}", start, history, tokens, rows, donate=(1,)),
-            self._compile(f"layer {name}", layer, pool, x, index, tokens, rows, donate=(1, 2), weights=layers[0]),
+            self._compile(f"layer {name}", layer, pool, x, index, tokens, rows, donate=(1, 2), weights=layers[0][0]),
             self._compile(f"end {bucket}", end, x, rows, donate=()),
             layers,
         )
@@ -286,7 +293,7 @@ class Runner:
             return hidden[index]
 
         index = _abstract((self.buckets.score_rows,), np.int32)
-        return self._compile("gather", gather, self._abstract_hidden(bucket.tokens), index, donate=())
+        return self._compile("gather", gather, self._abstract_hidden(bucket.tokens), index, donate=(), weights=[])
 
     def _compile_scorer(self) -> Any:
         def scorer(weights, hidden, target):  # type: ignore[no-untyped-def]
@@ -340,9 +347,9 @@ class LayeredStep:
     `start`, `layer` and `end` are compiled from the functions of those names in `steps.py`.
     """
 
-    def __init__(self, start: Any, layer: Any, end: Any, layers: list[list[jax.Array]]):
+    def __init__(self, start: Any, layer: Any, end: Any, layers: Layers):
         self.programs = (start, layer, end)
-        self._layers = [(leaves, jnp.int32(index)) for index, leaves in enumerate(layers)]
+        self._layers = layers
 
     def __call__(
         self, weights: list[jax.Array], pool: jax.Array, history: jax.Array, tokens: Tokens, rows: Rows
@@ -370,11 +377,13 @@ def pages_multiple(block_size: int) -> int:
     return max(attention.CHUNK_TOKENS // block_size, 1)
 
 
-def _views(leaves: list[jax.Array], num_layers: int) -> list[list[jax.Array]]:
+def _views(leaves: list[jax.Array], num_layers: int) -> Layers:
     """Each layer's arrays of stacked ones on a CPU, in the same memory where its alignment allows."""
     device = next(iter(leaves[0].devices()))
     stacked = [np.asarray(leaf) for leaf in leaves]
-    return [[jax.device_put(leaf[i], device, may_alias=True) for leaf in stacked] for i in range(num_layers)]
+    return [
+        ([jax.device_put(leaf[i], device, may_alias=True) for leaf in stacked], jnp.int32(i)) for i in range(num_layers)
+    ]
 
 
 def _abstract(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:

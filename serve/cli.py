@@ -13,9 +13,7 @@ from apt_jax.simulation.options import SimulateArgs
 from serve.bench.commands import Bench
 from serve.errors import EngineFailure
 from serve.logs import set_up_logs
-from serve.options import LoadOptions, ServerOptions
-
-Model = Positional[Annotated[str | None, arg(metavar="[MODEL]")]]
+from serve.options import LoadOptions, Model, ServerOptions
 
 
 @dataclass(frozen=True)

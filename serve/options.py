@@ -1,10 +1,14 @@
 """Options that are flags of the command line; those of the engine itself are `EngineConfig`'s fields."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
+
+from tyro.conf import Positional, arg
 
 DEMO_NAME = "apt-jax-demo"  # of the bundled model in the API
 DEFAULT_MAX_BODY_BYTES = 4 * 2**20
+
+Model = Positional[Annotated[str | None, arg(metavar="[MODEL]")]]
 
 
 @dataclass(frozen=True)

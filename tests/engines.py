@@ -1,8 +1,10 @@
 """Engines for tests: small shapes that compile quickly, a run loop, and a policy that follows orders."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 
 import jax
+import pytest
 
 from apt_jax.cache import CacheKind
 from apt_jax.config import EngineConfig, ModelConfig
@@ -118,3 +120,15 @@ def count_compilations() -> Callable[[], int]:
 
     jax.monitoring.register_event_duration_secs_listener(listen)
     return lambda: len(seen)
+
+
+@contextmanager
+def failing_dispatch(engine: Engine, message: str) -> Iterator[None]:
+    """Every step on the device fails with `message` as long as this lasts."""
+
+    def fail(batch):
+        raise RuntimeError(message)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine.runner, "dispatch", fail)
+        yield

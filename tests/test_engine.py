@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from checkpoint_folders import random_model
-from engines import GREEDY, Orders, count_compilations, finish, make_engine, run
+from engines import GREEDY, Orders, count_compilations, failing_dispatch, finish, make_engine, run
 from flax import nnx
 
 from apt_jax.attention import Kinds
@@ -262,18 +262,14 @@ def test_not_a_number_ends_its_request_and_no_other(model):
     assert [r.output_token_ids for r in run(engine, prompts, replace(GREEDY, max_tokens=20))] == expected
 
 
-def test_a_failing_step_ends_its_requests_and_the_engine_goes_on(model, monkeypatch):
+def test_a_failing_step_ends_its_requests_and_the_engine_goes_on(model):
     engine = make_engine(model, CONFIG)
     params = replace(GREEDY, max_tokens=6)
     expected = run(engine, [[5, 6]], params)[0].output_token_ids
     engine.add([5, 6], params, request_id="unlucky")
     engine.step()
 
-    def out_of_memory(batch):
-        raise RuntimeError("RESOURCE_EXHAUSTED: out of memory")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(engine.runner, "dispatch", out_of_memory)
+    with failing_dispatch(engine, "RESOURCE_EXHAUSTED: out of memory"):
         (last,) = engine.step()
     assert finish(engine) == []
     assert last.finish_reason is FinishReason.ERROR
@@ -289,11 +285,7 @@ def test_a_failing_step_also_ends_the_preempted_one_whose_token_is_lost_with_it(
     engine.step()
     engine.step()
 
-    def out_of_memory(batch):
-        raise RuntimeError("RESOURCE_EXHAUSTED: out of memory")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(engine.runner, "dispatch", out_of_memory)
+    with failing_dispatch(engine, "RESOURCE_EXHAUSTED: out of memory"):
         outputs = engine.step()
     assert [entry.request.request_id for entry in engine.last_plan.preempted] == ["0"]
     ended = {o.request.request_id: o for o in [*outputs, *finish(engine)] if o.finish_reason}

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from checkpoint_folders import random_model
-from engines import GREEDY, Orders, count_compilations, finish, make_engine
+from engines import GREEDY, Orders, count_compilations, failing_dispatch, finish, make_engine
 
 from apt_jax.cache import CacheKind
 from apt_jax.config import ModelConfig
@@ -190,11 +190,7 @@ def test_a_failed_iteration_loses_no_position_of_those_that_wait(engine, expecte
     engine.add(prompt_of(5), SHORT, request_id="other")
     engine.step()
 
-    def fail(batch):
-        raise RuntimeError("RESOURCE_EXHAUSTED")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(engine.runner, "dispatch", fail)
+    with failing_dispatch(engine, "RESOURCE_EXHAUSTED"):
         (ended,) = engine.step()
     assert (ended.request.request_id, ended.finish_reason) == ("other", FinishReason.ERROR)
     check(by_request(finish(engine))["victim"], prompt, expected(prompt), 1)

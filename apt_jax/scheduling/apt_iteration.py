@@ -283,9 +283,13 @@ class Iteration:
 
     def _evictable(self) -> Ints:
         """Late running requests outside the lane that hold memory."""
-        out = self.late_r & ~self.lane_r
-        out[list(self.preempted)] = False
-        return np.flatnonzero(out)
+        return np.flatnonzero(self.late_r & ~self.lane_r & self._stays())
+
+    def _stays(self) -> Bools:
+        """`[running]` whether it has not been preempted in this iteration so far."""
+        stays = np.ones(len(self.running), np.bool_)
+        stays[list(self.preempted)] = False
+        return stays
 
     def _fits_lane(self, i: int) -> bool:
         return int(self.pages_w[i]) * self.kinds[-1].blocks_per_page <= self.free
@@ -310,9 +314,7 @@ class Iteration:
         """`[horizons]` blocks expected to be free, the watermark kept; None without prediction."""
         if self.remaining_r is None:
             return None
-        stays = np.ones(len(self.running), np.bool_)
-        stays[list(self.preempted)] = False
-        expected = self._expected_r(np.flatnonzero(stays)).sum(axis=0)
+        expected = self._expected_r(np.flatnonzero(self._stays())).sum(axis=0)
         if self.admitted:
             index = np.array([i for i, _, _ in self.admitted])
             per_page = np.array([kind.blocks_per_page for _, kind, _ in self.admitted])
@@ -348,10 +350,9 @@ class Iteration:
         """
         model = self.context.cost_model
         assert model is not None
-        out = np.zeros(len(self.running), np.bool_)
-        out[list(self.preempted)] = True
-        index = np.flatnonzero(decodes & ~out)
-        wanted = int(self.running.uncomputed[prefills & ~out].sum())
+        stays = self._stays()
+        index = np.flatnonzero(decodes & stays)
+        wanted = int(self.running.uncomputed[prefills & stays].sum())
         wanted += int(self.waiting.uncomputed[[i for i, _, _ in self.admitted]].sum())
         if not len(index) or not wanted:
             return True
@@ -390,19 +391,18 @@ class Iteration:
     # -- the plan -----------------------------------------------------------------------------------------------
 
     def _build(self, decodes: Bools, prefills: Bools) -> Plan:
-        out = np.zeros(len(self.running), np.bool_)
-        out[list(self.preempted)] = True
-        decode_index = np.flatnonzero(decodes & ~out)
+        stays = self._stays()
+        decode_index = np.flatnonzero(decodes & stays)
         scheduled: list[Scheduled] = []
         converted = self._conversions(decode_index)
         as_kv = self.running.blocks_per_page == 2
         as_kv[converted] = True
         kinds = [CacheKind.KV if kv else CacheKind.HIDDEN for kv in as_kv[decode_index].tolist()]
-        decoding = compress(self.running.requests, (decodes & ~out).tolist())
+        decoding = compress(self.running.requests, (decodes & stays).tolist())
         scheduled += map(Scheduled._make, zip(decoding, repeat(1), kinds, repeat(Reason.DECODES)))
         if prefills.any() or self.admitted:
             budget = self._prefill_budget(decode_index)
-            for i in np.flatnonzero(prefills & ~out).tolist():
+            for i in np.flatnonzero(prefills & stays).tolist():
                 tokens = min(int(self.running.uncomputed[i]), budget)
                 if tokens > 0:
                     kind = kind_of(int(self.running.blocks_per_page[i]))
@@ -419,7 +419,7 @@ class Iteration:
             scheduled=tuple(scheduled),
             preempted=tuple(Preempted(self.running.requests[i], reason) for i, reason in self.preempted.items()),
             converted=tuple(Converted(self.running.requests[i], Reason.CONVERTED_MEMORY_FREE) for i in converted),
-            waited=self._waited(decodes, out),
+            waited=self._waited(decodes, stays),
         )
 
     def _prefill_budget(self, decode_index: Ints) -> int:
@@ -454,7 +454,7 @@ class Iteration:
                 budget -= tokens
         return chosen
 
-    def _waited(self, decodes: Bools, out: Bools) -> tuple[Waited, ...]:
+    def _waited(self, decodes: Bools, stays: Bools) -> tuple[Waited, ...]:
         found = []
         if len(self.waiting) > len(self.admitted):
             left = np.ones(len(self.waiting), np.bool_)
@@ -463,7 +463,7 @@ class Iteration:
             in_time = Reason.WAITS_FOR_DECODE if decode_only else Reason.WAITS_FOR_BLOCKS
             groups = ((left & self.late_w, Reason.WAITS_LATE), (left & ~self.late_w, in_time))
             found += [Waited(_pick(self.waiting, mask), reason) for mask, reason in groups if mask.any()]
-        if not decodes.any() and (resting := self.running.decoding & ~out).any():
+        if not decodes.any() and (resting := self.running.decoding & stays).any():
             found.append(Waited(_pick(self.running, resting), Reason.WAITS_FOR_PREFILL))
         return tuple(found)
 

@@ -2,15 +2,12 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
 
-from tyro.conf import OmitArgPrefixes, Positional, arg
+from tyro.conf import OmitArgPrefixes
 
 from apt_jax.config import EngineConfig
 from serve.bench.work_options import WorkOptions
-from serve.options import LoadOptions
-
-Model = Positional[Annotated[str | None, arg(metavar="[MODEL]")]]
+from serve.options import LoadOptions, Model
 
 
 @dataclass(frozen=True)

@@ -70,9 +70,10 @@ def measure(engine: Engine, works: list[Work], *, temperature: float = 0.0) -> d
     samples = samples_of(works, temperature=temperature, prefix="throughput-")
     started = time.perf_counter()
     with tqdm(total=len(samples), desc="requests", unit="request", disable=None) as bar:
-        for _, output in Driver(engine, tally.add).run(samples):
-            output_tokens += len(checked(output).token_ids)
-            if checked(output).finish_reason is not None:
+        for _, answer in Driver(engine, tally.add).run(samples):
+            output = checked(answer)
+            output_tokens += len(output.token_ids)
+            if output.finish_reason is not None:
                 bar.update()
     seconds = time.perf_counter() - started
     total_tokens = output_tokens + sum(work.prompt_tokens for work in works)
