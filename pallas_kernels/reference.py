@@ -1,6 +1,7 @@
-"""What the decode kernels compute, in plain jnp: each kernel has the signature of its reference here.
+"""What the kernels compute, in plain jnp: each kernel has the signature of its reference here.
 
-Shape letters: R rows (requests), N heads, H head_dim, D = N*H, L layers, P blocks, S block_size, W pages per table.
+Shape letters: R rows (requests), T tokens, N heads, H head_dim, D = N*H, L layers, P blocks, S block_size, W pages per
+table. Decode attention has one query per row; prefix attention has the queries of all rows' chunks packed into T slots.
 The pool is flat, `[L*P, S, D]`; tables hold rows of it (block + layer*P). Pages past a row's length and positions past
 it may hold anything, NaN too. Rows of length 0 give out 0 and lse `NEVER`; a batch of KV and hidden rows runs both
 functions, each with length 0 for the other's rows.
@@ -71,6 +72,76 @@ def hidden_decode_attention(q_wide: jax.Array, pool: jax.Array, blocks: jax.Arra
     scores = jnp.einsum("RND,RCD->RNC", q_wide.astype(jnp.float32), vectors, precision="highest")
     weights, lse = _softmax(scores, valid)
     return Partial(jnp.einsum("RNC,RCD->RND", weights, vectors, precision="highest"), lse)
+
+
+def kv_prefix_attention(
+    q: jax.Array,
+    pool: jax.Array,
+    key_blocks: jax.Array,
+    value_blocks: jax.Array,
+    length: jax.Array,
+    first_query: jax.Array,
+    num_queries: jax.Array,
+) -> Partial:
+    """Each packed query over all of its own row's cached keys and values. Pure.
+
+    Row r's queries lie in slots `first_query[r] .. first_query[r] + num_queries[r]`; no two rows share a slot, in any
+    order, and slots may belong to no row. Tables and pool as for `kv_decode_attention`.
+
+    Args:
+        q: `[T, N, H]`, bfloat16 or float32, already scaled.
+        length: int32 `[R]`, cached tokens before the chunk; 0 leaves the row's queries out.
+        first_query, num_queries: int32 `[R]`.
+
+    Returns:
+        float32 out `[T, N, H]` and lse `[T, N]`; 0 and `NEVER` for a query of no row, or of one without cached tokens.
+    """
+    T = q.shape[0]
+    empty = Partial(jnp.zeros(q.shape, jnp.float32), jnp.full(q.shape[:2], NEVER, jnp.float32))
+
+    def one_row(found: Partial, row: tuple[jax.Array, ...]) -> tuple[Partial, None]:
+        keys, values, length, first, count = row
+        part = kv_decode_attention(q, pool, *(jnp.tile(a, (T, 1)) for a in (keys, values)), jnp.tile(length, T))
+        return _of_queries(found, part, first, count), None
+
+    return jax.lax.scan(one_row, empty, (key_blocks, value_blocks, length, first_query, num_queries))[0]
+
+
+def hidden_prefix_attention(
+    q_wide: jax.Array,
+    pool: jax.Array,
+    blocks: jax.Array,
+    length: jax.Array,
+    first_query: jax.Array,
+    num_queries: jax.Array,
+) -> Partial:
+    """Each packed absorbed query over all of its own row's cached hidden vectors. Pure. Source: DESIGN 2.1.
+
+    Rows and queries as in `kv_prefix_attention`, the rest as in `hidden_decode_attention`.
+
+    Args:
+        q_wide: `[T, N, D]`, bfloat16 or float32.
+        length, first_query, num_queries: int32 `[R]`.
+
+    Returns:
+        float32 out `[T, N, D]` and lse `[T, N]` (without q . bk, which `merge` needs added).
+    """
+    T = q_wide.shape[0]
+    empty = Partial(jnp.zeros(q_wide.shape, jnp.float32), jnp.full(q_wide.shape[:2], NEVER, jnp.float32))
+
+    def one_row(found: Partial, row: tuple[jax.Array, ...]) -> tuple[Partial, None]:
+        table, length, first, count = row
+        part = hidden_decode_attention(q_wide, pool, jnp.tile(table, (T, 1)), jnp.tile(length, T))
+        return _of_queries(found, part, first, count), None
+
+    return jax.lax.scan(one_row, empty, (blocks, length, first_query, num_queries))[0]
+
+
+def _of_queries(found: Partial, part: Partial, first: jax.Array, count: jax.Array) -> Partial:
+    """`part` for queries `first .. first + count`, `found` for the others."""
+    query = jnp.arange(part.lse.shape[0])[:, None]
+    mine = (query >= first) & (query < first + count)
+    return Partial(jnp.where(mine[..., None], part.out, found.out), jnp.where(mine, part.lse, found.lse))
 
 
 def _gather(pool: jax.Array, blocks: jax.Array, length: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -12,7 +12,15 @@ from apt_jax.attention import Kinds
 from apt_jax.batch import Rows
 from apt_jax.config import ModelConfig
 from apt_jax.opt import SelfAttention
-from pallas_kernels.reference import NEVER, Partial, hidden_decode_attention, kv_decode_attention, merge
+from pallas_kernels.reference import (
+    NEVER,
+    Partial,
+    hidden_decode_attention,
+    hidden_prefix_attention,
+    kv_decode_attention,
+    kv_prefix_attention,
+    merge,
+)
 
 N, H, S = 3, 8, 16
 LENGTHS = [0, 1, 15, 16, 17, 200]
@@ -108,3 +116,27 @@ def test_merging_with_nothing_changes_nothing(case):
     some = np.asarray(case.length) > 0
     np.testing.assert_allclose(merged.out[some], part.out[some], rtol=1e-6, atol=1e-7)
     np.testing.assert_allclose(merged.lse[some], part.lse[some], rtol=1e-6)
+
+
+def test_prefix_references_are_decode_attention_query_by_query(case):
+    """Rows' queries in any order, with slots of no row between them, and a row whose cache is empty."""
+    first, count = jnp.array([0, 11, 3, 4, 9, 6]), jnp.array([2, 3, 1, 2, 1, 3])
+    row_of = {slot: r for r in range(len(LENGTHS)) for slot in range(int(first[r]), int(first[r] + count[r]))}
+    q = jax.random.normal(jax.random.key(0), (16, N, H))
+    wide = jax.random.normal(jax.random.key(1), (16, N, N * H))
+    tables = case.first_blocks, case.second_blocks
+    rows = [jnp.array([row_of.get(slot, 0)]) for slot in range(16)]
+    found = [
+        kv_prefix_attention(q, case.pool, *tables, case.length, first, count),
+        hidden_prefix_attention(wide, case.pool, tables[0], case.length, first, count),
+    ]
+    for slot, row in enumerate(rows):
+        length = case.length[row] * (slot in row_of)
+        one = slice(slot, slot + 1)
+        expected = [
+            kv_decode_attention(q[one], case.pool, *(table[row] for table in tables), length),
+            hidden_decode_attention(wide[one], case.pool, tables[0][row], length),
+        ]
+        for ours, theirs in zip(found, expected, strict=True):
+            assert_close(Partial(ours.out[one], ours.lse[one]), theirs, jnp.float32)
+    assert (found[0].lse[jnp.array([2, 14, 0])] == NEVER).all(), "no row, no row, and a row without cached tokens"
