@@ -1,8 +1,9 @@
-"""What the TPU decode kernels share: dealing rows to cores, and reading a row's pages chunk by chunk from HBM.
+"""What the TPU kernels share: dealing rows to cores, and reading a row's pages chunk by chunk from HBM.
 
-A kernel runs on a grid (cores, steps). A step serves one row: its pages are copied from the pool in HBM to one of two
-VMEM buffers, a chunk of tokens at a time, while the other buffer is computed on; during a row's last chunk the first
-chunk of the core's next row is already on its way, so that only the very first read of a core is waited for.
+A kernel runs on a grid (cores, steps). A step takes one turn, which serves one row: its pages are copied from the pool
+in HBM to one of two VMEM buffers, a chunk of tokens at a time, while the other buffer is computed on; during a turn's
+last chunk the first chunk of the core's next turn is already on its way, so that only the very first read of a core is
+waited for.
 
 Shape letters as in `reference.py`; C is the tokens of a chunk.
 """
@@ -38,8 +39,16 @@ class Source(NamedTuple):
     """One of the things read for a row (keys, values or hidden vectors)."""
 
     blocks: Ref  # SMEM int32 [R, W]
-    buffer: Ref  # VMEM [2, C/S, S, D]
+    buffer: Ref  # VMEM [2, C/S, S, D], or fewer columns
     arrived: Ref  # DMA semaphores [2]
+
+
+class Turns(NamedTuple):
+    """What this core does, step by step: turns `0 .. count`."""
+
+    count: jax.Array
+    row: Callable[[jax.Array], jax.Array]  # of a turn
+    first_column: Callable[[jax.Array], jax.Array] | None = None  # of a turn, where buffers hold a part of the columns
 
 
 def chunk_tokens(width: int, block_size: int, itemsize: int, num_sources: int) -> int:
@@ -117,35 +126,45 @@ def compiler_params(scratch_shapes: Sequence[Any], block_bytes: int) -> pltpu.Co
 def for_each_row(
     dealt: Deal, pool: Ref, sources: Sequence[Source], next_buffer: Ref, serve: Callable[..., None], *, cores: int
 ) -> None:
-    """In a kernel: run `serve(walk)` for this step's row, if it has one.
+    """In a kernel with one turn per row: `for_each_turn` over the rows that `deal` gave this core."""
+    core = pl.program_id(0)
+    turns = Turns(
+        count=lax.div(dealt.num_rows[0] - core + cores - 1, cores),
+        row=lambda turn: dealt.order[turn * cores + core],
+    )
+    for_each_turn(turns, dealt.length, pool, sources, next_buffer, serve)
+
+
+def for_each_turn(
+    turns: Turns, length: Ref, pool: Ref, sources: Sequence[Source], next_buffer: Ref, serve: Callable[..., None]
+) -> None:
+    """In a kernel: run `serve(walk)` for this step's turn, if there is one; its row has tokens.
 
     `walk(body, carry)` calls `body(buffer_index, num_valid, carry)` for each chunk once it has arrived and returns the
     last carry. The buffers' tokens from `num_valid` on are 0 by then, whatever the pool holds.
     """
-    core, step = pl.program_id(0), pl.program_id(1)
-    turn = step * cores + core
-    count = dealt.num_rows[0]
-    pages, S = sources[0].buffer.shape[1:3]
+    turn = pl.program_id(1)
+    pages, S, width = sources[0].buffer.shape[1:]
     C = pages * S
 
     def copy(
-        row: jax.Array,
+        turn: jax.Array,
         chunk: jax.Array | int,
         buffer: jax.Array | int,
         act: Callable[[Any], None],
         unroll: bool = False,
     ) -> None:
-        needed = jnp.minimum(lax.div(dealt.length[row] + S - 1, S) - chunk * pages, pages)
+        row = turns.row(turn)
+        needed = jnp.minimum(lax.div(length[row] + S - 1, S) - chunk * pages, pages)
 
         def one_page(page: jax.Array | int, _: None) -> None:
             for source in sources:
-                act(
-                    pltpu.make_async_copy(
-                        pool.at[source.blocks[row, chunk * pages + page]],
-                        source.buffer.at[buffer, page],
-                        source.arrived.at[buffer],
-                    )
-                )
+                block = source.blocks[row, chunk * pages + page]
+                if turns.first_column is None:
+                    vectors = pool.at[block]
+                else:
+                    vectors = pool.at[block, :, pl.ds(turns.first_column(turn), width)]
+                act(pltpu.make_async_copy(vectors, source.buffer.at[buffer, page], source.arrived.at[buffer]))
 
         if not unroll:
             lax.fori_loop(0, needed, one_page, None)
@@ -160,12 +179,12 @@ def for_each_row(
         def _() -> None:
             lax.fori_loop(0, needed, one_page, None)
 
-    def start(row: jax.Array, chunk: jax.Array | int, buffer: jax.Array | int, unroll: bool = False) -> None:
-        copy(row, chunk, buffer, lambda dma: dma.start(), unroll)
+    def start(turn: jax.Array, chunk: jax.Array | int, buffer: jax.Array | int, unroll: bool = False) -> None:
+        copy(turn, chunk, buffer, lambda dma: dma.start(), unroll)
 
-    def walk(row: jax.Array, body: Callable[..., Any], carry: Any) -> Any:
-        length = dealt.length[row]
-        chunks = lax.div(length + C - 1, C)
+    def walk(body: Callable[..., Any], carry: Any) -> Any:
+        tokens = length[turns.row(turn)]
+        chunks = lax.div(tokens + C - 1, C)
         first_buffer = next_buffer[0]
 
         def one_chunk(chunk: jax.Array, carry: Any) -> Any:
@@ -173,14 +192,14 @@ def for_each_row(
 
             @pl.when(chunk + 1 < chunks)
             def _() -> None:
-                start(row, chunk + 1, 1 - buffer, unroll=True)
+                start(turn, chunk + 1, 1 - buffer, unroll=True)
 
-            @pl.when((chunk + 1 == chunks) & (turn + cores < count))
+            @pl.when((chunk + 1 == chunks) & (turn + 1 < turns.count))
             def _() -> None:
-                start(dealt.order[turn + cores], 0, 1 - buffer)
+                start(turn + 1, 0, 1 - buffer)
 
-            copy(row, chunk, buffer, lambda dma: dma.wait())
-            num_valid = jnp.minimum(length - chunk * C, C)
+            copy(turn, chunk, buffer, lambda dma: dma.wait())
+            num_valid = jnp.minimum(tokens - chunk * C, C)
 
             @pl.when(num_valid < C)
             def _() -> None:
@@ -193,16 +212,14 @@ def for_each_row(
         next_buffer[0] = lax.rem(first_buffer + chunks, 2)
         return carry
 
-    @pl.when(turn < count)
+    @pl.when(turn < turns.count)
     def _() -> None:
-        row = dealt.order[turn]
-
-        @pl.when(step == 0)
+        @pl.when(turn == 0)
         def _() -> None:
             next_buffer[0] = 0
-            start(row, 0, 0)
+            start(turn, 0, 0)
 
-        serve(lambda body, carry: walk(row, body, carry))
+        serve(walk)
 
 
 def _clear_tail(buffer: Ref, index: jax.Array, num_valid: jax.Array) -> None:

@@ -1,0 +1,133 @@
+"""The TPU prefix kernels against their references, interpreted on the CPU. Compiled for real chips: `tests/aot`."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax._src.pallas.mosaic.interpret import interpret_pallas_call
+from jax.experimental.pallas import tpu as pltpu
+from kernel_cases import assert_close, make_case
+
+from pallas_kernels import reference, tpu_hidden_prefix, tpu_kv_prefix, tpu_paging, tpu_query_tiles
+from pallas_kernels.reference import NEVER, Partial
+
+CHUNK, TILE = 32, 16
+
+
+@pytest.fixture(autouse=True, scope="module")
+def small_tiles():
+    """Several chunks for contexts of a hundred tokens, several tiles for tens of queries."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tpu_paging, "MAX_CHUNK_TOKENS", CHUNK)
+        patch.setattr(tpu_kv_prefix, "TILE", TILE)
+        patch.setattr(tpu_hidden_prefix, "tile_queries", lambda width: TILE)
+        yield
+
+
+# interpreted kernels run for milliseconds and compile for seconds
+QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+
+
+@functools.partial(jax.jit, static_argnames=("cores", "interpret"), compiler_options=QUICK)
+def kv_kernel(*args, cores=1, interpret=True) -> Partial:
+    return tpu_kv_prefix.kv_prefix_attention(*args, cores=cores, interpret=interpret)
+
+
+@functools.partial(jax.jit, static_argnames="interpret", compiler_options=QUICK)
+def hidden_kernel(*args, interpret=True) -> Partial:
+    return tpu_hidden_prefix.hidden_prefix_attention(*args, interpret=interpret)
+
+
+reference_kv = jax.jit(reference.kv_prefix_attention, compiler_options=QUICK)
+reference_hidden = jax.jit(reference.hidden_prefix_attention, compiler_options=QUICK)
+
+
+def check(way, lengths, counts, gaps, *, heads, head_dim, dtype=jnp.float32, block_size=8, slots=40, seed=0, **options):
+    """Rows' queries one after the other, with `gaps[r]` slots of no row before row r's; NaN in slots of no row."""
+    case = make_case(
+        lengths, heads=heads, head_dim=head_dim, block_size=block_size, dtype=dtype, seed=seed,
+        table_pages=96 // block_size, num_blocks=2 * len(lengths) * 96 // block_size + 1,
+    )  # fmt: skip
+    count = np.array(counts)
+    first = np.cumsum(np.array(gaps) + count) - count
+    assert first[-1] + counts[-1] <= slots
+    mine = np.zeros(slots, bool)
+    for at, number in zip(first, counts, strict=True):
+        mine[at : at + number] = True
+    width = head_dim if way == "kv" else heads * head_dim
+    drawn = np.random.default_rng(seed).normal(size=(slots, heads, width)) * width**-0.5
+    queries = jnp.asarray(np.where(mine[:, None, None], drawn, np.nan), dtype)
+    tables = [case.first_blocks, case.second_blocks][: 2 if way == "kv" else 1]
+    rows = (*tables, case.length, jnp.asarray(first, jnp.int32), jnp.asarray(count, jnp.int32))
+    kernel, expected = (kv_kernel, reference_kv) if way == "kv" else (hidden_kernel, reference_hidden)
+    found = kernel(queries, case.pool, *rows, **options)
+    theirs = expected(jnp.nan_to_num(queries), case.pool, *rows)
+    assert_close(found, theirs, dtype)
+    return found, mine
+
+
+WAYS = pytest.mark.parametrize("way", ["kv", "hidden"])
+
+
+@WAYS
+@pytest.mark.parametrize(
+    ("heads", "head_dim", "dtype"),
+    [(4, 64, jnp.float32), (4, 64, jnp.bfloat16), (8, 80, jnp.float32), (2, 128, jnp.bfloat16)],
+    ids=["64-float32", "64-bfloat16", "80-float32", "128-bfloat16"],
+)
+def test_head_sizes_over_tiles_and_chunks(way, heads, head_dim, dtype):
+    """A row of several tiles, tiles of several rows, rows without cached tokens, slots of no row."""
+    found, mine = check(way, [96, 33, 0, 8], [20, 3, 5, 1], [0, 0, 0, 4], heads=heads, head_dim=head_dim, dtype=dtype)
+    assert (found.out[~mine] == 0).all() and (found.lse[~mine] == NEVER).all()
+    assert (found.lse[23:28] == NEVER).all(), "a row without cached tokens"
+
+
+@WAYS
+@settings(max_examples=15)
+@given(
+    lengths=st.lists(st.integers(0, 96) | st.sampled_from([1, 8, 31, 32, 33, 64, 96]), min_size=4, max_size=4),
+    counts=st.lists(st.integers(0, 9), min_size=4, max_size=4),
+    gaps=st.lists(st.integers(0, 1), min_size=4, max_size=4),
+    seed=st.integers(0, 2**31),
+)
+def test_any_lengths_and_any_queries(way, lengths, counts, gaps, seed):
+    check(way, lengths, counts, gaps, heads=3, head_dim=8, seed=seed)
+
+
+@pytest.mark.parametrize("lengths", [[0, 0, 0], [0, 70, 0], [1, 40, 96]], ids=["none", "one", "three"])
+def test_groups_of_heads_are_dealt_to_two_cores(lengths, monkeypatch):
+    """Three groups of one head: one core has two of them."""
+    monkeypatch.setattr(tpu_kv_prefix, "_heads_of_a_group", lambda heads, head_dim: 1)
+    check("kv", lengths, [7, 20, 13], [0, 0, 0], heads=3, head_dim=16, cores=2)
+
+
+@WAYS
+def test_no_races_and_no_read_before_a_write(way):
+    """Copies run late and memory starts as NaN; a buffer that is read while it is written is reported."""
+    params = pltpu.InterpretParams(detect_races=True, dma_execution_mode="on_wait", uninitialized_memory="nan")
+    check(way, [0, 70, 17], [3, 15, 4], [0, 0, 2], heads=2, head_dim=8, slots=24, interpret=params)
+    assert not interpret_pallas_call.races.races_found
+
+
+def test_a_group_of_heads_is_whole_register_tiles():
+    groups = {
+        (heads, head_dim): tpu_kv_prefix._heads_of_a_group(heads, head_dim)
+        for heads, head_dim in [(12, 64), (16, 64), (32, 64), (32, 80), (32, 128), (40, 128), (56, 128), (72, 128)]
+    }
+    assert all(heads % group == 0 and group * head_dim % 128 == 0 for (heads, head_dim), group in groups.items())
+    assert groups[12, 64] == 12 and groups[32, 64] == 16 and groups[32, 80] == 8 and groups[40, 128] == 8
+
+
+def test_work_is_what_tiles_and_rows_have_in_common():
+    """Slots 0-4 and 12 have no row, row 1 has no cached tokens, row 2 spans two tiles of eight."""
+    work, some = tpu_query_tiles.find_work(
+        jnp.array([9, 0, 30]), jnp.array([5, 6, 7]), jnp.array([1, 1, 5]), num_slots=13, tile=8
+    )
+    count = int(work.count[0])
+    found = list(zip(work.tile[:count].tolist(), work.row[:count].tolist(), strict=True))
+    assert found == [(0, 0), (0, 2), (1, 2)]
+    assert np.flatnonzero(some).tolist() == [5, 7, 8, 9, 10, 11]
