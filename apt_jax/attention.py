@@ -1,4 +1,4 @@
-"""Attention over the paged hybrid cache: decode steps by Pallas kernels where given, and everything in plain XLA.
+"""Attention over the paged hybrid cache: in plain XLA, and where given by Pallas kernels, but for a chunk's own tokens.
 
 Shape letters: T token slots, R rows, N heads, H head_dim, D = N*H, L layers, P blocks, S block_size, C chunk of
 cached tokens that one loop step reads. The pool is flat, `[L*P, S, D]`; block b of layer l is row `l*P + b`.
@@ -17,9 +17,11 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from apt_jax.absorption import absorb_query, absorbed_values, key_bias_score
 from apt_jax.batch import Rows, Tokens
 from apt_jax.cache_arrays import write_tokens
 from apt_jax.opt import Attend, SelfAttention
+from apt_jax.prefix_attention import merge_prefix
 from pallas_kernels.dispatch import Kernels
 from pallas_kernels.reference import NEVER, Partial, merge
 
@@ -44,7 +46,7 @@ def paged_attention(
         kinds: cache kinds that can occur.
         num_blocks: P.
         decode_only: every row has one token, and token r belongs to row r.
-        kernels: for decode attention; None does it in XLA.
+        kernels: for cached tokens; None does it in XLA.
 
     Returns:
         An `Attend` whose cache is the pool.
@@ -70,7 +72,7 @@ def paged_attention(
         if decode_only:
             context = shifted.start + shifted.length
             return _decode(projections, q, pool, shifted, kinds, context, kernels).astype(q.dtype), pool
-        out = _chunks(projections, q, k, v, pool, tokens, shifted, kinds)
+        out = _chunks(projections, q, k, v, pool, tokens, shifted, kinds, kernels)
         # rows with a single token (decodes of a mixed iteration) attend like a decode step
         single = rows.length == 1
         context = jnp.where(single, rows.start + 1, 0)
@@ -98,10 +100,10 @@ def _decode(
     hidden = (rows.is_hidden & (context > 0))[:, None, None]
 
     def of_hidden(otherwise: jax.Array) -> jax.Array:
-        wide = _absorb_query(projections, q).astype(pool.dtype)
+        wide = absorb_query(projections, q).astype(pool.dtype)
         length = jnp.where(rows.is_hidden, context, 0)
         found = kernels.hidden_decode(wide, pool, rows.first_blocks, length).out
-        return jnp.where(hidden, _absorbed_values(projections, found), otherwise)
+        return jnp.where(hidden, absorbed_values(projections, found), otherwise)
 
     if not kinds.kv:
         return of_hidden(jnp.zeros(q.shape, jnp.float32))
@@ -129,13 +131,13 @@ def _decode_wide(
         return jax.lax.cond(jnp.any(hidden), lambda: jnp.where(hidden, absorbed(), otherwise), lambda: otherwise)
 
     wide = jnp.einsum("RNH,NM->RNMH", q.astype(jnp.float32), diagonal).reshape(R, N, N * H)
-    wide = where_hidden(lambda: _absorb_query(projections, q), wide)
+    wide = where_hidden(lambda: absorb_query(projections, q), wide)
     second = None
     if kinds.kv:
         second = jnp.where(rows.is_hidden[:, None], rows.first_blocks, rows.second_blocks)
     found = _wide_rows(wide, pool, rows.first_blocks, second, context).out
     out = jnp.einsum("RNMH,NM->RNH", found.reshape(R, N, N, H), diagonal)
-    return where_hidden(lambda: _absorbed_values(projections, found), out)
+    return where_hidden(lambda: absorbed_values(projections, found), out)
 
 
 def _wide_rows(
@@ -182,11 +184,14 @@ def _chunks(
     tokens: Tokens,
     rows: Rows,
     kinds: Kinds,
+    kernels: Kernels | None = None,
 ) -> jax.Array:
     """Prefill chunks `[T, N, H]`: causal among the chunk's own tokens, and over the row's cached prefix."""
     T, N, H = q.shape
     own = _causal(q, k, v, tokens)
     prefix = jnp.where(rows.length > 1, rows.start, 0)
+    if kernels is not None and kernels.kv_prefix is not None:
+        return merge_prefix(own, projections, q, pool, rows, prefix, kernels, kv=kinds.kv, hidden=kinds.hidden).out
     # with few queries absorbing (T*N*D per cached token) is cheaper than re-projecting (D*D)
     absorbs = kinds.hidden and T <= H
 
@@ -218,10 +223,10 @@ def _chunks(
         return _finish_softmax(jax.lax.fori_loop(0, steps, body, _start_softmax((T, N), (T, N, H))))
 
     def absorbed(r: jax.Array) -> Partial:
-        wide = _absorb_query(projections, q).reshape(T * N, -1)
+        wide = absorb_query(projections, q).reshape(T * N, -1)
         part = _wide_pages(wide, pool, rows.first_blocks[r], None, prefix[r])
-        lse = part.lse.reshape(T, N) + _key_bias_score(projections, q)
-        return Partial(_absorbed_values(projections, part.out.reshape(T, N, -1)), lse)
+        lse = part.lse.reshape(T, N) + key_bias_score(projections, q)
+        return Partial(absorbed_values(projections, part.out.reshape(T, N, -1)), lse)
 
     def one_row(r: jax.Array, found: Partial) -> Partial:
         def with_prefix() -> Partial:
@@ -272,27 +277,6 @@ def read_chunk(
     pages = CHUNK_TOKENS // block_size
     vectors = pool[jax.lax.dynamic_slice(blocks, (chunk * pages,), (pages,))].reshape(CHUNK_TOKENS, D)
     return jnp.where(valid[:, None], vectors, 0).astype(dtype)
-
-
-def _absorb_query(projections: SelfAttention, q: jax.Array) -> jax.Array:
-    """q' = q Wk^T, `[T, N, H] -> [T, N, D]` in float32. Source: DESIGN 2.1."""
-    kernel = projections.k_proj.kernel[...]
-    return jnp.einsum("TNH,DNH->TND", q, kernel, preferred_element_type=jnp.float32)
-
-
-def _key_bias_score(projections: SelfAttention, q: jax.Array) -> jax.Array:
-    """q . bk `[T, N]`: constant over positions, but counts when parts of a context are merged. Source: DESIGN 2.1."""
-    if projections.k_proj.bias is None:
-        return jnp.zeros(q.shape[:2], jnp.float32)
-    return jnp.einsum("TNH,NH->TN", q, projections.k_proj.bias[...], preferred_element_type=jnp.float32)
-
-
-def _absorbed_values(projections: SelfAttention, context: jax.Array) -> jax.Array:
-    """`context Wv + bv`, `[T, N, D] -> [T, N, H]` in float32: the weights sum to 1, so bv counts once."""
-    kernel = projections.v_proj.kernel[...].astype(context.dtype)
-    out = jnp.einsum("TND,DNH->TNH", context, kernel, preferred_element_type=jnp.float32)
-    bias = projections.v_proj.bias
-    return out if bias is None else out + bias[...].astype(jnp.float32)
 
 
 def _start_softmax(shape: tuple[int, ...], out_shape: tuple[int, ...]) -> tuple[jax.Array, ...]:

@@ -1,4 +1,4 @@
-"""Which decode kernels a platform has, and whether they compute what they should on this very device."""
+"""Which attention kernels a platform has, and whether they compute what they should on this very device."""
 
 import functools
 from collections.abc import Callable
@@ -16,17 +16,26 @@ _TOLERANCE = {2: 2e-2, 4: 1e-3}  # by bytes of a number; float32 kernels may mul
 
 
 class Kernels(NamedTuple):
-    """The two decode kernels of a platform, with the signatures of `reference.py`.
+    """The kernels of a platform, with the signatures of `reference.py`; either both of prefix attention or none.
 
-    Looser than there: `hidden_decode` may give `out` in the pool's dtype, and anything in rows of length 0.
+    Looser than there: `hidden_decode` and `hidden_prefix` may give `out` in the pool's dtype, and `hidden_decode`
+    anything in rows of length 0.
     """
 
     name: str
     kv_decode: Callable[..., Partial]
     hidden_decode: Callable[..., Partial]
+    kv_prefix: Callable[..., Partial] | None = None
+    hidden_prefix: Callable[..., Partial] | None = None
 
 
-REFERENCES = Kernels("reference", reference.kv_decode_attention, reference.hidden_decode_attention)
+REFERENCES = Kernels(
+    "reference",
+    reference.kv_decode_attention,
+    reference.hidden_decode_attention,
+    reference.kv_prefix_attention,
+    reference.hidden_prefix_attention,
+)
 
 
 def kernels_for(device: jax.Device) -> Kernels:
@@ -47,22 +56,34 @@ def kernels_for(device: jax.Device) -> Kernels:
     raise NotImplementedError(f"there are no Pallas kernels for platform {device.platform!r}; use tpu, gpu or cpu")
 
 
-def tpu_kernels(name: str, **options: Any) -> Kernels:
-    """The TPU kernels, with options that both have (`cores`, `interpret`)."""
-    from pallas_kernels import tpu_hidden_decode, tpu_kv_decode
+def tpu_kernels(name: str, *, cores: int, interpret: Any) -> Kernels:
+    """The TPU kernels, with options as they have them."""
+    from pallas_kernels import tpu_hidden_decode, tpu_hidden_prefix, tpu_kv_decode, tpu_kv_prefix
+
+    options = {"cores": cores, "interpret": interpret}
 
     def hidden_decode(q_wide: jax.Array, pool: jax.Array, blocks: jax.Array, length: jax.Array) -> Partial:
         kernel = tpu_hidden_decode.hidden_decode_attention
         return kernel(q_wide, pool, blocks, length, out_dtype=pool.dtype, clears=False, **options)
 
-    return Kernels(name, functools.partial(tpu_kv_decode.kv_decode_attention, **options), hidden_decode)
+    def hidden_prefix(q_wide: jax.Array, pool: jax.Array, *rows: jax.Array) -> Partial:
+        kernel = tpu_hidden_prefix.hidden_prefix_attention
+        return kernel(q_wide, pool, *rows, out_dtype=pool.dtype, interpret=interpret)
+
+    return Kernels(
+        name,
+        functools.partial(tpu_kv_decode.kv_decode_attention, **options),
+        hidden_decode,
+        functools.partial(tpu_kv_prefix.kv_prefix_attention, **options),
+        hidden_prefix,
+    )
 
 
 def self_check(kernels: Kernels, *, heads: int, head_dim: int, block_size: int, dtype: DTypeLike) -> str | None:
-    """Run both kernels on a few rows against the references, on the default device; why they cannot be used, or None.
+    """Run all kernels on a few rows against the references, on the default device; why they cannot be used, or None.
 
     Rows have no token, one, a block and one more, and several hundred; blocks are shuffled and NaN beyond a row's
-    length. Takes some seconds, most of it compiling.
+    length. For prefix attention each row has a few queries. Takes some seconds, most of it compiling.
     """
     D, dtype = heads * head_dim, jnp.dtype(dtype)
     lengths = np.array([block_size + 1, 0, 1, 517], np.int32)
@@ -75,20 +96,29 @@ def self_check(kernels: Kernels, *, heads: int, head_dim: int, block_size: int, 
             position = np.arange(pages * block_size).reshape(pages, block_size)
             vectors[row] = np.where((position < length)[..., None], vectors[row], np.nan)
     pool = jnp.asarray(vectors, dtype)
-    q = jnp.asarray(rng.standard_normal((4, heads, head_dim), np.float32) * head_dim**-0.5, dtype)
-    q_wide = jnp.asarray(rng.standard_normal((4, heads, D), np.float32) * D**-0.5, dtype)
+    count = np.array([5, 2, 1, 7], np.int32)
+    queries = np.cumsum(count) - count, count  # one slot is left over
+
+    def normal(rows: int, width: int) -> jax.Array:
+        return jnp.asarray(rng.standard_normal((rows, heads, width), np.float32) * width**-0.5, dtype)
+
     cases = {
-        "kv_decode": (q, pool, blocks[0], blocks[1], lengths),
-        "hidden_decode": (q_wide, pool, blocks[0], lengths),
+        "kv_decode": (normal(4, head_dim), pool, blocks[0], blocks[1], lengths),
+        "hidden_decode": (normal(4, D), pool, blocks[0], lengths),
+        "kv_prefix": (normal(16, head_dim), pool, blocks[0], blocks[1], lengths, *queries),
+        "hidden_prefix": (normal(16, D), pool, blocks[0], lengths, *queries),
     }
     for name, args in cases.items():
+        if getattr(kernels, name) is None:
+            continue
         try:
             found, expected = (jax.device_get(getattr(k, name)(*map(jnp.asarray, args))) for k in (kernels, REFERENCES))
         except Exception as error:
             return f"{name} failed: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
-        out = np.asarray(found.out, np.float32)
-        difference = np.abs(out - expected.out)[lengths > 0].max() / np.abs(expected.out).max()
-        difference = max(difference, np.abs(np.where(expected.lse < -1e29, 0, found.lse - expected.lse)).max())
+        wrong = np.abs(np.asarray(found.out, np.float32) - expected.out) / np.abs(expected.out).max()
+        if name == "hidden_decode":
+            wrong = wrong[lengths > 0]
+        difference = np.maximum(wrong.max(), np.abs(found.lse - expected.lse).max())
         if not difference <= _TOLERANCE[dtype.itemsize]:
             return f"{name} differs from its reference by {difference:.1e}, more than {_TOLERANCE[dtype.itemsize]:.0e}"
     return None

@@ -101,7 +101,7 @@ def kv_prefix_attention(
 
     def one_row(found: Partial, row: tuple[jax.Array, ...]) -> tuple[Partial, None]:
         keys, values, length, first, count = row
-        part = kv_decode_attention(q, pool, *(jnp.tile(a, (T, 1)) for a in (keys, values)), jnp.tile(length, T))
+        part = kv_decode_attention(q, pool, jnp.tile(keys, (T, 1)), jnp.tile(values, (T, 1)), jnp.tile(length, T))
         return _of_queries(found, part, first, count), None
 
     return jax.lax.scan(one_row, empty, (key_blocks, value_blocks, length, first_query, num_queries))[0]

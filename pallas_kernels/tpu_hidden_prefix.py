@@ -61,7 +61,7 @@ def hidden_prefix_attention(
         _kernel,
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=7,
-            grid=(1, jnp.maximum(work.count[0], 1)),
+            grid=(1, jnp.maximum(work.num_items[0], 1)),
             in_specs=[spec(D), pl.BlockSpec(memory_space=pl.ANY)],
             out_specs=[spec(D), spec(LANES)],
             scratch_shapes=scratch,
@@ -140,5 +140,5 @@ def _kernel(
         mine = tpu_query_tiles.own_queries(work, item, tile, lse.shape)
         lse[...] = jnp.where(mine, jnp.broadcast_to(top + jnp.log(total), lse.shape), lse[...])
 
-    turns = Turns(count=count[0], row=lambda turn: rows[turn])
+    turns = Turns(num_turns=count[0], row=lambda turn: rows[turn])
     tpu_paging.for_each_turn(turns, length, pool, [Source(blocks, buffer, arrived)], next_buffer, serve)

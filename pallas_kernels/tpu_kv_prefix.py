@@ -60,7 +60,7 @@ def kv_prefix_attention(
     scratch = tpu_paging.scratch(2, chunk, S, columns, pool.dtype)
     scratch += [pltpu.VMEM((tile, columns), jnp.float32), *[pltpu.VMEM((tile, LANES), jnp.float32)] * 2]
     blocks_in_out = tile * (G * width * pool.dtype.itemsize + (columns + LANES) * 4)
-    steps = jnp.maximum(work.count[0], 1) * -(-groups // cores)
+    steps = jnp.maximum(work.num_items[0], 1) * -(-groups // cores)
 
     def spec(block: tuple[int | None, ...], place) -> pl.BlockSpec:  # type: ignore[no-untyped-def]
         def index(core, step, tiles, _, count, *__):  # type: ignore[no-untyped-def]
@@ -220,7 +220,7 @@ def _kernel(
         return pl.multiple_of(at, LANES) if columns % LANES == 0 else at
 
     turns = Turns(
-        count=jnp.where(count[0] > 0, _num_turns(core, count, groups, cores), 0),
+        num_turns=jnp.where(count[0] > 0, _num_turns(core, count, groups, cores), 0),
         row=lambda turn: rows[_turn(turn, core, count, cores)[1]],
         first_column=first_column,
     )

@@ -44,9 +44,9 @@ class Source(NamedTuple):
 
 
 class Turns(NamedTuple):
-    """What this core does, step by step: turns `0 .. count`."""
+    """What this core does, step by step: turns `0 .. num_turns`."""
 
-    count: jax.Array
+    num_turns: jax.Array
     row: Callable[[jax.Array], jax.Array]  # of a turn
     first_column: Callable[[jax.Array], jax.Array] | None = None  # of a turn, where buffers hold a part of the columns
 
@@ -129,7 +129,7 @@ def for_each_row(
     """In a kernel with one turn per row: `for_each_turn` over the rows that `deal` gave this core."""
     core = pl.program_id(0)
     turns = Turns(
-        count=lax.div(dealt.num_rows[0] - core + cores - 1, cores),
+        num_turns=lax.div(dealt.num_rows[0] - core + cores - 1, cores),
         row=lambda turn: dealt.order[turn * cores + core],
     )
     for_each_turn(turns, dealt.length, pool, sources, next_buffer, serve)
@@ -194,7 +194,7 @@ def for_each_turn(
             def _() -> None:
                 start(turn, chunk + 1, 1 - buffer, unroll=True)
 
-            @pl.when((chunk + 1 == chunks) & (turn + 1 < turns.count))
+            @pl.when((chunk + 1 == chunks) & (turn + 1 < turns.num_turns))
             def _() -> None:
                 start(turn + 1, 0, 1 - buffer)
 
@@ -212,7 +212,7 @@ def for_each_turn(
         next_buffer[0] = lax.rem(first_buffer + chunks, 2)
         return carry
 
-    @pl.when(turn < turns.count)
+    @pl.when(turn < turns.num_turns)
     def _() -> None:
         @pl.when(turn == 0)
         def _() -> None:

@@ -12,11 +12,11 @@ import jax.numpy as jnp
 
 
 class Work(NamedTuple):
-    """Items of work; entries past `count` are not looked at."""
+    """Items of work; entries past `num_items` are not looked at."""
 
     tile: jax.Array  # int32 [I]
     row: jax.Array  # int32 [I]
-    count: jax.Array  # int32 [1]
+    num_items: jax.Array  # int32 [1]
     first: jax.Array  # int32 [R]: slot of the row's first query
     stop: jax.Array  # int32 [R]: slot after its last
 

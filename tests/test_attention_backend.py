@@ -14,6 +14,7 @@ from apt_jax import attention_backend
 from apt_jax.attention_backend import select_kernels
 from apt_jax.cache import CacheKind
 from apt_jax.config import ModelConfig
+from apt_jax.prefix_attention import absorbing_is_cheaper
 from pallas_kernels import dispatch
 from pallas_kernels.dispatch import REFERENCES, Kernels, self_check
 
@@ -27,8 +28,9 @@ TINY = ModelConfig(
 
 @pytest.fixture
 def few_shapes(monkeypatch):
-    """One prefill and one decode shape, and contexts of several chunks."""
+    """One prefill and one decode shape, contexts of several chunks, and few queries absorbed at these few columns."""
     monkeypatch.setattr("apt_jax.buckets.ladder", lambda smallest, largest: [largest])
+    monkeypatch.setattr("apt_jax.prefix_attention.BALANCE_FLOPS_PER_BYTE", 0)
     monkeypatch.setattr("pallas_kernels.tpu_paging.MAX_CHUNK_TOKENS", 16)
 
 
@@ -51,8 +53,18 @@ def test_every_cache_kind_gives_the_greedy_tokens_of_transformers(mixed, tmp_pat
         mixed=mixed,
     )
     requests = {i: engine.add(golden.prompts[prompt], GREEDY, request_id=i) for i, (prompt, _) in ids.items()}
-    mixes = []
-    finish(engine, lambda step: mixes.append({entry.num_tokens > 1 for entry in engine.last_plan.scheduled}))
+    mixes, ways = [], set()
+
+    def look(step: int) -> None:
+        mixes.append({entry.num_tokens > 1 for entry in engine.last_plan.scheduled})
+        for entry in engine.last_plan.scheduled:
+            cached = entry.request.num_computed_tokens - entry.num_tokens
+            if entry.num_tokens > 1 and cached > 0:
+                absorbs = bool(absorbing_is_cheaper(entry.num_tokens, cached, config.head_dim))
+                ways.add("kv" if entry.kind is KV else "absorbed" if absorbs else "projected")
+
+    finish(engine, look)
+    assert ways == {"kv", "absorbed", "projected"}, "chunks over a cached prefix"
     for i, (prompt, how) in ids.items():
         assert requests[i].output_token_ids == golden.greedy_tokens[prompt], i
         assert requests[i].num_conversions == (how == "converted")
@@ -92,7 +104,7 @@ def test_the_kernels_pass_the_self_check():
     assert check(dispatch.kernels_for(jax.devices("cpu")[0])) is None
 
 
-@pytest.mark.parametrize("name", ["kv_decode", "hidden_decode"])
+@pytest.mark.parametrize("name", ["kv_decode", "hidden_decode", "kv_prefix", "hidden_prefix"])
 @pytest.mark.parametrize(
     ("fault", "reason"),
     [

@@ -8,6 +8,7 @@ from flax import nnx
 from kernel_cases import Case, assert_close, make_case
 
 from apt_jax import attention
+from apt_jax.absorption import absorb_query, absorbed_values, key_bias_score
 from apt_jax.attention import Kinds
 from apt_jax.batch import Rows
 from apt_jax.config import ModelConfig
@@ -79,9 +80,9 @@ def test_references_agree_with_the_engines_attention(case, projections, kind):
     rows = rows_of(case, [is_hidden] * len(LENGTHS))
     engine = attention._decode(projections, case.q, case.pool, rows, Kinds(not is_hidden, is_hidden), case.length)
     if is_hidden:
-        wide = attention._absorb_query(projections, case.q)
+        wide = absorb_query(projections, case.q)
         part = hidden_decode_attention(wide, case.pool, case.first_blocks, case.length)
-        found = attention._absorbed_values(projections, part.out)
+        found = absorbed_values(projections, part.out)
     else:
         found = kv_decode_attention(case.q, case.pool, case.first_blocks, case.second_blocks, case.length).out
     np.testing.assert_allclose(found, engine, rtol=1e-4, atol=1e-5)
@@ -100,10 +101,8 @@ def test_a_context_that_is_part_kv_and_part_hidden_merges_to_the_whole(projectio
     table = jnp.arange(3)[None]
     whole = kv_decode_attention(q, pool, table, table + 3, jnp.array([37]))
     kv_part = kv_decode_attention(q, pool, table, table + 3, jnp.array([21]))
-    part = hidden_decode_attention(attention._absorb_query(projections, q), pool, table + 6, jnp.array([16]))
-    hidden_part = Partial(
-        attention._absorbed_values(projections, part.out), part.lse + attention._key_bias_score(projections, q)
-    )
+    part = hidden_decode_attention(absorb_query(projections, q), pool, table + 6, jnp.array([16]))
+    hidden_part = Partial(absorbed_values(projections, part.out), part.lse + key_bias_score(projections, q))
     assert_close(merge(kv_part, hidden_part), whole, jnp.float32)
     without_bias = merge(kv_part, Partial(hidden_part.out, part.lse))
     assert np.abs(without_bias.out - whole.out).max() > 1e-2, "the bias of the keys does not matter in this test"

@@ -127,7 +127,7 @@ def test_work_is_what_tiles_and_rows_have_in_common():
     work, some = tpu_query_tiles.find_work(
         jnp.array([9, 0, 30]), jnp.array([5, 6, 7]), jnp.array([1, 1, 5]), num_slots=13, tile=8
     )
-    count = int(work.count[0])
+    count = int(work.num_items[0])
     found = list(zip(work.tile[:count].tolist(), work.row[:count].tolist(), strict=True))
     assert found == [(0, 0), (0, 2), (1, 2)]
     assert np.flatnonzero(some).tolist() == [5, 7, 8, 9, 10, 11]

@@ -1,0 +1,30 @@
+"""Attention to cached hidden vectors without keys and values: the projections are absorbed into query and output.
+
+Shape letters as in `attention.py`. Source: DESIGN 2.1; the same step in multi-head latent attention, arXiv 2405.04434.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from apt_jax.opt import SelfAttention
+
+
+def absorb_query(projections: SelfAttention, q: jax.Array) -> jax.Array:
+    """q' = q Wk^T, `[T, N, H] -> [T, N, D]` in float32. Source: DESIGN 2.1."""
+    kernel = projections.k_proj.kernel[...]
+    return jnp.einsum("TNH,DNH->TND", q, kernel, preferred_element_type=jnp.float32)
+
+
+def key_bias_score(projections: SelfAttention, q: jax.Array) -> jax.Array:
+    """q . bk `[T, N]`: constant over positions, but counts when parts of a context are merged. Source: DESIGN 2.1."""
+    if projections.k_proj.bias is None:
+        return jnp.zeros(q.shape[:2], jnp.float32)
+    return jnp.einsum("TNH,NH->TN", q, projections.k_proj.bias[...], preferred_element_type=jnp.float32)
+
+
+def absorbed_values(projections: SelfAttention, context: jax.Array) -> jax.Array:
+    """`context Wv + bv`, `[T, N, D] -> [T, N, H]` in float32: the weights sum to 1, so bv counts once."""
+    kernel = projections.v_proj.kernel[...].astype(context.dtype)
+    out = jnp.einsum("TND,DNH->TNH", context, kernel, preferred_element_type=jnp.float32)
+    bias = projections.v_proj.bias
+    return out if bias is None else out + bias[...].astype(jnp.float32)
