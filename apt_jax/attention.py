@@ -19,6 +19,8 @@ from jax.typing import DTypeLike
 
 from apt_jax.batch import Rows, Tokens
 from apt_jax.cache_arrays import write_tokens
+from apt_jax.collectives import join, own_slice, sum_and_scatter, sum_over_devices
+from apt_jax.hidden_slices import hidden_decode_slices
 from apt_jax.opt import Attend, SelfAttention
 from pallas_kernels.dispatch import Kernels
 from pallas_kernels.reference import NEVER, Partial, merge
@@ -54,15 +56,17 @@ def paged_attention(
         projections: SelfAttention, h: jax.Array, pool: jax.Array, layer: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
         q = projections.query(h)
+        if projections.splits_inputs:
+            h = own_slice(h, axis=1)
         if decode_only and kinds.hidden:
             # a hidden row never uses its own k and v
             k, v = jax.lax.cond(
                 jnp.any(~rows.is_hidden & (rows.length > 0)),
-                lambda: (projections.k_proj(h), projections.v_proj(h)),
+                lambda: projections.keys_values(h),
                 lambda: (jnp.zeros_like(q), jnp.zeros_like(q)),
             )
         else:
-            k, v = projections.k_proj(h), projections.v_proj(h)
+            k, v = projections.keys_values(h)
         pool = write_tokens(pool, tokens, rows, kinds.hidden, num_blocks, layer, h=h, k=k, v=v)
         shifted = rows._replace(
             first_blocks=rows.first_blocks + layer * num_blocks, second_blocks=rows.second_blocks + layer * num_blocks
@@ -92,7 +96,8 @@ def _decode(
     kernels: Kernels | None = None,
 ) -> jax.Array:
     """One query per row `[R, N, H]` over the row's first `context [R]` cached tokens; float32 `[R, N, H]`."""
-    if kernels is None:
+    slices = projections.splits_inputs
+    if kernels is None and not slices:
         return _decode_wide(projections, q, pool, rows, kinds, context)
 
     hidden = (rows.is_hidden & (context > 0))[:, None, None]
@@ -100,13 +105,18 @@ def _decode(
     def of_hidden(otherwise: jax.Array) -> jax.Array:
         wide = _absorb_query(projections, q).astype(pool.dtype)
         length = jnp.where(rows.is_hidden, context, 0)
-        found = kernels.hidden_decode(wide, pool, rows.first_blocks, length).out
+        # a kernel cannot sum the devices' scores before its softmax
+        decode = hidden_decode_slices if kernels is None or slices else kernels.hidden_decode
+        found = decode(wide, pool, rows.first_blocks, length).out
         return jnp.where(hidden, _absorbed_values(projections, found), otherwise)
 
     if not kinds.kv:
         return of_hidden(jnp.zeros(q.shape, jnp.float32))
     length = jnp.where(rows.is_hidden, 0, context)
-    out = kernels.kv_decode(q, pool, rows.first_blocks, rows.second_blocks, length).out
+    if kernels is None:
+        out = _decode_wide(projections, q, pool, rows, Kinds(kv=True, hidden=False), length)
+    else:
+        out = kernels.kv_decode(q, pool, rows.first_blocks, rows.second_blocks, length).out
     if not kinds.hidden:
         return out
     return jax.lax.cond(jnp.any(hidden), of_hidden, lambda out: out, out)
@@ -164,6 +174,8 @@ def _wide_pages(
         x = read_chunk(pool, x_blocks, chunk, valid)
         y = x if y_blocks is None else read_chunk(pool, y_blocks, chunk, valid)
         scores = jnp.einsum("QD,CD->QC", wide, x)
+        if y_blocks is None:
+            scores = sum_over_devices(scores)
         return jnp.where(valid, scores, NEVER), y, valid
 
     def body(chunk: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
@@ -198,7 +210,7 @@ def _chunks(
 
         def projected() -> tuple[jax.Array, jax.Array]:
             h = read_chunk(pool, rows.first_blocks[r], chunk, valid, dtype=q.dtype)
-            return projections.k_proj(h), projections.v_proj(h)
+            return projections.keys_values(h)
 
         if kinds.kv and kinds.hidden and not absorbs:
             return jax.lax.cond(rows.is_hidden[r], projected, cached)
@@ -218,10 +230,10 @@ def _chunks(
         return _finish_softmax(jax.lax.fori_loop(0, steps, body, _start_softmax((T, N), (T, N, H))))
 
     def absorbed(r: jax.Array) -> Partial:
-        wide = _absorb_query(projections, q).reshape(T * N, -1)
-        part = _wide_pages(wide, pool, rows.first_blocks[r], None, prefix[r])
-        lse = part.lse.reshape(T, N) + _key_bias_score(projections, q)
-        return Partial(_absorbed_values(projections, part.out.reshape(T, N, -1)), lse)
+        wide = _absorb_query(projections, q)
+        part = _wide_pages(wide.reshape(-1, wide.shape[-1]), pool, rows.first_blocks[r], None, prefix[r])
+        lse = own_slice(part.lse.reshape(wide.shape[:2]), axis=1) + _key_bias_score(projections, q)
+        return Partial(_absorbed_values(projections, part.out.reshape(wide.shape)), lse)
 
     def one_row(r: jax.Array, found: Partial) -> Partial:
         def with_prefix() -> Partial:
@@ -275,9 +287,12 @@ def read_chunk(
 
 
 def _absorb_query(projections: SelfAttention, q: jax.Array) -> jax.Array:
-    """q' = q Wk^T, `[T, N, H] -> [T, N, D]` in float32. Source: DESIGN 2.1."""
+    """q' = q Wk^T, `[T, N, H] -> [T, N, D]` in float32. Source: DESIGN 2.1.
+
+    Split over devices, N are a device's heads in q and all heads in q', of which it has its slice of D.
+    """
     kernel = projections.k_proj.kernel[...]
-    return jnp.einsum("TNH,DNH->TND", q, kernel, preferred_element_type=jnp.float32)
+    return jnp.einsum("TNH,DNH->TND", join(q, axis=1), kernel, preferred_element_type=jnp.float32)
 
 
 def _key_bias_score(projections: SelfAttention, q: jax.Array) -> jax.Array:
@@ -288,9 +303,12 @@ def _key_bias_score(projections: SelfAttention, q: jax.Array) -> jax.Array:
 
 
 def _absorbed_values(projections: SelfAttention, context: jax.Array) -> jax.Array:
-    """`context Wv + bv`, `[T, N, D] -> [T, N, H]` in float32: the weights sum to 1, so bv counts once."""
+    """`context Wv + bv`, `[T, N, D] -> [T, N, H]` in float32: the weights sum to 1, so bv counts once.
+
+    Split over devices, a slice of D of all heads goes in, and the device's own heads come out.
+    """
     kernel = projections.v_proj.kernel[...].astype(context.dtype)
-    out = jnp.einsum("TND,DNH->TNH", context, kernel, preferred_element_type=jnp.float32)
+    out = sum_and_scatter(jnp.einsum("TND,DNH->TNH", context, kernel, preferred_element_type=jnp.float32), axis=1)
     bias = projections.v_proj.bias
     return out if bias is None else out + bias[...].astype(jnp.float32)
 
