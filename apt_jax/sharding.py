@@ -156,8 +156,9 @@ def padded_shape(shape: tuple[int, ...], sharding: jax.sharding.Sharding) -> tup
     """`shape` with each axis brought to a multiple of the devices that it is split over."""
     if not isinstance(sharding, NamedSharding):
         return shape
-    counts = [1 if axis is None else sharding.mesh.shape[axis] for axis in sharding.spec]
-    counts += [1] * (len(shape) - len(counts))
+    sizes = sharding.mesh.shape
+    names = [axis if isinstance(axis, tuple) else () if axis is None else (axis,) for axis in sharding.spec]
+    counts = [math.prod(sizes[name] for name in axes) for axes in names] + [1] * (len(shape) - len(names))
     return tuple(-(-size // count) * count for size, count in zip(shape, counts, strict=True))
 
 
