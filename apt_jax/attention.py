@@ -19,9 +19,9 @@ from jax.typing import DTypeLike
 
 from apt_jax.batch import Rows, Tokens
 from apt_jax.cache_arrays import write_tokens
-from apt_jax.collectives import join, own_slice, sum_and_scatter, sum_over_devices
+from apt_jax.collectives import join, own_slice, sum_over_devices
 from apt_jax.hidden_slices import hidden_decode_slices
-from apt_jax.opt import Attend, SelfAttention
+from apt_jax.opt import Attend, SelfAttention, scatter_heads
 from pallas_kernels.dispatch import Kernels
 from pallas_kernels.reference import NEVER, Partial, merge
 
@@ -308,7 +308,7 @@ def _absorbed_values(projections: SelfAttention, context: jax.Array) -> jax.Arra
     Split over devices, a slice of D of all heads goes in, and the device's own heads come out.
     """
     kernel = projections.v_proj.kernel[...].astype(context.dtype)
-    out = sum_and_scatter(jnp.einsum("TND,DNH->TNH", context, kernel, preferred_element_type=jnp.float32), axis=1)
+    out = scatter_heads(jnp.einsum("TND,DNH->TNH", context, kernel, preferred_element_type=jnp.float32))
     bias = projections.v_proj.bias
     return out if bias is None else out + bias[...].astype(jnp.float32)
 

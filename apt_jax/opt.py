@@ -82,7 +82,7 @@ class SelfAttention(nnx.Module):
         if not self.splits_inputs:
             return _to_heads(self.k_proj, h), _to_heads(self.v_proj, h)
         kernels = jnp.stack([self.k_proj.kernel[...], self.v_proj.kernel[...]])
-        both = sum_and_scatter(jnp.einsum("...D,KDNH->K...NH", h, kernels), axis=h.ndim)
+        both = scatter_heads(jnp.einsum("...D,KDNH->K...NH", h, kernels))
         return _add_bias(self.k_proj, both[0]), _add_bias(self.v_proj, both[1])
 
     def output(self, context: jax.Array) -> jax.Array:
@@ -206,6 +206,15 @@ class OPT(nnx.Module):
             logits = jnp.einsum("...e,ve->...v", hidden, table, preferred_element_type=jnp.float32)
         # split over devices, the vocabulary is padded
         return join(logits, axis=logits.ndim - 1)[..., : self.vocab_size]
+
+
+def scatter_heads(x: jax.Array) -> jax.Array:
+    """This device's heads of the sum of all devices' `x [..., N, H]`.
+
+    Scattered along N*H: for half of N, where that is no multiple of a TPU's tile, XLA would reduce all on each device.
+    """
+    *leading, N, H = x.shape
+    return sum_and_scatter(x.reshape(*leading, N * H), axis=len(leading)).reshape(*leading, -1, H)
 
 
 def _to_heads(linear: nnx.LinearGeneral, h: jax.Array) -> jax.Array:

@@ -89,7 +89,7 @@ def check_memory(engine: Engine) -> None:
 
 def main(cases: list[str]) -> None:
     apt_jax.attention.CHUNK_TOKENS = 16  # several chunks per context
-    apt_jax.hidden_slices.GROUP_TOKENS = 192  # several groups per batch
+    apt_jax.hidden_slices.GROUP_BYTES = 192 * 64  # several groups per batch
     apt_jax.hidden_slices._SHORTEST = 24  # and of every width
     apt_jax.buckets.ladder = lambda smallest, largest: [largest]
     one_size = Buckets.__init__
