@@ -6,13 +6,17 @@ Shape letters as in `attention.py`. Source: DESIGN 2.1; the same step in multi-h
 import jax
 import jax.numpy as jnp
 
-from apt_jax.opt import SelfAttention
+from apt_jax.collectives import join
+from apt_jax.opt import SelfAttention, scatter_heads
 
 
 def absorb_query(projections: SelfAttention, q: jax.Array) -> jax.Array:
-    """q' = q Wk^T, `[T, N, H] -> [T, N, D]` in float32. Source: DESIGN 2.1."""
+    """q' = q Wk^T, `[T, N, H] -> [T, N, D]` in float32. Source: DESIGN 2.1.
+
+    Split over devices, N are a device's heads in q and all heads in q', of which it has its slice of D.
+    """
     kernel = projections.k_proj.kernel[...]
-    return jnp.einsum("TNH,DNH->TND", q, kernel, preferred_element_type=jnp.float32)
+    return jnp.einsum("TNH,DNH->TND", join(q, axis=1), kernel, preferred_element_type=jnp.float32)
 
 
 def key_bias_score(projections: SelfAttention, q: jax.Array) -> jax.Array:
@@ -23,8 +27,11 @@ def key_bias_score(projections: SelfAttention, q: jax.Array) -> jax.Array:
 
 
 def absorbed_values(projections: SelfAttention, context: jax.Array) -> jax.Array:
-    """`context Wv + bv`, `[T, N, D] -> [T, N, H]` in float32: the weights sum to 1, so bv counts once."""
+    """`context Wv + bv`, `[T, N, D] -> [T, N, H]` in float32: the weights sum to 1, so bv counts once.
+
+    Split over devices, a slice of D of all heads goes in, and the device's own heads come out.
+    """
     kernel = projections.v_proj.kernel[...].astype(context.dtype)
-    out = jnp.einsum("TND,DNH->TNH", context, kernel, preferred_element_type=jnp.float32)
+    out = scatter_heads(jnp.einsum("TND,DNH->TNH", context, kernel, preferred_element_type=jnp.float32))
     bias = projections.v_proj.bias
     return out if bias is None else out + bias[...].astype(jnp.float32)

@@ -20,6 +20,8 @@ from jax.typing import DTypeLike
 from apt_jax.absorption import absorb_query, absorbed_values, key_bias_score
 from apt_jax.batch import Rows, Tokens
 from apt_jax.cache_arrays import write_tokens
+from apt_jax.collectives import own_slice, sum_over_devices
+from apt_jax.hidden_slices import hidden_decode_slices
 from apt_jax.opt import Attend, SelfAttention
 from apt_jax.prefix_attention import merge_prefix
 from pallas_kernels.dispatch import Kernels
@@ -56,15 +58,17 @@ def paged_attention(
         projections: SelfAttention, h: jax.Array, pool: jax.Array, layer: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
         q = projections.query(h)
+        if projections.splits_inputs:
+            h = own_slice(h, axis=1)
         if decode_only and kinds.hidden:
             # a hidden row never uses its own k and v
             k, v = jax.lax.cond(
                 jnp.any(~rows.is_hidden & (rows.length > 0)),
-                lambda: (projections.k_proj(h), projections.v_proj(h)),
+                lambda: projections.keys_values(h),
                 lambda: (jnp.zeros_like(q), jnp.zeros_like(q)),
             )
         else:
-            k, v = projections.k_proj(h), projections.v_proj(h)
+            k, v = projections.keys_values(h)
         pool = write_tokens(pool, tokens, rows, kinds.hidden, num_blocks, layer, h=h, k=k, v=v)
         shifted = rows._replace(
             first_blocks=rows.first_blocks + layer * num_blocks, second_blocks=rows.second_blocks + layer * num_blocks
@@ -94,7 +98,8 @@ def _decode(
     kernels: Kernels | None = None,
 ) -> jax.Array:
     """One query per row `[R, N, H]` over the row's first `context [R]` cached tokens; float32 `[R, N, H]`."""
-    if kernels is None:
+    slices = projections.splits_inputs
+    if kernels is None and not slices:
         return _decode_wide(projections, q, pool, rows, kinds, context)
 
     hidden = (rows.is_hidden & (context > 0))[:, None, None]
@@ -102,13 +107,18 @@ def _decode(
     def of_hidden(otherwise: jax.Array) -> jax.Array:
         wide = absorb_query(projections, q).astype(pool.dtype)
         length = jnp.where(rows.is_hidden, context, 0)
-        found = kernels.hidden_decode(wide, pool, rows.first_blocks, length).out
+        # a kernel cannot sum the devices' scores before its softmax
+        decode = hidden_decode_slices if kernels is None or slices else kernels.hidden_decode
+        found = decode(wide, pool, rows.first_blocks, length).out
         return jnp.where(hidden, absorbed_values(projections, found), otherwise)
 
     if not kinds.kv:
         return of_hidden(jnp.zeros(q.shape, jnp.float32))
     length = jnp.where(rows.is_hidden, 0, context)
-    out = kernels.kv_decode(q, pool, rows.first_blocks, rows.second_blocks, length).out
+    if kernels is None:
+        out = _decode_wide(projections, q, pool, rows, Kinds(kv=True, hidden=False), length)
+    else:
+        out = kernels.kv_decode(q, pool, rows.first_blocks, rows.second_blocks, length).out
     if not kinds.hidden:
         return out
     return jax.lax.cond(jnp.any(hidden), of_hidden, lambda out: out, out)
@@ -166,6 +176,8 @@ def _wide_pages(
         x = read_chunk(pool, x_blocks, chunk, valid)
         y = x if y_blocks is None else read_chunk(pool, y_blocks, chunk, valid)
         scores = jnp.einsum("QD,CD->QC", wide, x)
+        if y_blocks is None:
+            scores = sum_over_devices(scores)
         return jnp.where(valid, scores, NEVER), y, valid
 
     def body(chunk: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
@@ -190,7 +202,8 @@ def _chunks(
     T, N, H = q.shape
     own = _causal(q, k, v, tokens)
     prefix = jnp.where(rows.length > 1, rows.start, 0)
-    if kernels is not None and kernels.kv_prefix is not None:
+    # kernels cannot sum the devices' scores before their softmax
+    if kernels is not None and kernels.kv_prefix is not None and not projections.splits_inputs:
         return merge_prefix(own, projections, q, pool, rows, prefix, kernels, kv=kinds.kv, hidden=kinds.hidden).out
     # with few queries absorbing (T*N*D per cached token) is cheaper than re-projecting (D*D)
     absorbs = kinds.hidden and T <= H
@@ -203,7 +216,7 @@ def _chunks(
 
         def projected() -> tuple[jax.Array, jax.Array]:
             h = read_chunk(pool, rows.first_blocks[r], chunk, valid, dtype=q.dtype)
-            return projections.k_proj(h), projections.v_proj(h)
+            return projections.keys_values(h)
 
         if kinds.kv and kinds.hidden and not absorbs:
             return jax.lax.cond(rows.is_hidden[r], projected, cached)
@@ -223,10 +236,10 @@ def _chunks(
         return _finish_softmax(jax.lax.fori_loop(0, steps, body, _start_softmax((T, N), (T, N, H))))
 
     def absorbed(r: jax.Array) -> Partial:
-        wide = absorb_query(projections, q).reshape(T * N, -1)
-        part = _wide_pages(wide, pool, rows.first_blocks[r], None, prefix[r])
-        lse = part.lse.reshape(T, N) + key_bias_score(projections, q)
-        return Partial(absorbed_values(projections, part.out.reshape(T, N, -1)), lse)
+        wide = absorb_query(projections, q)
+        part = _wide_pages(wide.reshape(-1, wide.shape[-1]), pool, rows.first_blocks[r], None, prefix[r])
+        lse = own_slice(part.lse.reshape(wide.shape[:2]), axis=1) + key_bias_score(projections, q)
+        return Partial(absorbed_values(projections, part.out.reshape(wide.shape)), lse)
 
     def one_row(r: jax.Array, found: Partial) -> Partial:
         def with_prefix() -> Partial:

@@ -1,6 +1,6 @@
 """The cache pool on the device: making it, writing a step's tokens, converting hidden blocks to KV in place.
 
-The pool is one flat array `[L*P, S, D]`; block b of layer l is row `l*P + b`. Flat, because a pool carried through
+The pool is one flat array `[L*P, S, D]` (split over devices: D is a device's slice, and N its heads); block b of layer l is row `l*P + b`. Flat, because a pool carried through
 `lax.scan` and donated stays in place only when no layer's slice of it is taken (DESIGN, "The hybrid cache").
 """
 
@@ -79,8 +79,7 @@ def convert_blocks(
         first = jnp.where(hidden_blocks < num_blocks, base + hidden_blocks, nowhere)
         second = jnp.where(hidden_blocks < num_blocks, base + value_blocks, nowhere)
         h = pool[jnp.minimum(first, nowhere - 1)]
-        k = projections.k_proj(h).reshape(h.shape)
-        v = projections.v_proj(h).reshape(h.shape)
+        k, v = (x.reshape(h.shape) for x in projections.keys_values(h))
         pool = pool.at[first].set(k.astype(pool.dtype), mode="drop")
         return pool.at[second].set(v.astype(pool.dtype), mode="drop"), None
 

@@ -60,7 +60,8 @@ def base_model(engine: "Engine") -> CostModel:
         tuple(bucket.tokens for bucket in buckets.prefill),
         tuple(buckets.sample_rows),
     )
-    return CostModel(engine.model_config, HARDWARE[name] if name else GENERIC, sizes=sizes)
+    hardware = HARDWARE[name] if name else GENERIC
+    return CostModel(engine.model_config, hardware, devices=engine.runner.num_devices, sizes=sizes)
 
 
 def calibration_path(engine: "Engine") -> Path | None:
@@ -70,7 +71,7 @@ def calibration_path(engine: "Engine") -> Path | None:
         return None
     facts = [
         asdict(engine.model_config), str(engine.runner.dtype), asdict(base_model(engine).sizes),
-        engine.config.block_size, engine.runner.attention, source_hash(),
+        engine.config.block_size, engine.runner.attention, engine.runner.num_devices, source_hash(),
     ]  # fmt: skip
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]
     device = engine.runner.device.device_kind.lower().replace(" ", "-").replace("/", "-")

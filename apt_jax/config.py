@@ -145,7 +145,7 @@ class EngineConfig:
     num_blocks: int | None = None
     """Cache blocks; default: as many as the memory left over holds."""
     cache_memory_bytes: int | None = None
-    """Bytes for the cache; default: what weights and activations leave of the device's memory."""
+    """Bytes of each device for the cache; default: what weights and activations leave of its memory."""
     device_memory_utilization: float = 0.9
     """Share of the device's memory (on a CPU: of the free memory) that the engine may take."""
     cache_mode: Literal["hybrid", "kv", "hidden"] = "hybrid"
@@ -159,7 +159,7 @@ class EngineConfig:
     max_num_queued_reqs: int = 1024
     """Most requests waiting; more are refused with 503."""
     tensor_parallel_size: int = 1
-    """Devices that one model is split over."""
+    """Devices that one model is split over; must divide its heads. docs/tensor_parallelism.md."""
     calibrate: bool = True
     """Measure the device at start-up for policies that predict iteration times; seconds, once per device and model."""
     attention_backend: Literal["auto", "xla", "pallas"] = "auto"

@@ -64,10 +64,10 @@ class _Text:
 
 
 class Engine:
-    """Serves one model from one device.
+    """Serves one model from one device, or from several that it is split over.
 
     Args:
-        model: weights on the device.
+        model: weights on the device; for `tensor_parallel_size` > 1 split by `sharding.Parallel`.
         tokenizer: None serves token ids only.
         clock: seconds; replaced in tests.
 
@@ -111,6 +111,7 @@ class Engine:
         kinds = Kinds(kv=CacheKind.KV in limits.kinds, hidden=CacheKind.HIDDEN in limits.kinds)
         shapes = Shapes(config.max_num_seqs, self.max_model_len, self.builder.table_pages, config.block_size, kinds)
         self.runner = Runner(model, model_config, shapes, buckets, config.attention_backend)
+        _check_devices(self.runner, config)
         self.memory = self._plan_memory(limits)
         logger.info("device memory\n%s", self.memory.table())
         self.runner.allocate(self.memory.num_blocks)
@@ -233,6 +234,8 @@ class Engine:
         return outputs
 
     def _plan_memory(self, limits: Limits) -> MemoryPlan:
+        devices = self.runner.num_devices
+
         def plan(activation_bytes: int) -> MemoryPlan:
             assert self.config.max_num_seqs is not None
             return plan_memory(
@@ -240,10 +243,12 @@ class Engine:
                 device=self.runner.device,
                 weight_bytes=self.runner.weight_bytes,
                 activation_bytes=activation_bytes,
-                block_bytes=block_bytes(self.model_config, self.config.block_size, self.runner.dtype),
+                block_bytes=block_bytes(self.model_config, self.config.block_size, self.runner.dtype) // devices,
                 max_model_len=self.max_model_len,
                 max_num_seqs=self.config.max_num_seqs,
                 kinds=limits.kinds,
+                num_devices=devices,
+                sharers=self.runner.num_local_devices,
             )
 
         guess = plan(activation_bytes=0)
@@ -438,8 +443,6 @@ def resolve(config: EngineConfig, model_config: ModelConfig, platform: str) -> E
             f"max_model_len={config.max_model_len} is more than the model's max_position_embeddings="
             f"{model_config.max_position_embeddings}; lower --max-model-len"
         )
-    if config.tensor_parallel_size != 1:
-        raise ValueError(f"tensor_parallel_size={config.tensor_parallel_size} is not available in this version; use 1")
     on_cpu = platform == "cpu"
     max_num_seqs = config.max_num_seqs or (64 if on_cpu else 256)
     max_model_len = config.max_model_len or model_config.max_position_embeddings
@@ -451,3 +454,21 @@ def resolve(config: EngineConfig, model_config: ModelConfig, platform: str) -> E
         async_scheduling=(not on_cpu) if config.async_scheduling is None else config.async_scheduling,
     )
     return resolved
+
+
+def _check_devices(runner: Runner, config: EngineConfig) -> None:
+    """Refuse weights that do not lie as the configuration says.
+
+    Raises:
+        ValueError: they are on another number of devices, or not split for the kinds of cache.
+    """
+    if runner.num_devices != config.tensor_parallel_size:
+        raise ValueError(
+            f"tensor_parallel_size={config.tensor_parallel_size}, but the weights lie on {runner.num_devices} "
+            "device(s); load them with the same number"
+        )
+    if runner.num_devices > 1 and runner.shapes.kinds.hidden and not runner.parallel.hidden:
+        raise ValueError(
+            f"cache_mode={config.cache_mode!r} needs k and v split by inputs, and these weights are split by heads; "
+            "load them for that mode, or use --cache-mode kv"
+        )

@@ -13,7 +13,7 @@ CPU_CACHE_LIMIT_BYTES = 4 * 2**30  # a default that leaves a workstation usable;
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Bytes by use, and what the pool holds."""
+    """Bytes by use on each device, and what the pool holds."""
 
     device: str
     total_bytes: int
@@ -24,10 +24,11 @@ class MemoryPlan:
     block_size: int
     max_model_len: int
     longest_context_tokens: int
+    num_devices: int = 1
 
     @property
     def pool_bytes(self) -> int:
-        """Bytes of the cache pool."""
+        """Bytes of the cache pool on each device."""
         return self.num_blocks * self.block_bytes
 
     def tokens(self, kind: CacheKind) -> int:
@@ -36,8 +37,9 @@ class MemoryPlan:
 
     def table(self) -> str:
         """The plan as lines of text for the log."""
+        device = self.device if self.num_devices == 1 else f"each of {self.num_devices} x {self.device}"
         rows = (
-            ("memory", self.total_bytes, self.device),
+            ("memory", self.total_bytes, device),
             ("weights", self.weight_bytes, ""),
             ("activations", self.activation_bytes, "largest compiled step"),
             ("cache pool", self.pool_bytes, f"{self.num_blocks} blocks of {self.block_size} tokens"),
@@ -60,15 +62,18 @@ def plan_memory(
     max_model_len: int,
     max_num_seqs: int,
     kinds: tuple[CacheKind, ...],
+    num_devices: int = 1,
+    sharers: int = 1,
 ) -> MemoryPlan:
     """Decide how many blocks the pool gets.
 
-    `weight_bytes` are already allocated on the device; `block_bytes` counts one block over all layers.
+    All bytes are of one device, also where the model is split over `num_devices`. `weight_bytes` are already allocated
+    there; `block_bytes` counts one block over all layers. `sharers` is for devices of a CPU, see `device_memory`.
 
     Raises:
         ValueError: what is left cannot hold one request of `max_model_len` tokens; names the bytes and the flags.
     """
-    total, free = device_memory(device, weight_bytes)
+    total, free = device_memory(device, weight_bytes, sharers)
     cheapest = min(kinds, key=lambda kind: kind.blocks_per_page)
     needed = blocks_for(max_model_len, cheapest, config.block_size)
     useful = max_num_seqs * blocks_for(max_model_len, max(kinds, key=_blocks_per_page), config.block_size)
@@ -84,7 +89,7 @@ def plan_memory(
                 f"num_blocks={num_blocks} takes {_mib(num_blocks * block_bytes)}, but {used}; lower --num-blocks"
             )
     else:
-        room, flag = _room(config, device, total, free, activation_bytes)
+        room, flag = _room(config, device, total, free, activation_bytes, sharers)
         num_blocks = min(max(room, 0) // block_bytes, useful)
         if num_blocks < needed:
             fits = max(room, 0) // block_bytes // cheapest.blocks_per_page * config.block_size
@@ -109,30 +114,34 @@ def plan_memory(
         block_size=config.block_size,
         max_model_len=max_model_len,
         longest_context_tokens=longest,
+        num_devices=num_devices,
     )
 
 
-def _room(config: EngineConfig, device: jax.Device, total: int, free: int, activation_bytes: int) -> tuple[int, str]:
+def _room(
+    config: EngineConfig, device: jax.Device, total: int, free: int, activation_bytes: int, sharers: int
+) -> tuple[int, str]:
     """Bytes meant for the cache (negative if weights and activations take more), and what to do to get more."""
     if config.cache_memory_bytes is not None:
         return config.cache_memory_bytes, f"raise --cache-memory-bytes (now {config.cache_memory_bytes})"
     share = config.device_memory_utilization
     room = int(total * share) - (total - free) - activation_bytes
-    if device.platform == "cpu" and room > CPU_CACHE_LIMIT_BYTES:
-        return CPU_CACHE_LIMIT_BYTES, "raise --cache-memory-bytes"
+    if device.platform == "cpu" and room > CPU_CACHE_LIMIT_BYTES // sharers:
+        return CPU_CACHE_LIMIT_BYTES // sharers, "raise --cache-memory-bytes"
     return room, f"raise --device-memory-utilization (now {share}), lower --max-num-batched-tokens"
 
 
-def device_memory(device: jax.Device, weight_bytes: int) -> tuple[int, int]:
+def device_memory(device: jax.Device, weight_bytes: int, sharers: int = 1) -> tuple[int, int]:
     """Bytes of `device` that count as its memory, and those free now.
 
-    A GPU or TPU says so itself; on a CPU it is the machine's available memory, weights already loaded added.
+    A GPU or TPU says so itself; on a CPU it is the machine's available memory, weights already loaded added, in equal
+    parts for the `sharers` devices that one model is split over there.
     """
     stats = device.memory_stats()
     if stats and "bytes_limit" in stats:
         return stats["bytes_limit"], stats["bytes_limit"] - stats["bytes_in_use"]
     available = psutil.virtual_memory().available
-    return available + weight_bytes, available
+    return available // sharers + weight_bytes, available // sharers
 
 
 def _blocks_per_page(kind: CacheKind) -> int:

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
+from apt_jax.collectives import join, num_devices, own_number, sum_and_scatter, sum_over_devices
 from apt_jax.config import POSITION_OFFSET, ModelConfig
 
 
@@ -67,9 +68,26 @@ class SelfAttention(nnx.Module):
         )  # fmt: skip
         self.scale = config.head_dim**-0.5
 
+    @property
+    def splits_inputs(self) -> bool:
+        """Whether k and v take a slice of D: this device's, where hidden vectors are split (`sharding.py`)."""
+        return self.k_proj.kernel.shape[-3] < self.q_proj.kernel.shape[-3]
+
     def query(self, h: jax.Array) -> jax.Array:
-        """Scaled queries `[T, N, H]` of attention inputs `[T, D]`."""
-        return self.q_proj(h) * jnp.asarray(self.scale, h.dtype)
+        """Scaled queries `[T, N, H]` of attention inputs `[T, D]`; N are this device's heads."""
+        return _to_heads(self.q_proj, h) * jnp.asarray(self.scale, h.dtype)
+
+    def keys_values(self, h: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Keys and values `[T, N, H]` of attention inputs `[T, D]`, or of this device's slice if it `splits_inputs`."""
+        if not self.splits_inputs:
+            return _to_heads(self.k_proj, h), _to_heads(self.v_proj, h)
+        kernels = jnp.stack([self.k_proj.kernel[...], self.v_proj.kernel[...]])
+        both = scatter_heads(jnp.einsum("...D,KDNH->K...NH", h, kernels))
+        return _add_bias(self.k_proj, both[0]), _add_bias(self.v_proj, both[1])
+
+    def output(self, context: jax.Array) -> jax.Array:
+        """What attention adds to the residual stream, `[T, N, H] -> [T, D]`."""
+        return _summed(self.out_proj, context, axes=2)
 
 
 class Attend[Cache](Protocol):
@@ -84,7 +102,8 @@ class Attend[Cache](Protocol):
 
 def causal_attention(projections: SelfAttention, h: jax.Array, cache: None, layer: jax.Array) -> tuple[jax.Array, None]:
     """Plain causal attention over whole sequences `[B, T, D]`, without a cache: for training and checks."""
-    q, k, v = projections.query(h), projections.k_proj(h), projections.v_proj(h)
+    q = projections.query(h)
+    k, v = projections.keys_values(h)
     return jax.nn.dot_product_attention(q, k, v, is_causal=True, scale=1.0), cache
 
 
@@ -107,11 +126,11 @@ class DecoderLayer(nnx.Module):
         """Advance the residual stream `x [T, D]` by one layer. Pure."""
         h = self.self_attn_layer_norm(x) if self.norm_first else x
         context, cache = attend(self.self_attn, h, cache, layer)
-        x = x + self.self_attn.out_proj(context)
+        x = x + self.self_attn.output(context)
         if not self.norm_first:
             x = self.self_attn_layer_norm(x)
         h = self.final_layer_norm(x) if self.norm_first else x
-        x = x + self.fc2(ACTIVATION_FUNCTIONS[self.activation](self.fc1(h)))
+        x = x + _summed(self.fc2, ACTIVATION_FUNCTIONS[self.activation](self.fc1(h)), axes=1)
         if not self.norm_first:
             x = self.final_layer_norm(x)
         return x, cache
@@ -123,6 +142,7 @@ class OPT(nnx.Module):
     def __init__(self, config: ModelConfig, *, dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs):
         D, E, V = config.hidden_size, config.word_embed_proj_dim, config.vocab_size
         positions = config.max_position_embeddings + POSITION_OFFSET
+        self.vocab_size = V
         self.embed_tokens = _embed(V, E, dtype, rngs)
         self.embed_positions = _embed(positions, D, dtype, rngs)
         self.project_in = _linear(E, D, False, dtype, rngs) if E != D else None
@@ -165,7 +185,7 @@ class OPT(nnx.Module):
 
     def embed(self, token_ids: jax.Array, positions: jax.Array) -> jax.Array:
         """The residual stream `[..., D]` before the first layer."""
-        x = self.embed_tokens(token_ids)
+        x = _looked_up(self.embed_tokens, token_ids)
         if self.project_in is not None:
             x = self.project_in(x)
         return x + self.embed_positions(positions + POSITION_OFFSET)
@@ -180,9 +200,45 @@ class OPT(nnx.Module):
         """Float32 logits `[..., V]` of hidden states `[..., E]`."""
         if self.lm_head is not None:
             kernel = self.lm_head.kernel[...]
-            return jnp.einsum("...e,ev->...v", hidden, kernel, preferred_element_type=jnp.float32)
-        table = self.embed_tokens.embedding[...]
-        return jnp.einsum("...e,ve->...v", hidden, table, preferred_element_type=jnp.float32)
+            logits = jnp.einsum("...e,ev->...v", hidden, kernel, preferred_element_type=jnp.float32)
+        else:
+            table = self.embed_tokens.embedding[...]
+            logits = jnp.einsum("...e,ve->...v", hidden, table, preferred_element_type=jnp.float32)
+        # split over devices, the vocabulary is padded
+        return join(logits, axis=logits.ndim - 1)[..., : self.vocab_size]
+
+
+def scatter_heads(x: jax.Array) -> jax.Array:
+    """This device's heads of the sum of all devices' `x [..., N, H]`.
+
+    Scattered along N*H: for half of N, where that is no multiple of a TPU's tile, XLA would reduce all on each device.
+    """
+    *leading, N, H = x.shape
+    return sum_and_scatter(x.reshape(*leading, N * H), axis=len(leading)).reshape(*leading, -1, H)
+
+
+def _to_heads(linear: nnx.LinearGeneral, h: jax.Array) -> jax.Array:
+    """`[T, D] -> [T, N, H]`, N as many heads as this device's kernel has (the module's own call wants all)."""
+    return _add_bias(linear, jnp.tensordot(h, linear.kernel[...], axes=1))
+
+
+def _summed(linear: nnx.Linear | nnx.LinearGeneral, x: jax.Array, axes: int) -> jax.Array:
+    """`linear` over the last `axes` axes of `x`, of which each device has its slice; the bias counts once."""
+    return _add_bias(linear, sum_over_devices(jnp.tensordot(x, linear.kernel[...], axes=axes)))
+
+
+def _add_bias(linear: nnx.Linear | nnx.LinearGeneral, out: jax.Array) -> jax.Array:
+    return out if linear.bias is None else out + linear.bias[...]
+
+
+def _looked_up(embed: nnx.Embed, token_ids: jax.Array) -> jax.Array:
+    """Embeddings `[..., E]` from a table whose rows are split over devices: the others add 0."""
+    if num_devices() == 1:
+        return embed(token_ids)
+    table = embed.embedding[...]
+    row = token_ids - own_number() * table.shape[0]
+    here = (row >= 0) & (row < table.shape[0])
+    return sum_over_devices(jnp.where(here[..., None], embed(jnp.where(here, row, 0)), 0))
 
 
 _normal = nnx.initializers.normal(0.02)

@@ -126,10 +126,8 @@ def _over_projected(
         def project(piece: jax.Array, keys_values: jax.Array) -> jax.Array:
             page = jnp.minimum(piece * step + jnp.arange(step), W - 1)
             h = pool[rows.first_blocks[r][page]]
-            both = (projection(h).reshape(h.shape) for projection in (projections.k_proj, projections.v_proj))
-            return jax.lax.dynamic_update_slice(
-                keys_values, jnp.stack([a.astype(pool.dtype) for a in both]), (0, piece * step, 0, 0)
-            )
+            both = [a.reshape(h.shape).astype(pool.dtype) for a in projections.keys_values(h)]
+            return jax.lax.dynamic_update_slice(keys_values, jnp.stack(both), (0, piece * step, 0, 0))
 
         keys_values = jax.lax.fori_loop(0, -(-length[r] // (step * S)), project, keys_values)
         tables = jnp.arange(2 * pages, dtype=jnp.int32).reshape(2, 1, pages)

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 from tqdm import tqdm
 
 from apt_jax import attention
@@ -28,6 +29,7 @@ from apt_jax.config import ModelConfig
 from apt_jax.opt import OPT
 from apt_jax.program_store import ProgramStore, source_hash
 from apt_jax.sampling import Sampled, Scored, score
+from apt_jax.sharding import EVERYWHERE, POOL, Parallel, local_config, zeros
 from apt_jax.steps import end_step, run_layer, run_sampling, run_step, start_step
 
 CONVERT_TOKENS = 256  # cached tokens that one call of the conversion program handles
@@ -71,12 +73,17 @@ class Runner:
         self.dtype = jnp.dtype(model.embed_tokens.embedding[...].dtype)
         # On a CPU, XLA copies a layer's weights out of the stack before it multiplies; arrays of their own it reads in
         # place. There each layer is a call of one program, which also compiles once and not once per layer.
-        self._layers = _views(leaves, model.num_layers) if self.device.platform == "cpu" else None
+        self.parallel = Parallel.of(model)
+        on_cpu = self.device.platform == "cpu"
+        self._layers = _views(leaves, model.num_layers) if on_cpu and self.parallel is None else None
         self.kernels = select_kernels(
-            attention_backend, model_config, block_size=shapes.block_size, dtype=self.dtype, device=self.device
-        )
+            attention_backend, local_config(model_config, self.num_devices),
+            block_size=shapes.block_size, dtype=self.dtype, device=self.device,
+        )  # fmt: skip
         self.num_blocks = 0
-        self._store = ProgramStore.beside_compile_cache(self.device)
+        # processes that run one program must compile it together, so none may find it on its disk
+        alone = jax.process_count() == 1
+        self._store = ProgramStore.beside_compile_cache(self.device) if alone else ProgramStore(None, self.device)
         self._steps: dict[Bucket, Any] = {}
         self._samplers: dict[int, Any] = {}
         self._gathers: dict[Bucket, Any] = {}
@@ -88,13 +95,23 @@ class Runner:
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes of all weights."""
-        return sum(leaf.nbytes for leaf in self._weights)
+        """Bytes of the weights on each device."""
+        return sum(leaf.addressable_shards[0].data.nbytes for leaf in self._weights)
 
     @property
     def device(self) -> jax.Device:
-        """The device that holds the weights."""
-        return next(iter(self._weights[0].devices()))
+        """The device that holds the weights, or the first of this process that do."""
+        return self._weights[0].addressable_shards[0].device
+
+    @property
+    def num_devices(self) -> int:
+        """Devices that the model is split over."""
+        return 1 if self.parallel is None else self.parallel.num_devices
+
+    @property
+    def num_local_devices(self) -> int:
+        """Those of them in this process."""
+        return 1 if self.parallel is None else len(self.parallel.mesh.local_devices)
 
     @property
     def attention(self) -> str:
@@ -136,10 +153,9 @@ class Runner:
         """
         self.__dict__.pop("_pool", None)  # two do not fit
         shape = pool_shape(self.model_config, self.num_blocks, self.shapes.block_size)
-        self._pool = jax.device_put(jnp.zeros(shape, self.dtype), self.device)
-        self._history = jax.device_put(
-            jnp.zeros((self.shapes.num_slots, self.shapes.max_model_len), jnp.int32), self.device
-        )
+        self._pool = zeros(shape, self.dtype, self._sharding(POOL))
+        slots, length = self.shapes.num_slots, self.shapes.max_model_len
+        self._history = zeros((slots, length), jnp.int32, self._sharding(EVERYWHERE))
         jax.block_until_ready((self._pool, self._history))
 
     def compile_all(self, progress: bool = False) -> None:
@@ -251,7 +267,8 @@ class Runner:
                 pool, history, tokens, rows, self.kernels, unroll=bucket.decode_only and self.device.platform == "gpu",
             )  # fmt: skip
 
-        return self._compile(f"step {name}", step, pool, history, tokens, rows, donate=(1, 2))
+        outs = (EVERYWHERE, POOL, EVERYWHERE, EVERYWHERE)
+        return self._compile(f"step {name}", step, pool, history, tokens, rows, donate=(1, 2), outs=outs)
 
     def _compile_layers(
         self, name: str, bucket: Bucket, num_blocks: int, layers: Layers, pool: Any, history: Any, tokens: Tokens,
@@ -308,21 +325,25 @@ class Runner:
 
         blocks = _abstract((self._convert_pages,), np.int32)
         return self._compile(
-            f"convert {num_blocks}", convert, self._abstract_pool(num_blocks), blocks, blocks, donate=(1,)
+            f"convert {num_blocks}", convert, self._abstract_pool(num_blocks), blocks, blocks, donate=(1,), outs=POOL
         )
 
     def _compile(
-        self, name: str, function: Any, *args: Any, donate: tuple[int, ...], weights: list[jax.Array] | None = None
-    ) -> Any:
+        self, name: str, function: Any, *args: Any, donate: tuple[int, ...], weights: list[jax.Array] | None = None,
+        outs: Any = EVERYWHERE,
+    ) -> Any:  # fmt: skip
         """Compile `function(weights, *args)`, or take it from the store; `name` holds every static argument.
 
-        `weights` are all of the model's unless given.
+        `weights` are all of the model's unless given; `outs` is how results lie on several devices.
         """
         leaves = self._weights if weights is None else weights
         shapes_of = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding) for leaf in leaves]
         precision = "highest" if self.dtype == jnp.float32 else None
         # of this version of the code only: the store cannot keep what comes from JAX's own cache
         function.__name__ = f"{name.split()[0]}_{source_hash()[:8]}"
+        if self.parallel is not None:
+            function, args = self.parallel.split_program(function, shapes_of, args, outs)
+            name = f"{name} over {[device.id for device in self.parallel.mesh.devices.flat]} {self.parallel.hidden}"
 
         def compile_program() -> Any:
             with jax.default_matmul_precision(precision):
@@ -332,7 +353,13 @@ class Runner:
         return self._store.get(repr((name, self.model_config, self.shapes, shapes)), compile_program)
 
     def _abstract_pool(self, num_blocks: int) -> jax.ShapeDtypeStruct:
-        return _abstract(pool_shape(self.model_config, num_blocks, self.shapes.block_size), self.dtype)
+        shape = pool_shape(self.model_config, num_blocks, self.shapes.block_size)
+        sharding = None if self.parallel is None else self._sharding(POOL)
+        return jax.ShapeDtypeStruct(shape, self.dtype, sharding=sharding)
+
+    def _sharding(self, spec: PartitionSpec) -> Sharding:
+        mesh = self.parallel
+        return SingleDeviceSharding(self.device) if mesh is None else NamedSharding(mesh.mesh, spec)
 
     def _abstract_hidden(self, rows: int) -> jax.ShapeDtypeStruct:
         return _abstract((rows, self.model_config.word_embed_proj_dim), self.dtype)

@@ -12,6 +12,7 @@ import jax
 import numpy as np
 
 from apt_jax.config import ModelConfig
+from apt_jax.sharding import padded_shape
 from checkpoints.errors import CheckpointError
 from checkpoints.mapping import EMBEDDING_NAME, HEAD_NAME, Layout, Slot, slots
 from checkpoints.placement import Shardings, sharding_of
@@ -49,9 +50,23 @@ def assemble(
         for slot in parts:
             target = host if slot.layer is None else host[slot.layer]
             _fill(target, slot, inventory[slot.name], progress)
-        result[path] = jax.block_until_ready(jax.device_put(host, sharding_of(shardings, path, shape)))
+        result[path] = jax.block_until_ready(_put(host, sharding_of(shardings, path, shape)))
         del host
     return result
+
+
+def _put(host: np.ndarray, sharding: jax.sharding.Sharding) -> jax.Array:
+    """`host` on the devices, of each only its slice; zeros where an axis does not divide."""
+    if len(sharding.device_set) == 1:
+        return jax.device_put(host, sharding)
+
+    def part(index: tuple[slice, ...]) -> np.ndarray:
+        found = host[index]
+        wanted = [len(range(*s.indices(size))) for s, size in zip(index, shape, strict=True)]
+        return np.pad(found, [(0, size - have) for size, have in zip(wanted, found.shape, strict=True)])
+
+    shape = padded_shape(host.shape, sharding)
+    return jax.make_array_from_callback(shape, sharding, part)
 
 
 def _fill(target: np.ndarray, slot: Slot, tensor: StoredTensor, progress: Callable[[int], Any]) -> None:

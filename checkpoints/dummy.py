@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from apt_jax.sharding import padded_shape
 from checkpoints.placement import Shardings, sharding_of
 from checkpoints.skeleton import Skeleton
 
@@ -17,13 +18,14 @@ def random_parameters(skeleton: Skeleton, seed: int, shardings: Shardings) -> di
     The device's own generator is used: the numbers depend on the seed and on the kind of device.
     """
     entropy = np.random.SeedSequence(seed)
+    placed = [sharding_of(shardings, path, a.shape) for path, a in skeleton.shapes.items()]
+    shapes = [padded_shape(a.shape, place) for a, place in zip(skeleton.shapes.values(), placed, strict=True)]
     # Key data from the host, one key a block: splitting keys inside the program triples its compile time.
     keys = [
-        child.generate_state(4 * _blocks(abstract.shape)).reshape(-1, 4)
-        for child, abstract in zip(entropy.spawn(len(skeleton.shapes)), skeleton.shapes.values(), strict=True)
+        child.generate_state(4 * _blocks(shape)).reshape(-1, 4)
+        for child, shape in zip(entropy.spawn(len(shapes)), shapes, strict=True)
     ]
-    leaves = tuple((path[-1], a.shape) for path, a in skeleton.shapes.items())
-    placed = [sharding_of(shardings, path, a.shape) for path, a in skeleton.shapes.items()]
+    leaves = tuple((path[-1], shape) for path, shape in zip(skeleton.shapes, shapes, strict=True))
     draw = jax.jit(_draw_all, static_argnums=(1, 2), out_shardings=placed)
     arrays = draw(keys, leaves, skeleton.dtype)
     return dict(zip(skeleton.shapes, jax.block_until_ready(arrays), strict=True))

@@ -10,6 +10,7 @@ from tqdm import tqdm
 
 from apt_jax.config import ModelConfig
 from apt_jax.opt import OPT
+from apt_jax.sharding import Parallel
 from checkpoints.assemble import assemble
 from checkpoints.dummy import random_parameters
 from checkpoints.errors import CheckpointError, first_line
@@ -45,13 +46,16 @@ def load_model(
     revision: str | None = None,
     seed: int = 0,
     shardings: Shardings = None,
+    parallel: Parallel | None = None,
 ) -> Loaded:
     """Load `model`: a hub id, a Hugging Face folder, a converted folder, or None for the bundled demo.
 
     `dtype` is "auto" or a name, see `placement.serving_dtype`. `seed` is for `load_format="dummy"`, which needs
-    nothing but config.json. A progress bar is shown on a terminal.
+    nothing but config.json. A progress bar is shown on a terminal. `parallel` splits the model over devices, its
+    vocabulary padded where it does not divide, and takes the place of `shardings`.
 
     Raises:
+        ValueError: the model cannot be split as `parallel` says.
         CheckpointError: a file or key is missing, extra, truncated, corrupt or of the wrong shape, or the config
             is not supported; the message names it.
     """
@@ -59,6 +63,9 @@ def load_model(
     requested = parse_format(load_format)
     folder = resolve(model, revision=revision, load_format=requested)
     config = read_config(folder)
+    if parallel is not None:
+        parallel.check(config)
+        shardings = parallel.weight_sharding
     chosen = choose_format([path.name for path in folder.iterdir()], requested, str(folder))
     skeleton = Skeleton.of(config, serving_dtype(dtype, config, platform_of(shardings)))
     parameters, fingerprint = read_parameters(folder, config, skeleton, chosen, seed=seed, shardings=shardings)

@@ -8,12 +8,15 @@ import jax
 from flax import traverse_util
 from orbax.checkpoint import v1 as ocp
 
+from apt_jax.sharding import padded_shape
 from checkpoints.errors import CheckpointError, first_line, some
 from checkpoints.placement import Shardings, sharding_of
 from checkpoints.skeleton import Skeleton
 
 _CHUNK_BYTES = 64 * 2**20  # a shard reads only the chunks it needs, and no chunk is held beside a whole stack
 _GROUP_BYTES = 64 * 2**20
+# axes along which models are split over devices and which Orbax, which cuts the longest, would leave whole: the heads
+_HEADS_AXIS = {"q_proj": 2, "k_proj": 2, "v_proj": 2, "out_proj": 1}
 
 
 def save_weights(folder: Path, parameters: Mapping[tuple[str, ...], jax.Array]) -> None:
@@ -25,6 +28,7 @@ def save_weights(folder: Path, parameters: Mapping[tuple[str, ...], jax.Array]) 
     context = ocp.Context()
     context.array.saving.use_compression = False  # weights hardly compress, and restoring is what must be quick
     context.array.saving.storage_options.chunk_byte_size = _CHUNK_BYTES
+    context.array.saving.scoped_storage_options_creator = _storage
     # Orbax copies what it writes; it wants more room than the largest array takes, or it fails.
     context.memory.write_concurrent_bytes = max(array.nbytes for array in parameters.values()) + _CHUNK_BYTES
     try:
@@ -39,6 +43,7 @@ def restore_weights(
 ) -> dict[tuple[str, ...], jax.Array]:
     """Restore what `save_weights` wrote, cast to the skeleton's dtype, each parameter into its shards.
 
+    A process reads the chunks that its devices' shards need; an axis that does not divide is padded with zeros.
     Large parameters come first and alone, for Orbax holds a second copy of what it is reading: so that copy is
     never beside all the rest. `progress` is called with the bytes of each parameter or group.
 
@@ -48,21 +53,31 @@ def restore_weights(
     _check_shapes(folder, skeleton)
     context = ocp.Context()
     context.pytree.loading.partial_load = True
+    context.array.loading.enable_padding_and_truncation = True  # shapes are checked above; only padding is left
     result: dict[tuple[str, ...], jax.Array] = {}
     with context:
         for group in _groups(skeleton):
-            targets = {
-                path: jax.ShapeDtypeStruct(
-                    skeleton.shapes[path].shape,
-                    skeleton.dtype,
-                    sharding=sharding_of(shardings, path, skeleton.shapes[path].shape),
-                )
-                for path in group
-            }
+            targets = {path: _target(path, skeleton, shardings) for path in group}
             restored = traverse_util.flatten_dict(_load(folder, traverse_util.unflatten_dict(targets)))
             result |= {path: jax.block_until_ready(restored[path]) for path in group}
             progress(sum(result[path].nbytes for path in group))
     return result
+
+
+def _target(path: tuple[str, ...], skeleton: Skeleton, shardings: Shardings) -> jax.ShapeDtypeStruct:
+    shape = skeleton.shapes[path].shape
+    sharding = sharding_of(shardings, path, shape)
+    return jax.ShapeDtypeStruct(padded_shape(shape, sharding), skeleton.dtype, sharding=sharding)
+
+
+def _storage(path: Any, value: Any) -> Any:
+    """How to cut a parameter into chunks, where it is not just the longest axes first."""
+    *_, module, leaf = (getattr(key, "key", "") for key in ((), *path))
+    axis = _HEADS_AXIS.get(module) if leaf == "kernel" else None
+    if axis is None:
+        return None
+    options = ocp.options.ArrayOptions.Saving.StorageOptions
+    return options(chunk_byte_size=_CHUNK_BYTES, shard_axes=(axis,))
 
 
 def _groups(skeleton: Skeleton) -> list[list[tuple[str, ...]]]:

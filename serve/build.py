@@ -6,6 +6,7 @@ from pathlib import Path
 
 from apt_jax.config import EngineConfig
 from apt_jax.engine import Engine
+from apt_jax.sharding import Parallel
 from apt_jax.tokenizer import Tokenizer, TokenizerNotFound
 from checkpoints.load import load_model
 from checkpoints.source import resolve
@@ -33,9 +34,12 @@ def build_engine(
         ValueError: what was named cannot be loaded, or does not fit; one sentence with the file, value or flag.
     """
     use_compile_cache(engine_config.compilation_cache_dir)
+    devices = engine_config.tensor_parallel_size
+    parallel = Parallel.over(devices, hidden=engine_config.cache_mode != "kv") if devices > 1 else None
     loaded = load_model(
-        model, load_format=load_format, dtype=engine_config.dtype, revision=revision, seed=engine_config.seed
-    )
+        model, load_format=load_format, dtype=engine_config.dtype, revision=revision, seed=engine_config.seed,
+        parallel=parallel,
+    )  # fmt: skip
     logger.info("%s: %s weights from %s", model or "demo model", loaded.dtype.name, loaded.folder)
     on_phase("weights")
     text = load_tokenizer(loaded.folder, tokenizer, revision)

@@ -1,5 +1,6 @@
 """Where parameters go: into their shards on several devices, and through little host memory."""
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from apt_jax.config import ModelConfig
+from apt_jax.sharding import Parallel
 from checkpoints.convert import convert
 from checkpoints.load import load_model
 from checkpoints.mapping import export_huggingface
@@ -20,12 +22,13 @@ from checkpoints.measure_memory import measure, write_folder
 from checkpoints.placement import serving_dtype
 
 DEVICES = 4
+CONFIG = dataclasses.replace(TINY, vocab_size=62)  # which four devices do not divide
 
 
 def test_shards_on_several_devices(tmp_path):
-    model = random_model(TINY, seed=2)
-    write_config(tmp_path / "source", TINY)
-    write_safetensors(tmp_path / "source", export_huggingface(TINY, model))
+    model = random_model(CONFIG, seed=2)
+    write_config(tmp_path / "source", CONFIG)
+    write_safetensors(tmp_path / "source", export_huggingface(CONFIG, model))
     convert(str(tmp_path / "source"), tmp_path / "converted")
     environment = {
         **os.environ,
@@ -45,7 +48,7 @@ def check_shards(place: str) -> None:
     def split_last(path, shape):
         return NamedSharding(mesh, PartitionSpec(*[None] * (len(shape) - 1), "model"))
 
-    expected = random_model(TINY, seed=2)
+    expected = random_model(CONFIG, seed=2)
     for source, load_format in (("source", "auto"), ("converted", "auto"), ("source", "dummy")):
         loaded = load_model(f"{place}/{source}", load_format=load_format, shardings=split_last)
         for path, leaf in nnx.to_flat_state(nnx.state(loaded.model)):
@@ -55,6 +58,16 @@ def check_shards(place: str) -> None:
             assert {shard.device for shard in array.addressable_shards} == set(jax.devices()), path
         if load_format != "dummy":
             assert_same_parameters(loaded.model, expected)
+    for hidden in (False, True):
+        parallel = Parallel.over(DEVICES, hidden=hidden)
+        placed = parallel.place(expected)
+        for source, load_format in (("source", "auto"), ("converted", "auto"), ("source", "dummy")):
+            model = load_model(f"{place}/{source}", load_format=load_format, parallel=parallel).model
+            assert Parallel.of(model) == parallel
+            if load_format != "dummy":
+                assert_same_parameters(model, placed)
+            shapes = {shard.data.shape for shard in model.embed_tokens.embedding[...].addressable_shards}
+            assert shapes == {(64 // DEVICES, CONFIG.word_embed_proj_dim)}
 
 
 def test_host_memory(tmp_path):
