@@ -3,32 +3,41 @@
 Shape letters: T token slots, R rows, N heads, H head_dim, D = N*H, L layers, P blocks, S block_size, C chunk of
 cached tokens that one loop step reads. The pool is flat, `[L*P, S, D]`; block b of layer l is row `l*P + b`.
 
-"Wide heads" (DESIGN 2.1): with queries `q_wide [N, D]`, `scores = q_wide X^T` and `context = softmax(scores) Y`.
-KV rows lay q out block-diagonally with X = K, Y = V, and read the diagonal blocks of the context; hidden rows take
-q_wide = q Wk^T with X = Y = H, and multiply the context by Wv. On a CPU this form is faster than one small product per
-head also for KV (docs/performance.md), because it is one well-shaped matrix product.
+KV rows attend head by head; hidden rows take queries `q_wide = q Wk^T` of D numbers for each head over the vectors
+themselves, and multiply the context by Wv (DESIGN 2.1, `absorption.py`).
 
 Loops over rows and chunks have trip counts from the data, so a request costs what its own context costs.
 """
 
+import math
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.typing import DTypeLike
 
 from apt_jax.absorption import absorb_query, absorbed_values, key_bias_score
 from apt_jax.batch import Rows, Tokens
 from apt_jax.cache_arrays import write_tokens
-from apt_jax.collectives import own_slice, sum_over_devices
+from apt_jax.collectives import own_slice
 from apt_jax.hidden_slices import hidden_decode_slices
 from apt_jax.opt import Attend, SelfAttention
 from apt_jax.prefix_attention import merge_prefix
+from apt_jax.xla_attention import (
+    attend_wide,
+    chunk_positions,
+    finish_softmax,
+    hidden_decode,
+    kv_decode,
+    num_chunks,
+    online_softmax,
+    read_chunk,
+    start_softmax,
+)
 from pallas_kernels.dispatch import Kernels
 from pallas_kernels.reference import NEVER, Partial, merge
 
-CHUNK_TOKENS = 128
-_QUERY_TILE = 256
+_TILE = 128  # queries, and keys, of a prefill chunk's own attention at a time
+_SMALLEST_TILE = 16
 
 
 class Kinds(NamedTuple):
@@ -99,92 +108,27 @@ def _decode(
 ) -> jax.Array:
     """One query per row `[R, N, H]` over the row's first `context [R]` cached tokens; float32 `[R, N, H]`."""
     slices = projections.splits_inputs
-    if kernels is None and not slices:
-        return _decode_wide(projections, q, pool, rows, kinds, context)
-
     hidden = (rows.is_hidden & (context > 0))[:, None, None]
 
     def of_hidden(otherwise: jax.Array) -> jax.Array:
-        wide = absorb_query(projections, q).astype(pool.dtype)
+        wide = absorb_query(projections, q)
         length = jnp.where(rows.is_hidden, context, 0)
-        # a kernel cannot sum the devices' scores before its softmax
-        decode = hidden_decode_slices if kernels is None or slices else kernels.hidden_decode
-        found = decode(wide, pool, rows.first_blocks, length).out
+        if slices:  # a kernel cannot sum the devices' scores before its softmax
+            found = hidden_decode_slices(wide.astype(pool.dtype), pool, rows.first_blocks, length).out
+        elif kernels is not None:
+            found = kernels.hidden_decode(wide.astype(pool.dtype), pool, rows.first_blocks, length).out
+        else:
+            found = hidden_decode(wide, pool, rows.first_blocks, length).out
         return jnp.where(hidden, absorbed_values(projections, found), otherwise)
 
     if not kinds.kv:
         return of_hidden(jnp.zeros(q.shape, jnp.float32))
     length = jnp.where(rows.is_hidden, 0, context)
-    if kernels is None:
-        out = _decode_wide(projections, q, pool, rows, Kinds(kv=True, hidden=False), length)
-    else:
-        out = kernels.kv_decode(q, pool, rows.first_blocks, rows.second_blocks, length).out
+    decode = kv_decode if kernels is None else kernels.kv_decode
+    out = decode(q, pool, rows.first_blocks, rows.second_blocks, length).out
     if not kinds.hidden:
         return out
     return jax.lax.cond(jnp.any(hidden), of_hidden, lambda out: out, out)
-
-
-def _decode_wide(
-    projections: SelfAttention, q: jax.Array, pool: jax.Array, rows: Rows, kinds: Kinds, context: jax.Array
-) -> jax.Array:
-    """`_decode` in XLA: KV and hidden rows in one loop of wide heads."""
-    R, N, H = q.shape
-    diagonal = jnp.eye(N, dtype=jnp.float32)
-    hidden = (rows.is_hidden & (context > 0))[:, None, None]
-
-    def where_hidden(absorbed, otherwise):  # type: ignore[no-untyped-def]
-        """The absorbed form for hidden rows; its cost is skipped when there is none."""
-        if not kinds.kv:
-            return absorbed()
-        if not kinds.hidden:
-            return otherwise
-        return jax.lax.cond(jnp.any(hidden), lambda: jnp.where(hidden, absorbed(), otherwise), lambda: otherwise)
-
-    wide = jnp.einsum("RNH,NM->RNMH", q.astype(jnp.float32), diagonal).reshape(R, N, N * H)
-    wide = where_hidden(lambda: absorb_query(projections, q), wide)
-    second = None
-    if kinds.kv:
-        second = jnp.where(rows.is_hidden[:, None], rows.first_blocks, rows.second_blocks)
-    found = _wide_rows(wide, pool, rows.first_blocks, second, context).out
-    out = jnp.einsum("RNMH,NM->RNH", found.reshape(R, N, N, H), diagonal)
-    return where_hidden(lambda: absorbed_values(projections, found), out)
-
-
-def _wide_rows(
-    wide: jax.Array, pool: jax.Array, x_blocks: jax.Array, y_blocks: jax.Array | None, length: jax.Array
-) -> Partial:
-    """Wide-head attention, row by row: `wide [R, N, D]` over `length [R]` tokens; out `[R, N, D]`, lse `[R, N]`."""
-    R, N, D = wide.shape
-
-    def one_row(r: jax.Array, found: Partial) -> Partial:
-        y = None if y_blocks is None else y_blocks[r]
-        row = _wide_pages(wide[r], pool, x_blocks[r], y, length[r])
-        return Partial(found.out.at[r].set(row.out), found.lse.at[r].set(row.lse))
-
-    empty = Partial(jnp.zeros((R, N, D), jnp.float32), jnp.full((R, N), NEVER, jnp.float32))
-    return jax.lax.fori_loop(0, R, one_row, empty)
-
-
-def _wide_pages(
-    wide: jax.Array, pool: jax.Array, x_blocks: jax.Array, y_blocks: jax.Array | None, length: jax.Array
-) -> Partial:
-    """Queries `wide [Q, D]` over the first `length` tokens of pages `x_blocks [W]`; float32 `[Q, D]` and `[Q]`."""
-    Q, D = wide.shape
-
-    def read(chunk: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        valid = chunk * CHUNK_TOKENS + jnp.arange(CHUNK_TOKENS) < length
-        x = read_chunk(pool, x_blocks, chunk, valid)
-        y = x if y_blocks is None else read_chunk(pool, y_blocks, chunk, valid)
-        scores = jnp.einsum("QD,CD->QC", wide, x)
-        if y_blocks is None:
-            scores = sum_over_devices(scores)
-        return jnp.where(valid, scores, NEVER), y, valid
-
-    def body(chunk: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-        scores, y, valid = read(chunk)
-        return _online_softmax(carry, scores, lambda p: jnp.einsum("QC,CD->QD", p, y), valid)
-
-    return _finish_softmax(jax.lax.fori_loop(0, -(-length // CHUNK_TOKENS), body, _start_softmax((Q,), (Q, D))))
 
 
 def _chunks(
@@ -224,20 +168,19 @@ def _chunks(
 
     def by_head(r: jax.Array) -> Partial:
         def body(chunk: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-            valid = chunk * CHUNK_TOKENS + jnp.arange(CHUNK_TOKENS) < prefix[r]
+            valid = chunk_positions(chunk) < prefix[r]
             keys, values = keys_values(r, chunk, valid)
             scores = jnp.einsum("TNH,CNH->TNC", q, keys, preferred_element_type=jnp.float32)
             scores = jnp.where(valid, scores, NEVER)
-            return _online_softmax(
+            return online_softmax(
                 carry, scores, lambda p: jnp.einsum("TNC,CNH->TNH", p, values.astype(jnp.float32)), valid
             )
 
-        steps = -(-prefix[r] // CHUNK_TOKENS)
-        return _finish_softmax(jax.lax.fori_loop(0, steps, body, _start_softmax((T, N), (T, N, H))))
+        return finish_softmax(jax.lax.fori_loop(0, num_chunks(prefix[r]), body, start_softmax((T, N), (T, N, H))))
 
     def absorbed(r: jax.Array) -> Partial:
         wide = absorb_query(projections, q)
-        part = _wide_pages(wide.reshape(-1, wide.shape[-1]), pool, rows.first_blocks[r], None, prefix[r])
+        part = attend_wide(wide.reshape(-1, wide.shape[-1]), pool, rows.first_blocks[r], prefix[r])
         lse = own_slice(part.lse.reshape(wide.shape[:2]), axis=1) + key_bias_score(projections, q)
         return Partial(absorbed_values(projections, part.out.reshape(wide.shape)), lse)
 
@@ -259,54 +202,37 @@ def _chunks(
 
 
 def _causal(q: jax.Array, k: jax.Array, v: jax.Array, tokens: Tokens) -> Partial:
-    """Each packed token over the tokens of its own row up to itself, in tiles of queries."""
+    """Each packed token over the tokens of its own row up to itself; padding gives anything.
+
+    In tiles of queries, each over those tiles of keys that its rows begin in or after: neither what comes later nor
+    what belongs to other requests is multiplied.
+    """
     T, N, H = q.shape
+    tile = math.gcd(T, _TILE)
+    if tile < _SMALLEST_TILE:
+        tile = T
+    index = jnp.arange(T)
+    begins = tokens.row != jnp.roll(tokens.row, 1)
+    first = jax.lax.cummax(jnp.where(begins, index, 0))  # index of the first token of each token's row
+    q, k, v = (x.swapaxes(0, 1) for x in (q, k, v))
 
-    def tile(q: jax.Array, row: jax.Array, position: jax.Array) -> Partial:
-        scores = jnp.einsum("QNH,TNH->QNT", q, k, preferred_element_type=jnp.float32)
-        seen = (row[:, None] == tokens.row) & (position[:, None] >= tokens.position)
-        scores = jnp.where(seen[:, None, :], scores, NEVER)
-        top = scores.max(-1)
-        weights = jnp.exp(scores - top[..., None])
-        total = weights.sum(-1)
-        out = jnp.einsum("QNT,TNH->QNH", weights, v.astype(jnp.float32)) / total[..., None]
-        return Partial(out, top + jnp.log(total))
+    def one_tile(i: jax.Array) -> Partial:
+        def own(x: jax.Array, at: jax.Array, axis: int = 0) -> jax.Array:
+            return jax.lax.dynamic_slice_in_dim(x, at * tile, tile, axis)
 
-    if T <= _QUERY_TILE or T % _QUERY_TILE:
-        return tile(q, tokens.row, tokens.position)
-    tiles = T // _QUERY_TILE
-    parts = jax.lax.map(
-        lambda args: tile(*args),
-        (q.reshape(tiles, -1, N, H), tokens.row.reshape(tiles, -1), tokens.position.reshape(tiles, -1)),
-    )
-    return Partial(parts.out.reshape(T, N, H), parts.lse.reshape(T, N))
+        queries, row, position = own(q, i, 1), own(tokens.row, i), own(tokens.position, i)
 
+        def body(j: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+            seen = (row[:, None] == own(tokens.row, j)) & (position[:, None] >= own(tokens.position, j))
+            scores = jnp.einsum("NQH,NCH->NQC", queries, own(k, j, 1), preferred_element_type=jnp.float32)
+            values = own(v, j, 1).astype(jnp.float32)
+            return online_softmax(
+                carry, jnp.where(seen, scores, NEVER), lambda p: jnp.einsum("NQC,NCH->NQH", p, values), seen
+            )
 
-def read_chunk(
-    pool: jax.Array, blocks: jax.Array, chunk: jax.Array, valid: jax.Array, dtype: DTypeLike = jnp.float32
-) -> jax.Array:
-    """Vectors `[C, D]` of one chunk of a row's pages; those that are not `valid [C]` are 0, whatever the pool holds."""
-    block_size, D = pool.shape[1:]
-    pages = CHUNK_TOKENS // block_size
-    vectors = pool[jax.lax.dynamic_slice(blocks, (chunk * pages,), (pages,))].reshape(CHUNK_TOKENS, D)
-    return jnp.where(valid[:, None], vectors, 0).astype(dtype)
+        return finish_softmax(
+            jax.lax.fori_loop(first[i * tile] // tile, i + 1, body, start_softmax((N, tile), (N, tile, H)))
+        )
 
-
-def _start_softmax(shape: tuple[int, ...], out_shape: tuple[int, ...]) -> tuple[jax.Array, ...]:
-    return jnp.full(shape, NEVER, jnp.float32), jnp.zeros(shape, jnp.float32), jnp.zeros(out_shape, jnp.float32)
-
-
-def _online_softmax(carry, scores, weighted_values, valid):  # type: ignore[no-untyped-def]
-    """One step of the running softmax: new maximum, rescale, add."""
-    top, total, out = carry
-    new_top = jnp.maximum(top, scores.max(-1))
-    weights = jnp.where(valid, jnp.exp(scores - new_top[..., None]), 0.0)
-    keep = jnp.exp(top - new_top)
-    return new_top, total * keep + weights.sum(-1), out * keep[..., None] + weighted_values(weights)
-
-
-def _finish_softmax(carry: tuple[jax.Array, ...]) -> Partial:
-    top, total, out = carry
-    empty = total == 0
-    safe = jnp.where(empty, 1.0, total)
-    return Partial(out / safe[..., None], jnp.where(empty, NEVER, top + jnp.log(safe)))
+    parts = jax.lax.map(one_tile, jnp.arange(T // tile))
+    return Partial(parts.out.swapaxes(1, 2).reshape(T, N, H), parts.lse.swapaxes(1, 2).reshape(T, N))

@@ -107,7 +107,7 @@ class BatchBuilder:
         Raises:
             ValueError: the spans exceed the largest bucket (the policy went past its limits).
         """
-        spans = sorted(spans, key=lambda span: not span.samples)
+        spans = sorted(spans, key=_order)
         num_tokens = sum(span.num_tokens for span in spans)
         bucket = self.buckets.choose(num_tokens, len(spans), decode_only=num_tokens == len(spans) and not prefill)
         T, R = bucket.tokens, bucket.rows
@@ -174,6 +174,11 @@ class BatchBuilder:
                 del self._slot_of[id(request)]
                 return slot
         raise AssertionError(f"more than max_num_seqs={self.num_slots} requests hold blocks")
+
+
+def _order(span: Span) -> tuple[bool, bool, int]:
+    """Rows that sample first; then neighbours alike, because attention takes them in groups (`xla_attention.py`)."""
+    return not span.samples, span.request.cache_kind is CacheKind.HIDDEN, -span.start
 
 
 def known_tokens(request: Request, start: int, count: int) -> list[int]:

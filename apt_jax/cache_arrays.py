@@ -1,7 +1,8 @@
 """The cache pool on the device: making it, writing a step's tokens, converting hidden blocks to KV in place.
 
-The pool is one flat array `[L*P, S, D]` (split over devices: D is a device's slice, and N its heads); block b of layer l is row `l*P + b`. Flat, because a pool carried through
+The pool is one flat array `[L*P, S, D]`; block b of layer l is row `l*P + b`. Flat, because a pool carried through
 `lax.scan` and donated stays in place only when no layer's slice of it is taken (DESIGN, "The hybrid cache").
+Split over devices, D is a device's slice, and N are its heads.
 """
 
 import jax
@@ -11,7 +12,7 @@ from jax.typing import DTypeLike
 
 from apt_jax.batch import Rows, Tokens
 from apt_jax.config import ModelConfig
-from apt_jax.opt import OPT, SelfAttention
+from apt_jax.opt import OPT, DecoderLayer
 
 
 def pool_shape(config: ModelConfig, num_blocks: int, block_size: int) -> tuple[int, int, int]:
@@ -70,18 +71,29 @@ def convert_blocks(
         hidden_blocks, value_blocks: int32 `[K]` blocks of the pages to convert; padding is `num_blocks`.
     """
     graphdef, stacked = nnx.split(model.layers)
-    nowhere = pool.shape[0]
 
     def one_layer(pool: jax.Array, xs: tuple[jax.Array, nnx.State]) -> tuple[jax.Array, None]:
         layer, state = xs
-        projections: SelfAttention = nnx.merge(graphdef, state).self_attn
-        base = layer * num_blocks
-        first = jnp.where(hidden_blocks < num_blocks, base + hidden_blocks, nowhere)
-        second = jnp.where(hidden_blocks < num_blocks, base + value_blocks, nowhere)
-        h = pool[jnp.minimum(first, nowhere - 1)]
-        k, v = (x.reshape(h.shape) for x in projections.keys_values(h))
-        pool = pool.at[first].set(k.astype(pool.dtype), mode="drop")
-        return pool.at[second].set(v.astype(pool.dtype), mode="drop"), None
+        return convert_layer(nnx.merge(graphdef, state), pool, layer, hidden_blocks, value_blocks, num_blocks), None
 
     pool, _ = jax.lax.scan(one_layer, pool, (jnp.arange(model.num_layers, dtype=jnp.int32), stacked))
     return pool
+
+
+def convert_layer(
+    layer: DecoderLayer,
+    pool: jax.Array,
+    index: jax.Array,
+    hidden_blocks: jax.Array,
+    value_blocks: jax.Array,
+    num_blocks: int,
+) -> jax.Array:
+    """`convert_blocks` in layer number `index` (int32 scalar) only. Pure."""
+    nowhere = pool.shape[0]
+    base = index * num_blocks
+    first = jnp.where(hidden_blocks < num_blocks, base + hidden_blocks, nowhere)
+    second = jnp.where(hidden_blocks < num_blocks, base + value_blocks, nowhere)
+    h = pool[jnp.minimum(first, nowhere - 1)]
+    k, v = (x.reshape(h.shape) for x in layer.self_attn.keys_values(h))
+    pool = pool.at[first].set(k.astype(pool.dtype), mode="drop")
+    return pool.at[second].set(v.astype(pool.dtype), mode="drop")

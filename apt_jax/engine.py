@@ -70,6 +70,7 @@ class Engine:
         model: weights on the device; for `tensor_parallel_size` > 1 split by `sharding.Parallel`.
         tokenizer: None serves token ids only.
         clock: seconds; replaced in tests.
+        donate_model: the model's arrays may be taken apart, which saves memory on a CPU; it cannot be used afterwards.
 
     Raises:
         ValueError: the configuration cannot be served (context, memory, backend); one sentence with the cure.
@@ -83,6 +84,7 @@ class Engine:
         tokenizer: Tokenizer | None = None,
         *,
         clock: Callable[[], float] = time.monotonic,
+        donate_model: bool = False,
     ):
         self.model_config = model_config
         self.tokenizer = tokenizer
@@ -110,7 +112,7 @@ class Engine:
         )
         kinds = Kinds(kv=CacheKind.KV in limits.kinds, hidden=CacheKind.HIDDEN in limits.kinds)
         shapes = Shapes(config.max_num_seqs, self.max_model_len, self.builder.table_pages, config.block_size, kinds)
-        self.runner = Runner(model, model_config, shapes, buckets, config.attention_backend)
+        self.runner = Runner(model, model_config, shapes, buckets, config.attention_backend, donate_model=donate_model)
         _check_devices(self.runner, config)
         self.memory = self._plan_memory(limits)
         logger.info("device memory\n%s", self.memory.table())

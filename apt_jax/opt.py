@@ -10,6 +10,7 @@ function that the caller gives, together with a cache that is threaded through t
 Source: transformers `modeling_opt.py` (behaviour), checked against it by `tests/test_opt.py`.
 """
 
+import math
 from collections.abc import Callable
 from typing import Protocol
 
@@ -20,6 +21,8 @@ from jax.typing import DTypeLike
 
 from apt_jax.collectives import join, num_devices, own_number, sum_and_scatter, sum_over_devices
 from apt_jax.config import POSITION_OFFSET, ModelConfig
+
+_FEW_ROWS = 128
 
 
 def _gelu(x: jax.Array) -> jax.Array:
@@ -130,7 +133,11 @@ class DecoderLayer(nnx.Module):
         if not self.norm_first:
             x = self.self_attn_layer_norm(x)
         h = self.final_layer_norm(x) if self.norm_first else x
-        x = x + _summed(self.fc2, ACTIVATION_FUNCTIONS[self.activation](self.fc1(h)), axes=1)
+        x = x + _summed(
+            self.fc2,
+            ACTIVATION_FUNCTIONS[self.activation](_add_bias(self.fc1, product(h, self.fc1.kernel[...]))),
+            axes=1,
+        )
         if not self.norm_first:
             x = self.final_layer_norm(x)
         return x, cache
@@ -198,12 +205,9 @@ class OPT(nnx.Module):
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Float32 logits `[..., V]` of hidden states `[..., E]`."""
-        if self.lm_head is not None:
-            kernel = self.lm_head.kernel[...]
-            logits = jnp.einsum("...e,ev->...v", hidden, kernel, preferred_element_type=jnp.float32)
-        else:
-            table = self.embed_tokens.embedding[...]
-            logits = jnp.einsum("...e,ve->...v", hidden, table, preferred_element_type=jnp.float32)
+        tied = self.lm_head is None
+        kernel = self.embed_tokens.embedding[...].T if tied else self.lm_head.kernel[...]
+        logits = product(hidden, kernel, dtype=jnp.float32)
         # split over devices, the vocabulary is padded
         return join(logits, axis=logits.ndim - 1)[..., : self.vocab_size]
 
@@ -219,12 +223,12 @@ def scatter_heads(x: jax.Array) -> jax.Array:
 
 def _to_heads(linear: nnx.LinearGeneral, h: jax.Array) -> jax.Array:
     """`[T, D] -> [T, N, H]`, N as many heads as this device's kernel has (the module's own call wants all)."""
-    return _add_bias(linear, jnp.tensordot(h, linear.kernel[...], axes=1))
+    return _add_bias(linear, product(h, linear.kernel[...]))
 
 
 def _summed(linear: nnx.Linear | nnx.LinearGeneral, x: jax.Array, axes: int) -> jax.Array:
     """`linear` over the last `axes` axes of `x`, of which each device has its slice; the bias counts once."""
-    return _add_bias(linear, sum_over_devices(jnp.tensordot(x, linear.kernel[...], axes=axes)))
+    return _add_bias(linear, sum_over_devices(product(x, linear.kernel[...], axes)))
 
 
 def _add_bias(linear: nnx.Linear | nnx.LinearGeneral, out: jax.Array) -> jax.Array:
@@ -233,12 +237,35 @@ def _add_bias(linear: nnx.Linear | nnx.LinearGeneral, out: jax.Array) -> jax.Arr
 
 def _looked_up(embed: nnx.Embed, token_ids: jax.Array) -> jax.Array:
     """Embeddings `[..., E]` from a table whose rows are split over devices: the others add 0."""
-    if num_devices() == 1:
-        return embed(token_ids)
     table = embed.embedding[...]
+    if num_devices() == 1:
+        return table[token_ids].astype(embed.dtype)
     row = token_ids - own_number() * table.shape[0]
     here = (row >= 0) & (row < table.shape[0])
     return sum_over_devices(jnp.where(here[..., None], embed(jnp.where(here, row, 0)), 0))
+
+
+def product(x: jax.Array, kernel: jax.Array, axes: int = 1, dtype: DTypeLike | None = None) -> jax.Array:
+    """`x` times `kernel` over the last `axes` axes of `x`, in `dtype` or that of `x`.
+
+    On a CPU few rows are multiplied as columns, `(kernel^T x^T)^T`: there XLA takes up to twice as long for the plain
+    form, and rewrites the one into the other unless it is kept from it (docs/performance.md).
+    """
+    out = dtype or x.dtype
+
+    def plain(x: jax.Array, kernel: jax.Array) -> jax.Array:
+        return jnp.tensordot(x, kernel, axes, preferred_element_type=jnp.promote_types(out, kernel.dtype)).astype(out)
+
+    def columns(x: jax.Array, kernel: jax.Array) -> jax.Array:
+        wide = jnp.promote_types(out, kernel.dtype)
+        rows, inputs = x.shape[0], math.prod(kernel.shape[:axes])
+        turned, x = kernel.reshape(inputs, -1).T, x.reshape(rows, inputs).astype(kernel.dtype)
+        found = jax.lax.optimization_barrier(jnp.matmul(turned, x.T, preferred_element_type=wide))
+        return found.T.reshape(rows, *kernel.shape[axes:]).astype(out)
+
+    if x.ndim != axes + 1 or x.shape[0] > _FEW_ROWS:
+        return plain(x, kernel)
+    return jax.lax.platform_dependent(x, kernel, cpu=columns, default=plain)
 
 
 _normal = nnx.initializers.normal(0.02)

@@ -18,14 +18,15 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 from tqdm import tqdm
 
-from apt_jax import attention
+from apt_jax import xla_attention
 from apt_jax.attention import Kinds
 from apt_jax.attention_backend import select_kernels
 from apt_jax.batch import Batch, Rows, Sampling, Tokens, empty_sampling
 from apt_jax.buckets import Bucket, Buckets
 from apt_jax.cache import BlockTable
-from apt_jax.cache_arrays import convert_blocks, pool_shape
+from apt_jax.cache_arrays import convert_blocks, convert_layer, pool_shape
 from apt_jax.config import ModelConfig
+from apt_jax.layer_weights import LayerWeights, outside_layers
 from apt_jax.opt import OPT
 from apt_jax.program_store import ProgramStore, source_hash
 from apt_jax.sampling import Sampled, Scored, score
@@ -33,8 +34,6 @@ from apt_jax.sharding import EVERYWHERE, POOL, Parallel, local_config, zeros
 from apt_jax.steps import end_step, run_layer, run_sampling, run_step, start_step
 
 CONVERT_TOKENS = 256  # cached tokens that one call of the conversion program handles
-
-Layers = list[tuple[list[jax.Array], jax.Array]]  # per layer its weights, and its number as int32
 
 
 @dataclass(frozen=True)
@@ -51,6 +50,10 @@ class Shapes:
 class Runner:
     """Runs batches on the device. Weights are shared, pool and history are replaced by every step.
 
+    Args:
+        donate_model: see `Engine`.
+        call_per_layer: a step is a call per layer, with arrays of its own for each; None does so on a CPU.
+
     Raises:
         ValueError: the Pallas kernels were asked for and do not work here.
     """
@@ -62,20 +65,26 @@ class Runner:
         shapes: Shapes,
         buckets: Buckets,
         attention_backend: Literal["auto", "xla", "pallas"] = "xla",
+        *,
+        donate_model: bool = False,
+        call_per_layer: bool | None = None,
     ):
         self.model_config = model_config
         self.shapes = shapes
         self.buckets = buckets
         self._graphdef, state = nnx.split(model)
         self._weights, self._weights_tree = jax.tree.flatten(state)
-        self._layer_graphdef, stacked = nnx.split(model.layers)
-        leaves, self._layer_tree = jax.tree.flatten(stacked)
         self.dtype = jnp.dtype(model.embed_tokens.embedding[...].dtype)
-        # On a CPU, XLA copies a layer's weights out of the stack before it multiplies; arrays of their own it reads in
-        # place. There each layer is a call of one program, which also compiles once and not once per layer.
         self.parallel = Parallel.of(model)
-        on_cpu = self.device.platform == "cpu"
-        self._layers = _views(leaves, model.num_layers) if on_cpu and self.parallel is None else None
+        # Where each layer has arrays of its own, it is a call of one program, which also compiles once and not once per
+        # layer; the other programs get arrays without elements in the layers' places.
+        self._layers: LayerWeights | None = None
+        if call_per_layer is None:
+            call_per_layer = self.device.platform == "cpu" and self.parallel is None
+        if call_per_layer:
+            self._layers = LayerWeights.of(model, donate=donate_model)
+            paths = jax.tree.leaves_with_path(state)
+            self._weights = [outside_layers(path, leaf) for path, leaf in paths]
         self.kernels = select_kernels(
             attention_backend, local_config(model_config, self.num_devices),
             block_size=shapes.block_size, dtype=self.dtype, device=self.device,
@@ -96,7 +105,8 @@ class Runner:
     @property
     def weight_bytes(self) -> int:
         """Bytes of the weights on each device."""
-        return sum(leaf.addressable_shards[0].data.nbytes for leaf in self._weights)
+        layers = 0 if self._layers is None else self._layers.nbytes
+        return layers + sum(leaf.addressable_shards[0].data.nbytes for leaf in self._weights)
 
     @property
     def device(self) -> jax.Device:
@@ -271,17 +281,17 @@ class Runner:
         return self._compile(f"step {name}", step, pool, history, tokens, rows, donate=(1, 2), outs=outs)
 
     def _compile_layers(
-        self, name: str, bucket: Bucket, num_blocks: int, layers: Layers, pool: Any, history: Any, tokens: Tokens,
+        self, name: str, bucket: Bucket, num_blocks: int, layers: LayerWeights, pool: Any, history: Any, tokens: Tokens,
         rows: Rows,
     ) -> "LayeredStep":  # fmt: skip
         def start(weights, history, tokens, rows):  # type: ignore[no-untyped-def]
             return start_step(self._model(weights), history, tokens, rows)
 
         def layer(leaves, pool, x, index, tokens, rows):  # type: ignore[no-untyped-def]
-            module = nnx.merge(self._layer_graphdef, jax.tree.unflatten(self._layer_tree, leaves))
             return run_layer(
-                module, self.shapes.kinds, num_blocks, bucket.decode_only, pool, x, index, tokens, rows, self.kernels
-            )
+                layers.layer(leaves), self.shapes.kinds, num_blocks, bucket.decode_only,
+                pool, x, index, tokens, rows, self.kernels,
+            )  # fmt: skip
 
         def end(weights, x, rows):  # type: ignore[no-untyped-def]
             return end_step(self._model(weights), bucket.decode_only, self.buckets.max_rows, x, rows)
@@ -289,7 +299,9 @@ class Runner:
         x, index = _abstract((bucket.tokens, self.model_config.hidden_size), self.dtype), _abstract((), np.int32)
         return LayeredStep(
             self._compile(f"start {bucket}", start, history, tokens, rows, donate=(1,)),
-            self._compile(f"layer {name}", layer, pool, x, index, tokens, rows, donate=(1, 2), weights=layers[0][0]),
+            self._compile(
+                f"layer {name}", layer, pool, x, index, tokens, rows, donate=(1, 2), weights=layers.arrays[0]
+            ),
             self._compile(f"end {bucket}", end, x, rows, donate=()),
             layers,
         )
@@ -323,10 +335,17 @@ class Runner:
         def convert(weights, pool, hidden_blocks, value_blocks):  # type: ignore[no-untyped-def]
             return convert_blocks(self._model(weights), pool, hidden_blocks, value_blocks, num_blocks)
 
+        def layer(arrays, pool, index, hidden_blocks, value_blocks):  # type: ignore[no-untyped-def]
+            module = layers.layer(arrays)
+            return convert_layer(module, pool, index, hidden_blocks, value_blocks, num_blocks)
+
         blocks = _abstract((self._convert_pages,), np.int32)
-        return self._compile(
-            f"convert {num_blocks}", convert, self._abstract_pool(num_blocks), blocks, blocks, donate=(1,), outs=POOL
-        )
+        name, pool, layers = f"convert {num_blocks}", self._abstract_pool(num_blocks), self._layers
+        if layers is None:
+            return self._compile(name, convert, pool, blocks, blocks, donate=(1,), outs=POOL)
+        index, weights = _abstract((), np.int32), layers.arrays[0]
+        program = self._compile(f"{name} layer", layer, pool, index, blocks, blocks, donate=(1,), weights=weights)
+        return LayeredConvert(program, layers)
 
     def _compile(
         self, name: str, function: Any, *args: Any, donate: tuple[int, ...], weights: list[jax.Array] | None = None,
@@ -374,7 +393,7 @@ class LayeredStep:
     `start`, `layer` and `end` are compiled from the functions of those names in `steps.py`.
     """
 
-    def __init__(self, start: Any, layer: Any, end: Any, layers: Layers):
+    def __init__(self, start: Any, layer: Any, end: Any, layers: LayerWeights):
         self.programs = (start, layer, end)
         self._layers = layers
 
@@ -385,10 +404,26 @@ class LayeredStep:
         start, layer, end = self.programs
         tokens, rows = jax.device_put((tokens, rows))
         x, history = start(weights, history, tokens, rows)
-        for leaves, index in self._layers:
-            x, pool = layer(leaves, pool, x, index, tokens, rows)
+        for arrays, number in zip(self._layers.arrays, self._layers.numbers, strict=True):
+            x, pool = layer(arrays, pool, x, number, tokens, rows)
         last, every = end(weights, x, rows)
         return last, pool, history, every
+
+
+class LayeredConvert:
+    """A conversion as one call per layer; called like the program of all layers. See `LayeredStep`."""
+
+    def __init__(self, program: Any, layers: LayerWeights):
+        self.program, self._layers = program, layers
+
+    def __call__(
+        self, weights: list[jax.Array], pool: jax.Array, hidden_blocks: np.ndarray, value_blocks: np.ndarray
+    ) -> jax.Array:
+        """As `convert_blocks`; the pool is donated."""
+        blocks = jax.device_put((hidden_blocks, value_blocks))
+        for arrays, number in zip(self._layers.arrays, self._layers.numbers, strict=True):
+            pool = self.program(arrays, pool, number, *blocks)
+        return pool
 
 
 def temporary_bytes(program: Any) -> int:
@@ -401,16 +436,7 @@ def temporary_bytes(program: Any) -> int:
 
 def pages_multiple(block_size: int) -> int:
     """Tables are padded to a multiple of this many pages, so that every chunk lies inside."""
-    return max(attention.CHUNK_TOKENS // block_size, 1)
-
-
-def _views(leaves: list[jax.Array], num_layers: int) -> Layers:
-    """Each layer's arrays of stacked ones on a CPU, in the same memory where its alignment allows."""
-    device = next(iter(leaves[0].devices()))
-    stacked = [np.asarray(leaf) for leaf in leaves]
-    return [
-        ([jax.device_put(leaf[i], device, may_alias=True) for leaf in stacked], jnp.int32(i)) for i in range(num_layers)
-    ]
+    return max(xla_attention.CHUNK_TOKENS // block_size, 1)
 
 
 def _abstract(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:

@@ -44,7 +44,7 @@ def build_engine(
     on_phase("weights")
     text = load_tokenizer(loaded.folder, tokenizer, revision)
     on_phase("tokenizer")
-    engine = Engine(loaded.model, loaded.config, engine_config, text)
+    engine = Engine(loaded.model, loaded.config, engine_config, text, donate_model=True)
     on_phase("memory")
     return engine
 

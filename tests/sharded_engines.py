@@ -19,9 +19,9 @@ import numpy as np
 from checkpoint_folders import random_model
 from engines import Orders, finish, make_engine
 
-import apt_jax.attention
 import apt_jax.buckets
 import apt_jax.hidden_slices
+import apt_jax.xla_attention
 from apt_jax.buckets import Buckets
 from apt_jax.cache import CacheKind
 from apt_jax.cache_arrays import pool_shape
@@ -88,7 +88,7 @@ def check_memory(engine: Engine) -> None:
 
 
 def main(cases: list[str]) -> None:
-    apt_jax.attention.CHUNK_TOKENS = 16  # several chunks per context
+    apt_jax.xla_attention.CHUNK_TOKENS = 16  # several chunks per context
     apt_jax.hidden_slices.GROUP_BYTES = 192 * 64  # several groups per batch
     apt_jax.hidden_slices._SHORTEST = 24  # and of every width
     apt_jax.buckets.ladder = lambda smallest, largest: [largest]

@@ -50,16 +50,17 @@ def test_steps_update_the_pool_in_place():
     model = nnx.merge(graphdef, jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), state))
     buckets = Buckets(max_num_seqs=8, max_num_batched_tokens=16)
     shapes = Shapes(8, 64, 8, 16, Kinds(kv=True, hidden=True))
-    runner = Runner(model, config, shapes, buckets)
     num_blocks = 2048
     pool_bytes = np.prod(pool_shape(config, num_blocks, 16)) * 4
-    sizes = buckets.prefill[-1], buckets.decode[-1]
-    layered = [runner._compile_step(size, num_blocks).programs[1] for size in sizes]
-    runner._layers = None  # as on an accelerator
-    whole = [runner._compile_step(size, num_blocks) for size in sizes]
-    for program in (*layered, *whole, runner._compile_convert(num_blocks)):
-        assert temporary_bytes(program) < pool_bytes / 20
-        assert program.memory_analysis().alias_size_in_bytes >= pool_bytes
+    for call_per_layer in (True, False):  # as on a CPU and on an accelerator
+        runner = Runner(model, config, shapes, buckets, call_per_layer=call_per_layer)
+        programs = [runner._compile_step(size, num_blocks) for size in (buckets.prefill[-1], buckets.decode[-1])]
+        programs.append(runner._compile_convert(num_blocks))
+        if call_per_layer:
+            programs = [*(step.programs[1] for step in programs[:2]), programs[2].program]
+        for program in programs:
+            assert temporary_bytes(program) < pool_bytes / 20
+            assert program.memory_analysis().alias_size_in_bytes >= pool_bytes
 
 
 def test_nothing_compiles_after_warm_up(model):

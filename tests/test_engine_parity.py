@@ -19,7 +19,7 @@ TREATMENTS = ("kv", "hidden", "converted", "preempted")
 @pytest.fixture
 def small_chunks(monkeypatch):
     """Several chunks per context, so that the running softmax really runs; one prefill and one decode shape."""
-    monkeypatch.setattr("apt_jax.attention.CHUNK_TOKENS", 32)
+    monkeypatch.setattr("apt_jax.xla_attention.CHUNK_TOKENS", 32)
     monkeypatch.setattr("apt_jax.buckets.ladder", lambda smallest, largest: [largest])
 
 

@@ -62,7 +62,7 @@ def make_engine(config: ModelConfig, *, dtype: str, batch: int, context_tokens: 
         block_size=block_size,
         calibrate=False,
     )
-    return Engine(loaded.model, loaded.config, engine_config)
+    return Engine(loaded.model, loaded.config, engine_config, donate_model=True)
 
 
 def measure_steps(
