@@ -98,8 +98,10 @@ def _decode(
     hidden = (rows.is_hidden & (context > 0))[:, None, None]
 
     def of_hidden(otherwise: jax.Array) -> jax.Array:
-        wide = _absorb_query(projections, q).astype(pool.dtype)
         length = jnp.where(rows.is_hidden, context, 0)
+        if kernels.hidden_decode is None:
+            return jnp.where(hidden, _decode_wide(projections, q, pool, rows, Kinds(False, True), length), otherwise)
+        wide = _absorb_query(projections, q).astype(pool.dtype)
         found = kernels.hidden_decode(wide, pool, rows.first_blocks, length).out
         return jnp.where(hidden, _absorbed_values(projections, found), otherwise)
 

@@ -16,14 +16,15 @@ _TOLERANCE = {2: 2e-2, 4: 1e-3}  # by bytes of a number; float32 kernels may mul
 
 
 class Kernels(NamedTuple):
-    """The two decode kernels of a platform, with the signatures of `reference.py`.
+    """The decode kernels of a platform, with the signatures of `reference.py`.
 
-    Looser than there: `hidden_decode` may give `out` in the pool's dtype, and anything in rows of length 0.
+    Looser than there: `hidden_decode` may give `out` in the pool's dtype, and anything in rows of length 0. It is None
+    where there is no kernel for hidden rows and XLA attends to them.
     """
 
     name: str
     kv_decode: Callable[..., Partial]
-    hidden_decode: Callable[..., Partial]
+    hidden_decode: Callable[..., Partial] | None
 
 
 REFERENCES = Kernels("reference", reference.kv_decode_attention, reference.hidden_decode_attention)
@@ -33,18 +34,33 @@ def kernels_for(device: jax.Device) -> Kernels:
     """The kernels for a device's platform; on a CPU those for TPU, interpreted.
 
     Raises:
-        NotImplementedError: there are none for this platform.
+        NotImplementedError: there are none for this platform, or this generation of GPUs.
     """
     if device.platform == "gpu":
-        from pallas_kernels.gpu_hidden_decode import hidden_decode_attention
-        from pallas_kernels.gpu_kv_decode import kv_decode_attention
-
-        return Kernels("gpu", kv_decode_attention, hidden_decode_attention)
+        return gpu_kernels(device.compute_capability)
     if device.platform == "tpu":
         return tpu_kernels("tpu", cores=getattr(device, "num_cores", None) or 1, interpret=False)
     if device.platform == "cpu":
         return tpu_kernels("tpu-interpreted", cores=1, interpret=True)
     raise NotImplementedError(f"there are no Pallas kernels for platform {device.platform!r}; use tpu, gpu or cpu")
+
+
+def gpu_kernels(compute_capability: str) -> Kernels:
+    """The GPU kernels: Hopper (9.0) has both; later and Ampere and Ada (8.0 and up) that for KV, without tensor cores.
+
+    Raises:
+        NotImplementedError: an older GPU, or one of another make.
+    """
+    from pallas_kernels import gpu_hidden_decode, gpu_kv_decode, gpu_kv_fma
+
+    generation = compute_capability.split(".")[0]
+    if generation == "9":
+        return Kernels("gpu", gpu_kv_decode.kv_decode_attention, gpu_hidden_decode.hidden_decode_attention)
+    if generation.isdecimal() and int(generation) >= 8:
+        return Kernels("gpu-kv", gpu_kv_fma.kv_decode_attention, None)
+    raise NotImplementedError(
+        f"there are no Pallas kernels for GPUs of {compute_capability=}; they need 8.0 (KV) or 9.0 (KV and hidden)"
+    )
 
 
 def tpu_kernels(name: str, **options: Any) -> Kernels:
@@ -59,7 +75,7 @@ def tpu_kernels(name: str, **options: Any) -> Kernels:
 
 
 def self_check(kernels: Kernels, *, heads: int, head_dim: int, block_size: int, dtype: DTypeLike) -> str | None:
-    """Run both kernels on a few rows against the references, on the default device; why they cannot be used, or None.
+    """Run the kernels on a few rows against the references, on the default device; why they cannot be used, or None.
 
     Rows have no token, one, a block and one more, and several hundred; blocks are shuffled and NaN beyond a row's
     length. Takes some seconds, most of it compiling.
@@ -82,6 +98,8 @@ def self_check(kernels: Kernels, *, heads: int, head_dim: int, block_size: int, 
         "hidden_decode": (q_wide, pool, blocks[0], lengths),
     }
     for name, args in cases.items():
+        if getattr(kernels, name) is None:
+            continue
         try:
             found, expected = (jax.device_get(getattr(k, name)(*map(jnp.asarray, args))) for k in (kernels, REFERENCES))
         except Exception as error:

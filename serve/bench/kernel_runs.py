@@ -91,7 +91,10 @@ def implementations(device: jax.Device) -> list[Implementation]:
             return dispatch.kernels_for(device).kv_decode(q, pool, first, second, length)
 
         def hidden(q: jax.Array, pool: jax.Array, first: jax.Array, _: jax.Array, length: jax.Array) -> Partial:
-            return dispatch.kernels_for(device).hidden_decode(q, pool, first, length)
+            kernels = dispatch.kernels_for(device)
+            if kernels.hidden_decode is None:
+                raise NotImplementedError(f"the {kernels.name!r} kernels leave hidden rows to XLA")
+            return kernels.hidden_decode(q, pool, first, length)
 
         theirs = _jax_gpu if device.platform == "gpu" else _jax_tpu
         found = [
