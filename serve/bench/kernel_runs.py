@@ -96,6 +96,11 @@ def implementations(device: jax.Device) -> list[Implementation]:
                 raise NotImplementedError(f"the {kernels.name!r} kernels leave hidden rows to XLA")
             return kernels.hidden_decode(q, pool, first, length)
 
+        def cluster(q: jax.Array, pool: jax.Array, first: jax.Array, _: jax.Array, length: jax.Array) -> Partial:
+            from pallas_kernels import gpu_hidden_cluster
+
+            return gpu_hidden_cluster.hidden_decode_attention(q, pool, first, length)
+
         theirs = _jax_gpu if device.platform == "gpu" else _jax_tpu
         found = [
             Implementation("pallas", "kv", kv),
@@ -103,6 +108,8 @@ def implementations(device: jax.Device) -> list[Implementation]:
             *found,
             Implementation("jax", "kv", theirs, by_head=True),
         ]
+        if device.platform == "gpu":  # the last, since no GPU has run it yet
+            found.append(Implementation("cluster", "hidden", cluster))
     return found
 
 
