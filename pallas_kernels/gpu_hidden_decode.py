@@ -8,10 +8,15 @@ An absorbed query is D wide, and so is its result: for OPT-13B 400 KB and 800 KB
 3. `_context`: a CUDA block takes one row and 256 columns, streams hidden vectors and weights by chunk, and accumulates
    `context^T [columns, N] = H^T P`, with every chunk's factor applied in float32.
 
+Tensor cores multiply float32 only in shorter formats. A float32 pool is therefore split, tile by tile in shared memory,
+into three bfloat16 parts that add up to it, and so are queries and weights; six of the nine products of parts are above
+float32's own error.
+
 The hidden vectors are read twice, so from HBM as many bytes as K and V, unless the second pass finds them in L2: it
 visits the rows in reverse order, those that the first pass read last first.
 
-Shape letters as in `reference.py`; C tokens in a chunk, X chunks of a table, M heads padded to a multiple of 8.
+Shape letters as in `reference.py`; C tokens in a chunk, X chunks of a table, M heads padded to a multiple of 8, F parts
+of a number (1 or 3).
 """
 
 import functools
@@ -28,7 +33,7 @@ from pallas_kernels.gpu_pages import CHUNK_TOKENS, PADDED_HEADS, TILE_COLUMNS, T
 from pallas_kernels.reference import NEVER, Partial
 
 _WGMMA = plgpu.Layout.WGMMA
-_SMEM_BYTES = 208 << 10  # of 227 KiB that a block may have
+_SMEM_BYTES = 222 << 10  # of 227 KiB that a block may have
 _BLOCKS_WANTED = 2 * 132  # an H200 has 132 SMs
 
 
@@ -39,7 +44,7 @@ def hidden_decode_attention(
 
     Args:
         q_wide: `[R, N, D]`, already scaled; cast to the pool's dtype.
-        pool: `[L*P, S, D]`, bfloat16 or float16.
+        pool: `[L*P, S, D]`, bfloat16, float16 or float32.
         blocks: int32 `[R, W]`.
         length: int32 `[R]`.
         interpret: None on a GPU, `plgpu.InterpretGPUParams()` elsewhere.
@@ -55,6 +60,8 @@ def hidden_decode_attention(
     if D % TILE_COLUMNS:
         raise NotImplementedError(f"{D=} is no multiple of {TILE_COLUMNS}; use --attention-backend xla")
     q_wide = jnp.pad(q_wide.astype(pool.dtype), ((0, 0), (0, -N % PADDED_HEADS), (0, 0)))
+    parts = gpu_pages.split_float32(q_wide) if pool.dtype == jnp.float32 else [q_wide]
+    q_wide = jnp.stack(parts, 1)
     weights, top, total = _weights(q_wide, pool, blocks, length, interpret)
     used = (jnp.arange(top.shape[1]) * CHUNK_TOKENS < length[:, None])[..., None]
     top = jnp.where(used, top, NEVER)
@@ -70,27 +77,30 @@ def hidden_decode_attention(
 def _weights(
     q_wide: jax.Array, pool: jax.Array, blocks: jax.Array, length: jax.Array, interpret: object
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """First pass: weights `[R, M, X*C]` relative to each chunk's maximum, maxima and sums `[R, X, M]`."""
-    R, M, _ = q_wide.shape
+    """First pass, `q_wide [R, F, M, D]`: weights `[R, F, M, X*C]` relative to each chunk's maximum, maxima and sums
+    `[R, X, M]`.
+    """
+    R, F, M, D = q_wide.shape
     S = pool.shape[1]
     capacity = blocks.shape[1] * S
-    workers = max(w for w in (1, 2, 4) if w == 1 or R * capacity >= _BLOCKS_WANTED * w * CHUNK_TOKENS)
+    most = 4 if F == 1 else 2
+    workers = max(w for w in (1, 2, most) if w == 1 or R * capacity >= _BLOCKS_WANTED * w * CHUNK_TOKENS)
     tile = gpu_pages.split_tokens(blocks.shape[1], S, workers * CHUNK_TOKENS)
-    tile = min(tile, 4 * CHUNK_TOKENS)  # less than a block, where that is longer
+    tile = min(tile, most * CHUNK_TOKENS)  # less than a block, where that is longer
     workers = tile // CHUNK_TOKENS
     pages = max(tile // S, 1)
     table, _ = gpu_pages.pad_table(blocks, pages)
     tiles = -(-capacity // tile)
     chunks = tiles * workers
     # wide steps, for fewer and larger copies
-    columns = 2 * TILE_COLUMNS if q_wide.shape[2] % (2 * TILE_COLUMNS) == 0 else TILE_COLUMNS
-    slot_bytes = (tile + M) * columns * pool.dtype.itemsize
-    fixed_bytes = workers * M * (CHUNK_TOKENS * pool.dtype.itemsize + 8)
+    columns = 2 * TILE_COLUMNS if D % (2 * TILE_COLUMNS) == 0 and F == 1 else TILE_COLUMNS
+    slot_bytes = columns * (tile * pool.dtype.itemsize + F * M * q_wide.dtype.itemsize)
+    fixed_bytes = workers * (M * (CHUNK_TOKENS * F * 2 + 8) + (CHUNK_TOKENS * columns * F * 2 if F > 1 else 0))
     slots = min((_SMEM_BYTES - fixed_bytes) // slot_bytes, 6)
     kernel = plgpu.kernel(
         functools.partial(_weights_body, workers=workers, block_size=S),
         out_type=[
-            jax.ShapeDtypeStruct((R, M, chunks * CHUNK_TOKENS), pool.dtype),
+            jax.ShapeDtypeStruct((R, F, M, chunks * CHUNK_TOKENS), q_wide.dtype),
             jax.ShapeDtypeStruct((R, chunks, M), jnp.float32),
             jax.ShapeDtypeStruct((R, chunks, M), jnp.float32),
         ],
@@ -100,32 +110,36 @@ def _weights(
         thread_name="wg",
         scratch_types={
             "pages": plgpu.SMEM((gpu_pages.copied_pages(pages),), jnp.int32),
-            "ring": plgpu.SMEM((slots, workers, CHUNK_TOKENS, columns), pool.dtype, transforms=TILES),
-            "q_ring": plgpu.SMEM((slots, M, columns), pool.dtype, transforms=TILES),
-            "weights_s": plgpu.SMEM((workers, M, CHUNK_TOKENS), pool.dtype, transforms=TILES),
+            "ring": plgpu.SMEM(
+                (slots, workers, CHUNK_TOKENS, columns), pool.dtype, transforms=TILES if F == 1 else TILES_32
+            ),
+            "q_ring": plgpu.SMEM((slots, F, M, columns), q_wide.dtype, transforms=TILES),
+            "weights_s": plgpu.SMEM((workers, F, M, CHUNK_TOKENS), q_wide.dtype, transforms=TILES),
+            "parts_s": gpu_pages.parts_scratch(F, workers, columns),
             "top_s": plgpu.SMEM((workers, M), jnp.float32),
             "total_s": plgpu.SMEM((workers, M), jnp.float32),
             "table_ready": plgpu.Barrier(),
             "full": plgpu.Barrier(num_arrivals=gpu_pages.copies_per_chunk(S), num_barriers=slots * workers),
-            "q_full": plgpu.Barrier(num_barriers=slots),
+            "q_full": plgpu.Barrier(num_arrivals=F, num_barriers=slots),
             "empty": plgpu.Barrier(num_arrivals=workers, num_barriers=slots),
         },
-        compiler_params=gpu_pages.COMPILER,
+        compiler_params=gpu_pages.compiler(pool.dtype),
         interpret=interpret,
     )
     return kernel(q_wide, pool, table, length)
 
 
 def _weights_body(  # type: ignore[no-untyped-def]
-    q_wide, pool, table, length, weights, tops, totals, *, pages, ring, q_ring, weights_s, top_s, total_s,
+    q_wide, pool, table, length, weights, tops, totals, *, pages, ring, q_ring, weights_s, parts_s, top_s, total_s,
     table_ready, full, q_full, empty, workers, block_size,
 ):  # fmt: skip
-    """One CUDA block of the first pass: q_wide `[R, M, D]`, weights `[R, M, X*C]`, tops and totals `[R, X, M]`."""
+    """One CUDA block of the first pass. q_wide `[R, F, M, D]`, weights `[R, F, M, X*C]`, tops, totals `[R, X, M]`."""
     row, tile, worker = lax.axis_index("row"), lax.axis_index("tile"), lax.axis_index("wg")
     slots, tile_tokens = ring.shape[0], workers * CHUNK_TOKENS
     todo = jnp.minimum(length[row] - tile * tile_tokens, tile_tokens)
     step_columns = ring.shape[3]
-    steps = q_wide.shape[2] // step_columns
+    F = q_wide.shape[1]
+    steps = q_wide.shape[3] // step_columns
 
     @pl.when((todo > 0) & (worker == workers))
     def _memory() -> None:
@@ -142,7 +156,8 @@ def _weights_body(  # type: ignore[no-untyped-def]
                 plgpu.barrier_wait(empty.at[slot])
 
             columns = pl.ds(step * step_columns, step_columns)
-            plgpu.copy_gmem_to_smem(q_wide.at[row, :, columns], q_ring.at[slot], q_full.at[slot])
+            for i in range(F):
+                plgpu.copy_gmem_to_smem(q_wide.at[row, i, :, columns], q_ring.at[slot, i], q_full.at[slot])
             for chunk in range(workers):
 
                 @pl.when(chunk * CHUNK_TOKENS < todo)
@@ -174,7 +189,13 @@ def _weights_body(  # type: ignore[no-untyped-def]
                     slot = lax.rem(step, slots)
                     plgpu.barrier_wait(q_full.at[slot])
                     plgpu.barrier_wait(full.at[slot * workers + worker])
-                    plgpu.wgmma(acc, ring.at[slot, worker], q_ring.at[slot].T)
+                    if F == 1:
+                        plgpu.wgmma(acc, ring.at[slot, worker], q_ring.at[slot, 0].T)
+                    else:
+                        vectors = plgpu.layout_cast(ring.at[slot, worker][...], _WGMMA)
+                        gpu_pages.store_parts(vectors, parts_s.at[worker])
+                        for i, j in gpu_pages.part_pairs(F):
+                            plgpu.wgmma(acc, parts_s.at[worker, i], q_ring.at[slot, j].T)
                     plgpu.wgmma_wait(0)
                     plgpu.barrier_arrive(empty.at[slot])
 
@@ -187,12 +208,15 @@ def _weights_body(  # type: ignore[no-untyped-def]
             scores = jnp.where(valid, scores, NEVER)
             top = gpu_pages.column(scores.max(axis=0))
             found = jnp.exp(scores - gpu_pages.over_rows(top, scores.shape))
-            weights_s.at[worker].T[...] = plgpu.layout_cast(found.astype(weights_s.dtype), _WGMMA)
+            for i, part in enumerate([found.astype(weights_s.dtype)] if F == 1 else gpu_pages.split_float32(found)):
+                weights_s.at[worker, i].T[...] = plgpu.layout_cast(part, _WGMMA)
             top_s.at[worker][...] = top
             total_s.at[worker][...] = gpu_pages.column(found.sum(axis=0))
             plgpu.commit_smem()
             chunk = tile * workers + worker
-            plgpu.copy_smem_to_gmem(weights_s.at[worker], weights.at[row, :, pl.ds(chunk * CHUNK_TOKENS, CHUNK_TOKENS)])
+            tokens = pl.ds(chunk * CHUNK_TOKENS, CHUNK_TOKENS)
+            for i in range(F):
+                plgpu.copy_smem_to_gmem(weights_s.at[worker, i], weights.at[row, i, :, tokens])
             plgpu.copy_smem_to_gmem(top_s.at[worker], tops.at[row, chunk])
             plgpu.copy_smem_to_gmem(total_s.at[worker], totals.at[row, chunk])
             plgpu.wait_smem_to_gmem(0)
@@ -201,10 +225,10 @@ def _weights_body(  # type: ignore[no-untyped-def]
 def _context(
     weights: jax.Array, factors: jax.Array, pool: jax.Array, blocks: jax.Array, length: jax.Array, interpret: object
 ) -> jax.Array:
-    """Second pass: `[R, M, D]` float32 from weights `[R, M, X*C]` and the factor `[R, X, M]` of each chunk."""
-    R, M, _ = weights.shape
+    """Second pass: `[R, M, D]` float32 from weights `[R, F, M, X*C]` and the factor `[R, X, M]` of each chunk."""
+    R, F, M, _ = weights.shape
     _, S, D = pool.shape
-    width = 2 * TILE_COLUMNS if D % (2 * TILE_COLUMNS) == 0 else TILE_COLUMNS  # columns of one warpgroup
+    width = 2 * TILE_COLUMNS if D % (2 * TILE_COLUMNS) == 0 and F == 1 else TILE_COLUMNS  # columns of one warpgroup
     workers = 2 if D % (2 * width) == 0 else 1
     columns = workers * width
     capacity = blocks.shape[1] * S
@@ -213,8 +237,9 @@ def _context(
     split = gpu_pages.split_tokens(blocks.shape[1], S, longest)
     table, splits = gpu_pages.pad_table(blocks, split // S)
     factors = jnp.pad(factors, ((0, 0), (0, 0), (0, -M % 32)))
-    slot_bytes = (columns + M) * CHUNK_TOKENS * pool.dtype.itemsize + factors.shape[2] * 4
-    slots = min((_SMEM_BYTES - columns * M * 4) // slot_bytes, 6)
+    slot_bytes = CHUNK_TOKENS * (columns * pool.dtype.itemsize + F * M * 2) + factors.shape[2] * 4
+    fixed_bytes = columns * M * 4 + (columns * CHUNK_TOKENS * F * 2 if F > 1 else 0)
+    slots = min((_SMEM_BYTES - fixed_bytes) // slot_bytes, 6)
     kernel = plgpu.kernel(
         functools.partial(_context_body, split=split, workers=workers, block_size=S),
         out_type=jax.ShapeDtypeStruct((R, splits, M, D), jnp.float32),
@@ -224,15 +249,16 @@ def _context(
         thread_name="wg",
         scratch_types={
             "pages": plgpu.SMEM((gpu_pages.copied_pages(split // S),), jnp.int32),
-            "ring": plgpu.SMEM((slots, CHUNK_TOKENS, columns), pool.dtype, transforms=TILES),
-            "weights_ring": plgpu.SMEM((slots, M, CHUNK_TOKENS), pool.dtype, transforms=TILES),
+            "ring": plgpu.SMEM((slots, CHUNK_TOKENS, columns), pool.dtype, transforms=TILES if F == 1 else TILES_32),
+            "weights_ring": plgpu.SMEM((slots, F, M, CHUNK_TOKENS), weights.dtype, transforms=TILES),
+            "parts_s": gpu_pages.parts_scratch(F, workers, width),
             "factor_ring": plgpu.SMEM((slots, factors.shape[2]), jnp.float32),
             "out_s": plgpu.SMEM((workers, M, width), jnp.float32, transforms=TILES_32),
             "table_ready": plgpu.Barrier(),
-            "full": plgpu.Barrier(num_arrivals=gpu_pages.copies_per_chunk(S) + 2, num_barriers=slots),
+            "full": plgpu.Barrier(num_arrivals=gpu_pages.copies_per_chunk(S) + F + 1, num_barriers=slots),
             "empty": plgpu.Barrier(num_arrivals=workers, num_barriers=slots),
         },
-        compiler_params=gpu_pages.COMPILER,
+        compiler_params=gpu_pages.compiler(pool.dtype),
         interpret=interpret,
     )
     parts = kernel(weights, factors, pool, table, length)
@@ -243,13 +269,14 @@ def _context(
 
 
 def _context_body(  # type: ignore[no-untyped-def]
-    weights, factors, pool, table, length, out, *, pages, ring, weights_ring, factor_ring, out_s, table_ready, full,
-    empty, split, workers, block_size,
+    weights, factors, pool, table, length, out, *, pages, ring, weights_ring, parts_s, factor_ring, out_s, table_ready,
+    full, empty, split, workers, block_size,
 ):  # fmt: skip
-    """One CUDA block of the second pass: weights `[R, M, X*C]`, factors `[R, X, M']`, out `[R, splits, M, D]`."""
+    """One CUDA block of the second pass: weights `[R, F, M, X*C]`, factors `[R, X, M']`, out `[R, splits, M, D]`."""
     row = weights.shape[0] - 1 - lax.axis_index("row")  # what the first pass read last may still be in L2
     part, worker = lax.axis_index("split"), lax.axis_index("wg")
     slots, columns = ring.shape[0], ring.shape[2]
+    F = weights.shape[1]
     M, width = out_s.shape[1:]
     todo = jnp.minimum(length[row] - part * split, split)
     chunks = jnp.maximum(pl.cdiv(todo, CHUNK_TOKENS), 0)
@@ -273,9 +300,9 @@ def _context_body(  # type: ignore[no-untyped-def]
             gpu_pages.load_chunk(
                 pool, pages, ring.at[slot], full.at[slot], chunk, todo, block_size, pl.ds(first_column, columns)
             )
-            plgpu.copy_gmem_to_smem(
-                weights.at[row, :, pl.ds(at * CHUNK_TOKENS, CHUNK_TOKENS)], weights_ring.at[slot], full.at[slot]
-            )
+            tokens = pl.ds(at * CHUNK_TOKENS, CHUNK_TOKENS)
+            for i in range(F):
+                plgpu.copy_gmem_to_smem(weights.at[row, i, :, tokens], weights_ring.at[slot, i], full.at[slot])
             plgpu.copy_gmem_to_smem(factors.at[row, at], factor_ring.at[slot], full.at[slot])
 
         gpu_pages.drain(empty, chunks)
@@ -288,8 +315,16 @@ def _context_body(  # type: ignore[no-untyped-def]
             slot = lax.rem(chunk, slots)
             plgpu.barrier_wait(full.at[slot])
             vectors = ring.at[slot, :, mine]
-            gpu_pages.clear_tail(vectors, todo - chunk * CHUNK_TOKENS)
-            added = gpu_pages.product((width, M), vectors.T, weights_ring.at[slot].T)
+            if F == 1:
+                gpu_pages.clear_tail(vectors, todo - chunk * CHUNK_TOKENS)
+                pairs = [(vectors.T, weights_ring.at[slot, 0].T)]
+            else:
+                found = plgpu.layout_cast(vectors[...], _WGMMA)
+                valid = gpu_pages.valid_rows(todo - chunk * CHUNK_TOKENS, found.shape)
+                gpu_pages.store_parts(jnp.where(valid, found, 0.0), parts_s.at[worker])
+                numbers = gpu_pages.part_pairs(F)
+                pairs = [(parts_s.at[worker, i].T, weights_ring.at[slot, j].T) for i, j in numbers]
+            added = gpu_pages.product((width, M), *pairs)
             factor = plgpu.load(factor_ring.at[slot, pl.ds(0, M)], layout=_WGMMA.reduce(0))
             plgpu.commit_smem()  # orders this read before the copy that overwrites the slot
             plgpu.barrier_arrive(empty.at[slot])

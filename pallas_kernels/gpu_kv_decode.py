@@ -19,7 +19,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import gpu_pages
+from pallas_kernels import gpu_kv_fma, gpu_pages
 from pallas_kernels.gpu_pages import CHUNK_TOKENS, PADDED_HEADS, TILES
 from pallas_kernels.reference import NEVER, Partial
 
@@ -57,7 +57,7 @@ def kv_decode_attention(
 
     Args:
         q: `[R, N, H]`, already scaled; cast to the pool's dtype.
-        pool: `[L*P, S, D]`, bfloat16 or float16.
+        pool: `[L*P, S, D]`, bfloat16 or float16; float32 goes to `gpu_kv_fma.py`, which multiplies it exactly.
         key_blocks, value_blocks: int32 `[R, W]`.
         length: int32 `[R]`.
         split_tokens: context that one CUDA block reads.
@@ -71,6 +71,8 @@ def kv_decode_attention(
     """
     R, N, H = q.shape
     S = pool.shape[1]
+    if pool.dtype == jnp.float32:
+        return gpu_kv_fma.kv_decode_attention(q, pool, key_blocks, value_blocks, length, interpret=interpret)
     gpu_pages.check_pool(pool, N * H)
     G = heads_in_group(N, H)
     split = gpu_pages.split_tokens(key_blocks.shape[1], S, split_tokens)
@@ -162,7 +164,7 @@ def _body(  # type: ignore[no-untyped-def]
             top, total, acc = carry
             slot = lax.rem(2 * chunk, slots)
             plgpu.barrier_wait(full.at[slot])
-            scores = gpu_pages.product((CHUNK_TOKENS, PADDED_HEADS), ring.at[slot], q_s.T)
+            scores = gpu_pages.product((CHUNK_TOKENS, PADDED_HEADS), (ring.at[slot], q_s.T))
             plgpu.barrier_arrive(empty.at[slot])
             valid = gpu_pages.valid_rows(todo - chunk * CHUNK_TOKENS, scores.shape)
             scores = jnp.where(valid, scores, NEVER)
@@ -175,7 +177,7 @@ def _body(  # type: ignore[no-untyped-def]
             slot = lax.rem(2 * chunk + 1, slots)
             plgpu.barrier_wait(full.at[slot])
             gpu_pages.clear_tail(ring.at[slot], todo - chunk * CHUNK_TOKENS)
-            added = gpu_pages.product((columns, PADDED_HEADS), ring.at[slot].T, weights_s.T)
+            added = gpu_pages.product((columns, PADDED_HEADS), (ring.at[slot].T, weights_s.T))
             plgpu.barrier_arrive(empty.at[slot])
             return new_top, total, acc * gpu_pages.over_rows(keep, acc.shape) + added
 

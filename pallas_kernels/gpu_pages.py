@@ -3,6 +3,7 @@
 Shape letters as in `reference.py`; C tokens in a chunk, E columns of D that one CUDA block reads.
 """
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -24,14 +25,14 @@ COMPILER = plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.Lower
 _WGMMA = plgpu.Layout.WGMMA
 
 
+def compiler(dtype: jnp.dtype) -> plgpu.CompilerParams:
+    """Exponentials and logarithms as exact as the pool's numbers."""
+    return dataclasses.replace(COMPILER, approx_math=dtype != jnp.float32)
+
+
 def check_pool(pool: jax.Array, width: int) -> None:
-    """Raise NotImplementedError, naming the XLA backend, for a pool `[L*P, S, D]` that the kernels cannot read."""
+    """Raise NotImplementedError, naming the XLA backend, for a pool `[L*P, S, D]` that wgmma kernels cannot read."""
     _, S, D = pool.shape
-    if pool.dtype not in (jnp.bfloat16, jnp.float16):
-        raise NotImplementedError(
-            f"{pool.dtype=}: wgmma has no float32 product (only TF32, with 10 bits of mantissa); "
-            "use --dtype bfloat16, or --attention-backend xla"
-        )
     if S % 8 or (CHUNK_TOKENS % S and S % CHUNK_TOKENS):
         raise NotImplementedError(
             f"block_size={S} must be 8, 16, 32 or a multiple of 64; set --block-size, or --attention-backend xla"
@@ -98,6 +99,36 @@ def load_chunk(
         plgpu.copy_gmem_to_smem(pool.at[block, :, columns], slot.at[pl.ds(i * block_size, block_size)], full)
 
 
+def split_float32(x: jax.Array) -> list[jax.Array]:
+    """Three bfloat16 arrays whose sum is a finite float32 `x`, to one bit: 8 bits of its 24-bit mantissa each. Pure."""
+    parts = []
+    for _ in range(3):
+        high = lax.bitcast_convert_type(x, jnp.int32) & jnp.int32(-65536)  # truncated, so that all is exact
+        part = lax.bitcast_convert_type(high, jnp.float32)
+        parts.append(part.astype(jnp.bfloat16))
+        x = x - part
+    return parts
+
+
+def part_pairs(parts: int) -> list[tuple[int, int]]:
+    """Which products of parts make up a product: all of them, less those under 2^-21 of it."""
+    return [(i, j) for i in range(parts) for j in range(parts) if i + j < parts]
+
+
+def parts_scratch(parts: int, workers: int, columns: int) -> Any:
+    """Shared memory for the parts of each warpgroup's tile `[C, columns]`; next to nothing where nothing is split."""
+    if parts == 1:
+        return plgpu.SMEM((1, 1, 8, TILE_COLUMNS), jnp.bfloat16, transforms=TILES)
+    return plgpu.SMEM((workers, parts, CHUNK_TOKENS, columns), jnp.bfloat16, transforms=TILES)
+
+
+def store_parts(x: jax.Array, slot: Any) -> None:
+    """Write float32 `x [C, E]` as bfloat16 parts into `slot [3, C, E]`, for wgmma to read."""
+    for i, part in enumerate(split_float32(x)):
+        slot.at[i][...] = plgpu.layout_cast(part, _WGMMA)
+    plgpu.commit_smem()
+
+
 def drain(empty: Any, loads: jax.Array) -> None:
     """Wait until the last loads have been read: no barrier may be left in the middle of a phase."""
     slots = empty.shape[0]
@@ -107,11 +138,12 @@ def drain(empty: Any, loads: jax.Array) -> None:
         plgpu.barrier_wait(empty.at[lax.rem(load, slots)])
 
 
-def product(shape: tuple[int, int], a: Any, b: Any) -> jax.Array:
-    """`a @ b` of two shared-memory refs on tensor cores, float32 `shape` in registers."""
+def product(shape: tuple[int, int], *pairs: tuple[Any, Any]) -> jax.Array:
+    """The sum of `a @ b` over pairs of shared-memory refs on tensor cores, float32 `shape` in registers."""
 
     def multiply(acc: Any) -> jax.Array:
-        plgpu.wgmma(acc, a, b)
+        for a, b in pairs:
+            plgpu.wgmma(acc, a, b)
         return acc[...]
 
     return plgpu.layout_cast(pl.run_scoped(multiply, plgpu.ACC(shape, jnp.float32)), _WGMMA)
@@ -145,12 +177,13 @@ def over_rows(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     return plgpu.layout_cast(lax.broadcast_in_dim(x, shape, [1]), _WGMMA)
 
 
-def merge_splits(out: jax.Array, lse: jax.Array, length: jax.Array, split: int) -> Partial:
-    """Attention over all splits from out `[R, splits, N, X]` and lse `[R, splits, N]`; splits past a length are unread.
+def merge_splits(out: jax.Array, lse: jax.Array, length: jax.Array, split: int, parts: int = 1) -> Partial:
+    """Attention over all parts of all splits from out `[R, splits*parts, N, X]` and lse `[R, splits*parts, N]`.
 
-    In XLA: its bytes are those of one cached token per split.
+    Splits past a length are unread; a part without tokens has lse `NEVER`. In XLA: its bytes are those of one cached
+    token per part.
     """
-    used = (jnp.arange(lse.shape[1]) * split < length[:, None])[..., None]
+    used = (jnp.arange(lse.shape[1]) // parts * split < length[:, None])[..., None]
     lse = jnp.where(used, lse, NEVER)
     top = lse.max(1, keepdims=True)
     weights = jnp.where(used, jnp.exp(lse - top), 0)

@@ -86,6 +86,20 @@ def test_fcfs_under_memory_pressure(mode, tmp_path):
     assert sum(r.num_preemptions for r in requests) > 0
 
 
+@pytest.mark.usefixtures("few_shapes")
+def test_hidden_rows_are_left_to_xla_where_only_kv_has_a_kernel(tmp_path, monkeypatch):
+    """As on GPUs other than Hopper."""
+    monkeypatch.setattr(dispatch, "kernels_for", lambda _: Kernels("kv only", REFERENCES.kv_decode, None))
+    golden = load_golden("pre_norm")
+    engine = make_engine(
+        load_golden_model(golden, tmp_path), ModelConfig.from_hf(golden.config), attention_backend="pallas"
+    )
+    engine.policy = Orders(kinds={"kv": KV, "hidden": HIDDEN})
+    requests = [engine.add(golden.prompts[i], GREEDY, request_id=how) for i, how in enumerate(("kv", "hidden"))]
+    finish(engine, lambda step: None)
+    assert [r.output_token_ids for r in requests] == golden.greedy_tokens[:2]
+
+
 def test_pallas_on_a_cpu_says_that_it_is_slow_and_auto_takes_xla(caplog):
     options = {"block_size": 16, "dtype": jnp.float32, "device": jax.devices("cpu")[0]}
     with caplog.at_level(logging.WARNING):

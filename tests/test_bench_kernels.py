@@ -97,3 +97,10 @@ def test_rho_is_the_difference_per_cached_token():
 
     assert rho_s([result("kv", 0.010), result("hidden", 0.008)]) == {"8x1000": pytest.approx(-2.5e-7)}
     assert rho_s([result("hidden", 0.008)]) == {}
+
+
+def test_clusters_are_measured_apart(capsys):
+    """Elsewhere than on Hopper a result says why not."""
+    assert run(BenchKernels(model="opt-30b", batch="1", context="64", clusters=True, allow_cpu=True)) == 1
+    line = capsys.readouterr().out.splitlines()[-1]
+    assert "cluster" in line and "NotImplementedError: no cluster of at most 8 CUDA blocks holds 56" in line

@@ -4,16 +4,30 @@
 """
 
 import functools
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from kernel_cases import Case, assert_close, make_case
 
-from pallas_kernels import gpu_hidden_decode, gpu_kv_decode, gpu_pages, reference
+from pallas_kernels import (
+    dispatch,
+    gpu_hidden_cluster,
+    gpu_hidden_decode,
+    gpu_kv_decode,
+    gpu_kv_fma,
+    gpu_pages,
+    reference,
+)
 from pallas_kernels.reference import NEVER, Partial
 
 # a slot that is overwritten before it was read, or read before it was written, is a race
@@ -37,23 +51,33 @@ def kv_kernel(split: int):
 
 
 @functools.cache
+def fma_kernel(split: int | None):
+    return jax.jit(functools.partial(gpu_kv_fma.kv_decode_attention, split_tokens=split, interpret=INTERPRET))
+
+
+@functools.cache
 def hidden_kernel():
     return jax.jit(functools.partial(gpu_hidden_decode.hidden_decode_attention, interpret=INTERPRET))
 
 
-def check_kv(case: Case, split: int) -> Partial:
+def check_kv(case: Case, kernel) -> Partial:
     args = (case.q, case.pool, case.first_blocks, case.second_blocks, case.length)
-    found = jax.block_until_ready(kv_kernel(split)(*args))
+    found = jax.block_until_ready(kernel(*args))
     assert not gpu_callbacks.get_races().races_found
-    assert_close(found, reference.kv_decode_attention(*args), jnp.bfloat16)
+    assert_close(found, reference.kv_decode_attention(*args), case.pool.dtype)
     return found
 
 
-def check_hidden(case: Case) -> Partial:
+@functools.cache
+def cluster_kernel():
+    return jax.jit(functools.partial(gpu_hidden_cluster.hidden_decode_attention, interpret=INTERPRET))
+
+
+def check_hidden(case: Case, kernel=None) -> Partial:
     args = (case.q_wide, case.pool, case.first_blocks, case.length)
-    found = jax.block_until_ready(hidden_kernel()(*args))
+    found = jax.block_until_ready((kernel or hidden_kernel())(*args))
     assert not gpu_callbacks.get_races().races_found
-    assert_close(found, reference.hidden_decode_attention(*args), jnp.bfloat16)
+    assert_close(found, reference.hidden_decode_attention(*args), case.pool.dtype)
     return found
 
 
@@ -72,16 +96,24 @@ def test_kv_kernel_matches_its_reference(heads, head_dim, block_size, pages, spl
     """The first shape cuts the context into splits of one chunk, to be merged."""
     for seed, lengths in enumerate(lengths_around(block_size, pages)):
         shape = {"heads": heads, "head_dim": head_dim, "block_size": block_size, "pages": pages}
-        found = check_kv(case_of(lengths, seed=seed, **shape), split)
+        found = check_kv(case_of(lengths, seed=seed, **shape), kv_kernel(split))
         assert (found.out[0] == 0).all() and (found.lse[0] == NEVER).all()
 
 
-# three heads are padded to eight; blocks of 512 tokens hold several tiles of the first pass, and make two splits of the
+# three heads are padded to eight; a block of 128 tokens holds two tiles of the first pass, three make two splits of the
 # second
-@pytest.mark.parametrize(("heads", "head_dim", "block_size", "pages"), [(4, 64, 16, 9), (3, 64, 8, 5), (1, 64, 512, 2)])
-def test_hidden_kernel_matches_its_reference(heads, head_dim, block_size, pages):
+@pytest.mark.parametrize(
+    ("heads", "head_dim", "block_size", "pages", "dtype"),
+    [
+        (4, 64, 16, 9, jnp.bfloat16),
+        (3, 64, 8, 5, jnp.bfloat16),
+        (1, 64, 128, 3, jnp.bfloat16),
+        (2, 64, 16, 5, jnp.float32),
+    ],
+)
+def test_hidden_kernel_matches_its_reference(heads, head_dim, block_size, pages, dtype):
     for seed, lengths in enumerate(lengths_around(block_size, pages)):
-        shape = {"heads": heads, "head_dim": head_dim, "block_size": block_size, "pages": pages}
+        shape = {"heads": heads, "head_dim": head_dim, "block_size": block_size, "pages": pages, "dtype": dtype}
         found = check_hidden(case_of(lengths, seed=seed, **shape))
         assert (found.out[0] == 0).all() and (found.lse[0] == NEVER).all()
 
@@ -92,25 +124,119 @@ def test_a_large_score_in_one_chunk_outweighs_the_others():
     row, page, inside = 1, 4, 3  # position 67
     vector = jnp.sign(case.q[row].reshape(-1).astype(jnp.float32)) * 8
     key_block = case.first_blocks[row, page]
-    check_kv(case._replace(pool=case.pool.at[key_block, inside].set(vector.astype(case.pool.dtype))), split=64)
+    large = case._replace(pool=case.pool.at[key_block, inside].set(vector.astype(case.pool.dtype)))
+    check_kv(large, kv_kernel(64))
+    check_kv(large, fma_kernel(None))
     vector = case.q_wide[row].astype(jnp.float32).sum(0)
     vector = vector * 40 / jnp.abs(case.q_wide[row].astype(jnp.float32) @ vector).max()
     check_hidden(case._replace(pool=case.pool.at[key_block, inside].set(vector.astype(case.pool.dtype))))
 
 
+@settings(max_examples=3, deadline=None, derandomize=True)
+@given(data=st.data())
+def test_kv_without_tensor_cores_for_any_shape(data):
+    """A stride is 1 to 8 tokens; more strides than one block, splits that end inside the table, rows without tokens."""
+    heads = data.draw(st.sampled_from([4, 12, 20, 32]), "heads")
+    block_size = data.draw(st.sampled_from([8, 16, 24]), "block_size")
+    head_dim = data.draw(st.sampled_from([16, 32, 48]), "head_dim")
+    dtype = data.draw(st.sampled_from([jnp.float32, jnp.bfloat16]), "dtype")
+    edges = [0, 1, block_size - 1, block_size, block_size + 1, 2 * block_size]
+    lengths = data.draw(st.lists(st.sampled_from(edges), min_size=2, max_size=2), "lengths")
+    longest = data.draw(st.integers(3 * block_size, 4 * block_size), "longest")
+    split = data.draw(st.sampled_from([None, block_size]), "split")
+    shape = {"heads": heads, "head_dim": head_dim, "block_size": block_size, "dtype": dtype}
+    case = case_of([*lengths, longest], pages=5, **shape)
+    found = check_kv(case, fma_kernel(split))
+    empty = np.asarray(case.length) == 0
+    assert (np.asarray(found.out)[empty] == 0).all() and (np.asarray(found.lse)[empty] == NEVER).all()
+
+
+@settings(max_examples=2, deadline=None, derandomize=True)
+@given(lengths=st.lists(st.integers(0, 80), min_size=3, max_size=3), seed=st.integers(0, 99))
+def test_kernels_for_any_lengths_in_any_blocks(lengths, seed):
+    """Compiled once, for the shape of a test above: lengths, tables and what lies in unused blocks vary."""
+    check_kv(case_of(lengths, heads=4, head_dim=64, block_size=16, pages=9, seed=seed), kv_kernel(64))
+    check_hidden(case_of(lengths, heads=2, head_dim=64, block_size=16, pages=5, seed=seed, dtype=jnp.float32))
+
+
+def check_cluster(*, heads: int, head_dim: int, seed: int) -> None:
+    """Nothing, a chunk and one token, two chunks and a part."""
+    case = case_of([0, 65, 140], heads=heads, head_dim=head_dim, block_size=16, pages=9, seed=seed)
+    found = check_hidden(case, cluster_kernel())
+    assert (found.out[0] == 0).all() and (found.lse[0] == NEVER).all()
+
+
+def test_a_cluster_of_two_matches_the_reference():
+    """Six interpreted warpgroups at once; JAX runs only as many callbacks as it has CPU devices, or it hangs."""
+    assert gpu_hidden_cluster.cluster_size(16, 256) == 2
+    command = "import test_kernels_gpu as tests; tests.check_cluster(heads=16, head_dim=16, seed=1)"
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
+    folder = Path(__file__).parent
+    environment = os.environ | {"XLA_FLAGS": flags, "PYTHONPATH": f"{folder}{os.pathsep}{folder.parent}"}
+    done = subprocess.run(
+        [sys.executable, "-c", command], env=environment, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.parametrize(
-    ("pool", "message"),
+    ("heads", "width", "blocks"),
+    [(12, 768, 2), (16, 1024, 2), (32, 2048, 4), (32, 2560, 4), (32, 4096, 8), (40, 5120, 8)],
+)
+def test_opt_sizes_that_a_cluster_holds(heads, width, blocks):
+    assert gpu_hidden_cluster.cluster_size(heads, width) == blocks
+
+
+@pytest.mark.parametrize(("heads", "width"), [(56, 7168), (72, 9216)])
+def test_larger_ones_are_refused(heads, width):
+    with pytest.raises(NotImplementedError, match=f"no cluster of at most 8 .* {heads} absorbed queries of {width}"):
+        gpu_hidden_cluster.cluster_size(heads, width)
+
+
+def test_float32_is_the_sum_of_three_bfloat16():
+    x = jnp.asarray(np.random.default_rng(0).standard_normal(4096) * 10.0 ** np.arange(-8, 8).repeat(256), jnp.float32)
+    parts = gpu_pages.split_float32(x)
+    assert {part.dtype for part in parts} == {jnp.dtype(jnp.bfloat16)}
+    total = sum(np.asarray(part, np.float64) for part in parts)
+    assert (np.abs(total - np.asarray(x, np.float64)) <= np.abs(x) * 2.0**-23).all()
+
+
+def test_float32_keys_and_values_go_to_the_kernel_without_tensor_cores(monkeypatch):
+    monkeypatch.setattr(gpu_kv_fma, "kv_decode_attention", lambda *args, **options: (args, options))
+    args = make_case([9, 0], heads=4, head_dim=16, block_size=8)
+    args = (args.q, args.pool, args.first_blocks, args.second_blocks, args.length)
+    assert gpu_kv_decode.kv_decode_attention(*args, interpret=INTERPRET) == (args, {"interpret": INTERPRET})
+
+
+@pytest.mark.parametrize("kernel", [gpu_kv_decode, gpu_kv_fma, gpu_hidden_decode])
+def test_what_the_kernels_cannot_read_is_refused_with_a_cure(kernel):
+    table, length, pool = jnp.zeros((1, 2), jnp.int32), jnp.ones((1,), jnp.int32), jnp.zeros((4, 36, 192), jnp.bfloat16)
+    if kernel is gpu_hidden_decode:
+        refused = functools.partial(kernel.hidden_decode_attention, jnp.zeros((1, 3, 192)), pool, table, length)
+    else:
+        refused = functools.partial(kernel.kv_decode_attention, jnp.zeros((1, 3, 64)), pool, table, table, length)
+    with pytest.raises(NotImplementedError, match=r"block_size=36 must.*--attention-backend xla"):
+        refused()
+
+
+@pytest.mark.parametrize(
+    ("capability", "kv", "hidden"),
     [
-        (jnp.zeros((4, 16, 256), jnp.float32), "float32"),
-        (jnp.zeros((4, 24, 256), jnp.bfloat16), "block_size=24"),
+        ("9.0", gpu_kv_decode.kv_decode_attention, gpu_hidden_decode.hidden_decode_attention),
+        ("8.0", gpu_kv_fma.kv_decode_attention, None),
+        ("8.9", gpu_kv_fma.kv_decode_attention, None),
+        ("10.0", gpu_kv_fma.kv_decode_attention, None),
     ],
 )
-def test_what_the_kernels_cannot_read_is_refused_with_a_cure(pool, message):
-    table, length = jnp.zeros((1, 2), jnp.int32), jnp.ones((1,), jnp.int32)
-    with pytest.raises(NotImplementedError, match=f"{message}.*--attention-backend xla"):
-        gpu_kv_decode.kv_decode_attention(jnp.zeros((1, 4, 64)), pool, table, table, length)
-    with pytest.raises(NotImplementedError, match=f"{message}.*--attention-backend xla"):
-        gpu_hidden_decode.hidden_decode_attention(jnp.zeros((1, 4, 256)), pool, table, length)
+def test_every_generation_of_gpus_gets_what_it_can_run(capability, kv, hidden):
+    kernels = dispatch.gpu_kernels(capability)
+    assert (kernels.kv_decode, kernels.hidden_decode) == (kv, hidden)
+
+
+@pytest.mark.parametrize("capability", ["7.5", "gfx942"])
+def test_an_older_gpu_is_refused(capability):
+    with pytest.raises(NotImplementedError, match=f"{capability}.*8.0"):
+        dispatch.gpu_kernels(capability)
 
 
 def test_heads_that_do_not_group_are_refused():

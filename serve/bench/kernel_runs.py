@@ -91,7 +91,10 @@ def implementations(device: jax.Device) -> list[Implementation]:
             return dispatch.kernels_for(device).kv_decode(q, pool, first, second, length)
 
         def hidden(q: jax.Array, pool: jax.Array, first: jax.Array, _: jax.Array, length: jax.Array) -> Partial:
-            return dispatch.kernels_for(device).hidden_decode(q, pool, first, length)
+            kernels = dispatch.kernels_for(device)
+            if kernels.hidden_decode is None:
+                raise NotImplementedError(f"the {kernels.name!r} kernels leave hidden rows to XLA")
+            return kernels.hidden_decode(q, pool, first, length)
 
         theirs = _jax_gpu if device.platform == "gpu" else _jax_tpu
         found = [
@@ -103,14 +106,23 @@ def implementations(device: jax.Device) -> list[Implementation]:
     return found
 
 
+def by_clusters() -> Implementation:
+    """Hidden decode in one pass on Hopper GPUs, which the engine does not take yet."""
+    from pallas_kernels.gpu_hidden_cluster import hidden_decode_attention
+
+    return Implementation(
+        "cluster", "hidden", lambda q, pool, first, _, length: hidden_decode_attention(q, pool, first, length)
+    )
+
+
 def run_all(
     shapes: Iterable[Shape], device: jax.Device, block_size: int, copy_bytes_per_s: float,
-    report: Callable[[Result], None],
+    report: Callable[[Result], None], *, clusters: bool = False,
 ) -> list[Result]:  # fmt: skip
-    """Check and time every implementation on every shape; a failure is a result and the rest go on."""
+    """Check and time every implementation, or that by clusters, on every shape; one that fails is a result too."""
     results = []
     for shape in shapes:
-        for implementation in implementations(device):
+        for implementation in [by_clusters()] if clusters else implementations(device):
             base = Result(shape.model, shape.batch, shape.context_tokens, implementation.way, implementation.name)
             try:
                 result = _run(base, shape, implementation, block_size, copy_bytes_per_s)

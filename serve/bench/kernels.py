@@ -30,6 +30,8 @@ class BenchKernels:
     """Tokens per cache block."""
     end_to_end: bool = False
     """Measure whole decode steps of the first model with random weights instead."""
+    clusters: bool = False
+    """Measure hidden decode by clusters of CUDA blocks instead: one pass, on Hopper; no GPU has run it yet."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Number type of --end-to-end; the kernels are measured in bfloat16."""
     allow_cpu: bool = False
@@ -78,7 +80,9 @@ def _measure(args: BenchKernels, device: Any, shapes: list[Any]) -> int:
     copy = _report_copy(device, copy_bytes_per_s(device))
     print("us: median of repeated runs, one layer; GB/s: bytes that must be moved over time; share: of the copy")
     print(HEADER)
-    results = run_all(shapes, device, args.block_size, copy, lambda result: print(result.line(), flush=True))
+    results = run_all(
+        shapes, device, args.block_size, copy, lambda result: print(result.line(), flush=True), clusters=args.clusters
+    )
     _write(args, {"copy_bytes_per_s": copy, "kernels": [asdict(result) for result in results]}, device)
     return int(all(result.times is None for result in results))
 

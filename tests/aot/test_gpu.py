@@ -1,11 +1,14 @@
-"""The GPU kernels compiled to machine code for an NVIDIA H200, with no GPU at hand: registers, spills, shared memory.
+"""The GPU kernels compiled to machine code for an NVIDIA H200 and A100, with no GPU: registers, spills, shared memory.
 
-Needs the compilers that come with `jax[cuda13]`; skipped where they are missing. `h200.txtpb` describes the device to
-XLA. Speed and numbers need a real one: `apt-jax bench kernels`.
+Needs the compilers that come with `jax[cuda13]`; skipped where they are missing. `*.txtpb` describe the devices to XLA.
+Speed and numbers need a real one: `apt-jax bench kernels`.
 """
 
 import importlib.util
+import os
 import re
+import subprocess
+import sys
 from functools import cache
 from pathlib import Path
 
@@ -16,6 +19,7 @@ from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
 from apt_jax.scheduling.hardware import MODELS
+from pallas_kernels import gpu_hidden_cluster
 from pallas_kernels.gpu_hidden_decode import hidden_decode_attention
 from pallas_kernels.gpu_kv_decode import kv_decode_attention
 
@@ -32,28 +36,40 @@ REGISTERS_OF_AN_SM = 65_536
 SHARED_BYTES_OF_A_BLOCK = 232_448
 # every OPT size in blocks of 16 tokens; one size also in the shortest and longest blocks; batches of 8, 32 and 128 rows
 CASES = [(model, 16, 32) for model in MODELS] + [("opt-13b", block, rows) for block, rows in ((8, 8), (128, 128))]
+FLOAT32_CASES = [*CASES, ("opt-125m", 8, 32)]  # a stride of 8 tokens in blocks of 8
 
 
 @cache
-def h200() -> SingleDeviceSharding:
-    config = Path(__file__).with_name("h200.txtpb").read_text()
+def gpu(name: str) -> SingleDeviceSharding:
+    config = Path(__file__).with_name(f"{name}.txtpb").read_text()
     topology = topologies.get_topology_desc(platform="cuda", topology="1x1x1", target_config=config)
     return SingleDeviceSharding(topology.devices[0])
 
 
-def compile_kernel(kernel, queries, model: str, block_size: int, rows: int, tables: int) -> None:
-    config = MODELS[model]
+def h200() -> SingleDeviceSharding:
+    return gpu("h200")
+
+
+def compile_kernel(
+    kernel, queries, model: str, block_size: int, rows: int, tables: int, dtype=jnp.bfloat16, target="h200"
+) -> None:
+    config, sharding = MODELS[model], gpu(target)
     shapes = [
-        (queries, jnp.bfloat16),
-        ((1000, block_size, config.hidden_size), jnp.bfloat16),
+        (queries, dtype),
+        ((1000, block_size, config.hidden_size), dtype),
         *[((rows, CONTEXT_TOKENS // block_size), jnp.int32)] * tables,
         ((rows,), jnp.int32),
     ]
-    jax.jit(kernel).lower(*(jax.ShapeDtypeStruct(*shape, sharding=h200()) for shape in shapes)).compile()
+    arguments = [jax.ShapeDtypeStruct(*shape, sharding=sharding) for shape in shapes]
+    with jax.default_device(next(iter(sharding.device_set))):  # Mosaic asks it for the compute capability
+        jax.jit(kernel).lower(*arguments).compile()
 
 
-def check_report(report: str, kernels: int) -> None:
-    """Fail on spills; print what `ptxas -v` and Mosaic say of each of `kernels` kernels (shown by `pytest -rP`)."""
+def check_report(report: str, kernels: int) -> set[str]:
+    """Fail on spills; print what `ptxas -v` and Mosaic say of each of `kernels` kernels (shown by `pytest -rP`).
+
+    Returns the architectures that were compiled for.
+    """
     spills = [int(n) for n in re.findall(r"(\d+) bytes spill (?:stores|loads)", report)]
     registers = [int(n) for n in re.findall(r"Used (\d+) registers", report)]
     threads = [int(n) for n in re.findall(r"\.maxntid (\d+)", report)]
@@ -64,6 +80,7 @@ def check_report(report: str, kernels: int) -> None:
     assert not any(spills), f"{spills=} bytes for {registers=}"
     for used, count in zip(registers, threads, strict=True):
         assert used * count <= REGISTERS_OF_AN_SM
+    return set(re.findall(r"Compiling entry function .* for '(\w+)'", report))
 
 
 @pytest.fixture
@@ -90,3 +107,38 @@ def test_hidden_decode_compiles_without_spills(model, block_size, rows, ptxas):
     queries = (rows, config.num_attention_heads, config.hidden_size)
     compile_kernel(hidden_decode_attention, queries, model, block_size, rows, tables=1)
     check_report(ptxas(), kernels=2)
+
+
+@pytest.mark.parametrize(("model", "block_size", "rows"), FLOAT32_CASES)
+@pytest.mark.parametrize("kind", ["kv", "hidden"])
+def test_float32_compiles_without_spills(kind, model, block_size, rows, ptxas):
+    """KV on CUDA cores, hidden on tensor cores in three parts."""
+    config = MODELS[model]
+    if kind == "kv":
+        queries = (rows, config.num_attention_heads, config.head_dim)
+        compile_kernel(kv_decode_attention, queries, model, block_size, rows, 2, jnp.float32)
+    else:
+        queries = (rows, config.num_attention_heads, config.hidden_size)
+        compile_kernel(hidden_decode_attention, queries, model, block_size, rows, 1, jnp.float32)
+    assert check_report(ptxas(), kernels=1 if kind == "kv" else 2) == {"sm_90a"}
+
+
+@pytest.mark.parametrize(
+    ("model", "block_size", "rows"), [case for case in CASES if case[0] not in ("opt-30b", "opt-66b")]
+)
+def test_hidden_decode_by_clusters_compiles_without_spills(model, block_size, rows, ptxas):
+    config = MODELS[model]
+    queries = (rows, config.num_attention_heads, config.hidden_size)
+    compile_kernel(gpu_hidden_cluster.hidden_decode_attention, queries, model, block_size, rows, 1)
+    check_report(ptxas(), kernels=1)
+
+
+def test_kv_without_tensor_cores_compiles_for_an_a100():
+    """Mosaic compiles for one architecture in a process, so in another one."""
+    done = subprocess.run(
+        [sys.executable, str(Path(__file__).with_name("ampere.py"))],
+        env=os.environ | {"MOSAIC_GPU_DUMP_PTX": "1", "MOSAIC_GPU_DUMP_PTXAS": "1", "MOSAIC_GPU_DUMP_RESOURCES": "1"},
+        capture_output=True, text=True, timeout=600, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert check_report(done.stdout + done.stderr, kernels=len(FLOAT32_CASES)) == {"sm_80"}
