@@ -20,6 +20,7 @@ from apt_jax.cache_arrays import block_bytes
 from apt_jax.calibration import base_model, calibrate
 from apt_jax.compilations import Compilations
 from apt_jax.config import EngineConfig, ModelConfig
+from apt_jax.followers import smallest_of_all
 from apt_jax.memory import MemoryPlan, plan_memory
 from apt_jax.opt import OPT
 from apt_jax.output import DeviceLost, Output, QueueFull, TokenLogprobs
@@ -252,7 +253,8 @@ class Engine:
             )
 
         guess = plan(activation_bytes=0)
-        return plan(self.runner.measure_activations(guess.num_blocks))
+        found = plan(self.runner.measure_activations(smallest_of_all(guess.num_blocks)))
+        return replace(found, num_blocks=smallest_of_all(found.num_blocks))
 
     def _check(self, prompt_token_ids: Sequence[int], params: SamplingParams, request_id: str) -> None:
         length = len(prompt_token_ids)
