@@ -469,7 +469,8 @@ def _check_devices(runner: Runner, config: EngineConfig) -> None:
             f"tensor_parallel_size={config.tensor_parallel_size}, but the weights lie on {runner.num_devices} "
             "device(s); load them with the same number"
         )
-    if runner.num_devices > 1 and runner.shapes.kinds.hidden and not runner.parallel.hidden:
+    parallel = runner.parallel
+    if parallel is not None and runner.num_devices > 1 and runner.shapes.kinds.hidden and not parallel.hidden:
         raise ValueError(
             f"cache_mode={config.cache_mode!r} needs k and v split by inputs, and these weights are split by heads; "
             "load them for that mode, or use --cache-mode kv"

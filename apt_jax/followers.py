@@ -126,7 +126,7 @@ def smallest_of_all(count: int) -> int:
 def without_requests(batch: Batch) -> Batch:
     """What a runner needs of a batch: its arrays, and whether any row samples."""
     return batch._replace(
-        requests=(None,) * len(batch.requests),
+        requests=(None,) * len(batch.requests),  # type: ignore[arg-type] # their number is what counts
         spans=(),
         chunks=tuple(ScoreChunk(chunk.index, chunk.target, ()) for chunk in batch.chunks),
     )

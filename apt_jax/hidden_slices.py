@@ -11,9 +11,9 @@ import jax
 import jax.numpy as jnp
 
 from apt_jax.collectives import sum_over_devices
+from apt_jax.scheduling.cost_model import GROUP_BYTES
 from pallas_kernels.reference import NEVER, Partial
 
-GROUP_BYTES = 48 * 2**20  # v5e and v6e have 128 MiB of VMEM, an H200 50 MB of L2 cache
 _SHORTEST = 256
 
 

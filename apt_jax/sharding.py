@@ -61,7 +61,9 @@ class Parallel:
         devices = jax.devices()
         if num_devices > len(devices):
             platform = devices[0].platform
-            cure = ", or XLA_FLAGS=--xla_force_host_platform_device_count=N makes N of them" if platform == "cpu" else ""
+            cure = (
+                ", or XLA_FLAGS=--xla_force_host_platform_device_count=N makes N of them" if platform == "cpu" else ""
+            )
             raise ValueError(
                 f"tensor_parallel_size={num_devices} is more than the {len(devices)} {platform} device(s) here; "
                 f"lower --tensor-parallel-size{cure}"
@@ -80,8 +82,9 @@ class Parallel:
         sharding = model.embed_tokens.embedding[...].sharding
         if not isinstance(sharding, NamedSharding) or AXIS not in sharding.mesh.axis_names:
             return None
+        assert isinstance(sharding.mesh, Mesh)
         kernel = model.layers.self_attn.k_proj.kernel[...].sharding
-        return cls(sharding.mesh, hidden=kernel.spec == _SLICE_OF_D)
+        return cls(sharding.mesh, hidden=isinstance(kernel, NamedSharding) and kernel.spec == _SLICE_OF_D)
 
     @property
     def num_devices(self) -> int:
@@ -129,7 +132,6 @@ class Parallel:
             value[tuple(map(slice, leaf[...].shape))] = leaf[...]
             flat.append((path, leaf.replace(jax.make_array_from_callback(padded, sharding, value.__getitem__))))
         return nnx.merge(graphdef, nnx.from_flat_state(flat))
-
 
     def split_program(
         self, program: Callable[..., Any], weights: list[jax.ShapeDtypeStruct], args: tuple[Any, ...], outs: Any

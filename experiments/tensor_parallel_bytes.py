@@ -46,7 +46,8 @@ class Count:
         h = model.hardware
         read = self.weight_bytes / (h.bytes_per_s * h.bandwidth_efficiency)
         attention = max(
-            self.cache_bytes / (h.bytes_per_s * h.bandwidth_efficiency), self.flops / (h.flops_per_s * h.flops_efficiency)
+            self.cache_bytes / (h.bytes_per_s * h.bandwidth_efficiency),
+            self.flops / (h.flops_per_s * h.flops_efficiency),
         )
         return read + attention + self.sent_bytes / h.link_bytes_per_s + self.collectives * h.link_latency_s
 
@@ -107,14 +108,17 @@ def constants_table() -> Iterator[str]:
     for name, devices in SPLITS:
         model = CostModel(MODELS[name], HARDWARE[DEVICES[0]], devices=devices)
         cells = [
-            f"{c.weight_bytes / 1e9:.1f}, {c.token_bytes / 1e3:,.0f}" for c in (count(form, model, 1, 1) for form in FORMS)
+            f"{c.weight_bytes / 1e9:.1f}, {c.token_bytes / 1e3:,.0f}"
+            for c in (count(form, model, 1, 1) for form in FORMS)
         ]
         yield f"| {name} x{devices} | " + " | ".join(cells) + " |"
 
 
 def times_table() -> Iterator[str]:
     """A Markdown line a case: estimated ms of the KV step, and the other forms as multiples of it, by device."""
-    yield "| model | batch | context | " + " | ".join(f"{name}: kv ms, {', '.join(FORMS[1:])}" for name in DEVICES) + " |"
+    yield (
+        "| model | batch | context | " + " | ".join(f"{name}: kv ms, {', '.join(FORMS[1:])}" for name in DEVICES) + " |"
+    )
     yield "|---|---:|---:|" + "---:|" * len(DEVICES)
     for name, devices, batch, context in cases():
         cells = []

@@ -31,9 +31,9 @@ def build_engine(
 ) -> Engine:
     """Load a model (None: the bundled demo) and its tokenizer and put an engine around them; compiles nothing.
 
-    Of several processes (`jax.distributed`) only process 0 gets an engine; in the others this runs what process 0 runs
-    and exits when it ends. A model folder without a tokenizer gives an engine that takes token ids only. `on_phase` is told what has ended:
-    "weights", "tokenizer", "memory".
+    A model folder without a tokenizer gives an engine that takes token ids only. `on_phase` is told what has ended:
+    "weights", "tokenizer", "memory". Of several processes (`jax.distributed`) only process 0 gets an engine; in the
+    others this runs what process 0 runs, and exits when that ends.
 
     Raises:
         ValueError: what was named cannot be loaded, or does not fit; one sentence with the file, value or flag.

@@ -14,14 +14,15 @@ from pathlib import Path
 if __name__ == "__main__":  # before jax is imported
     os.environ |= {"XLA_FLAGS": "--xla_backend_optimization_level=0", "JAX_PLATFORMS": "cpu"}
 
+from engines import finish
+from sharded_engines import few_shapes
+
 import serve.build
 from apt_jax.config import EngineConfig
 from apt_jax.request import SamplingParams
 from checkpoints.load import load_model
-from engines import finish
 from serve.distributed import join
 from serve.options import DistributedOptions
-from sharded_engines import few_shapes
 
 GREEDY = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True, prompt_logprobs=1)
 PROMPTS = ([5, 6, 7], [9] * 20, list(range(3, 43)))

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding
 
 from apt_jax.attention import Kinds
 from apt_jax.batch import Rows, Tokens
@@ -112,11 +112,13 @@ def compile_split(
         return nnx.merge(graphdef, jax.tree.unflatten(tree, weights))
 
     if convert:
+
         def program(weights, pool, hidden_blocks, value_blocks):  # type: ignore[no-untyped-def]
             return convert_blocks(merged(weights), pool, hidden_blocks, value_blocks, num_blocks)
 
         args, outs, donate = (pool, shape(16), shape(16)), POOL, (1,)
     else:
+
         def program(weights, pool, history, tokens, rows):  # type: ignore[no-untyped-def]
             return run_step(merged(weights), kinds, num_blocks, decode_only, R, pool, history, tokens, rows, kernels,
                             unroll=unroll)  # fmt: skip
