@@ -36,7 +36,8 @@ def test_no_split_step_copies_or_gathers_the_pool(model, count, kinds, step):
     kernels = Kernels("gpu", kv_decode_attention, hidden_decode_attention)
     done = compile_split(devices, model, kinds, kernels=kernels, **step)
     done.report(f"H200, {model} x{count}, {kinds}, {step}")
-    done.check(temporaries=700e6)
+    # in a loop XLA copies a layer's weights out of their stack: 616 MB of OPT-30B's on each of two
+    done.check(temporaries=800e6 if step is PREFILL else 250e6)
     if step is DECODE:
         assert done.program.as_text().count("mosaic_gpu") >= kinds.kv, "KV requests decode with the kernel"
     if not kinds.hidden:
