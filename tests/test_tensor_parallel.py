@@ -10,6 +10,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 import two_processes
 from checkpoint_folders import TINY, random_model, write_config, write_safetensors
@@ -17,10 +19,12 @@ from engines import make_engine
 from jax.sharding import PartitionSpec
 from sharded_engines import CONFIG
 
+from apt_jax import hidden_slices
 from apt_jax.config import ModelConfig
 from apt_jax.sharding import Parallel, padded_shape
 from checkpoints.convert import convert
 from checkpoints.mapping import export_huggingface
+from pallas_kernels import reference
 
 TESTS = Path(__file__).parent
 ALL = bool(os.environ.get("APT_JAX_TEST_DEVICES"))  # set by `make test-devices`, which takes minutes
@@ -71,6 +75,25 @@ def test_a_model_that_cannot_be_split_is_refused():
 def test_weights_on_another_number_of_devices_are_refused():
     with pytest.raises(ValueError, match="tensor_parallel_size=2, but the weights lie on 1 device"):
         make_engine(random_model(TINY, seed=0), TINY, tensor_parallel_size=2)
+
+
+def test_hidden_slices_on_one_device_equal_the_reference(monkeypatch):
+    """Groups of several widths, rows without tokens, NaN beyond a row's length; and as many groups as are counted."""
+    monkeypatch.setattr(hidden_slices, "_SHORTEST", 16)
+    monkeypatch.setattr(hidden_slices, "GROUP_BYTES", 3 * 32 * 16 * 4)  # three rows of 32 tokens
+    generator = np.random.default_rng(0)
+    length = np.array([3, 0, 64, 17, 32, 33, 1], np.int32)
+    blocks = generator.permutation(7 * 8).reshape(7, 8).astype(np.int32)
+    pool = generator.standard_normal((56, 8, 16), np.float32)
+    for row, tokens in zip(blocks, length, strict=True):
+        pool[row] = np.where((np.arange(64) < tokens).reshape(8, 8, 1), pool[row], np.nan)
+    args = generator.standard_normal((7, 4, 16), np.float32), pool, blocks, length
+    found = jax.jit(hidden_slices.hidden_decode_slices)(*args)
+    expected = reference.hidden_decode_attention(*map(jnp.asarray, args))
+    np.testing.assert_allclose(found.out, expected.out, atol=1e-5)
+    np.testing.assert_allclose(found.lse, expected.lse, rtol=1e-5)
+    # widths 64, 32 and 16 take 1, 3 and 6 rows: 64 | 33 | 32 17 3 | 1
+    assert hidden_slices.num_groups(length[length > 0].tolist(), 64, token_bytes=64) == 4
 
 
 def test_a_vocabulary_that_does_not_divide_is_padded():
