@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from apt_jax.collectives import sum_over_devices
-from apt_jax.scheduling.cost_model import GROUP_BYTES
+from apt_jax.config import GROUP_BYTES
 from pallas_kernels.reference import NEVER, Partial
 
 _SHORTEST = 256

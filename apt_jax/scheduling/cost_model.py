@@ -23,14 +23,13 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from apt_jax.config import ModelConfig
+from apt_jax.config import GROUP_BYTES, ModelConfig
 from apt_jax.scheduling.hardware import Hardware
 from apt_jax.scheduling.step_load import PaddedSizes, StepLoad
 
 HiddenMode = Literal["recompute", "absorbed"]
 Floats = NDArray[np.float64]
 BYTES = 2  # per number, bfloat16 or float16
-GROUP_BYTES = 48 * 2**20  # v5e and v6e have 128 MiB of VMEM, an H200 50 MB of L2 cache; see `apt_jax/hidden_slices.py`
 
 
 @dataclass(frozen=True)
