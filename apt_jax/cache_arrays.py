@@ -1,8 +1,8 @@
 """The cache pool on the device: making it, writing a step's tokens, converting hidden blocks to KV in place.
 
 The pool is one flat array `[L*P, S, D]`; block b of layer l is row `l*P + b`. Flat, because a pool carried through
-`lax.scan` and donated stays in place only when no layer's slice of it is taken (DESIGN, "The hybrid cache").
-Split over devices, D is a device's slice, and N are its heads.
+`lax.scan` and donated stays in place only when no layer's slice of it is taken (DESIGN, "The hybrid cache"). Where it
+is split over devices, D is a device's slice and N are its heads.
 """
 
 import jax

@@ -11,6 +11,9 @@ ACTIVATIONS = (
     "gelu", "gelu_python", "gelu_new", "gelu_fast", "gelu_accurate", "gelu_pytorch_tanh", "gelu_python_tanh",
 )  # fmt: skip
 CHECKPOINT_DTYPES = ("float32", "float16", "bfloat16")
+# Hidden vectors of a device's slice that `hidden_slices.py` takes at once: v5e and v6e have 128 MiB of VMEM, an H200
+# 50 MB of L2 cache. Here because the cost model counts with it too.
+GROUP_BYTES = 48 * 2**20
 POSITION_OFFSET = 2  # OPT's embedding table has two unused rows before position 0
 
 

@@ -20,6 +20,7 @@ from apt_jax.cache_arrays import block_bytes
 from apt_jax.calibration import base_model, calibrate
 from apt_jax.compilations import Compilations
 from apt_jax.config import EngineConfig, ModelConfig
+from apt_jax.followers import smallest_of_all
 from apt_jax.memory import MemoryPlan, plan_memory
 from apt_jax.opt import OPT
 from apt_jax.output import DeviceLost, Output, QueueFull, TokenLogprobs
@@ -254,7 +255,8 @@ class Engine:
             )
 
         guess = plan(activation_bytes=0)
-        return plan(self.runner.measure_activations(guess.num_blocks))
+        found = plan(self.runner.measure_activations(smallest_of_all(guess.num_blocks)))
+        return replace(found, num_blocks=smallest_of_all(found.num_blocks))
 
     def _check(self, prompt_token_ids: Sequence[int], params: SamplingParams, request_id: str) -> None:
         length = len(prompt_token_ids)
@@ -469,7 +471,8 @@ def _check_devices(runner: Runner, config: EngineConfig) -> None:
             f"tensor_parallel_size={config.tensor_parallel_size}, but the weights lie on {runner.num_devices} "
             "device(s); load them with the same number"
         )
-    if runner.num_devices > 1 and runner.shapes.kinds.hidden and not runner.parallel.hidden:
+    parallel = runner.parallel
+    if parallel is not None and runner.num_devices > 1 and runner.shapes.kinds.hidden and not parallel.hidden:
         raise ValueError(
             f"cache_mode={config.cache_mode!r} needs k and v split by inputs, and these weights are split by heads; "
             "load them for that mode, or use --cache-mode kv"

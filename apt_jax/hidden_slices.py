@@ -11,9 +11,9 @@ import jax
 import jax.numpy as jnp
 
 from apt_jax.collectives import sum_over_devices
+from apt_jax.config import GROUP_BYTES
 from pallas_kernels.reference import NEVER, Partial
 
-GROUP_BYTES = 48 * 2**20  # v5e and v6e have 128 MiB of VMEM, an H200 50 MB of L2 cache
 _SHORTEST = 256
 
 
@@ -29,7 +29,8 @@ def hidden_decode_slices(wide: jax.Array, pool: jax.Array, blocks: jax.Array, le
         length: int32 `[R]`, cached tokens, at most W*S.
 
     Returns:
-        float32 out `[R, N, D]`, the slice of the weighted sum, and lse `[R, N]`; rows of length 0 give 0 and `NEVER`.
+        out `[R, N, D]` in the pool's dtype, the slice of the weighted sum, and float32 lse `[R, N]`; rows of length 0
+        give 0 and `NEVER`. (A float32 out would be multiplied by a float32 copy of Wv.)
     """
     R, N, D = wide.shape
     classes = _classes(blocks.shape[1] * pool.shape[1], D * pool.dtype.itemsize, pool.shape[1])
@@ -56,7 +57,7 @@ def hidden_decode_slices(wide: jax.Array, pool: jax.Array, blocks: jax.Array, le
         branches = [of_width(width, size) for width, size in zip(widths, groups, strict=True)]
         return jax.lax.switch(narrowest, branches, at, found)
 
-    empty = Partial(jnp.zeros((R, N, D), jnp.float32), jnp.full((R, N), NEVER, jnp.float32))
+    empty = Partial(jnp.zeros((R, N, D), pool.dtype), jnp.full((R, N), NEVER, jnp.float32))
     return jax.lax.while_loop(lambda state: state[0] < count, one_group, (jnp.int32(0), empty))[1]
 
 
@@ -90,4 +91,4 @@ def _attend(wide: jax.Array, pool: jax.Array, blocks: jax.Array, length: jax.Arr
     safe = jnp.where(total > 0, total, 1)
     vectors = jnp.where(valid[..., None], vectors, 0)  # stale blocks may hold anything, and 0 times NaN is NaN
     out = jnp.einsum("RNC,RCD->RND", weights.astype(pool.dtype), vectors, preferred_element_type=jnp.float32)
-    return Partial(out / safe[..., None], jnp.where(total > 0, top[..., 0] + jnp.log(safe), NEVER))
+    return Partial((out / safe[..., None]).astype(pool.dtype), jnp.where(total > 0, top[..., 0] + jnp.log(safe), NEVER))

@@ -84,8 +84,10 @@ class SelfAttention(nnx.Module):
         """Keys and values `[T, N, H]` of attention inputs `[T, D]`, or of this device's slice if it `splits_inputs`."""
         if not self.splits_inputs:
             return _to_heads(self.k_proj, h), _to_heads(self.v_proj, h)
-        kernels = jnp.stack([self.k_proj.kernel[...], self.v_proj.kernel[...]])
-        both = scatter_heads(jnp.einsum("...D,KDNH->K...NH", h, kernels))
+        keys = jnp.tensordot(h, self.k_proj.kernel[...], axes=1)
+        # else XLA on a GPU makes one product of both, of a copy of their weights side by side
+        values = jnp.tensordot(jax.lax.optimization_barrier(h), self.v_proj.kernel[...], axes=1)
+        both = scatter_heads(jnp.stack([keys, values]))
         return _add_bias(self.k_proj, both[0]), _add_bias(self.v_proj, both[1])
 
     def output(self, context: jax.Array) -> jax.Array:

@@ -82,8 +82,9 @@ class Parallel:
         sharding = model.embed_tokens.embedding[...].sharding
         if not isinstance(sharding, NamedSharding) or AXIS not in sharding.mesh.axis_names:
             return None
+        assert isinstance(sharding.mesh, Mesh)
         kernel = model.layers.self_attn.k_proj.kernel[...].sharding
-        return cls(sharding.mesh, hidden=kernel.spec == _SLICE_OF_D)
+        return cls(sharding.mesh, hidden=isinstance(kernel, NamedSharding) and kernel.spec == _SLICE_OF_D)
 
     @property
     def num_devices(self) -> int:

@@ -60,7 +60,8 @@ def _put(host: np.ndarray, sharding: jax.sharding.Sharding) -> jax.Array:
     if len(sharding.device_set) == 1:
         return jax.device_put(host, sharding)
 
-    def part(index: tuple[slice, ...]) -> np.ndarray:
+    def part(index: tuple[slice, ...] | None) -> np.ndarray:
+        assert index is not None
         found = host[index]
         wanted = [len(range(*s.indices(size))) for s, size in zip(index, shape, strict=True)]
         return np.pad(found, [(0, size - have) for size, have in zip(wanted, found.shape, strict=True)])

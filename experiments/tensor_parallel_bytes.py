@@ -3,9 +3,9 @@
     python -m experiments.tensor_parallel_bytes [--times]
 
 Counts per device and step, for OPT-13B on 2 devices, 30B on 2 and 66B on 4: bytes of weights and cache read, bytes
-sent over links (ring collectives), number of collectives, and bytes of cache a token takes. `--times` prints estimates
-from data sheets instead: reading or computing, whichever is slower, plus exchanging, nothing overlapped, against a step
-in which every request caches KV. No device is used.
+sent over links (ring collectives), number of collectives, bytes of cache a token takes and tokens that fit. `--times`
+prints estimates from data sheets instead: reading or computing, whichever is slower, plus exchanging, nothing
+overlapped, against a step in which every request caches KV. No device is used.
 
 * kv: KV blocks by heads.
 * slices: every device holds a slice of D of each hidden vector; partial scores are summed (what apt-jax does).
@@ -114,6 +114,20 @@ def constants_table() -> Iterator[str]:
         yield f"| {name} x{devices} | " + " | ".join(cells) + " |"
 
 
+def room_table() -> Iterator[str]:
+    """A Markdown line a model and device: tokens that fit into what weights leave of 90% of the memory, by form."""
+    yield "| model | device | " + " | ".join(f"{form}: tokens" for form in FORMS) + " |"
+    yield "|---|---|" + "---:|" * len(FORMS)
+    for name, devices in SPLITS:
+        for device in ("a100-40gb", *DEVICES):
+            model = CostModel(MODELS[name], HARDWARE[device], devices=devices)
+            counts = [count(form, model, 1, 1) for form in FORMS]
+            rooms = [0.9 * model.hardware.memory_bytes - c.weight_bytes for c in counts]
+            if max(rooms) > 0:
+                tokens = [max(int(room / c.token_bytes), 0) for room, c in zip(rooms, counts, strict=True)]
+                yield f"| {name} x{devices} | {device} | " + " | ".join(f"{t:,}" for t in tokens) + " |"
+
+
 def times_table() -> Iterator[str]:
     """A Markdown line a case: estimated ms of the KV step, and the other forms as multiples of it, by device."""
     yield (
@@ -134,7 +148,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--times", action="store_true", help="estimated times instead of bytes")
     args = parser.parse_args()
-    tables = [times_table()] if args.times else [constants_table(), bytes_table()]
+    tables = [times_table()] if args.times else [constants_table(), room_table(), bytes_table()]
     print("\n\n".join("\n".join(table) for table in tables))
 
 

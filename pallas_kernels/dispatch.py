@@ -16,28 +16,18 @@ _TOLERANCE = {2: 2e-2, 4: 1e-3}  # by bytes of a number; float32 kernels may mul
 
 
 class Kernels(NamedTuple):
-<<<<<<< ours
     """The kernels of a platform, with the signatures of `reference.py`; either both of prefix attention or none.
 
     Looser than there: `hidden_decode` and `hidden_prefix` may give `out` in the pool's dtype, and `hidden_decode`
-    anything in rows of length 0.
-=======
-    """The decode kernels of a platform, with the signatures of `reference.py`.
-
-    Looser than there: `hidden_decode` may give `out` in the pool's dtype, and anything in rows of length 0. It is None
-    where there is no kernel for hidden rows and XLA attends to them.
->>>>>>> theirs
+    anything in rows of length 0. `hidden_decode` is None where there is no kernel for hidden rows and XLA attends to
+    them.
     """
 
     name: str
     kv_decode: Callable[..., Partial]
-<<<<<<< ours
-    hidden_decode: Callable[..., Partial]
+    hidden_decode: Callable[..., Partial] | None
     kv_prefix: Callable[..., Partial] | None = None
     hidden_prefix: Callable[..., Partial] | None = None
-=======
-    hidden_decode: Callable[..., Partial] | None
->>>>>>> theirs
 
 
 REFERENCES = Kernels(
@@ -64,13 +54,6 @@ def kernels_for(device: jax.Device) -> Kernels:
     raise NotImplementedError(f"there are no Pallas kernels for platform {device.platform!r}; use tpu, gpu or cpu")
 
 
-<<<<<<< ours
-def tpu_kernels(name: str, *, cores: int, interpret: Any) -> Kernels:
-    """The TPU kernels, with options as they have them."""
-    from pallas_kernels import tpu_hidden_decode, tpu_hidden_prefix, tpu_kv_decode, tpu_kv_prefix
-
-    options = {"cores": cores, "interpret": interpret}
-=======
 def gpu_kernels(compute_capability: str) -> Kernels:
     """The GPU kernels: Hopper (9.0) has both; later and Ampere and Ada (8.0 and up) that for KV, without tensor cores.
 
@@ -89,10 +72,11 @@ def gpu_kernels(compute_capability: str) -> Kernels:
     )
 
 
-def tpu_kernels(name: str, **options: Any) -> Kernels:
-    """The TPU kernels, with options that both have (`cores`, `interpret`)."""
-    from pallas_kernels import tpu_hidden_decode, tpu_kv_decode
->>>>>>> theirs
+def tpu_kernels(name: str, *, cores: int, interpret: Any) -> Kernels:
+    """The TPU kernels, with options as they have them."""
+    from pallas_kernels import tpu_hidden_decode, tpu_hidden_prefix, tpu_kv_decode, tpu_kv_prefix
+
+    options = {"cores": cores, "interpret": interpret}
 
     def hidden_decode(q_wide: jax.Array, pool: jax.Array, blocks: jax.Array, length: jax.Array) -> Partial:
         kernel = tpu_hidden_decode.hidden_decode_attention
@@ -112,11 +96,7 @@ def tpu_kernels(name: str, **options: Any) -> Kernels:
 
 
 def self_check(kernels: Kernels, *, heads: int, head_dim: int, block_size: int, dtype: DTypeLike) -> str | None:
-<<<<<<< ours
     """Run all kernels on a few rows against the references, on the default device; why they cannot be used, or None.
-=======
-    """Run the kernels on a few rows against the references, on the default device; why they cannot be used, or None.
->>>>>>> theirs
 
     Rows have no token, one, a block and one more, and several hundred; blocks are shuffled and NaN beyond a row's
     length. For prefix attention each row has a few queries. Takes some seconds, most of it compiling.

@@ -1,11 +1,15 @@
 """From a model's name to an engine: compile cache, checkpoint, tokenizer, engine, in that order."""
 
 import logging
+import os
 from collections.abc import Callable
 from pathlib import Path
 
+import jax
+
 from apt_jax.config import EngineConfig
 from apt_jax.engine import Engine
+from apt_jax.followers import follow, lead
 from apt_jax.sharding import Parallel
 from apt_jax.tokenizer import Tokenizer, TokenizerNotFound
 from checkpoints.load import load_model
@@ -28,14 +32,16 @@ def build_engine(
     """Load a model (None: the bundled demo) and its tokenizer and put an engine around them; compiles nothing.
 
     A model folder without a tokenizer gives an engine that takes token ids only. `on_phase` is told what has ended:
-    "weights", "tokenizer", "memory".
+    "weights", "tokenizer", "memory". Of several processes (`jax.distributed`) only process 0 gets an engine; in the
+    others this runs what process 0 runs, and exits when that ends.
 
     Raises:
         ValueError: what was named cannot be loaded, or does not fit; one sentence with the file, value or flag.
     """
     use_compile_cache(engine_config.compilation_cache_dir)
-    devices = engine_config.tensor_parallel_size
-    parallel = Parallel.over(devices, hidden=engine_config.cache_mode != "kv") if devices > 1 else None
+    devices, processes = engine_config.tensor_parallel_size, jax.process_count()
+    split = devices > 1 or processes > 1
+    parallel = Parallel.over(devices, hidden=engine_config.cache_mode != "kv") if split else None
     loaded = load_model(
         model, load_format=load_format, dtype=engine_config.dtype, revision=revision, seed=engine_config.seed,
         parallel=parallel,
@@ -46,6 +52,12 @@ def build_engine(
     on_phase("tokenizer")
     engine = Engine(loaded.model, loaded.config, engine_config, text, donate_model=True)
     on_phase("memory")
+    if processes > 1:
+        if jax.process_index() > 0:
+            follow(engine.runner)
+            raise SystemExit(0)
+        host = os.environ.get("JAX_COORDINATOR_ADDRESS", "").rpartition(":")[0]
+        engine.runner = lead(engine.runner, host or None)
     return engine
 
 

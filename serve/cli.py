@@ -1,5 +1,6 @@
 """The `apt-jax` command. Flags are generated from dataclass fields; jax is imported only when a command needs it."""
 
+import dataclasses
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +14,7 @@ from apt_jax.simulation.options import SimulateArgs
 from serve.bench.commands import Bench
 from serve.errors import EngineFailure
 from serve.logs import set_up_logs
-from serve.options import LoadOptions, Model, ServerOptions
+from serve.options import DistributedOptions, LoadOptions, Model, ServerOptions
 
 
 @dataclass(frozen=True)
@@ -25,11 +26,15 @@ class Serve:
     server: OmitArgPrefixes[ServerOptions] = field(default_factory=ServerOptions)
     load: OmitArgPrefixes[LoadOptions] = field(default_factory=LoadOptions)
     engine: OmitArgPrefixes[EngineConfig] = field(default_factory=EngineConfig)
+    distributed: OmitArgPrefixes[DistributedOptions] = field(default_factory=DistributedOptions)
 
     def run(self) -> int:
         """Serve until told to stop."""
+        from serve.distributed import join
         from serve.server import serve
 
+        if not join(self.distributed):
+            return _follow(self.model, self.load, self.engine)
         return serve(self.model, self.load, self.server, self.engine)
 
 
@@ -49,11 +54,15 @@ class RunBatch:
     """File with a Jinja chat template; default: the tokenizer's own (OPT has none)."""
     load: OmitArgPrefixes[LoadOptions] = field(default_factory=LoadOptions)
     engine: OmitArgPrefixes[EngineConfig] = field(default_factory=EngineConfig)
+    distributed: OmitArgPrefixes[DistributedOptions] = field(default_factory=DistributedOptions)
 
     def run(self) -> int:
         """Answer what is unanswered."""
         from serve.batch_jobs import run_batch
+        from serve.distributed import join
 
+        if not join(self.distributed):
+            return _follow(self.model, self.load, self.engine)
         return run_batch(
             *(self.input, self.output, self.model, self.served_model_name, self.load, self.engine, self.chat_template)
         )
@@ -111,6 +120,14 @@ class AptJax:
     """Serve OPT language models in JAX, with a hybrid cache of KV pairs and hidden vectors."""
 
     command: OmitSubcommandPrefixes[Command]
+
+
+def _follow(model: str | None, load: LoadOptions, config: EngineConfig) -> int:
+    """Run what process 0 runs, until it ends."""
+    from serve.build import build_engine
+
+    build_engine(model, engine_config=config, **dataclasses.asdict(load))
+    raise AssertionError("only process 0 gets an engine")
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -24,6 +24,24 @@ class LoadOptions:
 
 
 @dataclass(frozen=True)
+class DistributedOptions:
+    """How the processes of one engine find each other; each is started with the same command but its own number."""
+
+    coordinator_address: str | None = None
+    """HOST:PORT of process 0, where several processes split one model; auto asks the cluster (Cloud TPU, Slurm)."""
+    num_processes: int | None = None
+    """How many processes there are."""
+    process_id: int | None = None
+    """Which of them this is; 0 answers requests, the others follow it."""
+
+    def __post_init__(self) -> None:
+        if self.coordinator_address is None:
+            for name in ("num_processes", "process_id"):
+                if getattr(self, name) is not None:
+                    raise ValueError(f"{name}={getattr(self, name)} needs --coordinator-address")
+
+
+@dataclass(frozen=True)
 class ServerOptions:
     """How the server is reached."""
 

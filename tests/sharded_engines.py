@@ -87,18 +87,23 @@ def check_memory(engine: Engine) -> None:
         assert not gathers, gathers[0]
 
 
+def few_shapes() -> None:
+    """One decode, one prefill and one sampling program from now on in this process."""
+    apt_jax.buckets.ladder = lambda smallest, largest: [largest]
+    every_size = Buckets.__init__
+
+    def one_size(self, **limits):
+        every_size(self, **limits)
+        self.sample_rows = [self.max_rows]
+
+    Buckets.__init__ = one_size
+
+
 def main(cases: list[str]) -> None:
     apt_jax.xla_attention.CHUNK_TOKENS = 16  # several chunks per context
     apt_jax.hidden_slices.GROUP_BYTES = 192 * 64  # several groups per batch
-    apt_jax.hidden_slices._SHORTEST = 24  # and of every width
-    apt_jax.buckets.ladder = lambda smallest, largest: [largest]
-    one_size = Buckets.__init__
-
-    def with_one_sampler(self, **limits):
-        one_size(self, **limits)
-        self.sample_rows = [self.max_rows]
-
-    Buckets.__init__ = with_one_sampler
+    apt_jax.hidden_slices._SHORTEST = 40  # and of two widths
+    few_shapes()
     expected = {i.partition("-")[0]: t for i, t in greedy_tokens(sharded_engine(1, "kv"), "kv").items()}
     every = [f"{devices}:{mode}" for devices in (2, 4, 8) for mode in ("kv", "hidden", "hybrid")]
     for case in cases or every:

@@ -72,6 +72,17 @@ def test_weights_that_leave_no_room_are_refused():
         cache_blocks(CostModel(MODELS["opt-30b"], A100), block_size=16, max_num_batched_tokens=2048, max_num_seqs=256)
 
 
+def test_rho_counts_what_split_hidden_vectors_exchange():
+    two = dataclasses.replace(OPT_13B, devices=2)
+    h, layers, tokens = A100, 40, 1000
+    scores = tokens * layers * 2 * 40 * 4 / 2 / h.link_bytes_per_s  # float32, 40 heads, sent twice, half of it
+    groups = tokens * layers * 5120 / (48 * 2**20) * h.link_latency_s  # slices of 5,120 bytes, 48 MiB an all-reduce
+    alone = tokens * (two.hidden_token_s - OPT_13B.hidden_token_s / 2)
+    assert alone == pytest.approx(scores + groups)
+    none, few = StepLoad(decode_requests=1, kv_tokens=1), StepLoad(decode_requests=1, hidden_tokens=1)
+    assert two.step_s(few) - two.step_s(none) == pytest.approx(3 * layers * h.link_latency_s + two.rho_s)
+
+
 def test_two_devices_are_faster_but_not_twice():
     load = StepLoad(decode_requests=50, kv_tokens=15000, samples=50)
     two = dataclasses.replace(OPT_13B, devices=2)

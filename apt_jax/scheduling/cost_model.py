@@ -11,7 +11,8 @@ Hidden modes: `recompute` projects every cached hidden vector to keys and values
 multi-head latent attention does: 4 D N FLOPs per token and layer and half of KV's bytes.
 
 Under tensor parallelism weights, heads and each cached vector (along D) are split over the devices. Absorbed
-attention then sums N partial scores per token over the devices; recomputation gathers D numbers per token.
+attention then sums N partial scores per token over the devices, in one collective for every `GROUP_BYTES` of vectors
+on a device, and joins queries and scatters values once a layer; recomputation gathers D numbers per token.
 """
 
 import math
@@ -22,7 +23,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from apt_jax.config import ModelConfig
+from apt_jax.config import GROUP_BYTES, ModelConfig
 from apt_jax.scheduling.hardware import Hardware
 from apt_jax.scheduling.step_load import PaddedSizes, StepLoad
 
@@ -43,6 +44,7 @@ class Scales:
     hidden: float = 1.0
     pairs: float = 1.0
     per_request_s: float = 0.0
+    exchange: float = 1.0  # of what devices exchange for each token and layer, attention's scores not included
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,7 @@ class CostModel:
         return (
             self.overhead_s
             + self.dense_s(self.compute_s(load))
-            + tokens * self.exchange_token_s
+            + self.scales.exchange * self.exchange_s(load)
             + load.kv_tokens * self.kv_token_s
             + load.hidden_tokens * self.hidden_token_s
             + load.prefill_pairs * self.pair_s
@@ -76,6 +78,11 @@ class CostModel:
         """Seconds of an iteration's matrix products at full rate, those of attention not included."""
         tokens = load.prefill_tokens + load.decode_requests
         return tokens * self.token_s + load.samples * self.logits_s + load.projected_tokens * self.projection_s
+
+    def exchange_s(self, load: StepLoad) -> float:
+        """Seconds of what devices exchange in an iteration, except for scores; 0 on one device."""
+        tokens = load.prefill_tokens + load.decode_requests
+        return tokens * self.exchange_token_s + (self.slices_s if load.hidden_tokens else 0.0)
 
     def dense_s(self, compute_s: float) -> float:
         """Seconds of the weight-bound part, given its matrix products: whichever is slower, reading or computing."""
@@ -152,10 +159,20 @@ class CostModel:
         if self.hidden_mode == "absorbed":
             flops = c.num_hidden_layers * 4 * c.hidden_size * c.num_attention_heads / self._flops_per_s
             exchange = 2 * self._exchange_s(2 * c.num_attention_heads)  # float32 partial scores, summed
+            if self.devices > 1:
+                groups = c.hidden_size * BYTES / self.devices / GROUP_BYTES
+                exchange += c.num_hidden_layers * groups * self.hardware.link_latency_s
         else:
             flops = c.num_hidden_layers * (4 * c.hidden_size**2 + 4 * c.hidden_size) / self._flops_per_s
             exchange = self._exchange_s(c.hidden_size)
-        return self.scales.hidden * max(read, flops) + exchange
+        return self.scales.hidden * (max(read, flops) + exchange)
+
+    @cached_property
+    def slices_s(self) -> float:
+        """Seconds that an iteration waits because hidden vectors are split, however few: three collectives a layer."""
+        if self.devices == 1 or self.hidden_mode != "absorbed":
+            return 0.0
+        return 3 * self.model.num_hidden_layers * self.hardware.link_latency_s
 
     @cached_property
     def projection_s(self) -> float:

@@ -63,8 +63,8 @@ def fit(model: CostModel, observations: Sequence[Observation], around: Scales | 
         dense = base.blend(weights_s, compute_s * bend, knee)
         error, scale = _solve(np.column_stack([dense, others]) / seconds[:, None])
         if best is None or error < best[0] - 1e-12:
-            dense_scale, overhead, kv, hidden, pairs, per_request = scale
-            best = error, Scales(overhead, dense_scale, bend, knee, kv, hidden, pairs, per_request)
+            dense_scale, overhead, kv, hidden, pairs, per_request, exchange = scale
+            best = error, Scales(overhead, dense_scale, bend, knee, kv, hidden, pairs, per_request, exchange)
     assert best is not None
     return model.with_scales(best[1])
 
@@ -76,7 +76,7 @@ def _solve(relative: NDArray[np.float64]) -> tuple[float, list[float]]:
     used = relative.any(axis=0)
     size = np.sqrt((relative[:, used] ** 2).sum(axis=0))  # columns of one size: well conditioned
     trust = np.ones(len(relative))
-    scale = np.array([1.0, 1.0, 1.0, 1.0, 1.0, 0.0])
+    scale = np.array([1.0, 1.0, 1.0, 1.0, 1.0, 0.0, 1.0])
     for _ in range(_ROBUST_PASSES):
         solution, _ = nnls(trust[:, None] * relative[:, used] / size, trust)
         scale[used] = solution / size
@@ -88,7 +88,7 @@ def _solve(relative: NDArray[np.float64]) -> tuple[float, list[float]]:
 def _terms(
     model: CostModel, observations: Sequence[Observation]
 ) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
-    """Seconds at scale 1: weight reads, matrix products, `[n, 5]` overhead, KV, hidden, pairs, requests."""
+    """Seconds at scale 1: weight reads, products, `[n, 6]` overhead, KV, hidden, pairs, requests, exchange."""
     compute, others = [], []
     for load in (model.sizes.pad(o.load) for o in observations):
         compute.append(model.compute_s(load))
@@ -99,6 +99,7 @@ def _terms(
                 load.hidden_tokens * model.hidden_token_s,
                 load.prefill_pairs * model.pair_s,
                 float(load.decode_requests),
+                model.exchange_s(load),
             )
         )
     return np.full(len(compute), model.weights_s), np.array(compute), np.array(others)
