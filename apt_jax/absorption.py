@@ -11,8 +11,9 @@ from apt_jax.opt import SelfAttention
 
 def absorb_query(projections: SelfAttention, q: jax.Array) -> jax.Array:
     """q' = q Wk^T, `[T, N, H] -> [T, N, D]` in float32. Source: DESIGN 2.1."""
-    kernel = projections.k_proj.kernel[...]
-    return jnp.einsum("TNH,DNH->TND", q, kernel, preferred_element_type=jnp.float32)
+    kernel = _by_head(projections.k_proj.kernel[...])
+    wide = jnp.einsum("NTH,NDH->NTD", q.swapaxes(0, 1), kernel, preferred_element_type=jnp.float32)
+    return wide.swapaxes(0, 1)
 
 
 def key_bias_score(projections: SelfAttention, q: jax.Array) -> jax.Array:
@@ -24,7 +25,13 @@ def key_bias_score(projections: SelfAttention, q: jax.Array) -> jax.Array:
 
 def absorbed_values(projections: SelfAttention, context: jax.Array) -> jax.Array:
     """`context Wv + bv`, `[T, N, D] -> [T, N, H]` in float32: the weights sum to 1, so bv counts once."""
-    kernel = projections.v_proj.kernel[...].astype(context.dtype)
-    out = jnp.einsum("TND,DNH->TNH", context, kernel, preferred_element_type=jnp.float32)
+    kernel = _by_head(projections.v_proj.kernel[...]).astype(context.dtype)
+    by_head = jnp.einsum("NTD,NDH->NTH", context.swapaxes(0, 1), kernel, preferred_element_type=jnp.float32)
+    out = by_head.swapaxes(0, 1)
     bias = projections.v_proj.bias
     return out if bias is None else out + bias[...].astype(jnp.float32)
+
+
+def _by_head(kernel: jax.Array) -> jax.Array:
+    """`[D, N, H] -> [N, D, H]`: as it lies in memory on a TPU (`weight_formats.py`); else XLA copies it there."""
+    return kernel.swapaxes(0, 1)

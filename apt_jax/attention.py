@@ -34,6 +34,12 @@ class Kinds(NamedTuple):
 
     kv: bool
     hidden: bool
+    certain: bool = False  # each of them does occur, so that nothing asks for it when the program runs
+
+    @property
+    def maybe_one(self) -> bool:
+        """Whether it pays to ask at run time if a kind occurs."""
+        return self.kv and self.hidden and not self.certain
 
 
 def paged_attention(
@@ -56,8 +62,9 @@ def paged_attention(
         projections: SelfAttention, h: jax.Array, pool: jax.Array, layer: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
         q = projections.query(h)
-        if decode_only and kinds.hidden:
-            # a hidden row never uses its own k and v
+        if decode_only and not kinds.kv:
+            k = v = jnp.zeros_like(q)  # a hidden row never uses its own k and v
+        elif decode_only and kinds.maybe_one:
             k, v = jax.lax.cond(
                 jnp.any(~rows.is_hidden & (rows.length > 0)),
                 lambda: (projections.k_proj(h), projections.v_proj(h)),
@@ -111,6 +118,8 @@ def _decode(
     out = kernels.kv_decode(q, pool, rows.first_blocks, rows.second_blocks, length).out
     if not kinds.hidden:
         return out
+    if not kinds.maybe_one:
+        return of_hidden(out)
     return jax.lax.cond(jnp.any(hidden), of_hidden, lambda out: out, out)
 
 
@@ -128,6 +137,8 @@ def _decode_wide(
             return absorbed()
         if not kinds.hidden:
             return otherwise
+        if not kinds.maybe_one:
+            return jnp.where(hidden, absorbed(), otherwise)
         return jax.lax.cond(jnp.any(hidden), lambda: jnp.where(hidden, absorbed(), otherwise), lambda: otherwise)
 
     wide = jnp.einsum("RNH,NM->RNMH", q.astype(jnp.float32), diagonal).reshape(R, N, N * H)

@@ -29,6 +29,7 @@ from apt_jax.opt import OPT
 from apt_jax.program_store import ProgramStore, source_hash
 from apt_jax.sampling import Sampled, Scored, score
 from apt_jax.steps import end_step, run_layer, run_sampling, run_step, start_step
+from apt_jax.weight_formats import put_for_tpu
 
 CONVERT_TOKENS = 256  # cached tokens that one call of the conversion program handles
 
@@ -66,6 +67,9 @@ class Runner:
         self.buckets = buckets
         self._graphdef, state = nnx.split(model)
         self._weights, self._weights_tree = jax.tree.flatten(state)
+        if self.device.platform == "tpu":
+            self._weights = put_for_tpu(jax.tree.leaves_with_path(state))
+            nnx.update(model, jax.tree.unflatten(self._weights_tree, self._weights))  # or the old ones would stay
         self._layer_graphdef, stacked = nnx.split(model.layers)
         leaves, self._layer_tree = jax.tree.flatten(stacked)
         self.dtype = jnp.dtype(model.embed_tokens.embedding[...].dtype)
@@ -249,6 +253,7 @@ class Runner:
             return run_step(
                 self._model(weights), self.shapes.kinds, num_blocks, bucket.decode_only, self.buckets.max_rows,
                 pool, history, tokens, rows, self.kernels, unroll=bucket.decode_only and self.device.platform == "gpu",
+                by_kind=bucket.decode_only and self.device.platform == "tpu",
             )  # fmt: skip
 
         return self._compile(f"step {name}", step, pool, history, tokens, rows, donate=(1, 2))
@@ -319,7 +324,11 @@ class Runner:
         `weights` are all of the model's unless given.
         """
         leaves = self._weights if weights is None else weights
-        shapes_of = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding) for leaf in leaves]
+        on_tpu = self.device.platform == "tpu"
+        shapes_of = [
+            jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.format if on_tpu else leaf.sharding)
+            for leaf in leaves
+        ]
         precision = "highest" if self.dtype == jnp.float32 else None
         # of this version of the code only: the store cannot keep what comes from JAX's own cache
         function.__name__ = f"{name.split()[0]}_{source_hash()[:8]}"

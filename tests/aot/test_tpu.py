@@ -4,21 +4,13 @@
 """
 
 import functools
-import re
 
 import jax
 import jax.numpy as jnp
 import pytest
-from flax import nnx
 from tpu_compiler import MISSING, OPT_SIZES, TOPOLOGIES, compile_for, device
 
-from apt_jax.attention import Kinds
-from apt_jax.batch import Rows, Tokens
-from apt_jax.cache_arrays import convert_blocks
-from apt_jax.config import ModelConfig
-from apt_jax.opt import OPT
-from apt_jax.steps import run_step
-from pallas_kernels import dispatch, tpu_hidden_decode, tpu_kv_decode
+from pallas_kernels import tpu_hidden_decode, tpu_kv_decode
 
 if MISSING:
     pytest.skip(MISSING, allow_module_level=True)
@@ -95,67 +87,3 @@ def test_what_does_not_compile_is_refused(heads, head_dim, block_size, dtype, re
     monkeypatch.setitem(OPT_SIZES, "this", (heads, head_dim))
     with pytest.raises(NotImplementedError, match=reason):
         compile_kernel(kernel, "v5e", "this", block_size, dtype)
-
-
-# OPT-13B with two layers, and a pool of 5.4 GB: more than all that a step may keep beside it
-CONFIG = ModelConfig(
-    hidden_size=5120, num_attention_heads=40, num_hidden_layers=2, ffn_dim=20480, word_embed_proj_dim=5120,
-    max_position_embeddings=2048,
-)  # fmt: skip
-BLOCK_SIZE, NUM_BLOCKS, STEP_ROWS, STEP_TOKENS = 16, 16384, 64, 256
-POOL = shape(CONFIG.num_hidden_layers * NUM_BLOCKS, BLOCK_SIZE, CONFIG.hidden_size, dtype=jnp.bfloat16)
-
-
-def model_shapes():
-    """The model's structure and the shapes of its weights."""
-    return nnx.split(nnx.eval_shape(lambda: OPT(CONFIG, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))))
-
-
-def in_place(program) -> None:
-    """The pool that comes out is the one that went in, and there is no other of its size."""
-    memory = program.memory_analysis()
-    pool_bytes = POOL.size * 2
-    assert memory.alias_size_in_bytes >= pool_bytes, "the pool was not donated"
-    assert memory.temp_size_in_bytes < pool_bytes / 3, f"{memory.temp_size_in_bytes=}, the pool is {pool_bytes}"
-    pool_type = "bf16[" + ",".join(map(str, POOL.shape)) + "]"
-    copies = [line for line in program.as_text().splitlines() if re.search(re.escape(pool_type) + r"\S* copy", line)]
-    assert not copies, copies[0]
-
-
-@pytest.mark.parametrize(
-    ("chip", "decode_only", "kinds"),
-    [
-        *((chip, True, Kinds(True, True)) for chip in TOPOLOGIES),
-        ("v5e", True, Kinds(True, False)),
-        ("v5e", True, Kinds(False, True)),
-        ("v5e", False, Kinds(True, True)),
-        ("tpu7x", False, Kinds(True, True)),
-    ],
-)
-def test_no_step_copies_the_pool(chip, decode_only, kinds):
-    """Writing a step's tokens and attending, with the kernels, over all layers."""
-    graphdef, weights = model_shapes()
-    kernels = dispatch.tpu_kernels("tpu", cores=device(chip).num_cores, interpret=False)
-    tokens_, rows_ = (STEP_ROWS, STEP_ROWS) if decode_only else (STEP_TOKENS, STEP_ROWS)
-
-    def step(weights, pool, history, tokens, rows):
-        model = nnx.merge(graphdef, weights)
-        return run_step(model, kinds, NUM_BLOCKS, decode_only, STEP_ROWS, pool, history, tokens, rows, kernels)
-
-    number, flag = functools.partial(shape, dtype=jnp.int32), functools.partial(shape, dtype=jnp.bool_)
-    tokens = Tokens(number(tokens_), flag(tokens_), number(tokens_), number(tokens_))
-    table = number(rows_, CONTEXT // BLOCK_SIZE)
-    rows = Rows(number(rows_), number(rows_), number(rows_), number(rows_), flag(rows_), table, table)
-    program = compile_for(chip, step, weights, POOL, number(STEP_ROWS, CONTEXT), tokens, rows, donate=(1, 2))
-    assert program.as_text().count("tpu_custom_call") >= kinds.kv + kinds.hidden
-    in_place(program)
-
-
-@CHIPS
-def test_conversion_does_not_copy_the_pool(chip):
-    graphdef, weights = model_shapes()
-
-    def convert(weights, pool, hidden_blocks, value_blocks):
-        return convert_blocks(nnx.merge(graphdef, weights), pool, hidden_blocks, value_blocks, NUM_BLOCKS)
-
-    in_place(compile_for(chip, convert, weights, POOL, shape(16), shape(16), donate=(1,)))

@@ -38,10 +38,12 @@ def device(chip: str) -> Any:
 
 
 def compile_for(chip: str, function: Callable, *args: Any, donate: tuple[int, ...] = ()) -> Any:
-    """`jax.jit(function)` compiled for a chip; args are arrays or trees of shapes."""
+    """`jax.jit(function)` compiled for a chip; args are arrays or trees of shapes, with a layout where that matters."""
     target = device(chip)
     sharding = SingleDeviceSharding(target)
-    shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), args)
+    shapes = jax.tree.map(
+        lambda a: a if a.sharding else jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), args
+    )
     abstract = AbstractDevice(device_kind=target.device_kind, num_cores=target.num_cores, platform="tpu")
     with jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=abstract)):
         return jax.jit(function, donate_argnums=donate).lower(*shapes).compile()
