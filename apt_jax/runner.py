@@ -323,7 +323,7 @@ class Runner:
 
         `weights` are all of the model's unless given.
         """
-        leaves = self._weights if weights is None else weights
+        leaves: list[Any] = self._weights if weights is None else weights
         on_tpu = self.device.platform == "tpu"
         shapes_of = [
             jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.format if on_tpu else leaf.sharding)
