@@ -15,8 +15,9 @@ def absorb_query(projections: SelfAttention, q: jax.Array) -> jax.Array:
 
     Split over devices, N are a device's heads in q and all heads in q', of which it has its slice of D.
     """
-    kernel = projections.k_proj.kernel[...]
-    return jnp.einsum("TNH,DNH->TND", join(q, axis=1), kernel, preferred_element_type=jnp.float32)
+    kernel = _by_head(projections.k_proj.kernel[...])
+    q = join(q, axis=1).swapaxes(0, 1)
+    return jnp.einsum("NTH,NDH->NTD", q, kernel, preferred_element_type=jnp.float32).swapaxes(0, 1)
 
 
 def key_bias_score(projections: SelfAttention, q: jax.Array) -> jax.Array:
@@ -31,7 +32,13 @@ def absorbed_values(projections: SelfAttention, context: jax.Array) -> jax.Array
 
     Split over devices, a slice of D of all heads goes in, and the device's own heads come out.
     """
-    kernel = projections.v_proj.kernel[...].astype(context.dtype)
-    out = scatter_heads(jnp.einsum("TND,DNH->TNH", context, kernel, preferred_element_type=jnp.float32))
+    kernel = _by_head(projections.v_proj.kernel[...]).astype(context.dtype)
+    by_head = jnp.einsum("NTD,NDH->NTH", context.swapaxes(0, 1), kernel, preferred_element_type=jnp.float32)
+    out = scatter_heads(by_head.swapaxes(0, 1))
     bias = projections.v_proj.bias
     return out if bias is None else out + bias[...].astype(jnp.float32)
+
+
+def _by_head(kernel: jax.Array) -> jax.Array:
+    """`[D, N, H] -> [N, D, H]`: as it lies in memory on a TPU (`weight_formats.py`); else XLA copies it there."""
+    return kernel.swapaxes(0, 1)

@@ -45,6 +45,12 @@ class Kinds(NamedTuple):
 
     kv: bool
     hidden: bool
+    certain: bool = False  # each of them does occur, so that nothing asks for it when the program runs
+
+    @property
+    def maybe_one(self) -> bool:
+        """Whether it pays to ask at run time if a kind occurs."""
+        return self.kv and self.hidden and not self.certain
 
 
 def paged_attention(
@@ -69,8 +75,9 @@ def paged_attention(
         q = projections.query(h)
         if projections.splits_inputs:
             h = own_slice(h, axis=1)
-        if decode_only and kinds.hidden:
-            # a hidden row never uses its own k and v
+        if decode_only and not kinds.kv:
+            k = v = jnp.zeros_like(q)  # a hidden row never uses its own k and v
+        elif decode_only and kinds.maybe_one:
             k, v = jax.lax.cond(
                 jnp.any(~rows.is_hidden & (rows.length > 0)),
                 lambda: projections.keys_values(h),
@@ -128,6 +135,8 @@ def _decode(
     out = decode(q, pool, rows.first_blocks, rows.second_blocks, length).out
     if not kinds.hidden:
         return out
+    if not kinds.maybe_one:
+        return of_hidden(out)
     return jax.lax.cond(jnp.any(hidden), of_hidden, lambda out: out, out)
 
 

@@ -207,8 +207,7 @@ class OPT(nnx.Module):
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Float32 logits `[..., V]` of hidden states `[..., E]`."""
-        tied = self.lm_head is None
-        kernel = self.embed_tokens.embedding[...].T if tied else self.lm_head.kernel[...]
+        kernel = self.embed_tokens.embedding[...].T if self.lm_head is None else self.lm_head.kernel[...]
         logits = product(hidden, kernel, dtype=jnp.float32)
         # split over devices, the vocabulary is padded
         return join(logits, axis=logits.ndim - 1)[..., : self.vocab_size]

@@ -32,6 +32,7 @@ from apt_jax.program_store import ProgramStore, source_hash
 from apt_jax.sampling import Sampled, Scored, score
 from apt_jax.sharding import EVERYWHERE, POOL, Parallel, local_config, zeros
 from apt_jax.steps import end_step, run_layer, run_sampling, run_step, start_step
+from apt_jax.weight_formats import put_for_tpu
 
 CONVERT_TOKENS = 256  # cached tokens that one call of the conversion program handles
 
@@ -74,8 +75,11 @@ class Runner:
         self.buckets = buckets
         self._graphdef, state = nnx.split(model)
         self._weights, self._weights_tree = jax.tree.flatten(state)
-        self.dtype = jnp.dtype(model.embed_tokens.embedding[...].dtype)
         self.parallel = Parallel.of(model)
+        if self.device.platform == "tpu" and self.parallel is None:
+            self._weights = put_for_tpu(jax.tree.leaves_with_path(state))
+            nnx.update(model, jax.tree.unflatten(self._weights_tree, self._weights))  # or the old ones would stay
+        self.dtype = jnp.dtype(model.embed_tokens.embedding[...].dtype)
         # Where each layer has arrays of its own, it is a call of one program, which also compiles once and not once per
         # layer; the other programs get arrays without elements in the layers' places.
         self._layers: LayerWeights | None = None
@@ -275,6 +279,7 @@ class Runner:
             return run_step(
                 self._model(weights), self.shapes.kinds, num_blocks, bucket.decode_only, self.buckets.max_rows,
                 pool, history, tokens, rows, self.kernels, unroll=bucket.decode_only and self.device.platform == "gpu",
+                by_kind=bucket.decode_only and self.device.platform == "tpu",
             )  # fmt: skip
 
         outs = (EVERYWHERE, POOL, EVERYWHERE, EVERYWHERE)
@@ -335,14 +340,15 @@ class Runner:
         def convert(weights, pool, hidden_blocks, value_blocks):  # type: ignore[no-untyped-def]
             return convert_blocks(self._model(weights), pool, hidden_blocks, value_blocks, num_blocks)
 
-        def layer(arrays, pool, index, hidden_blocks, value_blocks):  # type: ignore[no-untyped-def]
-            module = layers.layer(arrays)
-            return convert_layer(module, pool, index, hidden_blocks, value_blocks, num_blocks)
-
         blocks = _abstract((self._convert_pages,), np.int32)
         name, pool, layers = f"convert {num_blocks}", self._abstract_pool(num_blocks), self._layers
         if layers is None:
             return self._compile(name, convert, pool, blocks, blocks, donate=(1,), outs=POOL)
+
+        def layer(arrays, pool, index, hidden_blocks, value_blocks):  # type: ignore[no-untyped-def]
+            module = layers.layer(arrays)
+            return convert_layer(module, pool, index, hidden_blocks, value_blocks, num_blocks)
+
         index, weights = _abstract((), np.int32), layers.arrays[0]
         program = self._compile(f"{name} layer", layer, pool, index, blocks, blocks, donate=(1,), weights=weights)
         return LayeredConvert(program, layers)
@@ -355,8 +361,12 @@ class Runner:
 
         `weights` are all of the model's unless given; `outs` is how results lie on several devices.
         """
-        leaves = self._weights if weights is None else weights
-        shapes_of = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding) for leaf in leaves]
+        leaves: list[Any] = self._weights if weights is None else weights
+        on_tpu = self.device.platform == "tpu" and self.parallel is None
+        shapes_of = [
+            jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.format if on_tpu else leaf.sharding)
+            for leaf in leaves
+        ]
         precision = "highest" if self.dtype == jnp.float32 else None
         # of this version of the code only: the store cannot keep what comes from JAX's own cache
         function.__name__ = f"{name.split()[0]}_{source_hash()[:8]}"

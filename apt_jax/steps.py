@@ -4,6 +4,8 @@
 `end_step` do the same in several.
 """
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 
@@ -27,8 +29,13 @@ def run_step(
     kernels: Kernels | None = None,
     *,
     unroll: bool = False,
+    by_kind: bool = False,
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]:
     """One iteration of the model: tokens in, cache written. Pure; jitted by `Runner`. `unroll` is the model's.
+
+    `by_kind` compiles the layers for each mix of cache kinds and chooses among them before the first layer, where
+    otherwise each layer would ask which kinds occur. On a TPU a condition inside the loop copies the weights that it
+    needs out of the stack, in every layer.
 
     Returns:
         Hidden states `[max_rows, E]` after each row's last token (padded, so that sampling has one input shape),
@@ -36,8 +43,18 @@ def run_step(
         `decode_only`: they are the first).
     """
     ids, history = _token_ids(history, tokens, rows)
-    attend = paged_attention(tokens, rows, kinds, num_blocks, decode_only=decode_only, kernels=kernels)
-    hidden, pool = model(ids, tokens.position, attend, pool, unroll=unroll)
+
+    def all_layers(pool: jax.Array, kinds: Kinds) -> tuple[jax.Array, jax.Array]:
+        attend = paged_attention(tokens, rows, kinds, num_blocks, decode_only=decode_only, kernels=kernels)
+        return model(ids, tokens.position, attend, pool, unroll=unroll)
+
+    if by_kind and kinds.maybe_one:
+        has_kv, has_hidden = (jnp.any((rows.length > 0) & is_kind) for is_kind in (~rows.is_hidden, rows.is_hidden))
+        mixes = [Kinds(kv=True, hidden=False), Kinds(kv=False, hidden=True), Kinds(kv=True, hidden=True, certain=True)]
+        mix = jnp.where(has_hidden, 1 + has_kv.astype(jnp.int32), 0)
+        hidden, pool = jax.lax.switch(mix, [partial(all_layers, kinds=kinds) for kinds in mixes], pool)
+    else:
+        hidden, pool = all_layers(pool, kinds)
     last, every = _last_states(hidden, decode_only, max_rows, rows)
     return last, pool, history, every
 

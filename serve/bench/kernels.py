@@ -6,6 +6,7 @@ import sys
 import time
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
+from itertools import product
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -63,14 +64,29 @@ def run(args: BenchKernels) -> int:
             raise ValueError("--end-to-end needs an accelerator; --allow-cpu tries it on the CPU")
         chips = list(CHIPS) if args.device == "auto" else [args.device]
         print(counted_table(shapes, chips))
+        static = _report_static(args, [chip for chip in chips if CHIPS[chip].startswith("tpu")], models)
         counts = [{**asdict(shape), "way": way, **asdict(count(shape, way))} for shape in shapes for way in WAYS]
-        _write(args, {"counts": counts})
+        _write(args, {"counts": counts, "static": [asdict(result) for result in static]})
         return 0
     return (
         _measure_steps(args, device, models[0], batches, contexts)
         if args.end_to_end
         else _measure(args, device, shapes)
     )
+
+
+def _report_static(args: BenchKernels, chips: list[str], models: list[str]) -> list[Any]:
+    """Print what the compiler makes of the TPU kernels, one line each: half a minute each where there is a compiler."""
+    from serve.bench.kernel_cycles import HEADER, WAYS, compile_static
+
+    if chips:
+        print("\ncompiled for TPUs, bfloat16: cycles per cached token, and those that HBM needs for its bytes alone")
+        print(HEADER)
+    results = []
+    for chip, model, way in product(chips, models, WAYS):
+        results.append(compile_static(chip, model, way, args.block_size))
+        print(results[-1].line(), flush=True)
+    return results
 
 
 def _measure(args: BenchKernels, device: Any, shapes: list[Any]) -> int:

@@ -1,47 +1,12 @@
-"""Compiling for TPUs that are not there: libtpu brings the whole compiler, and reports what a real chip would.
+"""For tests that compile for TPUs: every OPT size, and why there is no compiler, if there is none."""
 
-Compiling in a process that has no TPU needs no device, only its description (a topology).
-"""
+from serve.bench.tpu_compiler import MISSING as NO_LIBTPU
+from serve.bench.tpu_compiler import TOPOLOGIES, compile_for, device
 
-import functools
-import importlib.util
-import os
-from collections.abc import Callable
-from typing import Any
+__all__ = ["MISSING", "OPT_SIZES", "TOPOLOGIES", "compile_for", "device"]
 
-import jax
-from jax.experimental import topologies
-from jax.sharding import AbstractDevice, AbstractMesh, SingleDeviceSharding
-
-MISSING = (
-    None
-    if importlib.util.find_spec("libtpu")
-    else "libtpu is not installed, so nothing compiles for TPU here; run make test-aot"
-)
-TOPOLOGIES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
+MISSING = NO_LIBTPU and f"{NO_LIBTPU}; run make test-aot"
 OPT_SIZES = {  # heads, head_dim
     "125M": (12, 64), "350M": (16, 64), "1.3B": (32, 64), "2.7B": (32, 80),
     "6.7B": (32, 128), "13B": (40, 128), "30B": (56, 128), "66B": (72, 128),
 }  # fmt: skip
-
-# libtpu asks the cloud's metadata server what it runs on, unless told
-os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
-# and lets one process load it, which matters only where there are TPUs
-os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "true")
-
-
-@functools.cache
-def device(chip: str) -> Any:
-    """The description of one device of a chip."""
-    return topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGIES[chip]).devices[0]
-
-
-def compile_for(chip: str, function: Callable, *args: Any, donate: tuple[int, ...] = ()) -> Any:
-    """`jax.jit(function)` compiled for a chip; args are arrays or trees of shapes."""
-    target = device(chip)
-    sharding = SingleDeviceSharding(target)
-    shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), args)
-    abstract = AbstractDevice(device_kind=target.device_kind, num_cores=target.num_cores, platform="tpu")
-    with jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=abstract)):
-        return jax.jit(function, donate_argnums=donate).lower(*shapes).compile()

@@ -1,0 +1,32 @@
+"""How weights lie in a TPU's memory, so that no step copies them to another layout.
+
+XLA stores an array with its last two axes in tiles of 8 x 128. For the query, key and value projections `[L, D, N, H]`
+these would be (N, H), while every product wants a head's matrix in tiles: (D, H), or (H, D) where H is no multiple of
+128 and would be padded. These are the layouts that `Layout.AUTO` chooses for v5e and v6e; the others stay as they are.
+"""
+
+from typing import Any
+
+import jax
+from jax.experimental.layout import Format, Layout
+
+_PROJECTIONS = ("q_proj", "k_proj", "v_proj")
+_LANES = 128
+
+
+def tpu_format(path: tuple[Any, ...], leaf: jax.Array | jax.ShapeDtypeStruct) -> Any:
+    """The `Format` of a weight, by its path in the model's state: its sharding, with a layout where it needs one. Pure.
+
+    Args:
+        leaf: with a sharding.
+    """
+    names = {getattr(key, "key", getattr(key, "name", None)) for key in path}
+    if "kernel" not in names or not names.intersection(_PROJECTIONS):
+        return leaf.sharding
+    order = (0, 2, 1, 3) if leaf.shape[-1] % _LANES == 0 else (0, 2, 3, 1)
+    return Format(Layout(order), leaf.sharding)
+
+
+def put_for_tpu(paths_and_weights: list[tuple[tuple[Any, ...], jax.Array]]) -> list[jax.Array]:
+    """The weights, each copied once to where and how it should lie."""
+    return [jax.device_put(weight, tpu_format(path, weight)) for path, weight in paths_and_weights]

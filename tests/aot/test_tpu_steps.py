@@ -1,0 +1,150 @@
+"""Whole steps with the TPU kernels, compiled for every chip: nothing copies the pool, and decoding copies no weight.
+
+`make test-aot`; without libtpu these are skipped.
+"""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import nnx
+from jax.sharding import SingleDeviceSharding
+from tpu_compiler import MISSING, OPT_SIZES, TOPOLOGIES, compile_for, device
+
+from apt_jax.attention import Kinds
+from apt_jax.batch import Rows, Tokens
+from apt_jax.cache_arrays import convert_blocks
+from apt_jax.config import ModelConfig
+from apt_jax.opt import OPT
+from apt_jax.steps import run_step
+from apt_jax.weight_formats import tpu_format
+from pallas_kernels import dispatch
+
+if MISSING:
+    pytest.skip(MISSING, allow_module_level=True)
+
+CHIPS = pytest.mark.parametrize("chip", list(TOPOLOGIES))
+BLOCK_SIZE, ROWS, CONTEXT = 16, 32, 2048
+
+
+def shape(*sizes: int, dtype=jnp.int32) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(sizes, jnp.dtype(dtype))
+
+
+class Model:
+    """An OPT of some layers, and a pool of 5.4 GB: more than all that a step may keep beside it."""
+
+    def __init__(self, size: str, num_layers: int = 2):
+        N, H = OPT_SIZES[size]
+        self.width = N * H
+        self.num_blocks = 5_400_000_000 // (num_layers * BLOCK_SIZE * self.width * 2)
+        config = ModelConfig(
+            hidden_size=N * H, num_attention_heads=N, num_hidden_layers=num_layers, ffn_dim=4 * N * H,
+            word_embed_proj_dim=N * H, max_position_embeddings=CONTEXT,
+        )  # fmt: skip
+        self.graphdef, self.weights = nnx.split(
+            nnx.eval_shape(lambda: OPT(config, dtype=jnp.bfloat16, rngs=nnx.Rngs(0)))
+        )
+        self.pool = shape(num_layers * self.num_blocks, BLOCK_SIZE, N * H, dtype=jnp.bfloat16)
+
+    def placed(self, chip: str):
+        """Shapes of the weights, as they lie on the chip."""
+        sharding = SingleDeviceSharding(device(chip))
+
+        def place(path, leaf):
+            leaf = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=tpu_format(path, leaf))
+
+        return jax.tree.map_with_path(place, self.weights)
+
+
+def compile_step(model: Model, chip: str, kinds: Kinds, *, num_tokens: int = ROWS, decode_only: bool = True):
+    """As `Runner` compiles it."""
+    kernels = dispatch.tpu_kernels("tpu", cores=device(chip).num_cores, interpret=False)
+
+    def step(weights, pool, history, tokens, rows):
+        return run_step(
+            nnx.merge(model.graphdef, weights), kinds, model.num_blocks, decode_only, ROWS, pool, history, tokens, rows,
+            kernels, by_kind=decode_only,
+        )  # fmt: skip
+
+    number, flag = functools.partial(shape, dtype=jnp.int32), functools.partial(shape, dtype=jnp.bool_)
+    tokens = Tokens(number(num_tokens), flag(num_tokens), number(num_tokens), number(num_tokens))
+    table = number(ROWS, CONTEXT // BLOCK_SIZE)
+    rows = Rows(number(ROWS), number(ROWS), number(ROWS), number(ROWS), flag(ROWS), table, table)
+    history = number(ROWS, CONTEXT)
+    return compile_for(chip, step, model.placed(chip), model.pool, history, tokens, rows, donate=(1, 2))
+
+
+def in_place(program, model: Model) -> None:
+    """The pool that comes out is the one that went in, and there is no other of its size."""
+    memory = program.memory_analysis()
+    pool_bytes = model.pool.size * 2
+    assert memory.alias_size_in_bytes >= pool_bytes, "the pool was not donated"
+    assert memory.temp_size_in_bytes < pool_bytes / 3, f"{memory.temp_size_in_bytes=}, the pool is {pool_bytes}"
+    pool_type = "bf16[" + ",".join(map(str, model.pool.shape)) + "]"
+    copies = [line for line in program.as_text().splitlines() if re.search(re.escape(pool_type) + r"\S* copy", line)]
+    assert not copies, copies[0]
+
+
+def made_arrays(text: str, smallest: int) -> list[str]:
+    """Instructions outside of fusions that write an array of `smallest` numbers or more to HBM (not to VMEM, S(1))."""
+    fused = set(re.findall(r" fusion\(.*calls=%([\w.-]+)", text))
+    writes = re.compile(r"^\s*(?:ROOT )?%\S+ = \(?(?:bf16|f32)\[([0-9,]+)\](\S*) .*?([\w-]+)\(")
+    reads = {"parameter", "get-tuple-element", "tuple", "bitcast", "while", "conditional", "custom-call"}
+    found, computation = [], ""
+    for line in text.splitlines():
+        if header := re.match(r"^(?:ENTRY )?%(\S+) \(", line):
+            computation = header[1]
+        elif computation not in fused and (match := writes.match(line)) and match[3] not in reads:
+            if "S(1)" in match[2]:
+                continue
+            sizes = [int(size) for size in match[1].split(",")]
+            if functools.reduce(lambda a, b: a * b, sizes) >= smallest:
+                found.append(line.strip())
+    return found
+
+
+@pytest.mark.parametrize(("chip", "size"), [("v5e", "13B"), ("v6e", "13B"), ("v5e", "1.3B"), ("v6e", "2.7B")])
+def test_no_decode_step_copies_a_weight(chip, size):
+    """Heads of 128, 64 and 80 columns; what a step writes is smaller than the smallest matrix of a layer."""
+    model = Model(size, num_layers=3)
+    program = compile_step(model, chip, Kinds(True, True))
+    in_place(program, model)
+    matrix = model.width**2
+    pool_rows = f"[{model.pool.shape[0]},"
+    copies = [line for line in made_arrays(program.as_text(), matrix) if pool_rows not in line]
+    assert not copies, "\n".join(copies)
+    assert program.memory_analysis().temp_size_in_bytes < 2 * matrix
+
+
+@pytest.mark.parametrize(
+    ("chip", "num_tokens", "kinds"),
+    [
+        ("v5p", None, Kinds(True, True)),
+        ("tpu7x", None, Kinds(True, True)),
+        ("v5e", None, Kinds(True, False)),
+        ("v5e", None, Kinds(False, True)),
+        ("v5e", 256, Kinds(True, True)),
+        ("tpu7x", 256, Kinds(True, True)),
+    ],
+)
+def test_no_step_copies_the_pool(chip, num_tokens, kinds):
+    """Writing a step's tokens and attending, with the kernels, over all layers; decoding or with prefill chunks."""
+    model = Model("13B")
+    program = compile_step(model, chip, kinds, num_tokens=num_tokens or ROWS, decode_only=num_tokens is None)
+    kernels = (kinds.kv + kinds.hidden) * (1 if num_tokens is None else 2)
+    assert program.as_text().count("tpu_custom_call") >= kernels
+    in_place(program, model)
+
+
+@CHIPS
+def test_conversion_does_not_copy_the_pool(chip):
+    model = Model("13B")
+
+    def convert(weights, pool, hidden_blocks, value_blocks):
+        return convert_blocks(nnx.merge(model.graphdef, weights), pool, hidden_blocks, value_blocks, model.num_blocks)
+
+    in_place(compile_for(chip, convert, model.placed(chip), model.pool, shape(16), shape(16), donate=(1,)), model)
