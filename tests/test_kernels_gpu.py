@@ -100,8 +100,8 @@ def test_kv_kernel_matches_its_reference(heads, head_dim, block_size, pages, spl
         assert (found.out[0] == 0).all() and (found.lse[0] == NEVER).all()
 
 
-# three heads are padded to eight; a block of 128 tokens holds two tiles of the first pass, three make two splits of the
-# second
+# three heads are padded to eight; a block of 128 tokens holds two tiles of the first pass, three blocks make two splits
+# of the second
 @pytest.mark.parametrize(
     ("heads", "head_dim", "block_size", "pages", "dtype"),
     [
