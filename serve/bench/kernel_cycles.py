@@ -116,6 +116,10 @@ def loop_cycles(program: str, pages: int) -> int:
     for line in program.splitlines():
         if not (match := _BUNDLE.match(line)):
             continue
+        if line[match.end() :].lstrip().startswith("}"):  # waits, and does not say in which loop
+            if open_loops:
+                counts[open_loops[-1]] += 1
+            continue
         depth = len(match[2])
         del open_loops[depth:]
         if match[1] == "LB":

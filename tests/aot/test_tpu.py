@@ -54,7 +54,7 @@ def compile_kernel(kernel: str, chip: str, size: str, block_size: int, dtype, qu
     )
     assert "tpu_custom_call" in program.as_text()
     # what is not the kernel's: queries by group or window, the output before rows without tokens are cleared
-    out_bytes = queries * N * width * 4 * (8 if kernel == "kv" else 1)
+    out_bytes = queries * N * width * 4 * {"kv": 8, "kv_prefix": 4}.get(kernel, 1)
     assert program.memory_analysis().temp_size_in_bytes <= 3 * out_bytes
     return program
 
