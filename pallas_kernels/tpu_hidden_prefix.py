@@ -67,7 +67,7 @@ def hidden_prefix_attention(
             scratch_shapes=scratch,
         ),
         out_shape=[jax.ShapeDtypeStruct((T * N, D), out_dtype), jax.ShapeDtypeStruct((T * N, LANES), jnp.float32)],
-        compiler_params=tpu_paging.compiler_params(scratch, blocks_in_out),
+        compiler_params=tpu_paging.compiler_params(scratch, blocks_in_out, tpu_query_tiles.SPARE_BYTES),
         interpret=interpret,
         name="hidden_prefix_attention",
     )(

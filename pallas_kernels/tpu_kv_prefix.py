@@ -85,7 +85,7 @@ def kv_prefix_attention(
             scratch_shapes=scratch,
         ),
         out_shape=[jax.ShapeDtypeStruct((T, D), jnp.float32), jax.ShapeDtypeStruct((groups, T, LANES), jnp.float32)],
-        compiler_params=tpu_paging.compiler_params(scratch, blocks_in_out),
+        compiler_params=tpu_paging.compiler_params(scratch, blocks_in_out, tpu_query_tiles.SPARE_BYTES),
         interpret=interpret,
         name="kv_prefix_attention",
     )(

@@ -115,11 +115,18 @@ def scratch(num_sources: int, chunk: int, block_size: int, width: int, dtype: DT
     return [*shapes, pltpu.SMEM((1,), jnp.int32)]
 
 
-def compiler_params(scratch_shapes: Sequence[Any], block_bytes: int) -> pltpu.CompilerParams:
-    """Rows go to the cores; more VMEM is asked for where buffers and blocks (twice: the next row's) need it."""
+def compiler_params(
+    scratch_shapes: Sequence[Any], block_bytes: int, spare_bytes: int = 2 * 2**20
+) -> pltpu.CompilerParams:
+    """Rows go to the cores; more VMEM is asked for where buffers and blocks (twice: the next row's) need it.
+
+    Args:
+        spare_bytes: for what the compiler holds besides; more than the usual is asked for in any case.
+    """
     buffers = (shape for shape in scratch_shapes if getattr(shape, "memory_space", None) == pltpu.VMEM)
     needed = sum(math.prod(b.shape) * jnp.dtype(b.dtype).itemsize for b in buffers) + 2 * block_bytes
-    limit = None if needed < 0.8 * SCOPED_VMEM_BYTES else int(1.25 * needed) + 2 * 2**20
+    fits = needed < 0.8 * SCOPED_VMEM_BYTES and spare_bytes <= 2 * 2**20
+    limit = None if fits else int(1.25 * needed) + spare_bytes
     return pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=limit)
 
 

@@ -10,6 +10,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+SPARE_BYTES = 16 * 2**20  # of VMEM: scores and weights of a tile, several times in float32
+
 
 class Work(NamedTuple):
     """Items of work; entries past `num_items` are not looked at."""

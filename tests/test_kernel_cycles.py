@@ -18,7 +18,7 @@ LB: loop body
    0x3 LB: >> { %c = x  ;;  %d = y }
    0x4   : >> { %e = x }
    0x5 LB: >>> { %start = x }
-   0x6   : >>> { %start = x }
+   0x6   :  {} /* a region ends */
    0x7 LB: >>> { %wait = x }
    0x8 PF: >> { %f = x }
    0x9 PF: > { %g = x }

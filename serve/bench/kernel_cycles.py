@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from apt_jax.scheduling.hardware import HARDWARE, MODELS
@@ -67,9 +68,9 @@ def compile_static(chip: str, model: str, way: str, block_size: int) -> Static:
     """
     from serve.bench.tpu_compiler import MISSING
 
-    base = {"chip": chip, "model": model, "way": way}
+    static = partial(Static, chip, model, way)
     if MISSING:
-        return Static(**base, error=f"{MISSING}; pip install 'jax[tpu]'")
+        return static(error=f"{MISSING}; pip install 'jax[tpu]'")
     with tempfile.TemporaryDirectory() as folder:
         environment = {
             **os.environ,
@@ -80,9 +81,9 @@ def compile_static(chip: str, model: str, way: str, block_size: int) -> Static:
         try:
             done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=_TIMEOUT_S)
         except subprocess.TimeoutExpired:
-            return Static(**base, error=f"compiling took more than {_TIMEOUT_S} s")
+            return static(error=f"compiling took more than {_TIMEOUT_S} s")
         if done.returncode:
-            return Static(**base, error=(done.stderr.strip().splitlines() or ["the compiler failed"])[-1][:200])
+            return static(error=(done.stderr.strip().splitlines() or ["the compiler failed"])[-1][:200])
         found = json.loads(done.stdout.splitlines()[-1])
         programs = [path for path in Path(folder).glob(f"*{way}_decode_attention*final_bundles.txt")]
         programs = [path for path in programs if "schedule" not in path.name]
@@ -91,11 +92,11 @@ def compile_static(chip: str, model: str, way: str, block_size: int) -> Static:
                 raise ValueError(f"libtpu wrote {len(programs)} final programs of the kernel, not one")
             cycles = loop_cycles(programs[0].read_text(), found["chunk_tokens"] // block_size)
         except ValueError as error:
-            return Static(**base, vmem_bytes=found["vmem_bytes"], error=str(error))
+            return static(vmem_bytes=found["vmem_bytes"], error=str(error))
     bytes_per_token = MODELS[model].hidden_size * 2 * (2 if way == "kv" else 1)
     bandwidth = HARDWARE[CHIPS[chip]].bytes_per_s / CORES.get(chip, 1)
-    return Static(
-        **base, **found, cycles_per_token=cycles / found["chunk_tokens"],
+    return static(
+        **found, cycles_per_token=cycles / found["chunk_tokens"],
         hbm_cycles_per_token=bytes_per_token / bandwidth * CLOCK_HZ[chip],
     )  # fmt: skip
 
@@ -115,6 +116,10 @@ def loop_cycles(program: str, pages: int) -> int:
     open_loops: list[int] = []  # from the outermost to that of the current line
     for line in program.splitlines():
         if not (match := _BUNDLE.match(line)):
+            continue
+        if line[match.end() :].lstrip().startswith("}"):  # waits, and does not say in which loop
+            if open_loops:
+                counts[open_loops[-1]] += 1
             continue
         depth = len(match[2])
         del open_loops[depth:]
