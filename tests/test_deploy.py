@@ -25,6 +25,7 @@ OTHER_TOOLS = {  # flags of docker, useradd, gcloud and uv
         "--start-period",
     },
     "deploy/compose.yaml": {"--build"},
+    "docs/tensor_parallelism.md": {"--xla"},  # of XLA_FLAGS
     "deploy/apt-jax.service": {"--system", "--create-home", "--home-dir", "--now"},
     "docs/operations.md": {
         *("--zone", "--accelerator-type", "--version", "--python", "--net", "--privileged", "--stop-timeout")
