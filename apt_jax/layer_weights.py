@@ -15,6 +15,7 @@ import numpy as np
 from flax import nnx
 
 from apt_jax.opt import OPT, DecoderLayer
+from apt_jax.weight_formats import names_in
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class LayerWeights:
         arrays: list[list[jax.Array]] = [[] for _ in range(model.num_layers)]
         kernels: list[tuple[int, ...] | None] = []
         for path, stacked in with_path:
-            names = {str(getattr(key, "key", "")) for key in path}
+            names = names_in(path)
             is_kernel, num_inputs = "kernel" in names, 2 if "out_proj" in names else 1  # axes
             shape = stacked.shape[1:]
             kernels.append(shape if is_kernel else None)

@@ -14,13 +14,18 @@ _PROJECTIONS = ("q_proj", "k_proj", "v_proj")
 _LANES = 128
 
 
+def names_in(path: tuple[Any, ...]) -> set[Any]:
+    """Names of modules and parameter in a weight's path in the model's state."""
+    return {getattr(key, "key", getattr(key, "name", None)) for key in path}
+
+
 def tpu_format(path: tuple[Any, ...], leaf: jax.Array | jax.ShapeDtypeStruct) -> Any:
     """The `Format` of a weight, by its path in the model's state: its sharding, with a layout where it needs one. Pure.
 
     Args:
         leaf: with a sharding.
     """
-    names = {getattr(key, "key", getattr(key, "name", None)) for key in path}
+    names = names_in(path)
     if "kernel" not in names or not names.intersection(_PROJECTIONS):
         return leaf.sharding
     order = (0, 2, 1, 3) if leaf.shape[-1] % _LANES == 0 else (0, 2, 3, 1)
