@@ -6,7 +6,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import Field, ValidationError
 from tqdm import tqdm
@@ -22,6 +22,9 @@ from serve.kinds import KINDS_BY_PATH
 from serve.options import DEMO_NAME, LoadOptions
 from serve.protocol import Strict, first_fault, parse_json
 from serve.samples import Sample
+
+if TYPE_CHECKING:
+    from apt_jax.engine import Engine
 
 MAX_ATTEMPTS = 3  # at a line on which the engine fails
 HOPELESS = 4  # times as many failures in a row as requests run at once mean that the engine is broken
@@ -64,12 +67,13 @@ class BatchJob:
     the error as its answer.
     """
 
-    def __init__(self, model: ServedModel, source: Path, results: ResultFile, bar: tqdm):
+    def __init__(self, engine: "Engine", model: ServedModel, source: Path, results: ResultFile, bar: tqdm):
+        self._engine = engine
         self._model = model
         self._source = source
         self._results = results
         self._bar = bar
-        self._driver = Driver(model.engine)
+        self._driver = Driver(engine)
         self._work: dict[str, Work] = {}  # by engine request id
         self._first_line: dict[str, int] = {}  # by custom_id
         self._attempt = 0
@@ -96,7 +100,7 @@ class BatchJob:
                     self.counts["tokens"] += len(output.token_ids)
                 if work.ended:
                     rate = self.counts["tokens"] / max(time.monotonic() - began, 1e-9)
-                    running = len(self._model.engine.state.running)
+                    running = len(self._engine.state.running)
                     self._bar.set_postfix_str(f"{rate:.0f} tokens/s, {running} running", refresh=False)
             if not self._failures:
                 return
@@ -169,7 +173,7 @@ class BatchJob:
         logger.error("line %d, attempt %d of %d: %s", work.line.number, self._attempt, MAX_ATTEMPTS, error)
         self._failures += 1
         self._failures_in_a_row += 1
-        if self._failures_in_a_row >= HOPELESS * self._model.engine.state.limits.max_num_seqs:
+        if self._failures_in_a_row >= HOPELESS * self._engine.state.limits.max_num_seqs:
             raise EngineFailure(
                 f"the engine has failed on {self._failures_in_a_row} lines in a row, the last time with: {error}; "
                 "the answers so far are kept, run the same command again to go on"
@@ -249,7 +253,9 @@ def run_batch(
         engine = build_engine(model, engine_config=config, **dataclasses.asdict(load))
         engine.warm_up(progress=True)
         with logging_redirect_tqdm(), tqdm(total=total, initial=done, desc=source.name, unit="line") as bar:
-            job = BatchJob(ServedModel(engine, model_name or model or DEMO_NAME, template), source, results, bar)
+            job = BatchJob(
+                engine, ServedModel(engine, model_name or model or DEMO_NAME, template), source, results, bar
+            )
             job.run()
         logger.info(
             "%d lines answered and %d refused in this run, %d tokens; results in %s",

@@ -1,7 +1,6 @@
 """Why requests ran or waited, the figures of the dashboard, and recordings of what the device does."""
 
 import threading
-import time
 from pathlib import Path
 
 from pydantic import Field
@@ -46,13 +45,13 @@ class DebugRoutes:
         if not (text.isascii() and text.isdigit() and 1 <= int(text[:9]) <= SHOWN_PLANS):
             raise BadRequest(f"last={text[:20]!r} must be between 1 and {SHOWN_PLANS}", "last")
         engine = self._service.engine_thread.ready_engine()
-        plans = await run_in_threadpool(engine.state.plans.as_dicts)
+        plans = await self._service.view.plans()
         return JSONResponse({"policy": engine.config.scheduling_policy, "plans": plans[-int(text) :]})
 
     async def request(self, http: Request) -> Response:
         """GET /debug/requests/ID: what became of a completion, or of one of its samples."""
         request_id = http.path_params["id"]
-        found = await run_in_threadpool(self._service.history.of, request_id)
+        found = await self._service.view.story(request_id)
         if not found:
             message = f"no request {request_id!r} is known; only the newest finished ones are kept"
             return JSONResponse(error_body(message, "invalid_request_error", "id", "request_not_found"), 404)
@@ -60,7 +59,7 @@ class DebugRoutes:
 
     async def state(self, http: Request) -> Response:
         """GET /debug/state: everything that the dashboard shows."""
-        return JSONResponse(await run_in_threadpool(self._state))
+        return JSONResponse(await self._state())
 
     async def profile(self, http: Request) -> Response:
         """POST /debug/profile {"seconds"}: record with jax.profiler; answers when it is done, with the folder."""
@@ -74,38 +73,27 @@ class DebugRoutes:
             message = "a recording is under way; wait for it"
             return JSONResponse(error_body(message, "invalid_request_error", None, "profiler_busy"), 409)
         try:
-            folder = await run_in_threadpool(record, Path(options.profile_dir), body.seconds)
+            folder = await self._service.view.record(Path(options.profile_dir), body.seconds)
         finally:
             self._profiling.release()
         return JSONResponse({"folder": str(folder), "seconds": body.seconds})
 
-    def _state(self) -> dict[str, object]:
+    async def _state(self) -> dict[str, object]:
         service = self._service
         status = "stopping" if service.is_stopping else service.engine_thread.status.value
-        shown: dict[str, object] = {"model": service.model_name, "status": status, **service.recent.figures()}
+        shown: dict[str, object] = {"model": service.model_name, "status": status}
+        shown |= await run_in_threadpool(service.recent.figures)
         engine = service.engine_thread.engine
         if engine is None:
             return shown
-        plans = engine.state.plans.as_dicts()[-STATE_PLANS:]
+        plans = (await service.view.plans())[-STATE_PLANS:]
         return {
             **shown,
             "policy": engine.config.scheduling_policy,
             "cache_mode": engine.config.cache_mode,
             "max_model_len": engine.max_model_len,
             "slo": {"ttft_ms": engine.config.ttft_slo_ms, "tbt_ms": engine.config.tbt_slo_ms},
-            "running": len(engine.state.running),
-            "waiting": len(engine.state.waiting),
-            "blocks": service.metrics.last_blocks,
+            **await service.view.levels(),
             "can_chat": bool(service.chat_template or getattr(engine.tokenizer, "chat_template", None)),
             "plans": plans,
         }
-
-
-def record(base: Path, seconds: float) -> Path:
-    """Record what host and devices do for `seconds`; returns the folder, for TensorBoard or xprof."""
-    import jax
-
-    folder = base / time.strftime("%Y%m%d-%H%M%S")
-    with jax.profiler.trace(str(folder)):
-        time.sleep(seconds)
-    return folder

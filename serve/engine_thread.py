@@ -18,10 +18,12 @@ from typing import TYPE_CHECKING
 from apt_jax.output import DeviceLost, Output, QueueFull
 from apt_jax.request import FinishReason
 from serve.admission import Admission
+from serve.engine_view import EngineView
 from serve.errors import EngineFailure, NotReady, PredictedLate
 from serve.group import Group
 from serve.observer import Observer, Stepped
 from serve.samples import Sample
+from serve.status import EngineStatus
 
 if TYPE_CHECKING:
     from apt_jax.engine import Engine
@@ -29,16 +31,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger("apt_jax.serve")
 
 SEE_LOG = "its log has the details"
-
-
-class EngineStatus(enum.Enum):
-    """How far the engine is; the value is what /health reports."""
-
-    LOADING = "loading"
-    WARMING = "warming up"
-    READY = "ready"
-    FAILED = "failed"
-    STOPPED = "stopped"
 
 
 @dataclass(frozen=True)
@@ -89,10 +81,24 @@ class EngineThread:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
+    def view(self, model_name: str) -> EngineView:
+        """What can be seen of the engine, from now on."""
+        return EngineView(self, model_name)
+
+    def refuse_late(self) -> None:
+        """From now on refuse what would miss its SLO. Before `start`."""
+        self.admission = Admission()
+        self.observers.append(self.admission)
+
     def start(self) -> None:
         """Begin; call it on the loop that outputs are to go to."""
         self._loop = asyncio.get_running_loop()
         self._thread.start()
+
+    @property
+    def num_waiting_running(self) -> tuple[int, int]:
+        """Requests that wait and that hold cache."""
+        return (0, 0) if self.engine is None else (len(self.engine.state.waiting), len(self.engine.state.running))
 
     def submit(self, samples: Sequence[Sample]) -> Group:
         """Hand samples to the engine, all or none; call it on the loop, then await `Group.accepted`.
@@ -100,11 +106,23 @@ class EngineThread:
         Raises:
             NotReady: the engine is not (or no longer) ready.
         """
-        group = Group(samples, on_close=lambda closed: self._inbox.put(_Abort(closed)))
+        group = Group(samples, on_close=self.abort)
+        self.enter(group)
+        return group
+
+    def enter(self, group: Group) -> None:
+        """`submit` for who has made a group.
+
+        Raises:
+            NotReady: the engine is not (or no longer) ready.
+        """
         with self._gate:
             self.ready_engine()
             self._inbox.put(group)
-        return group
+
+    def abort(self, group: Group) -> None:
+        """End what is unfinished of a group; nothing more comes for it."""
+        self._inbox.put(_Abort(group))
 
     def ready_engine(self) -> "Engine":
         """The engine, for its configuration and tokenizer.
@@ -165,6 +183,7 @@ class EngineThread:
             stepped = Stepped(outputs, {o.request.request_id for o in outputs} - self._active.keys(), began)
             self._deliver(outputs)
             for observer in self.observers:
+                observer.brought(stepped)
                 observer.stepped(engine, stepped)
         if not engine.has_unfinished:
             self._check_idle(engine)
@@ -245,7 +264,8 @@ class EngineThread:
             raise error
         logger.error("a step failed; ending its %d requests", len(self._active), exc_info=error)
         for observer in self.observers:
-            observer.failed(engine, [active.sample for active in self._active.values()])
+            observer.lost([active.sample for active in self._active.values()])
+            observer.failed(engine)
         self._fail_groups(EngineFailure(f"the engine failed while it worked on this request; {SEE_LOG}"))
         for request_id in list(self._active):
             del self._active[request_id]

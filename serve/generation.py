@@ -16,6 +16,7 @@ from pydantic_core import to_json
 
 from apt_jax.output import Output, TokenLogprobs
 from apt_jax.request import FinishReason, Request, Slo
+from serve.backend import EngineFacts
 from serve.errors import BadRequest, EngineFailure, ModelNotFound
 from serve.protocol import GenerationRequest, bad_request, slo_of
 from serve.replies import PromptTokenLogprob
@@ -24,7 +25,6 @@ from serve.slo_report import slo_report
 from serve.sse import event
 
 if TYPE_CHECKING:
-    from apt_jax.engine import Engine
     from apt_jax.tokenizer import Tokenizer
 
 LOWEST_LOGPROB = -9999.0  # JSON has no minus infinity
@@ -34,7 +34,7 @@ LOWEST_LOGPROB = -9999.0  # JSON has no minus infinity
 class ServedModel:
     """What bodies are checked against."""
 
-    engine: "Engine"
+    engine: EngineFacts
     name: str
     chat_template: str | None = None  # goes before the tokenizer's own
 
@@ -311,7 +311,7 @@ def check_room(prompt_tokens: int, max_tokens: int, max_model_len: int) -> None:
         )
 
 
-def default_slo(engine: "Engine") -> Slo:
+def default_slo(engine: EngineFacts) -> Slo:
     """The server's own promise."""
     return Slo(engine.config.ttft_slo_ms / 1000, engine.config.tbt_slo_ms / 1000)
 

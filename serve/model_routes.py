@@ -11,11 +11,11 @@ from starlette.routing import Route
 
 from apt_jax.tokenizer import Tokenizer
 from serve.chat_template import render
-from serve.engine_thread import EngineStatus
 from serve.errors import BadRequest, ModelNotFound
 from serve.generation import check_model
 from serve.protocol import parse_body, parse_json
 from serve.service import Service
+from serve.status import EngineStatus
 from serve.token_protocol import DetokenizeRequest, TokenizeRequest, parse_tokenize
 
 VERSION = importlib.metadata.version("apt-jax")
@@ -91,15 +91,13 @@ class ModelRoutes:
 
     async def load(self, http: Request) -> Response:
         """GET /load: what load balancers ask. `server_load` counts the HTTP requests for completions under way."""
-        engine = self._service.engine_thread.engine
-        waiting, running = (0, 0) if engine is None else (len(engine.state.waiting), len(engine.state.running))
+        waiting, running = self._service.engine_thread.num_waiting_running
         return JSONResponse({"server_load": self._service.num_generating, "waiting": waiting, "running": running})
 
     async def metrics(self, http: Request) -> Response:
         """GET /metrics, for Prometheus."""
         self._service.metrics.tasks.set(len(asyncio.all_tasks()))
-        text = await run_in_threadpool(self._service.metrics.text)
-        return Response(text, media_type=CONTENT_TYPE_PLAIN_0_0_4)
+        return Response(await self._service.view.metrics_text(), media_type=CONTENT_TYPE_PLAIN_0_0_4)
 
     def _encode(self, body: TokenizeRequest, tokenizer: Tokenizer) -> list[int]:
         if body.messages is None:

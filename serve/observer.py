@@ -1,4 +1,8 @@
-"""What the engine's thread tells about its work: to metrics, logs, histories and traces, which never steer it."""
+"""What the engine's thread tells about its work: to metrics, logs, histories and traces, which never steer it.
+
+`brought` and `lost` are about requests only: in front of replicas they are called where the clients are, on the event
+loop; the others where an engine is.
+"""
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -21,16 +25,22 @@ class Stepped:
 
 
 class Observer:
-    """Called in the engine's thread, which waits: be quick, and raise nothing. Methods do nothing by default."""
+    """Its caller waits: be quick, and raise nothing. Methods do nothing by default."""
 
     def ready(self, engine: "Engine") -> None:
         """The engine is compiled."""
 
-    def stepped(self, engine: "Engine", step: Stepped) -> None:
-        """A step is done; `engine.last_plan` is its plan."""
+    def brought(self, step: Stepped) -> None:
+        """What a step brought, wherever it was done."""
 
-    def failed(self, engine: "Engine", samples: Sequence[Sample]) -> None:
-        """A step raised, and these end with an error."""
+    def lost(self, samples: Sequence[Sample]) -> None:
+        """These end with an error, without an output."""
+
+    def stepped(self, engine: "Engine", step: Stepped) -> None:
+        """The engine's view of a step, after `brought`; `engine.last_plan` is its plan."""
+
+    def failed(self, engine: "Engine") -> None:
+        """A step raised; its requests were `lost` before."""
 
     def idle(self, engine: "Engine", lost_blocks: int) -> None:
         """Nothing is left to do; `lost_blocks` should be 0."""

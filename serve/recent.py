@@ -27,10 +27,14 @@ class Recent(Observer):
         self._batches: deque[tuple[float, int]] = deque(maxlen=MOST)
 
     def stepped(self, engine: "Engine", step: Stepped) -> None:
-        """Take in a step."""
+        """Take in a step's plan."""
+        with self._lock:
+            self._batches.append((time.monotonic(), len(engine.last_plan.scheduled)))
+
+    def brought(self, step: Stepped) -> None:
+        """Take in a step's outputs."""
         now = time.monotonic()
         with self._lock:
-            self._batches.append((now, len(engine.last_plan.scheduled)))
             for output in step.outputs:
                 request = output.request
                 if output.token_ids and request.gaps_s:

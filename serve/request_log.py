@@ -1,13 +1,9 @@
 """One log line per finished request: what it cost and what became of its promise, never what it said."""
 
 import logging
-from typing import TYPE_CHECKING
 
 from serve.observer import Observer, Stepped
 from serve.slo_report import slo_report
-
-if TYPE_CHECKING:
-    from apt_jax.engine import Engine
 
 logger = logging.getLogger("apt_jax.requests")
 
@@ -15,7 +11,7 @@ logger = logging.getLogger("apt_jax.requests")
 class RequestLog(Observer):
     """Writes the lines."""
 
-    def stepped(self, engine: "Engine", step: Stepped) -> None:
+    def brought(self, step: Stepped) -> None:
         """Log those that the step finished."""
         for output in step.outputs:
             if output.finish_reason is None:

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from apt_jax.output import QueueFull
-from serve.engine_thread import EngineStatus
 from serve.errors import error_reply
 from serve.generation import Generation
 from serve.service import Service
 from serve.snapshot import read_snapshot, restore
+from serve.status import EngineStatus
 
 RETRY_S = 0.2  # until the queue has room again
 

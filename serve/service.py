@@ -1,4 +1,4 @@
-"""What the routes share: the engine thread, the model's public name, the options, and how a body is read."""
+"""What the routes share: the engine or engines, the model's public name, the options, how a body is read."""
 
 import contextlib
 import time
@@ -7,39 +7,36 @@ from typing import Any
 
 from starlette.requests import Request
 
-from serve.admission import Admission
-from serve.engine_thread import EngineThread
+from serve.backend import Backend
 from serve.errors import BodyTooLarge, EngineFailure, NotReady
 from serve.generation import Generation, ServedModel
 from serve.group import Group
-from serve.history import History
-from serve.metrics import MISSES, Metrics
 from serve.options import ServerOptions
 from serve.recent import Recent
 from serve.request_log import RequestLog
+from serve.request_metrics import MISSES
 from serve.snapshot import record_of
 from serve.tracing import Tracing
 
 
 class Service:
-    """One engine as it is seen over HTTP. `chat_template` goes before the tokenizer's own."""
+    """What generates, as it is seen over HTTP. `chat_template` goes before the tokenizer's own."""
 
-    def __init__(self, engine_thread: EngineThread, model_name: str, options: ServerOptions):
+    def __init__(self, engine_thread: Backend, model_name: str, options: ServerOptions):
         self.engine_thread = engine_thread
         self.model_name = model_name
         self.options = options
         self.chat_template: str | None = None
         self.created = int(time.time())
-        self.metrics = Metrics(model_name)
-        self.history, self.recent = History(), Recent()
-        engine_thread.observers += [self.metrics, self.history, self.recent, RequestLog()]
+        self.view = engine_thread.view(model_name)
+        self.metrics, self.recent = self.view.metrics, Recent()
+        engine_thread.observers += [self.recent, RequestLog()]
         self.tracing: Tracing | None = None
         if options.otlp_traces_endpoint is not None:
             self.tracing = Tracing(options.otlp_traces_endpoint, model_name)
             engine_thread.observers.append(self.tracing)
         if options.reject_predicted_late:
-            engine_thread.admission = Admission()
-            engine_thread.observers.append(engine_thread.admission)
+            engine_thread.refuse_late()
         self.num_generating = 0  # requests for completions that are under way
         self.is_stopping = False
         self.unfinished_records: list[dict[str, Any]] = []  # for the snapshot

@@ -1,13 +1,10 @@
 """OpenTelemetry traces, an extra (`pip install 'apt-jax[otel]'`): one span per request, in vLLM's attribute names."""
 
 import time
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from apt_jax.request import FinishReason
 from serve.observer import Observer, Stepped
-
-if TYPE_CHECKING:
-    from apt_jax.engine import Engine
 
 
 class Tracing(Observer):
@@ -38,7 +35,7 @@ class Tracing(Observer):
         self._provider.add_span_processor(BatchSpanProcessor(exporter))
         self._tracer = self._provider.get_tracer("apt_jax.serve")
 
-    def stepped(self, engine: "Engine", step: Stepped) -> None:
+    def brought(self, step: Stepped) -> None:
         """Send what the step finished."""
         offset_s = time.time() - time.monotonic()
 

@@ -9,9 +9,10 @@ from typing import Any
 import httpx
 
 from serve.app import create_app
-from serve.engine_thread import EngineStatus, EngineThread
+from serve.engine_thread import EngineThread
 from serve.options import ServerOptions
 from serve.service import Service
+from serve.status import EngineStatus
 
 MAX_BODY_BYTES = 4096
 

@@ -8,10 +8,10 @@ from collections.abc import Callable, Iterator
 import uvicorn
 
 from serve.app import create_app
-from serve.engine_thread import EngineStatus
 from serve.resume import Resumption
 from serve.server import http_config, listen, url_of
 from serve.service import Service
+from serve.status import EngineStatus
 
 
 @contextlib.contextmanager

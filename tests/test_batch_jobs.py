@@ -33,7 +33,7 @@ def answer(source, output, engine=None):
     engine = engine or FakeEngine(tokenizer=CharTokenizer())
     with ResultFile(output) as results, tqdm(total=count_lines(source), file=io.StringIO()) as bar:
         bar.update(results.num_done)
-        BatchJob(ServedModel(engine, "tiny"), source, results, bar).run()
+        BatchJob(engine, ServedModel(engine, "tiny"), source, results, bar).run()
         assert bar.n == bar.total
     assert engine.is_idle
     return results_of(output)
@@ -66,7 +66,8 @@ def test_the_bar_shows_the_time_left_and_the_throughput(tmp_path):
     source = write(tmp_path / "in.jsonl", *(line(str(i)) for i in range(9)))
     shown = io.StringIO()
     with ResultFile(tmp_path / "out.jsonl") as results, tqdm(total=9, file=shown, mininterval=0, unit="line") as bar:
-        BatchJob(ServedModel(FakeEngine(tokenizer=CharTokenizer()), "tiny"), source, results, bar).run()
+        engine = FakeEngine(tokenizer=CharTokenizer())
+        BatchJob(engine, ServedModel(engine, "tiny"), source, results, bar).run()
     assert re.search(r"5/9 \[\d+:\d+<\d+:\d+, +[\d.]+line/s, \d+ tokens/s, \d running\]", shown.getvalue())
 
 

@@ -11,10 +11,11 @@ from fake_engine import FakeEngine
 
 from apt_jax.output import QueueFull
 from apt_jax.request import FinishReason, SamplingParams
-from serve.engine_thread import EngineStatus, EngineThread
+from serve.engine_thread import EngineThread
 from serve.errors import EngineFailure, NotReady
 from serve.group import Group
 from serve.samples import fan_out
+from serve.status import EngineStatus
 
 
 def run(main: Callable[[], Coroutine[Any, Any, None]]) -> None:

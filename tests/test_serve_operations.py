@@ -10,11 +10,11 @@ from fake_engine import CharTokenizer, FakeEngine
 from apt_jax.output import DeviceLost
 from apt_jax.request import SamplingParams, Slo
 from serve.admission import ENOUGH_S, Admission
-from serve.engine_thread import EngineStatus
 from serve.errors import PredictedLate, error_reply
 from serve.resume import Resumption
 from serve.samples import fan_out
 from serve.snapshot import read_snapshot, record_of, restore, write_snapshot
+from serve.status import EngineStatus
 
 LONG = {"prompt": "a", "max_tokens": 100}
 

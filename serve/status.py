@@ -1,0 +1,13 @@
+"""How far an engine is."""
+
+import enum
+
+
+class EngineStatus(enum.Enum):
+    """The value is what /health reports."""
+
+    LOADING = "loading"
+    WARMING = "warming up"
+    READY = "ready"
+    FAILED = "failed"
+    STOPPED = "stopped"
