@@ -8,7 +8,12 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-PURE = [*sorted((ROOT / "apt_jax" / "scheduling").glob("*.py")), ROOT / "apt_jax/cache.py", ROOT / "apt_jax/request.py"]
+PURE = [
+    *sorted((ROOT / "apt_jax" / "scheduling").glob("*.py")),
+    *sorted((ROOT / "apt_jax" / "routing").glob("*.py")),
+    ROOT / "apt_jax/cache.py",
+    ROOT / "apt_jax/request.py",
+]
 
 
 def imported(path: Path) -> set[str]:

@@ -1,52 +1,50 @@
-"""A virtual clock around the real scheduler: the same policy, queues and block pool as the engine.
+"""A virtual clock around the real scheduler: the same policies, queues and block pools as the engine's.
 
 Only two things differ from serving: the clock jumps by the cost model's time for each iteration, and tokens carry no
-meaning. One iteration is planned after the last one is committed (the engine without asynchronous scheduling).
-Policies cannot see a request's output length: it ends with an end-of-sequence token when its length is reached.
+meaning. Policies cannot see a request's output length: it ends with an end-of-sequence token when its length is
+reached. One loop of events serves one instance and many: the next arrival, or the end of the next iteration.
 """
 
+import heapq
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from apt_jax.cache import BlockPool
 from apt_jax.request import Request, SamplingParams, Slo
 from apt_jax.scheduling.cost_model import CostModel
 from apt_jax.scheduling.plan import Plan
 from apt_jax.scheduling.policy import Policy
-from apt_jax.scheduling.state import Limits, SchedulerState
-from apt_jax.scheduling.step_load import step_load
+from apt_jax.scheduling.state import Limits
+from apt_jax.simulation.fleet import Fleet
+from apt_jax.simulation.instance import EOS, Instance, Sample
 from apt_jax.simulation.workload import Arrival
 
-_EOS, _TOKEN = 2, 5
 _PARAMS = SamplingParams(max_tokens=None)
-_EOS_IDS = frozenset({_EOS})
+_EOS_IDS = frozenset({EOS})
 
 
 class Stalled(RuntimeError):
     """The policy did nothing although requests are unfinished and nothing else will happen."""
 
 
-@dataclass(frozen=True)
-class Sample:
-    """The state after one iteration: `[start, end)` seconds, running and waiting requests, blocks by kind."""
-
-    start_s: float
-    end_s: float
-    scheduled: int
-    running: int
-    waiting: int
-    kv_blocks: int
-    hidden_blocks: int
-
-
 @dataclass
 class Outcome:
-    """A finished simulation: its requests, one sample per iteration, and the backlog when arrivals ended."""
+    """A finished simulation.
+
+    Attributes:
+        requests: in order of arrival.
+        samples: one for each iteration, instance by instance.
+        backlog: unfinished requests when the last one arrived.
+        makespan_s: when the last iteration ended.
+        instance_s: seconds of all instances together, from the time each was asked for until it ended.
+        by_instance: requests that each instance was given; one number for one instance.
+    """
 
     requests: list[Request]
     samples: list[Sample] = field(default_factory=list)
     backlog: int = 0
     makespan_s: float = 0.0
+    instance_s: float = 0.0
+    by_instance: list[int] = field(default_factory=list)
 
 
 def simulate(
@@ -63,7 +61,7 @@ def simulate(
     on_progress: Callable[[int], None] | None = None,
     is_decided: Callable[[int, int], bool] | None = None,
 ) -> Outcome:
-    """Serve `arrivals` to the end.
+    """Serve `arrivals` to the end on one instance.
 
     Args:
         arrivals: in order of time.
@@ -82,47 +80,72 @@ def simulate(
         Stalled: the policy planned nothing while requests wait and none is still to arrive.
         ValueError: a request can never fit in the pool.
     """
-    state = SchedulerState(BlockPool(num_blocks, block_size), limits)
+
+    def start(name: str) -> Instance:
+        return Instance(
+            policy, cost_model, num_blocks=num_blocks, limits=limits, block_size=block_size, name=name, on_plan=on_plan
+        )
+
+    return simulate_fleet(
+        arrivals, Fleet(start), slo=slo, max_model_len=max_model_len, on_progress=on_progress, is_decided=is_decided
+    )
+
+
+def simulate_fleet(
+    arrivals: Sequence[Arrival],
+    fleet: Fleet,
+    *,
+    slo: Slo | None = None,
+    max_model_len: int = 2048,
+    on_progress: Callable[[int], None] | None = None,
+    is_decided: Callable[[int, int], bool] | None = None,
+) -> Outcome:
+    """Serve `arrivals` to the end on a fresh `fleet`; arguments and errors as `simulate`."""
     requests = [_request(i, a, slo or Slo(), max_model_len) for i, a in enumerate(arrivals)]
+    state = fleet.instances[0].state
     for request, arrival in zip(requests, arrivals, strict=True):
         if not state.fits_alone(arrival.prompt_tokens + arrival.output_tokens):
-            raise ValueError(f"{request.request_id} of {arrival} does not fit in {num_blocks} blocks of {block_size}")
+            pool = f"{state.pool.num_blocks} blocks of {state.pool.block_size}"
+            raise ValueError(f"{request.request_id} of {arrival} does not fit in {pool}")
     outcome = Outcome(requests)
-    now, arrived, missed, finished = 0.0, 0, 0, 0
-    while arrived < len(requests) or state.num_unfinished:
-        while arrived < len(requests) and requests[arrived].arrival_s <= now:
-            state.add(requests[arrived])
-            arrived += 1
-            if arrived == len(requests):
-                outcome.backlog = state.num_unfinished
-        plan = policy.schedule(state, now) if state.num_unfinished else Plan()
-        if plan.is_empty:
-            if arrived == len(requests):
-                raise Stalled(f"nothing scheduled at {now:.3f} s, {state.num_unfinished} requests unfinished")
+    events: list[tuple[float, int]] = []  # when an instance's iteration ends; an idle one wakes to begin one
+    awake: set[int] = set()  # instances with an event
+    now, arrived, missed, finished, backlog = 0.0, 0, 0, 0, None
+    while arrived < len(requests) or events:
+        if arrived < len(requests) and (not events or requests[arrived].arrival_s <= events[0][0]):
             now = max(now, requests[arrived].arrival_s)
+            number = fleet.route(requests[arrived], now)
+            fleet.instances[number].add(requests[arrived], arrivals[arrived].output_tokens)
+            arrived += 1
+            if number not in awake:  # it plans when all that arrive now are there
+                awake.add(number)
+                heapq.heappush(events, (now, number))
             continue
-        if on_plan is not None:
-            on_plan(plan, now)
-        spans = state.apply(plan, now)
-        start, now = now, now + cost_model.step_s(step_load(plan, spans))
-        for span in spans:
-            if not span.samples:
-                continue
-            request = span.request
-            is_last = len(request.output_token_ids) + 1 >= arrivals[request.order].output_tokens
-            if state.commit(request, _EOS if is_last else _TOKEN, now) is not None:
-                policy.finished(request, now)
+        now, number = events[0]
+        instance = fleet.instances[number]
+        if instance.is_busy:
+            for request in fleet.end(number, now):
                 missed += not request.attained
                 finished += 1
                 if on_progress is not None and finished % 50 == 0:
                     on_progress(finished)
-        by_kind = state.blocks_by_kind()
-        outcome.samples.append(
-            Sample(start, now, len(spans), len(state.running), len(state.waiting), by_kind["kv"], by_kind["hidden"])
-        )
-        if is_decided is not None and is_decided(missed, len(requests) - finished):
-            break
-    outcome.makespan_s = now
+            if is_decided is not None and is_decided(missed, len(requests) - finished):
+                break
+        if backlog is None and arrived == len(requests):
+            backlog = arrived - finished
+        end_s = instance.begin(now)
+        if end_s is None:
+            heapq.heappop(events)
+            awake.discard(number)
+        else:
+            heapq.heapreplace(events, (end_s, number))
+    else:
+        if finished < len(requests):
+            raise Stalled(f"nothing scheduled at {now:.3f} s, {len(requests) - finished} requests unfinished")
+    outcome.makespan_s, outcome.backlog = now, backlog or 0
+    outcome.samples = [sample for instance in fleet.instances for sample in instance.samples]
+    outcome.instance_s = fleet.instance_s(now)
+    outcome.by_instance = [member.num_requests for member in fleet.members]
     return outcome
 
 

@@ -1,0 +1,105 @@
+"""How many instances there should be, from kept promises and queues; not from processor use, which says nothing here.
+
+An engine at half its throughput and one past its limit both keep the device busy. What tells them apart is whether
+requests keep their SLO and whether they wait without blocks.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from apt_jax.routing.instance import InstanceLoad
+
+
+@dataclass(frozen=True)
+class AutoscalerOptions:
+    """When to change the number of instances.
+
+    Attributes:
+        min_instances: never fewer.
+        max_instances: never more.
+        target_attainment: fewer requests that keep their SLO than this, and one is added.
+        high_occupancy: mean share of the blocks that is held or waited for, above which instances are added.
+        low_occupancy: a smaller share than this on one instance fewer, and one is removed.
+        up_delay_s: it must look too small for this long.
+        down_delay_s: it must look too large for this long.
+    """
+
+    min_instances: int = 1
+    max_instances: int = 1
+    target_attainment: float = 0.95
+    high_occupancy: float = 0.8
+    low_occupancy: float = 0.6
+    up_delay_s: float = 5.0
+    down_delay_s: float = 60.0
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.min_instances <= self.max_instances:
+            raise ValueError(
+                f"min_instances={self.min_instances} and max_instances={self.max_instances} must be 1 <= min <= max"
+            )
+        if not 0 < self.low_occupancy < self.high_occupancy or not 0 <= self.target_attainment <= 1:
+            raise ValueError(
+                f"low_occupancy={self.low_occupancy} and high_occupancy={self.high_occupancy} must be 0 < low < high, "
+                f"target_attainment={self.target_attainment} a share in 0..1"
+            )
+        if self.up_delay_s < 0 or self.down_delay_s < 0:
+            raise ValueError(f"up_delay_s={self.up_delay_s} and down_delay_s={self.down_delay_s} must not be negative")
+
+
+class Autoscaler:
+    """Remembers since when the service has looked too small or too large."""
+
+    def __init__(self, options: AutoscalerOptions | None = None):
+        self.options = options or AutoscalerOptions()
+        self._small_since_s: float | None = None
+        self._large_since_s: float | None = None
+
+    def desired(
+        self, loads: Sequence[InstanceLoad], num_instances: int, now: float, attainment: float | None = None
+    ) -> int:
+        """How many instances there should be now.
+
+        Args:
+            loads: the newest reports of instances that take requests.
+            num_instances: those that run, those being started included.
+            now: seconds of any clock that goes on.
+            attainment: share of the requests finished in the last half minute or so that kept their SLO; None if
+                too few finished to tell.
+        """
+        options = self.options
+        wanted = self._wanted(loads, num_instances, attainment)
+        self._small_since_s = _since(self._small_since_s, now, wanted > num_instances)
+        self._large_since_s = _since(self._large_since_s, now, wanted < num_instances)
+        answer = num_instances
+        if self._small_since_s is not None and now - self._small_since_s >= options.up_delay_s:
+            answer, self._small_since_s = wanted, None
+        elif self._large_since_s is not None and now - self._large_since_s >= options.down_delay_s:
+            answer, self._large_since_s = num_instances - 1, None
+        return min(max(answer, options.min_instances), options.max_instances)
+
+    def _wanted(self, loads: Sequence[InstanceLoad], num_instances: int, attainment: float | None) -> int:
+        """How many would do for what the reports say, before any delay."""
+        options = self.options
+        if not loads:
+            return num_instances
+        occupancy = sum(occupied(load) for load in loads)  # in pools
+        wanted = num_instances
+        if occupancy > options.high_occupancy * num_instances:
+            wanted = math.ceil(occupancy / options.high_occupancy)
+        elif num_instances > 1 and occupancy < options.low_occupancy * (num_instances - 1):
+            wanted = num_instances - 1
+        if attainment is not None and attainment < options.target_attainment:
+            wanted = max(wanted, num_instances + 1)
+        return wanted
+
+
+def occupied(load: InstanceLoad) -> float:
+    """Share of the pool that is held or waited for; above 1 where requests wait for blocks."""
+    return (load.total_blocks - load.free_blocks + load.needed_blocks) / load.total_blocks
+
+
+def _since(began_s: float | None, now: float, is_so: bool) -> float | None:
+    if not is_so:
+        return None
+    return now if began_s is None else began_s

@@ -1,0 +1,154 @@
+"""What an instance tells a router about itself, counted from the scheduler's own state.
+
+The engine, the simulator and a replica behind a router all call `instance_load`. It walks over the unfinished
+requests once: tens of microseconds, cheap enough to do after every iteration.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from apt_jax.cache import CacheKind
+from apt_jax.request import Request
+from apt_jax.scheduling.cost_model import CostModel
+from apt_jax.scheduling.length import LengthPredictor
+from apt_jax.scheduling.state import SchedulerState
+from apt_jax.scheduling.step_load import StepLoad
+
+
+@dataclass(frozen=True, slots=True)
+class InstanceLoad:
+    """One instance's report. Plain numbers: it survives JSON and pickle.
+
+    Blocks are blocks of the pool: a page of a KV request takes two, one of a hidden request takes one.
+
+    Attributes:
+        instance: its name, the same in every report; the router remembers by it what it sent there.
+        time_s: when it was counted, in the ROUTER's clock. Clocks of two machines differ: who receives a report from
+            elsewhere replaces this by the time at which it asked for the report.
+        num_waiting: requests without blocks.
+        num_running: requests with blocks.
+        pending_s: seconds since each unfinished request's last token, or arrival, summed over them (the paper's
+            cumulative pending time).
+        total_blocks: size of the pool.
+        free_blocks: blocks that nobody holds.
+        needed_blocks: blocks that the waiting requests' known tokens take in the smallest kind allowed here.
+        block_size: tokens per page.
+        blocks_per_page: of the smallest kind allowed here.
+        queued_tokens: prompt tokens to be computed, of waiting requests and of those in the middle of a prefill.
+        backlog_s: predicted seconds of the iterations that compute `queued_tokens`, at least of one iteration; None
+            without a cost model.
+        token_s: predicted seconds that one more prompt token adds to these; None without a cost model.
+        freed_blocks_per_s: predicted rate at which running requests finish and give blocks back; None without a cost
+            model or a length predictor.
+        remaining_tokens: predicted output tokens that all unfinished requests still generate; None without a predictor.
+    """
+
+    instance: str
+    time_s: float
+    num_waiting: int
+    num_running: int
+    pending_s: float
+    total_blocks: int
+    free_blocks: int
+    needed_blocks: int
+    block_size: int
+    blocks_per_page: int
+    queued_tokens: int
+    backlog_s: float | None = None
+    token_s: float | None = None
+    freed_blocks_per_s: float | None = None
+    remaining_tokens: float | None = None
+
+    @property
+    def num_requests(self) -> int:
+        """Unfinished requests."""
+        return self.num_waiting + self.num_running
+
+    def blocks_for(self, tokens: float) -> float:
+        """Blocks that a request of `tokens` tokens takes here at least."""
+        return -(-tokens // self.block_size) * self.blocks_per_page
+
+
+def instance_load(
+    state: SchedulerState,
+    cost_model: CostModel | None,
+    now: float,
+    *,
+    instance: str = "",
+    predictor: LengthPredictor | None = None,
+) -> InstanceLoad:
+    """The report of the instance whose scheduler state this is. Pure.
+
+    Args:
+        state: queues and blocks, between or during iterations.
+        cost_model: seconds of an iteration; None leaves the predictions out.
+        now: seconds, in the clock of the requests' arrivals.
+        instance: its name.
+        predictor: output lengths; None leaves out what needs them.
+    """
+    waiting, running, block_size = state.waiting, state.running, state.pool.block_size
+    per_page = min(kind.blocks_per_page for kind in state.limits.kinds)
+    since_s, pages, queued = 0.0, 0, 0
+    for request in waiting:
+        tokens = request.num_tokens
+        since_s += request.arrival_s if request.last_token_s is None else request.last_token_s
+        pages += -(-tokens // block_size)
+        queued += tokens - request.num_computed_tokens
+    kv_tokens = hidden_tokens = 0
+    for request in running:
+        tokens, uncomputed = request.num_tokens, request.num_uncomputed_tokens
+        since_s += request.arrival_s if request.last_token_s is None else request.last_token_s
+        if uncomputed > 1:
+            queued += uncomputed
+        if request.table is not None and request.table.kind is CacheKind.KV:
+            kv_tokens += tokens
+        else:
+            hidden_tokens += tokens
+    remaining = None if predictor is None else _remaining_tokens(predictor, [*running, *waiting])
+    backlog_s = token_s = freed_blocks_per_s = None
+    if cost_model is not None:
+        decode = StepLoad(decode_requests=len(running), kv_tokens=kv_tokens, hidden_tokens=hidden_tokens)
+        backlog_s = _backlog_s(cost_model, decode, queued, state.limits.max_num_batched_tokens)
+        token_s = cost_model.token_s * cost_model.scales.dense * cost_model.scales.compute
+        if remaining is not None:
+            held = np.array([r.table.num_blocks for r in running if r.table is not None], np.float64)
+            step_s = cost_model.step_s(decode)
+            freed_blocks_per_s = float((held / remaining[: len(running)]).sum()) / step_s if step_s > 0 else 0.0
+    num_unfinished = len(waiting) + len(running)
+    return InstanceLoad(
+        instance=instance,
+        time_s=now,
+        num_waiting=len(waiting),
+        num_running=len(running),
+        pending_s=num_unfinished * now - since_s,
+        total_blocks=state.pool.num_blocks,
+        free_blocks=state.pool.num_free,
+        needed_blocks=pages * per_page,
+        block_size=block_size,
+        blocks_per_page=per_page,
+        queued_tokens=queued,
+        backlog_s=backlog_s,
+        token_s=token_s,
+        freed_blocks_per_s=freed_blocks_per_s,
+        remaining_tokens=None if remaining is None else float(remaining.sum()),
+    )
+
+
+def _backlog_s(model: CostModel, decode: StepLoad, queued_tokens: int, max_num_batched_tokens: int) -> float:
+    """Seconds of the iterations that compute the queued tokens beside one token of every running request."""
+    room = max(1, max_num_batched_tokens - decode.decode_requests)
+    steps = max(1, -(-queued_tokens // room))
+    step = StepLoad(
+        prefill_tokens=-(-queued_tokens // steps),
+        decode_requests=decode.decode_requests,
+        kv_tokens=decode.kv_tokens,
+        hidden_tokens=decode.hidden_tokens,
+        samples=decode.decode_requests,
+    )
+    return steps * model.step_s(step)
+
+
+def _remaining_tokens(predictor: LengthPredictor, requests: list[Request]) -> np.ndarray:
+    prompt = np.array([len(r.prompt_token_ids) for r in requests], np.float64)
+    return predictor.remaining_tokens(prompt, np.array([r.num_generated_tokens for r in requests], np.float64))
