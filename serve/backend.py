@@ -33,7 +33,9 @@ class EngineFacts(Protocol):
 class Backend(Protocol):
     """Takes samples and brings their outputs. All but `stop` belong to the asyncio loop on which it was started."""
 
-    observers: list[Observer]
+    @property
+    def observers(self) -> list[Observer]:
+        """Told about its work; add to it."""
 
     @property
     def status(self) -> EngineStatus:

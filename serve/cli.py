@@ -15,6 +15,7 @@ from serve.bench.commands import Bench
 from serve.errors import EngineFailure
 from serve.logs import set_up_logs
 from serve.options import DistributedOptions, LoadOptions, Model, ServerOptions
+from serve.replicas.options import RayOptions, ReplicaOptions
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,8 @@ class Serve:
     model: Model = None
     """Hub id, Hugging Face folder or converted folder; none is the bundled demo model."""
     server: OmitArgPrefixes[ServerOptions] = field(default_factory=ServerOptions)
+    replicas: OmitArgPrefixes[ReplicaOptions] = field(default_factory=ReplicaOptions)
+    ray: OmitArgPrefixes[RayOptions] = field(default_factory=RayOptions)
     load: OmitArgPrefixes[LoadOptions] = field(default_factory=LoadOptions)
     engine: OmitArgPrefixes[EngineConfig] = field(default_factory=EngineConfig)
     distributed: OmitArgPrefixes[DistributedOptions] = field(default_factory=DistributedOptions)
@@ -35,7 +38,7 @@ class Serve:
 
         if not join(self.distributed):
             return _follow(self.model, self.load, self.engine)
-        return serve(self.model, self.load, self.server, self.engine)
+        return serve(self.model, self.load, self.server, self.engine, self.replicas, self.ray)
 
 
 @dataclass(frozen=True)

@@ -45,6 +45,10 @@ class PredictedLate(RuntimeError):
         super().__init__(message)
         self.late_s = late_s
 
+    def __reduce__(self) -> tuple[object, ...]:
+        """For pickle, which would leave `late_s` out."""
+        return type(self), (str(self), self.late_s)
+
 
 @dataclass(frozen=True)
 class ErrorReply:

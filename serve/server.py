@@ -8,6 +8,7 @@ import os
 import signal
 import socket
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
@@ -17,9 +18,14 @@ from starlette.types import ASGIApp
 
 from apt_jax.config import EngineConfig
 from serve.app import create_app
+from serve.chat_template import read_template
 from serve.engine_thread import EngineThread
 from serve.http_protocol import timed_protocol
 from serve.options import DEMO_NAME, LoadOptions, ServerOptions
+from serve.replicas.backend import ReplicaBackend
+from serve.replicas.messages import EngineSpec
+from serve.replicas.options import RayOptions, ReplicaOptions
+from serve.replicas.ray_session import check_ray
 from serve.resume import Resumption
 from serve.service import Service
 from serve.snapshot import read_snapshot, write_snapshot
@@ -59,8 +65,15 @@ class Server(uvicorn.Server):
             timer.cancel()
 
 
-def serve(model: str | None, load: LoadOptions, options: ServerOptions, config: EngineConfig) -> int:
-    """Serve until SIGINT or SIGTERM; returns the exit code.
+def serve(
+    model: str | None,
+    load: LoadOptions,
+    options: ServerOptions,
+    config: EngineConfig,
+    replicas: ReplicaOptions | None = None,
+    ray: RayOptions | None = None,
+) -> int:
+    """Serve until SIGINT or SIGTERM; returns the exit code. With `replicas` that use Ray, SIGHUP updates them.
 
     Listens at once: while the model loads, /health is 200 and /ready 503. A model that cannot be loaded ends the
     server with one sentence and exit code 1.
@@ -78,7 +91,7 @@ def serve(model: str | None, load: LoadOptions, options: ServerOptions, config: 
     failures: list[Exception] = []
 
     def fail(error: Exception) -> None:
-        if engine_thread.engine is None:
+        if backend.engine is None:
             failures.append(error)
             server.should_exit = True
         else:  # /health says so: whoever watches it decides
@@ -86,7 +99,6 @@ def serve(model: str | None, load: LoadOptions, options: ServerOptions, config: 
 
     def make_engine() -> "Engine":
         from serve.build import build_engine  # imports jax, which takes seconds
-        from serve.chat_template import read_template
 
         if options.chat_template is not None:
             service.chat_template = read_template(Path(options.chat_template))
@@ -96,24 +108,31 @@ def serve(model: str | None, load: LoadOptions, options: ServerOptions, config: 
     name, url = options.served_model_name or model or DEMO_NAME, url_of(listener)
 
     def ready(seconds: float) -> None:
-        engine = engine_thread.engine
-        start_up.ended("measuring", 0.0 if engine is None else engine.compile_s)
+        start_up.ended(
+            "measuring" if isinstance(backend, EngineThread) else "replicas", getattr(backend.engine, "compile_s", 0.0)
+        )
         logger.info(
             "ready after %.1f s (%s): %s answers at %s/v1/completions", start_up.total_s, start_up.text(), name, url
         )
 
-    engine_thread = EngineThread(make_engine, ready, fail)
-    service = Service(engine_thread, name, with_environment(options))
+    backend: EngineThread | ReplicaBackend
+    if replicas is not None and replicas.uses_ray:
+        check_ray()
+        spec = EngineSpec(model, load, config, name, log_format=options.log_format)
+        backend = ReplicaBackend(spec, replicas, ray or RayOptions(), ready, fail)
+    else:
+        backend = EngineThread(make_engine, ready, fail)
+    service = Service(backend, name, with_environment(options))
     resumption = None if options.resume_from is None else Resumption(Path(options.resume_from))
     app = create_app(service, resumption)
     server = Server(http_config(app, options), service)
     logging.getLogger("uvicorn.error").setLevel(logging.WARNING)  # its milestones are told here
     logger.info("listening on %s, loading %s; %s/ready turns 200 when requests are taken", url, name, url)
-    run_until_signal(server, listener)
+    run_until_signal(server, listener, None if isinstance(backend, EngineThread) else backend.update)
     if failures:
         report_failure(failures[0])
     keep_unfinished(service)
-    if not engine_thread.stop(timeout_s=0):
+    if not backend.stop(timeout_s=0):
         # It is inside the compiler, which nothing can interrupt; the interpreter would crash under its feet.
         logging.shutdown()
         sys.stderr.flush()
@@ -154,14 +173,21 @@ def with_environment(options: ServerOptions) -> ServerOptions:
     return options if not key else dataclasses.replace(options, api_key=(*options.api_key, key))
 
 
-def run_until_signal(server: uvicorn.Server, listener: socket.socket) -> None:
-    """Run `server` on `listener`; a first SIGINT or SIGTERM stops it in order, and it returns normally."""
+def run_until_signal(
+    server: uvicorn.Server, listener: socket.socket, on_hangup: Callable[[], None] | None = None
+) -> None:
+    """Run `server` on `listener`; a first SIGINT or SIGTERM stops it in order, and it returns normally.
+
+    `on_hangup` is called on every SIGHUP.
+    """
 
     def stop(number: int, frame: object) -> None:
         server.should_exit = True
 
     # uvicorn raises the signals again, for the handlers that it found, once it has stopped
     previous = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    if on_hangup is not None:
+        previous[signal.SIGHUP] = signal.signal(signal.SIGHUP, lambda number, frame: on_hangup())
     try:
         server.run(sockets=[listener])
     finally:

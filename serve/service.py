@@ -30,7 +30,7 @@ class Service:
         self.created = int(time.time())
         self.view = engine_thread.view(model_name)
         self.metrics, self.recent = self.view.metrics, Recent()
-        engine_thread.observers += [self.recent, RequestLog()]
+        engine_thread.observers.extend([self.recent, RequestLog()])
         self.tracing: Tracing | None = None
         if options.otlp_traces_endpoint is not None:
             self.tracing = Tracing(options.otlp_traces_endpoint, model_name)

@@ -1,0 +1,1 @@
+"""Several engines behind one HTTP API, on Ray: routing, failover, autoscaling, rolling updates, batches."""

@@ -1,0 +1,139 @@
+"""A replica: one engine in its thread, in a process of its own. Ray makes it an actor; without Ray it is plain asyncio.
+
+The front numbers its messages, because Ray does not promise an asynchronous actor's calls in order.
+"""
+
+import asyncio
+import dataclasses
+import logging
+import os
+import time
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from serve.engine_metrics import EngineMetrics
+from serve.engine_thread import EngineThread
+from serve.errors import NotReady
+from serve.history import History
+from serve.logs import set_up_logs
+from serve.profile import record
+from serve.replicas.messages import Abort, Answer, Command, EngineSpec, Facts, Refused, Report, Submit
+from serve.replicas.relay import LoadReporter, Relay, RelayedGroup
+
+if TYPE_CHECKING:
+    from apt_jax.engine import Engine
+
+SHOWN_PLANS = 64
+
+logger = logging.getLogger("apt_jax.serve")
+
+
+class EngineActor:
+    """The engine of `spec` and its traffic; `make_engine` stands in for loading it."""
+
+    def __init__(self, name: str, spec: EngineSpec, make_engine: "Callable[[], Engine] | None" = None):
+        if make_engine is None:
+            set_up_logs(spec.log_format)
+        self._spec = spec
+        self._history = History()
+        self._metrics = EngineMetrics(spec.model_name, replica=name)
+        self._loads = LoadReporter()
+        self._make_engine = make_engine or self._build
+        self._thread: EngineThread | None = None
+        self._relay: Relay | None = None
+        self._ready: asyncio.Future[float] | None = None
+        self._groups: dict[int, RelayedGroup] = {}
+        self._next = 0  # number of the next message
+        self._early: dict[int, list[Command]] = {}  # messages that came before it
+
+    async def start(self) -> Facts:
+        """Load, compile, and take requests from then on.
+
+        Raises:
+            Exception: what it failed with.
+        """
+        self._relay = Relay(self._loads)
+        self._ready = asyncio.get_running_loop().create_future()
+        self._thread = thread = EngineThread(self._make_engine, self._ready.set_result, self._fail)
+        thread.observers += [self._metrics, self._history, self._loads]
+        if self._spec.refuses_late:
+            thread.refuse_late()
+        thread.start()
+        start_s = await self._ready
+        engine = thread.ready_engine()
+        return Facts(engine.config, engine.tokenizer, engine.max_model_len, time.monotonic(), os.getpid(), start_s)
+
+    async def reports(self) -> AsyncIterator[Report]:
+        """What the front is to know, until the engine stops.
+
+        Raises:
+            Exception: what the engine was lost by.
+        """
+        assert self._relay is not None
+        while True:
+            yield await self._relay.report()
+
+    async def command(self, number: int, commands: list[Command]) -> None:
+        """Carry out a message; those before it come first."""
+        self._early[number] = commands
+        while self._next in self._early:
+            for command in self._early.pop(self._next):
+                match command:
+                    case Submit():
+                        self._submit(command)
+                    case Abort(ticket):
+                        group = self._groups.pop(ticket, None)
+                        if group is not None:
+                            group.close()
+            self._next += 1
+
+    async def ask(self, question: str, argument: str = "") -> Answer:
+        """Answer "metrics", "story" (of a request id), "plans", or "record" (SECONDS FOLDER)."""
+        match question:
+            case "metrics":
+                return await asyncio.to_thread(self._metrics.text)
+            case "story":
+                return await asyncio.to_thread(self._history.of, argument)
+            case "plans":
+                engine = None if self._thread is None else self._thread.engine
+                return [] if engine is None else (await asyncio.to_thread(engine.state.plans.as_dicts))[-SHOWN_PLANS:]
+            case "record":
+                seconds, _, folder = argument.partition(" ")
+                return str(await asyncio.to_thread(record, Path(folder), float(seconds)))
+        raise ValueError(f"unknown question {question!r}")
+
+    async def stop(self) -> None:
+        """End the engine's thread."""
+        if self._thread is not None:
+            await asyncio.to_thread(self._thread.stop, 5.0)
+
+    def _submit(self, command: Submit) -> None:
+        thread, relay, now = self._thread, self._relay, time.monotonic()
+        assert thread is not None and relay is not None
+        samples = [
+            dataclasses.replace(sample, arrival_s=now - waited_s)
+            for sample, waited_s in zip(command.samples, command.waited_s, strict=True)
+        ]
+        group = RelayedGroup(samples, thread.abort, command.ticket, relay, self._forget)
+        try:
+            thread.enter(group)
+        except NotReady as error:
+            relay.add(Refused(command.ticket, error))
+        else:
+            self._groups[command.ticket] = group
+
+    def _forget(self, ticket: int) -> None:
+        self._groups.pop(ticket, None)
+
+    def _fail(self, error: Exception) -> None:
+        assert self._ready is not None and self._relay is not None
+        if not self._ready.done():
+            self._ready.set_exception(error)
+        self._relay.fail(error)
+
+    def _build(self) -> "Engine":
+        from serve.build import build_engine  # imports jax, which takes seconds
+
+        spec = self._spec
+        return build_engine(spec.model, engine_config=spec.config, **dataclasses.asdict(spec.load))

@@ -1,0 +1,216 @@
+"""The backend of replicas: routes groups to them, and goes on elsewhere with what a lost one leaves.
+
+Nothing is answered twice: what a replica says counts only under the ticket of its present attempt, and the front keeps
+every token that it has delivered. A group goes on from there, with the seed that it began with.
+"""
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from apt_jax.output import Output, QueueFull
+from apt_jax.routing.router import Router
+from serve.backend import EngineFacts
+from serve.errors import EngineFailure, NotReady
+from serve.group import Group
+from serve.observer import Observer, Stepped
+from serve.replicas.messages import Abort, Accepted, Brought, Event, Refused, Report
+from serve.replicas.replica import Replica, ReplicaStatus
+from serve.replicas.route import Route
+from serve.samples import Sample
+from serve.status import EngineStatus
+
+MOST_MOVES = 3  # of a group, after replicas were lost under it: it may be what breaks them
+
+logger = logging.getLogger("apt_jax.serve")
+
+
+class Fleet:
+    """Replicas that take requests, and who is where. Everything runs on one event loop."""
+
+    def __init__(self, router: Router, seed: int, clock: Callable[[], float] = time.monotonic):
+        self.observers: list[Observer] = []
+        self.replicas: list[Replica] = []
+        self.facts: EngineFacts | None = None
+        self.failed = self.stopped = False
+        self.num_moved = 0  # groups that went on elsewhere
+        self._router = router
+        self._seeds = np.random.default_rng(seed)
+        self._clock = clock
+        self._routes: dict[int, Route] = {}  # by ticket
+        self._by_group: dict[int, Route] = {}  # by the group's identity
+        self._parked: list[Route] = []  # nowhere, until a replica takes them
+        self._tickets = 0
+
+    @property
+    def status(self) -> EngineStatus:
+        """READY while one replica is."""
+        if self.stopped or self.failed:
+            return EngineStatus.STOPPED if self.stopped else EngineStatus.FAILED
+        return EngineStatus.READY if self.ready() else EngineStatus.LOADING
+
+    @property
+    def num_waiting_running(self) -> tuple[int, int]:
+        """Of all replicas, as they reported last; what is nowhere waits."""
+        loads = [replica.load for replica in self.replicas if replica.load is not None]
+        waiting = len(self._parked) + sum(load.num_waiting for load in loads)
+        return waiting, sum(load.num_running for load in loads)
+
+    def ready(self) -> list[Replica]:
+        """Those that take requests."""
+        return [r for r in self.replicas if r.status is ReplicaStatus.READY and r.load is not None]
+
+    def submit(self, samples: Sequence[Sample]) -> Group:
+        """Send samples to a replica, all to the same.
+
+        Raises:
+            NotReady: none takes requests.
+        """
+        if self.status is not EngineStatus.READY or self.facts is None:
+            raise NotReady(f"the server is not ready: its replicas are {self.status.value}; try again soon")
+        group = Group(samples, on_close=self._abandon)
+        route = Route.of(group, samples, self.facts, self._seeds, self._clock())
+        self._by_group[id(group)] = route
+        self._place(route)
+        return group
+
+    def take(self, replica: Replica, report: Report) -> None:
+        """What a replica reports."""
+        replica.note(report)
+        now, outputs = self._clock(), []
+        for event in report.events:
+            route = self._routes.get(event.ticket)
+            if route is not None:  # else it was given up, or moved
+                outputs += self._take(route, event, now)
+        if outputs:
+            stepped = Stepped(outputs, (), now)
+            for observer in self.observers:
+                observer.brought(stepped)
+
+    def lost(self, replica: Replica) -> None:
+        """A replica has died: its groups go on elsewhere."""
+        routes = list(replica.routes.values())
+        for route in routes:
+            self._leave(route)
+            route.num_moves += 1
+            if route.num_moves > MOST_MOVES:
+                self._fail(route, EngineFailure(f"{route.num_moves} replicas were lost while they worked on it"))
+                continue
+            self.num_moved += 1
+            route.refused_by.clear()
+            self._place(route)
+        if routes:
+            logger.warning("%d requests of replica %s go on elsewhere", len(routes), replica.name)
+
+    def place_parked(self) -> None:
+        """Try again with those that are nowhere."""
+        parked, self._parked = self._parked, []
+        for route in parked:
+            route.refused_by.clear()
+            self._place(route)
+
+    def abort_all(self) -> None:
+        """End every request, with finish reason abort."""
+        for route in [*self._by_group.values()]:
+            self._forget(route)
+            outputs = self._aborted(route)
+            for output, progress in zip(outputs, route.unfinished.values(), strict=True):
+                route.group.receive(progress.sample, output)
+            self._tell(outputs, set())
+            if not route.is_accepted:
+                route.group.accept()
+
+    def end(self, error: Exception) -> None:
+        """Nothing will be served any more: every request fails."""
+        for route in [*self._by_group.values()]:
+            self._fail(route, error)
+
+    def _take(self, route: Route, event: Event, now: float) -> list[Output]:
+        match event:
+            case Accepted():
+                route.is_confirmed = True
+                if not route.is_accepted:
+                    route.is_accepted = True
+                    route.group.accept()
+            case Refused(error=error):
+                self._refused(route, error)
+            case Brought():
+                progress = route.unfinished[event.index]
+                output = progress.take(event, now)
+                if event.ending is not None:
+                    del route.unfinished[event.index]
+                    if event.ending.error is not None:
+                        logger.error("request %s ended with an error: %s", progress.sample.request_id, output.error)
+                    if not route.unfinished:
+                        self._forget(route, abort=False)
+                route.group.receive(progress.sample, output)
+                return [output]
+        return []
+
+    def _refused(self, route: Route, error: Exception) -> None:
+        replica = route.replica
+        assert replica is not None
+        self._leave(route)
+        if isinstance(error, QueueFull | NotReady):
+            route.refused_by.add(replica.name)
+            self._place(route, error)
+        else:
+            self._fail(route, error)
+
+    def _place(self, route: Route, error: Exception | None = None) -> None:
+        """Send a group to a replica; where none can take it now, it waits, or fails with `error` if it is new."""
+        candidates = [replica for replica in self.ready() if replica.name not in route.refused_by]
+        if not candidates:
+            if error is not None and not route.is_accepted:
+                self._fail(route, error)
+            else:
+                self._parked.append(route)
+            return
+        now = self._clock()
+        loads = [replica.load for replica in candidates if replica.load is not None]
+        replica = candidates[self._router.choose(route.asked(now), loads)]
+        self._tickets += 1
+        route.ticket, route.replica, route.sent_s, route.is_confirmed = self._tickets, replica, now, False
+        self._routes[route.ticket] = replica.routes[route.ticket] = route
+        replica.send(route.submission(now))
+
+    def _leave(self, route: Route) -> None:
+        """It is nowhere."""
+        self._routes.pop(route.ticket, None)
+        if route.replica is not None:
+            route.replica.routes.pop(route.ticket, None)
+        route.replica = None
+
+    def _forget(self, route: Route, abort: bool = True) -> None:
+        """Nothing more is to come of it."""
+        if abort and route.replica is not None:
+            route.replica.send(Abort(route.ticket))
+        if route in self._parked:
+            self._parked.remove(route)
+        self._leave(route)
+        self._by_group.pop(id(route.group), None)
+
+    def _fail(self, route: Route, error: Exception) -> None:
+        self._forget(route)
+        if isinstance(error, EngineFailure):
+            for observer in self.observers:
+                observer.lost([progress.sample for progress in route.unfinished.values()])
+        route.group.fail(error)
+
+    def _abandon(self, group: Group) -> None:
+        route = self._by_group.get(id(group))
+        if route is None:
+            return
+        self._forget(route)
+        outputs = self._aborted(route)
+        self._tell(outputs, {output.request.request_id for output in outputs})
+
+    def _aborted(self, route: Route) -> list[Output]:
+        return [progress.aborted() for progress in route.unfinished.values()]
+
+    def _tell(self, outputs: list[Output], abandoned: set[str]) -> None:
+        stepped = Stepped(outputs, abandoned, self._clock())
+        for observer in self.observers:
+            observer.brought(stepped)

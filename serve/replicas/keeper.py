@@ -1,0 +1,241 @@
+"""Keeps as many replicas as there should be: starts them, replaces lost ones, autoscales, updates them one by one.
+
+One rule does all of it. Wanted are `target` replicas of the newest generation. Those that lack are started; a replica
+too many, one of an older generation first, takes no new requests and ends once it has none. An update only makes a
+new generation: the old replicas stay until as many new ones are ready.
+"""
+
+import asyncio
+import logging
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+
+from apt_jax.request import FinishReason
+from apt_jax.routing.autoscaler import Autoscaler, AutoscalerOptions
+from serve.errors import EngineFailure
+from serve.observer import Observer, Stepped
+from serve.replicas.fleet import Fleet
+from serve.replicas.replica import Handle, Replica, ReplicaStatus
+from serve.samples import Sample
+
+CHECK_S = 0.2
+SCALE_S = 1.0
+MOST_QUIET_CHECKS = 150  # without a report, which comes each second: 30 s of checks that were really made
+LONGEST_PAUSE_S = 30.0  # between two attempts to start a replica
+ATTAINMENT_S = 30.0
+ENOUGH_ENDED = 10  # requests, to tell an attainment
+
+logger = logging.getLogger("apt_jax.serve")
+
+
+class Keeper:
+    """Starts replicas with `launch`, given a name.
+
+    Args:
+        at_once: start all missing ones at once; else the first alone, which leaves its compiled programs to the others.
+        on_ready: called when the first one is ready, with the seconds that it took.
+        on_failure: called with what none of them could be started by.
+    """
+
+    def __init__(
+        self,
+        fleet: Fleet,
+        launch: Callable[[str], Handle],
+        options: AutoscalerOptions,
+        *,
+        at_once: bool = False,
+        on_ready: Callable[[float], None] = lambda seconds: None,
+        on_failure: Callable[[Exception], None] = lambda error: None,
+    ):
+        self.target = options.min_instances
+        self.generation = self._newest_generation = 0
+        self.num_failures = 0  # replicas that died, or could not be started
+        self.attainment = RecentAttainment()
+        self._fleet = fleet
+        self._launch = launch
+        self._autoscaler = Autoscaler(options)
+        self._at_once = at_once
+        self._on_ready = on_ready
+        self._on_failure = on_failure
+        self._wake = asyncio.Event()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._names = 0
+        self._bad_starts = 0  # in a row
+        self._not_before_s = self._scaled_s = 0.0
+        self._began_s = time.monotonic()
+        self._was_ready = False
+        fleet.observers.append(self.attainment)
+
+    async def run(self) -> None:
+        """Keep them, until cancelled."""
+        while True:
+            self._adjust()
+            self._wake.clear()
+            try:
+                async with asyncio.timeout(CHECK_S):
+                    await self._wake.wait()
+            except TimeoutError:
+                self._check()
+
+    def update(self) -> None:
+        """Replace every replica by one that is started now, without a request being dropped."""
+        self._newest_generation += 1
+        self.generation = self._newest_generation
+        logger.info("updating %d replicas, one after the other", len(self._of(ReplicaStatus.READY)))
+        self._wake.set()
+
+    @property
+    def is_updating(self) -> bool:
+        """Whether replicas of an older generation are left."""
+        return any(replica.generation < self.generation for replica in self._fleet.replicas)
+
+    def stop(self) -> None:
+        """End every replica at once."""
+        for task in self._tasks:
+            task.cancel()
+        for replica in [*self._fleet.replicas]:
+            self._end(replica)
+
+    def _of(self, *statuses: ReplicaStatus) -> list[Replica]:
+        return [replica for replica in self._fleet.replicas if replica.status in statuses]
+
+    def _adjust(self) -> None:
+        """Start what lacks, drain what is too many, end what is drained. `_check` and every change lead here."""
+        serving = self._of(ReplicaStatus.STARTING, ReplicaStatus.READY)
+        current = [replica for replica in serving if replica.generation == self.generation]
+        starting = sum(replica.status is ReplicaStatus.STARTING for replica in current)
+        one_by_one = len(serving) > len(current) or not (self._at_once or self._was_ready)
+        for _ in range(min(self.target - len(current), (1 if one_by_one else self.target) - starting)):
+            if time.monotonic() >= self._not_before_s:
+                self._start()
+        ready = self._of(ReplicaStatus.READY)
+        surplus = len(ready) - self.target if starting == 0 or len(ready) > self.target else 0
+        for replica in sorted(ready, key=lambda r: (r.generation, len(r.routes)))[: max(surplus, 0)]:
+            logger.info("replica %s takes no new requests; %d are left", replica.name, len(replica.routes))
+            replica.status = ReplicaStatus.DRAINING
+        for replica in serving:
+            if replica.status is ReplicaStatus.STARTING and replica.generation < self.generation:
+                self._end(replica)
+        for replica in self._of(ReplicaStatus.DRAINING):
+            if not replica.routes:
+                self._end(replica)
+                logger.info("replica %s has ended; %d are ready", replica.name, len(self._fleet.ready()))
+        self._fleet.place_parked()
+
+    def _check(self) -> None:
+        """What changes with time alone."""
+        for replica in self._of(ReplicaStatus.READY, ReplicaStatus.DRAINING):
+            replica.quiet_checks += 1
+            if replica.quiet_checks > MOST_QUIET_CHECKS:
+                replica.handle.kill()  # its reports then end with an error
+        now = time.monotonic()
+        if now - self._scaled_s >= SCALE_S and not self.is_updating and self._was_ready:
+            self._scaled_s = now
+            self._scale(now)
+
+    def _scale(self, now: float) -> None:
+        loads = [replica.load for replica in self._fleet.ready() if replica.load is not None]
+        attainment = self.attainment.share(now)
+        wanted = self._autoscaler.desired(loads, self.target, now, attainment)
+        if wanted != self.target:
+            shown = "unknown" if attainment is None else f"{attainment:.0%}"
+            waiting, running = self._fleet.num_waiting_running
+            logger.info(
+                "%d replicas instead of %d: %d requests wait, %d run, recent attainment %s",
+                *(wanted, self.target, waiting, running, shown),
+            )
+            self.target = wanted
+
+    def _start(self) -> None:
+        self._names += 1
+        replica = Replica(f"r{self._names}", self.generation, self._launch(f"r{self._names}"))
+        self._fleet.replicas.append(replica)
+        task = asyncio.create_task(self._live(replica))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _live(self, replica: Replica) -> None:
+        """From its start to its end."""
+        try:
+            facts = await replica.start()
+            async for report in replica.handle.reports():
+                self._fleet.take(replica, report)
+                if replica.status is ReplicaStatus.STARTING and replica.load is not None:
+                    self._joined(replica)
+                    self._fleet.facts = facts
+                elif replica.status is ReplicaStatus.DRAINING and not replica.routes:
+                    self._wake.set()
+        except Exception as error:
+            if replica.status is not ReplicaStatus.GONE:
+                self._died(replica, error)
+
+    def _joined(self, replica: Replica) -> None:
+        replica.status = ReplicaStatus.READY
+        facts = replica.facts
+        assert facts is not None
+        logger.info("replica %s is ready after %.1f s (process %d)", replica.name, facts.start_s, facts.process_id)
+        self._bad_starts = 0
+        if not self._was_ready:
+            self._was_ready = True
+            self._on_ready(time.monotonic() - self._began_s)
+        self._wake.set()
+
+    def _died(self, replica: Replica, error: Exception) -> None:
+        was_ready = replica.status is not ReplicaStatus.STARTING
+        self.num_failures += 1
+        self._end(replica)
+        if was_ready:
+            logger.error("replica %s was lost: %s", replica.name, _first_line(error))
+            self._fleet.lost(replica)
+        elif not self._was_ready:
+            self._fleet.failed = True
+            self._fleet.end(EngineFailure("no replica could be started"))
+            self._on_failure(error)
+        else:
+            self._bad_start(replica, error)
+        self._wake.set()
+
+    def _bad_start(self, replica: Replica, error: Exception) -> None:
+        older = [r.generation for r in self._of(ReplicaStatus.READY) if r.generation < replica.generation]
+        if older and replica.generation == self.generation:
+            self.generation = max(older)
+            logger.error("replica %s could not be started, so the update is given up: %s", replica.name, error)
+            return
+        self._bad_starts += 1
+        pause_s = min(2.0**self._bad_starts, LONGEST_PAUSE_S)
+        self._not_before_s = time.monotonic() + pause_s
+        logger.error("replica %s could not be started; again in %g s: %s", replica.name, pause_s, error)
+
+    def _end(self, replica: Replica) -> None:
+        replica.status = ReplicaStatus.GONE
+        replica.handle.kill()
+        self._fleet.replicas.remove(replica)
+
+
+class RecentAttainment(Observer):
+    """Share of the requests that ended lately which kept their promise."""
+
+    def __init__(self) -> None:
+        self._ended: deque[tuple[float, bool]] = deque()
+
+    def brought(self, step: Stepped) -> None:
+        """Take in what ended."""
+        for output in step.outputs:
+            given_up = output.finish_reason is FinishReason.ABORT and output.request.request_id in step.abandoned
+            if output.finish_reason is not None and not given_up:
+                self._ended.append((step.began_s, output.request.attained))
+
+    def lost(self, samples: Sequence[Sample]) -> None:
+        """They did not."""
+        self._ended.extend((time.monotonic(), False) for _ in samples)
+
+    def share(self, now: float) -> float | None:
+        """Between 0 and 1; None where too few ended to tell."""
+        while self._ended and self._ended[0][0] < now - ATTAINMENT_S:
+            self._ended.popleft()
+        return sum(kept for _, kept in self._ended) / len(self._ended) if len(self._ended) >= ENOUGH_ENDED else None
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0] or type(error).__name__

@@ -1,0 +1,115 @@
+"""What a front and its replicas tell each other. Plain data that pickles quickly; a report holds what a step brought.
+
+A ticket is one attempt at one group of samples: a group that moves to another replica gets a new one, so that what an
+old replica still says of it is not taken for news.
+"""
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+from apt_jax.config import EngineConfig
+from apt_jax.output import TokenLogprobs
+from apt_jax.request import FinishReason
+from apt_jax.routing.instance import InstanceLoad
+from serve.options import LoadOptions
+from serve.samples import Sample
+
+if TYPE_CHECKING:
+    from apt_jax.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class EngineSpec:
+    """What a replica makes its engine from."""
+
+    model: str | None
+    load: LoadOptions
+    config: EngineConfig
+    model_name: str
+    refuses_late: bool = False
+    log_format: Literal["text", "json"] = "text"
+
+
+@dataclass(frozen=True)
+class Facts:
+    """Of a replica's engine, once it is ready. `clock_s` is the replica's clock, read when this was made."""
+
+    config: EngineConfig
+    tokenizer: "Tokenizer | None"
+    max_model_len: int
+    clock_s: float
+    process_id: int
+    start_s: float = 0.0  # that loading and compiling took
+
+
+@dataclass(frozen=True, slots=True)
+class Submit:
+    """Take these samples. `waited_s`: seconds since arrival, or since the last token, of each."""
+
+    ticket: int
+    samples: tuple[Sample, ...]
+    waited_s: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Abort:
+    """Give them up; nothing more is to be told."""
+
+    ticket: int
+
+
+@dataclass(frozen=True, slots=True)
+class Accepted:
+    """Every sample is queued."""
+
+    ticket: int
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """None is queued, or, after `Accepted`, none will be finished."""
+
+    ticket: int
+    error: Exception
+
+
+@dataclass(frozen=True, slots=True)
+class Brought:
+    """What a step brought sample number `index` of a ticket. With `ending`, it is the last."""
+
+    ticket: int
+    index: int
+    text: str
+    token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    prompt_logprobs: tuple[TokenLogprobs, ...] | None = None
+    queued_s: float | None = None  # with the first token: arrival to being scheduled
+    ending: "Ending | None" = None
+
+
+@dataclass(frozen=True, slots=True)
+class Ending:
+    """How a sample ended, and what its replica did with it."""
+
+    finish_reason: FinishReason
+    error: str | None
+    stop_reason: int | str | None
+    cache_kinds: tuple[str, ...]
+    num_preemptions: int
+    num_conversions: int
+
+
+Command = Submit | Abort
+Event = Accepted | Refused | Brought
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """Events in order, and the engine's load if it was counted since the last report."""
+
+    events: list[Event]
+    load: InstanceLoad | None = None
+    blocks: dict[str, int] = field(default_factory=dict)
+
+
+Answer = Any  # of a question about a replica: JSON-like, or bytes
