@@ -78,6 +78,8 @@ def serve(
     Listens at once: while the model loads, /health is 200 and /ready 503. A model that cannot be loaded ends the
     server with one sentence and exit code 1.
     """
+    if replicas is not None and replicas.uses_ray:
+        check_ray()
     start_up = StartUp()
     try:
         listener = listen(options.host, options.port)
@@ -117,7 +119,6 @@ def serve(
 
     backend: EngineThread | ReplicaBackend
     if replicas is not None and replicas.uses_ray:
-        check_ray()
         spec = EngineSpec(model, load, config, name, log_format=options.log_format)
         backend = ReplicaBackend(spec, replicas, ray or RayOptions(), ready, fail)
     else:

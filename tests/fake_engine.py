@@ -14,7 +14,7 @@ from apt_jax.engine import Engine
 from apt_jax.output import Output, QueueFull, TokenLogprobs
 from apt_jax.request import FinishReason, Request, SamplingParams, Slo
 from apt_jax.scheduling.plan import Plan
-from apt_jax.scheduling.policy import make_policy
+from apt_jax.scheduling.policy import PolicyContext, make_policy
 from apt_jax.scheduling.state import Limits, SchedulerState
 
 VOCABULARY = 256
@@ -63,6 +63,7 @@ class FakeEngine:
         self.num_recompiles = 0
         self.last_plan = Plan()
         self.last_schedule_s = 0.0
+        self.policy_context = PolicyContext()
         self._policy = make_policy("fcfs")
         self._requests: dict[str, Request] = {}
         self._ended: list[Output] = []

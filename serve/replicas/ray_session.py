@@ -35,6 +35,7 @@ def import_ray() -> Any:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is sent to anyone
     os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")  # of messages to an actor that has died meanwhile
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # who reserves no GPU sees them all
+    os.environ.setdefault("RAY_DISABLE_FAILURE_SIGNAL_HANDLER", "1")  # the server has its own, without a stack trace
     os.environ.setdefault("RAY_COLOR_PREFIX", "0")  # of log lines, which may go to a file
     import ray
 

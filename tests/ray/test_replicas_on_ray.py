@@ -1,0 +1,131 @@
+"""Real replicas: processes that Ray starts, a server in front, and what may happen to them while clients stream."""
+
+import asyncio
+import os
+import signal
+
+import httpx
+import pytest
+import served_model
+from live_server import until as until_soon
+
+pytest.importorskip("ray", reason="Ray is not installed; `make test-ray` installs it and runs these")
+
+from replica_server import Answer, Server, body, check, clients, keep_asking, serving, stream, until
+
+REQUESTS = 8
+
+pytestmark = pytest.mark.timeout(400)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return served_model.write_folder(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def expected(folder) -> list[Answer]:
+    """What one engine, without Ray, answers."""
+    with served_model.serving(folder) as server:
+        replies = [
+            httpx.post(f"{server.url}/v1/completions", json=body(i), timeout=60).json()["choices"][0]
+            for i in range(REQUESTS)
+        ]
+        until_soon(lambda: server.is_idle)
+    return [Answer(reply["text"], reply["token_ids"], [reply["finish_reason"]]) for reply in replies]
+
+
+@pytest.fixture(scope="module")
+def server(folder, expected):
+    with serving(folder, "--replicas", "2", "--router", "round-robin") as server:
+        until(lambda: len(ready(server)) == 2, 120)
+        yield server
+
+
+def ready(server: Server) -> list[dict]:
+    return [replica for replica in server.replicas() if replica["status"] == "ready"]
+
+
+def test_two_replicas_answer_as_one_engine_does(server, expected):
+    async def main():
+        async with clients(server.url) as client:
+            for answer, right in zip(
+                await asyncio.gather(*(stream(client, i) for i in range(REQUESTS))), expected, strict=True
+            ):
+                check(answer, right)
+            whole = (await client.post("/v1/completions", json=body(0))).json()
+            assert whole["choices"][0]["token_ids"] == expected[0].token_ids and whole["slo"]["cache_kinds"]
+            wrong = await client.post("/v1/completions", json=body(0, temprature=1))
+            assert wrong.status_code == 400 and "did you mean temperature" in wrong.text
+            long = await client.post("/v1/completions", json={"prompt": [5] * 200})
+            assert long.status_code == 400 and "the context holds 128" in long.text
+
+    asyncio.run(main())
+    assert server.metric("vllm:generation_tokens_total") == 60 * (REQUESTS + 1)
+    text = httpx.get(f"{server.url}/metrics").text
+    steps = [line for line in text.splitlines() if line.startswith("apt:batch_requests_count")]
+    assert len(steps) == 2 and all(float(line.split()[-1]) > 30 for line in steps)  # both worked
+
+
+def test_a_replica_killed_under_load_loses_nothing(server, expected):
+    victim = ready(server)[0]
+
+    async def main():
+        async with clients(server.url) as client:
+            stop = asyncio.Event()
+            asking = asyncio.create_task(keep_asking(client, expected, stop, REQUESTS))
+            await asyncio.sleep(0.5)
+            os.kill(victim["process_id"], signal.SIGKILL)
+            await asyncio.to_thread(until, lambda: victim["name"] not in names(server), 30)
+            await asyncio.to_thread(until, lambda: len(ready(server)) == 2, 120)
+            stop.set()
+            assert await asking >= REQUESTS
+
+    asyncio.run(main())
+    assert server.metric("apt:requests_moved") >= 1 and server.metric("apt:replica_failures") == 1
+    assert server.metric("apt:idle_lost_blocks") == 0
+
+
+def names(server: Server) -> set[str]:
+    return {replica["name"] for replica in server.replicas()}
+
+
+def test_an_update_under_load_drops_nothing(server, expected):
+    before, moved = names(server), server.metric("apt:requests_moved")
+
+    async def main():
+        async with clients(server.url) as client:
+            stop = asyncio.Event()
+            asking = asyncio.create_task(keep_asking(client, expected, stop, 4))
+            await asyncio.sleep(0.2)
+            server.signal(signal.SIGHUP)
+            least = 2
+
+            def is_updated() -> bool:
+                nonlocal least
+                least = min(least, len(ready(server)))
+                return not before & names(server) and len(ready(server)) == 2
+
+            await asyncio.to_thread(until, is_updated, 200)
+            stop.set()
+            assert await asking >= 4 and least == 2
+
+    asyncio.run(main())
+    assert server.metric("apt:requests_moved") == moved and server.metric("apt:replica_failures") == 1
+
+
+def test_replicas_follow_the_queue_up_and_down(folder, expected):
+    flags = ("--replicas", "1", "--max-replicas", "2", "--scale-up-delay", "0.5", "--scale-down-delay", "2")
+    with serving(folder, *flags, "--router", "pending-time", "--tbt-slo-ms", "60000") as server:
+
+        async def main():
+            async with clients(server.url) as client:
+                stop = asyncio.Event()
+                asking = asyncio.create_task(keep_asking(client, expected, stop, 24))
+                await asyncio.to_thread(until, lambda: len(ready(server)) == 2, 120)
+                stop.set()
+                assert await asking >= 24
+
+        asyncio.run(main())
+        until(lambda: len(server.replicas()) == 1, 60)
+        assert server.metric("apt:replicas_wanted") == 1
