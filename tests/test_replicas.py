@@ -1,4 +1,4 @@
-"""Replicas behind a front: nothing lost, nothing twice, whatever happens. Without Ray; tests/ray has the rest."""
+"""Replicas behind a front: nothing lost, nothing twice, whatever happens. Without Ray; tests/on_ray has the rest."""
 
 import asyncio
 import importlib.util
@@ -280,7 +280,7 @@ def test_replicas_follow_the_queue_up_and_down(monkeypatch):
     async def main():
         r = Replicas(
             "least-requests",
-            lambda: FakeEngine(CONFIG, num_blocks=6, paced=True),
+            lambda: FakeEngine(num_blocks=6, paced=True),
             **{"min_instances": 1, "max_instances": 2, "up_delay_s": 0.05, "down_delay_s": 0.1},
         )
         async with keeping(r):

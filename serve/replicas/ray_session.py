@@ -21,7 +21,8 @@ def check_ray() -> None:
     Raises:
         ValueError: it is not installed.
     """
-    if importlib.util.find_spec("ray") is None:
+    found = importlib.util.find_spec("ray")
+    if found is None or found.origin is None:  # some folder called ray
         raise ValueError(MISSING)
 
 

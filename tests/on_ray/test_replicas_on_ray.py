@@ -73,7 +73,7 @@ def test_a_replica_killed_under_load_loses_nothing(server, expected):
     async def main():
         async with clients(server.url) as client:
             stop = asyncio.Event()
-            asking = asyncio.create_task(keep_asking(client, expected, stop, REQUESTS))
+            asking = asyncio.create_task(keep_asking(client, expected, stop, REQUESTS, pause_s=2))
             await asyncio.sleep(0.5)
             os.kill(victim["process_id"], signal.SIGKILL)
             await asyncio.to_thread(until, lambda: victim["name"] not in names(server), 30)
@@ -96,7 +96,7 @@ def test_an_update_under_load_drops_nothing(server, expected):
     async def main():
         async with clients(server.url) as client:
             stop = asyncio.Event()
-            asking = asyncio.create_task(keep_asking(client, expected, stop, 4))
+            asking = asyncio.create_task(keep_asking(client, expected, stop, 4, pause_s=1))
             await asyncio.sleep(0.2)
             server.signal(signal.SIGHUP)
             least = 2
@@ -121,10 +121,10 @@ def test_replicas_follow_the_queue_up_and_down(folder, expected):
         async def main():
             async with clients(server.url) as client:
                 stop = asyncio.Event()
-                asking = asyncio.create_task(keep_asking(client, expected, stop, 24))
+                asking = asyncio.create_task(keep_asking(client, expected, stop, 16))
                 await asyncio.to_thread(until, lambda: len(ready(server)) == 2, 120)
                 stop.set()
-                assert await asking >= 24
+                assert await asking >= 16
 
         asyncio.run(main())
         until(lambda: len(server.replicas()) == 1, 60)

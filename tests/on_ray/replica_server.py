@@ -48,7 +48,7 @@ class Server:
 def serving(folder: Path, *flags: str) -> Iterator[Server]:
     """Serve until the block ends; then nothing of Ray may be left."""
     temporary = tempfile.mkdtemp(prefix="ray", dir="/tmp")  # Ray's sockets need a short path
-    with pytest_environment({"RAY_TMPDIR": temporary, "RAY_AUTH_MODE": "disabled"}):
+    with environment({"RAY_TMPDIR": temporary, "RAY_AUTH_MODE": "disabled"}):
         process, url = start_server(folder, "--served-model-name", NAME, "--snapshot-file", "None", *flags)
     assert process.stderr is not None
     log = Path(temporary) / "server.log"
@@ -71,7 +71,7 @@ def serving(folder: Path, *flags: str) -> Iterator[Server]:
 
 
 @contextlib.contextmanager
-def pytest_environment(values: dict[str, str]) -> Iterator[None]:
+def environment(values: dict[str, str]) -> Iterator[None]:
     before = {name: os.environ.get(name) for name in values}
     os.environ.update(values)
     try:
@@ -125,8 +125,10 @@ async def clients(url: str) -> AsyncIterator[httpx.AsyncClient]:
         yield client
 
 
-async def keep_asking(client: httpx.AsyncClient, expected: list[Answer], stop: asyncio.Event, at_once: int) -> int:
-    """`at_once` streams at all times until `stop`; every answer must be the expected one. Returns how many."""
+async def keep_asking(
+    client: httpx.AsyncClient, expected: list[Answer], stop: asyncio.Event, at_once: int, pause_s: float = 0.0
+) -> int:
+    """`at_once` streams until `stop`, `pause_s` between them; every answer must be the expected one. How many."""
     count = 0
 
     async def ask(first: int) -> None:
@@ -136,6 +138,7 @@ async def keep_asking(client: httpx.AsyncClient, expected: list[Answer], stop: a
             check(await stream(client, number % len(expected)), expected[number % len(expected)])
             count += 1
             number += at_once
+            await asyncio.sleep(pause_s)
 
     async with asyncio.TaskGroup() as group:
         for first in range(at_once):
