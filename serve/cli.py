@@ -14,8 +14,9 @@ from apt_jax.simulation.options import SimulateArgs
 from serve.bench.commands import Bench
 from serve.errors import EngineFailure
 from serve.logs import set_up_logs
-from serve.options import DistributedOptions, LoadOptions, Model, ServerOptions
-from serve.replicas.options import RayOptions, ReplicaOptions
+from serve.options import DEMO_NAME, DistributedOptions, LoadOptions, Model, ServerOptions
+from serve.replicas.messages import EngineSpec
+from serve.replicas.options import RayBatchOptions, RayOptions, ReplicaOptions
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,8 @@ class Serve:
         from serve.distributed import join
         from serve.server import serve
 
+        if self.replicas.uses_ray and self.distributed.coordinator_address is not None:
+            raise ValueError("--replicas starts its own processes; leave --coordinator-address out")
         if not join(self.distributed):
             return _follow(self.model, self.load, self.engine)
         return serve(self.model, self.load, self.server, self.engine, self.replicas, self.ray)
@@ -58,12 +61,18 @@ class RunBatch:
     load: OmitArgPrefixes[LoadOptions] = field(default_factory=LoadOptions)
     engine: OmitArgPrefixes[EngineConfig] = field(default_factory=EngineConfig)
     distributed: OmitArgPrefixes[DistributedOptions] = field(default_factory=DistributedOptions)
+    replicas: OmitArgPrefixes[RayBatchOptions] = field(default_factory=RayBatchOptions)
 
     def run(self) -> int:
         """Answer what is unanswered."""
         from serve.batch_jobs import run_batch
         from serve.distributed import join
 
+        if self.replicas.ray is not None:
+            from serve.replicas.batch import run_batch_on_ray
+
+            spec = EngineSpec(self.model, self.load, self.engine, self.served_model_name or self.model or DEMO_NAME)
+            return run_batch_on_ray(self.input, self.output, spec, self.replicas, self.chat_template)
         if not join(self.distributed):
             return _follow(self.model, self.load, self.engine)
         return run_batch(

@@ -5,6 +5,7 @@ import json
 import logging
 import re
 from dataclasses import replace
+from functools import partial
 
 import pytest
 from fake_engine import CharTokenizer, FakeEngine
@@ -33,7 +34,7 @@ def answer(source, output, engine=None):
     engine = engine or FakeEngine(tokenizer=CharTokenizer())
     with ResultFile(output) as results, tqdm(total=count_lines(source), file=io.StringIO()) as bar:
         bar.update(results.num_done)
-        BatchJob(engine, ServedModel(engine, "tiny"), source, results, bar).run()
+        BatchJob(engine, ServedModel(engine, "tiny"), partial(read_lines, source), results, bar).run()
         assert bar.n == bar.total
     assert engine.is_idle
     return results_of(output)
@@ -67,7 +68,7 @@ def test_the_bar_shows_the_time_left_and_the_throughput(tmp_path):
     shown = io.StringIO()
     with ResultFile(tmp_path / "out.jsonl") as results, tqdm(total=9, file=shown, mininterval=0, unit="line") as bar:
         engine = FakeEngine(tokenizer=CharTokenizer())
-        BatchJob(engine, ServedModel(engine, "tiny"), source, results, bar).run()
+        BatchJob(engine, ServedModel(engine, "tiny"), partial(read_lines, source), results, bar).run()
     assert re.search(r"5/9 \[\d+:\d+<\d+:\d+, +[\d.]+line/s, \d+ tokens/s, \d running\]", shown.getvalue())
 
 

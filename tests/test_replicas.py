@@ -18,7 +18,7 @@ from serve.cli import main
 from serve.errors import EngineFailure, NotReady, PredictedLate
 from serve.observer import Observer
 from serve.replicas.fleet_view import FleetView, merged
-from serve.replicas.options import RayOptions, ReplicaOptions
+from serve.replicas.options import RayBatchOptions, RayOptions, ReplicaOptions
 from serve.samples import Sample, fan_out
 
 CONFIG = EngineConfig(max_num_seqs=4, max_num_queued_reqs=3, max_num_batched_tokens=64, scheduling_policy="fcfs")
@@ -335,6 +335,7 @@ def test_an_error_of_a_replica_survives_the_way():
         (lambda: ReplicaOptions(replicas=3, max_replicas=2), "max_replicas=2 must be at least replicas=3"),
         (lambda: ReplicaOptions(router="best"), "unknown router='best'; known: "),
         (lambda: RayOptions(replica_resources=("GPU",)), "'GPU', must be NAME=NUMBER"),
+        (lambda: RayBatchOptions(replicas=2), "replicas=2 needs --ray ADDRESS, or --ray local"),
     ],
 )
 def test_wrong_flags_are_told(make, match):
@@ -342,11 +343,14 @@ def test_wrong_flags_are_told(make, match):
         make()
 
 
-def test_without_ray_there_is_one_sentence(monkeypatch, capsys):
+@pytest.mark.parametrize(
+    "command", [["serve", "--replicas", "2"], ["run-batch", "-i", "a", "-o", "b", "--ray", "local"]]
+)
+def test_without_ray_there_is_one_sentence(monkeypatch, capsys, command):
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *more: None if name == "ray" else find(name, *more))
     with pytest.raises(SystemExit) as stopped:
-        main(["serve", "--replicas", "2", "--port", "0"])
+        main(command)
     assert stopped.value.code == 1
     assert capsys.readouterr().err == (
         "error: --replicas and --ray need Ray, which is not installed; pip install 'apt-jax[ray]'\n"

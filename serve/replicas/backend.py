@@ -14,7 +14,7 @@ from serve.replicas.fleet import Fleet
 from serve.replicas.fleet_view import FleetView
 from serve.replicas.keeper import Keeper
 from serve.replicas.messages import EngineSpec
-from serve.replicas.options import RayOptions, ReplicaOptions
+from serve.replicas.options import RayOptions, ReplicaOptions, ray_arguments
 from serve.replicas.ray_session import RayHandle, connect, disconnect
 from serve.replicas.replica import Handle
 from serve.samples import Sample
@@ -110,7 +110,7 @@ class ReplicaBackend:
             self.fleet.stopped = True
             if self._loop is not None and self._loop.is_running():
                 asyncio.run_coroutine_threadsafe(self._end(), self._loop).result()
-            disconnect()
+        disconnect()
         return True
 
     async def _run(self) -> None:
@@ -129,4 +129,4 @@ class ReplicaBackend:
             self._task.cancel()
 
     def _launch(self, name: str) -> Handle:
-        return RayHandle(name, self.spec, self._ray.resources())
+        return RayHandle(name, self.spec, ray_arguments(self._ray.replica_resources))

@@ -36,7 +36,7 @@ class Fleet:
         self.facts: EngineFacts | None = None
         self.failed = self.stopped = False
         self.num_moved = 0  # groups that went on elsewhere
-        self._router = router
+        self.router = router
         self._seeds = np.random.default_rng(seed)
         self._clock = clock
         self._routes: dict[int, Route] = {}  # by ticket
@@ -170,7 +170,7 @@ class Fleet:
             return
         now = self._clock()
         loads = [replica.load for replica in candidates if replica.load is not None]
-        replica = candidates[self._router.choose(route.asked(now), loads)]
+        replica = candidates[self.router.choose(route.asked(now), loads)]
         self._tickets += 1
         route.ticket, route.replica, route.sent_s, route.is_confirmed = self._tickets, replica, now, False
         self._routes[route.ticket] = replica.routes[route.ticket] = route

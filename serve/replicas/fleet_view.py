@@ -28,8 +28,9 @@ class FleetMetrics(RequestMetrics):
         super().__init__(model_name)
         self.replicas = self._gauge("apt:replicas", "Engines, by how far they are.", "status")
         self.wanted = self._gauge("apt:replicas_wanted", "Engines that there should be.")
-        self.moved = self._gauge("apt:requests_moved", "Requests that went on elsewhere after a replica was lost.")
-        self.failures = self._gauge("apt:replica_failures", "Replicas that were lost, or could not be started.")
+        self.moved = self._counter("apt:requests_moved", "Requests that went on elsewhere after a replica was lost.")
+        self.failures = self._counter("apt:replica_failures", "Replicas that were lost, or could not be started.")
+        self._num_moved = self._num_failures = 0  # as counted last
 
     def show(self, fleet: Fleet, keeper: Keeper) -> None:
         """Set the levels."""
@@ -37,8 +38,9 @@ class FleetMetrics(RequestMetrics):
             count = sum(replica.status is status for replica in fleet.replicas)
             self.replicas.labels(**self._labels, status=status.value).set(count)
         self.wanted.set(keeper.target)
-        self.moved.set(fleet.num_moved)
-        self.failures.set(keeper.num_failures)
+        self.moved.inc(fleet.num_moved - self._num_moved)
+        self.failures.inc(keeper.num_failures - self._num_failures)
+        self._num_moved, self._num_failures = fleet.num_moved, keeper.num_failures
 
 
 class FleetView:

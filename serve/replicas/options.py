@@ -1,6 +1,7 @@
 """Flags of a service with replicas."""
 
 from dataclasses import dataclass
+from typing import Any
 
 from apt_jax.routing.autoscaler import AutoscalerOptions
 from apt_jax.routing.router import DEFAULT_ROUTER, router_names
@@ -16,24 +17,50 @@ class RayOptions:
     """What Ray reserves for each replica, as NAME=NUMBER: GPU=1, TPU=4, CPU=8; default: nothing."""
 
     def __post_init__(self) -> None:
-        self.resources()
+        parse_resources(self.replica_resources)
 
-    def resources(self) -> dict[str, float]:
-        """Amount by name.
 
-        Raises:
-            ValueError: an entry is not NAME=NUMBER.
-        """
-        found = {}
-        for entry in self.replica_resources:
-            name, _, amount = entry.partition("=")
-            try:
-                found[name] = float(amount)
-            except ValueError:
-                found[name] = -1.0
-            if not name or found[name] < 0:
-                raise ValueError(f"replica_resources has {entry!r}, must be NAME=NUMBER such as GPU=1")
-        return found
+@dataclass(frozen=True)
+class RayBatchOptions:
+    """Several engines for one batch job, by Ray Data."""
+
+    ray: str | None = None
+    """Ray cluster to run on, HOST:PORT or auto, or local for one of this machine alone; default: no Ray, one engine."""
+    replicas: int = 1
+    """Engines, with --ray."""
+    replica_resources: tuple[str, ...] = ()
+    """What Ray reserves for each of them, as NAME=NUMBER: GPU=1, TPU=4, CPU=8; default: nothing."""
+
+    def __post_init__(self) -> None:
+        if self.replicas < 1:
+            raise ValueError(f"replicas={self.replicas} must be at least 1")
+        if self.replicas > 1 and self.ray is None:
+            raise ValueError(f"replicas={self.replicas} needs --ray ADDRESS, or --ray local")
+        parse_resources(self.replica_resources)
+
+
+def parse_resources(entries: tuple[str, ...]) -> dict[str, float]:
+    """Amount by name.
+
+    Raises:
+        ValueError: an entry is not NAME=NUMBER.
+    """
+    found = {}
+    for entry in entries:
+        name, _, amount = entry.partition("=")
+        try:
+            found[name] = float(amount)
+        except ValueError:
+            found[name] = -1.0
+        if not name or found[name] < 0:
+            raise ValueError(f"replica_resources has {entry!r}, must be NAME=NUMBER such as GPU=1")
+    return found
+
+
+def ray_arguments(entries: tuple[str, ...]) -> dict[str, Any]:
+    """The same, as arguments of Ray's functions."""
+    amounts = parse_resources(entries)
+    return {"num_cpus": amounts.pop("CPU", 0), "num_gpus": amounts.pop("GPU", 0), "resources": amounts}
 
 
 @dataclass(frozen=True)

@@ -53,12 +53,14 @@ def connect(address: str | None, **options: Any) -> None:
     ray = import_ray()
     if ray.is_initialized():
         return
-    quiet = {"include_dashboard": False, "object_store_memory": STORE_BYTES} if address in (None, "local") else {}
-    ray.init(address=address or "local", logging_level=logging.ERROR, **quiet, **options)
+    if address is None:
+        alone = {"include_dashboard": False, "object_store_memory": STORE_BYTES, "_node_ip_address": "127.0.0.1"}
+        options = {**alone, **options}
+    ray.init(address=address or "local", logging_level=logging.ERROR, **options)
 
 
 def disconnect() -> None:
-    """End the session, and every actor of it."""
+    """End the session, and every actor of it; doing it again changes nothing."""
     ray = import_ray()
     if ray.is_initialized():
         ray.shutdown()
@@ -67,11 +69,9 @@ def disconnect() -> None:
 class RayHandle:
     """An `EngineActor` in a process that Ray starts, somewhere in the cluster."""
 
-    def __init__(self, name: str, spec: EngineSpec, resources: dict[str, float]):
+    def __init__(self, name: str, spec: EngineSpec, resources: dict[str, Any]):
         self._ray = ray = import_ray()
-        asked = dict(resources)
-        options = {"num_cpus": asked.pop("CPU", 0), "num_gpus": asked.pop("GPU", 0), "resources": asked}
-        actor = ray.remote(EngineActor).options(**options, scheduling_strategy="SPREAD", max_concurrency=100)
+        actor = ray.remote(EngineActor).options(**resources, scheduling_strategy="SPREAD", max_concurrency=100)
         self._actor = actor.remote(name, spec)
 
     async def start(self) -> Facts:

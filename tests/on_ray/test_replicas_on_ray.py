@@ -82,7 +82,7 @@ def test_a_replica_killed_under_load_loses_nothing(server, expected):
             assert await asking >= REQUESTS
 
     asyncio.run(main())
-    assert server.metric("apt:requests_moved") >= 1 and server.metric("apt:replica_failures") == 1
+    assert server.metric("apt:requests_moved_total") >= 1 and server.metric("apt:replica_failures_total") == 1
     assert server.metric("apt:idle_lost_blocks") == 0
 
 
@@ -91,7 +91,7 @@ def names(server: Server) -> set[str]:
 
 
 def test_an_update_under_load_drops_nothing(server, expected):
-    before, moved = names(server), server.metric("apt:requests_moved")
+    before, moved = names(server), server.metric("apt:requests_moved_total")
 
     async def main():
         async with clients(server.url) as client:
@@ -111,7 +111,7 @@ def test_an_update_under_load_drops_nothing(server, expected):
             assert await asking >= 4 and least == 2
 
     asyncio.run(main())
-    assert server.metric("apt:requests_moved") == moved and server.metric("apt:replica_failures") == 1
+    assert server.metric("apt:requests_moved_total") == moved and server.metric("apt:replica_failures_total") == 1
 
 
 def test_replicas_follow_the_queue_up_and_down(folder, expected):

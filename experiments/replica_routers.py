@@ -1,0 +1,103 @@
+"""Routers over the same real replicas, one after the other, round by round: `python -m experiments.replica_routers`.
+
+Needs Ray. One server with replicas of the demo model; between runs of `apt-jax bench serve` only its router changes, so
+that figures of one round differ by it, by chance, and by what else the machine does.
+"""
+
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+import uvicorn
+
+from apt_jax.config import EngineConfig
+from apt_jax.routing.router import make_router
+from serve.app import create_app
+from serve.logs import set_up_logs
+from serve.options import DEMO_NAME, LoadOptions, ServerOptions
+from serve.replicas.backend import ReplicaBackend
+from serve.replicas.messages import EngineSpec
+from serve.replicas.options import RayOptions, ReplicaOptions
+from serve.server import http_config, listen, url_of
+from serve.service import Service
+
+
+@dataclass(frozen=True)
+class Args:
+    """What is run."""
+
+    replicas: int = 2
+    routers: tuple[str, ...] = ("round-robin", "least-requests", "power-of-two", "pending-time")
+    rounds: int = 3
+    request_rate: float = 12.0
+    num_prompts: int = 120
+    max_num_seqs: int = 8
+    num_blocks: int = 96
+    ttft_slo_ms: float = 500.0
+    tbt_slo_ms: float = 500.0
+    bench: tuple[str, ...] = (
+        *("--random-input-len", "120", "--random-output-len", "60", "--random-range-ratio", "0.9", "--cv", "2"),
+    )
+
+
+def main(args: Args) -> None:
+    """Run and print a table: medians over the rounds."""
+    set_up_logs()
+    promises = {"ttft_slo_ms": args.ttft_slo_ms, "tbt_slo_ms": args.tbt_slo_ms}
+    config = EngineConfig(
+        max_num_seqs=args.max_num_seqs, max_num_batched_tokens=128, num_blocks=args.num_blocks, max_model_len=256,
+        compilation_cache_dir=str(Path(".cache/replica_routers").absolute()), **promises,
+    )  # fmt: skip
+    spec = EngineSpec(None, LoadOptions(), config, DEMO_NAME)
+    backend = ReplicaBackend(spec, ReplicaOptions(replicas=args.replicas), RayOptions())
+    service = Service(backend, DEMO_NAME, ServerOptions(snapshot_file=None))
+    listener = listen("127.0.0.1", 0)
+    http = uvicorn.Server(http_config(create_app(service), service.options))
+    thread = threading.Thread(target=http.run, kwargs={"sockets": [listener]})
+    thread.start()
+    found: dict[str, list[dict[str, float]]] = {name: [] for name in args.routers}
+    try:
+        while len(backend.fleet.ready()) < args.replicas:
+            time.sleep(0.2)
+        bench(url_of(listener), args, seed=0)  # not counted
+        for number in range(1, args.rounds + 1):
+            for name in args.routers:
+                backend.fleet.router = make_router(name, number)
+                figures = bench(url_of(listener), args, seed=number)
+                found[name].append(figures)
+                print(number, name, json.dumps(figures), flush=True)
+    finally:
+        http.should_exit = True
+        thread.join()
+    print(
+        "| router | attained | P99 of first-token times, ms | mean, ms | P99 of gaps, ms |\n|---|---:|---:|---:|---:|"
+    )
+    for name, runs in found.items():
+        cells = [statistics.median(run[key] for run in runs) for key in runs[0]]
+        print(f"| {name} | {cells[0]:.1%} | {cells[1]:.0f} | {cells[2]:.0f} | {cells[3]:.0f} |")
+
+
+def bench(url: str, args: Args, seed: int) -> dict[str, float]:
+    """One run's figures."""
+    with tempfile.NamedTemporaryFile(suffix=".json") as file:
+        command = [
+            *(sys.executable, "-m", "serve.cli", "bench", "serve", "--base-url", url, "--output", file.name),
+            *("--request-rate", str(args.request_rate), "--num-prompts", str(args.num_prompts), "--seed", str(seed)),
+            *("--ttft-slo-ms", str(args.ttft_slo_ms), "--tbt-slo-ms", str(args.tbt_slo_ms), "--ignore-eos"),
+            *args.bench,
+        ]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        run = json.loads(Path(file.name).read_text())
+        run = run["runs"][0] if "runs" in run else run
+        return {key: run[key] for key in ("attainment", "p99_ttft_ms", "mean_ttft_ms", "p99_itl_ms")}
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))
