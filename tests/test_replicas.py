@@ -350,7 +350,7 @@ def test_without_ray_there_is_one_sentence(monkeypatch, capsys, command):
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *more: None if name == "ray" else find(name, *more))
     with pytest.raises(SystemExit) as stopped:
-        main(command)
+        main(command.split())
     assert stopped.value.code == 1
     assert capsys.readouterr().err == (
         "error: --replicas and --ray need Ray, which is not installed; pip install 'apt-jax[ray]'\n"
