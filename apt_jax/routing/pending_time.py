@@ -35,7 +35,7 @@ class PendingTime:
             since = self._sent.since(load)
             share = occupancy(request, load, since)
             shares.append((share, index))
-            if share <= 1 and first_token_s(request, load, since) <= request.slo.ttft_s - request.waited_s:
+            if share <= 1 and first_token_s(request, load, since) <= request.left_s:
                 kept.append((share, index))
         best = min(kept)[0] if kept else max(shares)[0]
         index = self._random.choice([index for share, index in kept or shares if share == best])

@@ -24,8 +24,8 @@ class Case:
 class Study:
     """Cases at rates (attainment and what goes with it), or searched for effective throughput at targets.
 
-    `columns` are fields of the report that its table shows; the first two are drawn. A study of routers says with `over`
-    which field its table and plot run over: rate (of an instance), instances or report_interval_s.
+    `columns` are fields of the report that its table shows; the first two are drawn. A study of routers says with
+    `over` which field its table and plot run over: rate (of an instance), instances or report_interval_s.
     """
 
     name: str
