@@ -223,12 +223,12 @@ def test_engine_and_simulator_make_the_same_plans(policy):
     assert any(plan.preempted or plan.waited for _, plan in simulated), "the pool was meant to be too small"
 
 
-def test_the_same_arguments_give_the_same_bytes(tmp_path, monkeypatch):
+def test_the_same_arguments_give_the_same_bytes(tmp_path):
     """JSON and plot, searches included, learned lengths and random orders too; arrivals last 5 s to be quick."""
-    monkeypatch.setattr("apt_jax.simulation.workload.MIN_DURATION_S", 5.0)
     args = replace(
         SMALL, model="opt-13b", hardware="a100-40gb", workload=str(tmp_path / "short.csv"), policies="apt,random,fcfs",
         cache_modes="hybrid", rate="3", effective_throughput="0.9", num_requests=20, num_blocks=100, max_num_seqs=4,
+        duration_s=5.0,
     )  # fmt: skip
     (tmp_path / "short.csv").write_text("prompt_tokens,output_tokens\n30,4\n200,2\n60,6\n")
     for name in ("a", "b"):

@@ -43,7 +43,7 @@ def test_names_and_labels_are_unique():
     assert len({s.name for s in STUDIES}) == len(STUDIES)
     for study in STUDIES:
         assert len({c.label for c in study.cases}) == len(study.cases), study.name
-        assert bool(study.rates) != bool(study.targets)
+        assert bool(study.points[0][1]) != bool(study.targets)
 
 
 @pytest.mark.parametrize(

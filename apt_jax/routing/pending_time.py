@@ -1,4 +1,14 @@
-"""Routing by what the scheduler knows: the predicted wait for a first token, in seconds."""
+"""Routing by what the scheduler knows: who can keep this request's promise, and whom it would cost least.
+
+1. An instance can keep the promise if the first token is predicted in time (seconds of the prompts queued there, by
+   the cost model, and of this one) and if the prompt fits into the blocks that are left when the waiting requests have
+   theirs. Among these the one with the smallest share of its blocks taken or waited for gets the request; blocks, not
+   requests, are what runs out.
+2. If none can, the request is late wherever it goes. Spread evenly, such requests would make every instance late: all
+   queues grow, and with them the wait of every later request. So they go to one instance, the fullest, and the others
+   keep their promises. It is the paper's fallback (late requests must not drag others down), one level higher. That
+   instance serves its queue to the end and takes part again as soon as its memory suffices.
+"""
 
 import random
 from collections.abc import Sequence
@@ -7,32 +17,40 @@ from apt_jax.routing.instance import InstanceLoad
 from apt_jax.routing.router import RouteRequest, check_loads, register
 from apt_jax.routing.sent import Sent, Since
 
-NO_TOKEN_S = 1e-4  # seconds per prompt token where there is no cost model
-
 
 @register("pending-time")
 class PendingTime:
-    """The instance where this request's first token is predicted to come first; ties by free memory, then by lot."""
+    """The least occupied instance that can keep the promise; if none can, the fullest. Ties are broken by lot."""
 
     def __init__(self, seed: int = 0):
         self._random = random.Random(seed)
         self._sent = Sent()
 
     def choose(self, request: RouteRequest, loads: Sequence[InstanceLoad]) -> int:
-        """The one with the shortest predicted wait."""
+        """The one that keeps most promises."""
         check_loads(loads)
-        scores = [self.score(request, load, self._sent.since(load)) for load in loads]
-        best = min(scores)
-        index = self._random.choice([i for i, score in enumerate(scores) if score == best])
+        kept: list[tuple[float, int]] = []
+        shares: list[tuple[float, int]] = []
+        for index, load in enumerate(loads):
+            since = self._sent.since(load)
+            share = occupancy(request, load, since)
+            shares.append((share, index))
+            if share <= 1 and first_token_s(request, load, since) <= request.left_s:
+                kept.append((share, index))
+        best = min(kept)[0] if kept else max(shares)[0]
+        index = self._random.choice([index for share, index in kept or shares if share == best])
         self._sent.add(loads[index], request)
         return index
 
-    @staticmethod
-    def score(request: RouteRequest, load: InstanceLoad, since: Since) -> float:
-        """Seconds; smaller is better."""
-        token_s = load.token_s or NO_TOKEN_S
-        backlog_s = load.queued_tokens * token_s if load.backlog_s is None else load.backlog_s
-        wait_s = backlog_s + (since.prompt_tokens + request.prompt_tokens) * token_s
-        taken = load.total_blocks - load.free_blocks + load.needed_blocks + since.blocks
-        taken += load.blocks_for(request.prompt_tokens)
-        return wait_s + taken / load.total_blocks
+
+def occupancy(request: RouteRequest, load: InstanceLoad, since: Since) -> float:
+    """Share of the blocks held or waited for, `request` included; above 1 some request must wait for blocks."""
+    taken = load.total_blocks - load.free_blocks + load.needed_blocks + since.blocks
+    return (taken + load.blocks_for(request.prompt_tokens)) / load.total_blocks
+
+
+def first_token_s(request: RouteRequest, load: InstanceLoad, since: Since) -> float:
+    """Predicted seconds until the first token if blocks suffice; 0 where there is no cost model."""
+    if load.backlog_s is None or load.token_s is None:
+        return 0.0
+    return load.backlog_s + (since.prompt_tokens + request.prompt_tokens) * load.token_s

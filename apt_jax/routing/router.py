@@ -5,6 +5,7 @@ old; what it sent itself after a report was counted, it adds (`sent.py`), so tha
 to the instance that looked best at its start. One router must not be used by two threads at a time.
 """
 
+import math
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -25,6 +26,7 @@ class RouteRequest:
         output_tokens: predicted tokens to come; None if nothing is known.
         slo: its promise.
         waited_s: seconds since it arrived at the service.
+        has_started: it moves here with tokens out already: its first token is no longer a question.
     """
 
     prompt_tokens: int
@@ -32,6 +34,12 @@ class RouteRequest:
     output_tokens: float | None = None
     slo: Slo = field(default_factory=Slo)
     waited_s: float = 0.0
+    has_started: bool = False
+
+    @property
+    def left_s(self) -> float:
+        """Seconds in which its first token is due; infinite if it is out."""
+        return math.inf if self.has_started else self.slo.ttft_s - self.waited_s
 
 
 class Router(Protocol):

@@ -49,6 +49,8 @@ class PaddedSizes:
 
     def pad(self, load: StepLoad) -> StepLoad:
         """`load` with the tokens (as prefill tokens) and samples of the program that runs it."""
+        if not (self.decode or self.prefill or self.samples):
+            return load
         tokens = load.prefill_tokens + load.decode_requests
         padding = _padded(tokens, self.prefill if load.prefill_tokens else self.decode) - tokens
         samples = _padded(load.samples, self.samples)

@@ -2,20 +2,21 @@
 
 import itertools
 import json as json_format
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any, cast
 
 from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
+from apt_jax.routing.router import make_router
 from apt_jax.scheduling.cost_model import HiddenMode
 from apt_jax.scheduling.policy import make_policy
 from apt_jax.scheduling.state import CacheMode
 from apt_jax.simulation.experiment import Experiment
 from apt_jax.simulation.options import SimulateArgs
 from apt_jax.simulation.report import Report
-from apt_jax.simulation.search import effective_throughput
+from apt_jax.simulation.search import START_RATE, effective_throughput
 from apt_jax.simulation.simulator import Sample
 
 Configuration = tuple[str, CacheMode, HiddenMode]
@@ -46,7 +47,10 @@ def run(args: SimulateArgs) -> dict[str, Any]:
         ValueError: a flag has a bad value; the message says which and what there is.
     """
     experiment = Experiment(**{f.name: getattr(args, f.name) for f in fields(Experiment) if hasattr(args, f.name)})
-    chosen = configurations(args)
+    routed = [replace(experiment, router=router) for router in _names(args.router, "router")]
+    for each in routed:
+        make_router(each.router)
+    chosen = list(itertools.product(routed if experiment.is_routed else [experiment], configurations(args)))
     targets = _numbers(args.effective_throughput, "effective_throughput")
     if any(not 0 < target <= 1 for target in targets):
         raise ValueError(f"effective_throughput={args.effective_throughput} must be shares between 0 and 1, e.g. 0.9")
@@ -55,18 +59,18 @@ def run(args: SimulateArgs) -> dict[str, Any]:
     if targets and not args.rate:
         rates = []
     reports: list[Report] = []
-    timelines: dict[tuple[Configuration, float], list[Sample]] = {}
-    first_tokens: dict[tuple[Configuration, float], list[float]] = {}
+    timelines: dict[Any, list[Sample]] = {}
+    first_tokens: dict[Any, list[float]] = {}
     with tqdm(total=len(chosen) * len(rates), desc="points", unit="point", disable=not rates) as bar:
-        for configuration, rate in itertools.product(chosen, rates):
+        for (each, configuration), rate in itertools.product(chosen, rates):
             bar.set_postfix_str(f"{'/'.join(configuration)} at {rate or experiment.lengths.recorded_rate:g}/s")
-            outcome, report = experiment.run(*configuration, rate)
+            outcome, report = each.run(*configuration, rate)
             assert report is not None
             reports.append(report)
-            timelines[configuration, report.rate] = outcome.samples
-            first_tokens[configuration, report.rate] = [r.ttft_s for r in outcome.requests if r.ttft_s is not None]
+            timelines[report.key] = outcome.samples_by_instance[0]
+            first_tokens[report.key] = [r.ttft_s for r in outcome.requests if r.ttft_s is not None]
             bar.update()
-    found = _search(experiment, chosen, targets)
+    found = _search(chosen, targets)
     result = {
         "arguments": {f.name: getattr(args, f.name) for f in fields(args) if f.name not in ("json", "plot")},
         "num_blocks": experiment.pool_blocks,
@@ -85,14 +89,17 @@ def run(args: SimulateArgs) -> dict[str, Any]:
     return result
 
 
-def _search(experiment: Experiment, chosen: list[Configuration], targets: list[float]) -> list[dict[str, Any]]:
+def _search(chosen: list[tuple[Experiment, Configuration]], targets: list[float]) -> list[dict[str, Any]]:
     found = []
-    for policy, mode, attention in tqdm(chosen, desc="searches", unit="search", disable=not targets):
+    for experiment, (policy, mode, attention) in tqdm(chosen, desc="searches", unit="search", disable=not targets):
         if targets:
-            rates = effective_throughput(experiment.reaches(policy, mode, attention), targets)
+            rates = effective_throughput(
+                experiment.reaches(policy, mode, attention), targets, start=START_RATE * experiment.instances
+            )
+            router = {"router": experiment.router} if experiment.is_routed else {}
             found += [
                 {
-                    "policy": policy, "cache_mode": mode, "hidden_attention": attention, "target": target,
+                    "policy": policy, "cache_mode": mode, "hidden_attention": attention, **router, "target": target,
                     "rate": float(f"{rates[target]:.4g}"),
                 }
                 for target in targets
@@ -104,25 +111,37 @@ def _print(console: Console, experiment: Experiment, reports: list[Report], foun
     tokens = experiment.pool_blocks // 2 * experiment.block_size
     console.print(
         f"{experiment.model} on {experiment.tensor_parallel_size} x {experiment.hardware}, {experiment.workload}: "
-        f"{experiment.pool_blocks} blocks, {tokens} tokens as KV"
+        f"{experiment.pool_blocks} blocks, {tokens} tokens as KV{_instances(experiment)}"
     )
     if reports:
-        table = Table("policy", "cache", "hidden", "rate", "attained", "TTFT ok", "TBT ok", "TTFT p50/p99 s",
+        routed = ["router", "instances"] if experiment.is_routed else []
+        table = Table(*routed, "policy", "cache", "hidden", "rate", "attained", "TTFT ok", "TBT ok", "TTFT p50/p99 s",
                       "TBT p99 s", "batch", "preempt", "convert", "backlog", "longest wait s")  # fmt: skip
         for r in reports:
+            where = [r.router, f"{r.mean_instances:.1f}"] if experiment.is_routed else []
             table.add_row(
-                r.policy, r.cache_mode, "-" if r.cache_mode == "kv" else r.hidden_attention, f"{r.rate:g}",
+                *where, r.policy, r.cache_mode, "-" if r.cache_mode == "kv" else r.hidden_attention, f"{r.rate:g}",
                 f"{r.attainment:.1%}", f"{r.ttft_attainment:.1%}", f"{r.tbt_attainment:.1%}",
                 f"{r.p50_ttft_s:.2f}/{r.p99_ttft_s:.2f}", f"{r.p99_tbt_s:.3f}", f"{r.mean_batch:.0f}",
                 str(r.preemptions), str(r.conversions), str(r.backlog), f"{r.longest_wait_s:.1f}",
             )  # fmt: skip
         console.print(table)
     if found:
-        table = Table("policy", "cache", "hidden", "target", "effective throughput (requests/s)")
+        routed = ["router"] if experiment.is_routed else []
+        table = Table(*routed, "policy", "cache", "hidden", "target", "effective throughput (requests/s)")
         for row in found:
             hidden = "-" if row["cache_mode"] == "kv" else row["hidden_attention"]
-            table.add_row(row["policy"], row["cache_mode"], hidden, f"{row['target']:.0%}", f"{row['rate']:.2f}")
+            names = [row[name] for name in (*routed, "policy", "cache_mode")]
+            table.add_row(*names, hidden, f"{row['target']:.0%}", f"{row['rate']:.2f}")
         console.print(table)
+
+
+def _instances(experiment: Experiment) -> str:
+    if not experiment.is_routed:
+        return ""
+    most = "" if experiment.max_instances is None else f" to {experiment.max_instances}"
+    age = f", reports up to {experiment.report_interval_s:g} s old" if experiment.report_interval_s else ""
+    return f"; {experiment.instances}{most} instances{age}"
 
 
 def _names(text: str, flag: str) -> list[str]:

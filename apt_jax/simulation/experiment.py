@@ -5,13 +5,17 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from apt_jax.request import Slo
+from apt_jax.routing.autoscaler import Autoscaler, AutoscalerOptions
+from apt_jax.routing.router import DEFAULT_ROUTER, make_router
 from apt_jax.scheduling.cost_model import CostModel, HiddenMode, cache_blocks
 from apt_jax.scheduling.hardware import HARDWARE, MODELS, by_name
 from apt_jax.scheduling.policy import PolicyContext, make_policy
 from apt_jax.scheduling.state import CacheMode, Limits
+from apt_jax.simulation.fleet import Fleet
+from apt_jax.simulation.instance import Instance
 from apt_jax.simulation.report import Report, summarise
-from apt_jax.simulation.simulator import Outcome, simulate
-from apt_jax.simulation.workload import Arrival, Lengths, load_lengths, make_arrivals
+from apt_jax.simulation.simulator import Outcome, simulate_fleet
+from apt_jax.simulation.workload import MIN_DURATION_S, Arrival, Lengths, load_lengths, make_arrivals
 
 
 @dataclass(frozen=True)
@@ -32,6 +36,11 @@ class Experiment:
     max_num_batched_tokens: int = 2048
     device_memory_utilization: float = 0.9
     num_blocks: int | None = None
+    duration_s: float = MIN_DURATION_S
+    instances: int = 1
+    max_instances: int | None = None
+    router: str = DEFAULT_ROUTER
+    report_interval_s: float = 0.0
 
     @cached_property
     def lengths(self) -> Lengths:
@@ -42,7 +51,9 @@ class Experiment:
         """Requests at `rate` (None: as recorded), and that rate. Without `cv`, recorded arrivals keep their pattern."""
         rate = self.lengths.recorded_rate if rate is None else rate
         cv = 1.0 if self.cv is None and self.lengths.arrival_s is None else self.cv
-        return make_arrivals(self.lengths, rate=rate, num_requests=self.num_requests, cv=cv, seed=self.seed), rate
+        return make_arrivals(
+            self.lengths, rate=rate, num_requests=self.num_requests, cv=cv, seed=self.seed, duration_s=self.duration_s
+        ), rate
 
     def cost_model(self, hidden_attention: HiddenMode) -> CostModel:
         """Physics of the device."""
@@ -74,19 +85,11 @@ class Experiment:
     ) -> tuple[Outcome, Report | None]:
         """One point; without a report if `is_decided(missed, left)` ended it early."""
         arrivals, rate = self.arrivals(rate)
-        cost_model = self.cost_model(hidden_attention)
-        limits = Limits(
-            self.max_num_seqs, self.max_num_batched_tokens, cache_mode, watermark_blocks=self.pool_blocks // 100
-        )
-        outcome = simulate(
+        outcome = simulate_fleet(
             arrivals,
-            make_policy(policy, PolicyContext(cost_model, seed=self.seed)),
-            cost_model=cost_model,
-            num_blocks=self.pool_blocks,
-            limits=limits,
+            self.fleet(policy, cache_mode, hidden_attention),
             slo=Slo(self.ttft_slo_ms / 1000, self.tbt_slo_ms / 1000),
-            block_size=self.block_size,
-            max_model_len=cost_model.model.max_position_embeddings,
+            max_model_len=by_name(MODELS, self.model, "model").max_position_embeddings,
             on_progress=on_progress,
             is_decided=is_decided,
         )
@@ -94,9 +97,43 @@ class Experiment:
             return outcome, None
         report = summarise(
             outcome, policy=policy, cache_mode=cache_mode, hidden_attention=hidden_attention, rate=rate,
-            num_blocks=self.pool_blocks,
+            num_blocks=self.pool_blocks, instances=self.instances, router=self.router if self.is_routed else "",
+            report_interval_s=self.report_interval_s,
         )  # fmt: skip
         return outcome, report
+
+    @property
+    def is_routed(self) -> bool:
+        """Whether there is, or may be, more than one instance."""
+        return max(self.instances, self.max_instances or 0) > 1
+
+    def fleet(self, policy: str, cache_mode: CacheMode, hidden_attention: HiddenMode) -> Fleet:
+        """Fresh instances, a fresh policy in each, and the router in front.
+
+        Raises:
+            ValueError: a name or number is bad; the message says which.
+        """
+        cost_model = self.cost_model(hidden_attention)
+        limits = Limits(
+            self.max_num_seqs, self.max_num_batched_tokens, cache_mode, watermark_blocks=self.pool_blocks // 100
+        )
+
+        def start(name: str) -> Instance:
+            context = PolicyContext(cost_model, seed=self.seed + int(name))
+            return Instance(
+                make_policy(policy, context), cost_model, num_blocks=self.pool_blocks, limits=limits,
+                block_size=self.block_size, name=name,
+            )  # fmt: skip
+
+        return Fleet(
+            start,
+            self.instances,
+            make_router(self.router, self.seed) if self.is_routed else None,
+            report_interval_s=self.report_interval_s,
+            autoscaler=None
+            if self.max_instances is None
+            else Autoscaler(AutoscalerOptions(self.instances, self.max_instances)),
+        )
 
     def reaches(
         self, policy: str, cache_mode: CacheMode, hidden_attention: HiddenMode

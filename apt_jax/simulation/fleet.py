@@ -8,7 +8,6 @@ from apt_jax.request import Request
 from apt_jax.routing.autoscaler import Autoscaler
 from apt_jax.routing.instance import InstanceLoad
 from apt_jax.routing.router import Router, RouteRequest
-from apt_jax.scheduling.length import LengthPredictor
 from apt_jax.simulation.instance import Instance
 
 CHECK_EVERY_S = 1.0  # between two decisions of the autoscaler
@@ -56,7 +55,6 @@ class Fleet:
             raise ValueError(f"{num_instances=} must be at least 1, and more than one need a router")
         self._start, self._router, self._interval_s = start, router, report_interval_s
         self._autoscaler, self._start_s = autoscaler, start_s
-        self._predictor = LengthPredictor()
         self._ended: deque[tuple[float, bool]] = deque()  # when requests finished, and whether they kept their promise
         self._check_s = 0.0
         self.instances: list[Instance] = []
@@ -74,9 +72,8 @@ class Fleet:
             self._scale(self._autoscaler, now)
         numbers = [i for i, m in enumerate(self.members) if m.ended_s is None and m.ready_s <= now]
         loads = [self._load(self.members[i], now) for i in numbers]
-        prompt_tokens = request.num_prompt_tokens
-        output_tokens = float(self._predictor.remaining_tokens(prompt_tokens, 0))
-        number = numbers[self._router.choose(RouteRequest(prompt_tokens, now, output_tokens, request.slo), loads)]
+        asked = RouteRequest(request.num_prompt_tokens, now, slo=request.slo)
+        number = numbers[self._router.choose(asked, loads)]
         self.members[number].num_requests += 1
         return number
 
@@ -85,11 +82,10 @@ class Fleet:
         instance = self.instances[number]
         if self._router is None:
             return instance.end()
-        self._load(self.members[number], now)  # a report that is due is of the state before
+        if self._interval_s:
+            self._load(self.members[number], now)  # a report that is due is of the state before
         finished = instance.end()
-        for request in finished:
-            self._predictor.learn(request)
-            self._ended.append((now, request.attained))
+        self._ended.extend((now, request.attained) for request in finished)
         return finished
 
     def instance_s(self, makespan_s: float) -> float:
@@ -106,17 +102,17 @@ class Fleet:
     def _add(self, asked_s: float, ready_s: float, phase: float) -> None:
         instance = self._start(str(len(self.members)))
         due_s = ready_s + phase * self._interval_s
-        report = instance.load(ready_s, self._predictor)
+        report = instance.load(ready_s)
         self.instances.append(instance)
         self.members.append(Member(instance, asked_s, ready_s, due_s, report))
 
     def _load(self, member: Member, now: float) -> InstanceLoad:
         """The last report of an instance. The state has not changed since any report that is due by now."""
         if self._interval_s == 0:
-            return member.instance.load(now, self._predictor)
+            return member.instance.load(now)
         if now >= member.due_s:
             due_s = member.due_s + (now - member.due_s) // self._interval_s * self._interval_s
-            member.report = member.instance.load(due_s, self._predictor)
+            member.report = member.instance.load(due_s)
             member.due_s = due_s + self._interval_s
         return member.report
 

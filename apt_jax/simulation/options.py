@@ -44,6 +44,16 @@ class SimulateArgs:
     """Tokens per cache block."""
     num_blocks: int | None = None
     """Cache blocks; default: what the device's memory leaves."""
+    duration_s: float = 300.0
+    """Arrivals last at least this long; short traces flatter policies that starve."""
+    instances: int = 1
+    """Instances of the model; --rate is for all together."""
+    router: str = "pending-time"
+    """Who chooses the instance of a request: pending-time, least-requests, power-of-two, round-robin, random."""
+    report_interval_s: float = 0.0
+    """Age that an instance's report to the router can reach. 0: the router sees the present."""
+    max_instances: int | None = None
+    """Autoscaling between --instances and this; a new instance takes requests after 30 s."""
     json: Path | None = None
     """Write all results here."""
     plot: Path | None = None

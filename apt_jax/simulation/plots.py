@@ -9,8 +9,6 @@ import numpy as np
 from apt_jax.simulation.report import Report
 from apt_jax.simulation.simulator import Sample
 
-Key = tuple[tuple[str, str, str], float]
-
 
 def draw(
     path: Path,
@@ -20,6 +18,8 @@ def draw(
     num_blocks: int,
 ) -> None:
     """Write four panels to `path`: attainment against rate, and of each configuration's highest rate the rest.
+
+    `timelines` (of the first instance) and `first_tokens` are by `Report.key`.
 
     Raises:
         ValueError: nothing was simulated at a given rate, or matplotlib is missing.
@@ -42,7 +42,7 @@ def draw(
             [rate for rate, _ in points], [100 * r.attainment for _, r in points], "o-", color=color, label=label
         )
         last = points[-1][1]
-        key = ((last.policy, last.cache_mode, last.hidden_attention), last.rate)
+        key = last.key
         times = np.sort(first_tokens[key])
         share = np.linspace(0, 100, len(times))
         ttft.plot(np.maximum(times, 1e-3), share, color=color, label=f"{label} at {last.rate:g}/s")
@@ -50,11 +50,12 @@ def draw(
         batch.plot(start, size, color=color, lw=0.8)
         mix.plot(start, 100 * kv / num_blocks, color=color, lw=0.8)
         mix.plot(start, 100 * hidden / num_blocks, color=color, lw=0.8, ls=":")
+    first = ", first instance" if any(r.router for r in reports) else ""
     for axes, title, x, y in (
         (cliff, "SLO attainment", "requests/s", "%"),
         (ttft, "time to first token, cumulative", "s", "% of requests"),
-        (batch, "requests per iteration", "s", ""),
-        (mix, "pool used (solid KV, dotted hidden)", "s", "%"),
+        (batch, "requests per iteration" + first, "s", ""),
+        (mix, "pool used (solid KV, dotted hidden)" + first, "s", "%"),
     ):
         axes.set(title=title, xlabel=x, ylabel=y)
         axes.grid(alpha=0.3)
@@ -68,7 +69,7 @@ def draw(
 
 def _label(report: Report) -> str:
     hidden = "" if report.cache_mode == "kv" else f"/{report.hidden_attention}"
-    return f"{report.policy} {report.cache_mode}{hidden}"
+    return f"{report.router} {report.policy} {report.cache_mode}{hidden}".lstrip()
 
 
 def _timeline(samples: Sequence[Sample], points: int = 300) -> tuple[np.ndarray, ...]:

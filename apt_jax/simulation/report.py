@@ -23,7 +23,8 @@ class Report:
     """One simulated point. Definitions: the docs' "Metrics" (attainment counts every request sent).
 
     `p50_tbt_s` and `p99_tbt_s` are over all gaps of all requests. `backlog` counts unfinished requests when the last
-    one arrived; `longest_wait_s` is the longest any request went without a token.
+    one arrived; `longest_wait_s` is the longest any request went without a token. `mean_batch` is of an instance,
+    `mean_instances` over the makespan.
     """
 
     policy: str
@@ -49,6 +50,15 @@ class Report:
     iterations: int
     backlog: int
     longest_wait_s: float
+    instances: int = 1
+    router: str = ""
+    report_interval_s: float = 0.0
+    mean_instances: float = 1.0
+
+    @property
+    def key(self) -> tuple[str, str, str, str, float]:
+        """What tells the points of one call apart."""
+        return self.policy, self.cache_mode, self.hidden_attention, self.router, self.rate
 
     def as_dict(self) -> dict[str, object]:
         """Plain data; figures rounded to 6 digits so that files compare well."""
@@ -56,17 +66,19 @@ class Report:
 
 
 def summarise(
-    outcome: Outcome, *, policy: str, cache_mode: str, hidden_attention: str, rate: float, num_blocks: int
-) -> Report:
+    outcome: Outcome, *, policy: str, cache_mode: str, hidden_attention: str, rate: float, num_blocks: int,
+    instances: int = 1, router: str = "", report_interval_s: float = 0.0,
+) -> Report:  # fmt: skip
     """The report of a finished simulation."""
     requests = outcome.requests
     ttft = np.array([r.ttft_s for r in requests], np.float64)
     gaps = np.concatenate([np.zeros(0), *(np.array(r.gaps_s) for r in requests)])
     queue = np.array([_first_scheduled(r) - r.arrival_s for r in requests])
-    seconds = np.array([s.end_s - s.start_s for s in outcome.samples])
+    samples = outcome.samples
+    seconds = np.array([s.end_s - s.start_s for s in samples])
     busy = max(float(seconds.sum()), 1e-12)
-    kv = float((seconds * [s.kv_blocks for s in outcome.samples]).sum()) / busy / num_blocks
-    hidden = float((seconds * [s.hidden_blocks for s in outcome.samples]).sum()) / busy / num_blocks
+    kv = float((seconds * [s.kv_blocks for s in samples]).sum()) / busy / num_blocks
+    hidden = float((seconds * [s.hidden_blocks for s in samples]).sum()) / busy / num_blocks
     return Report(
         policy=policy,
         cache_mode=cache_mode,
@@ -84,13 +96,17 @@ def summarise(
         p99_queue_s=_quantile(queue, 99),
         preemptions=sum(r.num_preemptions for r in requests),
         conversions=sum(r.num_conversions for r in requests),
-        mean_batch=float((seconds * [s.scheduled for s in outcome.samples]).sum()) / busy,
+        mean_batch=float((seconds * [s.scheduled for s in samples]).sum()) / busy,
         cache_mix=CacheMix(kv, hidden, 1 - kv - hidden),
         arrivals_s=requests[-1].arrival_s,
         makespan_s=outcome.makespan_s,
-        iterations=len(outcome.samples),
+        iterations=len(samples),
         backlog=outcome.backlog,
         longest_wait_s=max(max([r.ttft_s or 0.0, *r.gaps_s]) for r in requests),
+        instances=instances,
+        router=router,
+        report_interval_s=report_interval_s,
+        mean_instances=outcome.instance_s / max(outcome.makespan_s, 1e-12),
     )
 
 

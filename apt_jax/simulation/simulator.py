@@ -32,7 +32,7 @@ class Outcome:
 
     Attributes:
         requests: in order of arrival.
-        samples: one for each iteration, instance by instance.
+        samples_by_instance: one for each iteration.
         backlog: unfinished requests when the last one arrived.
         makespan_s: when the last iteration ended.
         instance_s: seconds of all instances together, from the time each was asked for until it ended.
@@ -40,11 +40,16 @@ class Outcome:
     """
 
     requests: list[Request]
-    samples: list[Sample] = field(default_factory=list)
+    samples_by_instance: list[list[Sample]] = field(default_factory=list)
     backlog: int = 0
     makespan_s: float = 0.0
     instance_s: float = 0.0
     by_instance: list[int] = field(default_factory=list)
+
+    @property
+    def samples(self) -> list[Sample]:
+        """Those of all instances, one instance after the other."""
+        return [sample for samples in self.samples_by_instance for sample in samples]
 
 
 def simulate(
@@ -143,7 +148,7 @@ def simulate_fleet(
         if finished < len(requests):
             raise Stalled(f"nothing scheduled at {now:.3f} s, {len(requests) - finished} requests unfinished")
     outcome.makespan_s, outcome.backlog = now, backlog or 0
-    outcome.samples = [sample for instance in fleet.instances for sample in instance.samples]
+    outcome.samples_by_instance = [instance.samples for instance in fleet.instances]
     outcome.instance_s = fleet.instance_s(now)
     outcome.by_instance = [member.num_requests for member in fleet.members]
     return outcome

@@ -46,11 +46,15 @@ class Arrival:
 def load_lengths(workload: str, max_model_len: int = 2048) -> Lengths:
     """A named workload, or a CSV with columns prompt_tokens, output_tokens and, if recorded, arrival_s.
 
+    Several, joined by `+`, are mixed: as many requests of each, recorded arrivals left out.
+
     Requests longer than `max_model_len`, or without a prompt or output token, are left out.
 
     Raises:
         ValueError: no such name or file, a column is missing, a cell is no number, or no request is left.
     """
+    if "+" in workload:
+        return _mixed([load_lengths(part, max_model_len) for part in workload.split("+")])
     if workload in NAMED:
         text = resources.files("apt_jax.simulation").joinpath(f"workloads/{workload}.csv").read_text("utf-8")
     else:
@@ -80,8 +84,20 @@ def load_lengths(workload: str, max_model_len: int = 2048) -> Lengths:
     return Lengths(workload, rows[:, -2].astype(np.int64), rows[:, -1].astype(np.int64), arrival)
 
 
-def make_arrivals(lengths: Lengths, *, rate: float, num_requests: int, cv: float | None, seed: int) -> list[Arrival]:
-    """Requests at `rate` per second: `num_requests`, or more if those would arrive within 300 seconds.
+def _mixed(tables: list[Lengths]) -> Lengths:
+    """Rows of each table in turn, the shorter ones repeated, cut to whole passes of the longest."""
+    rows = max(len(table.prompt_tokens) for table in tables)
+    prompt, output = (
+        np.stack([np.resize(column, rows) for column in columns], axis=1).reshape(-1)
+        for columns in ([t.prompt_tokens for t in tables], [t.output_tokens for t in tables])
+    )
+    return Lengths("+".join(table.name for table in tables), prompt, output)
+
+
+def make_arrivals(
+    lengths: Lengths, *, rate: float, num_requests: int, cv: float | None, seed: int, duration_s: float = MIN_DURATION_S
+) -> list[Arrival]:
+    """Requests at `rate` per second: `num_requests`, or more if those would arrive within `duration_s` seconds.
 
     Lengths are drawn from the table in shuffled passes (each row once per pass). Gaps are Gamma distributed with
     mean 1/rate and coefficient of variation `cv` (1 is Poisson). With `cv` None the recorded arrivals are
@@ -90,7 +106,7 @@ def make_arrivals(lengths: Lengths, *, rate: float, num_requests: int, cv: float
     """
     if not rate > 0 or num_requests < 1 or (cv is not None and not cv > 0):
         raise ValueError(f"{rate=}, {num_requests=} and {cv=} must all be greater than 0")
-    count = max(num_requests, math.ceil(rate * MIN_DURATION_S))
+    count = max(num_requests, math.ceil(rate * duration_s))
     rows = len(lengths.prompt_tokens)
     if cv is None:
         times, index = recorded_times(lengths, count, rate=rate), np.arange(count) % rows

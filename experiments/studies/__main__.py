@@ -13,8 +13,8 @@ from tqdm import tqdm
 
 from apt_jax.simulation.search import effective_throughput
 from experiments.studies.catalogue import STUDIES, Case, Study
-from experiments.studies.pictures import draw_rates, draw_targets
-from experiments.studies.tables import rates_table, targets_table
+from experiments.studies.pictures import draw_rates, draw_routing, draw_targets
+from experiments.studies.tables import rates_table, routing_table, targets_table
 
 Row = dict[str, Any]
 
@@ -22,10 +22,10 @@ Row = dict[str, Any]
 def run(study: Study, path: Path) -> list[Row]:
     """The rows of a study; those that `path` has are taken from it, and it is written after each new one."""
     rows: list[Row] = json.loads(path.read_text("utf-8"))["rows"] if path.exists() else []
-    wanted = {(case.label, rate) for case in study.cases for rate in (study.rates or (None,))}
+    points = study.points
+    wanted = {(case.label, rate) for case, rate in points}
     rows = [row for row in rows if (row["case"], row.get("rate")) in wanted]
     done = {(row["case"], row.get("rate")) for row in rows}
-    points = [(case, rate) for case in study.cases for rate in (study.rates or (None,))]
     for case, rate in tqdm([p for p in points if (p[0].label, p[1]) not in done], desc=study.name, unit="point"):
         start = max((max(row["rates"].values()) for row in rows if "rates" in row), default=1.0)
         rows.append(_simulate(case, rate) if rate is not None else _search(case, study.targets, start))
@@ -58,7 +58,10 @@ def main() -> None:
         if args.names and study.name not in args.names:
             continue
         rows = run(study, args.out / f"{study.name}.json")
-        table, draw = (rates_table, draw_rates) if study.rates else (targets_table, draw_targets)
+        if study.over:
+            table, draw = routing_table, draw_routing
+        else:
+            table, draw = (rates_table, draw_rates) if study.rates else (targets_table, draw_targets)
         text = table(study, rows)
         (args.out / f"{study.name}.md").write_text(text, "utf-8")
         draw(study, rows, args.out / f"{study.name}.png")

@@ -1,5 +1,6 @@
 """What each study asks, and the points that answer it. OPT-13B on one A100 with 40 GB unless a case says otherwise."""
 
+import itertools
 from dataclasses import dataclass, field, replace
 
 from apt_jax.scheduling.cost_model import HiddenMode
@@ -9,20 +10,22 @@ from apt_jax.simulation.experiment import Experiment
 
 @dataclass(frozen=True)
 class Case:
-    """One line of a plot: a policy with a cache, on an experiment. `rates` are its own where it has any."""
+    """One line of a plot: a policy with a cache, on an experiment. `rates` are its own, instead of the study's."""
 
     label: str
     policy: str
     cache_mode: CacheMode
     hidden_attention: HiddenMode = "absorbed"
     experiment: Experiment = field(default_factory=Experiment)
+    rates: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
 class Study:
     """Cases at rates (attainment and what goes with it), or searched for effective throughput at targets.
 
-    `columns` are fields of the report that its table shows; the first two are drawn.
+    `columns` are fields of the report that its table shows; the first two are drawn. A study of routers says with
+    `over` which field its table and plot run over: rate (of an instance), instances or report_interval_s.
     """
 
     name: str
@@ -31,6 +34,12 @@ class Study:
     rates: tuple[float, ...] = ()
     targets: tuple[float, ...] = ()
     columns: tuple[str, ...] = ("attainment", "mean_batch", "p99_ttft_s", "p99_tbt_s", "preemptions")
+    over: str = ""
+
+    @property
+    def points(self) -> list[tuple[Case, float | None]]:
+        """What is simulated, in this order; a rate of None is a search."""
+        return [(case, rate) for case in self.cases for rate in (case.rates or self.rates or (None,))]
 
 
 BASELINE = ("fcfs, KV", "fcfs", "kv", "absorbed")
@@ -53,7 +62,31 @@ def _targets(
     return Study(name, question, sum(cases, ()), targets=targets)
 
 
+ROUTERS = ("pending-time", "least-requests", "round-robin", "power-of-two")
+INSIDE: tuple[tuple[str, CacheMode], ...] = (("fcfs", "kv"), ("apt", "hybrid"))
+
+
+def _routed(
+    over: str, experiment: Experiment, rates: dict[str, tuple[float, ...]], *,
+    instances: tuple[int, ...] = (8,), intervals: tuple[float, ...] = (0.0,), duration_s: dict[str, float],
+) -> tuple[Case, ...]:  # fmt: skip
+    """Each router with each policy inside; `rates` and `duration_s` are by policy, rates those of one instance."""
+    cases = []
+    for (policy, mode), number, interval, router in itertools.product(INSIDE, instances, intervals, ROUTERS):
+        varied = {"rate": "", "instances": f", {number} instances", "report_interval_s": f", every {interval:g} s"}[
+            over
+        ]
+        each = replace(
+            experiment, instances=number, router=router, report_interval_s=interval, num_requests=1,
+            duration_s=duration_s[policy],
+        )  # fmt: skip
+        total = tuple(round(number * rate, 6) for rate in rates[policy])
+        cases.append(Case(f"{policy}, {router}{varied}", policy, mode, "absorbed", each, total))
+    return tuple(cases)
+
+
 DEFAULT = Experiment()
+AZURE = Experiment(workload="azure")
 SHORT = Experiment(num_requests=300)  # still 300 seconds of arrivals, see `make_arrivals`
 STUDIES = (
     _targets("sharegpt", "What request rate keeps the promise for 90% and 99% of all requests?", ("", DEFAULT),
@@ -100,4 +133,16 @@ STUDIES = (
              ("OPT-66B x4", replace(SHORT, model="opt-66b", tensor_parallel_size=4))),
     _targets("azure", "Recorded arrivals: Azure's conversation trace of 2023, stretched in time.",
              ("", replace(SHORT, workload="azure"))),
+    Study("routing", "Eight instances: which router keeps most promises?",
+          _routed("rate", AZURE, {"fcfs": (0.7, 0.9, 1.0, 1.1, 1.2, 1.4), "apt": (2.0, 2.5, 3.0)},
+                  duration_s={"fcfs": 60, "apt": 60}), over="rate"),
+    Study("routing-instances", "4 to 64 instances at one rate for each of them, past the cliff.",
+          _routed("instances", AZURE, {"fcfs": (1.1,), "apt": (3.0,)}, instances=(4, 8, 16, 32, 64),
+                  duration_s={"fcfs": 50, "apt": 25}), over="instances"),
+    Study("routing-reports", "Eight instances: what if reports are old?",
+          _routed("report_interval_s", AZURE, {"fcfs": (1.0,), "apt": (2.5,)}, intervals=(0.0, 0.25, 1.0, 4.0),
+                  duration_s={"fcfs": 60, "apt": 30}), over="report_interval_s"),
+    Study("routing-lengths", "Eight instances, chats and summaries mixed (ShareGPT and LongBench, half and half).",
+          _routed("rate", Experiment(workload="sharegpt+longbench"), {"fcfs": (1.0, 1.3, 1.6), "apt": (3.0,)},
+                  duration_s={"fcfs": 60, "apt": 30}), over="rate"),
 )  # fmt: skip

@@ -8,7 +8,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from experiments.studies.catalogue import Study
-from experiments.studies.tables import head
+from experiments.studies.tables import OVER, head, place
 
 Rows = Sequence[dict[str, Any]]
 
@@ -25,6 +25,25 @@ def draw_rates(study: Study, rows: Rows, path: Path) -> None:
         axes.set(xlabel="requests/s", ylabel=head(column) + (", %" if column.endswith("attainment") else ""))
         if column.endswith("attainment"):
             axes.set_ylim(0, 102)
+        axes.grid(alpha=0.3)
+    axes.legend(fontsize=7)
+    _save(figure, path)
+
+
+def draw_routing(study: Study, rows: Rows, path: Path) -> None:
+    """Attainment, a panel per policy and a line per router."""
+    figure = Figure(figsize=(9, 3.4), layout="constrained", dpi=90)
+    FigureCanvasAgg(figure)
+    policies = list(dict.fromkeys(row["policy"] for row in rows))
+    for axes, policy in zip(figure.subplots(1, len(policies), squeeze=False).flat, policies, strict=True):
+        own = [row for row in rows if row["policy"] == policy]
+        for router in dict.fromkeys(row["router"] for row in own):
+            points = sorted((place(study, row), 100 * row["attainment"]) for row in own if row["router"] == router)
+            axes.plot([x for x, _ in points], [y for _, y in points], "o-", ms=3, label=router)
+        axes.set(title=f"{policy} in every instance", xlabel=OVER[study.over], ylabel="attained, %")
+        if study.over == "instances":
+            axes.set_xscale("log", base=2)
+            axes.set_xticks([4, 8, 16, 32, 64], ["4", "8", "16", "32", "64"])
         axes.grid(alpha=0.3)
     axes.legend(fontsize=7)
     _save(figure, path)

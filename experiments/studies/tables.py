@@ -40,6 +40,31 @@ def targets_table(study: Study, rows: Sequence[dict[str, Any]]) -> str:
     return f"{study.question} Effective throughput in requests/s; ratios to fcfs with KV.\n\n{_markdown(lines)}"
 
 
+OVER = {"rate": "requests/s of an instance", "instances": "instances", "report_interval_s": "seconds between reports"}
+
+
+def place(study: Study, row: dict[str, Any]) -> float:
+    """Where a row of a study of routers stands on its axis."""
+    return round(row["rate"] / row["instances"], 6) if study.over == "rate" else row[study.over]
+
+
+def routing_table(study: Study, rows: Sequence[dict[str, Any]]) -> str:
+    """Attainment for each policy: one line per router, one column per place; and what it costs those that miss."""
+    parts = [
+        f"{study.question} Attainment, and the longest that a request went without a token, over {OVER[study.over]}."
+    ]
+    for policy in dict.fromkeys(row["policy"] for row in rows):
+        own = [row for row in rows if row["policy"] == policy]
+        places = sorted({place(study, row) for row in own})
+        for column, unit in (("attainment", ""), ("longest_wait_s", ", s")):
+            lines = [[f"{policy} inside: {head(column).removesuffix(', s')}{unit}", *(f"{x:g}" for x in places)]]
+            for router in dict.fromkeys(row["router"] for row in own):
+                found = {place(study, row): _cell(column, row[column]) for row in own if row["router"] == router}
+                lines.append([router, *(found.get(x, "-") for x in places)])
+            parts.append(_markdown(lines))
+    return "\n\n".join(parts)
+
+
 def _cell(column: str, value: float) -> str:
     if column.endswith("attainment"):
         return f"{value:.1%}"
