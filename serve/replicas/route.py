@@ -116,7 +116,7 @@ class Route:
             time_s=now,
             slo=requests[0].slo,
             waited_s=now - requests[0].arrival_s,
-            has_started=all(request.last_token_s is not None for request in requests),
+            has_started=all(request.output_token_ids for request in requests),
         )
 
     def submission(self, now: float) -> Submit:
