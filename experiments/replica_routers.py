@@ -36,14 +36,14 @@ class Args:
     replicas: int = 2
     routers: tuple[str, ...] = ("round-robin", "least-requests", "power-of-two", "pending-time")
     rounds: int = 3
-    request_rate: float = 12.0
+    request_rate: float = 14.0
     num_prompts: int = 120
     max_num_seqs: int = 8
     num_blocks: int = 96
     ttft_slo_ms: float = 500.0
     tbt_slo_ms: float = 500.0
     bench: tuple[str, ...] = (
-        *("--random-input-len", "120", "--random-output-len", "60", "--random-range-ratio", "0.9", "--cv", "2"),
+        *("--random-input-len", "90", "--random-output-len", "40", "--random-range-ratio", "0.9", "--cv", "2"),
     )
 
 
