@@ -15,7 +15,6 @@ from serve.bench.commands import Bench
 from serve.errors import EngineFailure
 from serve.logs import set_up_logs
 from serve.options import DEMO_NAME, DistributedOptions, LoadOptions, Model, ServerOptions
-from serve.replicas.messages import EngineSpec
 from serve.replicas.options import RayBatchOptions, RayOptions, ReplicaOptions
 
 
@@ -70,6 +69,7 @@ class RunBatch:
 
         if self.replicas.ray is not None:
             from serve.replicas.batch import run_batch_on_ray
+            from serve.replicas.messages import EngineSpec
 
             spec = EngineSpec(self.model, self.load, self.engine, self.served_model_name or self.model or DEMO_NAME)
             return run_batch_on_ray(self.input, self.output, spec, self.replicas, self.chat_template)

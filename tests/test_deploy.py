@@ -11,6 +11,7 @@ import pytest
 
 from serve.cli import main
 from serve.metrics import Metrics
+from serve.replicas.fleet_view import FleetMetrics
 
 ROOT = Path(__file__).parent.parent
 OTHER_TOOLS = {  # flags of docker, useradd, gcloud and uv
@@ -25,6 +26,7 @@ OTHER_TOOLS = {  # flags of docker, useradd, gcloud and uv
         "--start-period",
     },
     "deploy/compose.yaml": {"--build"},
+    "docs/replicas.md": {"--head"},  # of ray start
     "docs/tensor_parallelism.md": {"--xla"},  # of XLA_FLAGS
     "deploy/apt-jax.service": {"--system", "--create-home", "--home-dir", "--now"},
     "docs/operations.md": {
@@ -80,6 +82,7 @@ def test_every_metric_that_is_named_exists(name):
     families = {family.name: family.type for family in Metrics("tiny").registry.collect()}
     endings = {"gauge": ("",), "counter": ("_total",), "histogram": ("_bucket", "_sum", "_count")}
     wire = {f"{family}{ending}" for family, kind in families.items() for ending in endings[kind]}
+    wire |= {f"{f.name}{end}" for f in FleetMetrics("tiny").registry.collect() for end in endings[f.type]}
     named = set(re.findall(r"\b(?:vllm|apt):[a-z0-9_]+", (ROOT / name).read_text()))
     assert named <= (wire if name.endswith(".json") else wire | set(families))
     if name in ("docs/operations.md", "deploy/grafana.json"):

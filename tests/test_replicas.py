@@ -13,7 +13,7 @@ from local_replicas import Replicas, keeping
 from apt_jax.config import EngineConfig
 from apt_jax.output import QueueFull
 from apt_jax.request import FinishReason, SamplingParams
-from apt_jax.routing.router import register
+from apt_jax.routing.router import DEFAULT_ROUTER
 from serve.cli import main
 from serve.errors import EngineFailure, NotReady, PredictedLate
 from serve.observer import Observer
@@ -42,12 +42,8 @@ async def collected(group) -> tuple[str, list[int], FinishReason | None]:
     return text, tokens, reason
 
 
-@register("first")
 class First:
     """Always the first that may be chosen."""
-
-    def __init__(self, seed: int = 0):
-        pass
 
     def choose(self, request, loads):
         return 0
@@ -157,7 +153,8 @@ def test_a_full_queue_sends_a_request_to_another_replica():
     config = EngineConfig(max_num_seqs=1, max_num_queued_reqs=1, max_num_batched_tokens=64, scheduling_policy="fcfs")
 
     async def main():
-        async with keeping(Replicas("first", lambda: FakeEngine(config, paced=True), min_instances=2)) as r:
+        async with keeping(Replicas(make_engine=lambda: FakeEngine(config, paced=True), min_instances=2)) as r:
+            r.fleet.router = First()
 
             async def accepted(name):
                 group = r.fleet.submit(samples(name, max_tokens=100))
@@ -317,6 +314,10 @@ def test_metrics_of_front_and_replicas_are_one_text():
     run(main)
 
 
+def test_the_default_router_is_the_routers_own():
+    assert ReplicaOptions().router == DEFAULT_ROUTER
+
+
 def test_texts_of_metrics_merge_by_name():
     one = b'# HELP a_total A.\n# TYPE a_total counter\na_total{r="1"} 1.0\n'
     two = one.replace(b'"1"', b'"2"')
@@ -343,9 +344,7 @@ def test_wrong_flags_are_told(make, match):
         make()
 
 
-@pytest.mark.parametrize(
-    "command", [["serve", "--replicas", "2"], ["run-batch", "-i", "a", "-o", "b", "--ray", "local"]]
-)
+@pytest.mark.parametrize("command", ["serve --replicas 2", "run-batch -i in -o out --ray local"])
 def test_without_ray_there_is_one_sentence(monkeypatch, capsys, command):
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *more: None if name == "ray" else find(name, *more))

@@ -1,10 +1,12 @@
-"""Flags of a service with replicas."""
+"""Flags of a service with replicas. Light, for the help: what they mean is imported when they are used."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from apt_jax.routing.autoscaler import AutoscalerOptions
-from apt_jax.routing.router import DEFAULT_ROUTER, router_names
+if TYPE_CHECKING:
+    from apt_jax.routing.autoscaler import AutoscalerOptions
+
+DEFAULT_ROUTER = "pending-time"
 
 
 @dataclass(frozen=True)
@@ -85,21 +87,26 @@ class ReplicaOptions:
             raise ValueError(f"replicas={self.replicas} must be at least 1")
         if self.max_replicas is not None and self.max_replicas < self.replicas:
             raise ValueError(f"max_replicas={self.max_replicas} must be at least replicas={self.replicas}")
-        if self.router not in router_names():
-            raise ValueError(f"unknown router={self.router!r}; known: {', '.join(router_names())}")
-        self.autoscaler()
+        if self.router != DEFAULT_ROUTER:
+            from apt_jax.routing.router import make_router
+
+            make_router(self.router)
+        if self.uses_ray:
+            self.autoscaler()
 
     @property
     def uses_ray(self) -> bool:
         """Whether engines run in processes of their own."""
         return self.replicas > 1 or self.max_replicas is not None
 
-    def autoscaler(self) -> AutoscalerOptions:
+    def autoscaler(self) -> "AutoscalerOptions":
         """When to change the number.
 
         Raises:
             ValueError: a figure is out of range.
         """
+        from apt_jax.routing.autoscaler import AutoscalerOptions
+
         return AutoscalerOptions(
             min_instances=self.replicas,
             max_instances=self.max_replicas or self.replicas,
