@@ -2,7 +2,7 @@
 
 1. An instance can keep the promise if the first token is predicted in time (seconds of the prompts queued there, by
    the cost model, and of this one) and if the prompt fits into the blocks that are left when the waiting requests have
-   theirs, or that running requests are predicted to give back in a quarter of the time left. Among these the one with
+   theirs, or that running requests are predicted to give back in a tenth of the time left. Among these the one with
    the smallest share of its blocks taken or waited for gets the request; blocks, not requests, are what runs out.
 2. If none can, the request is late wherever it goes. Spread evenly, such requests would make every instance late: all
    queues grow, and with them the wait of every later request. So they go to one instance, the fullest, and the others
@@ -17,7 +17,7 @@ from apt_jax.routing.instance import InstanceLoad
 from apt_jax.routing.router import RouteRequest, check_loads, register
 from apt_jax.routing.sent import Sent, Since
 
-WAIT_SHARE = 0.25  # of the time left that a request may wait for blocks; when they come is not known well
+WAIT_SHARE = 0.1  # of the time left that a request may wait for blocks; when they come is not known well
 
 
 @register("pending-time")
