@@ -40,7 +40,10 @@ FROM base AS tpu
 RUN pip install '.[tpu,otel]'
 WORKDIR /data
 
+# g++ compiles the attention kernels for the host's own instructions at the first start
 FROM base AS cpu
+RUN apt-get update && apt-get install --yes --no-install-recommends g++ && rm -rf /var/lib/apt/lists/*
+ENV XDG_CACHE_HOME=/data/cache
 RUN pip install '.[otel]'
 USER 10001
 WORKDIR /data

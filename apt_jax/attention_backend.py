@@ -1,12 +1,14 @@
-"""Choosing the implementation of decode attention at start-up: Pallas kernels, or XLA."""
+"""Choosing the implementation of attention to cached tokens at start-up: kernels of our own, or XLA."""
 
 import logging
-from typing import Literal
+from collections.abc import Callable
 
 import jax
 from jax.typing import DTypeLike
 
-from apt_jax.config import ModelConfig
+from apt_jax.config import AttentionBackend, ModelConfig
+from apt_jax.cpu_kernels import library
+from apt_jax.cpu_kernels.calls import KERNELS as CPU_KERNELS
 from pallas_kernels import dispatch
 from pallas_kernels.dispatch import Kernels
 
@@ -14,44 +16,81 @@ logger = logging.getLogger(__name__)
 
 
 def select_kernels(
-    backend: Literal["auto", "xla", "pallas"],
+    backend: AttentionBackend,
     model_config: ModelConfig,
     *,
     block_size: int,
     dtype: DTypeLike,
     device: jax.Device,
+    num_devices: int = 1,
 ) -> Kernels | None:
-    """The Pallas kernels to decode with, or None for XLA.
+    """The kernels to attend with, or None for XLA.
 
-    auto takes the kernels on TPU and GPU if they pass a check against their references on this device, else XLA.
-    pallas on a CPU takes the TPU kernels in interpret mode.
+    auto takes the Pallas kernels on TPU and GPU, and on a CPU those in C++ (for a model on one device), if they pass a
+    check against their references on this device, else XLA. pallas on a CPU takes the TPU kernels in interpret mode.
+
+    Args:
+        model_config: of the part of the model that a device has.
+        num_devices: that the model is split over.
 
     Raises:
-        ValueError: pallas was asked for, and the kernels do not work here.
+        ValueError: pallas or native was asked for, and the kernels do not work here.
     """
-    if backend == "xla" or (backend == "auto" and device.platform == "cpu"):
+    on_cpu = device.platform == "cpu"
+    if backend == "xla" or (backend == "auto" and on_cpu and num_devices > 1):
         return None
-    if device.platform == "cpu":
+    if backend == "pallas" and on_cpu:
         logger.warning("attention_backend='pallas' on a CPU interprets the TPU kernels: for checks, many times slower")
         return dispatch.kernels_for(device)
-    reason = None
-    try:
-        kernels = dispatch.kernels_for(device)
-    except (ImportError, NotImplementedError) as error:
-        reason = str(error)
-    else:
+
+    def check(kernels: Kernels) -> str | None:
         with jax.default_device(device):
-            reason = dispatch.self_check(
+            return dispatch.self_check(
                 kernels,
                 heads=model_config.num_attention_heads,
                 head_dim=model_config.head_dim,
                 block_size=block_size,
                 dtype=dtype,
             )
-        if reason is None:
-            logger.info("attention: Pallas kernels for %s", kernels.name)
-            return kernels
-    if backend == "pallas":
-        raise ValueError(f"attention_backend='pallas' cannot be used here ({reason}); use auto or xla")
-    logger.warning("attention: XLA, because the Pallas kernels cannot be used here (%s)", reason)
+
+    shape = f"{model_config.num_attention_heads}x{model_config.head_dim}-{block_size}-{dtype}"
+    found: Kernels | str
+    if backend == "native" and (not on_cpu or num_devices > 1):
+        found = "it is for a model on one CPU"
+    elif on_cpu:
+        found = _cpu_kernels(check, shape)
+    else:
+        found = _pallas_kernels(check, device)
+    if isinstance(found, Kernels):
+        logger.info("attention: kernels for %s", found.name)
+        return found
+    if backend != "auto":
+        raise ValueError(f"attention_backend={backend!r} cannot be used here ({found}); use auto or xla")
+    logger.warning("attention: XLA, because the kernels cannot be used here (%s)", found)
     return None
+
+
+def _pallas_kernels(check: Callable[[Kernels], str | None], device: jax.Device) -> Kernels | str:
+    """The Pallas kernels, or why not."""
+    try:
+        kernels = dispatch.kernels_for(device)
+    except (ImportError, NotImplementedError) as error:
+        return str(error)
+    return check(kernels) or kernels
+
+
+def _cpu_kernels(check: Callable[[Kernels], str | None], shape: str) -> Kernels | str:
+    """The C++ kernels, or why not; what a library has passed once for a shape is noted beside it."""
+    try:
+        path = library.register()
+    except library.Unavailable as error:
+        return str(error)
+    passed = path.with_name(f"{path.stem}-{shape}.passed")
+    if not passed.exists():
+        if reason := check(CPU_KERNELS):
+            return reason
+        try:
+            passed.touch()
+        except OSError as error:
+            logger.warning("%s cannot be written (%s); the next start checks again", passed, error)
+    return CPU_KERNELS

@@ -19,10 +19,10 @@ class Bucket:
 
 
 class Buckets:
-    """All shapes for given limits, smallest first; none decodes fewer rows than `min_decode_rows`."""
+    """All shapes for given limits, smallest first."""
 
-    def __init__(self, *, max_num_seqs: int, max_num_batched_tokens: int, min_decode_rows: int = 1):
-        self.decode = [Bucket(size, size, True) for size in ladder(min(min_decode_rows, max_num_seqs), max_num_seqs)]
+    def __init__(self, *, max_num_seqs: int, max_num_batched_tokens: int):
+        self.decode = [Bucket(size, size, True) for size in ladder(1, max_num_seqs)]
         smallest = min(max(16, max_num_batched_tokens // 64), max_num_batched_tokens)
         self.prefill = [
             Bucket(size, min(size, max_num_seqs), False) for size in ladder(smallest, max_num_batched_tokens)

@@ -10,6 +10,7 @@ ACTIVATIONS = (
     "relu", "relu6", "silu", "swish", "tanh", "quick_gelu",
     "gelu", "gelu_python", "gelu_new", "gelu_fast", "gelu_accurate", "gelu_pytorch_tanh", "gelu_python_tanh",
 )  # fmt: skip
+AttentionBackend = Literal["auto", "xla", "pallas", "native"]
 CHECKPOINT_DTYPES = ("float32", "float16", "bfloat16")
 # Hidden vectors of a device's slice that `hidden_slices.py` takes at once: v5e and v6e have 128 MiB of VMEM, an H200
 # 50 MB of L2 cache. Here because the cost model counts with it too.
@@ -165,8 +166,9 @@ class EngineConfig:
     """Devices that one model is split over; must divide its heads. docs/tensor_parallelism.md."""
     calibrate: bool = True
     """Measure the device at start-up for policies that predict iteration times; seconds, once per device and model."""
-    attention_backend: Literal["auto", "xla", "pallas"] = "auto"
-    """Implementation of decode attention; auto: Pallas on TPU and GPU if it passes a check there, else XLA."""
+    attention_backend: AttentionBackend = "auto"
+    """Implementation of decode attention; auto: Pallas on TPU and GPU, C++ on a CPU that has a compiler, if it passes a
+    check there, else XLA."""
     async_scheduling: bool | None = None
     """Plan the next iteration while the device runs this one; default: on for TPU and GPU, off on a CPU."""
     compilation_cache_dir: str | None = None

@@ -97,13 +97,7 @@ class Engine:
         assert config.max_num_batched_tokens is not None
         self.max_model_len = config.max_model_len
         limits = Limits(config.max_num_seqs, config.max_num_batched_tokens, config.cache_mode)
-        # XLA multiplies a single bfloat16 row several times slower than two on a CPU (docs/performance.md)
-        slow_row = platform == "cpu" and model.embed_tokens.embedding[...].dtype == "bfloat16"
-        buckets = Buckets(
-            max_num_seqs=config.max_num_seqs,
-            max_num_batched_tokens=config.max_num_batched_tokens,
-            min_decode_rows=2 if slow_row else 1,
-        )
+        buckets = Buckets(max_num_seqs=config.max_num_seqs, max_num_batched_tokens=config.max_num_batched_tokens)
         self.builder = BatchBuilder(
             buckets,
             num_slots=config.max_num_seqs,

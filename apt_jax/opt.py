@@ -12,7 +12,7 @@ Source: transformers `modeling_opt.py` (behaviour), checked against it by `tests
 
 import math
 from collections.abc import Callable
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -137,7 +137,7 @@ class DecoderLayer(nnx.Module):
         h = self.final_layer_norm(x) if self.norm_first else x
         x = x + _summed(
             self.fc2,
-            ACTIVATION_FUNCTIONS[self.activation](_add_bias(self.fc1, product(h, self.fc1.kernel[...]))),
+            ACTIVATION_FUNCTIONS[self.activation](_add_bias(self.fc1, product(h, self.fc1.kernel))),
             axes=1,
         )
         if not self.norm_first:
@@ -207,8 +207,13 @@ class OPT(nnx.Module):
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Float32 logits `[..., V]` of hidden states `[..., E]`."""
-        kernel = self.embed_tokens.embedding[...].T if self.lm_head is None else self.lm_head.kernel[...]
-        logits = product(hidden, kernel, dtype=jnp.float32)
+        table = self.embed_tokens.embedding
+        if self.lm_head is not None:
+            logits = product(hidden, self.lm_head.kernel, dtype=jnp.float32)
+        elif isinstance(table.get_value(), OwnProduct):
+            logits = product(hidden, table, dtype=jnp.float32)
+        else:
+            logits = product(hidden, table[...].T, dtype=jnp.float32)
         # split over devices, the vocabulary is padded
         return join(logits, axis=logits.ndim - 1)[..., : self.vocab_size]
 
@@ -224,12 +229,12 @@ def scatter_heads(x: jax.Array) -> jax.Array:
 
 def _to_heads(linear: nnx.LinearGeneral, h: jax.Array) -> jax.Array:
     """`[T, D] -> [T, N, H]`, N as many heads as this device's kernel has (the module's own call wants all)."""
-    return _add_bias(linear, product(h, linear.kernel[...]))
+    return _add_bias(linear, product(h, linear.kernel))
 
 
 def _summed(linear: nnx.Linear | nnx.LinearGeneral, x: jax.Array, axes: int) -> jax.Array:
     """`linear` over the last `axes` axes of `x`, of which each device has its slice; the bias counts once."""
-    return _add_bias(linear, sum_over_devices(product(x, linear.kernel[...], axes)))
+    return _add_bias(linear, sum_over_devices(product(x, linear.kernel, axes)))
 
 
 def _add_bias(linear: nnx.Linear | nnx.LinearGeneral, out: jax.Array) -> jax.Array:
@@ -246,13 +251,32 @@ def _looked_up(embed: nnx.Embed, token_ids: jax.Array) -> jax.Array:
     return sum_over_devices(jnp.where(here[..., None], embed(jnp.where(here, row, 0)), 0))
 
 
-def product(x: jax.Array, kernel: jax.Array, axes: int = 1, dtype: DTypeLike | None = None) -> jax.Array:
-    """`x` times `kernel` over the last `axes` axes of `x`, in `dtype` or that of `x`.
+@runtime_checkable
+class OwnProduct(Protocol):
+    """Weights in the place of a parameter that know better than XLA how they are multiplied."""
+
+    shape: tuple[int, ...]  # inputs first, either may be several axes
+    max_rows: float  # more are left to XLA
+
+    def product(self, x: jax.Array) -> jax.Array:
+        """Float32 `[R, outputs]` of `x [R, inputs]`."""
+        ...
+
+
+def product(
+    x: jax.Array, weights: nnx.Variable | jax.Array, axes: int = 1, dtype: DTypeLike | None = None
+) -> jax.Array:
+    """`x` times `weights` over the last `axes` axes of `x`, in `dtype` or that of `x`.
 
     On a CPU few rows are multiplied as columns, `(kernel^T x^T)^T`: there XLA takes up to twice as long for the plain
     form, and rewrites the one into the other unless it is kept from it (docs/performance.md).
     """
     out = dtype or x.dtype
+    own = weights.get_value() if isinstance(weights, nnx.Variable) else None
+    if isinstance(own, OwnProduct) and x.shape[0] <= own.max_rows:
+        rows = x.reshape(-1, math.prod(own.shape[:axes]))
+        return own.product(rows).reshape(*x.shape[: x.ndim - axes], *own.shape[axes:]).astype(out)
+    kernel = weights[...]
 
     def plain(x: jax.Array, kernel: jax.Array) -> jax.Array:
         return jnp.tensordot(x, kernel, axes, preferred_element_type=jnp.promote_types(out, kernel.dtype)).astype(out)

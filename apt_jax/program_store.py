@@ -27,6 +27,8 @@ from jax.experimental import serialize_executable
 
 import pallas_kernels
 
+_SOURCE = (".py", ".h", ".cc")
+
 logger = logging.getLogger(__name__)
 
 
@@ -105,7 +107,7 @@ def _environment(device: jax.Device) -> str:
     """What decides a program besides its description."""
     versions = (jax.__version__, jaxlib.__version__, flax.__version__, device.client.platform_version)
     flags = (os.environ.get("XLA_FLAGS"), os.environ.get("LIBTPU_INIT_ARGS"), jax.config.jax_enable_x64)
-    place = (device.platform, device.device_kind, device.id, len(jax.devices()), platform.machine(), _cpu_features())
+    place = (device.platform, device.device_kind, device.id, len(jax.devices()), platform.machine(), cpu_features())
     return repr((versions, flags, place, source_hash()))
 
 
@@ -115,14 +117,14 @@ def source_hash() -> str:
     digest = hashlib.sha256()
     for package in (__file__, pallas_kernels.__file__):
         root = Path(package).parent
-        for path in sorted(root.rglob("*.py")):
-            if path.relative_to(root).parts[0] not in ("scheduling", "simulation"):
+        for path in sorted(root.rglob("*.*")):
+            if path.suffix in _SOURCE and path.relative_to(root).parts[0] not in ("scheduling", "simulation"):
                 digest.update(path.read_bytes())
     return digest.hexdigest()
 
 
 @cache
-def _cpu_features() -> str:
+def cpu_features() -> str:
     """Instruction sets of the host's CPU, where the system tells: a program for a newer one must not be loaded."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()

@@ -33,6 +33,10 @@ class Slo:
         return ttft_s <= self.ttft_s and p99_gap_s(gaps_s) <= self.tbt_s
 
 
+# Offline nobody waits for single tokens: a day, so that only the throughput counts and order still does.
+OFFLINE_SLO = Slo(86_400.0, 86_400.0)
+
+
 def p99_gap_s(gaps_s: Sequence[float]) -> float:
     """99th percentile of a request's gaps (nearest rank above); 0 without a gap."""
     if not gaps_s:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,8 +25,9 @@ from apt_jax.batch import Batch, Rows, Sampling, Tokens, empty_sampling
 from apt_jax.buckets import Bucket, Buckets
 from apt_jax.cache import BlockTable
 from apt_jax.cache_arrays import convert_blocks, convert_layer, pool_shape
-from apt_jax.config import ModelConfig
-from apt_jax.layer_weights import LayerWeights, outside_layers
+from apt_jax.config import AttentionBackend, ModelConfig
+from apt_jax.cpu_kernels.calls import KERNELS as CPU_KERNELS
+from apt_jax.layer_weights import LayerWeights, outside_layers, with_own_table
 from apt_jax.opt import OPT
 from apt_jax.program_store import ProgramStore, source_hash
 from apt_jax.sampling import Sampled, Scored, score
@@ -65,7 +66,7 @@ class Runner:
         model_config: ModelConfig,
         shapes: Shapes,
         buckets: Buckets,
-        attention_backend: Literal["auto", "xla", "pallas"] = "xla",
+        attention_backend: AttentionBackend = "xla",
         *,
         donate_model: bool = False,
         call_per_layer: bool | None = None,
@@ -85,14 +86,17 @@ class Runner:
         self._layers: LayerWeights | None = None
         if call_per_layer is None:
             call_per_layer = self.device.platform == "cpu" and self.parallel is None
-        if call_per_layer:
-            self._layers = LayerWeights.of(model, donate=donate_model)
-            paths = jax.tree.leaves_with_path(state)
-            self._weights = [outside_layers(path, leaf) for path, leaf in paths]
         self.kernels = select_kernels(
-            attention_backend, local_config(model_config, self.num_devices),
-            block_size=shapes.block_size, dtype=self.dtype, device=self.device,
+            attention_backend, local_config(model_config, self.num_devices), block_size=shapes.block_size,
+            dtype=self.dtype, device=self.device, num_devices=self.num_devices,
         )  # fmt: skip
+        self._own_products = call_per_layer and self.kernels is CPU_KERNELS
+        if call_per_layer:
+            self._layers = LayerWeights.of(model, donate=donate_model, own_products=self._own_products)
+            self._paths = [path for path, _ in jax.tree.leaves_with_path(state)]
+            self._weights = list(
+                map(partial(outside_layers, own_products=self._own_products), self._paths, self._weights)
+            )
         self.num_blocks = 0
         # processes that run one program must compile it together, so none may find it on its disk
         alone = jax.process_count() == 1
@@ -262,7 +266,8 @@ class Runner:
         return max(CONVERT_TOKENS // self.shapes.block_size, 1)
 
     def _model(self, weights: list[jax.Array]) -> OPT:
-        return nnx.merge(self._graphdef, jax.tree.unflatten(self._weights_tree, weights))
+        leaves = list(map(with_own_table, self._paths, weights)) if self._own_products else weights
+        return nnx.merge(self._graphdef, jax.tree.unflatten(self._weights_tree, leaves))
 
     def _compile_step(self, bucket: Bucket, num_blocks: int) -> Any:
         T, R = bucket.tokens, bucket.rows

@@ -1,7 +1,8 @@
 """Choosing the next token on the device, vectorised over rows; every row has its own parameters.
 
 Order of the steps, as in vLLM: logit bias and min_tokens, penalties, temperature, min_p, top_k, top_p, draw.
-Work that no row asks for is skipped by `lax.cond`. Shape letters: R rows, V vocabulary, M history width.
+Work that no row asks for is skipped by `lax.cond`, all of it at once where no row asks for anything. Shape letters:
+R rows, V vocabulary, M history width.
 """
 
 from typing import NamedTuple
@@ -44,8 +45,24 @@ def sample(logits: jax.Array, history: jax.Array, num_tokens: jax.Array, samplin
         num_tokens: int32 `[R]` tokens in `history` that count.
         sampling: parameters of each row. A seed and a position give the same draw in any batch.
     """
-    raw = logits
     is_finite = jnp.all(jnp.isfinite(logits), axis=-1)
+    asks = (
+        (sampling.temperature > 0) | _too_early(num_tokens, sampling) | _penalised(sampling) | sampling.wants_logprobs
+    )
+    asks |= jnp.any(sampling.bias_values != 0, axis=-1)
+
+    def most_likely() -> tuple[jax.Array, Scored]:
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32), _nothing(logits)
+
+    # one condition around all: each of those inside would copy the logits
+    token, scored = jax.lax.cond(jnp.any(asks), lambda: _choose(logits, history, num_tokens, sampling), most_likely)
+    return Sampled(token, is_finite, *scored)
+
+
+def _choose(
+    logits: jax.Array, history: jax.Array, num_tokens: jax.Array, sampling: Sampling
+) -> tuple[jax.Array, Scored]:
+    raw = logits
     logits = _bias(logits, num_tokens, sampling)
     logits = _penalise(logits, history, num_tokens, sampling)
     greedy = jnp.argmax(logits, axis=-1)
@@ -64,7 +81,12 @@ def sample(logits: jax.Array, history: jax.Array, num_tokens: jax.Array, samplin
         return jnp.where(random, drawn, greedy)
 
     token = jax.lax.cond(jnp.any(random), draw, lambda: greedy).astype(jnp.int32)
-    return Sampled(token, is_finite, *_logprobs(raw, token, sampling.wants_logprobs))
+    return token, _logprobs(raw, token, sampling.wants_logprobs)
+
+
+def _too_early(num_tokens: jax.Array, sampling: Sampling) -> jax.Array:
+    """bool `[R]`: rows that may not end yet."""
+    return num_tokens - sampling.prompt_tokens < sampling.min_tokens
 
 
 def _bias(logits: jax.Array, num_tokens: jax.Array, sampling: Sampling) -> jax.Array:
@@ -74,7 +96,7 @@ def _bias(logits: jax.Array, num_tokens: jax.Array, sampling: Sampling) -> jax.A
         return logits.at[row, sampling.bias_ids].add(sampling.bias_values, mode="drop")
 
     logits = jax.lax.cond(jnp.any(sampling.bias_values != 0), add_bias, lambda: logits)
-    too_early = num_tokens - sampling.prompt_tokens < sampling.min_tokens
+    too_early = _too_early(num_tokens, sampling)
 
     def forbid_end() -> jax.Array:
         ids = jnp.where(too_early[:, None], sampling.end_ids, logits.shape[1])
@@ -83,9 +105,12 @@ def _bias(logits: jax.Array, num_tokens: jax.Array, sampling: Sampling) -> jax.A
     return jax.lax.cond(jnp.any(too_early), forbid_end, lambda: logits)
 
 
-def _penalise(logits: jax.Array, history: jax.Array, num_tokens: jax.Array, sampling: Sampling) -> jax.Array:
-    asked = (sampling.repetition_penalty != 1) | (sampling.presence_penalty != 0) | (sampling.frequency_penalty != 0)
+def _penalised(sampling: Sampling) -> jax.Array:
+    """bool `[R]`: rows that ask for any penalty."""
+    return (sampling.repetition_penalty != 1) | (sampling.presence_penalty != 0) | (sampling.frequency_penalty != 0)
 
+
+def _penalise(logits: jax.Array, history: jax.Array, num_tokens: jax.Array, sampling: Sampling) -> jax.Array:
     def penalise() -> jax.Array:
         R, V = logits.shape
         row, column = jnp.arange(R)[:, None], jnp.arange(history.shape[1])
@@ -98,7 +123,7 @@ def _penalise(logits: jax.Array, history: jax.Array, num_tokens: jax.Array, samp
         penalised -= sampling.frequency_penalty[:, None] * count
         return penalised - sampling.presence_penalty[:, None] * (count > 0)
 
-    return jax.lax.cond(jnp.any(asked), penalise, lambda: logits)
+    return jax.lax.cond(jnp.any(_penalised(sampling)), penalise, lambda: logits)
 
 
 def _truncate(logits: jax.Array, sampling: Sampling) -> jax.Array:
@@ -175,9 +200,10 @@ def score(logits: jax.Array, token: jax.Array) -> Scored:
 
 
 def _logprobs(logits: jax.Array, token: jax.Array, wanted: jax.Array) -> Scored:
-    shapes = jax.eval_shape(score, logits, token)
+    return jax.lax.cond(jnp.any(wanted), lambda: score(logits, token), lambda: _nothing(logits))
 
-    def nothing() -> Scored:
-        return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
 
-    return jax.lax.cond(jnp.any(wanted), lambda: score(logits, token), nothing)
+def _nothing(logits: jax.Array) -> Scored:
+    """What nobody asked for: zeros of the same shapes."""
+    shapes = jax.eval_shape(score, logits, jax.ShapeDtypeStruct(logits.shape[:1], jnp.int32))
+    return Scored(*(jnp.zeros(leaf.shape, leaf.dtype) for leaf in shapes))

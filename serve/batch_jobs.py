@@ -14,6 +14,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from apt_jax.config import EngineConfig
 from apt_jax.output import Output
+from apt_jax.request import OFFLINE_SLO
 from serve.batch_file import MAX_LINE_BYTES, Line, ResultFile, count_lines, read_lines
 from serve.driver import Driver
 from serve.errors import BadRequest, EngineFailure, error_reply
@@ -139,7 +140,7 @@ class BatchJob:
             raise BadRequest("stream is not possible in a batch; leave it out", "stream")
         # another id for each attempt: what the engine still reports of the last one must not be taken for this one
         request_id = f"{kind.ID_PREFIX}-{line.result_id}" + (f"-{self._attempt}" if self._attempt > 1 else "")
-        completion = kind.prepare(body, self._model, request_id=request_id)
+        completion = kind.prepare(body, self._model, request_id=request_id, otherwise_slo=OFFLINE_SLO)
         return Work(line, request.custom_id, completion)
 
     def _take(self, work: Work, sample: Sample, output: Output) -> None:

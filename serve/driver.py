@@ -1,9 +1,11 @@
 """Run samples through an engine in the calling thread; for offline use, where nobody else steps the engine."""
 
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from apt_jax.output import Output
+from apt_jax.request import OFFLINE_SLO
 from serve.samples import Sample
 
 if TYPE_CHECKING:
@@ -11,7 +13,11 @@ if TYPE_CHECKING:
 
 
 class Driver:
-    """Steps `engine` and keeps its queue filled; `on_step` is called after every step."""
+    """Steps `engine` and keeps its queue filled; `on_step` is called after every step.
+
+    A sample without an SLO gets `OFFLINE_SLO`: the engine's own is a promise to those who wait for tokens, and keeping
+    it costs throughput.
+    """
 
     def __init__(self, engine: "Engine", on_step: Callable[[], None] | None = None):
         self.engine = engine
@@ -63,7 +69,7 @@ class Driver:
             if sample is None:
                 break
             try:
-                sample.add_to(self.engine)
+                replace(sample, slo=sample.slo or OFFLINE_SLO).add_to(self.engine)
             except ValueError as error:
                 return sample, error
             self._active[sample.request_id] = sample

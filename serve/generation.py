@@ -89,10 +89,12 @@ class Generation[Body: GenerationRequest]:
         headers: Mapping[str, str] | None = None,
         arrival_s: float | None = None,
         max_samples: int | None = None,
+        otherwise_slo: Slo | None = None,
     ) -> Self:
         """Check a body against the model that is served and fan it out into samples. Tokenises; touches no state.
 
-        `headers` (names in lower case) may carry the SLO. Token ids are the engine's to check.
+        `headers` (names in lower case) may carry the SLO, which is else `otherwise_slo` or the engine's. Token ids are
+        the engine's to check.
 
         Raises:
             ModelNotFound: the body names another model.
@@ -117,7 +119,7 @@ class Generation[Body: GenerationRequest]:
             request_id,
             prompts,
             params,
-            slo=slo_of(body.slo, headers or {}, default_slo(engine)),
+            slo=slo_of(body.slo, headers or {}, otherwise_slo or default_slo(engine)),
             priority=body.priority or 0,
             arrival_s=arrival_s,
         )

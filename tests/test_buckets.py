@@ -24,13 +24,6 @@ def test_the_ladder_doubles_and_halves_the_steps_from_8_on():
     assert ladder(1, 1) == [1]
 
 
-@pytest.mark.parametrize(("max_num_seqs", "rows"), [(64, [2, 4, 8, 12, 16, 24, 32, 48, 64]), (2, [2]), (1, [1])])
-def test_small_decode_shapes_can_be_left_out(max_num_seqs, rows):
-    buckets = Buckets(max_num_seqs=max_num_seqs, max_num_batched_tokens=64, min_decode_rows=2)
-    assert [bucket.rows for bucket in buckets.decode] == rows
-    assert buckets.choose(1, 1, decode_only=True).rows == rows[0]
-
-
 limits = st.tuples(st.integers(1, 300), st.integers(1, 3000))
 
 

@@ -1,0 +1,254 @@
+// One query per request over its cached tokens, read where they lie: pages of the pool `[pages, page_tokens, D]`.
+//
+// KV rows go head by head over keys and values; hidden rows take wide queries, of D numbers for each head, over the
+// hidden vectors themselves. Both keep a running softmax over kTokens tokens at a time. A number beyond a row's length
+// is never used, whatever it holds.
+#pragma once
+
+#include <algorithm>
+#include <limits>
+#include <numeric>
+#include <vector>
+
+#include "matmul.h"
+#include "threads.h"
+#include "vectors.h"
+
+namespace apt {
+
+constexpr int kTokens = 64;
+constexpr float kNever = -1e30f;  // the score of nothing; as NEVER in pallas_kernels/reference.py
+
+struct Shape {
+  int rows, heads, width, page_tokens, pages;  // width: D; pages: of a row's table
+};
+
+// The running softmax of one row, or part of one: greatest score and sum of weights by head, and the weighted sum
+// `[heads, size]` of values.
+struct Running {
+  float* top;
+  float* total;
+  float* out;
+  int heads, size;
+
+  void clear() {
+    std::fill(top, top + heads, kNever);
+    std::fill(total, total + heads, 0.0f);
+    std::fill(out, out + size_t(heads) * size, 0.0f);
+  }
+
+  // Turns `scores [heads, kTokens]` into weights, and scales what was summed before to the new greatest score.
+  void weigh(float* scores, int tokens) {
+    for (int n = 0; n < heads; n++) {
+      float* own = scores + n * kTokens;
+      float greatest = top[n];
+      for (int t = 0; t < tokens; t++) greatest = std::max(greatest, own[t]);
+      const float keep = std::exp(top[n] - greatest);
+      top[n] = greatest;
+      for (int t = tokens; t < kTokens; t++) own[t] = -std::numeric_limits<float>::infinity();
+      Vector sums{};
+      for (int t = 0; t < kTokens; t += kLanes) {
+        const Vector weights = exp(load(own + t) - greatest);
+        store(own + t, weights);
+        sums += weights;
+      }
+      total[n] = total[n] * keep + sum(sums);
+      if (keep != 1.0f)
+        for (int i = 0; i < size; i++) out[size_t(n) * size + i] *= keep;
+    }
+  }
+};
+
+// out[i] = pool[at + i] as float32, or the pool itself if it is that.
+inline const float* as_float(const float* at, int, float*) { return at; }
+inline const float* as_float(const BFloat16* at, int count, float* out) {
+  for (int i = 0; i < count; i++) out[i] = to_float(at[i]);
+  return out;
+}
+
+// out [M, size] += weights [M, kTokens] times values [tokens, size], of which kVectors vectors at `from`.
+template <int M, int kVectors>
+inline void add_values(const float* weights, const float* values, size_t step, int tokens, float* out, size_t out_step) {
+  Vector sums[M][kVectors];
+#pragma GCC unroll 8
+  for (int m = 0; m < M; m++)
+#pragma GCC unroll 8
+    for (int i = 0; i < kVectors; i++) sums[m][i] = load(out + m * out_step + i * kLanes);
+  for (int t = 0; t < tokens; t++) {
+    Vector own[kVectors];
+#pragma GCC unroll 8
+    for (int i = 0; i < kVectors; i++) own[i] = load(values + t * step + i * kLanes);
+#pragma GCC unroll 8
+    for (int m = 0; m < M; m++) {
+      const float weight = weights[m * kTokens + t];
+#pragma GCC unroll 8
+      for (int i = 0; i < kVectors; i++) sums[m][i] += weight * own[i];
+    }
+  }
+#pragma GCC unroll 8
+  for (int m = 0; m < M; m++)
+#pragma GCC unroll 8
+    for (int i = 0; i < kVectors; i++) store(out + m * out_step + i * kLanes, sums[m][i]);
+}
+
+template <int M>
+inline void add_all_values(const float* weights, const float* values, size_t step, int tokens, int size, float* out,
+                           size_t out_step) {
+  int at = 0;
+  for (; at + 4 * kLanes <= size; at += 4 * kLanes)
+    add_values<M, 4>(weights, values + at, step, tokens, out + at, out_step);
+  for (; at + kLanes <= size; at += kLanes)
+    add_values<M, 1>(weights, values + at, step, tokens, out + at, out_step);
+  for (; at < size; at++)
+    for (int m = 0; m < M; m++)
+      for (int t = 0; t < tokens; t++) out[m * out_step + at] += weights[m * kTokens + t] * values[t * step + at];
+}
+
+// Tokens `[begin, end)` of one KV row: q `[heads, head_dim]`.
+template <class Number>
+void kv_part(const Shape& shape, const float* q, const Number* pool, const int32_t* key_blocks,
+             const int32_t* value_blocks, int begin, int end, Running& running, std::vector<float>& buffer) {
+  const int D = shape.width, H = D / shape.heads;
+  std::vector<float> scores(size_t(shape.heads) * kTokens);
+  buffer.resize(size_t(shape.page_tokens) * D);
+  const auto each_page = [&](const int32_t* blocks, int first, int last, const auto& visit) {
+    for (int t = first; t < last;) {
+      const int inside = t % shape.page_tokens, count = std::min(shape.page_tokens - inside, last - t);
+      const Number* at = pool + (size_t(blocks[t / shape.page_tokens]) * shape.page_tokens + inside) * D;
+      visit(as_float(at, count * D, buffer.data()), t - first, count);
+      t += count;
+    }
+  };
+  for (int first = begin; first < end; first += kTokens) {
+    const int last = std::min(first + kTokens, end);
+    each_page(key_blocks, first, last, [&](const float* keys, int at, int count) {
+      for (int t = 0; t < count; t++)
+        for (int n = 0; n < shape.heads; n++)
+          scores[size_t(n) * kTokens + at + t] = dot(q + n * H, keys + size_t(t) * D + n * H, H);
+    });
+    running.weigh(scores.data(), last - first);
+    each_page(value_blocks, first, last, [&](const float* values, int at, int count) {
+      for (int n = 0; n < shape.heads; n++)
+        add_all_values<1>(scores.data() + size_t(n) * kTokens + at, values + n * H, D, count, H, running.out + n * H, H);
+    });
+  }
+}
+
+// Tokens `[begin, end)` of one hidden row: q `[heads, D]`.
+template <class Number>
+void hidden_part(const Shape& shape, const float* q, const Number* pool, const int32_t* blocks, int begin, int end,
+                 Running& running, std::vector<float>& buffer) {
+  const int D = shape.width;
+  std::vector<float> scores(size_t(shape.heads) * kTokens);
+  buffer.resize(size_t(kTokens) * D);
+  for (int first = begin; first < end; first += kTokens) {
+    const int last = std::min(first + kTokens, end), tokens = last - first;
+    for (int t = first; t < last;) {
+      const int inside = t % shape.page_tokens, count = std::min(shape.page_tokens - inside, last - t);
+      const Number* at = pool + (size_t(blocks[t / shape.page_tokens]) * shape.page_tokens + inside) * D;
+      for (int i = 0; i < count * D; i++) buffer[size_t(t - first) * D + i] = to_float(at[i]);
+      t += count;
+    }
+    for (int t = 0; t < tokens; t += 4)
+      for (int n = 0; n < shape.heads; n += kTileRows) {
+        const int own_heads = std::min(kTileRows, shape.heads - n);
+        float* to = scores.data() + size_t(n) * kTokens + t;
+        const float* x = buffer.data() + size_t(t) * D;
+        if (t + 4 <= tokens)
+          tile_of<4>(own_heads, q + size_t(n) * D, D, x, D, D, to, kTokens, false, Ahead{});
+        else
+          for (int head = 0; head < own_heads; head++)
+            for (int i = 0; i < tokens - t; i++)
+              to[head * kTokens + i] = dot(q + size_t(n + head) * D, x + size_t(i) * D, D);
+      }
+    running.weigh(scores.data(), tokens);
+    for (int at = 0; at < D; at += 4 * kLanes) {
+      const int size = std::min(4 * kLanes, D - at);
+      int n = 0;
+      for (; n + 4 <= shape.heads; n += 4)
+        add_all_values<4>(scores.data() + size_t(n) * kTokens, buffer.data() + at, D, tokens, size,
+                          running.out + size_t(n) * D + at, D);
+      for (; n < shape.heads; n++)
+        add_all_values<1>(scores.data() + size_t(n) * kTokens, buffer.data() + at, D, tokens, size,
+                          running.out + size_t(n) * D + at, D);
+    }
+  }
+}
+
+// Rows of `length` tokens in parts that threads share, and their parts merged: `attend(row, begin, end, running)`.
+// out `[rows, heads, size]` and lse `[rows, heads]`; zeros and kNever for a row of length 0.
+template <class Attend>
+void attend_rows(xla::ffi::ThreadPool& pool, const Shape& shape, int size, const int32_t* length, float* out, float* lse,
+                 const Attend& attend) {
+  const int heads = shape.heads, wanted = 4 * static_cast<int>(pool.num_threads());
+  const size_t numbers = size_t(heads) * size;
+  struct Part {
+    int row, begin, end;
+    size_t scratch;
+  };
+  std::vector<Part> parts;
+  std::vector<int> first(shape.rows + 1);
+  const int split = std::max(1, wanted / std::max(shape.rows, 1));
+  for (int r = 0; r < shape.rows; r++) {
+    first[r] = parts.size();
+    const int tokens = std::max((length[r] + split - 1) / split, 2 * kTokens);
+    for (int begin = 0; begin < std::max(length[r], 1); begin += tokens)
+      parts.push_back({r, begin, std::min(begin + tokens, length[r]), parts.size()});
+  }
+  first[shape.rows] = parts.size();
+  std::vector<float> tops(parts.size() * heads), totals(parts.size() * heads);
+  const bool direct = parts.size() == size_t(shape.rows);
+  std::vector<float> sums(direct ? 0 : parts.size() * numbers);
+  const auto running_of = [&](const Part& part) {
+    float* own = direct ? out + part.row * numbers : sums.data() + part.scratch * numbers;
+    return Running{tops.data() + part.scratch * heads, totals.data() + part.scratch * heads, own, heads, size};
+  };
+  std::vector<Part> order = parts;
+  std::stable_sort(order.begin(), order.end(), [](const Part& a, const Part& b) { return a.end - a.begin > b.end - b.begin; });
+  in_parallel(pool, order.size(), [&](int i) {
+    Running running = running_of(order[i]);
+    running.clear();
+    if (order[i].end > order[i].begin) attend(order[i].row, order[i].begin, order[i].end, running);
+  });
+  in_parallel(pool, shape.rows, [&](int r) {
+    for (int n = 0; n < heads; n++) {
+      float top = kNever, total = 0;
+      for (int p = first[r]; p < first[r + 1]; p++) top = std::max(top, tops[size_t(p) * heads + n]);
+      for (int p = first[r]; p < first[r + 1]; p++)
+        total += totals[size_t(p) * heads + n] * std::exp(tops[size_t(p) * heads + n] - top);
+      float* to = out + r * numbers + size_t(n) * size;
+      const bool empty = !(total != 0);  // NaN counts as something
+      for (int p = first[r]; p < first[r + 1]; p++) {
+        const Running part = running_of(parts[p]);
+        const float scale = empty ? 0 : std::exp(part.top[n] - top) / total;
+        for (int i = 0; i < size; i++) {
+          const float own = part.out[size_t(n) * size + i] * scale;
+          to[i] = p == first[r] ? own : to[i] + own;
+        }
+      }
+      lse[size_t(r) * heads + n] = empty ? kNever : top + std::log(total);
+    }
+  });
+}
+
+template <class Number>
+void kv_decode(xla::ffi::ThreadPool& threads, const Shape& shape, const float* q, const Number* pool,
+               const int32_t* key_blocks, const int32_t* value_blocks, const int32_t* length, float* out, float* lse) {
+  attend_rows(threads, shape, shape.width / shape.heads, length, out, lse, [&](int r, int begin, int end, Running& running) {
+    thread_local std::vector<float> buffer;
+    kv_part(shape, q + size_t(r) * shape.width, pool, key_blocks + size_t(r) * shape.pages,
+            value_blocks + size_t(r) * shape.pages, begin, end, running, buffer);
+  });
+}
+
+template <class Number>
+void hidden_decode(xla::ffi::ThreadPool& threads, const Shape& shape, const float* q, const Number* pool,
+                   const int32_t* blocks, const int32_t* length, float* out, float* lse) {
+  const int D = shape.width;
+  attend_rows(threads, shape, D, length, out, lse, [&](int r, int begin, int end, Running& running) {
+    thread_local std::vector<float> buffer;
+    hidden_part(shape, q + size_t(r) * shape.heads * D, pool, blocks + size_t(r) * shape.pages, begin, end, running, buffer);
+  });
+}
+
+}  // namespace apt

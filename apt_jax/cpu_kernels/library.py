@@ -1,0 +1,101 @@
+"""Compiling, keeping and loading the C++ kernels.
+
+They are compiled for the host's own instructions (one source for AVX-512, AVX2, NEON), which takes about 15 seconds
+once; the library is kept in the user's cache folder, under a key of all that decides it.
+"""
+
+import ctypes
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from functools import cache
+from pathlib import Path
+
+import jax
+from filelock import FileLock
+
+from apt_jax.program_store import cpu_features
+
+logger = logging.getLogger(__name__)
+
+TARGETS = ("apt_kv_decode", "apt_hidden_decode", "apt_matmul")
+_FOLDER = "apt-jax/cpu_kernels"  # in the user's cache folder
+_FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC")
+_WIDE = "-mprefer-vector-width=512"  # GCC and Clang would use half of AVX-512's registers
+_COMPILE_TIMEOUT_S = 300
+_SOURCES = Path(__file__).parent
+
+
+class Unavailable(Exception):
+    """The kernels cannot be had here; the message says why."""
+
+
+@cache
+def register() -> Path:
+    """Make the kernels known to XLA as `TARGETS`, compiled if need be; returns the library.
+
+    Raises:
+        Unavailable: there is no C++ compiler, or it fails.
+    """
+    path = _built()
+    try:
+        library = ctypes.CDLL(str(path))
+        for target in TARGETS:
+            jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(getattr(library, target)), platform="cpu")
+    except (OSError, AttributeError) as error:
+        raise Unavailable(f"{path} cannot be loaded: {error}") from error
+    return path
+
+
+def _built() -> Path:
+    sources = sorted(path for path in _SOURCES.iterdir() if path.suffix in (".h", ".cc"))
+    compiler = _compiler()
+    command = [compiler, *_FLAGS, *_flags_for_host(), f"-isystem{jax.ffi.include_dir()}"]
+    digest = hashlib.sha256(repr((command, jax.__version__, cpu_features())).encode())
+    for path in sources:
+        digest.update(path.read_bytes())
+    name = f"{digest.hexdigest()[:32]}.so"
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / _FOLDER
+    try:
+        if not (folder / name).exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            with FileLock(folder / "lock"):
+                if not (folder / name).exists():
+                    _compile(command, folder / name)
+        return folder / name
+    except OSError as error:
+        folder = Path(tempfile.mkdtemp(prefix="apt-jax-"))
+        logger.warning("the CPU kernels are not kept (%s); this process compiles them in %s", error, folder)
+        _compile(command, folder / name)
+        return folder / name
+
+
+def _compile(command: list[str], library: Path) -> None:
+    logger.info("compiling the CPU kernels with %s, once", command[0])
+    new = library.with_suffix(f".{os.getpid()}")
+    try:
+        subprocess.run(
+            [*command, "-o", str(new), str(_SOURCES / "handlers.cc")],
+            check=True, capture_output=True, text=True, timeout=_COMPILE_TIMEOUT_S,
+        )  # fmt: skip
+        os.replace(new, library)
+    except subprocess.CalledProcessError as error:
+        lines = [line for line in error.stderr.splitlines() if "error" in line] or error.stderr.splitlines() or [""]
+        raise Unavailable(f"{command[0]} failed: {lines[0]}") from error
+    except subprocess.TimeoutExpired as error:
+        raise Unavailable(f"{command[0]} took longer than {_COMPILE_TIMEOUT_S} s") from error
+
+
+def _compiler() -> str:
+    for name in (os.environ.get("CXX"), "c++", "g++", "clang++"):
+        if name and (found := shutil.which(name)):
+            return found
+    raise Unavailable("no C++ compiler is on PATH (on Debian and Ubuntu: apt install g++)")
+
+
+def _flags_for_host() -> tuple[str, ...]:
+    return ("-march=native", _WIDE) if platform.machine() in ("x86_64", "AMD64") else ("-mcpu=native",)

@@ -1,0 +1,130 @@
+// Vectors of float32 as wide as the machine's registers, and bfloat16 read as float32.
+#pragma once
+
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
+namespace apt {
+
+#if defined(__AVX512F__)
+constexpr int kLanes = 16, kTileRows = 4, kTileColumns = 6;
+#elif defined(__AVX__)
+constexpr int kLanes = 8, kTileRows = 2, kTileColumns = 4;
+#else
+constexpr int kLanes = 4, kTileRows = 4, kTileColumns = 6;
+#endif
+
+typedef float Vector __attribute__((vector_size(kLanes * 4)));
+typedef uint32_t Bits __attribute__((vector_size(kLanes * 4)));
+
+struct BFloat16 {
+  uint16_t bits;
+};
+
+inline float to_float(float x) { return x; }
+inline float to_float(BFloat16 x) {
+  const uint32_t bits = uint32_t{x.bits} << 16;
+  float out;
+  std::memcpy(&out, &bits, sizeof out);
+  return out;
+}
+
+inline void from_float(float x, float* out) { *out = x; }
+inline void from_float(float x, BFloat16* out) {  // to nearest, ties to even; NaN stays NaN
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  out->bits = x != x ? 0x7fc0 : (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+}
+
+inline Vector load(const float* at) {
+  Vector out;
+  std::memcpy(&out, at, sizeof out);
+  return out;
+}
+inline void store(float* at, Vector x) { std::memcpy(at, &x, sizeof x); }
+
+// 2 * kLanes numbers as two vectors. Those of bfloat16 come with even places in the first and odd ones in the second:
+// it takes two instructions, and a sum of products does not mind as long as both sides do the same (`Interleaved`).
+inline void load_pair(const float* at, Vector& first, Vector& second) {
+  first = load(at);
+  second = load(at + kLanes);
+}
+inline void load_pair(const BFloat16* at, Vector& first, Vector& second) {
+  Bits both;
+  std::memcpy(&both, at, sizeof both);
+  const Bits even = both << 16, odd = both & 0xffff0000u;
+  std::memcpy(&first, &even, sizeof first);
+  std::memcpy(&second, &odd, sizeof second);
+}
+
+// Adds the sums of four vectors to out[0..3], or puts them there.
+inline void sum_four(Vector a, Vector b, Vector c, Vector d, float* out, bool adds) {
+#if defined(__AVX512F__)
+  const auto x = reinterpret_cast<__m512>(a), y = reinterpret_cast<__m512>(b);
+  const auto z = reinterpret_cast<__m512>(c), w = reinterpret_cast<__m512>(d);
+  const auto xy = reinterpret_cast<__m512d>(_mm512_unpacklo_ps(x, y) + _mm512_unpackhi_ps(x, y));
+  const auto zw = reinterpret_cast<__m512d>(_mm512_unpacklo_ps(z, w) + _mm512_unpackhi_ps(z, w));
+  const auto by_quarter = reinterpret_cast<__m512>(_mm512_unpacklo_pd(xy, zw)) +
+                          reinterpret_cast<__m512>(_mm512_unpackhi_pd(xy, zw));
+  const auto half = _mm512_castps512_ps256(by_quarter) +
+                    _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(by_quarter), 1));
+  auto total = _mm256_castps256_ps128(half) + _mm256_extractf128_ps(half, 1);
+  if (adds) total += _mm_loadu_ps(out);
+  _mm_storeu_ps(out, total);
+#else
+  const auto sum = [](Vector x) {
+    float total = 0;
+    for (int i = 0; i < kLanes; i++) total += x[i];
+    return total;
+  };
+  const float totals[] = {sum(a), sum(b), sum(c), sum(d)};
+  for (int i = 0; i < 4; i++) out[i] = adds ? out[i] + totals[i] : totals[i];
+#endif
+}
+
+// The sum of a vector's numbers, in the same order as that of four.
+inline float sum(Vector x) {
+  float totals[4];
+  sum_four(x, x, x, x, totals, false);
+  return totals[0];
+}
+
+inline float dot(const float* a, const float* b, int count) {
+  Vector sums{};
+  int i = 0;
+  for (; i + kLanes <= count; i += kLanes) sums += load(a + i) * load(b + i);
+  float total = sum(sums);
+  for (; i < count; i++) total += a[i] * b[i];
+  return total;
+}
+
+// e^x to about 2 units in the last place, for x <= 0; below -87 it is 0. NaN stays NaN.
+inline Vector exp(Vector x) {
+  const Vector lowest = Vector{} - 87.0f;
+  const auto too_low = x < lowest;
+  const Vector in_range = too_low ? lowest : x;
+  typedef int32_t Whole __attribute__((vector_size(kLanes * 4)));
+  const Vector shifted = in_range * 1.44269504f + 12582912.0f;  // + 1.5 * 2^23 rounds to a whole number
+  const Vector power = shifted - 12582912.0f;
+  const Vector rest = in_range - power * 0.693359375f + power * 2.12194440e-4f;
+  Vector series = rest * 1.9875691500e-4f + 1.3981999507e-3f;
+  series = series * rest + 8.3334519073e-3f;
+  series = series * rest + 4.1665795894e-2f;
+  series = series * rest + 1.6666665459e-1f;
+  series = series * rest + 5.0000001201e-1f;
+  series = series * rest * rest + rest + 1.0f;
+  Whole bits, scaled;
+  std::memcpy(&bits, &shifted, sizeof bits);
+  std::memcpy(&scaled, &series, sizeof scaled);
+  scaled += bits << 23;  // the low bits of `shifted` are the power of two
+  Vector out;
+  std::memcpy(&out, &scaled, sizeof out);
+  return x != x ? x : too_low ? Vector{} : out;
+}
+
+}  // namespace apt

@@ -1,0 +1,135 @@
+"""The C++ kernels against their references, and what happens where they cannot be had."""
+
+import logging
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from apt_jax.attention_backend import select_kernels
+from apt_jax.config import ModelConfig
+from apt_jax.cpu_kernels import calls, library
+from pallas_kernels import dispatch
+
+try:
+    library.register()
+except library.Unavailable as error:
+    pytest.skip(f"the C++ kernels cannot be had here: {error}", allow_module_level=True)
+
+TINY = ModelConfig(hidden_size=16, num_attention_heads=2, num_hidden_layers=1, ffn_dim=32, vocab_size=64)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("heads", "head_dim", "block_size"), [(12, 64, 16), (3, 80, 8), (5, 128, 128), (2, 8, 16), (7, 24, 32)]
+)
+def test_attention_is_that_of_the_references(heads, head_dim, block_size, dtype):
+    found = dispatch.self_check(calls.KERNELS, heads=heads, head_dim=head_dim, block_size=block_size, dtype=dtype)
+    assert found is None
+
+
+@settings(max_examples=4)
+@given(st.data())
+def test_attention_to_any_lengths_in_any_blocks(data):
+    rows, heads, head_dim = data.draw(st.integers(1, 9)), data.draw(st.integers(1, 6)), data.draw(st.integers(1, 40))
+    pages, size = data.draw(st.integers(1, 12)), data.draw(st.sampled_from([8, 16, 32]))
+    length = np.array(data.draw(st.lists(st.integers(0, pages * size), min_size=rows, max_size=rows)), np.int32)
+    rng = np.random.default_rng(data.draw(st.integers(0, 1000)))
+    D = heads * head_dim
+    blocks = rng.permutation(2 * rows * pages).reshape(2, rows, pages).astype(np.int32)
+    pool = rng.standard_normal((2 * rows * pages, size, D), np.float32)
+    for table in blocks:
+        for row, tokens in zip(table, length, strict=True):
+            position = np.arange(pages * size).reshape(pages, size, 1)
+            pool[row] = np.where(position < tokens, pool[row], np.nan)
+    q = rng.standard_normal((rows, heads, head_dim), np.float32)
+    wide = rng.standard_normal((rows, heads, D), np.float32)
+    for name, args in (("kv_decode", (q, pool, *blocks, length)), ("hidden_decode", (wide, pool, blocks[0], length))):
+        found, expected = (getattr(k, name)(*map(jnp.asarray, args)) for k in (calls.KERNELS, dispatch.REFERENCES))
+        np.testing.assert_allclose(found.out, expected.out, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(found.lse, expected.lse, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize(("inputs", "outputs"), [(768, 96), (3072, 50), (48, 7), (1, 1), (33, 13), (800, 6)])
+@pytest.mark.parametrize("rows", [1, 3, 15, 16, 37, 300])
+def test_products_are_those_of_numpy(rows, inputs, outputs, dtype):
+    rng = np.random.default_rng(rows)
+    x = rng.standard_normal((rows, inputs), np.float32)
+    kernel = jnp.asarray(rng.standard_normal((outputs, inputs), np.float32) * inputs**-0.5, dtype)
+    found = calls.matmul(jnp.asarray(x), kernel)
+    expected = x.astype(np.float64) @ np.asarray(kernel, np.float64).T
+    assert found.dtype == jnp.float32
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_a_rows_products_do_not_depend_on_the_other_rows(dtype):
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.standard_normal((200, 1600), np.float32))
+    kernel = jnp.asarray(rng.standard_normal((100, 1600), np.float32), dtype)
+    every = np.asarray(calls.matmul(x, kernel))
+    for rows in (1, 5, 16, 33):
+        np.testing.assert_array_equal(calls.matmul(x[:rows], kernel), every[:rows])
+
+
+def test_what_is_not_finite_stays_so():
+    x = jnp.asarray([[jnp.nan, 1.0], [jnp.inf, 1.0], [1.0, 1.0]])
+    found = calls.matmul(x, jnp.ones((3, 2)))
+    assert np.isnan(found[0]).all() and np.isinf(found[1]).all() and np.isfinite(found[2]).all()
+    pool = jnp.ones((1, 8, 4)).at[0, 2].set(jnp.nan)
+    one = jnp.zeros((1, 1), jnp.int32)
+    assert np.isnan(calls.kv_decode(jnp.ones((1, 1, 4)), pool, one, one, jnp.array([4])).out).all()
+
+
+def select(backend):
+    return select_kernels(backend, TINY, block_size=16, dtype=jnp.dtype("float32"), device=jax.devices("cpu")[0])
+
+
+@pytest.fixture
+def fresh(monkeypatch, tmp_path):
+    """As if nothing had been compiled."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    library.register.cache_clear()
+    yield monkeypatch
+    library.register.cache_clear()
+
+
+def test_without_a_compiler_xla_attends(fresh, tmp_path, caplog):
+    fresh.setenv("PATH", str(tmp_path))
+    fresh.delenv("CXX", raising=False)
+    with caplog.at_level(logging.WARNING):
+        assert select("auto") is None
+    assert "no C++ compiler is on PATH" in caplog.text
+    with pytest.raises(ValueError, match=r"attention_backend='native' cannot be used here .*no C\+\+ compiler"):
+        select("native")
+
+
+def test_a_compiler_that_fails_is_named_with_its_error(fresh, tmp_path):
+    compiler = tmp_path / "c++"
+    compiler.write_text("#!/bin/sh\necho 'x.cc:1: error: no such thing' >&2\nexit 1\n")
+    compiler.chmod(0o755)
+    fresh.setenv("CXX", str(compiler))
+    with pytest.raises(ValueError, match=r"c\+\+ failed: x.cc:1: error: no such thing"):
+        select("native")
+
+
+def test_kernels_that_compute_something_else_are_not_used(monkeypatch, caplog, tmp_path):
+    def wrong(*args):
+        found = dispatch.REFERENCES.kv_decode(*args)
+        return found._replace(lse=found.lse + 1)
+
+    monkeypatch.setattr("apt_jax.attention_backend.CPU_KERNELS", calls.KERNELS._replace(kv_decode=wrong))
+    monkeypatch.setattr(library, "register", lambda: tmp_path / "kernels.so")
+    assert select("auto") is None
+    assert "kv_decode differs from its reference" in caplog.text
+
+
+def test_a_check_that_was_passed_is_not_repeated(monkeypatch, tmp_path):
+    monkeypatch.setattr(library, "register", lambda: tmp_path / "kernels.so")
+    assert select("native") is calls.KERNELS
+    monkeypatch.setattr(dispatch, "self_check", lambda *args, **kwargs: "it ran again")
+    assert select("native") is calls.KERNELS
