@@ -85,7 +85,7 @@ def test_reports_are_as_old_as_the_interval_allows_and_true_when_made():
 
 
 def test_knowing_memory_keeps_more_promises_past_the_cliff():
-    arrivals = some_arrivals(240, 24)
+    arrivals = some_arrivals(400, 70)
     kept = {}
     for name in ("pending-time", "least-requests", "round-robin"):
         outcome = simulate_fleet(arrivals, Fleet(start, 4, make_router(name)))

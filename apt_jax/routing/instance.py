@@ -39,8 +39,8 @@ class InstanceLoad:
         backlog_s: predicted seconds of the iterations that compute `queued_tokens`, at least of one iteration; None
             without a cost model.
         token_s: predicted seconds that one more prompt token adds to these; None without a cost model.
-        freed_blocks_per_s: predicted rate at which running requests finish and give blocks back; None without a cost
-            model or a length predictor.
+        freed_blocks_per_s: predicted blocks per second that requests give back when they finish, less those by which
+            the running ones grow; may be negative; None without a cost model or a length predictor.
         remaining_tokens: predicted output tokens that all unfinished requests still generate; None without a predictor.
     """
 
@@ -112,9 +112,7 @@ def instance_load(
         backlog_s = _backlog_s(cost_model, decode, queued, state.limits.max_num_batched_tokens)
         token_s = cost_model.token_s * cost_model.scales.dense * cost_model.scales.compute
         if remaining is not None:
-            held = np.array([r.table.num_blocks for r in running if r.table is not None], np.float64)
-            step_s = cost_model.step_s(decode)
-            freed_blocks_per_s = float((held / remaining[: len(running)]).sum()) / step_s if step_s > 0 else 0.0
+            freed_blocks_per_s = _freed_blocks(running, remaining, block_size) / max(cost_model.step_s(decode), 1e-9)
     num_unfinished = len(waiting) + len(running)
     return InstanceLoad(
         instance=instance,
@@ -147,6 +145,13 @@ def _backlog_s(model: CostModel, decode: StepLoad, queued_tokens: int, max_num_b
         samples=decode.decode_requests,
     )
     return steps * model.step_s(step)
+
+
+def _freed_blocks(running: list[Request], remaining: np.ndarray, block_size: int) -> float:
+    """Expected blocks given back in one decode iteration, less growth: each ends with probability 1 / remaining."""
+    held = np.array([r.table.num_blocks for r in running if r.table is not None], np.float64)
+    per_page = sum(r.table.kind.blocks_per_page for r in running if r.table is not None)
+    return float((held / remaining[: len(running)]).sum()) - per_page / block_size
 
 
 def _remaining_tokens(predictor: LengthPredictor, requests: list[Request]) -> np.ndarray:

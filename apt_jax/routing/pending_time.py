@@ -2,8 +2,8 @@
 
 1. An instance can keep the promise if the first token is predicted in time (seconds of the prompts queued there, by
    the cost model, and of this one) and if the prompt fits into the blocks that are left when the waiting requests have
-   theirs. Among these the one with the smallest share of its blocks taken or waited for gets the request; blocks, not
-   requests, are what runs out.
+   theirs, or that running requests are predicted to give back in a tenth of the time left. Among these the one with
+   the smallest share of its blocks taken or waited for gets the request; blocks, not requests, are what runs out.
 2. If none can, the request is late wherever it goes. Spread evenly, such requests would make every instance late: all
    queues grow, and with them the wait of every later request. So they go to one instance, the fullest, and the others
    keep their promises. It is the paper's fallback (late requests must not drag others down), one level higher. That
@@ -16,6 +16,8 @@ from collections.abc import Sequence
 from apt_jax.routing.instance import InstanceLoad
 from apt_jax.routing.router import RouteRequest, check_loads, register
 from apt_jax.routing.sent import Sent, Since
+
+WAIT_SHARE = 0.1  # of the time left that a request may wait for blocks; when they come is not known well
 
 
 @register("pending-time")
@@ -35,7 +37,7 @@ class PendingTime:
             since = self._sent.since(load)
             share = occupancy(request, load, since)
             shares.append((share, index))
-            if share <= 1 and first_token_s(request, load, since) <= request.left_s:
+            if first_token_s(request, load, since) <= request.left_s and has_room(request, load, share):
                 kept.append((share, index))
         best = min(kept)[0] if kept else max(shares)[0]
         index = self._random.choice([index for share, index in kept or shares if share == best])
@@ -47,6 +49,15 @@ def occupancy(request: RouteRequest, load: InstanceLoad, since: Since) -> float:
     """Share of the blocks held or waited for, `request` included; above 1 some request must wait for blocks."""
     taken = load.total_blocks - load.free_blocks + load.needed_blocks + since.blocks
     return (taken + load.blocks_for(request.prompt_tokens)) / load.total_blocks
+
+
+def has_room(request: RouteRequest, load: InstanceLoad, share: float) -> bool:
+    """Whether the blocks it needs are there, or predicted to be given back in a fraction of the time that is left."""
+    lacking = (share - 1) * load.total_blocks
+    if lacking <= 0:
+        return True
+    freed = load.freed_blocks_per_s or 0.0
+    return lacking <= freed * WAIT_SHARE * min(request.left_s, request.slo.ttft_s)
 
 
 def first_token_s(request: RouteRequest, load: InstanceLoad, since: Since) -> float:

@@ -8,6 +8,7 @@ from apt_jax.request import Request
 from apt_jax.routing.autoscaler import Autoscaler
 from apt_jax.routing.instance import InstanceLoad
 from apt_jax.routing.router import Router, RouteRequest
+from apt_jax.scheduling.length import LengthPredictor
 from apt_jax.simulation.instance import Instance
 
 CHECK_EVERY_S = 1.0  # between two decisions of the autoscaler
@@ -55,6 +56,7 @@ class Fleet:
             raise ValueError(f"{num_instances=} must be at least 1, and more than one need a router")
         self._start, self._router, self._interval_s = start, router, report_interval_s
         self._autoscaler, self._start_s = autoscaler, start_s
+        self._predictor = LengthPredictor()
         self._ended: deque[tuple[float, bool]] = deque()  # when requests finished, and whether they kept their promise
         self._check_s = 0.0
         self.instances: list[Instance] = []
@@ -85,7 +87,9 @@ class Fleet:
         if self._interval_s:
             self._load(self.members[number], now)  # a report that is due is of the state before
         finished = instance.end()
-        self._ended.extend((now, request.attained) for request in finished)
+        for request in finished:
+            self._predictor.learn(request)
+            self._ended.append((now, request.attained))
         return finished
 
     def instance_s(self, makespan_s: float) -> float:
@@ -102,17 +106,17 @@ class Fleet:
     def _add(self, asked_s: float, ready_s: float, phase: float) -> None:
         instance = self._start(str(len(self.members)))
         due_s = ready_s + phase * self._interval_s
-        report = instance.load(ready_s)
+        report = instance.load(ready_s, self._predictor)
         self.instances.append(instance)
         self.members.append(Member(instance, asked_s, ready_s, due_s, report))
 
     def _load(self, member: Member, now: float) -> InstanceLoad:
         """The last report of an instance. The state has not changed since any report that is due by now."""
         if self._interval_s == 0:
-            return member.instance.load(now)
+            return member.instance.load(now, self._predictor)
         if now >= member.due_s:
             due_s = member.due_s + (now - member.due_s) // self._interval_s * self._interval_s
-            member.report = member.instance.load(due_s)
+            member.report = member.instance.load(due_s, self._predictor)
             member.due_s = due_s + self._interval_s
         return member.report
 
@@ -126,6 +130,7 @@ class Fleet:
         desired = autoscaler.desired(loads, len(staying), now, attainment)
         for _ in range(desired - len(staying)):
             self._add(now, now + self._start_s, phase=0.5)
-        ready = [member for member in staying if member.ready_s <= now]
-        for member in sorted(ready, key=lambda m: m.instance.state.num_unfinished)[: len(staying) - desired]:
+        # one that is not ready yet first: it serves nobody
+        by_use = sorted(staying, key=lambda m: (m.ready_s <= now, m.instance.state.num_unfinished))
+        for member in by_use[: max(len(staying) - desired, 0)]:
             member.ended_s = now

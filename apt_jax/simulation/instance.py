@@ -7,6 +7,7 @@ from apt_jax.cache import BlockPool
 from apt_jax.request import Request
 from apt_jax.routing.instance import InstanceLoad, instance_load
 from apt_jax.scheduling.cost_model import CostModel
+from apt_jax.scheduling.length import LengthPredictor
 from apt_jax.scheduling.plan import Plan
 from apt_jax.scheduling.policy import Policy
 from apt_jax.scheduling.state import Limits, SchedulerState, Span
@@ -92,8 +93,8 @@ class Instance:
         self._report, self.is_busy = None, False
         return finished
 
-    def load(self, now: float) -> InstanceLoad:
+    def load(self, now: float, predictor: LengthPredictor) -> InstanceLoad:
         """The report for a router; the last one if nothing changed since."""
         if self._report is None:
-            self._report = instance_load(self.state, self._cost_model, now, instance=self.name)
+            self._report = instance_load(self.state, self._cost_model, now, instance=self.name, predictor=predictor)
         return self._report

@@ -63,30 +63,30 @@ def _targets(
 
 
 ROUTERS = ("pending-time", "least-requests", "round-robin", "power-of-two")
-INSIDE: tuple[tuple[str, CacheMode], ...] = (("fcfs", "kv"), ("apt", "hybrid"))
 
 
 def _routed(
-    over: str, experiment: Experiment, rates: dict[str, tuple[float, ...]], *,
-    instances: tuple[int, ...] = (8,), intervals: tuple[float, ...] = (0.0,), duration_s: dict[str, float],
+    over: str, experiment: Experiment, policy: str, mode: CacheMode, rates: tuple[float, ...], duration_s: float, *,
+    instances: tuple[int, ...] = (8,), intervals: tuple[float, ...] = (0.0,),
 ) -> tuple[Case, ...]:  # fmt: skip
-    """Each router with each policy inside; `rates` and `duration_s` are by policy, rates those of one instance."""
+    """Each router, with the policy in every instance; `rates` are those of one instance."""
     cases = []
-    for (policy, mode), number, interval, router in itertools.product(INSIDE, instances, intervals, ROUTERS):
+    for number, interval, router in itertools.product(instances, intervals, ROUTERS):
         varied = {"rate": "", "instances": f", {number} instances", "report_interval_s": f", every {interval:g} s"}[
             over
         ]
         each = replace(
             experiment, instances=number, router=router, report_interval_s=interval, num_requests=1,
-            duration_s=duration_s[policy],
+            duration_s=duration_s,
         )  # fmt: skip
-        total = tuple(round(number * rate, 6) for rate in rates[policy])
+        total = tuple(round(number * rate, 6) for rate in rates)
         cases.append(Case(f"{policy}, {router}{varied}", policy, mode, "absorbed", each, total))
     return tuple(cases)
 
 
 DEFAULT = Experiment()
 AZURE = Experiment(workload="azure")
+MIXED = Experiment(workload="sharegpt+longbench")
 SHORT = Experiment(num_requests=300)  # still 300 seconds of arrivals, see `make_arrivals`
 STUDIES = (
     _targets("sharegpt", "What request rate keeps the promise for 90% and 99% of all requests?", ("", DEFAULT),
@@ -134,15 +134,15 @@ STUDIES = (
     _targets("azure", "Recorded arrivals: Azure's conversation trace of 2023, stretched in time.",
              ("", replace(SHORT, workload="azure"))),
     Study("routing", "Eight instances: which router keeps most promises?",
-          _routed("rate", AZURE, {"fcfs": (0.7, 0.9, 1.0, 1.1, 1.2, 1.4), "apt": (2.0, 2.5, 3.0)},
-                  duration_s={"fcfs": 60, "apt": 60}), over="rate"),
-    Study("routing-instances", "4 to 64 instances at one rate for each of them, past the cliff.",
-          _routed("instances", AZURE, {"fcfs": (1.1,), "apt": (3.0,)}, instances=(4, 8, 16, 32, 64),
-                  duration_s={"fcfs": 50, "apt": 25}), over="instances"),
-    Study("routing-reports", "Eight instances: what if reports are old?",
-          _routed("report_interval_s", AZURE, {"fcfs": (1.0,), "apt": (2.5,)}, intervals=(0.0, 0.25, 1.0, 4.0),
-                  duration_s={"fcfs": 60, "apt": 30}), over="report_interval_s"),
+          (*_routed("rate", AZURE, "fcfs", "kv", (0.7, 0.9, 1.0, 1.1, 1.2, 1.4), 60),
+           *_routed("rate", AZURE, "apt", "hybrid", (2.0, 2.5), 60)), over="rate"),
+    Study("routing-instances", "4 to 64 instances, fcfs inside, at one rate for each of them, at the cliff.",
+          _routed("instances", AZURE, "fcfs", "kv", (1.1,), 40, instances=(4, 8, 16, 32, 64)), over="instances"),
+    Study("routing-reports", "Eight instances, fcfs inside: what if reports are old?",
+          _routed("report_interval_s", AZURE, "fcfs", "kv", (1.1,), 60, intervals=(0.0, 0.25, 1.0, 4.0)),
+          over="report_interval_s"),
     Study("routing-lengths", "Eight instances, chats and summaries mixed (ShareGPT and LongBench, half and half).",
-          _routed("rate", Experiment(workload="sharegpt+longbench"), {"fcfs": (1.0, 1.3, 1.6), "apt": (3.0,)},
-                  duration_s={"fcfs": 60, "apt": 30}), over="rate"),
+          (*_routed("rate", MIXED, "fcfs", "kv", (1.0, 1.3, 1.6), 60),
+           *_routed("rate", MIXED, "apt", "hybrid", (3.0,), 30)),
+          over="rate"),
 )  # fmt: skip

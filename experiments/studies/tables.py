@@ -62,7 +62,7 @@ def routing_table(study: Study, rows: Sequence[dict[str, Any]]) -> str:
                 found = {place(study, row): _cell(column, row[column]) for row in own if row["router"] == router}
                 lines.append([router, *(found.get(x, "-") for x in places)])
             parts.append(_markdown(lines))
-    return "\n\n".join(parts)
+    return "\n".join([parts[0] + "\n", *parts[1:]])
 
 
 def _cell(column: str, value: float) -> str:
