@@ -84,14 +84,14 @@ class SelfAttention(nnx.Module):
 
         If the model was called with `cut_late`, their kernels are cut out of the stack where they are read.
         """
-        linear = []
-        for name in ("k_proj", "v_proj"):
+
+        def late(name: str) -> _Projection:
             projection = getattr(self, name)
-            kernel = projection.kernel
-            if self.stacks is not None:
-                kernel = _StackedKernel(self.stacks.kernels[name], self.stacks.layer)
-            linear.append(_Projection(kernel, projection.bias))
-        return KeysValues(*linear, self.splits_inputs)
+            if self.stacks is None:
+                return _Projection(projection.kernel, projection.bias)
+            return _Projection(_StackedKernel(self.stacks.kernels[name], self.stacks.layer), projection.bias)
+
+        return KeysValues(late("k_proj"), late("v_proj"), self.splits_inputs)
 
     def query(self, h: jax.Array) -> jax.Array:
         """Scaled queries `[T, N, H]` of attention inputs `[T, D]`; N are this device's heads."""
@@ -202,9 +202,9 @@ class OPT(nnx.Module):
             layer, state = xs
             module = nnx.merge(graphdef, state)
             if cut_late:
-                module.self_attn.stacks = _Stacks(
-                    {name: stacked["self_attn"][name]["kernel"][...] for name in ("k_proj", "v_proj")}, layer
-                )
+                attention: Any = stacked["self_attn"]
+                kernels = {name: attention[name]["kernel"][...] for name in ("k_proj", "v_proj")}
+                module.self_attn.stacks = _Stacks(kernels, layer)
             return module(x, attend, cache, layer), None
 
         layers = jnp.arange(self.num_layers, dtype=jnp.int32)

@@ -30,7 +30,7 @@ def case(counts: list[int], slots: int, dtype=jnp.float32) -> tuple[jax.Array, .
 
 
 def by_hand(q, k, v, row) -> Partial:
-    q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
+    q, k, v, row = *(np.asarray(x, np.float64) for x in (q, k, v)), np.asarray(row)
     out, lse = np.zeros(q.shape), np.zeros(q.shape[:2])
     for t in range(len(row)):
         seen = np.flatnonzero(row[: t + 1] == row[t])
@@ -56,7 +56,7 @@ def xla(q, k, v, row) -> Partial:
         (jit(reference.chunk_attention), [5, 1, 130], 150),
         (xla, [5, 1, 130], 256),
         (xla, [7, 2], 20),
-        (splash, [5, 1, 255], 384),
+        (splash, [5, 1, 131], 256),
         (splash, [7, 2], 20),
     ],
     ids=["reference", "XLA in tiles", "XLA in one tile", "splash in blocks", "splash with padding"],

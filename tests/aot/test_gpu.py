@@ -142,3 +142,6 @@ def test_kv_without_tensor_cores_compiles_for_an_a100():
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     assert check_report(done.stdout + done.stderr, kernels=len(FLOAT32_CASES)) == {"sm_80"}
+    # the day that these compile, dispatch.gpu_kernels should give them to Ampere
+    refused = re.findall(r"(\w+) for Hopper refused: .*Hopper and newer", done.stdout)
+    assert refused == ["kv_decode_attention", "hidden_decode_attention"], done.stdout[-500:]
