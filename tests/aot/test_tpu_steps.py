@@ -132,7 +132,8 @@ def test_no_step_copies_the_pool_or_a_weight(chip, size, num_tokens):
     assert text.count("tpu_custom_call") >= (4 if num_tokens is None else 5)
     temporaries = program.memory_analysis().temp_size_in_bytes
     print(f"{chip} {size} {num_tokens or 'decode'}: temporaries {temporaries / 1e6:.0f} MB")
-    assert temporaries < (2 if num_tokens is None else 8) * matrix
+    wide_query = 4 * ROWS * OPT_SIZES[size][0] * model.width
+    assert temporaries < (max(2 * matrix, 3 * wide_query) if num_tokens is None else 8 * matrix)
 
 
 @CHIPS
