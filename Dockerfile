@@ -42,7 +42,7 @@ WORKDIR /data
 
 # g++ compiles the attention kernels for the host's own instructions at the first start
 FROM base AS cpu
-RUN apt-get update && apt-get install --yes --no-install-recommends g++ && rm -rf /var/lib/apt/lists/*
+RUN apt-get update && apt-get install -y --no-install-recommends g++ && rm -rf /var/lib/apt/lists/*
 ENV XDG_CACHE_HOME=/data/cache
 RUN pip install '.[otel]'
 USER 10001

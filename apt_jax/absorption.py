@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 
 from apt_jax.collectives import join
-from apt_jax.opt import SelfAttention, scatter_heads
+from apt_jax.opt import KeysValues, SelfAttention, scatter_heads
 
 
-def absorb_query(projections: SelfAttention, q: jax.Array) -> jax.Array:
+def absorb_query(projections: SelfAttention | KeysValues, q: jax.Array) -> jax.Array:
     """q' = q Wk^T, `[T, N, H] -> [T, N, D]` in float32. Source: DESIGN 2.1.
 
     Split over devices, N are a device's heads in q and all heads in q', of which it has its slice of D.
@@ -20,14 +20,14 @@ def absorb_query(projections: SelfAttention, q: jax.Array) -> jax.Array:
     return jnp.einsum("NTH,NDH->NTD", q, kernel, preferred_element_type=jnp.float32).swapaxes(0, 1)
 
 
-def key_bias_score(projections: SelfAttention, q: jax.Array) -> jax.Array:
+def key_bias_score(projections: SelfAttention | KeysValues, q: jax.Array) -> jax.Array:
     """q . bk `[T, N]`: constant over positions, but counts when parts of a context are merged. Source: DESIGN 2.1."""
     if projections.k_proj.bias is None:
         return jnp.zeros(q.shape[:2], jnp.float32)
     return jnp.einsum("TNH,NH->TN", q, projections.k_proj.bias[...], preferred_element_type=jnp.float32)
 
 
-def absorbed_values(projections: SelfAttention, context: jax.Array) -> jax.Array:
+def absorbed_values(projections: SelfAttention | KeysValues, context: jax.Array) -> jax.Array:
     """`context Wv + bv`, `[T, N, D] -> [T, N, H]` in float32: the weights sum to 1, so bv counts once.
 
     Split over devices, a slice of D of all heads goes in, and the device's own heads come out.

@@ -1,4 +1,4 @@
-"""Attention over the paged hybrid cache: in plain XLA, and where given by Pallas kernels, but for a chunk's own tokens.
+"""Attention over the paged hybrid cache: in plain XLA, or by kernels where they are given.
 
 Shape letters: T token slots, R rows, N heads, H head_dim, D = N*H, L layers, P blocks, S block_size, C chunk of
 cached tokens that one loop step reads. The pool is flat, `[L*P, S, D]`; block b of layer l is row `l*P + b`.
@@ -63,7 +63,7 @@ def paged_attention(
         kinds: cache kinds that can occur.
         num_blocks: P.
         decode_only: every row has one token, and token r belongs to row r.
-        kernels: for cached tokens; None does it in XLA.
+        kernels: what they leave out, or None, is done in XLA.
 
     Returns:
         An `Attend` whose cache is the pool.
@@ -80,11 +80,11 @@ def paged_attention(
         elif decode_only and kinds.maybe_one:
             k, v = jax.lax.cond(
                 jnp.any(~rows.is_hidden & (rows.length > 0)),
-                lambda: projections.keys_values(h),
+                lambda: projections.cut_late().keys_values(h),
                 lambda: (jnp.zeros_like(q), jnp.zeros_like(q)),
             )
         else:
-            k, v = projections.keys_values(h)
+            k, v = projections.cut_late().keys_values(h)
         pool = write_tokens(pool, tokens, rows, kinds.hidden, num_blocks, layer, h=h, k=k, v=v)
         shifted = rows._replace(
             first_blocks=rows.first_blocks + layer * num_blocks, second_blocks=rows.second_blocks + layer * num_blocks
@@ -118,7 +118,8 @@ def _decode(
     hidden = (rows.is_hidden & (context > 0))[:, None, None]
 
     def of_hidden(otherwise: jax.Array) -> jax.Array:
-        wide = absorb_query(projections, q)
+        late = projections.cut_late() if kinds.maybe_one else projections
+        wide = absorb_query(late, q)
         length = jnp.where(rows.is_hidden, context, 0)
         if slices:  # a kernel cannot sum the devices' scores before its softmax
             found = hidden_decode_slices(wide.astype(pool.dtype), pool, rows.first_blocks, length).out
@@ -126,7 +127,7 @@ def _decode(
             found = kernels.hidden_decode(wide.astype(pool.dtype), pool, rows.first_blocks, length).out
         else:
             found = hidden_decode(wide, pool, rows.first_blocks, length).out
-        return jnp.where(hidden, absorbed_values(projections, found), otherwise)
+        return jnp.where(hidden, absorbed_values(late, found), otherwise)
 
     if not kinds.kv:
         return of_hidden(jnp.zeros(q.shape, jnp.float32))
@@ -153,7 +154,8 @@ def _chunks(
 ) -> jax.Array:
     """Prefill chunks `[T, N, H]`: causal among the chunk's own tokens, and over the row's cached prefix."""
     T, N, H = q.shape
-    own = _causal(q, k, v, tokens)
+    chunk = None if kernels is None else kernels.chunk
+    own = causal_tiles(q, k, v, tokens) if chunk is None else chunk(q, k, v, tokens.row)
     prefix = jnp.where(rows.length > 1, rows.start, 0)
     # kernels cannot sum the devices' scores before their softmax
     if kernels is not None and kernels.kv_prefix is not None and not projections.splits_inputs:
@@ -210,7 +212,7 @@ def _chunks(
     return jax.lax.fori_loop(0, rows.length.shape[0], one_row, own).out
 
 
-def _causal(q: jax.Array, k: jax.Array, v: jax.Array, tokens: Tokens) -> Partial:
+def causal_tiles(q: jax.Array, k: jax.Array, v: jax.Array, tokens: Tokens) -> Partial:
     """Each packed token over the tokens of its own row up to itself; padding gives anything.
 
     In tiles of queries, each over those tiles of keys that its rows begin in or after: neither what comes later nor

@@ -1,4 +1,4 @@
-"""Choosing the implementation of attention to cached tokens at start-up: kernels of our own, or XLA."""
+"""Choosing the implementation of attention at start-up: kernels of our own, or XLA."""
 
 import logging
 from collections.abc import Callable
@@ -28,6 +28,7 @@ def select_kernels(
 
     auto takes the Pallas kernels on TPU and GPU, and on a CPU those in C++ (for a model on one device), if they pass a
     check against their references on this device, else XLA. pallas on a CPU takes the TPU kernels in interpret mode.
+    Whatever is left to XLA, a warning says why.
 
     Args:
         model_config: of the part of the model that a device has.
@@ -63,7 +64,10 @@ def select_kernels(
         found = _pallas_kernels(check, device)
     if isinstance(found, Kernels):
         logger.info("attention: kernels for %s", found.name)
-        return found
+        if found.hidden_decode is None:
+            logger.warning("attention: XLA for hidden rows, because the %r kernels have none for them", found.name)
+        with jax.default_device(device):
+            return _with_usable_chunk(found, model_config, dtype)
     if backend != "auto":
         raise ValueError(f"attention_backend={backend!r} cannot be used here ({found}); use auto or xla")
     logger.warning("attention: XLA, because the kernels cannot be used here (%s)", found)
@@ -94,3 +98,17 @@ def _cpu_kernels(check: Callable[[Kernels], str | None], shape: str) -> Kernels 
         except OSError as error:
             logger.warning("%s cannot be written (%s); the next start checks again", passed, error)
     return CPU_KERNELS
+
+
+def _with_usable_chunk(kernels: Kernels, model_config: ModelConfig, dtype: DTypeLike) -> Kernels:
+    """The kernels without that for a chunk's own tokens, which is not ours, if it does not work here."""
+    if kernels.chunk is None:
+        return kernels
+    heads, head_dim = model_config.num_attention_heads, model_config.head_dim
+    reason = dispatch.check_chunk(kernels, heads=heads, head_dim=head_dim, dtype=dtype)
+    if reason is None:
+        return kernels
+    logger.warning(
+        "attention: XLA among a prefill chunk's own tokens, because their kernel cannot be used (%s)", reason
+    )
+    return kernels._replace(name=f"{kernels.name}, chunks by xla", chunk=None)

@@ -12,7 +12,8 @@ Source: transformers `modeling_opt.py` (behaviour), checked against it by `tests
 
 import math
 from collections.abc import Callable
-from typing import Protocol, runtime_checkable
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -53,6 +54,8 @@ ACTIVATION_FUNCTIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 class SelfAttention(nnx.Module):
     """The four projections of one attention layer; how they are combined is the caller's choice."""
 
+    stacks: "_Stacks | None" = None
+
     def __init__(self, config: ModelConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
         D, N, H = config.hidden_size, config.num_attention_heads, config.head_dim
 
@@ -76,19 +79,27 @@ class SelfAttention(nnx.Module):
         """Whether k and v take a slice of D: this device's, where hidden vectors are split (`sharding.py`)."""
         return self.k_proj.kernel.shape[-3] < self.q_proj.kernel.shape[-3]
 
+    def cut_late(self) -> "KeysValues":
+        """The key and value projections for use under a condition or in a loop.
+
+        If the model was called with `cut_late`, their kernels are cut out of the stack where they are read.
+        """
+
+        def late(name: str) -> _Projection:
+            projection = getattr(self, name)
+            if self.stacks is None:
+                return _Projection(projection.kernel, projection.bias)
+            return _Projection(_StackedKernel(self.stacks.kernels[name], self.stacks.layer), projection.bias)
+
+        return KeysValues(late("k_proj"), late("v_proj"), self.splits_inputs)
+
     def query(self, h: jax.Array) -> jax.Array:
         """Scaled queries `[T, N, H]` of attention inputs `[T, D]`; N are this device's heads."""
         return _to_heads(self.q_proj, h) * jnp.asarray(self.scale, h.dtype)
 
     def keys_values(self, h: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Keys and values `[T, N, H]` of attention inputs `[T, D]`, or of this device's slice if it `splits_inputs`."""
-        if not self.splits_inputs:
-            return _to_heads(self.k_proj, h), _to_heads(self.v_proj, h)
-        keys = jnp.tensordot(h, self.k_proj.kernel[...], axes=1)
-        # else XLA on a GPU makes one product of both, of a copy of their weights side by side
-        values = jnp.tensordot(jax.lax.optimization_barrier(h), self.v_proj.kernel[...], axes=1)
-        both = scatter_heads(jnp.stack([keys, values]))
-        return _add_bias(self.k_proj, both[0]), _add_bias(self.v_proj, both[1])
+        return KeysValues(self.k_proj, self.v_proj, self.splits_inputs).keys_values(h)
 
     def output(self, context: jax.Array) -> jax.Array:
         """What attention adds to the residual stream, `[T, N, H] -> [T, D]`."""
@@ -168,12 +179,15 @@ class OPT(nnx.Module):
         self.lm_head = None if config.tie_word_embeddings else _linear(E, V, False, dtype, rngs)
 
     def __call__[Cache](
-        self, token_ids: jax.Array, positions: jax.Array, attend: Attend[Cache], cache: Cache, *, unroll: bool = False
-    ) -> tuple[jax.Array, Cache]:
+        self, token_ids: jax.Array, positions: jax.Array, attend: Attend[Cache], cache: Cache, *, unroll: bool = False,
+        cut_late: bool = False,
+    ) -> tuple[jax.Array, Cache]:  # fmt: skip
         """Run all layers over `token_ids` and `positions` (same shape, int32). Pure.
 
         `unroll` writes the layers out one after the other: more to compile, but on a GPU the matrix products then read
         the weights where they are, which in a loop XLA copies out of the stack first. On a CPU it copies either way.
+
+        `cut_late` lets `SelfAttention.cut_late` do so: a kernel that is cut before a condition is copied to enter it.
 
         Returns:
             Hidden states `[..., E]` ready for `logits`, and the cache after the last layer.
@@ -186,7 +200,12 @@ class OPT(nnx.Module):
         ) -> tuple[tuple[jax.Array, Cache], None]:
             x, cache = carry
             layer, state = xs
-            return nnx.merge(graphdef, state)(x, attend, cache, layer), None
+            module = nnx.merge(graphdef, state)
+            if cut_late:
+                attention: Any = stacked["self_attn"]
+                kernels = {name: attention[name]["kernel"][...] for name in ("k_proj", "v_proj")}
+                module.self_attn.stacks = _Stacks(kernels, layer)
+            return module(x, attend, cache, layer), None
 
         layers = jnp.arange(self.num_layers, dtype=jnp.int32)
         (x, cache), _ = jax.lax.scan(body, (x, cache), (layers, stacked), unroll=unroll)
@@ -218,6 +237,65 @@ class OPT(nnx.Module):
         return join(logits, axis=logits.ndim - 1)[..., : self.vocab_size]
 
 
+@dataclass(frozen=True)
+class KeysValues:
+    """The key and value projections of one attention layer: all that attention to hidden vectors needs."""
+
+    k_proj: Any  # with `kernel` and `bias`
+    v_proj: Any
+    splits_inputs: bool  # see `SelfAttention`
+
+    def within(self, turn: jax.Array) -> "KeysValues":
+        """These for use inside the loop that counts `turn`: kernels that are cut late are not cut before the loop."""
+
+        return KeysValues(_read_after(turn, self.k_proj), _read_after(turn, self.v_proj), self.splits_inputs)
+
+    def keys_values(self, h: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """See `SelfAttention.keys_values`."""
+        if not self.splits_inputs:
+            keys = _head_by_head(self.k_proj, h)  # else XLA on a TPU cuts both kernels out at once, which copies
+            return keys, _head_by_head(_read_after(keys, self.v_proj), h)
+        keys = jnp.tensordot(h, self.k_proj.kernel[...], axes=1)
+        # else XLA on a GPU makes one product of both, of a copy of their weights side by side
+        values = jnp.tensordot(jax.lax.optimization_barrier(h), self.v_proj.kernel[...], axes=1)
+        both = scatter_heads(jnp.stack([keys, values]))
+        return _add_bias(self.k_proj, both[0]), _add_bias(self.v_proj, both[1])
+
+
+@dataclass(frozen=True)
+class _Stacks:
+    """Kernels of all layers, by the names of the projections, and the number of one layer."""
+
+    kernels: dict[str, jax.Array]  # [L, ...]
+    layer: jax.Array  # int32
+
+
+@dataclass(frozen=True)
+class _Projection:
+    kernel: Any
+    bias: Any
+
+
+@dataclass(frozen=True)
+class _StackedKernel:
+    """A layer's kernel that is cut out of the stack of all layers where it is read, `kernel[...]`."""
+
+    stack: jax.Array  # [L, ...]
+    layer: jax.Array  # int32
+
+    def __getitem__(self, index: Any) -> jax.Array:
+        return jax.lax.dynamic_index_in_dim(self.stack, self.layer, keepdims=False)[index]
+
+
+def _read_after(known: jax.Array, projection: Any) -> Any:
+    """`projection`; if its kernel is cut late, not before `known` is."""
+    kernel = projection.kernel
+    if not isinstance(kernel, _StackedKernel):
+        return projection
+    layer, _ = jax.lax.optimization_barrier((kernel.layer, known))
+    return _Projection(_StackedKernel(kernel.stack, layer), projection.bias)
+
+
 def scatter_heads(x: jax.Array) -> jax.Array:
     """This device's heads of the sum of all devices' `x [..., N, H]`.
 
@@ -230,6 +308,17 @@ def scatter_heads(x: jax.Array) -> jax.Array:
 def _to_heads(linear: nnx.LinearGeneral, h: jax.Array) -> jax.Array:
     """`[T, D] -> [T, N, H]`, N as many heads as this device's kernel has (the module's own call wants all)."""
     return _add_bias(linear, product(h, linear.kernel))
+
+
+def _head_by_head(projection: Any, h: jax.Array) -> jax.Array:
+    """As `_to_heads`; with a kernel that is cut late the result lies as `[N, T, H]`.
+
+    Else XLA on a TPU7x may want it as `[T, N*H]`, for which it turns a kernel round that lies head by head.
+    """
+    out = _to_heads(projection, h)
+    if not isinstance(projection.kernel, _StackedKernel):
+        return out
+    return jax.lax.optimization_barrier(out.swapaxes(0, 1)).swapaxes(0, 1)
 
 
 def _summed(linear: nnx.Linear | nnx.LinearGeneral, x: jax.Array, axes: int) -> jax.Array:

@@ -285,6 +285,7 @@ class Runner:
                 self._model(weights), self.shapes.kinds, num_blocks, bucket.decode_only, self.buckets.max_rows,
                 pool, history, tokens, rows, self.kernels, unroll=bucket.decode_only and self.device.platform == "gpu",
                 by_kind=bucket.decode_only and self.device.platform == "tpu",
+                cut_late=not bucket.decode_only and self.device.platform == "tpu" and self.parallel is None,
             )  # fmt: skip
 
         outs = (EVERYWHERE, POOL, EVERYWHERE, EVERYWHERE)

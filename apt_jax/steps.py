@@ -30,8 +30,11 @@ def run_step(
     *,
     unroll: bool = False,
     by_kind: bool = False,
+    cut_late: bool = False,
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]:
-    """One iteration of the model: tokens in, cache written. Pure; jitted by `Runner`. `unroll` is the model's.
+    """One iteration of the model: tokens in, cache written. Pure; jitted by `Runner`.
+
+    `unroll` and `cut_late` are the model's.
 
     `by_kind` compiles the layers for each mix of cache kinds and chooses among them before the first layer, where
     otherwise each layer would ask which kinds occur. On a TPU a condition inside the loop copies the weights that it
@@ -46,7 +49,7 @@ def run_step(
 
     def all_layers(pool: jax.Array, kinds: Kinds) -> tuple[jax.Array, jax.Array]:
         attend = paged_attention(tokens, rows, kinds, num_blocks, decode_only=decode_only, kernels=kernels)
-        return model(ids, tokens.position, attend, pool, unroll=unroll)
+        return model(ids, tokens.position, attend, pool, unroll=unroll, cut_late=cut_late)
 
     if by_kind and kinds.maybe_one:
         has_kv, has_hidden = (jnp.any((rows.length > 0) & is_kind) for is_kind in (~rows.is_hidden, rows.is_hidden))

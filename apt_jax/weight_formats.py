@@ -3,15 +3,21 @@
 XLA stores an array with its last two axes in tiles of 8 x 128. For the query, key and value projections `[L, D, N, H]`
 these would be (N, H), while every product wants a head's matrix in tiles: (D, H), or (H, D) where H is no multiple of
 128 and would be padded. These are the layouts that `Layout.AUTO` chooses for v5e and v6e; the others stay as they are.
+
+On a TPU7x XLA reads bfloat16 matrices in tiles of 16 x 128, but puts arguments in tiles of 8 x 128, with `Layout.AUTO`
+too, and copies the stacks of most matrices once in every step, unless they come in the tiles that it reads.
 """
 
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.experimental.layout import Format, Layout
 
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj")
+_OTHERS = ("out_proj", "fc1", "fc2")
 _LANES = 128
+_TALL_TILES = ((16, 128), (2, 1))  # pairs of bfloat16 rows share registers' 32 bits
 
 
 def names_in(path: tuple[Any, ...]) -> set[Any]:
@@ -26,10 +32,16 @@ def tpu_format(path: tuple[Any, ...], leaf: jax.Array | jax.ShapeDtypeStruct) ->
         leaf: with a sharding.
     """
     names = names_in(path)
-    if "kernel" not in names or not names.intersection(_PROJECTIONS):
+    is_projection = bool(names.intersection(_PROJECTIONS))
+    if "kernel" not in names or not (is_projection or names.intersection(_OTHERS)):
         return leaf.sharding
-    order = (0, 2, 1, 3) if leaf.shape[-1] % _LANES == 0 else (0, 2, 3, 1)
-    return Format(Layout(order), leaf.sharding)
+    order = tuple(range(leaf.ndim))
+    if is_projection:
+        order = (0, 2, 1, 3) if leaf.shape[-1] % _LANES == 0 else (0, 2, 3, 1)
+    kind = next(iter(leaf.sharding.device_set)).device_kind
+    if "7x" in kind and leaf.dtype == jnp.bfloat16:
+        return Format(Layout(order, tiling=_TALL_TILES), leaf.sharding)
+    return Format(Layout(order), leaf.sharding) if is_projection else leaf.sharding
 
 
 def put_for_tpu(paths_and_weights: list[tuple[tuple[Any, ...], jax.Array]]) -> list[jax.Array]:

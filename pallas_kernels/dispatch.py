@@ -20,7 +20,7 @@ class Kernels(NamedTuple):
 
     Looser than there: `hidden_decode` and `hidden_prefix` may give `out` in the pool's dtype, and `hidden_decode`
     anything in rows of length 0. `hidden_decode` is None where there is no kernel for hidden rows and XLA attends to
-    them.
+    them. `chunk`, a prefill chunk's own tokens, may be None too; it may not handle every dtype.
     """
 
     name: str
@@ -28,6 +28,7 @@ class Kernels(NamedTuple):
     hidden_decode: Callable[..., Partial] | None
     kv_prefix: Callable[..., Partial] | None = None
     hidden_prefix: Callable[..., Partial] | None = None
+    chunk: Callable[..., Partial] | None = None
 
 
 REFERENCES = Kernels(
@@ -36,6 +37,7 @@ REFERENCES = Kernels(
     reference.hidden_decode_attention,
     reference.kv_prefix_attention,
     reference.hidden_prefix_attention,
+    reference.chunk_attention,
 )
 
 
@@ -60,13 +62,14 @@ def gpu_kernels(compute_capability: str) -> Kernels:
     Raises:
         NotImplementedError: an older GPU, or one of another make.
     """
-    from pallas_kernels import gpu_hidden_decode, gpu_kv_decode, gpu_kv_fma
+    from pallas_kernels import gpu_chunk, gpu_hidden_decode, gpu_kv_decode, gpu_kv_fma
 
-    generation = compute_capability.split(".")[0]
+    generation, chunk = compute_capability.split(".")[0], gpu_chunk.chunk_attention
     if generation == "9":
-        return Kernels("gpu", gpu_kv_decode.kv_decode_attention, gpu_hidden_decode.hidden_decode_attention)
+        hidden_decode = gpu_hidden_decode.hidden_decode_attention
+        return Kernels("gpu", gpu_kv_decode.kv_decode_attention, hidden_decode, chunk=chunk)
     if generation.isdecimal() and int(generation) >= 8:
-        return Kernels("gpu-kv", gpu_kv_fma.kv_decode_attention, None)
+        return Kernels("gpu-kv", gpu_kv_fma.kv_decode_attention, None, chunk=chunk)
     raise NotImplementedError(
         f"there are no Pallas kernels for GPUs of {compute_capability=}; they need 8.0 (KV) or 9.0 (KV and hidden)"
     )
@@ -74,7 +77,7 @@ def gpu_kernels(compute_capability: str) -> Kernels:
 
 def tpu_kernels(name: str, *, cores: int, interpret: Any) -> Kernels:
     """The TPU kernels, with options as they have them."""
-    from pallas_kernels import tpu_hidden_decode, tpu_hidden_prefix, tpu_kv_decode, tpu_kv_prefix
+    from pallas_kernels import tpu_chunk, tpu_hidden_decode, tpu_hidden_prefix, tpu_kv_decode, tpu_kv_prefix
 
     options = {"cores": cores, "interpret": interpret}
 
@@ -92,6 +95,7 @@ def tpu_kernels(name: str, *, cores: int, interpret: Any) -> Kernels:
         hidden_decode,
         functools.partial(tpu_kv_prefix.kv_prefix_attention, **options),
         hidden_prefix,
+        functools.partial(tpu_chunk.chunk_attention, interpret=interpret),
     )
 
 
@@ -127,14 +131,32 @@ def self_check(kernels: Kernels, *, heads: int, head_dim: int, block_size: int, 
     for name, args in cases.items():
         if getattr(kernels, name) is None:
             continue
-        try:
-            found, expected = (jax.device_get(getattr(k, name)(*map(jnp.asarray, args))) for k in (kernels, REFERENCES))
-        except Exception as error:
-            return f"{name} failed: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
-        wrong = np.abs(np.asarray(found.out, np.float32) - expected.out) / np.abs(expected.out).max()
-        if name == "hidden_decode":
-            wrong = wrong[lengths > 0]
-        difference = np.maximum(wrong.max(), np.abs(found.lse - expected.lse).max())
-        if not difference <= _TOLERANCE[dtype.itemsize]:
-            return f"{name} differs from its reference by {difference:.1e}, more than {_TOLERANCE[dtype.itemsize]:.0e}"
+        counted = lengths > 0 if name == "hidden_decode" else slice(None)
+        if reason := _differs(kernels, name, args, counted):
+            return reason
+    return None
+
+
+def check_chunk(kernels: Kernels, *, heads: int, head_dim: int, dtype: DTypeLike) -> str | None:
+    """Run `chunk`, which must be there, on a few packed rows as `self_check` does the others."""
+    rng = np.random.default_rng(0)
+    row = np.repeat(np.arange(5, dtype=np.int32), [130, 1, 2, 63, 60])
+    q, k, v = (jnp.asarray(rng.standard_normal((len(row), heads, head_dim), np.float32), dtype) for _ in range(3))
+    q = q * jnp.asarray(head_dim**-0.5, dtype)
+    with jax.default_matmul_precision("highest" if jnp.dtype(dtype) == jnp.float32 else None):  # as `Runner` has it
+        return _differs(kernels, "chunk", (q, k, v, row))
+
+
+def _differs(kernels: Kernels, name: str, args: tuple[Any, ...], counted: Any = slice(None)) -> str | None:
+    """Why the kernel `name` cannot be used; None if it agrees with its reference in the rows `counted`."""
+    run = getattr(kernels, name), jax.jit(getattr(REFERENCES, name))  # each of a reference's operations would compile
+    try:
+        found, expected = (jax.device_get(function(*map(jnp.asarray, args))) for function in run)
+    except Exception as error:
+        return f"{name} failed: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+    wrong = np.abs(np.asarray(found.out, np.float32) - expected.out) / np.abs(expected.out).max()
+    difference = np.maximum(wrong[counted].max(), np.abs(found.lse - expected.lse).max())
+    tolerance = _TOLERANCE[args[0].dtype.itemsize]
+    if not difference <= tolerance:
+        return f"{name} differs from its reference by {difference:.1e}, more than {tolerance:.0e}"
     return None

@@ -253,7 +253,7 @@ def _body(  # type: ignore[no-untyped-def]
         @pl.when((block == 0) & (worker == 0))
         def _() -> None:
             top = plgpu.load(top_s.at[worker], layout=_WGMMA.reduce(0))
-            lse.at[row, part][...] = top + jnp.log(total)
+            gpu_pages.store(lse.at[row, part], top + jnp.log(total))
 
 
 def _add_product(x: jax.Array, a: Any, b: Any, interpreted: bool) -> Any:

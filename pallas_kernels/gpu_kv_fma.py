@@ -86,9 +86,13 @@ def kv_decode_attention(
     return gpu_pages.merge_splits(out, lse, length, split, parts=T)
 
 
-def _layout(dtype: jnp.dtype, head_dim: int) -> Any:
-    """Registers of a tile `[32, H]`: 8 rows a warp, 4 lanes a row, up to 16 bytes a load."""
-    vector = 8 if dtype.itemsize == 2 and head_dim % 32 == 0 else 4
+def _layout() -> Any:
+    """Registers of a tile `[32, H]`: 8 rows a warp, 4 lanes a row, 4 numbers a load.
+
+    Eight bfloat16 would fit into a load of 16 bytes, but queries and results have the same layout in float32, and
+    Mosaic (jax 0.12) moves at most 16 bytes a thread at a time.
+    """
+    vector = 4
     tiling = plgpu.Tiling(((TILE_ROWS, 4 * vector), (8, 4 * vector), (vector,)))
     return plgpu.Layout.TILED(tiling, warp_dims=(-5,), lane_dims=(-3, -2), vector_dim=-1)
 
@@ -97,7 +101,7 @@ def _body(q, pool, key_blocks, value_blocks, length, out, lse, *, split, stride_
     """One CUDA block. q `[R, J, 32, H]`, pool `[L*P, S*N, H]`, out `[R, splits, J, 32, H]`, all in GMEM."""
     row, part, tile = lax.axis_index("row"), lax.axis_index("split"), lax.axis_index("tile")
     shape = out.shape[3:]
-    layout = _layout(pool.dtype, shape[1])
+    layout = _layout()
     per_row = layout.reduce(1)
     todo = jnp.minimum(length[row] - part * split, split)
     stride_rows = stride_tokens * heads

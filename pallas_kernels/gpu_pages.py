@@ -192,3 +192,11 @@ def merge_splits(out: jax.Array, lse: jax.Array, length: jax.Array, split: int, 
     total = jnp.where(some, total, 1)
     merged = jnp.where(used[..., None], out * weights[..., None], 0).sum(1) / total[..., None]
     return Partial(merged, jnp.where(some, top[:, 0] + jnp.log(total), NEVER))
+
+
+def store(ref: Any, value: jax.Array) -> None:
+    """`ref[...] = value` to GMEM for a few numbers: jax 0.12 refuses less than whole cache lines unless it is told."""
+    if hasattr(plgpu, "store"):
+        plgpu.store(ref, value, optimized=False)
+    else:
+        ref[...] = value

@@ -137,6 +137,24 @@ def hidden_prefix_attention(
     return jax.lax.scan(one_row, empty, (blocks, length, first_query, num_queries))[0]
 
 
+def chunk_attention(q: jax.Array, k: jax.Array, v: jax.Array, row: jax.Array) -> Partial:
+    """Each packed token over the tokens of its own row up to itself. Pure.
+
+    A row's tokens lie in neighbouring slots, in their order. Slots that belong to no request have a row of their own.
+
+    Args:
+        q, k, v: `[T, N, H]`, bfloat16 or float32, q already scaled.
+        row: int32 `[T]`.
+
+    Returns:
+        float32 out `[T, N, H]` and lse `[T, N]`.
+    """
+    scores = jnp.einsum("TNH,CNH->TNC", q.astype(jnp.float32), k.astype(jnp.float32), precision="highest")
+    slot = jnp.arange(q.shape[0])
+    weights, lse = _softmax(scores, (row[:, None] == row) & (slot[:, None] >= slot))
+    return Partial(jnp.einsum("TNC,CNH->TNH", weights, v.astype(jnp.float32), precision="highest"), lse)
+
+
 def _of_queries(found: Partial, part: Partial, first: jax.Array, count: jax.Array) -> Partial:
     """`part` for queries `first .. first + count`, `found` for the others."""
     query = jnp.arange(part.lse.shape[0])[:, None]

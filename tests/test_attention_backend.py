@@ -16,9 +16,10 @@ from apt_jax.cache import CacheKind
 from apt_jax.config import ModelConfig
 from apt_jax.prefix_attention import absorbing_is_cheaper
 from pallas_kernels import dispatch
-from pallas_kernels.dispatch import REFERENCES, Kernels, self_check
+from pallas_kernels.dispatch import REFERENCES, Kernels, check_chunk, self_check
 
 KV, HIDDEN = CacheKind.KV, CacheKind.HIDDEN
+MODEL = "post_norm_projected"  # of all tests, so that programs without attention compile once
 TREATMENTS = ("kv", "hidden", "converted", "preempted")
 TINY = ModelConfig(
     vocab_size=128, hidden_size=32, num_hidden_layers=2, ffn_dim=64, max_position_embeddings=64,
@@ -38,7 +39,7 @@ def few_shapes(monkeypatch):
 @pytest.mark.parametrize("mixed", [False, True], ids=["apart", "mixed"])
 def test_every_cache_kind_gives_the_greedy_tokens_of_transformers(mixed, tmp_path):
     """Requests in KV, hidden, converted on the way and preempted, in one batch; also beside prefill chunks."""
-    golden = load_golden("post_norm_projected")
+    golden = load_golden(MODEL)
     config = ModelConfig.from_hf(golden.config)
     engine = make_engine(
         load_golden_model(golden, tmp_path), config, num_blocks=300, attention_backend="pallas", max_num_seqs=16
@@ -76,10 +77,10 @@ def test_every_cache_kind_gives_the_greedy_tokens_of_transformers(mixed, tmp_pat
 @pytest.mark.parametrize("mode", ["kv", "hidden"])
 def test_fcfs_under_memory_pressure(mode, tmp_path):
     """Programs for one kind only, and a pool for about two requests, so that fcfs preempts."""
-    golden = load_golden("pre_norm")
+    golden = load_golden(MODEL)
     engine = make_engine(
         load_golden_model(golden, tmp_path), ModelConfig.from_hf(golden.config), attention_backend="pallas",
-        cache_mode=mode, max_num_seqs=4, num_blocks={"kv": 36, "hidden": 25}[mode],
+        cache_mode=mode, max_num_seqs=16, num_blocks={"kv": 36, "hidden": 25}[mode],
     )  # fmt: skip
     requests = run(engine, golden.prompts)
     assert [r.output_token_ids for r in requests] == golden.greedy_tokens
@@ -90,10 +91,11 @@ def test_fcfs_under_memory_pressure(mode, tmp_path):
 def test_hidden_rows_are_left_to_xla_where_only_kv_has_a_kernel(tmp_path, monkeypatch):
     """As on GPUs other than Hopper."""
     monkeypatch.setattr(dispatch, "kernels_for", lambda _: Kernels("kv only", REFERENCES.kv_decode, None))
-    golden = load_golden("pre_norm")
+    golden = load_golden(MODEL)
     engine = make_engine(
-        load_golden_model(golden, tmp_path), ModelConfig.from_hf(golden.config), attention_backend="pallas"
-    )
+        load_golden_model(golden, tmp_path), ModelConfig.from_hf(golden.config), attention_backend="pallas",
+        max_num_seqs=16,
+    )  # fmt: skip
     engine.policy = Orders(kinds={"kv": KV, "hidden": HIDDEN})
     requests = [engine.add(golden.prompts[i], GREEDY, request_id=how) for i, how in enumerate(("kv", "hidden"))]
     finish(engine, lambda step: None)
@@ -111,7 +113,8 @@ def test_pallas_on_a_cpu_says_that_it_is_slow_and_auto_takes_xla(caplog):
 
 
 def check(kernels: Kernels) -> str | None:
-    return self_check(kernels, heads=2, head_dim=8, block_size=16, dtype=jnp.float32)
+    shape = {"heads": 2, "head_dim": 8, "dtype": jnp.float32}
+    return self_check(kernels, block_size=16, **shape) or check_chunk(kernels, **shape)
 
 
 @pytest.mark.usefixtures("few_shapes")
@@ -119,7 +122,7 @@ def test_the_kernels_pass_the_self_check():
     assert check(dispatch.kernels_for(jax.devices("cpu")[0])) is None
 
 
-@pytest.mark.parametrize("name", ["kv_decode", "hidden_decode", "kv_prefix", "hidden_prefix"])
+@pytest.mark.parametrize("name", ["kv_decode", "hidden_decode", "kv_prefix", "hidden_prefix", "chunk"])
 @pytest.mark.parametrize(
     ("fault", "reason"),
     [
@@ -157,3 +160,18 @@ def test_auto_falls_back_with_a_reason_and_pallas_refuses(cause, monkeypatch, ca
         select_kernels("pallas", TINY, **options)
     assert reason in str(raised.value)
     assert select_kernels("xla", TINY, **options) is None
+
+
+def test_what_is_left_to_xla_is_said(monkeypatch, caplog):
+    """Kernels for KV rows only, as on GPUs other than Hopper, and one for a chunk's own tokens that does not run."""
+    kernels = REFERENCES._replace(name="kv only", hidden_decode=None, kv_prefix=None, hidden_prefix=None)
+    monkeypatch.setattr(dispatch, "kernels_for", lambda _: kernels._replace(chunk=broken))
+    monkeypatch.setattr(attention_backend.jax, "default_device", lambda _: jax.named_scope("here"))
+    options = {"block_size": 16, "dtype": jnp.float32, "device": SimpleNamespace(platform="gpu")}
+    found = select_kernels("auto", TINY, **options)
+    assert found == kernels._replace(name="kv only, chunks by xla", chunk=None)
+    hidden, chunk = (record.message for record in caplog.records if record.levelno == logging.WARNING)
+    assert hidden == "attention: XLA for hidden rows, because the 'kv only' kernels have none for them"
+    assert "chunk failed: RuntimeError: no such instruction" in chunk
+    monkeypatch.setattr(dispatch, "kernels_for", lambda _: kernels)
+    assert select_kernels("pallas", TINY, **options) == kernels

@@ -1,12 +1,14 @@
 """`apt-jax bench kernels`: counts by hand, measuring on the CPU that is here, and one failure among many results."""
 
 import json
+import sys
 
 import jax
 import pytest
 
 from apt_jax.scheduling.hardware import HARDWARE
-from serve.bench import kernel_runs, timing
+from serve.bench import kernel_parts, kernel_runs, timing
+from serve.bench.chunk_runs import ChunkResult, row_tokens
 from serve.bench.decode_steps import StepResult, rho_s
 from serve.bench.kernel_counts import Shape, count, counted_table
 from serve.bench.kernels import BenchKernels, run
@@ -104,3 +106,91 @@ def test_clusters_are_measured_apart(capsys):
     assert run(BenchKernels(model="opt-30b", batch="1", context="64", clusters=True, allow_cpu=True)) == 1
     line = capsys.readouterr().out.splitlines()[-1]
     assert "cluster" in line and "NotImplementedError: no cluster of at most 8 CUDA blocks holds 56" in line
+
+
+def test_chunks_are_measured_apart(monkeypatch, capsys, tmp_path):
+    """One row and eight rows; checked against the reference first."""
+    monkeypatch.setattr(timing, "REPEATS", 1)
+    output = tmp_path / "chunks.json"
+    flags = {"model": "opt-125m", "context": "16", "chunks": True, "allow_cpu": True, "output": output}
+    assert run(BenchKernels(**flags)) == 0
+    found = json.loads(output.read_text())["chunks"]
+    assert [(r["rows"], r["implementation"], r["error"]) for r in found] == [(1, "xla", None), (8, "xla", None)]
+    assert all(r["relative_difference"] < 0.02 and r["times"]["median_s"] > 0 for r in found)
+    assert "opt-125m      16    8 xla" in capsys.readouterr().out
+
+
+def test_work_of_a_chunk():
+    assert row_tokens(10, 4) == [3, 3, 2, 2]
+    pairs = 6 + 6 + 3 + 3
+    assert ChunkResult("opt-125m", 10, 4, "xla").flops == 4 * 768 * pairs
+
+
+@pytest.mark.parametrize("flag", ["end_to_end", "chunks", "clusters"])
+def test_measuring_needs_an_accelerator(flag):
+    with pytest.raises(ValueError, match="needs an accelerator"):
+        run(BenchKernels(**{flag: True}))
+
+
+def test_all_needs_a_folder():
+    with pytest.raises(ValueError, match="-o FOLDER"):
+        run(BenchKernels(all=True))
+
+
+def test_a_part_that_hangs_is_ended_and_leaves_what_it_said(tmp_path, capsys, monkeypatch):
+    says = "import time; print('a line', flush=True); time.sleep(60)"
+    code = kernel_parts._run_part([sys.executable, "-c", says], tmp_path / "part.txt", limit_s=1)
+    assert code < 0 and (tmp_path / "part.txt").read_text() == "a line\n"
+    assert "killed by signal 9; a part may take 1 s" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("broken", "code"), [("clusters", 0), ("end-to-end", 1)])
+def test_parts_run_apart_and_one_that_fails_leaves_the_others(broken, code, tmp_path, capsys, monkeypatch):
+    seen = []
+
+    def run_part(command, text, limit_s):
+        seen.append(command)
+        return 3 if text.stem == broken else 0
+
+    monkeypatch.setattr(kernel_parts, "_run_part", run_part)
+    flags = {"model": "opt-125m", "batch": "2", "output": tmp_path / "new", "allow_cpu": True, "all": True}
+    assert run(BenchKernels(**flags)) == code
+    assert [command[-3] for command in seen] == ["--allow-cpu", "--chunks", "--end-to-end", "--clusters"]
+    assert all("--all" not in command and "opt-125m" in command for command in seen)
+    assert f"{broken} ended with 3" in capsys.readouterr().out
+
+
+def test_summary_holds_results_against_the_aims():
+    def kernel(way, implementation, batch, seconds, share=0.5):
+        times = seconds and {"median_s": seconds}
+        shape = {"model": "opt-13b", "batch": batch, "context_tokens": 512}
+        return {**shape, "way": way, "implementation": implementation, "times": times, "copy_share": share}
+
+    def chunk(implementation, seconds):
+        return {"model": "opt-13b", "tokens": 512, "rows": 1, "implementation": implementation,
+                "times": {"median_s": seconds}}  # fmt: skip
+
+    steps = [
+        {"kind": kind, "floor_s": 1.0, "times": {"median_s": seconds}}
+        for kind, seconds in (("kv", 2), ("hidden", 1.25))
+    ]
+    lines = kernel_parts.summary({
+        "attention": {"kernels": [
+            kernel("kv", "pallas", 8, 1.0, share=0.3), kernel("kv", "pallas", 32, 2.0, share=0.85),
+            kernel("kv", "pallas", 128, 8.0, share=0.9), kernel("hidden", "pallas", 32, 1.0),
+            kernel("kv", "jax", 8, None),
+        ]},
+        "clusters": {"kernels": [kernel("hidden", "cluster", 32, 1.2)]},
+        "chunks": {"chunks": [chunk("xla", 2.0), chunk("kernel", 0.5)]},
+        "end-to-end": {"end_to_end": {"model": "opt-13b", "steps": steps, "rho_s": {"32x512": -2e-9}}},
+    })  # fmt: skip
+    assert lines == [
+        "opt-13b: KV by the kernel, share of a copy at batch >= 32 (aim 0.8): 0.85 to 0.90",
+        "opt-13b: time of hidden by pallas, against KV by the kernel (aim 0.6): 0.50 to 0.50",
+        "opt-13b: time of hidden by cluster, against KV by the kernel (aim 0.6): 0.60 to 0.60",
+        "opt-13b: a chunk among itself, time of the kernel against XLA: 0.25 to 0.25",
+        "opt-13b: floor of a kv decode step against its time: 0.50 to 0.50",
+        "opt-13b: floor of a hidden decode step against its time: 0.80 to 0.80",
+        "opt-13b: rho, ns per hidden token and step: -2.00 to -2.00",
+    ]
+    assert kernel_parts.summary({}) == []

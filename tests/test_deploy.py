@@ -14,11 +14,12 @@ from serve.metrics import Metrics
 from serve.replicas.fleet_view import FleetMetrics
 
 ROOT = Path(__file__).parent.parent
-OTHER_TOOLS = {  # flags of docker, useradd, gcloud and uv
+OTHER_TOOLS = {  # flags of docker, apt-get, useradd, gcloud and uv
     "Dockerfile": {
         "--target",
         "--rm",
         "--stop-timeout",
+        "--no-install-recommends",
         "--create-home",
         "--uid",
         "--interval",

@@ -72,7 +72,7 @@ def test_kernels_give_what_xla_gives(kinds, projections, monkeypatch):
     expected, found = (attention._chunks(*arguments, kernels) for kernels in (None, REFERENCES))
     real = np.asarray(tokens.row) < len(ROWS)
     np.testing.assert_allclose(found[real], expected[real], rtol=1e-4, atol=1e-5)
-    own = attention._causal(q, k, v, tokens).out
+    own = attention.causal_tiles(q, k, v, tokens).out
     changed = np.abs(np.asarray(expected - own))[real].max((1, 2)) > 1e-2
     assert (changed == (np.asarray((rows.start > 0) & (rows.length > 1))[np.asarray(tokens.row)[real]])).all()
 

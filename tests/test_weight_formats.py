@@ -1,5 +1,7 @@
 """What runs on TPUs only, on a CPU: weights in other layouts, and layers compiled for each mix of cache kinds."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,6 +16,7 @@ from apt_jax.steps import run_step
 from apt_jax.weight_formats import put_for_tpu
 from pallas_kernels.dispatch import REFERENCES
 
+QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}  # compiles in half the time
 P, S, R, W = 24, 8, 4, 3
 MODEL = ModelConfig(
     vocab_size=32, hidden_size=32, num_hidden_layers=2, ffn_dim=64, max_position_embeddings=32,
@@ -59,7 +62,7 @@ def steps(model):
                 model, Kinds(True, True), P, True, R, pool, history, tokens, rows, REFERENCES, by_kind=by_kind
             )[:2]
 
-        return jax.jit(run)
+        return jax.jit(run, compiler_options=QUICK)
 
     return state, step(False), step(True)
 
@@ -80,3 +83,27 @@ def test_layers_for_a_mix_of_kinds_do_what_all_layers_do(steps, hidden):
     np.testing.assert_allclose(found[0][some], expected[0][some], rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(found[1], expected[1], rtol=1e-5, atol=1e-6)
     assert some.any() == bool((np.asarray(found[1]) != np.asarray(pool)).any())
+
+
+def test_kernels_cut_late_are_the_same_kernels(model):
+    """A prefill step of rows over cached prefixes, hidden ones absorbed and projected, KV ones, and a decode."""
+    graphdef, state = model
+    length, start = jnp.array([2, 6, 5, 1]), jnp.array([17, 5, 9, 4])
+    row, T = jnp.repeat(jnp.arange(R), length), 14
+    position = jnp.concatenate([jnp.arange(s, s + n) for s, n in zip(start.tolist(), length.tolist(), strict=True)])
+    tables = jnp.asarray(np.random.default_rng(0).permutation(P).reshape(2, R, W))
+    tokens = Tokens(jnp.arange(T), jnp.zeros(T, bool), row, position)
+    rows = Rows(jnp.arange(R), start, length, jnp.cumsum(length) - 1, jnp.array([1, 1, 0, 1], bool), *tables)
+    pool = jax.random.normal(jax.random.key(0), (MODEL.num_hidden_layers * P, S, MODEL.hidden_size))
+
+    @functools.partial(jax.jit, static_argnums=0, compiler_options=QUICK)
+    def step(cut_late: bool, state, pool):
+        history = jnp.zeros((R, W * S), jnp.int32)
+        return run_step(
+            nnx.merge(graphdef, state), Kinds(True, True), P, False, R, pool, history, tokens, rows, REFERENCES,
+            cut_late=cut_late,
+        )[:2]  # fmt: skip
+
+    early, late = step(False, state, pool), step(True, state, pool)
+    for ours, theirs in zip(late, early, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6)

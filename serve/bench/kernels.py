@@ -31,14 +31,18 @@ class BenchKernels:
     """Tokens per cache block."""
     end_to_end: bool = False
     """Measure whole decode steps of the first model with random weights instead."""
+    chunks: bool = False
+    """Measure a prefill chunk's attention among its own tokens instead, --context tokens long."""
     clusters: bool = False
     """Measure hidden decode by clusters of CUDA blocks instead: one pass, on Hopper; no GPU has run it yet."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Number type of --end-to-end; the kernels are measured in bfloat16."""
+    all: bool = False
+    """Measure all of these one after the other, each in a process of its own; -o names a folder."""
     allow_cpu: bool = False
     """Measure on a CPU too: to try the command, not to learn about speed."""
     output: Annotated[Path | None, arg(aliases=["-o"])] = None
-    """JSON file for all results."""
+    """JSON file for all results; a folder with --all."""
 
     def run(self) -> int:
         """Count or measure, print a table, write JSON."""
@@ -57,22 +61,22 @@ def run(args: BenchKernels) -> int:
     models, batches, contexts = args.model.split(","), _numbers("batch", args.batch), _numbers("context", args.context)
     for model in models:
         by_name(MODELS, model, "model")
+    if args.all:
+        return _run_parts(args)
     shapes = [Shape(model, batch, context) for model in models for batch in batches for context in contexts]
     device = _accelerator(args)
     if device is None:
-        if args.end_to_end:
-            raise ValueError("--end-to-end needs an accelerator; --allow-cpu tries it on the CPU")
+        if flag := next((flag for flag in ("end_to_end", "chunks", "clusters") if getattr(args, flag)), None):
+            raise ValueError(f"--{flag.replace('_', '-')} needs an accelerator; --allow-cpu tries it on the CPU")
         chips = list(CHIPS) if args.device == "auto" else [args.device]
         print(counted_table(shapes, chips))
         static = _report_static(args, [chip for chip in chips if CHIPS[chip].startswith("tpu")], models)
         counts = [{**asdict(shape), "way": way, **asdict(count(shape, way))} for shape in shapes for way in WAYS]
         _write(args, {"counts": counts, "static": [asdict(result) for result in static]})
         return 0
-    return (
-        _measure_steps(args, device, models[0], batches, contexts)
-        if args.end_to_end
-        else _measure(args, device, shapes)
-    )
+    if args.end_to_end:
+        return _measure_steps(args, device, models[0], batches, contexts)
+    return _measure_chunks(args, device, models, contexts) if args.chunks else _measure(args, device, shapes)
 
 
 def _report_static(args: BenchKernels, chips: list[str], models: list[str]) -> list[Any]:
@@ -101,6 +105,29 @@ def _measure(args: BenchKernels, device: Any, shapes: list[Any]) -> int:
     )
     _write(args, {"copy_bytes_per_s": copy, "kernels": [asdict(result) for result in results]}, device)
     return int(all(result.times is None for result in results))
+
+
+def _measure_chunks(args: BenchKernels, device: Any, models: list[str], contexts: list[int]) -> int:
+    from serve.bench.chunk_runs import HEADER, run_chunks
+    from serve.bench.timing import copy_bytes_per_s
+
+    copy = _report_copy(device, copy_bytes_per_s(device))
+    print("us: median of repeated runs, one layer; TFLOP/s: of the pairs of tokens that see each other")
+    print(HEADER)
+    results = run_chunks(models, contexts, device, lambda result: print(result.line(), flush=True))
+    _write(args, {"copy_bytes_per_s": copy, "chunks": [asdict(result) for result in results]}, device)
+    return int(all(result.times is None for result in results))
+
+
+def _run_parts(args: BenchKernels) -> int:
+    """This process must leave the accelerator to the others."""
+    from serve.bench.kernel_parts import run_parts
+
+    if args.output is None:
+        raise ValueError("--all needs a folder for its results: -o FOLDER")
+    names = ("device", "model", "batch", "context", "block_size", "dtype")
+    flags = [text for name in names for text in (f"--{name.replace('_', '-')}", str(getattr(args, name)))]
+    return run_parts(flags + ["--allow-cpu"] * args.allow_cpu, args.output)
 
 
 def _measure_steps(args: BenchKernels, device: Any, model: str, batches: list[int], contexts: list[int]) -> int:

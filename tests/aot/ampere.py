@@ -1,11 +1,37 @@
-"""Compile KV decode without tensor cores for an A100; a program of its own, since Mosaic knows one target a process."""
+"""Compile KV decode without tensor cores for an A100; a program of its own, since Mosaic knows one target a process.
+
+With the argument `hopper` it tries the kernels for Hopper instead, and prints why Mosaic refuses them.
+"""
+
+import sys
 
 import jax.numpy as jnp
 from test_gpu import FLOAT32_CASES, MODELS, compile_kernel
 
+from pallas_kernels import gpu_hidden_decode, gpu_kv_decode
 from pallas_kernels.gpu_kv_fma import kv_decode_attention
 
-for model, block_size, rows in FLOAT32_CASES:
+
+def compile_ours() -> None:
+    for model, block_size, rows in FLOAT32_CASES:
+        config = MODELS[model]
+        queries = (rows, config.num_attention_heads, config.head_dim)
+        compile_kernel(kv_decode_attention, queries, model, block_size, rows, 2, jnp.bfloat16, target="a100")
+
+
+def try_hopper() -> None:
+    model = "opt-13b"
     config = MODELS[model]
-    queries = (rows, config.num_attention_heads, config.head_dim)
-    compile_kernel(kv_decode_attention, queries, model, block_size, rows, 2, jnp.bfloat16, target="a100")
+    N, H, D = config.num_attention_heads, config.head_dim, config.hidden_size
+    for kernel, width, tables in (
+        (gpu_kv_decode.kv_decode_attention, H, 2),
+        (gpu_hidden_decode.hidden_decode_attention, D, 1),
+    ):
+        try:
+            compile_kernel(kernel, (8, N, width), model, 16, 8, tables, jnp.bfloat16, target="a100")
+            print(f"{kernel.__name__} for Hopper compiles")
+        except (ValueError, NotImplementedError) as error:
+            print(f"{kernel.__name__} for Hopper refused: {error}")
+
+
+try_hopper() if sys.argv[1:] == ["hopper"] else compile_ours()

@@ -133,12 +133,22 @@ def test_hidden_decode_by_clusters_compiles_without_spills(model, block_size, ro
     check_report(ptxas(), kernels=1)
 
 
-def test_kv_without_tensor_cores_compiles_for_an_a100():
+def run_for_ampere(*arguments: str, **environment: str) -> str:
     """Mosaic compiles for one architecture in a process, so in another one."""
     done = subprocess.run(
-        [sys.executable, str(Path(__file__).with_name("ampere.py"))],
-        env=os.environ | {"MOSAIC_GPU_DUMP_PTX": "1", "MOSAIC_GPU_DUMP_PTXAS": "1", "MOSAIC_GPU_DUMP_RESOURCES": "1"},
-        capture_output=True, text=True, timeout=600, check=False,
+        [sys.executable, str(Path(__file__).with_name("ampere.py")), *arguments],
+        env=os.environ | environment, capture_output=True, text=True, timeout=600, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
-    assert check_report(done.stdout + done.stderr, kernels=len(FLOAT32_CASES)) == {"sm_80"}
+    return done.stdout + done.stderr
+
+
+def test_kv_without_tensor_cores_compiles_for_an_a100():
+    report = run_for_ampere(MOSAIC_GPU_DUMP_PTX="1", MOSAIC_GPU_DUMP_PTXAS="1", MOSAIC_GPU_DUMP_RESOURCES="1")
+    assert check_report(report, kernels=len(FLOAT32_CASES)) == {"sm_80"}
+
+
+def test_kernels_for_hopper_are_refused_for_an_a100():
+    """The day that these compile, `dispatch.gpu_kernels` should give them to Ampere."""
+    refused = re.findall(r"(\w+) for Hopper refused: .*Hopper and newer", run_for_ampere("hopper"))
+    assert refused == ["kv_decode_attention", "hidden_decode_attention"]

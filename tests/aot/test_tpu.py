@@ -1,7 +1,8 @@
 """The TPU kernels compiled for every chip: they fit in VMEM, and bring no copies of their operands.
 
-Every kernel is compiled for each OPT size and for each chip, the largest size for all of them, in bfloat16; what else
-varies (float32, block sizes) where it is tightest or where the code takes another way. Each takes 2 to 12 s.
+Every kernel is compiled for each OPT size and for each chip, decode attention of the largest size for all of them, in
+bfloat16; what else varies (float32, block sizes) where it is tightest or where the code takes another way. Each takes
+1 to 6 s.
 
 `make test-aot`; without libtpu these are skipped.
 """
@@ -14,14 +15,16 @@ import jax.numpy as jnp
 import pytest
 from tpu_compiler import MISSING, OPT_SIZES, TOPOLOGIES, compile_for, device
 
-from pallas_kernels import tpu_hidden_decode, tpu_hidden_prefix, tpu_kv_decode, tpu_kv_prefix
+from pallas_kernels import tpu_chunk, tpu_hidden_decode, tpu_hidden_prefix, tpu_kv_decode, tpu_kv_prefix
+from serve.bench.kernel_cycles import used_vmem_bytes
 
 if MISSING:
     pytest.skip(MISSING, allow_module_level=True)
 
 ROWS, CONTEXT = 128, 2048
 PAIRS = [*zip(itertools.cycle(TOPOLOGIES), OPT_SIZES), *((chip, "66B") for chip in list(TOPOLOGIES)[:-1])]
-KERNELS = pytest.mark.parametrize("kernel", ["kv", "hidden", "kv_prefix", "hidden_prefix"])
+DECODE, ALL = ["kv", "hidden"], ["kv", "hidden", "kv_prefix", "hidden_prefix"]
+VMEM_BYTES = 64 * 2**20  # the least that a chip has
 QUERIES = {"kv_prefix": 512, "hidden_prefix": 64}
 
 
@@ -56,36 +59,52 @@ def compile_kernel(kernel: str, chip: str, size: str, block_size: int, dtype, qu
     # what is not the kernel's: queries by group or window, the output before rows without tokens are cleared
     out_bytes = queries * N * width * 4 * {"kv": 8, "kv_prefix": 4}.get(kernel, 1)
     assert program.memory_analysis().temp_size_in_bytes <= 3 * out_bytes
-    return program
+    vmem = used_vmem_bytes(program.as_text())
+    assert vmem is not None and vmem <= VMEM_BYTES, f"{vmem=}"
+    print(f"{kernel} {chip} {size} blocks of {block_size} {jnp.dtype(dtype)}: {vmem / 2**20:.1f} MiB of VMEM")
 
 
-@pytest.mark.parametrize(("chip", "size"), PAIRS)
-@KERNELS
+@pytest.mark.parametrize(
+    ("kernel", "chip", "size"),
+    [(kernel, *pair) for kernel in ALL for pair in (PAIRS if kernel in DECODE else PAIRS[: len(OPT_SIZES)])],
+)
 def test_every_opt_size_compiles_in_bfloat16(chip, size, kernel):
     compile_kernel(kernel, chip, size, 16, jnp.bfloat16)
 
 
 @pytest.mark.parametrize(("chip", "size"), [("v5e", "125M"), ("v5e", "66B"), ("tpu7x", "2.7B"), ("tpu7x", "66B")])
-@KERNELS
+@pytest.mark.parametrize("kernel", ALL)
 def test_float32_compiles(chip, size, kernel):
     compile_kernel(kernel, chip, size, 16, jnp.float32)
 
 
 @pytest.mark.parametrize(
-    ("chip", "block_size", "size", "dtype"),
+    ("chip", "block_size", "size", "dtype", "kernels"),
     [
-        ("v5e", 8, "125M", jnp.bfloat16),
-        ("v5p", 8, "66B", jnp.bfloat16),
-        ("v5e", 32, "66B", jnp.bfloat16),
-        ("v5p", 64, "125M", jnp.bfloat16),
-        ("v5e", 128, "66B", jnp.bfloat16),
-        ("v5e", 128, "66B", jnp.float32),
+        ("v5e", 8, "125M", jnp.bfloat16, ALL),
+        ("v5p", 8, "66B", jnp.bfloat16, DECODE),
+        ("v5e", 32, "66B", jnp.bfloat16, DECODE),
+        ("v5p", 64, "125M", jnp.bfloat16, DECODE),
+        ("v5e", 128, "66B", jnp.bfloat16, ALL),
+        ("v5e", 128, "66B", jnp.float32, ALL),
     ],
 )
-@KERNELS
-def test_every_block_size_compiles(chip, block_size, size, dtype, kernel):
+def test_every_block_size_compiles(chip, block_size, size, dtype, kernels):
     """The scoped VMEM of v5e and v5p is the smallest; the longest float32 blocks need the most."""
-    compile_kernel(kernel, chip, size, block_size, dtype)
+    for kernel in kernels:
+        compile_kernel(kernel, chip, size, block_size, dtype)
+
+
+@pytest.mark.parametrize(
+    ("chip", "size", "dtype"),
+    [*((*pair, jnp.bfloat16) for pair in PAIRS[:8]), ("v5e", "66B", jnp.float32), ("tpu7x", "2.7B", jnp.float32)],
+)
+def test_splash_attention_compiles_for_packed_chunks(chip, size, dtype):
+    """Of 640 tokens, five blocks of 128; float32 as the engine multiplies it."""
+    N, H = OPT_SIZES[size]
+    with jax.default_matmul_precision("highest" if dtype == jnp.float32 else None):
+        program = compile_for(chip, tpu_chunk.chunk_attention, *[shape(640, N, H, dtype=dtype)] * 3, shape(640))
+    assert "tpu_custom_call" in program.as_text()
 
 
 @pytest.mark.parametrize(("chip", "size"), [("v5e", "125M"), ("v5e", "66B"), ("tpu7x", "66B")])
@@ -101,7 +120,7 @@ def test_a_float32_query_over_a_bfloat16_pool_compiles(chip, size):
         (2, 16, 16, jnp.bfloat16, "hidden_size=32 or columns=.* is no multiple of 128"),
     ],
 )
-@KERNELS
+@pytest.mark.parametrize("kernel", ALL)
 def test_what_does_not_compile_is_refused(heads, head_dim, block_size, dtype, reason, kernel, monkeypatch):
     monkeypatch.setitem(OPT_SIZES, "this", (heads, head_dim))
     with pytest.raises(NotImplementedError, match=reason):
