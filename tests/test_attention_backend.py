@@ -102,10 +102,11 @@ def test_hidden_rows_are_left_to_xla_where_only_kv_has_a_kernel(tmp_path, monkey
     assert [r.output_token_ids for r in requests] == golden.greedy_tokens[:2]
 
 
-def test_pallas_on_a_cpu_says_that_it_is_slow_and_auto_takes_xla(caplog):
+def test_pallas_on_a_cpu_says_that_it_is_slow_and_auto_takes_xla_for_several(caplog):
     options = {"block_size": 16, "dtype": jnp.float32, "device": jax.devices("cpu")[0]}
     with caplog.at_level(logging.WARNING):
-        assert select_kernels("auto", TINY, **options) is None
+        assert select_kernels("xla", TINY, **options) is None
+        assert select_kernels("auto", TINY, **options, num_devices=2) is None
         assert not caplog.records
         kernels = select_kernels("pallas", TINY, **options)
     assert kernels is not None and kernels.name == "tpu-interpreted"
@@ -155,7 +156,7 @@ def test_auto_falls_back_with_a_reason_and_pallas_refuses(cause, monkeypatch, ca
         "lacks": "there are no Pallas kernels for platform 'rocket'; use tpu, gpu or cpu",
     }[cause]
     assert select_kernels("auto", TINY, **options) is None
-    assert f"attention: XLA, because the Pallas kernels cannot be used here ({reason})" in caplog.text
+    assert f"attention: XLA, because the kernels cannot be used here ({reason})" in caplog.text
     with pytest.raises(ValueError, match="use auto or xla") as raised:
         select_kernels("pallas", TINY, **options)
     assert reason in str(raised.value)

@@ -205,12 +205,14 @@ void attend_rows(xla::ffi::ThreadPool& pool, const Shape& shape, int size, const
   };
   std::vector<Part> order = parts;
   std::stable_sort(order.begin(), order.end(), [](const Part& a, const Part& b) { return a.end - a.begin > b.end - b.begin; });
-  in_parallel(pool, order.size(), [&](int i) {
+  double tokens = 0;
+  for (int r = 0; r < shape.rows; r++) tokens += length[r];
+  in_parallel(pool, order.size(), 2 * tokens * numbers, [&](int i) {
     Running running = running_of(order[i]);
     running.clear();
     if (order[i].end > order[i].begin) attend(order[i].row, order[i].begin, order[i].end, running);
   });
-  in_parallel(pool, shape.rows, [&](int r) {
+  in_parallel(pool, shape.rows, double(parts.size()) * numbers, [&](int r) {
     for (int n = 0; n < heads; n++) {
       float top = kNever, total = 0;
       for (int p = first[r]; p < first[r + 1]; p++) top = std::max(top, tops[size_t(p) * heads + n]);

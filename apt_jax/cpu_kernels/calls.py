@@ -1,7 +1,5 @@
 """The C++ kernels as functions for compiled programs on a CPU; `library.register` comes first."""
 
-import math
-
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
@@ -27,7 +25,7 @@ KERNELS = Kernels("cpu", kv_decode, hidden_decode)
 
 def max_rows(dtype: DTypeLike) -> float:
     """Most rows for which `matmul` with a kernel of `dtype` is faster than XLA's products (docs/performance.md)."""
-    return 32 if jnp.dtype(dtype) == jnp.float32 else math.inf
+    return 32 if jnp.dtype(dtype) == jnp.float32 else 128
 
 
 def matmul(x: jax.Array, kernel: jax.Array) -> jax.Array:

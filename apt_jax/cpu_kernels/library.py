@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 TARGETS = ("apt_kv_decode", "apt_hidden_decode", "apt_matmul")
 _FOLDER = "apt-jax/cpu_kernels"  # in the user's cache folder
-_FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC")
+_FLAGS = ("-O3", "-std=c++20", "-shared", "-fPIC")
 _WIDE = "-mprefer-vector-width=512"  # GCC and Clang would use half of AVX-512's registers
 _COMPILE_TIMEOUT_S = 300
 _SOURCES = Path(__file__).parent

@@ -222,11 +222,12 @@ template <class Kernel>
 void matmul(xla::ffi::ThreadPool& pool, const float* x, int rows, const Kernel* kernel, int outputs, int inputs,
             float* out) {
   const int output_blocks = (outputs + kOutputsAtOnce - 1) / kOutputsAtOnce;
+  const double products = double(rows) * inputs * outputs;
   const auto own_outputs = [&](int n) { return std::min(kOutputsAtOnce, outputs - n); };
   if (rows < kRowsToPack) {
     const std::unique_ptr<float[]> arranged(new float[size_t(rows) * inputs]);
     arrange<Kernel>(x, rows, inputs, arranged.get());
-    in_parallel(pool, output_blocks, [&](int i) {
+    in_parallel(pool, output_blocks, products, [&](int i) {
       const int n = i * kOutputsAtOnce;
       few_rows(arranged.get(), rows, kernel + size_t(n) * inputs, own_outputs(n), inputs, out + n, outputs);
     });
@@ -241,7 +242,7 @@ void matmul(xla::ffi::ThreadPool& pool, const float* x, int rows, const Kernel* 
   const auto block_of = [&](int block) { return packed.get() + size_t(block) * kRowsAtOnce * row_size; };
   const auto own_rows = [&](int block) { return std::min(kRowsAtOnce, rows - block * kRowsAtOnce); };
   constexpr int kTilesAtOnce = 4;
-  in_parallel(pool, (row_tiles + kTilesAtOnce - 1) / kTilesAtOnce, [&](int i) {
+  in_parallel(pool, (row_tiles + kTilesAtOnce - 1) / kTilesAtOnce, double(rows) * inputs, [&](int i) {
     for (int tile = i * kTilesAtOnce; tile < std::min((i + 1) * kTilesAtOnce, row_tiles); tile++) {
       const int block = tile * kTileRows / kRowsAtOnce, own = own_rows(block);
       const int first = tile - block * (kRowsAtOnce / kTileRows), tiles = (own + kTileRows - 1) / kTileRows;
@@ -255,7 +256,7 @@ void matmul(xla::ffi::ThreadPool& pool, const float* x, int rows, const Kernel* 
       }
     }
   });
-  in_parallel(pool, row_blocks * output_blocks, [&](int i) {
+  in_parallel(pool, row_blocks * output_blocks, products, [&](int i) {
     const int block = i % row_blocks, n = i / row_blocks * kOutputsAtOnce;
     many_rows(block_of(block), own_rows(block), kernel + size_t(n) * inputs, own_outputs(n), inputs,
               out + size_t(block) * kRowsAtOnce * outputs + n, outputs);
