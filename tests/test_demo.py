@@ -108,10 +108,9 @@ def test_transformers_gives_the_same_ids() -> None:
     assert (theirs.bos_token_id, theirs.eos_token_id, theirs.pad_token_id) == (2, 2, 1)
 
 
-@pytest.mark.parametrize("prompt", ["The ", "Return the", "def "])
-def test_writes_words_over_the_whole_context(prompt: str) -> None:
+def test_writes_words_over_the_whole_context() -> None:
     known = set(re.findall(r"[a-z]+", " ".join(topics.values()).lower()))
-    ids = tokenizer().encode(prompt).ids
+    ids = tokenizer().encode("Return the").ids
     written = generate(demo().model, demo().config, ids, 1024, temperature=0.8, seed=1)
     for part in (written[:512], written[512:]):
         words = re.findall(r"[a-z]+", tokenizer().decode(part).lower())
