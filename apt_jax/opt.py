@@ -229,7 +229,7 @@ class OPT(nnx.Module):
         table = self.embed_tokens.embedding
         if self.lm_head is not None:
             logits = product(hidden, self.lm_head.kernel, dtype=jnp.float32)
-        elif isinstance(table.get_value(), OwnProduct):
+        elif _own_product(table, hidden) is not None:
             logits = product(hidden, table, dtype=jnp.float32)
         else:
             logits = product(hidden, table[...].T, dtype=jnp.float32)
@@ -352,6 +352,12 @@ class OwnProduct(Protocol):
         ...
 
 
+def _own_product(weights: Any, x: jax.Array) -> OwnProduct | None:
+    """The weights, if they multiply as many rows as `x` has by themselves."""
+    own = weights.get_value() if isinstance(weights, nnx.Variable) else None
+    return own if isinstance(own, OwnProduct) and x.shape[0] <= own.max_rows else None
+
+
 def product(
     x: jax.Array, weights: nnx.Variable | jax.Array, axes: int = 1, dtype: DTypeLike | None = None
 ) -> jax.Array:
@@ -361,8 +367,8 @@ def product(
     form, and rewrites the one into the other unless it is kept from it (docs/performance.md).
     """
     out = dtype or x.dtype
-    own = weights.get_value() if isinstance(weights, nnx.Variable) else None
-    if isinstance(own, OwnProduct) and x.shape[0] <= own.max_rows:
+    own = _own_product(weights, x)
+    if own is not None:
         rows = x.reshape(-1, math.prod(own.shape[:axes]))
         return own.product(rows).reshape(*x.shape[: x.ndim - axes], *own.shape[axes:]).astype(out)
     kernel = weights[...]

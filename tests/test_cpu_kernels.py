@@ -6,12 +6,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from apt_jax.attention_backend import select_kernels
 from apt_jax.config import ModelConfig
 from apt_jax.cpu_kernels import calls, library
+from apt_jax.layer_weights import with_own_table
+from apt_jax.opt import OPT
 from pallas_kernels import dispatch
 
 try:
@@ -77,6 +80,18 @@ def test_a_rows_products_do_not_depend_on_the_other_rows(dtype):
     every = np.asarray(calls.matmul(x, kernel))
     for rows in (1, 5, 16, 33):
         np.testing.assert_array_equal(calls.matmul(x[:rows], kernel), every[:rows])
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_logits_of_any_number_of_rows_with_the_models_own_table(dtype):
+    model = OPT(TINY, dtype=dtype, rngs=nnx.Rngs(0))
+    graphdef, state = nnx.split(model)
+    with_path, tree = jax.tree.flatten_with_path(state)
+    own = nnx.merge(graphdef, jax.tree.unflatten(tree, [with_own_table(path, leaf) for path, leaf in with_path]))
+    for rows in (1, 32, 33, 200):
+        hidden = jax.random.normal(jax.random.key(rows), (rows, TINY.word_embed_proj_dim), dtype)
+        found, expected = own.logits(hidden), model.logits(hidden)
+        np.testing.assert_allclose(found, expected, rtol=2e-2 if dtype == jnp.bfloat16 else 1e-5, atol=1e-3)
 
 
 def test_what_is_not_finite_stays_so():
