@@ -78,7 +78,7 @@ class Tokenizer:
             )
         if present == ["vocab.json"] and not (folder / "merges.txt").is_file():
             raise ValueError(f"{folder / 'merges.txt'} is missing, which belongs to vocab.json beside it")
-        with _no_advice():
+        with no_advice():
             from transformers import AutoTokenizer
         try:
             found = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
@@ -205,7 +205,7 @@ _LONGEST_CHARACTER = 4  # tokens: a byte each at worst
 
 
 @contextlib.contextmanager
-def _no_advice() -> Iterator[None]:
+def no_advice() -> Iterator[None]:
     """Keep transformers from advising, when it is first imported, to install torch."""
     name = "TRANSFORMERS_NO_ADVISORY_WARNINGS"
     before = os.environ.get(name)

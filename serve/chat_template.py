@@ -1,9 +1,10 @@
 """Messages of a chat to the text that the model was trained on, by the Jinja template of its tokenizer or of a file."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from apt_jax.tokenizer import no_advice
 from serve.chat_protocol import Message
 from serve.errors import BadRequest
 
@@ -24,8 +25,8 @@ def read_template(path: Path) -> str:
         OSError: it cannot be read.
     """
     import jinja2
-    from transformers.utils.chat_template_utils import render_jinja_template
 
+    render_jinja_template = _renderer()
     try:
         text = path.read_text(encoding="utf-8")
         render_jinja_template(conversations=[[{"role": "user", "content": "x"}]], chat_template=text)
@@ -48,8 +49,8 @@ def render(messages: Sequence[Message], tokenizer: "Tokenizer", template: str | 
     if chosen is None:
         raise BadRequest(NO_TEMPLATE, "messages")
     import jinja2
-    from transformers.utils.chat_template_utils import render_jinja_template
 
+    render_jinja_template = _renderer()
     special_tokens: dict[str, Any] = dict(tokenizer.special_tokens)
     try:
         rendered: Any = render_jinja_template(
@@ -64,3 +65,11 @@ def render(messages: Sequence[Message], tokenizer: "Tokenizer", template: str | 
     if not text:
         raise BadRequest("the chat template makes nothing of these messages", "messages")
     return text
+
+
+def _renderer() -> Callable[..., Any]:
+    """The function of transformers, whose import takes seconds."""
+
+    with no_advice():
+        from transformers.utils.chat_template_utils import render_jinja_template
+    return render_jinja_template

@@ -58,7 +58,7 @@ class Server(uvicorn.Server):
         grace_s = self._service.options.shutdown_timeout
         self._service.is_stopping = True
         logger.info("stopping; %d running requests get %g s", self._service.num_generating, grace_s)
-        timer = asyncio.get_running_loop().call_later(grace_s, self._service.engine_thread.abort_all)
+        timer = asyncio.get_running_loop().call_later(grace_s, self._service.backend.abort_all)
         try:
             await super().shutdown(sockets)
         finally:
@@ -77,10 +77,15 @@ def serve(
 
     Listens at once: while the model loads, /health is 200 and /ready 503. A model that cannot be loaded ends the
     server with one sentence and exit code 1.
+
+    Raises:
+        ValueError: the chat template is none, or Ray is needed and not installed.
+        OSError: the chat template cannot be read.
     """
     if replicas is not None and replicas.uses_ray:
         check_ray()
     start_up = StartUp()
+    template = None if options.chat_template is None else read_template(Path(options.chat_template))
     try:
         listener = listen(options.host, options.port)
     except OSError as error:
@@ -102,8 +107,6 @@ def serve(
     def make_engine() -> "Engine":
         from serve.build import build_engine  # imports jax, which takes seconds
 
-        if options.chat_template is not None:
-            service.chat_template = read_template(Path(options.chat_template))
         start_up.ended("imports")
         return build_engine(model, engine_config=config, on_phase=start_up.ended, **dataclasses.asdict(load))
 
@@ -124,6 +127,7 @@ def serve(
     else:
         backend = EngineThread(make_engine, ready, fail)
     service = Service(backend, name, with_environment(options))
+    service.chat_template = template
     resumption = None if options.resume_from is None else Resumption(Path(options.resume_from))
     app = create_app(service, resumption)
     server = Server(http_config(app, options), service)

@@ -107,6 +107,8 @@ def test_help_does_not_import_jax():
     [
         (["serve", "no/such/folder/at/all", "--port", "0"], "there is no folder no/such/folder/at/all"),
         (["serve", "{tmp}/broken", "--port", "0"], "{tmp}/broken/config.json: unsupported model_type='bert'"),
+        (["serve", "--chat-template", "{tmp}/broken/bad.jinja"], "{tmp}/broken/bad.jinja is not a Jinja template"),
+        (["serve", "--chat-template", "{tmp}/none", "--port", "0"], "No such file or directory: '{tmp}/none"),
         (["convert", "no/such/folder/at/all", "{tmp}/out"], "there is no folder no/such/folder/at/all"),
         (["run-batch", "-i", "{tmp}/none.jsonl", "-o", "{tmp}/out.jsonl"], "No such file or directory: '{tmp}/none"),
     ],
@@ -114,6 +116,7 @@ def test_help_does_not_import_jax():
 def test_what_cannot_be_done_ends_with_1_and_one_sentence(arguments, sentence, tmp_path, capsys):
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken/config.json").write_text(json.dumps({"model_type": "bert"}))
+    (tmp_path / "broken/bad.jinja").write_text("{% for %}")
     assert run(*(argument.format(tmp=tmp_path) for argument in arguments)) == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ") and sentence.format(tmp=tmp_path) in line

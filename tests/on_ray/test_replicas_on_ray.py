@@ -36,8 +36,11 @@ def expected(folder) -> list[Answer]:
 
 
 @pytest.fixture(scope="module")
-def server(folder, expected):
-    with serving(folder, "--replicas", "2", "--router", "round-robin") as server:
+def server(folder, expected, tmp_path_factory):
+    template = tmp_path_factory.mktemp("template") / "chat.jinja"
+    template.write_text("{{ 'a' * 5 }}")
+    flags = ("--chat-template", str(template))
+    with serving(folder, "--replicas", "2", "--router", "round-robin", *flags) as server:
         until(lambda: len(ready(server)) == 2, 120)
         yield server
 
@@ -59,9 +62,17 @@ def test_two_replicas_answer_as_one_engine_does(server, expected):
             assert wrong.status_code == 400 and "did you mean temperature" in wrong.text
             long = await client.post("/v1/completions", json={"prompt": [5] * 200})
             assert long.status_code == 400 and "the context holds 128" in long.text
+            chat = {"messages": [{"role": "user", "content": "Is anything of this read?"}], "max_tokens": 1}
+            same = {"prompt": "aaaaa", "max_tokens": 1}
+            replies = [
+                await client.post("/v1/chat/completions", json=chat),
+                await client.post("/v1/completions", json=same),
+            ]
+            chatted, completed = (reply.json()["usage"]["prompt_tokens"] for reply in replies)
+            assert chatted == completed  # the template of the file, not of the model
 
     asyncio.run(main())
-    assert server.metric("vllm:generation_tokens_total") == 60 * (REQUESTS + 1)
+    assert server.metric("vllm:generation_tokens_total") == 60 * (REQUESTS + 1) + 2
     text = httpx.get(f"{server.url}/metrics").text
     steps = [line for line in text.splitlines() if line.startswith("apt:batch_requests_count")]
     assert len(steps) == 2 and all(float(line.split()[-1]) > 30 for line in steps)  # both worked
