@@ -275,7 +275,7 @@ class Runner:
         number, flag = _abstract((R,), np.int32), _abstract((R,), np.bool_)
         table = _abstract((R, self.shapes.table_pages), np.int32)
         rows = Rows(number, number, number, number, flag, table, table)
-        name = f"{bucket} {num_blocks} {self.attention}"
+        name = f"{bucket} {num_blocks}"
         pool, history = self._abstract_pool(num_blocks), self._abstract_history()
         if self._layers is not None:
             return self._compile_layers(name, bucket, num_blocks, self._layers, pool, history, tokens, rows)
@@ -385,7 +385,9 @@ class Runner:
                 return jax.jit(function, donate_argnums=donate).lower(shapes_of, *args).compile()
 
         shapes = (shapes_of, jax.tree.map(lambda leaf: (leaf.shape, str(leaf.dtype)), args), donate, precision)
-        return self._store.get(repr((name, self.model_config, self.shapes, shapes)), compile_program)
+        # the sampler and the scorer call kernels too: whoever has none cannot run a program that does
+        key = (name, self.attention, self.model_config, self.shapes, shapes)
+        return self._store.get(repr(key), compile_program)
 
     def _abstract_pool(self, num_blocks: int) -> jax.ShapeDtypeStruct:
         shape = pool_shape(self.model_config, num_blocks, self.shapes.block_size)

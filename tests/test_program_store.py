@@ -57,6 +57,20 @@ def test_second_start_loads_every_program_and_gives_the_same_tokens(cache_folder
     assert len(list(cache_folder.iterdir())) == 14  # layers of two shapes, conversion
 
 
+def test_programs_with_kernels_of_ours_are_not_those_without(cache_folder, monkeypatch):
+    """In float32 both take the same arrays, and a host may lose its compiler."""
+    monkeypatch.setattr("apt_jax.buckets.ladder", lambda smallest, largest: [largest])
+    model = random_model(CONFIG, seed=0)
+    counts = []
+    for backend in ("xla", "auto"):
+        engine = make_engine(model, CONFIG, max_num_seqs=4, attention_backend=backend)
+        engine.warm_up()
+        counts.append(len(list(cache_folder.iterdir())))
+    if engine.runner.kernels is None:
+        pytest.skip("the C++ kernels cannot be had here")
+    assert counts[1] == 2 * counts[0]
+
+
 def test_what_comes_from_jax_s_own_cache_is_not_kept(tmp_path):
     """Such an executable lacks its functions once it is written again (XLA on CPU)."""
     folder = tmp_path / "jax"
