@@ -31,15 +31,15 @@ def create_app(service: Service, resumption: Resumption | None = None) -> Starle
 
     @contextlib.asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
-        service.engine_thread.start()
+        service.backend.start()
         resuming = None if resumption is None else asyncio.create_task(resumption.run(service))
         yield
         service.is_stopping = True
-        service.engine_thread.abort_all()
+        service.backend.abort_all()
         if resuming is not None:
             await asyncio.wait([resuming], timeout=STOP_TIMEOUT_S)
             resuming.cancel()
-        await run_in_threadpool(service.engine_thread.stop, STOP_TIMEOUT_S)
+        await run_in_threadpool(service.backend.stop, STOP_TIMEOUT_S)
         if service.tracing is not None:
             await run_in_threadpool(service.tracing.close)
 

@@ -44,7 +44,7 @@ class DebugRoutes:
         text = http.query_params.get("last", str(SHOWN_PLANS))
         if not (text.isascii() and text.isdigit() and 1 <= int(text[:9]) <= SHOWN_PLANS):
             raise BadRequest(f"last={text[:20]!r} must be between 1 and {SHOWN_PLANS}", "last")
-        engine = self._service.engine_thread.ready_engine()
+        engine = self._service.backend.ready_engine()
         plans = await self._service.view.plans()
         return JSONResponse({"policy": engine.config.scheduling_policy, "plans": plans[-int(text) :]})
 
@@ -80,10 +80,10 @@ class DebugRoutes:
 
     async def _state(self) -> dict[str, object]:
         service = self._service
-        status = "stopping" if service.is_stopping else service.engine_thread.status.value
+        status = "stopping" if service.is_stopping else service.backend.status.value
         shown: dict[str, object] = {"model": service.model_name, "status": status}
         shown |= await run_in_threadpool(service.recent.figures)
-        engine = service.engine_thread.engine
+        engine = service.backend.engine
         if engine is None:
             return shown
         plans = (await service.view.plans())[-STATE_PLANS:]

@@ -47,7 +47,7 @@ class GenerationRoutes:
             fields = {"id": generation.request_id, "request_id": http.state.request_id}
             logger.info("body %s", body.model_dump_json(exclude_none=True, warnings=False), extra={"fields": fields})
         with contextlib.ExitStack() as cleanup:
-            group = service.engine_thread.submit(generation.samples)
+            group = service.backend.submit(generation.samples)
             cleanup.enter_context(service.generating(generation, group))
             cleanup.callback(self._limit_time(group))
             close_on_disconnect(http.receive, group, cleanup)

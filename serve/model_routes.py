@@ -59,7 +59,7 @@ class ModelRoutes:
         tokenizer = self._tokenizer("prompt")
         token_ids = await run_in_threadpool(self._encode, body, tokenizer)
         strings = [tokenizer.token_text(i) for i in token_ids] if body.return_token_strs else None
-        max_model_len = self._service.engine_thread.ready_engine().max_model_len
+        max_model_len = self._service.backend.ready_engine().max_model_len
         return JSONResponse(
             {"count": len(token_ids), "max_model_len": max_model_len, "tokens": token_ids, "token_strs": strings}
         )
@@ -74,12 +74,12 @@ class ModelRoutes:
 
     async def health(self, http: Request) -> Response:
         """GET /health: 200 while the process can still come to serve or serves."""
-        status = self._service.engine_thread.status
+        status = self._service.backend.status
         return JSONResponse({"status": status.value}, 503 if status is EngineStatus.FAILED else 200)
 
     async def ready(self, http: Request) -> Response:
         """GET /ready: 200 once every program is compiled and requests are taken."""
-        status = self._service.engine_thread.status
+        status = self._service.backend.status
         if status is EngineStatus.READY and not self._service.is_stopping:
             return JSONResponse({"status": status.value})
         shown = "stopping" if self._service.is_stopping else status.value
@@ -91,7 +91,7 @@ class ModelRoutes:
 
     async def load(self, http: Request) -> Response:
         """GET /load: what load balancers ask. `server_load` counts the HTTP requests for completions under way."""
-        waiting, running = self._service.engine_thread.num_waiting_running
+        waiting, running = self._service.backend.num_waiting_running
         return JSONResponse({"server_load": self._service.num_generating, "waiting": waiting, "running": running})
 
     async def metrics(self, http: Request) -> Response:
@@ -108,13 +108,13 @@ class ModelRoutes:
         return tokenizer.encode(text, add_special_tokens=body.add_special_tokens is True)
 
     def _tokenizer(self, param: str) -> Tokenizer:
-        tokenizer = self._service.engine_thread.ready_engine().tokenizer
+        tokenizer = self._service.backend.ready_engine().tokenizer
         if tokenizer is None:
             raise BadRequest("this model has no tokenizer; give its folder with --tokenizer", param)
         return tokenizer
 
     def _model(self) -> dict[str, object]:
-        engine = self._service.engine_thread.engine
+        engine = self._service.backend.engine
         return {
             "id": self._service.model_name,
             "object": "model",

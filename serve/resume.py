@@ -37,9 +37,9 @@ class Resumption:
 
     async def run(self, service: Service) -> None:
         """Wait for the engine, then finish every request."""
-        while service.engine_thread.status in (EngineStatus.LOADING, EngineStatus.WARMING) and not service.is_stopping:
+        while service.backend.status in (EngineStatus.LOADING, EngineStatus.WARMING) and not service.is_stopping:
             await asyncio.sleep(0.05)
-        if not self._records or service.engine_thread.status is not EngineStatus.READY:
+        if not self._records or service.backend.status is not EngineStatus.READY:
             return
         logger.info("resuming %d requests of %s", len(self._records), self._path)
         await asyncio.gather(*(self._finish(service, record) for record in self._records))
@@ -66,7 +66,7 @@ class Resumption:
     async def _generate(self, service: Service, generation: Generation[Any], samples: list[Any]) -> None:
         while True:
             service.check_accepts()
-            group = service.engine_thread.submit(samples)
+            group = service.backend.submit(samples)
             try:
                 await group.accepted()
                 break

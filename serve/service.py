@@ -22,21 +22,21 @@ from serve.tracing import Tracing
 class Service:
     """What generates, as it is seen over HTTP. `chat_template` goes before the tokenizer's own."""
 
-    def __init__(self, engine_thread: Backend, model_name: str, options: ServerOptions):
-        self.engine_thread = engine_thread
+    def __init__(self, backend: Backend, model_name: str, options: ServerOptions):
+        self.backend = backend
         self.model_name = model_name
         self.options = options
         self.chat_template: str | None = None
         self.created = int(time.time())
-        self.view = engine_thread.view(model_name)
+        self.view = backend.view(model_name)
         self.metrics, self.recent = self.view.metrics, Recent()
-        engine_thread.observers.extend([self.recent, RequestLog()])
+        backend.observers.extend([self.recent, RequestLog()])
         self.tracing: Tracing | None = None
         if options.otlp_traces_endpoint is not None:
             self.tracing = Tracing(options.otlp_traces_endpoint, model_name)
-            engine_thread.observers.append(self.tracing)
+            backend.observers.append(self.tracing)
         if options.reject_predicted_late:
-            engine_thread.refuse_late()
+            backend.refuse_late()
         self.num_generating = 0  # requests for completions that are under way
         self.is_stopping = False
         self.unfinished_records: list[dict[str, Any]] = []  # for the snapshot
@@ -47,7 +47,7 @@ class Service:
         Raises:
             NotReady: the engine is not ready.
         """
-        return ServedModel(self.engine_thread.ready_engine(), self.model_name, self.chat_template)
+        return ServedModel(self.backend.ready_engine(), self.model_name, self.chat_template)
 
     def refused(self, reason: str) -> None:
         """Count a request that was refused."""

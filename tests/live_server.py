@@ -23,7 +23,7 @@ def live(service: Service, resumption: Resumption | None = None) -> Iterator[str
     http = uvicorn.Server(config)
     runner = threading.Thread(target=http.run, kwargs={"sockets": [listener]})
     runner.start()
-    thread = service.engine_thread
+    thread = service.backend
     try:
         until(lambda: thread.status not in (EngineStatus.LOADING, EngineStatus.WARMING), 200)
         yield url_of(listener)

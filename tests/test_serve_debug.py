@@ -169,7 +169,7 @@ def test_a_request_is_a_trace():
 
     async def main():
         async with serving(FakeEngine(tokenizer=CharTokenizer())) as client:
-            client.service.engine_thread.observers.append(tracing)
+            client.service.backend.observers.append(tracing)
             await client.post("/v1/completions", json={"prompt": "abc", "max_tokens": 5})
 
     run(main)

@@ -78,7 +78,7 @@ def test_the_option_refuses_over_http_and_counts_it():
 
     async def main():
         async with serving(engine, reject_predicted_late=True) as client:
-            client.service.engine_thread.admission.learn(1, 10.0)
+            client.service.backend.admission.learn(1, 10.0)
             tasks = [asyncio.create_task(client.post("/v1/completions", json=LONG)) for _ in range(6)]
             await until(lambda: engine.has_unfinished)
             engine.allow_step(1)
@@ -102,7 +102,7 @@ def test_a_lost_device_turns_health_to_503_and_fails_what_waits():
             engine.fail_with = DeviceLost("the device does not work any more")
             engine.allow_step(10)
             assert (await task).status_code == 500
-            await until(lambda: client.service.engine_thread.status is EngineStatus.FAILED)
+            await until(lambda: client.service.backend.status is EngineStatus.FAILED)
             assert (await client.get("/health")).status_code == 503
             assert (await client.get("/ready")).status_code == 503
             assert (await client.post("/v1/completions", json=LONG)).status_code == 503
@@ -140,7 +140,7 @@ def test_a_stopping_server_takes_nothing_new_and_keeps_what_it_could_not_finish(
             client.service.is_stopping = True
             assert (await client.post("/v1/completions", json=LONG)).json()["error"]["code"] == "not_ready"
             assert (await client.get("/ready")).json()["status"] == "stopping"
-            client.service.engine_thread.abort_all()
+            client.service.backend.abort_all()
             engine.allow_step(100)
             whole, streamed = [await task for task in tasks]
             assert {c["finish_reason"] for c in whole.json()["choices"]} == {"abort"}
@@ -183,7 +183,7 @@ def stopped_records() -> list[dict]:
             engine.allow_step(6)
             await until(lambda: engine.num_steps == 6)
             client.service.is_stopping = True
-            client.service.engine_thread.abort_all()
+            client.service.backend.abort_all()
             engine.allow_step(100)
             await asyncio.gather(*tasks)
             found.extend(client.service.unfinished_records)
