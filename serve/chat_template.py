@@ -69,7 +69,6 @@ def render(messages: Sequence[Message], tokenizer: "Tokenizer", template: str | 
 
 def _renderer() -> Callable[..., Any]:
     """The function of transformers, whose import takes seconds."""
-
     with no_advice():
         from transformers.utils.chat_template_utils import render_jinja_template
     return render_jinja_template
