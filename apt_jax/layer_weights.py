@@ -1,12 +1,14 @@
-"""The layers' weights as a CPU likes them: an array per layer and parameter, a kernel as `[outputs, inputs]`.
+"""A model's weights as a CPU likes them: an array per layer and parameter.
 
-XLA's CPU backend copies a layer's part of stacked weights before it multiplies, multiplies few rows fastest with a
-kernel of this orientation, and multiplies bfloat16 by converting both sides to float32, at every call: so where XLA
-multiplies they are kept converted, and the products are the same (docs/performance.md).
+`cpu_kernels` multiply kernels in panels. XLA's CPU backend copies a layer's part of stacked weights before it
+multiplies, multiplies few rows fastest with a kernel `[outputs, inputs]`, and bfloat16 by converting both sides to float32,
+at every call: so where XLA multiplies they are kept converted (docs/performance.md).
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -14,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from apt_jax.cpu_kernels.calls import matmul, max_rows
+from apt_jax.cpu_kernels.calls import PANEL, matmul, panels_of
 from apt_jax.opt import OPT, DecoderLayer
 from apt_jax.weight_formats import names_in
 
@@ -23,12 +25,11 @@ from apt_jax.weight_formats import names_in
 class LayerWeights:
     """All layers' arrays, and how a layer is put together from its own."""
 
-    arrays: list[list[jax.Array]]  # per layer; kernels are `[outputs, inputs]`
+    arrays: list[list[jax.Array]]  # per layer; kernels are in panels or `[outputs, inputs]`
     numbers: list[jax.Array]  # per layer its number, int32
     _graphdef: nnx.GraphDef
     _tree: jax.tree_util.PyTreeDef
-    _kernels: list[tuple[int, ...] | None]  # per parameter a kernel's shape as the module has it; None is no kernel
-    _own_products: bool
+    _kernels: list[Callable[[jax.Array], Any] | None]  # per parameter what it is in the module; None is an array
 
     @classmethod
     def of(cls, model: OPT, *, donate: bool = False, own_products: bool = False) -> "LayerWeights":
@@ -37,27 +38,31 @@ class LayerWeights:
         Args:
             donate: each stacked array is deleted once it is copied, so that little memory is needed twice; the model
                 cannot be used any more.
-            own_products: kernels are multiplied by `cpu_kernels` and keep their dtype; else by XLA, as float32.
+            own_products: kernels are multiplied by `cpu_kernels`, in panels of their own dtype; else by XLA, as
+                float32. So are those of keys and values if heads are not whole panels: attention reads them by heads.
         """
         graphdef, state = nnx.split(model.layers)
         with_path, tree = jax.tree.flatten_with_path(state)
         device = next(iter(with_path[0][1].devices()))
         arrays: list[list[jax.Array]] = [[] for _ in range(model.num_layers)]
-        kernels: list[tuple[int, ...] | None] = []
+        kernels: list[Callable[[jax.Array], Any] | None] = []
         for path, stacked in with_path:
             names = names_in(path)
             is_kernel, num_inputs = "kernel" in names, 2 if "out_proj" in names else 1  # axes
             shape = stacked.shape[1:]
-            kernels.append(shape if is_kernel else None)
+            by_heads = "k_proj" in names or "v_proj" in names
+            in_panels = own_products and (not by_heads or shape[-1] % PANEL == 0)
+            kernels.append(partial(PanelKernel if in_panels else TurnedKernel, shape=shape) if is_kernel else None)
             for of_layer, array in zip(arrays, np.asarray(stacked), strict=True):
+                own = np.array(array)
                 if is_kernel:
-                    array = array.reshape(math.prod(shape[:num_inputs]), -1).T
-                own = np.array(array, np.float32 if is_kernel and not own_products else array.dtype, order="C")
+                    matrix = array.reshape(math.prod(shape[:num_inputs]), -1)
+                    own = panels_of(matrix) if in_panels else np.array(matrix.T, np.float32, order="C")
                 of_layer.append(jax.device_put(own, device, may_alias=True))
             if donate:
                 stacked.delete()
         numbers = [jnp.int32(i) for i in range(model.num_layers)]
-        return cls(arrays, numbers, graphdef, tree, kernels, own_products)
+        return cls(arrays, numbers, graphdef, tree, kernels)
 
     @property
     def nbytes(self) -> int:
@@ -66,27 +71,51 @@ class LayerWeights:
 
     def layer(self, arrays: list[jax.Array]) -> DecoderLayer:
         """The module of one layer's `arrays`, inside a compiled function."""
-        kernel = OwnKernel if self._own_products else TurnedKernel
         leaves = [
-            array if shape is None else kernel(array, shape) for array, shape in zip(arrays, self._kernels, strict=True)
+            array if kernel is None else kernel(array) for array, kernel in zip(arrays, self._kernels, strict=True)
         ]
         return nnx.merge(self._graphdef, jax.tree.unflatten(self._tree, leaves))
 
 
-def outside_layers(path: tuple[Any, ...], leaf: jax.Array, own_products: bool) -> jax.Array:
-    """A model's parameter as programs outside the layers take it: nothing for the layers, the vocabulary in float32.
+@dataclass(frozen=True)
+class OuterWeights:
+    """A model's weights as programs outside the layers take them, without those of the layers."""
 
-    With `own_products` a vocabulary that is tied to the embeddings stays as it is, for `with_own_table`.
-    """
-    if path[0].key == "layers":
-        return jnp.zeros(0, leaf.dtype)
-    in_float32 = path[0].key == "lm_head" or (path[0].key == "embed_tokens" and not own_products)
-    return leaf.astype(jnp.float32) if in_float32 else leaf
+    arrays: list[jax.Array]
+    _shapes: list[tuple[int, ...] | None]  # of an array that is a table in panels
 
+    @classmethod
+    def of(cls, model: OPT, *, donate: bool = False, own_products: bool = False) -> "OuterWeights":
+        """The model's own arrays, and a copy of the vocabulary for logits.
 
-def with_own_table(path: tuple[Any, ...], leaf: jax.Array) -> Any:
-    """The embedding table as an `OwnTable`, other parameters as they are; inside a compiled function."""
-    return OwnTable(leaf) if path[0].key == "embed_tokens" else leaf
+        Args:
+            donate: see `LayerWeights.of`; of what is copied.
+            own_products: a vocabulary that is tied to the embeddings is multiplied by `cpu_kernels`; else by XLA, as
+                float32.
+        """
+        arrays: list[jax.Array] = []
+        shapes: list[tuple[int, ...] | None] = []
+        for path, leaf in jax.tree.leaves_with_path(nnx.state(model)):
+            in_panels = own_products and model.lm_head is None and path[0].key == "embed_tokens"
+            shapes.append(leaf.shape if in_panels else None)
+            array = leaf
+            if path[0].key == "layers":
+                array = jnp.zeros(0, leaf.dtype)
+            elif in_panels:
+                array = jax.device_put(panels_of(np.asarray(leaf).T), next(iter(leaf.devices())), may_alias=True)
+                if donate:
+                    leaf.delete()
+            elif path[0].key == ("embed_tokens" if model.lm_head is None else "lm_head"):
+                array = leaf.astype(jnp.float32)
+            arrays.append(array)
+        return cls(arrays, shapes)
+
+    def leaves(self, arrays: list[jax.Array]) -> list[Any]:
+        """The leaves of the model's state of `arrays`, inside a compiled function."""
+        return [
+            array if shape is None else PanelTable(array, shape[::-1])
+            for array, shape in zip(arrays, self._shapes, strict=True)
+        ]
 
 
 @dataclass(frozen=True)
@@ -103,35 +132,27 @@ class TurnedKernel:
         return self.array.T.reshape(self.shape)[index]
 
 
-class _Own:
-    """What is multiplied by `cpu_kernels`, see `apt_jax.opt.OwnProduct`."""
+@dataclass(frozen=True)
+class PanelKernel:
+    """A kernel that is multiplied by `cpu_kernels`, an `apt_jax.opt.OwnProduct`."""
 
-    array: jax.Array  # [outputs, inputs]
+    array: jax.Array  # [panels, inputs, PANEL]
+    shape: tuple[int, ...]  # as the module has it
 
     @property
-    def max_rows(self) -> float:
-        """More are left to XLA."""
-        return max_rows(self.array.dtype)
+    def parts(self) -> jax.Array:
+        """See `apt_jax.opt.OwnProduct`."""
+        return self.array
 
     def product(self, x: jax.Array) -> jax.Array:
-        """Float32 `[R, outputs]` of `x [R, inputs]`."""
-        return matmul(x, self.array)
+        """See `apt_jax.opt.OwnProduct`."""
+        return matmul(x, self.array, math.prod(self.shape) // x.shape[1])
 
 
-class OwnKernel(_Own, TurnedKernel):
-    """A kernel that is multiplied by `cpu_kernels`; XLA may still read it."""
+class PanelTable(PanelKernel):
+    """Embeddings that are looked up and, for logits, multiplied by `cpu_kernels`; its shape is `(E, V)`."""
 
-
-@dataclass(frozen=True)
-class OwnTable(_Own):
-    """Embeddings `[V, E]` that are looked up as an array and, for logits, multiplied by `cpu_kernels`."""
-
-    array: jax.Array
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """As `apt_jax.opt.OwnProduct` has it: inputs first."""
-        return self.array.shape[::-1]
-
-    def __getitem__(self, index: Any) -> jax.Array:
-        return self.array[index]
+    def __getitem__(self, index: Any) -> Any:
+        if index is Ellipsis:
+            return self
+        return self.array[index // PANEL, :, index % PANEL]

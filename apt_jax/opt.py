@@ -227,7 +227,7 @@ class OPT(nnx.Module):
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Float32 logits `[..., V]` of hidden states `[..., E]`."""
         weights: Any = self.embed_tokens.embedding if self.lm_head is None else self.lm_head.kernel
-        if self.lm_head is None and _own_product(weights, hidden) is None:
+        if self.lm_head is None and own_product(weights) is None:
             weights = weights[...].T
         logits = product(hidden, weights, dtype=jnp.float32)
         # split over devices, the vocabulary is padded
@@ -342,17 +342,21 @@ class OwnProduct(Protocol):
     """Weights in the place of a parameter that know better than XLA how they are multiplied."""
 
     shape: tuple[int, ...]  # inputs first, either may be several axes
-    max_rows: float  # more are left to XLA
+
+    @property
+    def parts(self) -> jax.Array:
+        """`[P, inputs, outputs / P]`; where outputs are heads, P is a multiple of their number."""
+        ...
 
     def product(self, x: jax.Array) -> jax.Array:
         """Float32 `[R, outputs]` of `x [R, inputs]`."""
         ...
 
 
-def _own_product(weights: Any, x: jax.Array) -> OwnProduct | None:
-    """The weights, if they multiply as many rows as `x` has by themselves."""
+def own_product(weights: Any) -> OwnProduct | None:
+    """The weights, if they are multiplied by themselves."""
     own = weights.get_value() if isinstance(weights, nnx.Variable) else None
-    return own if isinstance(own, OwnProduct) and x.shape[0] <= own.max_rows else None
+    return own if isinstance(own, OwnProduct) else None
 
 
 def product(
@@ -364,7 +368,7 @@ def product(
     form, and rewrites the one into the other unless it is kept from it (docs/performance.md).
     """
     out = dtype or x.dtype
-    own = _own_product(weights, x)
+    own = own_product(weights)
     if own is not None:
         rows = x.reshape(-1, math.prod(own.shape[:axes]))
         return own.product(rows).reshape(*x.shape[: x.ndim - axes], *own.shape[axes:]).astype(out)

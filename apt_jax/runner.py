@@ -27,7 +27,7 @@ from apt_jax.cache import BlockTable
 from apt_jax.cache_arrays import convert_blocks, convert_layer, pool_shape
 from apt_jax.config import AttentionBackend, ModelConfig
 from apt_jax.cpu_kernels.calls import KERNELS as CPU_KERNELS
-from apt_jax.layer_weights import LayerWeights, outside_layers, with_own_table
+from apt_jax.layer_weights import LayerWeights, OuterWeights
 from apt_jax.opt import OPT
 from apt_jax.program_store import ProgramStore, source_hash
 from apt_jax.sampling import Sampled, Scored, score
@@ -90,13 +90,12 @@ class Runner:
             attention_backend, local_config(model_config, self.num_devices), block_size=shapes.block_size,
             dtype=self.dtype, device=self.device, num_devices=self.num_devices,
         )  # fmt: skip
-        self._own_products = call_per_layer and self.kernels is CPU_KERNELS
+        self._outer: OuterWeights | None = None
         if call_per_layer:
-            self._layers = LayerWeights.of(model, donate=donate_model, own_products=self._own_products)
-            self._paths = [path for path, _ in jax.tree.leaves_with_path(state)]
-            self._weights = list(
-                map(partial(outside_layers, own_products=self._own_products), self._paths, self._weights)
-            )
+            own_products = self.kernels is CPU_KERNELS
+            self._layers = LayerWeights.of(model, donate=donate_model, own_products=own_products)
+            self._outer = OuterWeights.of(model, donate=donate_model, own_products=own_products)
+            self._weights = self._outer.arrays
         self.num_blocks = 0
         # processes that run one program must compile it together, so none may find it on its disk
         alone = jax.process_count() == 1
@@ -266,7 +265,7 @@ class Runner:
         return max(CONVERT_TOKENS // self.shapes.block_size, 1)
 
     def _model(self, weights: list[jax.Array]) -> OPT:
-        leaves = list(map(with_own_table, self._paths, weights)) if self._own_products else weights
+        leaves = weights if self._outer is None else self._outer.leaves(weights)
         return nnx.merge(self._graphdef, jax.tree.unflatten(self._weights_tree, leaves))
 
     def _compile_step(self, bucket: Bucket, num_blocks: int) -> Any:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from apt_jax.attention_backend import select_kernels
 from apt_jax.config import ModelConfig
 from apt_jax.cpu_kernels import calls, library
-from apt_jax.layer_weights import with_own_table
+from apt_jax.layer_weights import OuterWeights
 from apt_jax.opt import OPT
 from pallas_kernels import dispatch
 
@@ -66,9 +66,9 @@ def test_attention_to_any_lengths_in_any_blocks(data):
 def test_products_are_those_of_numpy(rows, inputs, outputs, dtype):
     rng = np.random.default_rng(rows)
     x = rng.standard_normal((rows, inputs), np.float32)
-    kernel = jnp.asarray(rng.standard_normal((outputs, inputs), np.float32) * inputs**-0.5, dtype)
-    found = calls.matmul(jnp.asarray(x), kernel)
-    expected = x.astype(np.float64) @ np.asarray(kernel, np.float64).T
+    kernel = np.asarray(jnp.asarray(rng.standard_normal((inputs, outputs), np.float32) * inputs**-0.5, dtype))
+    found = calls.matmul(jnp.asarray(x), calls.panels_of(kernel), outputs)
+    expected = x.astype(np.float64) @ kernel.astype(np.float64)
     assert found.dtype == jnp.float32
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
 
@@ -76,19 +76,21 @@ def test_products_are_those_of_numpy(rows, inputs, outputs, dtype):
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_a_rows_products_do_not_depend_on_the_other_rows(dtype):
     rng = np.random.default_rng(0)
-    x = jnp.asarray(rng.standard_normal((200, 1600), np.float32))
-    kernel = jnp.asarray(rng.standard_normal((100, 1600), np.float32), dtype)
-    every = np.asarray(calls.matmul(x, kernel))
+    x = jnp.asarray(rng.standard_normal((300, 1600), np.float32))
+    panels = calls.panels_of(np.asarray(jnp.asarray(rng.standard_normal((1600, 100), np.float32), dtype)))
+    every = np.asarray(calls.matmul(x, panels, 100))
     for rows in (1, 5, 16, 33):
-        np.testing.assert_array_equal(calls.matmul(x[:rows], kernel), every[:rows])
+        np.testing.assert_array_equal(calls.matmul(x[:rows], panels, 100), every[:rows])
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_logits_of_any_number_of_rows_with_the_models_own_table(dtype):
     model = OPT(TINY, dtype=dtype, rngs=nnx.Rngs(0))
     graphdef, state = nnx.split(model)
-    with_path, tree = jax.tree.flatten_with_path(state)
-    own = nnx.merge(graphdef, jax.tree.unflatten(tree, [with_own_table(path, leaf) for path, leaf in with_path]))
+    weights = OuterWeights.of(model, own_products=True)
+    own = nnx.merge(graphdef, jax.tree.unflatten(jax.tree.structure(state), weights.leaves(weights.arrays)))
+    ids = jnp.arange(TINY.vocab_size)
+    np.testing.assert_array_equal(own.embed(ids, ids), model.embed(ids, ids))
     for rows in (1, 32, 33, 200):
         hidden = jax.random.normal(jax.random.key(rows), (rows, TINY.word_embed_proj_dim), dtype)
         found, expected = own.logits(hidden), model.logits(hidden)
@@ -97,7 +99,7 @@ def test_logits_of_any_number_of_rows_with_the_models_own_table(dtype):
 
 def test_what_is_not_finite_stays_so():
     x = jnp.asarray([[jnp.nan, 1.0], [jnp.inf, 1.0], [1.0, 1.0]])
-    found = calls.matmul(x, jnp.ones((3, 2)))
+    found = calls.matmul(x, calls.panels_of(np.ones((2, 3), np.float32)), 3)
     assert np.isnan(found[0]).all() and np.isinf(found[1]).all() and np.isfinite(found[2]).all()
     pool = jnp.ones((1, 8, 4)).at[0, 2].set(jnp.nan)
     one = jnp.zeros((1, 1), jnp.int32)

@@ -9,13 +9,17 @@
 #include <limits>
 #include <vector>
 
-#include "matmul.h"
 #include "threads.h"
 #include "vectors.h"
 
 namespace apt {
 
 constexpr int kTokens = 64;
+#if defined(__AVX__) && !defined(__AVX512F__)
+constexpr int kHeads = 2;  // of which the sums with four tokens stay in registers
+#else
+constexpr int kHeads = 4;
+#endif
 constexpr float kNever = -1e30f;  // the score of nothing; as NEVER in pallas_kernels/reference.py
 
 struct Shape {
@@ -90,6 +94,27 @@ inline void add_values(const float* weights, const float* values, size_t step, i
     for (int i = 0; i < kVectors; i++) store(out + m * out_step + i * kLanes, sums[m][i]);
 }
 
+// scores [M, kTokens] of queries [M, D] and four tokens [4, D].
+template <int M>
+__attribute__((noinline)) void four_scores(const float* q, const float* x, int D, float* scores) {
+  Vector sums[M][4] = {};
+  int at = 0;
+  for (; at + kLanes <= D; at += kLanes)
+#pragma GCC unroll 8
+    for (int i = 0; i < 4; i++) {
+      const Vector own = load(x + size_t(i) * D + at);
+#pragma GCC unroll 8
+      for (int m = 0; m < M; m++) sums[m][i] += load(q + size_t(m) * D + at) * own;
+    }
+#pragma GCC unroll 8
+  for (int m = 0; m < M; m++) {
+    float* to = scores + m * kTokens;
+    sum_four(sums[m][0], sums[m][1], sums[m][2], sums[m][3], to);
+    for (int i = 0; i < 4; i++)
+      for (int rest = at; rest < D; rest++) to[i] += q[size_t(m) * D + rest] * x[size_t(i) * D + rest];
+  }
+}
+
 template <int M>
 inline void add_all_values(const float* weights, const float* values, size_t step, int tokens, int size, float* out,
                            size_t out_step) {
@@ -150,16 +175,16 @@ void hidden_part(const Shape& shape, const float* q, const Number* pool, const i
       for (int i = 0; i < count * D; i++) buffer[size_t(at) * D + i] = to_float(page[i]);
     });
     for (int t = 0; t < tokens; t += 4)
-      for (int n = 0; n < shape.heads; n += kTileRows) {
-        const int own_heads = std::min(kTileRows, shape.heads - n);
+      for (int n = 0; n < shape.heads; n++) {
+        const float* own = q + size_t(n) * D;
         float* to = scores.data() + size_t(n) * kTokens + t;
         const float* x = buffer.data() + size_t(t) * D;
-        if (t + 4 <= tokens)
-          tile_of<4>(own_heads, q + size_t(n) * D, D, x, D, D, to, kTokens, false, Ahead{});
+        if (t + 4 > tokens)
+          for (int i = 0; i < tokens - t; i++) to[i] = dot(own, x + size_t(i) * D, D);
+        else if (n + kHeads <= shape.heads)
+          four_scores<kHeads>(own, x, D, to), n += kHeads - 1;
         else
-          for (int head = 0; head < own_heads; head++)
-            for (int i = 0; i < tokens - t; i++)
-              to[head * kTokens + i] = dot(q + size_t(n + head) * D, x + size_t(i) * D, D);
+          four_scores<1>(own, x, D, to);
       }
     running.weigh(scores.data(), tokens);
     for (int at = 0; at < D; at += 4 * kLanes) {

@@ -2,8 +2,9 @@
 
 import jax
 import jax.numpy as jnp
-from jax.typing import DTypeLike
+import numpy as np
 
+from apt_jax.cpu_kernels import large_pages
 from pallas_kernels.dispatch import Kernels
 from pallas_kernels.reference import Partial
 
@@ -21,20 +22,32 @@ def hidden_decode(q_wide: jax.Array, pool: jax.Array, blocks: jax.Array, length:
 
 
 KERNELS = Kernels("cpu", kv_decode, hidden_decode)
+PANEL = 32  # outputs; as kPanel in panels.h
 
 
-def max_rows(dtype: DTypeLike) -> float:
-    """Most rows for which `matmul` with a kernel of `dtype` is faster than XLA's products (docs/performance.md)."""
-    return 32 if jnp.dtype(dtype) == jnp.float32 else 128
+def panels_of(kernel: np.ndarray) -> np.ndarray:
+    """A kernel `[inputs, outputs]` as `matmul` takes it, `[panels, inputs, PANEL]`; zeros complete the last panel.
+
+    It lies in memory with large pages where the system has them, which is read up to a quarter faster.
+    """
+    inputs, outputs = kernel.shape
+    panels = -(-outputs // PANEL)
+    found = large_pages.empty((panels, inputs, PANEL), kernel.dtype)
+    whole = outputs // PANEL
+    found[:whole] = kernel[:, : whole * PANEL].reshape(inputs, whole, PANEL).swapaxes(0, 1)
+    if whole < panels:
+        found[whole] = 0
+        found[whole, :, : outputs - whole * PANEL] = kernel[:, whole * PANEL :]
+    return found
 
 
-def matmul(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """Float32 `[R, outputs]`: `x [R, inputs]` times `kernel [outputs, inputs]`, float32 or bfloat16. Pure.
+def matmul(x: jax.Array, panels: jax.Array, outputs: int) -> jax.Array:
+    """Float32 `[R, outputs]`: `x [R, inputs]` times a kernel of float32 or bfloat16 from `panels_of`. Pure.
 
     Sums are of float32 products, and those of a row do not depend on the other rows.
     """
-    shape = jax.ShapeDtypeStruct((x.shape[0], kernel.shape[0]), jnp.float32)
-    return jax.ffi.ffi_call("apt_matmul", shape)(x.astype(jnp.float32), kernel)
+    shape = jax.ShapeDtypeStruct((x.shape[0], outputs), jnp.float32)
+    return jax.ffi.ffi_call("apt_matmul", shape)(x.astype(jnp.float32), panels)
 
 
 def _decode(target: str, q: jax.Array, *args: jax.Array) -> Partial:

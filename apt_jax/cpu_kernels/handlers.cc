@@ -42,9 +42,9 @@ ffi::Error hidden_decode(ffi::ThreadPool threads, Floats q, ffi::AnyBuffer pool,
   return ffi::Error::Success();
 }
 
-ffi::Error matmul(ffi::ThreadPool threads, Floats x, ffi::AnyBuffer kernel, ffi::Result<Floats> out) {
-  with_numbers_of(kernel, [&](auto* numbers) {
-    apt::matmul(threads, x.typed_data(), x.dimensions()[0], numbers, kernel.dimensions()[0], x.dimensions()[1],
+ffi::Error matmul(ffi::ThreadPool threads, Floats x, ffi::AnyBuffer panels, ffi::Result<Floats> out) {
+  with_numbers_of(panels, [&](auto* numbers) {
+    apt::matmul(threads, x.typed_data(), x.dimensions()[0], numbers, out->dimensions()[1], x.dimensions()[1],
                 out->typed_data());
   });
   return ffi::Error::Success();

@@ -1,8 +1,7 @@
-// x [rows, inputs] times a kernel [outputs, inputs]: each result is a sum of products along memory on both sides.
+// x [rows, inputs] times a kernel in panels `[outputs / kPanel, inputs, kPanel]`, zeros where outputs end.
 //
-// Few rows are multiplied with the kernel as it lies, which takes as long as reading it. For more, tiles of both sides
-// are packed one after the other (and a bfloat16 kernel converted), so that the first cache serves the products. Where
-// inputs are a multiple of 2 * kLanes, a row's results do not depend on how many rows there are: the sums are the same.
+// A panel is read from its begin to its end, so the memory can be asked for it ahead; a tile of rows multiplies it with
+// no sum across a vector. A result is the sum over inputs in their order, for any number of rows.
 #pragma once
 
 #include <algorithm>
@@ -13,253 +12,125 @@
 
 namespace apt {
 
-constexpr int kPair = 2 * kLanes;
-constexpr int kDepth = 768;       // inputs summed in registers: a tile of the kernel stays in the first cache
-constexpr int kRowsAtOnce = 128;  // their inputs stay in the second cache
-constexpr int kRowsToPack = 16;
-constexpr int kOutputsAtOnce = 8 * kTileColumns;
+constexpr int kPanel = 32;  // outputs; as PANEL in calls.py
+constexpr int kVectors = kPanel / kLanes;
+#if defined(__AVX512F__)
+constexpr int kTallest = 14;  // rows of a tile: 28 of 32 registers are sums
+#else
+constexpr int kTallest = 3;
+#endif
+constexpr int kInputsAtOnce = 256;      // of a panel: most of the first cache
+constexpr int kRowsOfBlock = 256;       // rows that share a panel while it is near
+constexpr int kNumbersAtOnce = 131072;  // of x: half of the second cache
 
-// A part of memory that a tile brings nearer while it computes: `lines` cache lines of each of kTileColumns rows.
-struct Ahead {
-  const char* at = nullptr;
-  size_t row_step = 0;
-  int lines = 0;
-  int per_step = 0;  // lines to ask for in one step of the tile
+// Row tiles of about the same height: the first `taller` have one row more.
+struct Tiles {
+  int count, height, taller;
 
-  int row = 0, line = 0;
-
-  // The share of tile `i` of `tiles`, each of `steps` steps, in bringing `bytes` of each row at `next`.
-  static Ahead share(const void* next, size_t row_step, size_t bytes, int i, int tiles, int steps) {
-    const int lines = (bytes + 63) / 64, own = (lines + tiles - 1) / tiles;
-    Ahead ahead;
-    if (i * own < lines) {
-      ahead.at = static_cast<const char*>(next) + size_t(i) * own * 64;
-      ahead.row_step = row_step;
-      ahead.lines = std::min(own, lines - i * own);
-      ahead.per_step = (ahead.lines * kTileColumns + steps - 1) / steps;
-    }
-    return ahead;
-  }
-
-  inline __attribute__((always_inline)) void advance() {
-    for (int i = 0; i < per_step && line < lines; i++) {
-      __builtin_prefetch(at + row * row_step + line * 64, 0, 2);
-      if (++row == kTileColumns) row = 0, line++;
-    }
-  }
+  explicit Tiles(int rows) : count((rows + kTallest - 1) / kTallest), height(rows / count), taller(rows % count) {}
+  int first(int i) const { return i * height + std::min(i, taller); }
+  int rows(int i) const { return height + (i < taller); }
 };
 
-// out[m][n] (+)= the sum of sums[m][n].
-template <int M, int N>
-inline __attribute__((always_inline)) void add_sums(const Vector (&sums)[M][N], float* out, size_t out_step, bool adds) {
-  constexpr int kFours = N / 4 * 4;
+// out [M, kPanel] (+)= x [steps, M] turned round, times panel [steps, kPanel]. Meanwhile brings `ahead` bytes a step from
+// `next` nearer.
+template <int M, class Number>
+__attribute__((noinline)) void panel_tile(const float* x, const Number* panel, int steps, float* out, size_t out_step,
+                                          bool adds, const char* next, int ahead) {
+  Vector sums[M][kVectors] = {};
+  if (adds)
+#pragma GCC unroll 16
+    for (int m = 0; m < M; m++)
 #pragma GCC unroll 8
-  for (int m = 0; m < M; m++) {
-    float* to = out + m * out_step;
+      for (int v = 0; v < kVectors; v++) sums[m][v] = load(out + m * out_step + v * kLanes);
+  for (int i = 0; i < steps; i++, x += M, panel += kPanel, next += ahead) {
+    __builtin_prefetch(next, 0, 2);
+    __builtin_prefetch(next + ahead / 2, 0, 2);
+    Vector own[kVectors];
 #pragma GCC unroll 8
-    for (int n = 0; n < kFours; n += 4)
-      sum_four(sums[m][n], sums[m][n + 1], sums[m][n + 2], sums[m][n + 3], to + n, adds);
+    for (int v = 0; v < kVectors; v++) own[v] = load_as_float(panel + v * kLanes);
+#pragma GCC unroll 16
+    for (int m = 0; m < M; m++)
 #pragma GCC unroll 8
-    for (int n = kFours; n < N; n++) to[n] = adds ? to[n] + sum(sums[m][n]) : sum(sums[m][n]);
+      for (int v = 0; v < kVectors; v++) sums[m][v] += x[m] * own[v];
   }
+#pragma GCC unroll 16
+  for (int m = 0; m < M; m++)
+#pragma GCC unroll 8
+    for (int v = 0; v < kVectors; v++) store(out + m * out_step + v * kLanes, sums[m][v]);
 }
 
-// out[m][n] (+)= x[m] . kernel[n] over `inputs`, both as they lie.
-template <int M, int N, class Kernel>
-__attribute__((noinline)) void tile(const float* x, size_t x_step, const Kernel* kernel, size_t kernel_step, int inputs,
-                                    float* out, size_t out_step, bool adds, Ahead ahead) {
-  Vector sums[M][N] = {};
-  int at = 0;
-  for (; at + kPair <= inputs; at += kPair) {
-    ahead.advance();
-#pragma GCC unroll 8
-    for (int n = 0; n < N; n++) {
-      Vector b[2];
-      load_pair(kernel + n * kernel_step + at, b[0], b[1]);
-#pragma GCC unroll 8
-      for (int m = 0; m < M; m++) sums[m][n] += load(x + m * x_step + at) * b[0];
-#pragma GCC unroll 8
-      for (int m = 0; m < M; m++) sums[m][n] += load(x + m * x_step + at + kLanes) * b[1];
-    }
-  }
-  add_sums<M, N>(sums, out, out_step, adds);
-  for (int m = 0; m < M && at < inputs; m++)
-    for (int n = 0; n < N; n++)
-      for (int i = at; i < inputs; i++) out[m * out_step + n] += x[m * x_step + i] * to_float(kernel[n * kernel_step + i]);
+template <class Number, int M = kTallest>
+inline void panel_tile_of(int rows, const float* x, const Number* panel, int steps, float* out, size_t out_step, bool adds,
+                          const char* next, int ahead) {
+  if constexpr (M > 1)
+    if (rows < M) return panel_tile_of<Number, M - 1>(rows, x, panel, steps, out, out_step, adds, next, ahead);
+  panel_tile<M>(x, panel, steps, out, out_step, adds, next, ahead);
 }
 
-template <int N, class Kernel>
-inline void tile_of(int rows, const float* x, size_t x_step, const Kernel* kernel, size_t kernel_step, int inputs,
-                    float* out, size_t out_step, bool adds, const Ahead& ahead) {
-  switch (rows) {
-    case 1: return tile<1, N>(x, x_step, kernel, kernel_step, inputs, out, out_step, adds, ahead);
-    case 2: return tile<2, N>(x, x_step, kernel, kernel_step, inputs, out, out_step, adds, ahead);
-    case 3: return tile<3, N>(x, x_step, kernel, kernel_step, inputs, out, out_step, adds, ahead);
-    default: return tile<kTileRows, N>(x, x_step, kernel, kernel_step, inputs, out, out_step, adds, ahead);
-  }
-}
-
-// out [kTileRows, kTileColumns] (+)= the products of a tile of x and one of the kernel, both packed, of `steps` vectors.
-__attribute__((noinline)) inline void packed_tile(const float* x, const float* kernel, int steps, float* out, bool adds,
-                                                  Ahead ahead) {
-  Vector sums[kTileRows][kTileColumns] = {};
-  for (int i = 0; i < steps; i++, x += kTileRows * kLanes, kernel += kTileColumns * kLanes) {
-    ahead.advance();
-    Vector a[kTileRows];
-#pragma GCC unroll 8
-    for (int m = 0; m < kTileRows; m++) a[m] = load(x + m * kLanes);
-#pragma GCC unroll 8
-    for (int n = 0; n < kTileColumns; n++) {
-      const Vector b = load(kernel + n * kLanes);
-#pragma GCC unroll 8
-      for (int m = 0; m < kTileRows; m++) sums[m][n] += a[m] * b;
-    }
-  }
-  add_sums<kTileRows, kTileColumns>(sums, out, kTileColumns, adds);
-}
-
-// `count` of `size` rows, each of `inner` numbers `step` apart, as `[vector][size][kLanes]` of float32; zeros complete
-// both. In the order in which `load_pair` brings numbers of Kernel.
-template <class Kernel, class Number>
-void pack(const Number* from, size_t step, int count, int size, int inner, float* out) {
-  for (int at = 0; at < inner; at += kPair, out += 2 * size * kLanes)
-    for (int row = 0; row < size; row++) {
-      float* first = out + row * kLanes;
-      float* second = out + (size + row) * kLanes;
-      const Number* own = from + row * step + at;
-      if (row < count && at + kPair <= inner) {
-        Vector a, b;
-        if constexpr (sizeof(Kernel) == sizeof(Number)) {
-          load_pair(own, a, b);
-        } else {
-          for (int i = 0; i < kLanes; i++) a[i] = to_float(own[2 * i]), b[i] = to_float(own[2 * i + 1]);
-        }
-        store(first, a);
-        store(second, b);
-      } else {
-        const int known = row < count ? inner - at : 0;
-        for (int i = 0; i < kPair; i++) {
-          float* to = sizeof(Kernel) == 2 ? (i % 2 ? second : first) + i / 2 : (i < kLanes ? first : second) + i % kLanes;
-          *to = i < known ? to_float(own[i]) : 0;
-        }
-      }
-    }
-}
-
-inline int vectors_of(int inner) { return 2 * ((inner + kPair - 1) / kPair); }
-
-// Few rows of x in parts of kDepth inputs, `[depth][row][kDepth]`, in the order in which `load_pair` brings the kernel's.
-template <class Kernel>
-void arrange(const float* x, int rows, int inputs, float* out) {
-  for (int depth = 0; depth < inputs; depth += kDepth) {
-    const int inner = std::min(kDepth, inputs - depth);
-    for (int m = 0; m < rows; m++, out += inner) {
-      const float* from = x + size_t(m) * inputs + depth;
-      int at = 0;
-      if constexpr (sizeof(Kernel) == 2)
-        for (; at + kPair <= inner; at += kPair)
-          for (int i = 0; i < kLanes; i++) {
-            out[at + i] = from[at + 2 * i];
-            out[at + kLanes + i] = from[at + 2 * i + 1];
+// Panels `[begin, end)` for the rows of one block: x as `turn` leaves it.
+template <class Number>
+void few_panels(const float* x, const Tiles& tiles, int rows, const Number* panels, int begin, int end, int inputs,
+                float* out, int outputs) {
+  const int depth = std::max(kNumbersAtOnce / rows / kInputsAtOnce, 1) * kInputsAtOnce;
+  alignas(64) float edge[kTallest * kPanel];
+  for (int from = 0; from < inputs; from += depth)
+    for (int p = begin; p < end; p++) {
+      const int to = std::min(from + depth, inputs);
+      for (int at = from; at < to; at += kInputsAtOnce) {
+        const int steps = std::min(kInputsAtOnce, to - at);
+        const Number* own = panels + (size_t(p) * inputs + at) * kPanel;
+        const Number* next = at + steps < to ? own + size_t(steps) * kPanel
+                                             : panels + (size_t(p + 1) * inputs + from) * kPanel;
+        const size_t share = size_t(steps) * kPanel * sizeof(Number) / tiles.count;
+        for (int i = 0; i < tiles.count; i++) {
+          const int m = tiles.first(i), height = tiles.rows(i), known = std::min(kPanel, outputs - p * kPanel);
+          const float* own_x = x + size_t(m) * inputs + size_t(at) * height;
+          const char* ahead = reinterpret_cast<const char*>(next) + i * share;
+          float* own_out = out + size_t(m) * outputs + p * kPanel;
+          if (known == kPanel) {
+            panel_tile_of(height, own_x, own, steps, own_out, outputs, at > 0, ahead, share / steps);
+            continue;
           }
-      for (; at < inner; at++) out[at] = from[at];
-    }
-  }
-}
-
-// At most kOutputsAtOnce outputs for fewer than kRowsToPack rows: x as `arrange` leaves it.
-template <class Kernel>
-void few_rows(const float* x, int rows, const Kernel* kernel, int outputs, int inputs, float* out, size_t out_step) {
-  const int tiles = (rows + kTileRows - 1) / kTileRows;
-  for (int depth = 0; depth < inputs; depth += kDepth) {
-    const int inner = std::min(kDepth, inputs - depth), steps = std::max(inner / kPair, 1);
-    for (int n = 0; n < outputs; n += kTileColumns) {
-      const int columns = std::min(kTileColumns, outputs - n);
-      const Kernel* own = kernel + size_t(n) * inputs + depth;
-      for (int m = 0, i = 0; m < rows; m += kTileRows, i++) {
-        const int tile_rows = std::min(kTileRows, rows - m);
-        const Ahead ahead = Ahead::share(own + size_t(kTileColumns) * inputs, inputs * sizeof(Kernel),
-                                         inner * sizeof(Kernel), i, tiles, steps);
-        const float* from = x + size_t(depth) * rows + size_t(m) * inner;
-        float* to = out + m * out_step + n;
-        if (columns == kTileColumns)
-          tile_of<kTileColumns>(tile_rows, from, inner, own, inputs, inner, to, out_step, depth > 0, ahead);
-        else
-          for (int c = 0; c < columns; c++)
-            tile_of<1>(tile_rows, from, inner, own + size_t(c) * inputs, inputs, inner, to + c, out_step, depth > 0,
-                       Ahead{});
+          for (int r = 0; r < height && at > 0; r++) std::copy_n(own_out + size_t(r) * outputs, known, edge + r * kPanel);
+          panel_tile_of(height, own_x, own, steps, edge, kPanel, at > 0, ahead, share / steps);
+          for (int r = 0; r < height; r++) std::copy_n(edge + r * kPanel, known, own_out + size_t(r) * outputs);
+        }
       }
     }
-  }
 }
 
-// At most kOutputsAtOnce outputs for at most kRowsAtOnce rows: x in packed tiles, depth by depth.
-template <class Kernel>
-void many_rows(const float* x, int rows, const Kernel* kernel, int outputs, int inputs, float* out, size_t out_step) {
-  alignas(64) float found[kOutputsAtOnce * (kRowsAtOnce + kTileRows)];  // [column tile][row][kTileColumns]
-  alignas(64) float packed[kTileColumns * (kDepth + kPair)];
-  const int tiles = (rows + kTileRows - 1) / kTileRows, padded = tiles * kTileRows;
-  for (int depth = 0; depth < inputs; depth += kDepth) {
-    const int inner = std::min(kDepth, inputs - depth), steps = vectors_of(inner);
-    for (int n = 0; n < outputs; n += kTileColumns) {
-      const Kernel* own = kernel + size_t(n) * inputs + depth;
-      pack<Kernel>(own, inputs, std::min(kTileColumns, outputs - n), kTileColumns, inner, packed);
-      for (int i = 0; i < tiles; i++)
-        packed_tile(x + size_t(i) * steps * kTileRows * kLanes, packed, steps,
-                    found + n * padded + i * kTileRows * kTileColumns, depth > 0,
-                    Ahead::share(own + size_t(kTileColumns) * inputs, inputs * sizeof(Kernel), inner * sizeof(Kernel), i,
-                                 tiles, steps));
-    }
-    x += size_t(tiles) * steps * kTileRows * kLanes;
-  }
-  for (int m = 0; m < rows; m++)
-    for (int n = 0; n < outputs; n++)
-      out[m * out_step + n] = found[n / kTileColumns * kTileColumns * padded + m * kTileColumns + n % kTileColumns];
+// x [rows, inputs] -> out [inputs, rows].
+inline void turn(const float* x, int rows, int inputs, float* out) {
+  for (int i = 0; i < inputs; i++)
+    for (int m = 0; m < rows; m++) out[size_t(i) * rows + m] = x[size_t(m) * inputs + i];
 }
 
-// out [rows, outputs] = x [rows, inputs] kernel^T.
-template <class Kernel>
-void matmul(xla::ffi::ThreadPool& pool, const float* x, int rows, const Kernel* kernel, int outputs, int inputs,
-            float* out) {
-  const int output_blocks = (outputs + kOutputsAtOnce - 1) / kOutputsAtOnce;
+// out [rows, outputs].
+template <class Number>
+void matmul(xla::ffi::ThreadPool& pool, const float* x, int rows, const Number* panels, int outputs, int inputs,
+                     float* out) {
+  const int blocks = (rows + kRowsOfBlock - 1) / kRowsOfBlock, num_panels = (outputs + kPanel - 1) / kPanel;
   const double products = double(rows) * inputs * outputs;
-  const auto own_outputs = [&](int n) { return std::min(kOutputsAtOnce, outputs - n); };
-  if (rows < kRowsToPack) {
-    const std::unique_ptr<float[]> arranged(new float[size_t(rows) * inputs]);
-    arrange<Kernel>(x, rows, inputs, arranged.get());
-    in_parallel(pool, output_blocks, products, [&](int i) {
-      const int n = i * kOutputsAtOnce;
-      few_rows(arranged.get(), rows, kernel + size_t(n) * inputs, own_outputs(n), inputs, out + n, outputs);
+  const auto first_of = [&](int block) { return int(int64_t(block) * rows / blocks); };
+  std::unique_ptr<float[]> turned;
+  if (rows > 1) {
+    turned.reset(new float[size_t(rows) * inputs]);
+    const Tiles most((rows + blocks - 1) / blocks);
+    in_parallel(pool, blocks * most.count, 2.0 * rows * inputs, [&](int i) {
+      const int first = first_of(i / most.count), own = i % most.count;
+      const Tiles tiles(first_of(i / most.count + 1) - first);
+      if (own >= tiles.count) return;
+      const size_t at = size_t(first + tiles.first(own)) * inputs;
+      turn(x + at, tiles.rows(own), inputs, turned.get() + at);
     });
-    return;
+    x = turned.get();
   }
-  const int row_blocks = (rows + kRowsAtOnce - 1) / kRowsAtOnce;
-  size_t row_size = 0;  // of a packed row
-  for (int depth = 0; depth < inputs; depth += kDepth)
-    row_size += vectors_of(std::min(kDepth, inputs - depth)) * kLanes;
-  const int row_tiles = (rows + kTileRows - 1) / kTileRows;
-  const std::unique_ptr<float[]> packed(new float[row_tiles * kTileRows * row_size]);
-  const auto block_of = [&](int block) { return packed.get() + size_t(block) * kRowsAtOnce * row_size; };
-  const auto own_rows = [&](int block) { return std::min(kRowsAtOnce, rows - block * kRowsAtOnce); };
-  constexpr int kTilesAtOnce = 4;
-  in_parallel(pool, (row_tiles + kTilesAtOnce - 1) / kTilesAtOnce, double(rows) * inputs, [&](int i) {
-    for (int tile = i * kTilesAtOnce; tile < std::min((i + 1) * kTilesAtOnce, row_tiles); tile++) {
-      const int block = tile * kTileRows / kRowsAtOnce, own = own_rows(block);
-      const int first = tile - block * (kRowsAtOnce / kTileRows), tiles = (own + kTileRows - 1) / kTileRows;
-      float* to = block_of(block);
-      for (int depth = 0; depth < inputs; depth += kDepth) {
-        const int inner = std::min(kDepth, inputs - depth), size = vectors_of(inner) * kTileRows * kLanes;
-        const size_t m = size_t(tile) * kTileRows;
-        pack<Kernel>(x + m * inputs + depth, inputs, std::min<int>(kTileRows, rows - m), kTileRows, inner,
-                     to + size_t(first) * size);
-        to += size_t(tiles) * size;
-      }
-    }
-  });
-  in_parallel(pool, row_blocks * output_blocks, products, [&](int i) {
-    const int block = i % row_blocks, n = i / row_blocks * kOutputsAtOnce;
-    many_rows(block_of(block), own_rows(block), kernel + size_t(n) * inputs, own_outputs(n), inputs,
-              out + size_t(block) * kRowsAtOnce * outputs + n, outputs);
+  const int parts = std::min<int>(num_panels, (blocks > 1 ? 2 : 6) * pool.num_threads());
+  in_parallel(pool, blocks * parts, products, [&](int i) {
+    const int first = first_of(i % blocks), count = first_of(i % blocks + 1) - first, part = i / blocks;
+    few_panels(x + size_t(first) * inputs, Tiles(count), count, panels, part * num_panels / parts,
+               (part + 1) * num_panels / parts, inputs, out + size_t(first) * outputs, outputs);
   });
 }
 

@@ -12,11 +12,11 @@
 namespace apt {
 
 #if defined(__AVX512F__)
-constexpr int kLanes = 16, kTileRows = 4, kTileColumns = 6;
+constexpr int kLanes = 16;
 #elif defined(__AVX__)
-constexpr int kLanes = 8, kTileRows = 2, kTileColumns = 4;
+constexpr int kLanes = 8;
 #else
-constexpr int kLanes = 4, kTileRows = 4, kTileColumns = 6;
+constexpr int kLanes = 4;
 #endif
 
 typedef float Vector __attribute__((vector_size(kLanes * 4)));
@@ -34,13 +34,6 @@ inline float to_float(BFloat16 x) {
   return out;
 }
 
-inline void from_float(float x, float* out) { *out = x; }
-inline void from_float(float x, BFloat16* out) {  // to nearest, ties to even; NaN stays NaN
-  uint32_t bits;
-  std::memcpy(&bits, &x, sizeof bits);
-  out->bits = x != x ? 0x7fc0 : (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-}
-
 inline Vector load(const float* at) {
   Vector out;
   std::memcpy(&out, at, sizeof out);
@@ -48,22 +41,19 @@ inline Vector load(const float* at) {
 }
 inline void store(float* at, Vector x) { std::memcpy(at, &x, sizeof x); }
 
-// 2 * kLanes numbers as two vectors. Those of bfloat16 come with even places in the first and odd ones in the second:
-// it takes two instructions, and a sum of products does not mind as long as both sides do the same (`Interleaved`).
-inline void load_pair(const float* at, Vector& first, Vector& second) {
-  first = load(at);
-  second = load(at + kLanes);
-}
-inline void load_pair(const BFloat16* at, Vector& first, Vector& second) {
-  Bits both;
-  std::memcpy(&both, at, sizeof both);
-  const Bits even = both << 16, odd = both & 0xffff0000u;
-  std::memcpy(&first, &even, sizeof first);
-  std::memcpy(&second, &odd, sizeof second);
+inline Vector load_as_float(const float* at) { return load(at); }
+inline Vector load_as_float(const BFloat16* at) {
+  typedef uint16_t Halves __attribute__((vector_size(kLanes * 2)));
+  Halves halves;
+  std::memcpy(&halves, at, sizeof halves);
+  const Bits bits = __builtin_convertvector(halves, Bits) << 16;
+  Vector out;
+  std::memcpy(&out, &bits, sizeof out);
+  return out;
 }
 
-// Adds the sums of four vectors to out[0..3], or puts them there.
-inline void sum_four(Vector a, Vector b, Vector c, Vector d, float* out, bool adds) {
+// The sums of four vectors to out[0..3].
+inline void sum_four(Vector a, Vector b, Vector c, Vector d, float* out) {
 #if defined(__AVX512F__)
   const auto x = reinterpret_cast<__m512>(a), y = reinterpret_cast<__m512>(b);
   const auto z = reinterpret_cast<__m512>(c), w = reinterpret_cast<__m512>(d);
@@ -73,24 +63,21 @@ inline void sum_four(Vector a, Vector b, Vector c, Vector d, float* out, bool ad
                           reinterpret_cast<__m512>(_mm512_unpackhi_pd(xy, zw));
   const auto half = _mm512_castps512_ps256(by_quarter) +
                     _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(by_quarter), 1));
-  auto total = _mm256_castps256_ps128(half) + _mm256_extractf128_ps(half, 1);
-  if (adds) total += _mm_loadu_ps(out);
-  _mm_storeu_ps(out, total);
+  _mm_storeu_ps(out, _mm256_castps256_ps128(half) + _mm256_extractf128_ps(half, 1));
 #else
   const auto sum = [](Vector x) {
     float total = 0;
     for (int i = 0; i < kLanes; i++) total += x[i];
     return total;
   };
-  const float totals[] = {sum(a), sum(b), sum(c), sum(d)};
-  for (int i = 0; i < 4; i++) out[i] = adds ? out[i] + totals[i] : totals[i];
+  out[0] = sum(a), out[1] = sum(b), out[2] = sum(c), out[3] = sum(d);
 #endif
 }
 
 // The sum of a vector's numbers, in the same order as that of four.
 inline float sum(Vector x) {
   float totals[4];
-  sum_four(x, x, x, x, totals, false);
+  sum_four(x, x, x, x, totals);
   return totals[0];
 }
 
