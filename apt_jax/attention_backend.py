@@ -44,17 +44,16 @@ def select_kernels(
         logger.warning("attention_backend='pallas' on a CPU interprets the TPU kernels: for checks, many times slower")
         return dispatch.kernels_for(device)
 
+    heads, head_dim = model_config.num_attention_heads, model_config.head_dim
+
     def check(kernels: Kernels) -> str | None:
         with jax.default_device(device):
-            return dispatch.self_check(
-                kernels,
-                heads=model_config.num_attention_heads,
-                head_dim=model_config.head_dim,
-                block_size=block_size,
-                dtype=dtype,
-            )
+            reason = dispatch.self_check(kernels, heads=heads, head_dim=head_dim, block_size=block_size, dtype=dtype)
+            if reason is None and on_cpu:
+                reason = dispatch.check_chunk(kernels, heads=heads, head_dim=head_dim, dtype=dtype)
+            return reason
 
-    shape = f"{model_config.num_attention_heads}x{model_config.head_dim}-{block_size}-{dtype}"
+    shape = f"{heads}x{head_dim}-{block_size}-{dtype}"
     found: Kernels | str
     if backend == "native" and (not on_cpu or num_devices > 1):
         found = "it is for a model on one CPU"
@@ -66,6 +65,8 @@ def select_kernels(
         logger.info("attention: kernels for %s", found.name)
         if found.hidden_decode is None:
             logger.warning("attention: XLA for hidden rows, because the %r kernels have none for them", found.name)
+        if on_cpu:
+            return found
         with jax.default_device(device):
             return _with_usable_chunk(found, model_config, dtype)
     if backend != "auto":

@@ -1,8 +1,8 @@
 """A model's weights as a CPU likes them: an array per layer and parameter.
 
 `cpu_kernels` multiply kernels in panels. XLA's CPU backend copies a layer's part of stacked weights before it
-multiplies, multiplies few rows fastest with a kernel `[outputs, inputs]`, and bfloat16 by converting both sides to float32,
-at every call: so where XLA multiplies they are kept converted (docs/performance.md).
+multiplies, multiplies few rows fastest with a kernel `[outputs, inputs]`, and bfloat16 by converting both sides to
+float32 at every call: so where XLA multiplies they are kept converted (docs/performance.md).
 """
 
 import math

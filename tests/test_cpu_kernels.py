@@ -36,6 +36,20 @@ TINY = ModelConfig(hidden_size=16, num_attention_heads=2, num_hidden_layers=1, f
 def test_attention_is_that_of_the_references(heads, head_dim, block_size, dtype):
     found = dispatch.self_check(calls.KERNELS, heads=heads, head_dim=head_dim, block_size=block_size, dtype=dtype)
     assert found is None
+    assert dispatch.check_chunk(calls.KERNELS, heads=heads, head_dim=head_dim, dtype=dtype) is None
+
+
+def test_no_request_sees_what_is_not_finite_in_another():
+    row = np.repeat(np.arange(4, dtype=np.int32), [40, 3, 70, 7])
+    rng = np.random.default_rng(0)
+    q, k, v = (rng.standard_normal((len(row), 2, 20), np.float32) for _ in range(3))
+    expected = calls.chunk(*map(jnp.asarray, (q, k, v, row)))
+    for array in (q, k, v):
+        array[(row == 1) | (row == 3)] = np.nan
+    found = calls.chunk(*map(jnp.asarray, (q, k, v, row)))
+    others = (row == 0) | (row == 2)
+    np.testing.assert_array_equal(found.out[others], expected.out[others])
+    assert np.isnan(found.out[~others]).all()
 
 
 @settings(max_examples=10)

@@ -175,16 +175,19 @@ void hidden_part(const Shape& shape, const float* q, const Number* pool, const i
       for (int i = 0; i < count * D; i++) buffer[size_t(at) * D + i] = to_float(page[i]);
     });
     for (int t = 0; t < tokens; t += 4)
-      for (int n = 0; n < shape.heads; n++) {
+      for (int n = 0; n < shape.heads;) {
+        const bool many = n + kHeads <= shape.heads;
         const float* own = q + size_t(n) * D;
         float* to = scores.data() + size_t(n) * kTokens + t;
         const float* x = buffer.data() + size_t(t) * D;
         if (t + 4 > tokens)
-          for (int i = 0; i < tokens - t; i++) to[i] = dot(own, x + size_t(i) * D, D);
-        else if (n + kHeads <= shape.heads)
-          four_scores<kHeads>(own, x, D, to), n += kHeads - 1;
+          for (int m = 0; m < (many ? kHeads : 1); m++)
+            for (int i = 0; i < tokens - t; i++) to[m * kTokens + i] = dot(own + size_t(m) * D, x + size_t(i) * D, D);
+        else if (many)
+          four_scores<kHeads>(own, x, D, to);
         else
           four_scores<1>(own, x, D, to);
+        n += many ? kHeads : 1;
       }
     running.weigh(scores.data(), tokens);
     for (int at = 0; at < D; at += 4 * kLanes) {

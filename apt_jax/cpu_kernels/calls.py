@@ -13,15 +13,20 @@ def kv_decode(
     q: jax.Array, pool: jax.Array, key_blocks: jax.Array, value_blocks: jax.Array, length: jax.Array
 ) -> Partial:
     """As `pallas_kernels.reference.kv_decode_attention`. Pure."""
-    return _decode("apt_kv_decode", q, pool, key_blocks, value_blocks, length)
+    return _attend("apt_kv_decode", q, pool, key_blocks, value_blocks, length)
 
 
 def hidden_decode(q_wide: jax.Array, pool: jax.Array, blocks: jax.Array, length: jax.Array) -> Partial:
     """As `pallas_kernels.reference.hidden_decode_attention`. Pure."""
-    return _decode("apt_hidden_decode", q_wide, pool, blocks, length)
+    return _attend("apt_hidden_decode", q_wide, pool, blocks, length)
 
 
-KERNELS = Kernels("cpu", kv_decode, hidden_decode)
+def chunk(q: jax.Array, k: jax.Array, v: jax.Array, row: jax.Array) -> Partial:
+    """As `pallas_kernels.reference.chunk_attention`. Pure."""
+    return _attend("apt_chunk", q, k.astype(jnp.float32), v.astype(jnp.float32), row)
+
+
+KERNELS = Kernels("cpu", kv_decode, hidden_decode, chunk=chunk)
 PANEL = 32  # outputs; as kPanel in panels.h
 
 
@@ -50,6 +55,6 @@ def matmul(x: jax.Array, panels: jax.Array, outputs: int) -> jax.Array:
     return jax.ffi.ffi_call("apt_matmul", shape)(x.astype(jnp.float32), panels)
 
 
-def _decode(target: str, q: jax.Array, *args: jax.Array) -> Partial:
+def _attend(target: str, q: jax.Array, *args: jax.Array) -> Partial:
     shapes = (jax.ShapeDtypeStruct(q.shape, jnp.float32), jax.ShapeDtypeStruct(q.shape[:2], jnp.float32))
     return Partial(*jax.ffi.ffi_call(target, shapes)(q.astype(jnp.float32), *args))

@@ -1,5 +1,6 @@
 // The functions that XLA calls.
 #include "attention.h"
+#include "chunk.h"
 #include "matmul.h"
 
 namespace ffi = xla::ffi;
@@ -50,6 +51,14 @@ ffi::Error matmul(ffi::ThreadPool threads, Floats x, ffi::AnyBuffer panels, ffi:
   return ffi::Error::Success();
 }
 
+ffi::Error chunk(ffi::ThreadPool threads, Floats q, Floats k, Floats v, Numbers row, ffi::Result<Floats> out,
+                 ffi::Result<Floats> lse) {
+  const auto sizes = q.dimensions();
+  apt::attend_chunk(threads, q.typed_data(), k.typed_data(), v.typed_data(), row.typed_data(), sizes[0], sizes[1],
+                    sizes[2], out->typed_data(), lse->typed_data());
+  return ffi::Error::Success();
+}
+
 }  // namespace
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(apt_kv_decode, kv_decode,
@@ -60,3 +69,6 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(apt_hidden_decode, hidden_decode,
                                   .Arg<Numbers>().Ret<Floats>().Ret<Floats>());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(apt_matmul, matmul,
                               ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<Floats>().Arg<ffi::AnyBuffer>().Ret<Floats>());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(apt_chunk, chunk,
+                              ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<Floats>().Arg<Floats>().Arg<Floats>()
+                                  .Arg<Numbers>().Ret<Floats>().Ret<Floats>());

@@ -5,7 +5,6 @@
 #pragma once
 
 #include <algorithm>
-#include <memory>
 
 #include "threads.h"
 #include "vectors.h"
@@ -19,7 +18,7 @@ constexpr int kTallest = 14;  // rows of a tile: 28 of 32 registers are sums
 #else
 constexpr int kTallest = 3;
 #endif
-constexpr int kInputsAtOnce = 256;      // of a panel: most of the first cache
+constexpr int kInputsAtOnce = 768;      // of a panel, between which sums go to memory
 constexpr int kRowsOfBlock = 256;       // rows that share a panel while it is near
 constexpr int kNumbersAtOnce = 131072;  // of x: half of the second cache
 
@@ -100,10 +99,12 @@ void few_panels(const float* x, const Tiles& tiles, int rows, const Number* pane
     }
 }
 
-// x [rows, inputs] -> out [inputs, rows].
+// x [rows, inputs] -> out [inputs, rows], a part at a time: rows may be as far apart as is bad for the first cache.
 inline void turn(const float* x, int rows, int inputs, float* out) {
-  for (int i = 0; i < inputs; i++)
-    for (int m = 0; m < rows; m++) out[size_t(i) * rows + m] = x[size_t(m) * inputs + i];
+  constexpr int kPart = 64;
+  for (int from = 0; from < inputs; from += kPart)
+    for (int m = 0; m < rows; m++)
+      for (int i = from; i < std::min(from + kPart, inputs); i++) out[size_t(i) * rows + m] = x[size_t(m) * inputs + i];
 }
 
 // out [rows, outputs].
@@ -113,18 +114,18 @@ void matmul(xla::ffi::ThreadPool& pool, const float* x, int rows, const Number* 
   const int blocks = (rows + kRowsOfBlock - 1) / kRowsOfBlock, num_panels = (outputs + kPanel - 1) / kPanel;
   const double products = double(rows) * inputs * outputs;
   const auto first_of = [&](int block) { return int(int64_t(block) * rows / blocks); };
-  std::unique_ptr<float[]> turned;
   if (rows > 1) {
-    turned.reset(new float[size_t(rows) * inputs]);
+    thread_local Scratch scratch;
+    float* turned = scratch.of(size_t(rows) * inputs);
     const Tiles most((rows + blocks - 1) / blocks);
     in_parallel(pool, blocks * most.count, 2.0 * rows * inputs, [&](int i) {
       const int first = first_of(i / most.count), own = i % most.count;
       const Tiles tiles(first_of(i / most.count + 1) - first);
       if (own >= tiles.count) return;
       const size_t at = size_t(first + tiles.first(own)) * inputs;
-      turn(x + at, tiles.rows(own), inputs, turned.get() + at);
+      turn(x + at, tiles.rows(own), inputs, turned + at);
     });
-    x = turned.get();
+    x = turned;
   }
   const int parts = std::min<int>(num_panels, (blocks > 1 ? 2 : 6) * pool.num_threads());
   in_parallel(pool, blocks * parts, products, [&](int i) {

@@ -52,4 +52,15 @@ void in_parallel(xla::ffi::ThreadPool& pool, int count, double size, const Work&
       state->done.wait(done);  // no core is free for the others
 }
 
+// Memory of a thread for one call at a time, which it keeps: the system would bring fresh memory page by page.
+struct Scratch {
+  std::unique_ptr<float[]> numbers;
+  size_t size = 0;
+
+  float* of(size_t wanted) {
+    if (wanted > size) numbers.reset(new float[wanted]), size = wanted;
+    return numbers.get();
+  }
+};
+
 }  // namespace apt
