@@ -16,7 +16,7 @@ namespace apt {
 
 constexpr int kKeysAtOnce = 8 * kTallest;
 
-// A request's neighbouring slots `[begin, end)`. Of its numbers of one head, keys are packed in tiles `[size, keys]`, values in
+// A request's neighbouring slots `[begin, end)`. Of one head its keys are packed in tiles `[size, keys]`, its values in
 // tiles `[keys, numbers]`.
 struct Segment {
   int begin, end;
@@ -63,7 +63,6 @@ inline void attend_panel(const Segment& segment, const float* q, const float* k,
                     false, reinterpret_cast<const char*>(queries), 0);
       keys += key_tiles.rows(i);
     }
-    bool rescales = false;
     Vector keep[kVectors];
     for (int lane = 0; lane < kVectors; lane++) {
       float* own = scores + lane * kLanes;
@@ -86,17 +85,17 @@ inline void attend_panel(const Segment& segment, const float* q, const float* k,
       }
       store(top + lane * kLanes, greatest);
       store(total + lane * kLanes, sum);
-      rescales |= begin > 0;
     }
-    for (int h = 0; h < size && rescales; h++)
+    for (int h = 0; h < size && begin > 0; h++)
       for (int lane = 0; lane < kVectors; lane++) {
         float* own = sums + h * kPanel + lane * kLanes;
         store(own, load(own) * keep[lane]);
       }
     for (int j = 0; j < number_tiles.count; j++) {
       const int h = number_tiles.first(j), numbers = number_tiles.rows(j);
-      panel_tile_of(numbers, v + size_t(h) * segment.tokens() + size_t(begin) * numbers, scores, keys, sums + h * kPanel,
-                    kPanel, true, reinterpret_cast<const char*>(scores), 0);
+      const float* values = v + size_t(h) * segment.tokens() + size_t(begin) * numbers;
+      panel_tile_of(numbers, values, scores, keys, sums + h * kPanel, kPanel, true,
+                    reinterpret_cast<const char*>(scores), 0);
     }
   }
   for (int lane = 0; lane < count; lane++) {

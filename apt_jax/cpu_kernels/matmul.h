@@ -26,13 +26,14 @@ constexpr int kNumbersAtOnce = 131072;  // of x: half of the second cache
 struct Tiles {
   int count, height, taller;
 
-  explicit Tiles(int rows) : count((rows + kTallest - 1) / kTallest), height(rows / count), taller(rows % count) {}
+  explicit Tiles(int rows)
+      : count((rows + kTallest - 1) / kTallest), height(rows / count), taller(rows % count) {}
   int first(int i) const { return i * height + std::min(i, taller); }
   int rows(int i) const { return height + (i < taller); }
 };
 
-// out [M, kPanel] (+)= x [steps, M] turned round, times panel [steps, kPanel]. Meanwhile brings `ahead` bytes a step from
-// `next` nearer.
+// out [M, kPanel] (+)= x [steps, M] turned round, times panel [steps, kPanel]. Meanwhile brings `ahead` bytes a step
+// from `next` nearer.
 template <int M, class Number>
 __attribute__((noinline)) void panel_tile(const float* x, const Number* panel, int steps, float* out, size_t out_step,
                                           bool adds, const char* next, int ahead) {
@@ -60,8 +61,8 @@ __attribute__((noinline)) void panel_tile(const float* x, const Number* panel, i
 }
 
 template <class Number, int M = kTallest>
-inline void panel_tile_of(int rows, const float* x, const Number* panel, int steps, float* out, size_t out_step, bool adds,
-                          const char* next, int ahead) {
+inline void panel_tile_of(int rows, const float* x, const Number* panel, int steps, float* out, size_t out_step,
+                          bool adds, const char* next, int ahead) {
   if constexpr (M > 1)
     if (rows < M) return panel_tile_of<Number, M - 1>(rows, x, panel, steps, out, out_step, adds, next, ahead);
   panel_tile<M>(x, panel, steps, out, out_step, adds, next, ahead);
@@ -91,7 +92,8 @@ void few_panels(const float* x, const Tiles& tiles, int rows, const Number* pane
             panel_tile_of(height, own_x, own, steps, own_out, outputs, at > 0, ahead, share / steps);
             continue;
           }
-          for (int r = 0; r < height && at > 0; r++) std::copy_n(own_out + size_t(r) * outputs, known, edge + r * kPanel);
+          if (at > 0)
+            for (int r = 0; r < height; r++) std::copy_n(own_out + size_t(r) * outputs, known, edge + r * kPanel);
           panel_tile_of(height, own_x, own, steps, edge, kPanel, at > 0, ahead, share / steps);
           for (int r = 0; r < height; r++) std::copy_n(edge + r * kPanel, known, own_out + size_t(r) * outputs);
         }
