@@ -8,6 +8,7 @@ import pytest
 
 from apt_jax.cache import BlockPool
 from apt_jax.request import Request, SamplingParams, Slo
+from apt_jax.routing.attainment import RecentAttainment
 from apt_jax.routing.autoscaler import Autoscaler, AutoscalerOptions
 from apt_jax.routing.instance import InstanceLoad, instance_load
 from apt_jax.routing.router import RouteRequest, make_router, router_names
@@ -52,6 +53,7 @@ def test_a_report_counts_the_schedulers_state():
 def test_hidden_blocks_are_what_waiting_requests_need_at_least():
     load = instance_load(served_state("hybrid"), None, 4.0)
     assert load.needed_blocks == 3 and load.blocks_for(17) == 2 and load.backlog_s is None
+    assert load.taken_blocks == 20 - load.free_blocks + 3
 
 
 def test_predictions_grow_with_the_queue_and_fall_with_the_lengths_expected():
@@ -151,10 +153,20 @@ def test_a_report_ends_what_was_remembered_of_it():
     sent = Sent()
     for k in range(3):
         sent.add(EMPTY, RouteRequest(32, float(k)))
-    assert sent.since(EMPTY) == Since(3, 96, 12.0, 0.0, 3.0)
-    assert sent.since(replace(EMPTY, time_s=1.5)) == Since(1, 32, 4.0, 0.0, 2.0)
+    assert sent.since(EMPTY) == Since(3, 96, 12.0)
+    assert sent.since(replace(EMPTY, time_s=1.5)) == Since(1, 32, 4.0)
     assert sent.since(replace(EMPTY, time_s=5.0)) == Since()
     assert sent.since(replace(EMPTY, instance="other")) == Since()
+
+
+def test_attainment_is_that_of_the_last_half_minute_if_enough_ended():
+    recent = RecentAttainment(enough=3)
+    assert recent.share(0.0) is None
+    for time_s, kept in ((0.0, False), (1.0, True), (20.0, True), (29.0, False)):
+        recent.add(time_s, kept)
+    assert recent.share(30.0) == 0.5
+    assert recent.share(30.5) == pytest.approx(2 / 3)  # the first is too old
+    assert recent.share(40.0) is None  # two are not enough
 
 
 AUTOSCALING = AutoscalerOptions(1, 6, up_delay_s=5, down_delay_s=60)

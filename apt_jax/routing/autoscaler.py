@@ -83,7 +83,7 @@ class Autoscaler:
         options = self.options
         if not loads:
             return num_instances
-        occupancy = sum(occupied(load) for load in loads)  # in pools
+        occupancy = sum(load.taken_blocks / load.total_blocks for load in loads)  # in pools
         wanted = num_instances
         if occupancy > options.high_occupancy * num_instances:
             wanted = math.ceil(occupancy / options.high_occupancy)
@@ -92,11 +92,6 @@ class Autoscaler:
         if attainment is not None and attainment < options.target_attainment:
             wanted = max(wanted, num_instances + 1)
         return wanted
-
-
-def occupied(load: InstanceLoad) -> float:
-    """Share of the pool that is held or waited for; above 1 where requests wait for blocks."""
-    return (load.total_blocks - load.free_blocks + load.needed_blocks) / load.total_blocks
 
 
 def _since(began_s: float | None, now: float, is_so: bool) -> float | None:
