@@ -42,7 +42,7 @@ parity: $(VENV)/.installed-dev
 	JAX_PLATFORMS=cpu PYTHONPATH=. $(BIN)/python tests/parity.py $(ARGS)
 
 test-devices: $(VENV)/.installed-dev
-	APT_JAX_TEST_DEVICES=1 JAX_PLATFORMS=cpu $(BIN)/python -m pytest tests/test_tensor_parallel.py $(ARGS)
+	APT_JAX_TEST_DEVICES=1 JAX_PLATFORMS=cpu $(BIN)/python -m pytest tests/test_tensor_parallel.py tests/test_followers.py $(ARGS)
 
 test-aot: $(VENV)-aot/.installed
 	JAX_PLATFORMS=cpu $(VENV)-aot/bin/python -m pytest tests/aot --numprocesses=auto --maxprocesses=4 --dist=loadfile $(ARGS)

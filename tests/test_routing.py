@@ -164,9 +164,9 @@ def test_attainment_is_that_of_the_last_half_minute_if_enough_ended():
     assert recent.share(0.0) is None
     for time_s, kept in ((0.0, False), (1.0, True), (20.0, True), (29.0, False)):
         recent.add(time_s, kept)
-    assert recent.share(30.0) == 0.5
+    assert recent.share(30.0) == 0.5 and recent.per_s(30.0) == 4 / 30
     assert recent.share(30.5) == pytest.approx(2 / 3)  # the first is too old
-    assert recent.share(40.0) is None  # two are not enough
+    assert recent.share(40.0) is None and recent.per_s(40.0) == 0  # two are not enough
 
 
 AUTOSCALING = AutoscalerOptions(1, 6, up_delay_s=5, down_delay_s=60)
@@ -196,6 +196,16 @@ def test_missed_promises_add_an_instance_though_memory_is_free():
     assert [scaler.desired(occupied_loads(2, 0.7), 2, now, attainment=0.8) for now in (0.0, 5.0)] == [2, 3]
     idle = Autoscaler(AUTOSCALING)
     assert [idle.desired(occupied_loads(2, 0.7), 2, now, attainment=0.99) for now in (0.0, 500.0)] == [2, 2]
+
+
+def test_an_instance_that_promises_needed_stays_while_the_load_does():
+    """Memory is free all the time, so that only the memory of what went wrong keeps the second one."""
+    scaler, loads = Autoscaler(AUTOSCALING), occupied_loads(1, 0.1)
+    assert [scaler.desired(loads, 1, now, 0.5, 8.0) for now in (0.0, 5.0)] == [1, 2]
+    assert {scaler.desired(loads * 2, 2, now, 1.0, 10.0) for now in range(6, 400)} == {2}  # each could serve 8, not 10
+    assert [scaler.desired(loads * 2, 2, now, 1.0, 5.0) for now in (400.0, 459.0, 460.0)] == [2, 2, 1]
+    late = 5.0 + 10 * AUTOSCALING.down_delay_s + 1
+    assert [scaler.desired(loads * 2, 2, now, 1.0, 10.0) for now in (late, late + 60)] == [2, 1]  # tried again
 
 
 def test_fewer_instances_one_at_a_time_when_the_rest_would_do():

@@ -1,4 +1,4 @@
-"""Share of the requests that ended lately which kept their promise: what the autoscaler is told."""
+"""How many requests ended lately, and how many kept their promise: what the autoscaler is told."""
 
 from collections import deque
 
@@ -9,7 +9,7 @@ class RecentAttainment:
     """Endings of the last `WINDOW_S` seconds. Times are of any clock that goes on.
 
     Args:
-        enough: fewer endings than this tell nothing.
+        enough: fewer endings than this, which is at least 1, tell nothing.
     """
 
     def __init__(self, enough: int):
@@ -21,8 +21,17 @@ class RecentAttainment:
         self._ended.append((time_s, attained))
 
     def share(self, now: float) -> float | None:
-        """Between 0 and 1; None where too few ended to tell. Forgets what is too old."""
+        """Those that kept their promise, between 0 and 1; None where too few ended to tell."""
+        self._forget(now)
+        return sum(kept for _, kept in self._ended) / len(self._ended) if len(self._ended) >= self._enough else None
+
+    def per_s(self, now: float) -> float:
+        """Requests that ended, per second; 0 where too few ended to tell."""
+        self._forget(now)
+        if len(self._ended) < self._enough:
+            return 0.0
+        return len(self._ended) / max(now - self._ended[0][0], 1.0)
+
+    def _forget(self, now: float) -> None:
         while self._ended and self._ended[0][0] < now - WINDOW_S:
             self._ended.popleft()
-        count = len(self._ended)
-        return sum(kept for _, kept in self._ended) / count if count and count >= self._enough else None

@@ -122,7 +122,7 @@ class Fleet:
     def _scale(self, autoscaler: Autoscaler, now: float) -> None:
         staying = [member for member in self.members if member.ended_s is None]
         loads = [self._load(member, now) for member in staying if member.ready_s <= now]
-        desired = autoscaler.desired(loads, len(staying), now, self._attainment.share(now))
+        desired = autoscaler.desired(loads, len(staying), now, self._attainment.share(now), self._attainment.per_s(now))
         for _ in range(desired - len(staying)):
             self._add(now, now + self._start_s, phase=0.5)
         # one that is not ready yet first: it serves nobody

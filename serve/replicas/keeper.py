@@ -135,7 +135,7 @@ class Keeper:
     def _scale(self, now: float) -> None:
         loads = [replica.load for replica in self._fleet.ready() if replica.load is not None]
         attainment = self._attainment.share(now)
-        wanted = self._autoscaler.desired(loads, self.target, now, attainment)
+        wanted = self._autoscaler.desired(loads, self.target, now, attainment, self._attainment.per_s(now))
         if wanted != self.target:
             shown = "unknown" if attainment is None else f"{attainment:.0%}"
             waiting, running = self._fleet.num_waiting_running
