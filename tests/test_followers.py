@@ -1,4 +1,4 @@
-"""An engine in two processes when one of them ends: the other must not wait for ever. `make test-devices` runs these."""
+"""An engine in two processes when one of them ends: the other must not wait for ever. Run by `make test-devices`."""
 
 import contextlib
 import os
@@ -57,20 +57,24 @@ def serving(folder, *more: str) -> Iterator[Pair]:
         for n in range(2)
     ]
     lines: tuple[list[str], list[str]] = ([], [])
-    for process, kept in zip(both, lines, strict=True):
-        threading.Thread(target=kept.extend, args=(process.stderr,), daemon=True).start()
+    readers = [
+        threading.Thread(target=kept.extend, args=(process.stderr,)) for process, kept in zip(both, lines, strict=True)
+    ]
+    for reader in readers:
+        reader.start()
     try:
         end = time.monotonic() + 300
-        while not (
-            found := re.search(r"answers at (http://[^/]+)/", "".join(lines[0]))
-        ):
+        while not (found := re.search(r"answers at (http://[^/]+)/", "".join(lines[0]))):
             assert time.monotonic() < end and both[0].poll() is None, "".join(lines[0] + lines[1])
             time.sleep(0.1)
         yield Pair(*both, found[1], lines[0])
     finally:
-        for process in both:
+        for process, reader in zip(both, readers, strict=True):
             process.kill()
             process.wait(10)
+            reader.join(10)
+            assert process.stderr is not None
+            process.stderr.close()
 
 
 def streamed(pair: Pair, max_tokens: int) -> Iterator[str]:
