@@ -13,6 +13,7 @@ collective that never ends: process 0 sees the connection end and ends too, and 
 """
 
 import atexit
+import contextlib
 import logging
 import os
 import pickle
@@ -105,6 +106,8 @@ def lead(runner: Runner, address: str | None = None) -> LeadingRunner:
     def let_go() -> None:
         letting_go.set()
         for follower in followers:
+            with contextlib.suppress(OSError), socket.fromfd(follower.fileno(), socket.AF_INET, 0) as end:
+                end.shutdown(socket.SHUT_RDWR)  # closing it would not end it while `_watch` waits for it
             follower.close()
 
     atexit.register(let_go)  # before jax.distributed waits for everybody

@@ -88,24 +88,17 @@ def streamed(pair: Pair, max_tokens: int) -> Iterator[str]:
 def test_an_idle_engine_ends_when_its_follower_is_killed(folder):
     with serving(folder) as pair:
         pair.follower.kill()
-        began = time.monotonic()
-        code = pair.ends()
-        print("".join(pair.lines[-5:]), time.monotonic() - began)
-        assert code == 1
+        assert pair.ends() == 1
         assert "process 1 of 2 was lost" in pair.lines[-1]
 
 
 def test_a_busy_engine_ends_when_its_follower_is_killed(folder):
     with serving(folder) as pair:
-        began = 0.0
         with contextlib.suppress(httpx.TransportError):
             for number, _ in enumerate(streamed(pair, 110)):
                 if number == 3:
                     pair.follower.kill()
-                    began = time.monotonic()
-        code = pair.ends()
-        print("".join(pair.lines[-5:]), time.monotonic() - began)
-        assert code == 1
+        assert pair.ends() == 1
         assert any("process 1 of 2 was lost" in line for line in pair.lines)
 
 
