@@ -84,7 +84,7 @@ $(VENV)-aot/.installed: pyproject.toml | $(BIN)/python
 
 $(VENV)-ray/.installed: pyproject.toml | $(BIN)/python
 	$(BIN)/python -m venv $(VENV)-ray
-	$(VENV)-ray/bin/python -m pip --disable-pip-version-check install -e '.[dev,ray]'
+	$(VENV)-ray/bin/python -m pip --disable-pip-version-check install --no-compile -e '.[dev,ray]'
 	@touch $@
 
 # Each candidate is really run: a shim or a Windows alias may be there and not work.

@@ -194,6 +194,8 @@ def test_a_moment_of_shortage_changes_nothing():
 def test_missed_promises_add_an_instance_though_memory_is_free():
     scaler = Autoscaler(AUTOSCALING)
     assert [scaler.desired(occupied_loads(2, 0.7), 2, now, attainment=0.8) for now in (0.0, 5.0)] == [2, 3]
+    # until it is ready, and for what was missed before, no further one is added
+    assert [scaler.desired(occupied_loads(2, 0.7), 3, now, attainment=0.5) for now in (6.0, 30.0)] == [3, 3]
     idle = Autoscaler(AUTOSCALING)
     assert [idle.desired(occupied_loads(2, 0.7), 2, now, attainment=0.99) for now in (0.0, 500.0)] == [2, 2]
 

@@ -32,6 +32,10 @@ class RecentAttainment:
             return 0.0
         return len(self._ended) / max(now - self._ended[0][0], 1.0)
 
+    def clear(self) -> None:
+        """Forget all endings: the service is another one now."""
+        self._ended.clear()
+
     def _forget(self, now: float) -> None:
         while self._ended and self._ended[0][0] < now - WINDOW_S:
             self._ended.popleft()

@@ -74,13 +74,15 @@ class Autoscaler:
             num_instances: those that run, those being started included.
             now: seconds of any clock that goes on.
             attainment: share of the requests finished in the last half minute or so that kept their SLO; None if
-                too few finished to tell.
+                too few finished to tell. It does not count while an instance is being started: what is missed then is
+                what that one is for. For the same reason the caller forgets what came before an instance was ready.
             ended_per_s: requests that all instances finished per second in this time; 0 if too few to tell. It keeps
                 the number from swinging where memory is free: an instance that was added because promises were broken
                 is not removed while the load is much the same.
         """
         options = self.options
-        is_missing = attainment is not None and attainment < options.target_attainment
+        is_starting = len(loads) < num_instances
+        is_missing = attainment is not None and attainment < options.target_attainment and not is_starting
         wanted = self._wanted(loads, num_instances, is_missing)
         if wanted < num_instances and self._was_too_much(ended_per_s / wanted, now):
             wanted = num_instances
@@ -89,7 +91,7 @@ class Autoscaler:
         answer = num_instances
         if self._small_since_s is not None and now - self._small_since_s >= options.up_delay_s:
             answer, self._small_since_s = wanted, None
-            if is_missing and ended_per_s > 0:
+            if is_missing and ended_per_s > 0 and num_instances < options.max_instances:
                 self._too_much_per_s, self._too_much_at_s = ended_per_s / num_instances, now
         elif self._large_since_s is not None and now - self._large_since_s >= options.down_delay_s:
             answer, self._large_since_s = num_instances - 1, None

@@ -58,6 +58,7 @@ class Fleet:
         self._predictor = LengthPredictor()
         self._attainment = RecentAttainment(ENOUGH_FINISHED)
         self._check_s = 0.0
+        self._num_ready = num_instances
         self.instances: list[Instance] = []
         self.members: list[Member] = []
         for number in range(num_instances):
@@ -122,6 +123,9 @@ class Fleet:
     def _scale(self, autoscaler: Autoscaler, now: float) -> None:
         staying = [member for member in self.members if member.ended_s is None]
         loads = [self._load(member, now) for member in staying if member.ready_s <= now]
+        if len(loads) > self._num_ready:
+            self._attainment.clear()
+        self._num_ready = len(loads)
         desired = autoscaler.desired(loads, len(staying), now, self._attainment.share(now), self._attainment.per_s(now))
         for _ in range(desired - len(staying)):
             self._add(now, now + self._start_s, phase=0.5)

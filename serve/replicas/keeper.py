@@ -174,6 +174,7 @@ class Keeper:
         assert facts is not None
         logger.info("replica %s is ready after %.1f s (process %d)", replica.name, facts.start_s, facts.process_id)
         self._bad_starts = 0
+        self._attainment.clear()
         if not self._was_ready:
             self._was_ready = True
             self._on_ready(time.monotonic() - self._began_s)
