@@ -166,7 +166,11 @@ def test_attainment_is_that_of_the_last_half_minute_if_enough_ended():
         recent.add(time_s, kept)
     assert recent.share(30.0) == 0.5 and recent.per_s(30.0) == 4 / 30
     assert recent.share(30.5) == pytest.approx(2 / 3)  # the first is too old
-    assert recent.share(40.0) is None and recent.per_s(40.0) == 0  # two are not enough
+    assert recent.share(40.0) is None and recent.per_s(40.0) == 2 / 30  # two are not enough to judge
+    recent.add(41.0, True)
+    assert recent.share(41.0) == 2 / 3
+    recent.clear()
+    assert recent.share(41.0) is None and recent.per_s(41.0) == 3 / 30
 
 
 AUTOSCALING = AutoscalerOptions(1, 6, up_delay_s=5, down_delay_s=60)
