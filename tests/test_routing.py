@@ -45,7 +45,7 @@ def test_a_report_counts_the_schedulers_state():
     assert (load.num_running, load.num_waiting, load.num_requests, load.queued_tokens) == (1, 1, 2, 33)
     assert load.pending_s == pytest.approx((4.0 - 2.5) + (4.0 - 2.0))
     assert (load.total_blocks, load.free_blocks, load.needed_blocks) == (20, 20 - 2 * 3, 2 * 3)
-    assert load.freed_blocks_per_s is None and load.remaining_tokens is None
+    assert load.freed_blocks_per_s is None
     assert load.token_s == pytest.approx(MODEL.token_s)
     assert InstanceLoad(**json.loads(json.dumps(asdict(load)))) == load
 
@@ -63,7 +63,7 @@ def test_predictions_grow_with_the_queue_and_fall_with_the_lengths_expected():
     state.add(a_request("third", 500))  # eight iterations of 64 tokens more
     after = instance_load(state, MODEL, 4.0, predictor=short)
     assert after.backlog_s > 5 * before.backlog_s > 0
-    assert after.remaining_tokens == pytest.approx(before.remaining_tokens + 10)
+    assert after.freed_blocks_per_s == before.freed_blocks_per_s
 
 
 def test_an_empty_instance_can_report():
