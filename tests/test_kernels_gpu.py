@@ -51,8 +51,9 @@ def kv_kernel(split: int):
 
 
 @functools.cache
-def fma_kernel(split: int | None):
-    return jax.jit(functools.partial(gpu_kv_fma.kv_decode_attention, split_tokens=split, interpret=INTERPRET))
+def fma_kernel(split: int | None, strides: int = 2):
+    options = {"split_tokens": split, "strides_at_once": strides, "interpret": INTERPRET}
+    return jax.jit(functools.partial(gpu_kv_fma.kv_decode_attention, **options))
 
 
 @functools.cache
@@ -81,10 +82,10 @@ def check_hidden(case: Case, kernel=None) -> Partial:
     return found
 
 
-def lengths_around(block_size: int, pages: int) -> list[list[int]]:
+def lengths_around(block_size: int, pages: int) -> list[int]:
     """Nothing, then lengths at and around the edges of blocks, chunks of 64 tokens and the table."""
     S = block_size
-    return [[0, 1, S * pages], [0, S + 1, min(65, S * pages - 1)]]
+    return [0, 1, S + 1, min(65, S * pages - 1), S * pages]
 
 
 # 64-wide heads in groups of 4, 80-wide in groups of 4, 128-wide in groups of 2; blocks shorter and longer than a chunk
@@ -94,10 +95,9 @@ def lengths_around(block_size: int, pages: int) -> list[list[int]]:
 )
 def test_kv_kernel_matches_its_reference(heads, head_dim, block_size, pages, split):
     """The first shape cuts the context into splits of one chunk, to be merged."""
-    for seed, lengths in enumerate(lengths_around(block_size, pages)):
-        shape = {"heads": heads, "head_dim": head_dim, "block_size": block_size, "pages": pages}
-        found = check_kv(case_of(lengths, seed=seed, **shape), kv_kernel(split))
-        assert (found.out[0] == 0).all() and (found.lse[0] == NEVER).all()
+    shape = {"heads": heads, "head_dim": head_dim, "block_size": block_size, "pages": pages}
+    found = check_kv(case_of(lengths_around(block_size, pages), **shape), kv_kernel(split))
+    assert (found.out[0] == 0).all() and (found.lse[0] == NEVER).all()
 
 
 # three heads are padded to eight; a block of 128 tokens holds two tiles of the first pass, three blocks make two splits
@@ -112,15 +112,14 @@ def test_kv_kernel_matches_its_reference(heads, head_dim, block_size, pages, spl
     ],
 )
 def test_hidden_kernel_matches_its_reference(heads, head_dim, block_size, pages, dtype):
-    for seed, lengths in enumerate(lengths_around(block_size, pages)):
-        shape = {"heads": heads, "head_dim": head_dim, "block_size": block_size, "pages": pages, "dtype": dtype}
-        found = check_hidden(case_of(lengths, seed=seed, **shape))
-        assert (found.out[0] == 0).all() and (found.lse[0] == NEVER).all()
+    shape = {"heads": heads, "head_dim": head_dim, "block_size": block_size, "pages": pages, "dtype": dtype}
+    found = check_hidden(case_of(lengths_around(block_size, pages), **shape))
+    assert (found.out[0] == 0).all() and (found.lse[0] == NEVER).all()
 
 
 def test_a_large_score_in_one_chunk_outweighs_the_others():
     """Chunk maxima differ by 40, so weights relative to them must be rescaled."""
-    case = case_of([70, 80, 3], heads=4, head_dim=64, block_size=16, pages=9)
+    case = case_of([70, 80, 3, 0, 0], heads=4, head_dim=64, block_size=16, pages=9)
     row, page, inside = 1, 4, 3  # position 67
     vector = jnp.sign(case.q[row].reshape(-1).astype(jnp.float32)) * 8
     key_block = case.first_blocks[row, page]
@@ -144,9 +143,10 @@ def test_kv_without_tensor_cores_for_any_shape(data):
     lengths = data.draw(st.lists(st.sampled_from(edges), min_size=2, max_size=2), "lengths")
     longest = data.draw(st.integers(3 * block_size, 4 * block_size), "longest")
     split = data.draw(st.sampled_from([None, block_size]), "split")
+    strides = data.draw(st.integers(1, 2), "strides_at_once")
     shape = {"heads": heads, "head_dim": head_dim, "block_size": block_size, "dtype": dtype}
     case = case_of([*lengths, longest], pages=5, **shape)
-    found = check_kv(case, fma_kernel(split))
+    found = check_kv(case, fma_kernel(split, strides))
     empty = np.asarray(case.length) == 0
     assert (np.asarray(found.out)[empty] == 0).all() and (np.asarray(found.lse)[empty] == NEVER).all()
 
@@ -155,6 +155,7 @@ def test_kv_without_tensor_cores_for_any_shape(data):
 @given(lengths=st.lists(st.integers(0, 80), min_size=3, max_size=3), seed=st.integers(0, 99))
 def test_kernels_for_any_lengths_in_any_blocks(lengths, seed):
     """Compiled once, for the shape of a test above: lengths, tables and what lies in unused blocks vary."""
+    lengths = [*lengths, 0, 0]
     check_kv(case_of(lengths, heads=4, head_dim=64, block_size=16, pages=9, seed=seed), kv_kernel(64))
     check_hidden(case_of(lengths, heads=2, head_dim=64, block_size=16, pages=5, seed=seed, dtype=jnp.float32))
 
@@ -219,18 +220,16 @@ def test_what_the_kernels_cannot_read_is_refused_with_a_cure(kernel):
         refused()
 
 
-@pytest.mark.parametrize(
-    ("capability", "kv", "hidden"),
-    [
-        ("9.0", gpu_kv_decode.kv_decode_attention, gpu_hidden_decode.hidden_decode_attention),
-        ("8.0", gpu_kv_fma.kv_decode_attention, None),
-        ("8.9", gpu_kv_fma.kv_decode_attention, None),
-        ("10.0", gpu_kv_fma.kv_decode_attention, None),
-    ],
-)
-def test_every_generation_of_gpus_gets_what_it_can_run(capability, kv, hidden):
+@pytest.mark.parametrize("capability", ["8.0", "8.9", "9.0", "10.0"])
+def test_every_generation_of_gpus_gets_what_it_can_run(capability):
     kernels = dispatch.gpu_kernels(capability)
-    assert (kernels.kv_decode, kernels.hidden_decode) == (kv, hidden)
+    if capability == "9.0":
+        assert kernels.kv_decode is gpu_kv_decode.kv_decode_attention
+        assert kernels.hidden_decode is gpu_hidden_decode.hidden_decode_attention, "that by clusters has not run yet"
+    else:
+        assert isinstance(kernels.kv_decode, functools.partial) and kernels.hidden_decode is None
+        assert kernels.kv_decode.func is gpu_kv_fma.kv_decode_attention
+        assert kernels.kv_decode.keywords == {"strides_at_once": 2 if capability == "10.0" else 1}
 
 
 @pytest.mark.parametrize("capability", ["7.5", "gfx942"])
