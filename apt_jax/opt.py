@@ -226,13 +226,10 @@ class OPT(nnx.Module):
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Float32 logits `[..., V]` of hidden states `[..., E]`."""
-        table = self.embed_tokens.embedding
-        if self.lm_head is not None:
-            logits = product(hidden, self.lm_head.kernel, dtype=jnp.float32)
-        elif _own_product(table, hidden) is not None:
-            logits = product(hidden, table, dtype=jnp.float32)
-        else:
-            logits = product(hidden, table[...].T, dtype=jnp.float32)
+        weights: Any = self.embed_tokens.embedding if self.lm_head is None else self.lm_head.kernel
+        if self.lm_head is None and _own_product(weights, hidden) is None:
+            weights = weights[...].T
+        logits = product(hidden, weights, dtype=jnp.float32)
         # split over devices, the vocabulary is padded
         return join(logits, axis=logits.ndim - 1)[..., : self.vocab_size]
 

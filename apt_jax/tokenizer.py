@@ -6,10 +6,15 @@ library behind it. No jax here.
 
 import codecs
 import contextlib
+import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
+
+from apt_jax.tokenizer_store import TokenizerStore
+
+logger = logging.getLogger(__name__)
 
 # Any of these makes a folder one with a tokenizer; the second needs merges.txt beside it.
 _VOCABULARIES = ("tokenizer.json", "vocab.json", "tokenizer.model", "spiece.model")
@@ -63,8 +68,10 @@ class Tokenizer:
         self._bytes = _TokenBytes(backend) if isinstance(backend.decoder, decoders.ByteLevel) else None
 
     @classmethod
-    def from_folder(cls, folder: Path) -> "Tokenizer":
+    def from_folder(cls, folder: Path, store: TokenizerStore | None = None) -> "Tokenizer":
         """Read the tokenizer files in `folder`; nothing is fetched and no code in it is run.
+
+        What is in `store` is taken from there, much faster; what is not, is put there.
 
         Raises:
             TokenizerNotFound: there is none.
@@ -78,23 +85,39 @@ class Tokenizer:
             )
         if present == ["vocab.json"] and not (folder / "merges.txt").is_file():
             raise ValueError(f"{folder / 'merges.txt'} is missing, which belongs to vocab.json beside it")
+        if store is not None and (kept := cls._kept(folder, store)) is not None:
+            return kept
         with no_advice():
             from transformers import AutoTokenizer
         try:
             found = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
             template = found.chat_template
-            return cls(
-                found.backend_tokenizer,
-                eos_token_id=found.eos_token_id,
-                chat_template=template.get("default") if isinstance(template, dict) else template,
-                special_tokens={name: str(text) for name, text in found.special_tokens_map.items()},
-            )
+            fields = {
+                "eos_token_id": found.eos_token_id,
+                "chat_template": template.get("default") if isinstance(template, dict) else template,
+                "special_tokens": {name: str(text) for name, text in found.special_tokens_map.items()},
+            }
+            tokenizer = cls(found.backend_tokenizer, **fields)
+            if store is not None:
+                store.save(folder, {"backend": found.backend_tokenizer.to_str(), **fields})
+            return tokenizer
         except Exception as error:  # of the JSON parser, the Rust library or transformers
             reason = str(error).strip().splitlines()
             raise ValueError(
                 f"the tokenizer files in {folder} ({', '.join(present)}) are damaged or of an unknown kind: "
                 f"{reason[0] if reason else type(error).__name__}"
             ) from error
+
+    @classmethod
+    def _kept(cls, folder: Path, store: TokenizerStore) -> "Tokenizer | None":
+        from tokenizers import Tokenizer as Backend
+
+        fields = store.load(folder)
+        try:
+            return None if fields is None else cls(Backend.from_str(fields.pop("backend")), **fields)
+        except Exception as error:  # the Rust library raises nothing narrower
+            logger.warning("the tokenizer kept for %s cannot be used (%s); reading it again", folder, error)
+            return None
 
     @property
     def vocab_size(self) -> int:

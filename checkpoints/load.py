@@ -17,7 +17,6 @@ from checkpoints.errors import CheckpointError, first_line
 from checkpoints.fingerprint import dummy_fingerprint, files_fingerprint
 from checkpoints.inventory import take_inventory
 from checkpoints.manifest import Manifest
-from checkpoints.orbax_store import restore_weights
 from checkpoints.placement import Shardings, platform_of, serving_dtype
 from checkpoints.skeleton import Skeleton
 from checkpoints.source import resolve
@@ -99,6 +98,8 @@ def read_parameters(
         fingerprint = dummy_fingerprint(config, skeleton.dtype, seed)
         return random_parameters(skeleton, seed, shardings), fingerprint
     if load_format is LoadFormat.ORBAX:
+        from checkpoints.orbax_store import restore_weights  # the import takes most of a second
+
         manifest = Manifest.read(folder)
         with _progress(skeleton.nbytes) as bar:
             return restore_weights(folder / ORBAX_WEIGHTS, skeleton, shardings, bar.update), manifest.fingerprint

@@ -12,6 +12,7 @@ from apt_jax.engine import Engine
 from apt_jax.followers import follow, lead
 from apt_jax.sharding import Parallel
 from apt_jax.tokenizer import Tokenizer, TokenizerNotFound
+from apt_jax.tokenizer_store import TokenizerStore
 from checkpoints.load import load_model
 from checkpoints.source import resolve
 from checkpoints.weight_files import LoadFormat
@@ -38,7 +39,7 @@ def build_engine(
     Raises:
         ValueError: what was named cannot be loaded, or does not fit; one sentence with the file, value or flag.
     """
-    use_compile_cache(engine_config.compilation_cache_dir)
+    cache = use_compile_cache(engine_config.compilation_cache_dir)
     devices, processes = engine_config.tensor_parallel_size, jax.process_count()
     split = devices > 1 or processes > 1
     parallel = Parallel.over(devices, hidden=engine_config.cache_mode != "kv") if split else None
@@ -48,7 +49,7 @@ def build_engine(
     )  # fmt: skip
     logger.info("%s: %s weights from %s", model or "demo model", loaded.dtype.name, loaded.folder)
     on_phase("weights")
-    text = load_tokenizer(loaded.folder, tokenizer, revision)
+    text = load_tokenizer(loaded.folder, tokenizer, revision, TokenizerStore(cache / "tokenizers"))
     on_phase("tokenizer")
     engine = Engine(loaded.model, loaded.config, engine_config, text, donate_model=True)
     on_phase("memory")
@@ -61,16 +62,16 @@ def build_engine(
     return engine
 
 
-def load_tokenizer(folder: Path, name: str | None, revision: str | None) -> Tokenizer | None:
+def load_tokenizer(folder: Path, name: str | None, revision: str | None, store: TokenizerStore) -> Tokenizer | None:
     """The tokenizer called `name` (folder or hub id), else the one in the model's `folder`; None if there is none.
 
     Raises:
         ValueError: `name` has no tokenizer, or the files are damaged.
     """
     if name is not None:
-        return Tokenizer.from_folder(resolve(name, revision=revision, load_format=LoadFormat.DUMMY))
+        return Tokenizer.from_folder(resolve(name, revision=revision, load_format=LoadFormat.DUMMY), store)
     try:
-        return Tokenizer.from_folder(folder)
+        return Tokenizer.from_folder(folder, store)
     except TokenizerNotFound as error:
         logger.warning("%s", error)
         return None

@@ -26,7 +26,7 @@ def read_template(path: Path) -> str:
     """
     import jinja2
 
-    render_jinja_template = _renderer()
+    render_jinja_template = renderer()
     try:
         text = path.read_text(encoding="utf-8")
         render_jinja_template(conversations=[[{"role": "user", "content": "x"}]], chat_template=text)
@@ -50,7 +50,7 @@ def render(messages: Sequence[Message], tokenizer: "Tokenizer", template: str | 
         raise BadRequest(NO_TEMPLATE, "messages")
     import jinja2
 
-    render_jinja_template = _renderer()
+    render_jinja_template = renderer()
     special_tokens: dict[str, Any] = dict(tokenizer.special_tokens)
     try:
         rendered: Any = render_jinja_template(
@@ -67,8 +67,8 @@ def render(messages: Sequence[Message], tokenizer: "Tokenizer", template: str | 
     return text
 
 
-def _renderer() -> Callable[..., Any]:
-    """The function of transformers, whose import takes seconds."""
+def renderer() -> Callable[..., Any]:
+    """The function of transformers, whose import takes seconds: call this before the first chat waits for it."""
     with no_advice():
         from transformers.utils.chat_template_utils import render_jinja_template
     return render_jinja_template

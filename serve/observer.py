@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from apt_jax.output import Output
+from apt_jax.request import FinishReason
 from serve.samples import Sample
 
 if TYPE_CHECKING:
@@ -22,6 +23,12 @@ class Stepped:
     outputs: Sequence[Output]
     abandoned: Collection[str]
     began_s: float
+
+    def counts(self, output: Output) -> bool:
+        """Whether a request ends with this output and so kept or broke its promise; not if its client gave it up."""
+        if output.finish_reason is FinishReason.ABORT:
+            return output.request.request_id not in self.abandoned
+        return output.finish_reason is not None
 
 
 class Observer:

@@ -6,7 +6,6 @@ from collections import deque
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from apt_jax.request import FinishReason
 from serve.observer import Observer, Stepped
 
 if TYPE_CHECKING:
@@ -41,8 +40,7 @@ class Recent(Observer):
                     self._gaps.append((now, request.gaps_s[-1]))
                 elif output.token_ids and request.ttft_s is not None:
                     self._ttfts.append((now, request.ttft_s))
-                reason = output.finish_reason
-                if reason is not None and not (reason is FinishReason.ABORT and request.request_id in step.abandoned):
+                if step.counts(output):
                     self._ended.append((now, request.attained))
 
     def refused(self) -> None:

@@ -47,7 +47,7 @@ class RequestMetrics(Instruments):
         tokens = 0
         for output in step.outputs:
             tokens += len(output.token_ids)
-            self._take(output, output.request.request_id in step.abandoned)
+            self._take(output, step.counts(output))
         if tokens:
             self.generation_tokens.inc(tokens)
 
@@ -57,7 +57,7 @@ class RequestMetrics(Instruments):
             self.success.labels(**self._labels, finished_reason=FinishReason.ERROR.value).inc()
             self._judge(ttft=False, tbt=False)
 
-    def _take(self, output: Output, abandoned: bool) -> None:
+    def _take(self, output: Output, counts: bool) -> None:
         request = output.request
         if output.token_ids:
             if len(request.gaps_s) > 0:
@@ -70,9 +70,9 @@ class RequestMetrics(Instruments):
                 if request.first_scheduled_s is not None:
                     self.queue_time.observe(request.first_scheduled_s - request.arrival_s)
         if output.finish_reason is not None:
-            self._finish(request, output.finish_reason, abandoned)
+            self._finish(request, output.finish_reason, counts)
 
-    def _finish(self, request: Request, reason: FinishReason, abandoned: bool) -> None:
+    def _finish(self, request: Request, reason: FinishReason, counts: bool) -> None:
         self.success.labels(**self._labels, finished_reason=reason.value).inc()
         by_itself = reason in (FinishReason.STOP, FinishReason.LENGTH)
         if by_itself and request.last_token_s is not None and request.ttft_s is not None:
@@ -82,7 +82,7 @@ class RequestMetrics(Instruments):
             if tokens > 1:
                 self.tpot.observe((latency_s - request.ttft_s) / (tokens - 1))
             self._judge(request.ttft_s <= request.slo.ttft_s, request.p99_gap_s <= request.slo.tbt_s)
-        elif not abandoned:  # one that its client gave up tells nothing
+        elif counts:  # one that its client gave up tells nothing
             self._judge(ttft=False, tbt=False)
 
     def _judge(self, ttft: bool, tbt: bool) -> None:

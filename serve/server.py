@@ -18,7 +18,7 @@ from starlette.types import ASGIApp
 
 from apt_jax.config import EngineConfig
 from serve.app import create_app
-from serve.chat_template import read_template
+from serve.chat_template import read_template, renderer
 from serve.engine_thread import EngineThread
 from serve.http_protocol import timed_protocol
 from serve.options import DEMO_NAME, LoadOptions, ServerOptions
@@ -108,7 +108,10 @@ def serve(
         from serve.build import build_engine  # imports jax, which takes seconds
 
         start_up.ended("imports")
-        return build_engine(model, engine_config=config, on_phase=start_up.ended, **dataclasses.asdict(load))
+        engine = build_engine(model, engine_config=config, on_phase=start_up.ended, **dataclasses.asdict(load))
+        if engine.tokenizer is not None and engine.tokenizer.chat_template is not None:
+            renderer()
+        return engine
 
     name, url = options.served_model_name or model or DEMO_NAME, url_of(listener)
 

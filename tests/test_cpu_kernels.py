@@ -1,6 +1,7 @@
 """The C++ kernels against their references, and what happens where they cannot be had."""
 
 import logging
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +19,7 @@ from apt_jax.opt import OPT
 from pallas_kernels import dispatch
 
 try:
-    library.register()
+    LIBRARY = library.register()
 except library.Unavailable as error:
     pytest.skip(f"the C++ kernels cannot be had here: {error}", allow_module_level=True)
 
@@ -124,6 +125,18 @@ def test_without_a_compiler_xla_attends(fresh, tmp_path, caplog):
     assert "no C++ compiler is on PATH" in caplog.text
     with pytest.raises(ValueError, match=r"attention_backend='native' cannot be used here .*no C\+\+ compiler"):
         select("native")
+
+
+def test_without_a_compiler_what_was_compiled_for_this_processor_is_used(fresh, tmp_path):
+    folder = tmp_path / LIBRARY.parent.relative_to(LIBRARY.parents[2])
+    folder.mkdir(parents=True)
+    shutil.copy(LIBRARY, folder)
+    fresh.setenv("PATH", str(tmp_path))
+    fresh.delenv("CXX", raising=False)
+    assert library.built() == folder / LIBRARY.name
+    fresh.setattr(library, "cpu_features", lambda: "another processor")
+    with pytest.raises(library.Unavailable, match=r"no C\+\+ compiler"):
+        library.built()
 
 
 def test_a_compiler_that_fails_is_named_with_its_error(fresh, tmp_path):

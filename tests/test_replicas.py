@@ -4,6 +4,7 @@ import asyncio
 import importlib.util
 import pickle
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 from asgi_service import run, until
@@ -13,11 +14,13 @@ from local_replicas import Replicas, keeping
 from apt_jax.config import EngineConfig
 from apt_jax.output import QueueFull
 from apt_jax.request import FinishReason, SamplingParams
+from apt_jax.routing.attainment import RecentAttainment
 from apt_jax.routing.router import DEFAULT_ROUTER
 from serve.cli import main
 from serve.errors import EngineFailure, NotReady, PredictedLate
 from serve.observer import Observer
 from serve.replicas.fleet_view import FleetView, merged
+from serve.replicas.keeper import Endings
 from serve.replicas.options import RayBatchOptions, RayOptions, ReplicaOptions
 from serve.samples import Sample, fan_out
 
@@ -194,6 +197,12 @@ def test_who_leaves_frees_blocks_and_counts_as_abandoned():
             count = len(steps)
             await asyncio.sleep(0.02)
             assert len(steps) == count
+            attainment = RecentAttainment(enough=1)
+            for step in steps:
+                Endings(attainment).brought(step)
+            assert attainment.share(steps[-1].began_s) is None  # who leaves tells nothing
+            Endings(attainment).brought(replace(steps[-1], abandoned=()))
+            assert attainment.share(steps[-1].began_s) is not None
 
     run(main)
 

@@ -8,6 +8,7 @@ import pytest
 
 from apt_jax.cache import BlockPool
 from apt_jax.request import Request, SamplingParams, Slo
+from apt_jax.routing.attainment import RecentAttainment
 from apt_jax.routing.autoscaler import Autoscaler, AutoscalerOptions
 from apt_jax.routing.instance import InstanceLoad, instance_load
 from apt_jax.routing.router import RouteRequest, make_router, router_names
@@ -52,6 +53,7 @@ def test_a_report_counts_the_schedulers_state():
 def test_hidden_blocks_are_what_waiting_requests_need_at_least():
     load = instance_load(served_state("hybrid"), None, 4.0)
     assert load.needed_blocks == 3 and load.blocks_for(17) == 2 and load.backlog_s is None
+    assert load.taken_blocks == 20 - load.free_blocks + 3
 
 
 def test_predictions_grow_with_the_queue_and_fall_with_the_lengths_expected():
@@ -151,10 +153,20 @@ def test_a_report_ends_what_was_remembered_of_it():
     sent = Sent()
     for k in range(3):
         sent.add(EMPTY, RouteRequest(32, float(k)))
-    assert sent.since(EMPTY) == Since(3, 96, 12.0, 0.0, 3.0)
-    assert sent.since(replace(EMPTY, time_s=1.5)) == Since(1, 32, 4.0, 0.0, 2.0)
+    assert sent.since(EMPTY) == Since(3, 96, 12.0)
+    assert sent.since(replace(EMPTY, time_s=1.5)) == Since(1, 32, 4.0)
     assert sent.since(replace(EMPTY, time_s=5.0)) == Since()
     assert sent.since(replace(EMPTY, instance="other")) == Since()
+
+
+def test_attainment_is_that_of_the_last_half_minute_if_enough_ended():
+    recent = RecentAttainment(enough=3)
+    assert recent.share(0.0) is None
+    for time_s, kept in ((0.0, False), (1.0, True), (20.0, True), (29.0, False)):
+        recent.add(time_s, kept)
+    assert recent.share(30.0) == 0.5 and recent.per_s(30.0) == 4 / 30
+    assert recent.share(30.5) == pytest.approx(2 / 3)  # the first is too old
+    assert recent.share(40.0) is None and recent.per_s(40.0) == 0  # two are not enough
 
 
 AUTOSCALING = AutoscalerOptions(1, 6, up_delay_s=5, down_delay_s=60)
@@ -182,8 +194,20 @@ def test_a_moment_of_shortage_changes_nothing():
 def test_missed_promises_add_an_instance_though_memory_is_free():
     scaler = Autoscaler(AUTOSCALING)
     assert [scaler.desired(occupied_loads(2, 0.7), 2, now, attainment=0.8) for now in (0.0, 5.0)] == [2, 3]
+    # until it is ready, and for what was missed before, no further one is added
+    assert [scaler.desired(occupied_loads(2, 0.7), 3, now, attainment=0.5) for now in (6.0, 30.0)] == [3, 3]
     idle = Autoscaler(AUTOSCALING)
     assert [idle.desired(occupied_loads(2, 0.7), 2, now, attainment=0.99) for now in (0.0, 500.0)] == [2, 2]
+
+
+def test_an_instance_that_promises_needed_stays_while_the_load_does():
+    """Memory is free all the time, so that only the memory of what went wrong keeps the second one."""
+    scaler, loads = Autoscaler(AUTOSCALING), occupied_loads(1, 0.1)
+    assert [scaler.desired(loads, 1, now, 0.5, 8.0) for now in (0.0, 5.0)] == [1, 2]
+    assert {scaler.desired(loads * 2, 2, now, 1.0, 10.0) for now in range(6, 400)} == {2}  # each could serve 8, not 10
+    assert [scaler.desired(loads * 2, 2, now, 1.0, 5.0) for now in (400.0, 459.0, 460.0)] == [2, 2, 1]
+    late = 5.0 + 10 * AUTOSCALING.down_delay_s + 1
+    assert [scaler.desired(loads * 2, 2, now, 1.0, 10.0) for now in (late, late + 60)] == [2, 1]  # tried again
 
 
 def test_fewer_instances_one_at_a_time_when_the_rest_would_do():

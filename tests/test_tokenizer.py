@@ -4,6 +4,7 @@ import itertools
 import json
 import logging
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -16,6 +17,7 @@ from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 
 from apt_jax.tokenizer import Tokenizer, TokenizerNotFound
+from apt_jax.tokenizer_store import TokenizerStore
 
 SPECIAL = ["<s>", "<pad>", "</s>", "<unk>"]
 TEXT = Path(json.__file__).read_text() + "Grüße aus Zürich, naïve café: 東京 привет 😀😀👩‍👩‍👧 € " * 5
@@ -224,6 +226,35 @@ def test_damaged_tokenizers(tmp_path, folders):
             Tokenizer.from_folder(tmp_path)
         assert "\n" not in str(caught.value)
         assert not isinstance(caught.value, FileNotFoundError)
+
+
+@pytest.mark.parametrize("name", ["opt", "json", "metaspace"])
+def test_a_kept_tokenizer_is_the_same_until_a_file_of_it_changes(tmp_path, folders, tokenizers, name, caplog):
+    folder, store = tmp_path / "model", TokenizerStore(tmp_path / "kept")
+    shutil.copytree(folders[name], folder)
+    Tokenizer.from_folder(folder, store)
+    (file,) = (tmp_path / "kept").iterdir()
+    kept, right = Tokenizer.from_folder(folder, store), tokenizers[name]
+    ids = right.encode(TEXT)
+    assert kept.encode(TEXT) == ids and kept.decode(ids) == right.decode(ids)
+    assert kept.encode("a", add_special_tokens=False) == right.encode("a", add_special_tokens=False)
+    assert (kept.eos_token_id, kept.special_tokens) == (right.eos_token_id, right.special_tokens)
+    assert kept.chat_template is None and kept.vocab_size == right.vocab_size
+    (folder / "chat_template.jinja").write_text("{{ 'hello' }}")
+    assert Tokenizer.from_folder(folder, store).chat_template == "{{ 'hello' }}"
+    assert Tokenizer.from_folder(folder, store).chat_template == "{{ 'hello' }}"
+    (folder / "chat_template.jinja").unlink()
+    assert not caplog.messages
+    code = (
+        "import sys; from pathlib import Path; from apt_jax.tokenizer import Tokenizer, TokenizerStore\n"
+        "Tokenizer.from_folder(Path(sys.argv[1]), TokenizerStore(Path(sys.argv[2])))\n"
+        "assert 'transformers' not in sys.modules, 'it takes seconds'"
+    )
+    subprocess.run([sys.executable, "-c", code, str(folder), str(tmp_path / "kept")], check=True)
+    for damaged in ("{", '{"backend": "x"}'):
+        file.write_text(damaged)
+        assert Tokenizer.from_folder(folder, store).encode(TEXT) == ids
+        assert "cannot be used" in caplog.messages[-1]
 
 
 def test_importing_is_quiet_and_leaves_the_environment(folders):

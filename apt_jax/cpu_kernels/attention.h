@@ -7,7 +7,6 @@
 
 #include <algorithm>
 #include <limits>
-#include <numeric>
 #include <vector>
 
 #include "matmul.h"
@@ -104,6 +103,16 @@ inline void add_all_values(const float* weights, const float* values, size_t ste
       for (int t = 0; t < tokens; t++) out[m * out_step + at] += weights[m * kTokens + t] * values[t * step + at];
 }
 
+// Tokens `[begin, end)` of a row as they lie in its `blocks`, page by page: `visit(numbers, first token - begin, tokens)`.
+template <class Number, class Visit>
+void each_page(const Shape& shape, const Number* pool, const int32_t* blocks, int begin, int end, const Visit& visit) {
+  for (int t = begin; t < end;) {
+    const int inside = t % shape.page_tokens, count = std::min(shape.page_tokens - inside, end - t);
+    visit(pool + (size_t(blocks[t / shape.page_tokens]) * shape.page_tokens + inside) * shape.width, t - begin, count);
+    t += count;
+  }
+}
+
 // Tokens `[begin, end)` of one KV row: q `[heads, head_dim]`.
 template <class Number>
 void kv_part(const Shape& shape, const float* q, const Number* pool, const int32_t* key_blocks,
@@ -111,23 +120,17 @@ void kv_part(const Shape& shape, const float* q, const Number* pool, const int32
   const int D = shape.width, H = D / shape.heads;
   std::vector<float> scores(size_t(shape.heads) * kTokens);
   buffer.resize(size_t(shape.page_tokens) * D);
-  const auto each_page = [&](const int32_t* blocks, int first, int last, const auto& visit) {
-    for (int t = first; t < last;) {
-      const int inside = t % shape.page_tokens, count = std::min(shape.page_tokens - inside, last - t);
-      const Number* at = pool + (size_t(blocks[t / shape.page_tokens]) * shape.page_tokens + inside) * D;
-      visit(as_float(at, count * D, buffer.data()), t - first, count);
-      t += count;
-    }
-  };
   for (int first = begin; first < end; first += kTokens) {
     const int last = std::min(first + kTokens, end);
-    each_page(key_blocks, first, last, [&](const float* keys, int at, int count) {
+    each_page(shape, pool, key_blocks, first, last, [&](const Number* page, int at, int count) {
+      const float* keys = as_float(page, count * D, buffer.data());
       for (int t = 0; t < count; t++)
         for (int n = 0; n < shape.heads; n++)
           scores[size_t(n) * kTokens + at + t] = dot(q + n * H, keys + size_t(t) * D + n * H, H);
     });
     running.weigh(scores.data(), last - first);
-    each_page(value_blocks, first, last, [&](const float* values, int at, int count) {
+    each_page(shape, pool, value_blocks, first, last, [&](const Number* page, int at, int count) {
+      const float* values = as_float(page, count * D, buffer.data());
       for (int n = 0; n < shape.heads; n++)
         add_all_values<1>(scores.data() + size_t(n) * kTokens + at, values + n * H, D, count, H, running.out + n * H, H);
     });
@@ -143,12 +146,9 @@ void hidden_part(const Shape& shape, const float* q, const Number* pool, const i
   buffer.resize(size_t(kTokens) * D);
   for (int first = begin; first < end; first += kTokens) {
     const int last = std::min(first + kTokens, end), tokens = last - first;
-    for (int t = first; t < last;) {
-      const int inside = t % shape.page_tokens, count = std::min(shape.page_tokens - inside, last - t);
-      const Number* at = pool + (size_t(blocks[t / shape.page_tokens]) * shape.page_tokens + inside) * D;
-      for (int i = 0; i < count * D; i++) buffer[size_t(t - first) * D + i] = to_float(at[i]);
-      t += count;
-    }
+    each_page(shape, pool, blocks, first, last, [&](const Number* page, int at, int count) {
+      for (int i = 0; i < count * D; i++) buffer[size_t(at) * D + i] = to_float(page[i]);
+    });
     for (int t = 0; t < tokens; t += 4)
       for (int n = 0; n < shape.heads; n += kTileRows) {
         const int own_heads = std::min(kTileRows, shape.heads - n);

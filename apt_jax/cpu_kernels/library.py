@@ -39,9 +39,9 @@ def register() -> Path:
     """Make the kernels known to XLA as `TARGETS`, compiled if need be; returns the library.
 
     Raises:
-        Unavailable: there is no C++ compiler, or it fails.
+        Unavailable: see `built`; or the library cannot be loaded.
     """
-    path = _built()
+    path = built()
     try:
         library = ctypes.CDLL(str(path))
         for target in TARGETS:
@@ -51,21 +51,30 @@ def register() -> Path:
     return path
 
 
-def _built() -> Path:
+def built() -> Path:
+    """The library in the user's cache folder, compiled if it is not there.
+
+    Its name is of all that decides what it computes but not of the compiler, so that a host without one can use what
+    another has built for the same processor; headers are JAX's, of its version.
+
+    Raises:
+        Unavailable: it is not there, and there is no C++ compiler, or it fails.
+    """
     sources = sorted(path for path in _SOURCES.iterdir() if path.suffix in (".h", ".cc"))
-    compiler = _compiler()
-    command = [compiler, *_FLAGS, *_flags_for_host(), f"-isystem{jax.ffi.include_dir()}"]
-    digest = hashlib.sha256(repr((command, jax.__version__, cpu_features())).encode())
+    flags = (*_FLAGS, *_flags_for_host())
+    digest = hashlib.sha256(repr((flags, jax.__version__, platform.machine(), cpu_features())).encode())
     for path in sources:
         digest.update(path.read_bytes())
     name = f"{digest.hexdigest()[:32]}.so"
     folder = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / _FOLDER
+    if (folder / name).exists():
+        return folder / name
+    command = [_compiler(), *flags, f"-isystem{jax.ffi.include_dir()}"]
     try:
-        if not (folder / name).exists():
-            folder.mkdir(parents=True, exist_ok=True)
-            with FileLock(folder / "lock"):
-                if not (folder / name).exists():
-                    _compile(command, folder / name)
+        folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder / "lock"):
+            if not (folder / name).exists():
+                _compile(command, folder / name)
         return folder / name
     except OSError as error:
         folder = Path(tempfile.mkdtemp(prefix="apt-jax-"))

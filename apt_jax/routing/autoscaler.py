@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 from apt_jax.routing.instance import InstanceLoad
 
+REMEMBERED_DELAYS = 10  # of `down_delay_s`: for so long it is remembered which load broke promises
+
 
 @dataclass(frozen=True)
 class AutoscalerOptions:
@@ -54,9 +56,16 @@ class Autoscaler:
         self.options = options or AutoscalerOptions()
         self._small_since_s: float | None = None
         self._large_since_s: float | None = None
+        self._too_much_per_s = math.inf  # requests that one instance ended while promises were broken
+        self._too_much_at_s = 0.0
 
     def desired(
-        self, loads: Sequence[InstanceLoad], num_instances: int, now: float, attainment: float | None = None
+        self,
+        loads: Sequence[InstanceLoad],
+        num_instances: int,
+        now: float,
+        attainment: float | None = None,
+        ended_per_s: float = 0.0,
     ) -> int:
         """How many instances there should be now.
 
@@ -65,38 +74,49 @@ class Autoscaler:
             num_instances: those that run, those being started included.
             now: seconds of any clock that goes on.
             attainment: share of the requests finished in the last half minute or so that kept their SLO; None if
-                too few finished to tell.
+                too few finished to tell. It does not count while an instance is being started: what is missed then is
+                what that one is for. For the same reason the caller forgets what came before an instance was ready.
+            ended_per_s: requests that all instances finished per second in this time; 0 if too few to tell. It keeps
+                the number from swinging where memory is free: an instance that was added because promises were broken
+                is not removed while the load is much the same.
         """
         options = self.options
-        wanted = self._wanted(loads, num_instances, attainment)
+        is_starting = len(loads) < num_instances
+        is_missing = attainment is not None and attainment < options.target_attainment and not is_starting
+        wanted = self._wanted(loads, num_instances, is_missing)
+        if wanted < num_instances and self._was_too_much(ended_per_s / wanted, now):
+            wanted = num_instances
         self._small_since_s = _since(self._small_since_s, now, wanted > num_instances)
         self._large_since_s = _since(self._large_since_s, now, wanted < num_instances)
         answer = num_instances
         if self._small_since_s is not None and now - self._small_since_s >= options.up_delay_s:
             answer, self._small_since_s = wanted, None
+            if is_missing and ended_per_s > 0 and num_instances < options.max_instances:
+                self._too_much_per_s, self._too_much_at_s = ended_per_s / num_instances, now
         elif self._large_since_s is not None and now - self._large_since_s >= options.down_delay_s:
             answer, self._large_since_s = num_instances - 1, None
         return min(max(answer, options.min_instances), options.max_instances)
 
-    def _wanted(self, loads: Sequence[InstanceLoad], num_instances: int, attainment: float | None) -> int:
+    def _was_too_much(self, ended_per_s: float, now: float) -> bool:
+        """Whether one instance that finishes so many broke promises, or nearly so."""
+        if now - self._too_much_at_s > REMEMBERED_DELAYS * self.options.down_delay_s:
+            self._too_much_per_s = math.inf
+        return ended_per_s > self.options.low_occupancy / self.options.high_occupancy * self._too_much_per_s
+
+    def _wanted(self, loads: Sequence[InstanceLoad], num_instances: int, is_missing: bool) -> int:
         """How many would do for what the reports say, before any delay."""
         options = self.options
         if not loads:
             return num_instances
-        occupancy = sum(occupied(load) for load in loads)  # in pools
+        occupancy = sum(load.taken_blocks / load.total_blocks for load in loads)  # in pools
         wanted = num_instances
         if occupancy > options.high_occupancy * num_instances:
             wanted = math.ceil(occupancy / options.high_occupancy)
         elif num_instances > 1 and occupancy < options.low_occupancy * (num_instances - 1):
             wanted = num_instances - 1
-        if attainment is not None and attainment < options.target_attainment:
+        if is_missing:
             wanted = max(wanted, num_instances + 1)
         return wanted
-
-
-def occupied(load: InstanceLoad) -> float:
-    """Share of the pool that is held or waited for; above 1 where requests wait for blocks."""
-    return (load.total_blocks - load.free_blocks + load.needed_blocks) / load.total_blocks
 
 
 def _since(began_s: float | None, now: float, is_so: bool) -> float | None:

@@ -65,6 +65,11 @@ class InstanceLoad:
         """Unfinished requests."""
         return self.num_waiting + self.num_running
 
+    @property
+    def taken_blocks(self) -> int:
+        """Blocks held or waited for; more than `total_blocks` where requests must wait."""
+        return self.total_blocks - self.free_blocks + self.needed_blocks
+
     def blocks_for(self, tokens: float) -> float:
         """Blocks that a request of `tokens` tokens takes here at least."""
         return -(-tokens // self.block_size) * self.blocks_per_page

@@ -47,8 +47,7 @@ class PendingTime:
 
 def occupancy(request: RouteRequest, load: InstanceLoad, since: Since) -> float:
     """Share of the blocks held or waited for, `request` included; above 1 some request must wait for blocks."""
-    taken = load.total_blocks - load.free_blocks + load.needed_blocks + since.blocks
-    return (taken + load.blocks_for(request.prompt_tokens)) / load.total_blocks
+    return (load.taken_blocks + since.blocks + load.blocks_for(request.prompt_tokens)) / load.total_blocks
 
 
 def has_room(request: RouteRequest, load: InstanceLoad, share: float) -> bool:

@@ -23,7 +23,6 @@ class RouteRequest:
     Attributes:
         prompt_tokens: of its prompt, and of what it has generated elsewhere if it moves.
         time_s: now, in the router's clock.
-        output_tokens: predicted tokens to come; None if nothing is known.
         slo: its promise.
         waited_s: seconds since it arrived at the service.
         has_started: it moves here with tokens out already: its first token is no longer a question.
@@ -31,7 +30,6 @@ class RouteRequest:
 
     prompt_tokens: int
     time_s: float
-    output_tokens: float | None = None
     slo: Slo = field(default_factory=Slo)
     waited_s: float = 0.0
     has_started: bool = False

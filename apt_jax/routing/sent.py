@@ -17,8 +17,6 @@ class Since:
     num_requests: int = 0
     prompt_tokens: int = 0
     blocks: float = 0.0
-    output_tokens: float = 0.0
-    sent_s: float = 0.0  # sum of the times at which they were sent
 
 
 NOTHING = Since()
@@ -28,17 +26,12 @@ class Sent:
     """Requests by instance, until a report covers them. Instances that are no longer asked about cost a few bytes."""
 
     def __init__(self) -> None:
-        self._requests: dict[str, deque[tuple[float, int, float, float]]] = {}
+        self._requests: dict[str, deque[tuple[float, int, float]]] = {}
         self._sums: dict[str, Since] = {}
 
     def add(self, load: InstanceLoad, request: "RouteRequest") -> None:
         """`request` goes to the instance of `load`."""
-        entry = (
-            request.time_s,
-            request.prompt_tokens,
-            load.blocks_for(request.prompt_tokens),
-            request.output_tokens or 0.0,
-        )
+        entry = request.time_s, request.prompt_tokens, load.blocks_for(request.prompt_tokens)
         self._requests.setdefault(load.instance, deque()).append(entry)
         self._count(self._sums.setdefault(load.instance, Since()), 1, entry)
 
@@ -56,10 +49,8 @@ class Sent:
         return sums
 
     @staticmethod
-    def _count(sums: Since, sign: int, entry: tuple[float, int, float, float]) -> None:
-        time_s, prompt_tokens, blocks, output_tokens = entry
+    def _count(sums: Since, sign: int, entry: tuple[float, int, float]) -> None:
+        _, prompt_tokens, blocks = entry
         sums.num_requests += sign
         sums.prompt_tokens += sign * prompt_tokens
         sums.blocks += sign * blocks
-        sums.output_tokens += sign * output_tokens
-        sums.sent_s += sign * time_s

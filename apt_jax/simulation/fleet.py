@@ -1,10 +1,10 @@
 """Several simulated instances behind one router, and their number over time."""
 
-from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from apt_jax.request import Request
+from apt_jax.routing.attainment import RecentAttainment
 from apt_jax.routing.autoscaler import Autoscaler
 from apt_jax.routing.instance import InstanceLoad
 from apt_jax.routing.router import Router, RouteRequest
@@ -12,8 +12,7 @@ from apt_jax.scheduling.length import LengthPredictor
 from apt_jax.simulation.instance import Instance
 
 CHECK_EVERY_S = 1.0  # between two decisions of the autoscaler
-ATTAINMENT_OVER_S = 30.0  # what the autoscaler is told: of the requests that finished in this time
-ENOUGH_FINISHED = 20
+ENOUGH_FINISHED = 20  # requests, to tell the autoscaler an attainment
 
 
 @dataclass
@@ -57,8 +56,9 @@ class Fleet:
         self._start, self._router, self._interval_s = start, router, report_interval_s
         self._autoscaler, self._start_s = autoscaler, start_s
         self._predictor = LengthPredictor()
-        self._ended: deque[tuple[float, bool]] = deque()  # when requests finished, and whether they kept their promise
+        self._attainment = RecentAttainment(ENOUGH_FINISHED)
         self._check_s = 0.0
+        self._num_ready = num_instances
         self.instances: list[Instance] = []
         self.members: list[Member] = []
         for number in range(num_instances):
@@ -89,7 +89,7 @@ class Fleet:
         finished = instance.end()
         for request in finished:
             self._predictor.learn(request)
-            self._ended.append((now, request.attained))
+            self._attainment.add(now, request.attained)
         return finished
 
     def instance_s(self, makespan_s: float) -> float:
@@ -121,13 +121,12 @@ class Fleet:
         return member.report
 
     def _scale(self, autoscaler: Autoscaler, now: float) -> None:
-        while self._ended and self._ended[0][0] < now - ATTAINMENT_OVER_S:
-            self._ended.popleft()
-        kept = [is_kept for _, is_kept in self._ended]
-        attainment = sum(kept) / len(kept) if len(kept) >= ENOUGH_FINISHED else None
         staying = [member for member in self.members if member.ended_s is None]
         loads = [self._load(member, now) for member in staying if member.ready_s <= now]
-        desired = autoscaler.desired(loads, len(staying), now, attainment)
+        if len(loads) > self._num_ready:
+            self._attainment.clear()
+        self._num_ready = len(loads)
+        desired = autoscaler.desired(loads, len(staying), now, self._attainment.share(now), self._attainment.per_s(now))
         for _ in range(desired - len(staying)):
             self._add(now, now + self._start_s, phase=0.5)
         # one that is not ready yet first: it serves nobody

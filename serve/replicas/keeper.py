@@ -8,10 +8,9 @@ new generation: the old replicas stay until as many new ones are ready.
 import asyncio
 import logging
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
 
-from apt_jax.request import FinishReason
+from apt_jax.routing.attainment import RecentAttainment
 from apt_jax.routing.autoscaler import Autoscaler, AutoscalerOptions
 from serve.errors import EngineFailure
 from serve.observer import Observer, Stepped
@@ -23,8 +22,7 @@ CHECK_S = 0.2
 SCALE_S = 1.0
 MOST_QUIET_CHECKS = 150  # without a report, which comes each second: 30 s of checks that were really made
 LONGEST_PAUSE_S = 30.0  # between two attempts to start a replica
-ATTAINMENT_S = 30.0
-ENOUGH_ENDED = 10  # requests, to tell an attainment
+ENOUGH_ENDED = 10  # requests, to tell the autoscaler an attainment
 
 logger = logging.getLogger("apt_jax.serve")
 
@@ -51,7 +49,7 @@ class Keeper:
         self.target = options.min_instances
         self.generation = self._newest_generation = 0
         self.num_failures = 0  # replicas that died, or could not be started
-        self.attainment = RecentAttainment()
+        self._attainment = RecentAttainment(ENOUGH_ENDED)
         self._fleet = fleet
         self._launch = launch
         self._autoscaler = Autoscaler(options)
@@ -65,7 +63,7 @@ class Keeper:
         self._not_before_s = self._scaled_s = 0.0
         self._began_s = time.monotonic()
         self._was_ready = False
-        fleet.observers.append(self.attainment)
+        fleet.observers.append(Endings(self._attainment))
 
     async def run(self) -> None:
         """Keep them, until cancelled."""
@@ -136,8 +134,8 @@ class Keeper:
 
     def _scale(self, now: float) -> None:
         loads = [replica.load for replica in self._fleet.ready() if replica.load is not None]
-        attainment = self.attainment.share(now)
-        wanted = self._autoscaler.desired(loads, self.target, now, attainment)
+        attainment = self._attainment.share(now)
+        wanted = self._autoscaler.desired(loads, self.target, now, attainment, self._attainment.per_s(now))
         if wanted != self.target:
             shown = "unknown" if attainment is None else f"{attainment:.0%}"
             waiting, running = self._fleet.num_waiting_running
@@ -176,6 +174,7 @@ class Keeper:
         assert facts is not None
         logger.info("replica %s is ready after %.1f s (process %d)", replica.name, facts.start_s, facts.process_id)
         self._bad_starts = 0
+        self._attainment.clear()
         if not self._was_ready:
             self._was_ready = True
             self._on_ready(time.monotonic() - self._began_s)
@@ -213,28 +212,23 @@ class Keeper:
         self._fleet.replicas.remove(replica)
 
 
-class RecentAttainment(Observer):
-    """Share of the requests that ended lately which kept their promise."""
+class Endings(Observer):
+    """Tells how requests end to `attainment`."""
 
-    def __init__(self) -> None:
-        self._ended: deque[tuple[float, bool]] = deque()
+    def __init__(self, attainment: RecentAttainment):
+        self._attainment = attainment
 
     def brought(self, step: Stepped) -> None:
         """Take in what ended."""
         for output in step.outputs:
-            given_up = output.finish_reason is FinishReason.ABORT and output.request.request_id in step.abandoned
-            if output.finish_reason is not None and not given_up:
-                self._ended.append((step.began_s, output.request.attained))
+            if step.counts(output):
+                self._attainment.add(step.began_s, output.request.attained)
 
     def lost(self, samples: Sequence[Sample]) -> None:
-        """They did not."""
-        self._ended.extend((time.monotonic(), False) for _ in samples)
-
-    def share(self, now: float) -> float | None:
-        """Between 0 and 1; None where too few ended to tell."""
-        while self._ended and self._ended[0][0] < now - ATTAINMENT_S:
-            self._ended.popleft()
-        return sum(kept for _, kept in self._ended) / len(self._ended) if len(self._ended) >= ENOUGH_ENDED else None
+        """They broke their promise."""
+        now = time.monotonic()
+        for _ in samples:
+            self._attainment.add(now, False)
 
 
 def _first_line(error: Exception) -> str:

@@ -1,0 +1,56 @@
+"""Tokenizers on disk as they are after transformers has read them, so that a second start need not import it.
+
+That import takes seconds. A file is found by a hash of all that decides it: the folder's files and the versions of both
+libraries. The folder is trusted as that of compiled programs is.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import tempfile
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+_SOURCES = ("*.json", "*.txt", "*.model", "*.jinja", "additional_chat_templates/*.jinja")
+_FORM = 1  # of what is kept; another number makes all files new
+
+logger = logging.getLogger(__name__)
+
+
+class TokenizerStore:
+    """A folder of tokenizers. Reading and writing never fail a start: what cannot be used is read from its source."""
+
+    def __init__(self, folder: Path):
+        self._folder = folder
+
+    def load(self, source: Path) -> dict[str, Any] | None:
+        """What was saved for the model's folder `source` as its files are now; None if nothing was."""
+        path = self._path(source)
+        try:
+            return json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError) as error:
+            logger.warning("%s cannot be used (%s); reading %s again", path, error, source)
+            return None
+
+    def save(self, source: Path, fields: dict[str, Any]) -> None:
+        """Keep `fields`, which JSON can hold, for `source` as its files are now."""
+        path = self._path(source)
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=self._folder, delete=False) as file:
+                json.dump(fields, file)
+            os.replace(file.name, path)
+        except OSError as error:
+            logger.warning("cannot keep a tokenizer at %s (%s)", path, error)
+
+    def _path(self, source: Path) -> Path:
+        digest = hashlib.sha256(repr((_FORM, version("transformers"), version("tokenizers"))).encode())
+        for pattern in _SOURCES:
+            for path in sorted(source.glob(pattern)):
+                digest.update(f"{path.relative_to(source)} {path.stat().st_size} ".encode())
+                digest.update(path.read_bytes())
+        return self._folder / f"{digest.hexdigest()}.json"

