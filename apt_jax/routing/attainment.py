@@ -15,32 +15,29 @@ class RecentAttainment:
 
     def __init__(self, enough: int):
         self._enough = enough
-        self._ended: deque[tuple[float, bool]] = deque()  # when, and whether the promise was kept
-        self._times_s: deque[float] = deque()  # when, those that are not judged any more included
+        self._ended: deque[tuple[float, bool | None]] = deque()  # when, and whether the promise was kept if that counts
         self._first_s = math.inf
 
     def add(self, time_s: float, attained: bool) -> None:
         """A request ended at `time_s`, not earlier than those before it."""
         self._ended.append((time_s, attained))
-        self._times_s.append(time_s)
         self._first_s = min(self._first_s, time_s)
 
     def share(self, now: float) -> float | None:
         """Those that kept their promise, between 0 and 1; None where too few ended to tell."""
         self._forget(now)
-        return sum(kept for _, kept in self._ended) / len(self._ended) if len(self._ended) >= self._enough else None
+        judged = [kept for _, kept in self._ended if kept is not None]
+        return sum(judged) / len(judged) if len(judged) >= self._enough else None
 
     def per_s(self, now: float) -> float:
         """Requests that ended, per second."""
         self._forget(now)
-        return len(self._times_s) / max(1.0, min(WINDOW_S, now - self._first_s))
+        return len(self._ended) / max(1.0, min(WINDOW_S, now - self._first_s))
 
     def clear(self) -> None:
         """Judge only what ends from now on: there are more instances. The rate stays what it is."""
-        self._ended.clear()
+        self._ended = deque((time_s, None) for time_s, _ in self._ended)
 
     def _forget(self, now: float) -> None:
         while self._ended and self._ended[0][0] < now - WINDOW_S:
             self._ended.popleft()
-        while self._times_s and self._times_s[0] < now - WINDOW_S:
-            self._times_s.popleft()
