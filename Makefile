@@ -46,7 +46,7 @@ test-devices: $(VENV)/.installed-dev
 	APT_JAX_TEST_DEVICES=1 JAX_PLATFORMS=cpu $(BIN)/python -m pytest tests/test_tensor_parallel.py tests/test_followers.py $(ARGS)
 
 test-aot: $(VENV)-aot/.installed
-	JAX_PLATFORMS=cpu $(VENV)-aot/bin/python -m pytest tests/aot --numprocesses=auto --maxprocesses=4 --dist=loadfile $(ARGS)
+	JAX_PLATFORMS=cpu $(VENV)-aot/bin/python -m pytest tests/aot --timeout=1500 --numprocesses=auto --maxprocesses=4 --dist=loadfile $(ARGS)
 
 test-ray: $(VENV)-ray/.installed
 	JAX_PLATFORMS=cpu $(VENV)-ray/bin/python -m pytest tests/on_ray $(ARGS)

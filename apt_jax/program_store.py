@@ -13,7 +13,6 @@ import logging
 import os
 import pickle
 import platform
-import tempfile
 import threading
 from collections.abc import Callable
 from functools import cache
@@ -26,6 +25,7 @@ import jaxlib
 from jax.experimental import serialize_executable
 
 import pallas_kernels
+from apt_jax.files import replace_file
 
 _SOURCE = (".py", ".h", ".cc")
 
@@ -77,11 +77,7 @@ class ProgramStore:
     @staticmethod
     def _save(path: Path, program: Any) -> None:
         try:
-            data = pickle.dumps(serialize_executable.serialize(program))
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-                file.write(data)
-            os.replace(file.name, path)
+            replace_file(path, pickle.dumps(serialize_executable.serialize(program)))
         except Exception as error:
             logger.warning("cannot keep a program at %s (%s: %s)", path, type(error).__name__, error)
 

@@ -7,11 +7,11 @@ libraries. The folder is trusted as that of compiled programs is.
 import hashlib
 import json
 import logging
-import os
-import tempfile
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+from apt_jax.files import replace_file
 
 _SOURCES = ("*.json", "*.txt", "*.model", "*.jinja", "additional_chat_templates/*.jinja")
 _FORM = 1  # of what is kept; another number makes all files new
@@ -40,10 +40,7 @@ class TokenizerStore:
         """Keep `fields`, which JSON can hold, for `source` as its files are now."""
         path = self._path(source)
         try:
-            self._folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=self._folder, delete=False) as file:
-                json.dump(fields, file)
-            os.replace(file.name, path)
+            replace_file(path, json.dumps(fields).encode())
         except OSError as error:
             logger.warning("cannot keep a tokenizer at %s (%s)", path, error)
 

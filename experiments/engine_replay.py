@@ -27,6 +27,7 @@ from apt_jax.request import FinishReason, Request, SamplingParams, Slo
 from apt_jax.scheduling.policy import PolicyContext, make_policy
 from apt_jax.scheduling.state import SchedulerState
 from apt_jax.scheduling.step_load import StepLoad
+from apt_jax.simulation.search import interpolated_throughput
 from apt_jax.simulation.simulator import simulate
 from apt_jax.simulation.workload import Arrival, Lengths, load_lengths
 from checkpoints.load import load_model
@@ -105,20 +106,6 @@ def make_trace(lengths: Lengths, count: int, rate: float, seed: int) -> list[Arr
     ]
 
 
-def effective(rates: list[float], attained: list[float], target: float) -> float:
-    """The rate at which attainment (linear between those measured) falls below `target`; 0 if it never reached it."""
-    best = 0.0
-    for k, (rate, share) in enumerate(zip(rates, attained, strict=True)):
-        if share >= target:
-            best = rate
-        elif best:
-            before = attained[k - 1]
-            return rates[k - 1] + (rate - rates[k - 1]) * (before - target) / (before - share)
-        else:
-            return 0.0
-    return best
-
-
 def main() -> None:
     """Build, calibrate, replay, print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
@@ -164,7 +151,7 @@ def main() -> None:
             cells.append(f"{found[setup][-1]:>12.1%} {simulated(engines[setup], setup, arrivals, slo):>12.1%}")
         tqdm.write(f"{rate:>6g} " + " ".join(cells))
     for target in (0.9, 0.99):
-        fcfs, apt = (effective(rates, found[setup], target) for setup in setups)
+        fcfs, apt = (interpolated_throughput(list(zip(rates, found[setup], strict=True)), target) for setup in setups)
         ratio = f"{apt / fcfs:.2f} x" if fcfs else "fcfs does not reach it at any of these rates"
         print(f"effective throughput at {target:.0%}: fcfs/kv {fcfs:.2f}, apt/hybrid {apt:.2f} requests/s, {ratio}")
     if args.json is not None:

@@ -6,9 +6,6 @@ that figures of one round differ by it, by chance, and by what else the machine 
 
 import json
 import statistics
-import subprocess
-import sys
-import tempfile
 import threading
 import time
 from dataclasses import dataclass
@@ -19,6 +16,7 @@ import uvicorn
 
 from apt_jax.config import EngineConfig
 from apt_jax.routing.router import make_router
+from experiments.client import bench_serve
 from serve.app import create_app
 from serve.logs import set_up_logs
 from serve.options import DEMO_NAME, LoadOptions, ServerOptions
@@ -86,17 +84,13 @@ def main(args: Args) -> None:
 
 def bench(url: str, args: Args, seed: int) -> dict[str, float]:
     """One run's figures."""
-    with tempfile.NamedTemporaryFile(suffix=".json") as file:
-        command = [
-            *(sys.executable, "-m", "serve.cli", "bench", "serve", "--base-url", url, "--output", file.name),
-            *("--request-rate", str(args.request_rate), "--num-prompts", str(args.num_prompts), "--seed", str(seed)),
-            *("--ttft-slo-ms", str(args.ttft_slo_ms), "--tbt-slo-ms", str(args.tbt_slo_ms), "--ignore-eos"),
-            *args.bench,
-        ]
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-        run = json.loads(Path(file.name).read_text())
-        run = run["runs"][0] if "runs" in run else run
-        return {key: run[key] for key in ("attainment", "p99_ttft_ms", "mean_ttft_ms", "p99_itl_ms")}
+    flags = [
+        *("--request-rate", str(args.request_rate), "--num-prompts", str(args.num_prompts), "--seed", str(seed)),
+        *("--ttft-slo-ms", str(args.ttft_slo_ms), "--tbt-slo-ms", str(args.tbt_slo_ms), "--ignore-eos"),
+        *args.bench,
+    ]
+    run = bench_serve(url, flags)
+    return {key: run[key] for key in ("attainment", "p99_ttft_ms", "mean_ttft_ms", "p99_itl_ms")}
 
 
 if __name__ == "__main__":

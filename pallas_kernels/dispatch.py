@@ -69,7 +69,8 @@ def gpu_kernels(compute_capability: str) -> Kernels:
         hidden_decode = gpu_hidden_decode.hidden_decode_attention
         return Kernels("gpu", gpu_kv_decode.kv_decode_attention, hidden_decode, chunk=chunk)
     if generation.isdecimal() and int(generation) >= 8:
-        return Kernels("gpu-kv", gpu_kv_fma.kv_decode_attention, None, chunk=chunk)
+        kv_decode = functools.partial(gpu_kv_fma.kv_decode_attention, strides_at_once=1 if generation == "8" else 2)
+        return Kernels("gpu-kv", kv_decode, None, chunk=chunk)
     raise NotImplementedError(
         f"there are no Pallas kernels for GPUs of {compute_capability=}; they need 8.0 (KV) or 9.0 (KV and hidden)"
     )

@@ -23,7 +23,6 @@ from pallas_kernels import gpu_pages
 from pallas_kernels.reference import NEVER, Partial
 
 TILE_ROWS = 32  # 4 warps of 8 rows
-_UNROLLED = 2  # strides whose loads are in flight together
 _BLOCKS_WANTED = 4 * 132  # four CUDA blocks on each SM of an H200
 _SHORTEST_SPLIT = 64  # tokens
 
@@ -36,6 +35,7 @@ def kv_decode_attention(
     length: jax.Array,
     *,
     split_tokens: int | None = None,
+    strides_at_once: int = 2,
     interpret: object = None,
 ) -> Partial:
     """One query per row over the row's cached keys and values; as `reference.kv_decode_attention`. Pure.
@@ -46,6 +46,8 @@ def kv_decode_attention(
         key_blocks, value_blocks: int32 `[R, W]`.
         length: int32 `[R]`.
         split_tokens: context that one CUDA block reads; None chooses enough blocks to fill a GPU.
+        strides_at_once: whose loads are in flight together. Ampere and Ada want 1: jax 0.12 has kernels assembled for
+            linking, and then the sums over lanes are calls there, across which half of the registers must be saved.
         interpret: None on a GPU, `plgpu.InterpretGPUParams()` elsewhere.
 
     Returns:
@@ -70,7 +72,7 @@ def kv_decode_attention(
     split = -(-min(longest, W * S) // S) * S
     splits = -(-W * S // split)
     kernel = plgpu.kernel(
-        functools.partial(_body, split=split, stride_tokens=T, heads=N, block_size=S),
+        functools.partial(_body, split=split, stride_tokens=T, heads=N, block_size=S, strides_at_once=strides_at_once),
         out_type=[
             jax.ShapeDtypeStruct((R, splits, J, TILE_ROWS, H), jnp.float32),
             jax.ShapeDtypeStruct((R, splits, J, TILE_ROWS), jnp.float32),
@@ -97,7 +99,9 @@ def _layout() -> Any:
     return plgpu.Layout.TILED(tiling, warp_dims=(-5,), lane_dims=(-3, -2), vector_dim=-1)
 
 
-def _body(q, pool, key_blocks, value_blocks, length, out, lse, *, split, stride_tokens, heads, block_size):  # type: ignore[no-untyped-def]
+def _body(  # type: ignore[no-untyped-def]
+    q, pool, key_blocks, value_blocks, length, out, lse, *, split, stride_tokens, heads, block_size, strides_at_once
+):
     """One CUDA block. q `[R, J, 32, H]`, pool `[L*P, S*N, H]`, out `[R, splits, J, 32, H]`, all in GMEM."""
     row, part, tile = lax.axis_index("row"), lax.axis_index("split"), lax.axis_index("tile")
     shape = out.shape[3:]
@@ -126,7 +130,7 @@ def _body(q, pool, key_blocks, value_blocks, length, out, lse, *, split, stride_
 
         def step(turn: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
             top, total, acc = carry
-            turns = [turn * _UNROLLED + i for i in range(_UNROLLED)]
+            turns = [turn * strides_at_once + i for i in range(strides_at_once)]
             # past the end the last valid rows are read again
             keys, values = ([load(b, jnp.minimum(t, strides - 1)) for t in turns] for b in (key_blocks, value_blocks))
             valid = [todo * heads - t * stride_rows - tile * TILE_ROWS for t in turns]  # rows, from the first on
@@ -146,7 +150,7 @@ def _body(q, pool, key_blocks, value_blocks, length, out, lse, *, split, stride_
             plgpu.layout_cast(jnp.zeros(shape[:1], jnp.float32), per_row),
             plgpu.layout_cast(jnp.zeros(shape, jnp.float32), layout),
         )
-        top, total, acc = lax.fori_loop(0, pl.cdiv(strides, _UNROLLED), step, start)
+        top, total, acc = lax.fori_loop(0, pl.cdiv(strides, strides_at_once), step, start)
         some = total > 0.0
         total = jnp.where(some, total, 1.0)
         out.at[row, part, tile][...] = acc / wide(total)

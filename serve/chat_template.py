@@ -1,6 +1,7 @@
 """Messages of a chat to the text that the model was trained on, by the Jinja template of its tokenizer or of a file."""
 
 from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -67,6 +68,7 @@ def render(messages: Sequence[Message], tokenizer: "Tokenizer", template: str | 
     return text
 
 
+@cache
 def renderer() -> Callable[..., Any]:
     """The function of transformers, whose import takes seconds: call this before the first chat waits for it."""
     with no_advice():

@@ -134,19 +134,6 @@ def test_the_folder_is_a_model_that_loads_and_is_the_same_for_a_seed(tmp_path, m
     assert not jnp.array_equal(embedding, folder.weights(1)["model.decoder.embed_tokens.weight"])
 
 
-@pytest.mark.parametrize(
-    ("points", "target", "rate"),
-    [
-        ([(1, 1.0), (2, 0.5)], 0.9, 1.2),
-        ([(1, 1.0), (2, 0.95)], 0.9, 2.0),  # not beyond what was tried
-        ([(1, 0.5), (2, 0.95)], 0.9, 0.0),  # nor above a rate that missed it
-        ([(1, 0.95), (2, 0.9), (3, 0.8)], 0.9, 2.0),
-    ],
-)
-def test_the_rate_that_reaches_a_target(points, target, rate):
-    assert servers.reached(points, target) == pytest.approx(rate)
-
-
 def test_servers_that_sleep_and_wake_and_one_client(tmp_path, monkeypatch, capsys):
     """A small benchmark, to see that it works: a real server, stopped but while it is measured."""
     monkeypatch.setattr(servers, "FOLDER", tmp_path)

@@ -45,7 +45,7 @@ def test_a_report_counts_the_schedulers_state():
     assert (load.num_running, load.num_waiting, load.num_requests, load.queued_tokens) == (1, 1, 2, 33)
     assert load.pending_s == pytest.approx((4.0 - 2.5) + (4.0 - 2.0))
     assert (load.total_blocks, load.free_blocks, load.needed_blocks) == (20, 20 - 2 * 3, 2 * 3)
-    assert load.freed_blocks_per_s is None and load.remaining_tokens is None
+    assert load.freed_blocks_per_s is None
     assert load.token_s == pytest.approx(MODEL.token_s)
     assert InstanceLoad(**json.loads(json.dumps(asdict(load)))) == load
 
@@ -63,7 +63,7 @@ def test_predictions_grow_with_the_queue_and_fall_with_the_lengths_expected():
     state.add(a_request("third", 500))  # eight iterations of 64 tokens more
     after = instance_load(state, MODEL, 4.0, predictor=short)
     assert after.backlog_s > 5 * before.backlog_s > 0
-    assert after.remaining_tokens == pytest.approx(before.remaining_tokens + 10)
+    assert after.freed_blocks_per_s == before.freed_blocks_per_s
 
 
 def test_an_empty_instance_can_report():
@@ -166,7 +166,11 @@ def test_attainment_is_that_of_the_last_half_minute_if_enough_ended():
         recent.add(time_s, kept)
     assert recent.share(30.0) == 0.5 and recent.per_s(30.0) == 4 / 30
     assert recent.share(30.5) == pytest.approx(2 / 3)  # the first is too old
-    assert recent.share(40.0) is None and recent.per_s(40.0) == 0  # two are not enough
+    assert recent.share(40.0) is None and recent.per_s(40.0) == 2 / 30  # two are not enough to judge
+    recent.add(41.0, True)
+    assert recent.share(41.0) == 2 / 3
+    recent.clear()
+    assert recent.share(41.0) is None and recent.per_s(41.0) == 3 / 30
 
 
 AUTOSCALING = AutoscalerOptions(1, 6, up_delay_s=5, down_delay_s=60)

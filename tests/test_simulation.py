@@ -20,7 +20,7 @@ from apt_jax.scheduling.state import Limits
 from apt_jax.scheduling.step_load import StepLoad, step_load
 from apt_jax.simulation.cli import configurations, run
 from apt_jax.simulation.options import SimulateArgs
-from apt_jax.simulation.search import effective_throughput
+from apt_jax.simulation.search import effective_throughput, interpolated_throughput
 from apt_jax.simulation.simulator import Stalled, simulate
 from apt_jax.simulation.workload import NAMED, Arrival, load_lengths, make_arrivals
 
@@ -102,6 +102,20 @@ def test_search_finds_the_cliff_of_each_target():
         assert rate / 1.03 <= found[target] <= rate
     assert len(asked) < 30
     assert effective_throughput(lambda rate, target: False, [0.9]) == {0.9: 0.0}
+
+
+@pytest.mark.parametrize(
+    ("points", "rate"),
+    [
+        ([(1, 1.0), (2, 0.5)], 1.2),
+        ([(1, 1.0), (2, 0.95), (4, 0.85)], 3.0),
+        ([(1, 1.0), (2, 0.95)], 2.0),  # not beyond what was tried
+        ([(1, 0.5), (2, 0.95)], 0.0),  # nor above a rate that missed it
+        ([(1, 0.95), (2, 0.9), (3, 0.8)], 2.0),
+    ],
+)
+def test_effective_throughput_between_measured_rates(points, rate):
+    assert interpolated_throughput(points, 0.9) == pytest.approx(rate)
 
 
 @pytest.mark.parametrize(

@@ -2,10 +2,7 @@
 
 import json
 
-import pytest
-
 from apt_jax.simulation.experiment import Experiment
-from experiments.engine_replay import effective
 from experiments.studies.__main__ import run
 from experiments.studies.catalogue import STUDIES, Case, Study
 from experiments.studies.pictures import draw_rates, draw_targets
@@ -44,10 +41,3 @@ def test_names_and_labels_are_unique():
     for study in STUDIES:
         assert len({c.label for c in study.cases}) == len(study.cases), study.name
         assert bool(study.points[0][1]) != bool(study.targets)
-
-
-@pytest.mark.parametrize(
-    ("shares", "expected"), [((1.0, 0.95, 0.85), 3.0), ((1.0, 1.0, 1.0), 4.0), ((0.8, 0.7, 0.1), 0.0)]
-)  # fmt: skip
-def test_effective_throughput_between_measured_rates(shares, expected):
-    assert effective([1.0, 2.0, 4.0], list(shares), 0.9) == pytest.approx(expected)

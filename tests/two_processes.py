@@ -17,6 +17,7 @@ if __name__ == "__main__":  # before jax is imported
 from engines import finish
 from sharded_engines import few_shapes
 
+import checkpoints.orbax_store  # noqa: F401  before bytes are counted: its own import reads files
 import serve.build
 from apt_jax.config import EngineConfig
 from apt_jax.request import SamplingParams

@@ -1,5 +1,6 @@
 """How many requests ended lately, and how many kept their promise: what the autoscaler is told."""
 
+import math
 from collections import deque
 
 WINDOW_S = 30.0
@@ -14,27 +15,28 @@ class RecentAttainment:
 
     def __init__(self, enough: int):
         self._enough = enough
-        self._ended: deque[tuple[float, bool]] = deque()  # when, and whether the promise was kept
+        self._ended: deque[tuple[float, bool | None]] = deque()  # when, and whether the promise was kept if that counts
+        self._first_s = math.inf
 
     def add(self, time_s: float, attained: bool) -> None:
         """A request ended at `time_s`, not earlier than those before it."""
         self._ended.append((time_s, attained))
+        self._first_s = min(self._first_s, time_s)
 
     def share(self, now: float) -> float | None:
         """Those that kept their promise, between 0 and 1; None where too few ended to tell."""
         self._forget(now)
-        return sum(kept for _, kept in self._ended) / len(self._ended) if len(self._ended) >= self._enough else None
+        judged = [kept for _, kept in self._ended if kept is not None]
+        return sum(judged) / len(judged) if len(judged) >= self._enough else None
 
     def per_s(self, now: float) -> float:
-        """Requests that ended, per second; 0 where too few ended to tell."""
+        """Requests that ended, per second."""
         self._forget(now)
-        if len(self._ended) < self._enough:
-            return 0.0
-        return len(self._ended) / max(now - self._ended[0][0], 1.0)
+        return len(self._ended) / max(1.0, min(WINDOW_S, now - self._first_s))
 
     def clear(self) -> None:
-        """Forget all endings: the service is another one now."""
-        self._ended.clear()
+        """Judge only what ends from now on: there are more instances. The rate stays what it is."""
+        self._ended = deque((time_s, None) for time_s, _ in self._ended)
 
     def _forget(self, now: float) -> None:
         while self._ended and self._ended[0][0] < now - WINDOW_S:

@@ -76,7 +76,7 @@ class Autoscaler:
             attainment: share of the requests finished in the last half minute or so that kept their SLO; None if
                 too few finished to tell. It does not count while an instance is being started: what is missed then is
                 what that one is for. For the same reason the caller forgets what came before an instance was ready.
-            ended_per_s: requests that all instances finished per second in this time; 0 if too few to tell. It keeps
+            ended_per_s: requests that all instances finished per second in this time. It keeps
                 the number from swinging where memory is free: an instance that was added because promises were broken
                 is not removed while the load is much the same.
         """

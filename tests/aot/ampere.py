@@ -1,4 +1,4 @@
-"""Compile KV decode without tensor cores for an A100; a program of its own, since Mosaic knows one target a process.
+"""Compile what the engine takes on an A100, KV decode; a program of its own, since Mosaic knows one target a process.
 
 With the argument `hopper` it tries the kernels for Hopper instead, and prints why Mosaic refuses them.
 """
@@ -8,15 +8,18 @@ import sys
 import jax.numpy as jnp
 from test_gpu import FLOAT32_CASES, MODELS, compile_kernel
 
-from pallas_kernels import gpu_hidden_decode, gpu_kv_decode
-from pallas_kernels.gpu_kv_fma import kv_decode_attention
+from pallas_kernels import dispatch, gpu_hidden_decode, gpu_kv_decode
+
+DTYPES = (jnp.bfloat16, jnp.float32)
 
 
 def compile_ours() -> None:
-    for model, block_size, rows in FLOAT32_CASES:
-        config = MODELS[model]
-        queries = (rows, config.num_attention_heads, config.head_dim)
-        compile_kernel(kv_decode_attention, queries, model, block_size, rows, 2, jnp.bfloat16, target="a100")
+    kernel = dispatch.gpu_kernels("8.0").kv_decode
+    for dtype in DTYPES:
+        for model, block_size, rows in FLOAT32_CASES:
+            config = MODELS[model]
+            queries = (rows, config.num_attention_heads, config.head_dim)
+            compile_kernel(kernel, queries, model, block_size, rows, 2, dtype, target="a100")
 
 
 def try_hopper() -> None:
@@ -34,4 +37,5 @@ def try_hopper() -> None:
             print(f"{kernel.__name__} for Hopper refused: {error}")
 
 
-try_hopper() if sys.argv[1:] == ["hopper"] else compile_ours()
+if __name__ == "__main__":
+    try_hopper() if sys.argv[1:] == ["hopper"] else compile_ours()

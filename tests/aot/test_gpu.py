@@ -24,6 +24,10 @@ from pallas_kernels.gpu_hidden_decode import hidden_decode_attention
 from pallas_kernels.gpu_kv_decode import kv_decode_attention
 
 
+class Spills(AssertionError):
+    """Registers that a kernel keeps in memory."""
+
+
 def has_compiler() -> bool:
     return bool(importlib.util.find_spec("jax_plugins") and importlib.util.find_spec("jax_plugins.xla_cuda13"))
 
@@ -70,14 +74,17 @@ def check_report(report: str, kernels: int) -> set[str]:
 
     Returns the architectures that were compiled for.
     """
-    spills = [int(n) for n in re.findall(r"(\d+) bytes spill (?:stores|loads)", report)]
+    # the assembler's line for each kernel; it also warns of those that spill
+    frames = re.findall(r"bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", report)
+    spills = [int(stores) + int(loads) for stores, loads in frames]
     registers = [int(n) for n in re.findall(r"Used (\d+) registers", report)]
     threads = [int(n) for n in re.findall(r"\.maxntid (\d+)", report)]
     shared = [int(n) for n in re.findall(r"smem_scratch_bytes=(\d+)", report)]
-    assert len(registers) == len(threads) == len(shared) == kernels and len(spills) == 2 * kernels, report[-2000:]
+    assert len(registers) == len(threads) == len(shared) == len(spills) == kernels, report[-2000:]
     print(f"registers {registers}, threads {threads}, shared bytes {shared}, spilled bytes {spills}")
     assert max(shared) <= SHARED_BYTES_OF_A_BLOCK
-    assert not any(spills), f"{spills=} bytes for {registers=}"
+    if any(spills):
+        raise Spills(f"{spills=} bytes for {registers=}")
     for used, count in zip(registers, threads, strict=True):
         assert used * count <= REGISTERS_OF_AN_SM
     return set(re.findall(r"Compiling entry function .* for '(\w+)'", report))
@@ -126,7 +133,14 @@ def test_float32_compiles_without_spills(kind, model, block_size, rows, ptxas):
 @pytest.mark.parametrize(
     ("model", "block_size", "rows"), [case for case in CASES if case[0] not in ("opt-30b", "opt-66b")]
 )
-def test_hidden_decode_by_clusters_compiles_without_spills(model, block_size, rows, ptxas):
+def test_hidden_decode_by_clusters_compiles_without_spills(model, block_size, rows, ptxas, request):
+    """No engine takes it (`dispatch.gpu_kernels`), `bench kernels --clusters` does.
+
+    jax 0.12 has kernels assembled for linking, where `setmaxnreg` is ignored: 168 registers a thread in place of 224.
+    """
+    if jax.__version_info__ >= (0, 12) and model in ("opt-1.3b", "opt-6.7b", "opt-13b"):
+        reason = "spills 20 to 52 bytes without setmaxnreg; must compile without before dispatch may choose it"
+        request.applymarker(pytest.mark.xfail(reason=reason, raises=Spills, strict=True))
     config = MODELS[model]
     queries = (rows, config.num_attention_heads, config.hidden_size)
     compile_kernel(gpu_hidden_cluster.hidden_decode_attention, queries, model, block_size, rows, 1)
@@ -143,9 +157,9 @@ def run_for_ampere(*arguments: str, **environment: str) -> str:
     return done.stdout + done.stderr
 
 
-def test_kv_without_tensor_cores_compiles_for_an_a100():
+def test_what_the_engine_takes_on_an_a100_compiles_without_spills():
     report = run_for_ampere(MOSAIC_GPU_DUMP_PTX="1", MOSAIC_GPU_DUMP_PTXAS="1", MOSAIC_GPU_DUMP_RESOURCES="1")
-    assert check_report(report, kernels=len(FLOAT32_CASES)) == {"sm_80"}
+    assert check_report(report, kernels=2 * len(FLOAT32_CASES)) == {"sm_80"}  # bfloat16 and float32
 
 
 def test_kernels_for_hopper_are_refused_for_an_a100():

@@ -55,7 +55,7 @@ def serving(folder: Path, *flags: str) -> Iterator[Server]:
     with log.open("w") as file:
         copy = subprocess.Popen(["cat"], stdin=process.stderr, stdout=file)
     try:
-        until(lambda: is_ready(url) or process.poll() is not None, 180)
+        until(lambda: is_ready(url) or process.poll() is not None, 300)
         assert process.poll() is None, log.read_text()
         yield Server(process, url)
     finally:

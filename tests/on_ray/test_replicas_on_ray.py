@@ -16,7 +16,7 @@ from replica_server import Answer, Server, body, check, clients, keep_asking, se
 
 REQUESTS = 8
 
-pytestmark = pytest.mark.timeout(400)
+pytestmark = pytest.mark.timeout(600)
 
 
 @pytest.fixture(scope="module")
