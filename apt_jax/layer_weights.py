@@ -16,7 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from apt_jax.cpu_kernels.calls import PANEL, matmul, panels_of
+from apt_jax.cpu_kernels.calls import PANEL, matmul, panels_bytes, panels_of
+from apt_jax.cpu_kernels.large_pages import LargePages
 from apt_jax.opt import OPT, DecoderLayer
 from apt_jax.weight_formats import names_in
 
@@ -44,25 +45,16 @@ class LayerWeights:
         graphdef, state = nnx.split(model.layers)
         with_path, tree = jax.tree.flatten_with_path(state)
         device = next(iter(with_path[0][1].devices()))
+        plans = [_Plan.of(path, stacked, own_products) for path, stacked in with_path]
+        memory = LargePages(model.num_layers * sum(plan.panels_bytes for plan in plans))
         arrays: list[list[jax.Array]] = [[] for _ in range(model.num_layers)]
-        kernels: list[Callable[[jax.Array], Any] | None] = []
-        for path, stacked in with_path:
-            names = names_in(path)
-            is_kernel, num_inputs = "kernel" in names, 2 if "out_proj" in names else 1  # axes
-            shape = stacked.shape[1:]
-            by_heads = "k_proj" in names or "v_proj" in names
-            in_panels = own_products and (not by_heads or shape[-1] % PANEL == 0)
-            kernels.append(partial(PanelKernel if in_panels else TurnedKernel, shape=shape) if is_kernel else None)
+        for plan, (_, stacked) in zip(plans, with_path, strict=True):
             for of_layer, array in zip(arrays, np.asarray(stacked), strict=True):
-                own = np.array(array)
-                if is_kernel:
-                    matrix = array.reshape(math.prod(shape[:num_inputs]), -1)
-                    own = panels_of(matrix) if in_panels else np.array(matrix.T, np.float32, order="C")
-                of_layer.append(jax.device_put(own, device, may_alias=True))
+                of_layer.append(jax.device_put(plan.stored(array, memory), device, may_alias=True))
             if donate:
                 stacked.delete()
         numbers = [jnp.int32(i) for i in range(model.num_layers)]
-        return cls(arrays, numbers, graphdef, tree, kernels)
+        return cls(arrays, numbers, graphdef, tree, [plan.in_module for plan in plans])
 
     @property
     def nbytes(self) -> int:
@@ -75,6 +67,34 @@ class LayerWeights:
             array if kernel is None else kernel(array) for array, kernel in zip(arrays, self._kernels, strict=True)
         ]
         return nnx.merge(self._graphdef, jax.tree.unflatten(self._tree, leaves))
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """How one parameter of all layers is stored."""
+
+    matrix: tuple[int, int] | None  # inputs and outputs of a kernel
+    in_module: Callable[[jax.Array], Any] | None  # see `LayerWeights`
+    panels_bytes: int  # of a layer; 0 if it is not in panels
+
+    @classmethod
+    def of(cls, path: tuple[Any, ...], stacked: jax.Array, own_products: bool) -> "_Plan":
+        names, shape = names_in(path), stacked.shape[1:]
+        if "kernel" not in names:
+            return cls(None, None, 0)
+        inputs = math.prod(shape[: 2 if "out_proj" in names else 1])
+        matrix = (inputs, math.prod(shape) // inputs)
+        by_heads = "k_proj" in names or "v_proj" in names
+        if own_products and (not by_heads or shape[-1] % PANEL == 0):
+            return cls(matrix, partial(PanelKernel, shape=shape), panels_bytes(*matrix, stacked.dtype))
+        return cls(matrix, partial(TurnedKernel, shape=shape), 0)
+
+    def stored(self, array: np.ndarray, memory: LargePages) -> np.ndarray:
+        """A copy of one layer's array as it is to be stored."""
+        if self.matrix is None:
+            return np.array(array)
+        array = array.reshape(self.matrix)
+        return panels_of(array, memory) if self.panels_bytes else np.array(array.T, np.float32, order="C")
 
 
 @dataclass(frozen=True)
@@ -102,7 +122,9 @@ class OuterWeights:
             if path[0].key == "layers":
                 array = jnp.zeros(0, leaf.dtype)
             elif in_panels:
-                array = jax.device_put(panels_of(np.asarray(leaf).T), next(iter(leaf.devices())), may_alias=True)
+                outputs, inputs = leaf.shape
+                panels = panels_of(np.asarray(leaf).T, LargePages(panels_bytes(inputs, outputs, leaf.dtype)))
+                array = jax.device_put(panels, next(iter(leaf.devices())), may_alias=True)
                 if donate:
                     leaf.delete()
             elif path[0].key == ("embed_tokens" if model.lm_head is None else "lm_head"):

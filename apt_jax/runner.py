@@ -28,6 +28,7 @@ from apt_jax.cache_arrays import convert_blocks, convert_layer, pool_shape
 from apt_jax.config import AttentionBackend, ModelConfig
 from apt_jax.cpu_kernels.calls import KERNELS as CPU_KERNELS
 from apt_jax.layer_weights import LayerWeights, OuterWeights
+from apt_jax.native_layers import can_decode, run_native_step
 from apt_jax.opt import OPT
 from apt_jax.program_store import ProgramStore, source_hash
 from apt_jax.sampling import Sampled, Scored, score
@@ -91,11 +92,14 @@ class Runner:
             dtype=self.dtype, device=self.device, num_devices=self.num_devices,
         )  # fmt: skip
         self._outer: OuterWeights | None = None
+        self._all_weights: list[jax.Array] | None = None  # if all layers of a decode step are one call
         if call_per_layer:
             own_products = self.kernels is CPU_KERNELS
             self._layers = LayerWeights.of(model, donate=donate_model, own_products=own_products)
             self._outer = OuterWeights.of(model, donate=donate_model, own_products=own_products)
             self._weights = self._outer.arrays
+            if own_products and can_decode(model):
+                self._all_weights = [*self._weights, *(array for own in self._layers.arrays for array in own)]
         self.num_blocks = 0
         # processes that run one program must compile it together, so none may find it on its disk
         alone = jax.process_count() == 1
@@ -276,6 +280,8 @@ class Runner:
         rows = Rows(number, number, number, number, flag, table, table)
         name = f"{bucket} {num_blocks}"
         pool, history = self._abstract_pool(num_blocks), self._abstract_history()
+        if self._layers is not None and self._all_weights is not None and bucket.decode_only:
+            return self._compile_native(name, num_blocks, self._layers, self._all_weights, pool, history, tokens, rows)
         if self._layers is not None:
             return self._compile_layers(name, bucket, num_blocks, self._layers, pool, history, tokens, rows)
 
@@ -314,6 +320,22 @@ class Runner:
             ),
             self._compile(f"end {bucket}", end, x, rows, donate=()),
             layers,
+        )
+
+    def _compile_native(
+        self, name: str, num_blocks: int, layers: LayerWeights, weights: list[jax.Array], pool: Any, history: Any,
+        tokens: Tokens, rows: Rows,
+    ) -> "NativeStep":  # fmt: skip
+        outer, of_layer = len(self._weights), len(layers.arrays[0])
+
+        def native(weights, pool, history, tokens, rows):  # type: ignore[no-untyped-def]
+            modules = [layers.layer(weights[i : i + of_layer]) for i in range(outer, len(weights), of_layer)]
+            model = self._model(weights[:outer])
+            return run_native_step(model, modules, num_blocks, self.buckets.max_rows, pool, history, tokens, rows)
+
+        name = f"native {name}"
+        return NativeStep(
+            self._compile(name, native, pool, history, tokens, rows, donate=(1, 2), weights=weights), weights
         )
 
     def _compile_sampler(self, size: int) -> Any:
@@ -427,6 +449,21 @@ class LayeredStep:
         return last, pool, history, every
 
 
+class NativeStep:
+    """A decode step of one program with every layer's own arrays; called like that of a model with stacked ones."""
+
+    def __init__(self, program: Any, weights: list[jax.Array]):
+        self.program, self._weights = program, weights
+
+    def __call__(
+        self, weights: list[jax.Array], pool: jax.Array, history: jax.Array, tokens: Tokens, rows: Rows
+    ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]:
+        """As `run_step`; pool and history are donated."""
+        found: tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]
+        found = self.program(self._weights, pool, history, tokens, rows)
+        return found
+
+
 class LayeredConvert:
     """A conversion as one call per layer; called like the program of all layers. See `LayeredStep`."""
 
@@ -447,6 +484,8 @@ def temporary_bytes(program: Any) -> int:
     """Bytes of temporaries of a compiled program or step; 0 where the backend does not say."""
     if isinstance(program, LayeredStep):
         return max(map(temporary_bytes, program.programs))
+    if isinstance(program, NativeStep):
+        program = program.program
     analysis = program.memory_analysis()
     return 0 if analysis is None else int(analysis.temp_size_in_bytes)
 

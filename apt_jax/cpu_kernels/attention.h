@@ -206,9 +206,9 @@ void hidden_part(const Shape& shape, const float* q, const Number* pool, const i
 // Rows of `length` tokens in parts that threads share, and their parts merged: `attend(row, begin, end, running)`.
 // out `[rows, heads, size]` and lse `[rows, heads]`; zeros and kNever for a row of length 0.
 template <class Attend>
-void attend_rows(xla::ffi::ThreadPool& pool, const Shape& shape, int size, const int32_t* length, float* out, float* lse,
+void attend_rows(Team& team, const Shape& shape, int size, const int32_t* length, float* out, float* lse,
                  const Attend& attend) {
-  const int heads = shape.heads, wanted = 4 * static_cast<int>(pool.num_threads());
+  const int heads = shape.heads, wanted = 4 * static_cast<int>(team.threads());
   const size_t numbers = size_t(heads) * size;
   struct Part {
     int row, begin, end;
@@ -235,12 +235,12 @@ void attend_rows(xla::ffi::ThreadPool& pool, const Shape& shape, int size, const
   std::stable_sort(order.begin(), order.end(), [](const Part& a, const Part& b) { return a.end - a.begin > b.end - b.begin; });
   double tokens = 0;
   for (int r = 0; r < shape.rows; r++) tokens += length[r];
-  in_parallel(pool, order.size(), 2 * tokens * numbers, [&](int i) {
+  team.run(order.size(), 2 * tokens * numbers, [&](int i) {
     Running running = running_of(order[i]);
     running.clear();
     if (order[i].end > order[i].begin) attend(order[i].row, order[i].begin, order[i].end, running);
   });
-  in_parallel(pool, shape.rows, double(parts.size()) * numbers, [&](int r) {
+  team.run(shape.rows, double(parts.size()) * numbers, [&](int r) {
     for (int n = 0; n < heads; n++) {
       float top = kNever, total = 0;
       for (int p = first[r]; p < first[r + 1]; p++) top = std::max(top, tops[size_t(p) * heads + n]);
@@ -262,9 +262,9 @@ void attend_rows(xla::ffi::ThreadPool& pool, const Shape& shape, int size, const
 }
 
 template <class Number>
-void kv_decode(xla::ffi::ThreadPool& threads, const Shape& shape, const float* q, const Number* pool,
+void kv_decode(Team& team, const Shape& shape, const float* q, const Number* pool,
                const int32_t* key_blocks, const int32_t* value_blocks, const int32_t* length, float* out, float* lse) {
-  attend_rows(threads, shape, shape.width / shape.heads, length, out, lse, [&](int r, int begin, int end, Running& running) {
+  attend_rows(team, shape, shape.width / shape.heads, length, out, lse, [&](int r, int begin, int end, Running& running) {
     thread_local std::vector<float> buffer;
     kv_part(shape, q + size_t(r) * shape.width, pool, key_blocks + size_t(r) * shape.pages,
             value_blocks + size_t(r) * shape.pages, begin, end, running, buffer);
@@ -272,10 +272,10 @@ void kv_decode(xla::ffi::ThreadPool& threads, const Shape& shape, const float* q
 }
 
 template <class Number>
-void hidden_decode(xla::ffi::ThreadPool& threads, const Shape& shape, const float* q, const Number* pool,
+void hidden_decode(Team& team, const Shape& shape, const float* q, const Number* pool,
                    const int32_t* blocks, const int32_t* length, float* out, float* lse) {
   const int D = shape.width;
-  attend_rows(threads, shape, D, length, out, lse, [&](int r, int begin, int end, Running& running) {
+  attend_rows(team, shape, D, length, out, lse, [&](int r, int begin, int end, Running& running) {
     thread_local std::vector<float> buffer;
     hidden_part(shape, q + size_t(r) * shape.heads * D, pool, blocks + size_t(r) * shape.pages, begin, end, running, buffer);
   });

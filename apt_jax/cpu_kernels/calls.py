@@ -1,10 +1,14 @@
 """The C++ kernels as functions for compiled programs on a CPU; `library.register` comes first."""
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
-from apt_jax.cpu_kernels import large_pages
+from apt_jax.batch import Rows
+from apt_jax.cpu_kernels.large_pages import LargePages, aligned
 from pallas_kernels.dispatch import Kernels
 from pallas_kernels.reference import Partial
 
@@ -30,14 +34,21 @@ KERNELS = Kernels("cpu", kv_decode, hidden_decode, chunk=chunk)
 PANEL = 32  # outputs; as kPanel in panels.h
 
 
-def panels_of(kernel: np.ndarray) -> np.ndarray:
+def panels_bytes(inputs: int, outputs: int, dtype: DTypeLike) -> int:
+    """What `panels_of` a kernel takes of `LargePages`."""
+    return aligned(-(-outputs // PANEL) * inputs * PANEL * np.dtype(dtype).itemsize)
+
+
+def panels_of(kernel: np.ndarray, memory: LargePages | None = None) -> np.ndarray:
     """A kernel `[inputs, outputs]` as `matmul` takes it, `[panels, inputs, PANEL]`; zeros complete the last panel.
 
-    It lies in memory with large pages where the system has them, which is read up to a quarter faster.
+    Args:
+        memory: where it is to be: from large pages it is read up to a quarter faster. None takes any.
     """
     inputs, outputs = kernel.shape
     panels = -(-outputs // PANEL)
-    found = large_pages.empty((panels, inputs, PANEL), kernel.dtype)
+    shape = (panels, inputs, PANEL)
+    found = np.empty(shape, kernel.dtype) if memory is None else memory.empty(shape, kernel.dtype)
     whole = outputs // PANEL
     found[:whole] = kernel[:, : whole * PANEL].reshape(inputs, whole, PANEL).swapaxes(0, 1)
     if whole < panels:
@@ -58,3 +69,32 @@ def matmul(x: jax.Array, panels: jax.Array, outputs: int) -> jax.Array:
 def _attend(target: str, q: jax.Array, *args: jax.Array) -> Partial:
     shapes = (jax.ShapeDtypeStruct(q.shape, jnp.float32), jax.ShapeDtypeStruct(q.shape[:2], jnp.float32))
     return Partial(*jax.ffi.ffi_call(target, shapes)(q.astype(jnp.float32), *args))
+
+
+def decode_layers(
+    x: jax.Array,
+    pool: jax.Array,
+    rows: Rows,
+    parameters: Sequence[jax.Array],
+    *,
+    heads: int,
+    ffn_dim: int,
+    num_blocks: int,
+    norm_first: bool,
+) -> tuple[jax.Array, jax.Array]:
+    """All layers of a decode step: the residual stream `[R, D]` and the pool, both in place. Pure.
+
+    Args:
+        x: `[R, D]`, one token of each row; what it is for a row of length 0 does not matter.
+        rows: see `apt_jax/batch.py`.
+        parameters: layer by layer in the order of `Layer` in layers.h, kernels from `panels_of`, all of x's dtype; one
+            that the model does not have is an array without elements.
+        num_blocks: P, the pool's blocks of a layer.
+    """
+    shapes = (jax.ShapeDtypeStruct(x.shape, x.dtype), jax.ShapeDtypeStruct(pool.shape, pool.dtype))
+    call = jax.ffi.ffi_call("apt_decode_layers", shapes, input_output_aliases={0: 0, 1: 1})
+    new_x, new_pool = call(
+        x, pool, rows.start, rows.length, rows.is_hidden, rows.first_blocks, rows.second_blocks, *parameters,
+        heads=np.int64(heads), ffn=np.int64(ffn_dim), blocks=np.int64(num_blocks), norm_first=norm_first,
+    )  # fmt: skip
+    return new_x, new_pool

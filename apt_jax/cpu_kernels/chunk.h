@@ -105,14 +105,14 @@ inline void attend_panel(const Segment& segment, const float* q, const float* k,
   }
 }
 
-inline void attend_chunk(xla::ffi::ThreadPool& pool, const float* q, const float* k, const float* v, const int32_t* row,
+inline void attend_chunk(Team& team, const float* q, const float* k, const float* v, const int32_t* row,
                          int tokens, int heads, int size, float* out, float* lse) {
   const size_t step = size_t(heads) * size, of_head = size_t(tokens) * size;
   const std::vector<Segment> segments = segments_of(row, tokens);
   const int count = segments.size();
   thread_local Scratch scratch;
   float *keys = scratch.of(2 * tokens * step), *values = keys + tokens * step;
-  in_parallel(pool, count * heads, 2.0 * tokens * step, [&](int i) {
+  team.run(count * heads, 2.0 * tokens * step, [&](int i) {
     const int n = i % heads;
     const Segment& own = segments[i / heads];
     const size_t from = own.begin * step + size_t(n) * size, to = n * of_head + size_t(own.begin) * size;
@@ -137,7 +137,7 @@ inline void attend_chunk(xla::ffi::ThreadPool& pool, const float* q, const float
       panels.push_back({s, t, std::min(kPanel, segments[s].end - t)});
       pairs += double(t - segments[s].begin + kPanel) * kPanel;
     }
-  in_parallel(pool, panels.size() * heads, 2 * pairs * step, [&](int i) {
+  team.run(panels.size() * heads, 2 * pairs * step, [&](int i) {
     const Panel& own = panels[panels.size() - 1 - i / heads];  // the longest of a request first
     const Segment& segment = segments[own.segment];
     const int n = i % heads;

@@ -1,6 +1,7 @@
 // The functions that XLA calls.
 #include "attention.h"
 #include "chunk.h"
+#include "layers.h"
 #include "matmul.h"
 
 namespace ffi = xla::ffi;
@@ -21,11 +22,12 @@ using Numbers = ffi::Buffer<DataType::S32>;
 
 ffi::Error kv_decode(ffi::ThreadPool threads, Floats q, ffi::AnyBuffer pool, Numbers key_blocks, Numbers value_blocks,
                      Numbers length, ffi::Result<Floats> out, ffi::Result<Floats> lse) {
+  apt::Team team(threads);
   const auto sizes = q.dimensions();
   const apt::Shape shape{int(sizes[0]), int(sizes[1]), int(pool.dimensions()[2]), int(pool.dimensions()[1]),
                          int(key_blocks.dimensions()[1])};
   with_numbers_of(pool, [&](auto* numbers) {
-    apt::kv_decode(threads, shape, q.typed_data(), numbers, key_blocks.typed_data(), value_blocks.typed_data(),
+    apt::kv_decode(team, shape, q.typed_data(), numbers, key_blocks.typed_data(), value_blocks.typed_data(),
                    length.typed_data(), out->typed_data(), lse->typed_data());
   });
   return ffi::Error::Success();
@@ -33,19 +35,21 @@ ffi::Error kv_decode(ffi::ThreadPool threads, Floats q, ffi::AnyBuffer pool, Num
 
 ffi::Error hidden_decode(ffi::ThreadPool threads, Floats q, ffi::AnyBuffer pool, Numbers blocks, Numbers length,
                          ffi::Result<Floats> out, ffi::Result<Floats> lse) {
+  apt::Team team(threads);
   const auto sizes = q.dimensions();
   const apt::Shape shape{int(sizes[0]), int(sizes[1]), int(sizes[2]), int(pool.dimensions()[1]),
                          int(blocks.dimensions()[1])};
   with_numbers_of(pool, [&](auto* numbers) {
-    apt::hidden_decode(threads, shape, q.typed_data(), numbers, blocks.typed_data(), length.typed_data(),
+    apt::hidden_decode(team, shape, q.typed_data(), numbers, blocks.typed_data(), length.typed_data(),
                        out->typed_data(), lse->typed_data());
   });
   return ffi::Error::Success();
 }
 
 ffi::Error matmul(ffi::ThreadPool threads, Floats x, ffi::AnyBuffer panels, ffi::Result<Floats> out) {
+  apt::Team team(threads);
   with_numbers_of(panels, [&](auto* numbers) {
-    apt::matmul(threads, x.typed_data(), x.dimensions()[0], numbers, out->dimensions()[1], x.dimensions()[1],
+    apt::matmul(team, x.typed_data(), x.dimensions()[0], numbers, out->dimensions()[1], x.dimensions()[1],
                 out->typed_data());
   });
   return ffi::Error::Success();
@@ -53,9 +57,41 @@ ffi::Error matmul(ffi::ThreadPool threads, Floats x, ffi::AnyBuffer panels, ffi:
 
 ffi::Error chunk(ffi::ThreadPool threads, Floats q, Floats k, Floats v, Numbers row, ffi::Result<Floats> out,
                  ffi::Result<Floats> lse) {
+  apt::Team team(threads);
   const auto sizes = q.dimensions();
-  apt::attend_chunk(threads, q.typed_data(), k.typed_data(), v.typed_data(), row.typed_data(), sizes[0], sizes[1],
+  apt::attend_chunk(team, q.typed_data(), k.typed_data(), v.typed_data(), row.typed_data(), sizes[0], sizes[1],
                     sizes[2], out->typed_data(), lse->typed_data());
+  return ffi::Error::Success();
+}
+
+// `parameters` are those of apt::Layer, in its order, layer after layer; one without numbers is not there.
+ffi::Error decode_layers(ffi::ThreadPool threads, ffi::AnyBuffer x, ffi::AnyBuffer pool, Numbers start, Numbers length,
+                         ffi::Buffer<DataType::PRED> is_hidden, Numbers first_blocks, Numbers second_blocks,
+                         ffi::RemainingArgs parameters, ffi::Result<ffi::AnyBuffer> new_x,
+                         ffi::Result<ffi::AnyBuffer> new_pool, int64_t heads, int64_t ffn, int64_t blocks,
+                         bool norm_first) {
+  constexpr size_t kOfLayer = sizeof(apt::Layer<float>) / sizeof(float*);
+  if (new_x->untyped_data() != x.untyped_data() || new_pool->untyped_data() != pool.untyped_data())
+    return ffi::Error::Internal("decode_layers: x and pool must be updated in place");
+  if (parameters.size() % kOfLayer) return ffi::Error::InvalidArgument("decode_layers: parameters are missing");
+  const apt::DecodeShape shape{int(x.dimensions()[0]),    int(x.dimensions()[1]),
+                               int(ffn),                  int(heads),
+                               int(blocks),               int(pool.dimensions()[1]),
+                               int(first_blocks.dimensions()[1]), norm_first};
+  const apt::DecodeRows rows{start.typed_data(), length.typed_data(), first_blocks.typed_data(),
+                             second_blocks.typed_data(), is_hidden.typed_data()};
+  apt::Team team(threads);
+  with_numbers_of(pool, [&](auto* numbers) {
+    using Number = std::remove_const_t<std::remove_pointer_t<decltype(numbers)>>;
+    std::vector<apt::Layer<Number>> layers(parameters.size() / kOfLayer);
+    for (size_t i = 0; i < parameters.size(); i++) {
+      const auto own = parameters.get<ffi::AnyBuffer>(i).value();
+      const auto* at = own.element_count() ? static_cast<const Number*>(own.untyped_data()) : nullptr;
+      std::memcpy(reinterpret_cast<char*>(layers.data()) + i * sizeof at, &at, sizeof at);
+    }
+    apt::DecodeStep<Number>(team, shape, rows, static_cast<Number*>(new_pool->untyped_data()))
+        .run(layers, static_cast<Number*>(new_x->untyped_data()));
+  });
   return ffi::Error::Success();
 }
 
@@ -72,3 +108,9 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(apt_matmul, matmul,
 XLA_FFI_DEFINE_HANDLER_SYMBOL(apt_chunk, chunk,
                               ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<Floats>().Arg<Floats>().Arg<Floats>()
                                   .Arg<Numbers>().Ret<Floats>().Ret<Floats>());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(apt_decode_layers, decode_layers,
+                              ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<ffi::AnyBuffer>().Arg<ffi::AnyBuffer>()
+                                  .Arg<Numbers>().Arg<Numbers>().Arg<ffi::Buffer<DataType::PRED>>().Arg<Numbers>()
+                                  .Arg<Numbers>().RemainingArgs().Ret<ffi::AnyBuffer>().Ret<ffi::AnyBuffer>()
+                                  .Attr<int64_t>("heads").Attr<int64_t>("ffn").Attr<int64_t>("blocks")
+                                  .Attr<bool>("norm_first"));

@@ -111,7 +111,7 @@ inline void turn(const float* x, int rows, int inputs, float* out) {
 
 // out [rows, outputs].
 template <class Number>
-void matmul(xla::ffi::ThreadPool& pool, const float* x, int rows, const Number* panels, int outputs, int inputs,
+void matmul(Team& team, const float* x, int rows, const Number* panels, int outputs, int inputs,
                      float* out) {
   const int blocks = (rows + kRowsOfBlock - 1) / kRowsOfBlock, num_panels = (outputs + kPanel - 1) / kPanel;
   const double products = double(rows) * inputs * outputs;
@@ -120,7 +120,7 @@ void matmul(xla::ffi::ThreadPool& pool, const float* x, int rows, const Number* 
     thread_local Scratch scratch;
     float* turned = scratch.of(size_t(rows) * inputs);
     const Tiles most((rows + blocks - 1) / blocks);
-    in_parallel(pool, blocks * most.count, 2.0 * rows * inputs, [&](int i) {
+    team.run(blocks * most.count, 2.0 * rows * inputs, [&](int i) {
       const int first = first_of(i / most.count), own = i % most.count;
       const Tiles tiles(first_of(i / most.count + 1) - first);
       if (own >= tiles.count) return;
@@ -129,8 +129,8 @@ void matmul(xla::ffi::ThreadPool& pool, const float* x, int rows, const Number* 
     });
     x = turned;
   }
-  const int parts = std::min<int>(num_panels, (blocks > 1 ? 2 : 6) * pool.num_threads());
-  in_parallel(pool, blocks * parts, products, [&](int i) {
+  const int parts = std::min<int>(num_panels, (blocks > 1 ? 2 : 6) * team.threads());
+  team.run(blocks * parts, products, [&](int i) {
     const int first = first_of(i % blocks), count = first_of(i % blocks + 1) - first, part = i / blocks;
     few_panels(x + size_t(first) * inputs, Tiles(count), count, panels, part * num_panels / parts,
                (part + 1) * num_panels / parts, inputs, out + size_t(first) * outputs, outputs);

@@ -2,55 +2,98 @@
 #pragma once
 
 #include <atomic>
+#include <cstdint>
 #include <functional>
 #include <memory>
+#include <thread>
 
 #include "xla/ffi/api/ffi.h"
 
 namespace apt {
 
 constexpr int kSpins = 10'000;  // some 100 us: shorter than to sleep and be woken
+constexpr double kSmall = 2e5;  // products: another thread takes as long to notice
 
-inline void pause() {
+inline void wait_a_little(int& waited) {
+  if (++waited > kSpins) {
+    std::this_thread::yield();  // no core is free for the others
+    return;
+  }
 #if defined(__x86_64__)
   __builtin_ia32_pause();
 #endif
 }
 
-constexpr double kSmall = 1e6;  // products: to wake another thread takes longer
+// The threads that work for one call from XLA. Those of the pool are called once, when there first is work for them, and
+// look for more until the call returns: to wake them anew for each product would take as long as a small product does.
+class Team {
+ public:
+  explicit Team(xla::ffi::ThreadPool& pool) : pool_(pool), state_(std::make_shared<State>()) {}
+  Team(const Team&) = delete;
+  Team& operator=(const Team&) = delete;
+  ~Team() { state_->ended.store(true, std::memory_order_release); }
 
-// Runs work(0) ... work(count - 1) in any order and returns when all are done. The caller takes part, so it ends even
-// if no other thread is free; a thread that comes too late finds nothing left. `size` is about how many products (or
-// numbers moved) all of it takes.
-template <class Work>
-void in_parallel(xla::ffi::ThreadPool& pool, int count, double size, const Work& work) {
-  if (size < kSmall || count < 2) {
-    for (int i = 0; i < count; i++) work(i);
-    return;
+  int threads() const { return static_cast<int>(pool_.num_threads()); }
+
+  // Runs work(0) ... work(count - 1) in any order and returns when all are done. The caller takes part, so it ends even
+  // if no other thread is free; a thread that comes too late finds nothing left. `size` is about how many products (or
+  // numbers moved) all of it takes.
+  template <class Work>
+  void run(int count, double size, const Work& work) {
+    if (size < kSmall || count < 2 || threads() < 2) {
+      for (int i = 0; i < count; i++) work(i);
+      return;
+    }
+    State& state = *state_;
+    state.call.store([](const void* work, int i) { (*static_cast<const Work*>(work))(i); }, std::memory_order_relaxed);
+    state.work.store(&work, std::memory_order_relaxed);
+    state.count.store(count, std::memory_order_relaxed);
+    state.done.store(0, std::memory_order_relaxed);
+    const uint64_t round = ++rounds_ << 32;
+    state.next.store(round, std::memory_order_release);
+    for (; invited_ < threads() - 1; invited_++) pool_.Schedule([state = state_] { help(*state); });
+    while (state.take()) {
+    }
+    for (int waited = 0; state.done.load(std::memory_order_acquire) < count;) wait_a_little(waited);
+    state.next.store(round | kNothing, std::memory_order_relaxed);  // before any of the above changes
   }
+
+ private:
+  static constexpr uint64_t kNothing = 0xffffffff;
+
   struct State {
-    std::atomic<int> next{0}, done{0};
-    int count;
-    std::function<void(int)> work;
-  };
-  const auto state = std::make_shared<State>();
-  state->count = count;
-  state->work = std::ref(work);
-  const auto help = [state] {
-    for (int i; (i = state->next.fetch_add(1)) < state->count;) {
-      state->work(i);
-      if (state->done.fetch_add(1, std::memory_order_acq_rel) + 1 == state->count) state->done.notify_all();
+    std::atomic<uint64_t> next{kNothing};  // number of the round and of its next piece of work
+    std::atomic<int> count{0}, done{0};
+    std::atomic<const void*> work{nullptr};
+    std::atomic<void (*)(const void*, int)> call{nullptr};
+    std::atomic<bool> ended{false};
+
+    // Does the next piece of work; false if there is none. Who has taken one keeps its round from ending, so that what
+    // is read of it after that is of this round.
+    bool take() {
+      uint64_t own = next.load(std::memory_order_acquire);
+      do {
+        if ((own & kNothing) >= uint64_t(count.load(std::memory_order_relaxed))) return false;
+      } while (!next.compare_exchange_weak(own, own + 1, std::memory_order_acq_rel, std::memory_order_acquire));
+      call.load(std::memory_order_relaxed)(work.load(std::memory_order_relaxed), int(own & kNothing));
+      done.fetch_add(1, std::memory_order_release);
+      return true;
     }
   };
-  const int threads = static_cast<int>(pool.num_threads());
-  for (int i = 1; i < threads && i < count; i++) pool.Schedule(std::function<void()>(help));
-  help();
-  for (int i = 0, done; (done = state->done.load(std::memory_order_acquire)) < count; i++)
-    if (i < kSpins)
-      pause();
-    else
-      state->done.wait(done);  // no core is free for the others
-}
+
+  static void help(State& state) {
+    for (int waited = 0; !state.ended.load(std::memory_order_acquire);)
+      if (state.take())
+        waited = 0;
+      else
+        wait_a_little(waited);
+  }
+
+  xla::ffi::ThreadPool& pool_;
+  std::shared_ptr<State> state_;
+  uint64_t rounds_ = 0;
+  int invited_ = 0;
+};
 
 // Memory of a thread for one call at a time, which it keeps: the system would bring fresh memory page by page.
 struct Scratch {

@@ -34,6 +34,13 @@ inline float to_float(BFloat16 x) {
   return out;
 }
 
+inline void from_float(float x, float* out) { *out = x; }
+inline void from_float(float x, BFloat16* out) {  // to nearest, ties to even; NaN stays NaN
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  out->bits = x != x ? 0x7fc0 : (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+}
+
 inline Vector load(const float* at) {
   Vector out;
   std::memcpy(&out, at, sizeof out);

@@ -1,0 +1,77 @@
+"""All layers of a decode step on a CPU by one C++ call (`cpu_kernels/layers.h`), instead of a program for each layer.
+
+Between the products of one layer XLA runs small programs and wakes its threads anew, which takes as long as a fifth of
+the products of one row (docs/performance.md).
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from apt_jax.batch import Rows, Tokens
+from apt_jax.cpu_kernels.calls import PANEL, decode_layers
+from apt_jax.opt import OPT, DecoderLayer, own_product
+from apt_jax.steps import end_step, start_step
+
+
+def can_decode(model: OPT) -> bool:
+    """Whether the C++ call knows this kind of layer, whose kernels `cpu_kernels` multiply."""
+    layer = model.layers
+    return layer.activation == "relu" and layer.self_attn.q_proj.kernel.shape[-1] % PANEL == 0
+
+
+def run_native_step(
+    model: OPT,
+    layers: list[DecoderLayer],
+    num_blocks: int,
+    max_rows: int,
+    pool: jax.Array,
+    history: jax.Array,
+    tokens: Tokens,
+    rows: Rows,
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]:
+    """As `steps.run_step` with `decode_only`. Pure; pool and history are to be donated.
+
+    Args:
+        model: what is outside the layers.
+        layers: the modules of all layers, with kernels that are multiplied by `cpu_kernels`.
+    """
+    x, history = start_step(model, history, tokens, rows)
+    first = layers[0]
+    x, pool = decode_layers(
+        x, pool, rows, [array for layer in layers for array in _parameters(layer)],
+        heads=first.self_attn.q_proj.kernel.shape[1], ffn_dim=first.fc1.kernel.shape[1], num_blocks=num_blocks,
+        norm_first=first.norm_first,
+    )  # fmt: skip
+    last, every = end_step(model, True, max_rows, x, rows)
+    return last, pool, history, every
+
+
+def _parameters(layer: DecoderLayer) -> list[jax.Array]:
+    """In the order of `Layer` in layers.h."""
+    attention = layer.self_attn
+
+    def of(*linears: nnx.Linear | nnx.LinearGeneral) -> list[jax.Array]:
+        return [array for linear in linears for array in (_panels(linear.kernel), _or_nothing(linear.bias))]
+
+    def of_norm(norm: nnx.LayerNorm) -> list[jax.Array]:
+        return [_or_nothing(norm.scale), _or_nothing(norm.bias)]
+
+    return [
+        *of_norm(layer.self_attn_layer_norm),
+        *of(attention.q_proj, attention.k_proj, attention.v_proj, attention.out_proj),
+        *of_norm(layer.final_layer_norm),
+        *of(layer.fc1, layer.fc2),
+    ]
+
+
+def _panels(kernel: Any) -> jax.Array:
+    own = own_product(kernel)
+    assert own is not None
+    return own.parts
+
+
+def _or_nothing(parameter: Any) -> jax.Array:
+    return jnp.zeros(0) if parameter is None else parameter[...]

@@ -1,0 +1,199 @@
+"""A decode step through all layers in one C++ call, against the layers in XLA one after the other."""
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from engines import GREEDY, Orders, finish, make_engine
+from flax import nnx
+
+from apt_jax.attention import Kinds
+from apt_jax.batch import Rows, Tokens
+from apt_jax.cache import CacheKind
+from apt_jax.config import ModelConfig
+from apt_jax.cpu_kernels import library
+from apt_jax.cpu_kernels.large_pages import LargePages
+from apt_jax.layer_weights import LayerWeights, OuterWeights
+from apt_jax.native_layers import can_decode, run_native_step
+from apt_jax.opt import OPT
+from apt_jax.runner import LayeredStep, NativeStep
+from apt_jax.steps import run_step
+
+try:
+    library.register()
+except library.Unavailable as error:
+    pytest.skip(f"the C++ kernels cannot be had here: {error}", allow_module_level=True)
+
+PLAIN = ModelConfig(
+    vocab_size=96, hidden_size=96, num_hidden_layers=2, ffn_dim=150, max_position_embeddings=256, num_attention_heads=3,
+    word_embed_proj_dim=96, eos_token_ids=(),
+)  # fmt: skip
+POST_NORM = replace(PLAIN, do_layer_norm_before=False, word_embed_proj_dim=32)
+BARE = replace(PLAIN, enable_bias=False, layer_norm_elementwise_affine=False, num_attention_heads=1, hidden_size=64)
+BLOCKS, BLOCK_SIZE, PAGES = 60, 8, 16
+KV, HIDDEN = CacheKind.KV, CacheKind.HIDDEN
+
+
+def noisy(config, dtype):
+    """A model whose biases and scales are not what they begin as."""
+    model = OPT(config, dtype=dtype, rngs=nnx.Rngs(0))
+    rng = np.random.default_rng(0)
+    state = jax.tree.map(lambda a: a + jnp.asarray(rng.normal(0, 0.1, a.shape), a.dtype), nnx.state(model))
+    nnx.update(model, state)
+    return model
+
+
+def step_of(contexts, hidden, rng):
+    """Arrays of a decode step: row r has `contexts[r]` cached tokens, none of 0; its blocks lie anywhere."""
+    R = len(contexts)
+    contexts = np.array(contexts, np.int32)
+    length = (contexts > 0).astype(np.int32)
+    free = iter(rng.permutation(BLOCKS))
+    first, second = np.zeros((R, PAGES), np.int32), np.zeros((R, PAGES), np.int32)
+    for r in range(R):
+        for page in range(-(-contexts[r] // BLOCK_SIZE)):
+            first[r, page] = next(free)
+            if not hidden[r]:
+                second[r, page] = next(free)
+    start = np.maximum(contexts - 1, 0)
+    slot = np.where(length > 0, np.arange(R, dtype=np.int32), R)
+    rows = Rows(slot, start, length, np.arange(R, dtype=np.int32), np.array(hidden), first, second)
+    ids = rng.integers(0, 96, R).astype(np.int32)
+    row = np.where(length > 0, np.arange(R, dtype=np.int32), R)
+    return Tokens(ids, np.zeros(R, bool), row, start), rows
+
+
+class Step:
+    """A decode step: its model, arrays, and a pool with NaN where nothing is cached."""
+
+    def __init__(self, config, dtype, contexts, hidden):
+        self.model, rng = noisy(config, dtype), np.random.default_rng(1)
+        assert can_decode(self.model)
+        self.tokens, self.rows = step_of(contexts, hidden, rng)
+        pool = np.full((config.num_hidden_layers, BLOCKS, BLOCK_SIZE, config.hidden_size), np.nan, np.float32)
+        for r, context in enumerate(contexts):
+            for position in range(context - 1):
+                page, offset = divmod(position, BLOCK_SIZE)
+                for table in (self.rows.first_blocks, self.rows.second_blocks)[: 1 if hidden[r] else 2]:
+                    pool[:, table[r, page], offset] = rng.normal(size=(config.num_hidden_layers, config.hidden_size))
+        self.pool = jnp.asarray(pool.reshape(-1, BLOCK_SIZE, config.hidden_size), dtype)
+        self.history = jnp.zeros((len(contexts), PAGES * BLOCK_SIZE), jnp.int32)
+        layers = LayerWeights.of(self.model, own_products=True)
+        outer = OuterWeights.of(self.model, own_products=True)
+        graphdef, state = nnx.split(self.model)
+        tree = jax.tree.structure(state)
+
+        @jax.jit
+        def native(outer_arrays, layer_arrays, pool, tokens, rows):
+            own = nnx.merge(graphdef, jax.tree.unflatten(tree, outer.leaves(outer_arrays)))
+            modules = [layers.layer(arrays) for arrays in layer_arrays]
+            return run_native_step(own, modules, BLOCKS, len(contexts), pool, self.history, tokens, rows)[:2]
+
+        self._native = lambda tokens, rows: native(outer.arrays, layers.arrays, self.pool, tokens, rows)
+
+    def in_one_call(self, tokens, rows):
+        """Last hidden states and pool."""
+        return self._native(tokens, rows)
+
+    def in_xla(self, tokens, rows):
+        """The same."""
+        is_hidden = rows.is_hidden.tolist()
+        kinds = Kinds(kv=not all(is_hidden), hidden=any(is_hidden))
+        tokens, rows = jax.tree.map(jnp.asarray, (tokens, rows))
+        return run_step(self.model, kinds, BLOCKS, True, len(is_hidden), self.pool, self.history, tokens, rows)[:2]
+
+
+MIXED = ([1, 8, 0, 9, 17, 30], [True, False, False, True, False, True])
+ALL_HIDDEN = ([3, 0, 5, 16] * 5, [True] * 20)
+ALL_KV = ([40] + [2] * 16, [False] * 17)
+
+
+@pytest.mark.parametrize(
+    ("config", "rows", "dtype"),
+    [
+        (PLAIN, MIXED, jnp.float32), (POST_NORM, MIXED, jnp.float32), (BARE, MIXED, jnp.float32),
+        (PLAIN, MIXED, jnp.bfloat16), (PLAIN, ALL_HIDDEN, jnp.float32), (PLAIN, ALL_KV, jnp.float32),
+        (POST_NORM, ALL_HIDDEN, jnp.bfloat16), (PLAIN, ([9], [False]), jnp.float32),
+        (BARE, ([120], [True]), jnp.bfloat16),
+    ],
+)  # fmt: skip
+def test_one_call_is_the_layers_one_after_the_other(config, rows, dtype):
+    step = Step(config, dtype, *rows)
+    found, expected = (run(step.tokens, step.rows) for run in (step.in_one_call, step.in_xla))
+    real = step.rows.length > 0
+    error = 3e-2 if dtype == jnp.bfloat16 else 2e-5
+    for mine, other in ((found[0][real], expected[0][real]), (found[1], expected[1])):
+        assert mine.dtype == other.dtype == dtype
+        mine, other = np.asarray(mine, np.float32), np.asarray(other, np.float32)
+        np.testing.assert_array_equal(np.isnan(mine), np.isnan(other))
+        np.testing.assert_allclose(mine, other, rtol=error, atol=error * np.nanmax(np.abs(other)))
+
+
+def test_a_row_does_not_depend_on_the_others():
+    step = Step(PLAIN, jnp.float32, [7, 30, 1, 50, 12], [False, True, True, False, False])
+    beside, pool = step.in_one_call(step.tokens, step.rows)
+    assert np.isfinite(beside).all()
+    for r in range(5):
+        others = np.arange(5) != r
+        rows = step.rows._replace(length=np.where(others, 0, 1).astype(np.int32))
+        tokens = step.tokens._replace(row=np.where(others, 5, r).astype(np.int32))
+        alone, own_pool = step.in_one_call(tokens, rows)
+        np.testing.assert_array_equal(alone[r], beside[r])
+        written = ~np.isclose(own_pool, step.pool, equal_nan=True)
+        assert written.any() and (np.asarray(own_pool)[written] == np.asarray(pool)[written]).all()
+
+
+@pytest.fixture
+def few_shapes(monkeypatch):
+    """One prefill and one decode shape."""
+    monkeypatch.setattr("apt_jax.buckets.ladder", lambda smallest, largest: [largest])
+
+
+@pytest.mark.usefixtures("few_shapes")
+def test_other_layers_are_left_to_a_program_each():
+    assert not can_decode(OPT(replace(PLAIN, activation_function="gelu"), rngs=nnx.Rngs(0)))
+    config = replace(PLAIN, num_attention_heads=6)  # of 16: two in a panel
+    engine = make_engine(OPT(config, rngs=nnx.Rngs(0)), config, attention_backend="native", calibrate=False)
+    prompt = engine.add([5, 6, 7], GREEDY, request_id="a")
+    finish(engine)
+    assert len(prompt.output_token_ids) == 64
+    assert all(isinstance(step, LayeredStep) for step in engine.runner._steps.values())
+
+
+@pytest.mark.usefixtures("few_shapes")
+def test_every_cache_kind_gives_the_tokens_of_xla():
+    """KV, hidden, converted on the way and preempted, in one batch of the real engine."""
+    model = OPT(PLAIN, rngs=nnx.Rngs(3))
+    rng = np.random.default_rng(5)
+    prompts = [rng.integers(0, 96, size).tolist() for size in (3, 17, 40)]
+    treatments = ("kv", "hidden", "converted", "preempted")
+    ids = {f"{prompt}-{how}": (prompt, how) for how in treatments for prompt in range(len(prompts))}
+    found = {}
+    for backend in ("xla", "native"):
+        options = {"num_blocks": 300, "max_num_seqs": 16, "calibrate": False}
+        engine = make_engine(model, PLAIN, attention_backend=backend, **options)
+        engine.policy = Orders(
+            kinds={i: KV if how == "kv" else HIDDEN for i, (_, how) in ids.items()},
+            convert_at={i: 9 for i, (_, how) in ids.items() if how == "converted"},
+            preempt_at={i: 21 for i, (_, how) in ids.items() if how == "preempted"},
+        )
+        requests = {i: engine.add(prompts[prompt], GREEDY, request_id=i) for i, (prompt, _) in ids.items()}
+        finish(engine)
+        found[backend] = {i: request.output_token_ids for i, request in requests.items()}
+        steps = {bucket: type(step) for bucket, step in engine.runner._steps.items() if bucket.decode_only}
+        assert set(steps.values()) == {NativeStep if backend == "native" else LayeredStep}
+    assert found["native"] == found["xla"]
+    by_prompt = [{tuple(found["native"][i]) for i, (own, _) in ids.items() if own == prompt} for prompt in range(3)]
+    assert all(len(tokens) == 1 for tokens in by_prompt)
+
+
+def test_arrays_are_cut_from_one_piece_of_memory():
+    memory = LargePages(1000)
+    first, second = memory.empty((5, 3), np.float32), memory.empty((100,), np.int8)
+    first[:], second[:] = 2, 3
+    assert (first == 2).all() and (second == 3).all()
+    assert first.ctypes.data % (2 << 20) == 0 and second.ctypes.data - first.ctypes.data == 64
+    with pytest.raises(ValueError, match="no room for 832 bytes, 808 are left"):
+        memory.empty((832,), np.int8)
