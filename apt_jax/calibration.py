@@ -56,7 +56,7 @@ def base_model(engine: "Engine") -> CostModel:
     name = next((preset for part, preset in _DEVICE_NAMES.items() if part in kind), None)
     buckets = engine.runner.buckets
     sizes = PaddedSizes(
-        tuple(bucket.tokens for bucket in buckets.decode),
+        tuple(bucket.tokens for bucket in buckets.decode) if engine.runner.pads_decodes else (),
         tuple(bucket.tokens for bucket in buckets.prefill),
         tuple(buckets.sample_rows),
     )

@@ -135,6 +135,11 @@ class Runner:
         return 1 if self.parallel is None else len(self.parallel.mesh.local_devices)
 
     @property
+    def pads_decodes(self) -> bool:
+        """Whether rows of padding take time in an iteration that only decodes."""
+        return self._all_weights is None
+
+    @property
     def attention(self) -> str:
         """Which implementation of attention runs: the kernels' name, or xla."""
         return self.kernels.name if self.kernels else "xla"

@@ -12,6 +12,7 @@ from flax import nnx
 from apt_jax.attention import Kinds
 from apt_jax.batch import Rows, Tokens
 from apt_jax.cache import CacheKind
+from apt_jax.calibration import base_model
 from apt_jax.config import ModelConfig
 from apt_jax.cpu_kernels import library
 from apt_jax.cpu_kernels.large_pages import LargePages
@@ -183,6 +184,7 @@ def test_every_cache_kind_gives_the_tokens_of_xla():
         finish(engine)
         found[backend] = {i: request.output_token_ids for i, request in requests.items()}
         steps = {bucket: type(step) for bucket, step in engine.runner._steps.items() if bucket.decode_only}
+        assert bool(base_model(engine).sizes.decode) == (backend == "xla")  # padding takes no time in one call
         assert set(steps.values()) == {NativeStep if backend == "native" else LayeredStep}
     assert found["native"] == found["xla"]
     by_prompt = [{tuple(found["native"][i]) for i, (own, _) in ids.items() if own == prompt} for prompt in range(3)]
