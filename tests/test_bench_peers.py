@@ -4,6 +4,7 @@ import dataclasses
 import json
 import sys
 
+import psutil
 import pytest
 import served_model
 from jax import numpy as jnp
@@ -51,6 +52,16 @@ def test_a_worker_answers_with_tokens_and_its_noise_goes_to_the_log(peer, tmp_pa
     assert tokens == [[11, 11], [21, 21]] and seconds >= 0 and process.load_s >= 0
     process.close()
     assert "noise" in (tmp_path / "log").read_text()
+
+
+def test_a_worker_sleeps_while_nothing_is_asked_of_it(peer, tmp_path):
+    process = started(peer, tmp_path)
+    states = psutil.Process(process._process.pid)
+    for _ in range(2):
+        assert states.status() == psutil.STATUS_STOPPED
+        assert process.generate([[10]], 1)[1] == [[10]]
+    process.close()
+    assert process._process.returncode == 0
 
 
 @pytest.mark.parametrize(

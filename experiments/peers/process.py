@@ -3,11 +3,13 @@
 import json
 import os
 import select
+import signal
 import subprocess
 from pathlib import Path
 from typing import Any
 
 from experiments.peers.catalogue import Peer
+from experiments.peers.process_group import ProcessGroup
 
 
 class PeerFailed(RuntimeError):
@@ -27,14 +29,17 @@ class Process:
         command = [str(python), str(peer.script), str(folder), dtype, json.dumps(options)]
         with log.open("w", encoding="utf-8") as file:
             self._process = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=file, env=peer.variables(), bufsize=0
-            )
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=file, env=peer.variables(), bufsize=0,
+                start_new_session=True,
+            )  # fmt: skip
+        self._group = ProcessGroup(self._process)
         self._rest = b""
         try:
             self.load_s = float(self._receive(900)["load_s"])
         except PeerFailed:
             self.close()
             raise
+        self._group.sleep()
 
     def generate(self, prompts: list[list[int]], new_tokens: int, timeout_s: float = 900) -> tuple[float, list[Any]]:
         """Seconds, and the new token ids of each prompt.
@@ -43,8 +48,9 @@ class Process:
             PeerFailed: it failed, ended, took too long, or gave another number of tokens.
         """
         assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps({"prompts": prompts, "new_tokens": new_tokens}).encode() + b"\n")
-        answer = self._receive(timeout_s)
+        with self._group.awake():
+            self._process.stdin.write(json.dumps({"prompts": prompts, "new_tokens": new_tokens}).encode() + b"\n")
+            answer = self._receive(timeout_s)
         if [len(row) for row in answer["tokens"]] != [new_tokens] * len(prompts):
             raise PeerFailed(
                 f"{self.name} gave {[len(row) for row in answer['tokens']]} tokens instead of {new_tokens}"
@@ -55,6 +61,7 @@ class Process:
         """End the process."""
         assert self._process.stdin is not None and self._process.stdout is not None
         self._process.stdin.close()
+        self._group.signal(signal.SIGCONT)
         try:
             self._process.wait(20)
         except subprocess.TimeoutExpired:

@@ -9,14 +9,13 @@ rate is given to each in turn, so that a change of the machine's speed hits all.
 
 import contextlib
 import json
-import os
 import shlex
 import signal
 import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,7 @@ from experiments.client import bench_serve
 from experiments.peers.catalogue import OURS, PEERS, ROOT, Peer
 from experiments.peers.environments import FOLDER, NotInstalled, python_of, versions_of
 from experiments.peers.folder import write_folder
+from experiments.peers.process_group import ProcessGroup
 
 START_S = 900.0  # that a server may take to be ready
 
@@ -83,35 +83,23 @@ class Server:
             self._process = subprocess.Popen(
                 command, env=dict(variables), stdout=file, stderr=subprocess.STDOUT, cwd=ROOT, start_new_session=True
             )
+        self.group = ProcessGroup(self._process)
         end = time.monotonic() + START_S
         while not self._is_ready():
             if self._process.poll() is not None or time.monotonic() > end:
                 self.close()
                 raise NotInstalled(f"{name} did not get ready; see {log}")
             time.sleep(0.5)
-        self._signal(signal.SIGSTOP)
-
-    @contextlib.contextmanager
-    def awake(self) -> Iterator[None]:
-        """It runs inside only."""
-        self._signal(signal.SIGCONT)
-        try:
-            yield
-        finally:
-            self._signal(signal.SIGSTOP)
+        self.group.sleep()
 
     def close(self) -> None:
         """End it and all that it started."""
         for number in (signal.SIGCONT, signal.SIGINT):
-            self._signal(number)
+            self.group.signal(number)
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(60)
-        self._signal(signal.SIGKILL)
+        self.group.signal(signal.SIGKILL)
         self._process.wait()
-
-    def _signal(self, number: int) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self._process.pid, number)
 
     def _is_ready(self) -> bool:
         """What both kinds answer only once the engine takes requests: a completion of one token."""
@@ -162,7 +150,7 @@ def measure(server: Server, rate: float, args: Args, seed: int) -> dict[str, Any
         *("--ttft-slo-ms", str(args.ttft_slo_ms), "--tbt-slo-ms", str(args.tbt_slo_ms), "--seed", str(seed)),
         *("--max-model-len", str(args.max_model_len), *shlex.split(args.bench)),
     ]
-    with server.awake():
+    with server.group.awake():
         figures = bench_serve(server.url, flags)
     del figures["arguments"]
     return {"server": server.name, "rate": rate, **figures}

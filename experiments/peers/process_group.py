@@ -1,0 +1,35 @@
+"""A process, and all that it starts, which is stopped (SIGSTOP) except while it is measured.
+
+Threads that wait by looking again and again would take time from whoever is measured.
+"""
+
+import contextlib
+import os
+import signal
+import subprocess
+from collections.abc import Iterator
+
+
+class ProcessGroup:
+    """The group of a process that was started with `start_new_session`; it runs until it is first put to sleep."""
+
+    def __init__(self, process: "subprocess.Popen[bytes]"):
+        self._id = process.pid
+
+    @contextlib.contextmanager
+    def awake(self) -> Iterator[None]:
+        """It runs inside only."""
+        self.signal(signal.SIGCONT)
+        try:
+            yield
+        finally:
+            self.sleep()
+
+    def sleep(self) -> None:
+        """Stop it until it is awake."""
+        self.signal(signal.SIGSTOP)
+
+    def signal(self, number: int) -> None:
+        """Send a signal to all of it; nothing if it has ended."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._id, number)
