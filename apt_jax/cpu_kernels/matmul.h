@@ -19,7 +19,7 @@ constexpr int kTallest = 14;  // rows of a tile: 28 of 32 registers are sums
 constexpr int kTallest = 3;
 #endif
 constexpr int kInputsAtOnce = 768;      // of a panel, between which sums go to memory
-constexpr int kRowsOfBlock = 256;       // rows that share a panel while it is near
+constexpr int kRowsOfBlock = 128;       // rows that share a panel while it is near
 constexpr int kNumbersAtOnce = 131072;  // of x: half of the second cache
 
 // Row tiles of about the same height: the first `taller` have one row more.
