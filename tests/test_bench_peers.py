@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import sys
+import time
 
 import psutil
 import pytest
@@ -56,11 +57,15 @@ def test_a_worker_answers_with_tokens_and_its_noise_goes_to_the_log(peer, tmp_pa
 
 def test_a_worker_sleeps_while_nothing_is_asked_of_it(peer, tmp_path):
     process = started(peer, tmp_path)
-    states = psutil.Process(process._process.pid)
-    for _ in range(2):
-        assert states.status() == psutil.STATUS_STOPPED
-        assert process.generate([[10]], 1)[1] == [[10]]
-    process.close()
+    try:
+        for _ in range(2):
+            end = time.monotonic() + 30
+            while psutil.Process(process._process.pid).status() != psutil.STATUS_STOPPED:  # a signal takes its time
+                assert time.monotonic() < end
+                time.sleep(0.01)
+            assert process.generate([[10]], 1)[1] == [[10]]
+    finally:
+        process.close()
     assert process._process.returncode == 0
 
 
