@@ -38,6 +38,7 @@ class Rows(NamedTuple):
     start: Array  # int32 [R]: tokens already cached
     length: Array  # int32 [R]: tokens that run now
     last: Array  # int32 [R]: index in Tokens of the row's last token
+    wanted: Array  # int32 [R]: of its tokens, the last ones after which hidden states are wanted
     is_hidden: Array  # bool [R]
     first_blocks: Array  # int32 [R, W]: keys, or hidden vectors
     second_blocks: Array  # int32 [R, W]: values
@@ -114,13 +115,13 @@ class BatchBuilder:
         ids, on_device = np.zeros(T, np.int32), np.zeros(T, bool)
         row, position = np.full(T, R, np.int32), np.zeros(T, np.int32)
         slot = np.full(R, self.num_slots, np.int32)
-        start, length, last = np.zeros(R, np.int32), np.zeros(R, np.int32), np.zeros(R, np.int32)
+        start, length, last, wanted = (np.zeros(R, np.int32) for _ in range(4))
         is_hidden = np.zeros(R, bool)
         at = 0
         for r, span in enumerate(spans):
             request, n = span.request, span.num_tokens
             slot[r] = self._seat(request, restart=span.start == 0)
-            start[r], length[r], last[r] = span.start, n, at + n - 1
+            start[r], length[r], last[r], wanted[r] = span.start, n, at + n - 1, span.samples
             is_hidden[r] = request.cache_kind is CacheKind.HIDDEN
             row[at : at + n] = r
             position[at : at + n] = range(span.start, span.start + n)
@@ -137,7 +138,7 @@ class BatchBuilder:
         return Batch(
             bucket=bucket,
             tokens=Tokens(ids, on_device, row, position),
-            rows=Rows(slot, start, length, last, is_hidden, self._first[slot], self._second[slot]),
+            rows=Rows(slot, start, length, last, wanted, is_hidden, self._first[slot], self._second[slot]),
             sampling=Sampling(*(array[sample_slot] for array in self._sampling)),
             sample_slot=sample_slot,
             sample_length=sample_length,

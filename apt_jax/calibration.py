@@ -54,10 +54,10 @@ def base_model(engine: "Engine") -> CostModel:
     """The cost model of the engine's device before any measurement, with the engine's padded sizes."""
     kind = engine.runner.device.device_kind.lower()
     name = next((preset for part, preset in _DEVICE_NAMES.items() if part in kind), None)
-    buckets = engine.runner.buckets
+    buckets, pads = engine.runner.buckets, engine.runner.pads
     sizes = PaddedSizes(
-        tuple(bucket.tokens for bucket in buckets.decode) if engine.runner.pads_decodes else (),
-        tuple(bucket.tokens for bucket in buckets.prefill),
+        tuple(bucket.tokens for bucket in buckets.decode) if pads else (),
+        tuple(bucket.tokens for bucket in buckets.prefill) if pads else (),
         tuple(buckets.sample_rows),
     )
     hardware = HARDWARE[name] if name else GENERIC

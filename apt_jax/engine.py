@@ -311,7 +311,7 @@ class Engine:
         if not self._prompt_logprobs.wanted(spans):
             return self.builder.build(spans)
         batch = self.builder.build(spans, prefill=True)  # only prefill steps hand on every hidden state
-        return batch._replace(chunks=self._prompt_logprobs.ask(batch))
+        return self._prompt_logprobs.ask(batch)
 
     def _recover(self, message: str) -> None:
         """After a failed device step nothing in the cache can be trusted: end all that runs, start afresh."""

@@ -31,6 +31,7 @@ class LayerWeights:
     _graphdef: nnx.GraphDef
     _tree: jax.tree_util.PyTreeDef
     _kernels: list[Callable[[jax.Array], Any] | None]  # per parameter what it is in the module; None is an array
+    all_in_panels: bool  # every kernel is multiplied by `cpu_kernels`
 
     @classmethod
     def of(cls, model: OPT, *, donate: bool = False, own_products: bool = False) -> "LayerWeights":
@@ -54,7 +55,8 @@ class LayerWeights:
             if donate:
                 stacked.delete()
         numbers = [jnp.int32(i) for i in range(model.num_layers)]
-        return cls(arrays, numbers, graphdef, tree, [plan.in_module for plan in plans])
+        all_in_panels = all(plan.panels_bytes for plan in plans if plan.matrix)
+        return cls(arrays, numbers, graphdef, tree, [plan.in_module for plan in plans], all_in_panels)
 
     @property
     def nbytes(self) -> int:

@@ -1,4 +1,4 @@
-"""All layers of a decode step on a CPU by one C++ call (`cpu_kernels/layers.h`), instead of a program for each layer.
+"""All layers of a step on a CPU by one C++ call (`cpu_kernels/layers.h`), instead of a program for each layer.
 
 Between the products of one layer XLA runs small programs and wakes its threads anew, which takes as long as a fifth of
 the products of one row (docs/performance.md).
@@ -11,28 +11,29 @@ import jax.numpy as jnp
 from flax import nnx
 
 from apt_jax.batch import Rows, Tokens
-from apt_jax.cpu_kernels.calls import PANEL, decode_layers
+from apt_jax.cpu_kernels.calls import all_layers
+from apt_jax.layer_weights import LayerWeights
 from apt_jax.opt import OPT, DecoderLayer, own_product
 from apt_jax.steps import end_step, start_step
 
 
-def can_decode(model: OPT) -> bool:
-    """Whether the C++ call knows this kind of layer, whose kernels `cpu_kernels` multiply."""
-    layer = model.layers
-    return layer.activation == "relu" and layer.self_attn.q_proj.kernel.shape[-1] % PANEL == 0
+def are_native(model: OPT, layers: LayerWeights) -> bool:
+    """Whether the C++ call knows layers of this kind, and has their kernels as it takes them."""
+    return model.layers.activation == "relu" and layers.all_in_panels
 
 
 def run_native_step(
     model: OPT,
     layers: list[DecoderLayer],
     num_blocks: int,
+    decode_only: bool,
     max_rows: int,
     pool: jax.Array,
     history: jax.Array,
     tokens: Tokens,
     rows: Rows,
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]:
-    """As `steps.run_step` with `decode_only`. Pure; pool and history are to be donated.
+    """As `steps.run_step`. Pure; pool and history are to be donated.
 
     Args:
         model: what is outside the layers.
@@ -40,12 +41,12 @@ def run_native_step(
     """
     x, history = start_step(model, history, tokens, rows)
     first = layers[0]
-    x, pool = decode_layers(
+    x, pool = all_layers(
         x, pool, rows, [array for layer in layers for array in _parameters(layer)],
         heads=first.self_attn.q_proj.kernel.shape[1], ffn_dim=first.fc1.kernel.shape[1], num_blocks=num_blocks,
         norm_first=first.norm_first,
     )  # fmt: skip
-    last, every = end_step(model, True, max_rows, x, rows)
+    last, every = end_step(model, decode_only, max_rows, x, rows)
     return last, pool, history, every
 
 

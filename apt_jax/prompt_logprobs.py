@@ -35,22 +35,24 @@ class PromptLogprobs:
         """Whether any of these spans covers a position that is wanted and was not asked for."""
         return bool(self._asked) and any(len(self._positions(span)) > 0 for span in spans)
 
-    def ask(self, batch: Batch) -> tuple[ScoreChunk, ...]:
-        """Chunks of all wanted positions of an iteration, which count as asked for from now on."""
+    def ask(self, batch: Batch) -> Batch:
+        """The batch with chunks of all wanted positions, which count as asked for from now on."""
         index: list[int] = []
         target: list[int] = []
         owner: list[Request] = []
         first = batch.rows.last - batch.rows.length + 1
+        wanted = batch.rows.wanted.copy()
         for row, span in enumerate(batch.spans):
             positions = self._positions(span)
             if not positions:
                 continue
+            wanted[row] = span.num_tokens
             request, offset = span.request, int(first[row]) - span.start
             index += [offset + position for position in positions]
             target += request.prompt_token_ids[positions.start + 1 : positions.stop + 1]
             owner += [request] * len(positions)
             self._asked[request.request_id] = positions.stop
-        return tuple(
+        chunks = tuple(
             ScoreChunk(
                 _padded(index[at : at + self._rows], self._rows),
                 _padded(target[at : at + self._rows], self._rows),
@@ -58,6 +60,7 @@ class PromptLogprobs:
             )
             for at in range(0, len(index), self._rows)
         )
+        return batch._replace(chunks=chunks, rows=batch.rows._replace(wanted=wanted))
 
     def take(self, chunks: Sequence[ScoreChunk], scores: Sequence[Scored]) -> list[Request]:
         """Keep what the device has found for `chunks`; returns the requests for which that is not a number."""

@@ -28,7 +28,7 @@ from apt_jax.cache_arrays import convert_blocks, convert_layer, pool_shape
 from apt_jax.config import AttentionBackend, ModelConfig
 from apt_jax.cpu_kernels.calls import KERNELS as CPU_KERNELS
 from apt_jax.layer_weights import LayerWeights, OuterWeights
-from apt_jax.native_layers import can_decode, run_native_step
+from apt_jax.native_layers import are_native, run_native_step
 from apt_jax.opt import OPT
 from apt_jax.program_store import ProgramStore, source_hash
 from apt_jax.sampling import Sampled, Scored, score
@@ -92,13 +92,13 @@ class Runner:
             dtype=self.dtype, device=self.device, num_devices=self.num_devices,
         )  # fmt: skip
         self._outer: OuterWeights | None = None
-        self._all_weights: list[jax.Array] | None = None  # if all layers of a decode step are one call
+        self._all_weights: list[jax.Array] | None = None  # if all layers of a step are one call
         if call_per_layer:
             own_products = self.kernels is CPU_KERNELS
             self._layers = LayerWeights.of(model, donate=donate_model, own_products=own_products)
             self._outer = OuterWeights.of(model, donate=donate_model, own_products=own_products)
             self._weights = self._outer.arrays
-            if own_products and can_decode(model):
+            if are_native(model, self._layers):
                 self._all_weights = [*self._weights, *(array for own in self._layers.arrays for array in own)]
         self.num_blocks = 0
         # processes that run one program must compile it together, so none may find it on its disk
@@ -135,8 +135,8 @@ class Runner:
         return 1 if self.parallel is None else len(self.parallel.mesh.local_devices)
 
     @property
-    def pads_decodes(self) -> bool:
-        """Whether rows of padding take time in an iteration that only decodes."""
+    def pads(self) -> bool:
+        """Whether padding of a step takes time."""
         return self._all_weights is None
 
     @property
@@ -282,11 +282,13 @@ class Runner:
         tokens = Tokens(*(_abstract((T,), dtype) for dtype in (np.int32, np.bool_, np.int32, np.int32)))
         number, flag = _abstract((R,), np.int32), _abstract((R,), np.bool_)
         table = _abstract((R, self.shapes.table_pages), np.int32)
-        rows = Rows(number, number, number, number, flag, table, table)
+        rows = Rows(number, number, number, number, number, flag, table, table)
         name = f"{bucket} {num_blocks}"
         pool, history = self._abstract_pool(num_blocks), self._abstract_history()
-        if self._layers is not None and self._all_weights is not None and bucket.decode_only:
-            return self._compile_native(name, num_blocks, self._layers, self._all_weights, pool, history, tokens, rows)
+        if self._layers is not None and self._all_weights is not None:
+            return self._compile_native(
+                name, bucket, num_blocks, self._layers, self._all_weights, pool, history, tokens, rows
+            )
         if self._layers is not None:
             return self._compile_layers(name, bucket, num_blocks, self._layers, pool, history, tokens, rows)
 
@@ -328,15 +330,17 @@ class Runner:
         )
 
     def _compile_native(
-        self, name: str, num_blocks: int, layers: LayerWeights, weights: list[jax.Array], pool: Any, history: Any,
-        tokens: Tokens, rows: Rows,
+        self, name: str, bucket: Bucket, num_blocks: int, layers: LayerWeights, weights: list[jax.Array], pool: Any,
+        history: Any, tokens: Tokens, rows: Rows,
     ) -> "NativeStep":  # fmt: skip
         outer, of_layer = len(self._weights), len(layers.arrays[0])
 
         def native(weights, pool, history, tokens, rows):  # type: ignore[no-untyped-def]
             modules = [layers.layer(weights[i : i + of_layer]) for i in range(outer, len(weights), of_layer)]
             model = self._model(weights[:outer])
-            return run_native_step(model, modules, num_blocks, self.buckets.max_rows, pool, history, tokens, rows)
+            return run_native_step(
+                model, modules, num_blocks, bucket.decode_only, self.buckets.max_rows, pool, history, tokens, rows
+            )
 
         name = f"native {name}"
         return NativeStep(
@@ -455,7 +459,7 @@ class LayeredStep:
 
 
 class NativeStep:
-    """A decode step of one program with every layer's own arrays; called like that of a model with stacked ones."""
+    """A step of one program with every layer's own arrays; called like that of a model with stacked ones."""
 
     def __init__(self, program: Any, weights: list[jax.Array]):
         self.program, self._weights = program, weights

@@ -47,7 +47,7 @@ def projections() -> SelfAttention:
 
 def rows_of(case: Case, is_hidden: list[bool]) -> Rows:
     number = jnp.zeros_like(case.length)
-    return Rows(number, number, number, number, jnp.asarray(is_hidden), case.first_blocks, case.second_blocks)
+    return Rows(number, number, number, number, number, jnp.asarray(is_hidden), case.first_blocks, case.second_blocks)
 
 
 def test_kv_reference_is_softmax_row_by_row(case):

@@ -47,7 +47,7 @@ def batch(slots: int) -> tuple[Tokens, Rows]:
     tables = np.random.default_rng(0).permutation(2 * R * W).reshape(2, R, W)
     zeros = np.zeros(slots, int)
     tokens = Tokens(zeros, zeros, np.pad(row, (0, padding), constant_values=R), np.pad(position, (0, padding)))
-    rows = Rows(np.arange(R), start, length, last, hidden, *tables)
+    rows = Rows(np.arange(R), start, length, last, length, hidden, *tables)
     return jax.tree.map(jnp.asarray, (tokens, rows))
 
 

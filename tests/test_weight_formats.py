@@ -76,7 +76,7 @@ def test_layers_for_a_mix_of_kinds_do_what_all_layers_do(steps, hidden):
     start = jnp.array([0, 9, 17, 0]) * length
     tables = jnp.asarray(np.random.default_rng(0).permutation(P).reshape(2, R, W))
     tokens = Tokens(jnp.arange(R), jnp.zeros(R, bool), jnp.where(length > 0, jnp.arange(R), R), start)
-    rows = Rows(jnp.arange(R), start, length, jnp.arange(R), is_hidden, *tables)
+    rows = Rows(jnp.arange(R), start, length, jnp.arange(R), length, is_hidden, *tables)
     pool = jax.random.normal(jax.random.key(0), (MODEL.num_hidden_layers * P, S, MODEL.hidden_size))
     expected, found = (step(state, pool, tokens, rows) for step in (asking, choosing))
     some = np.asarray(length) > 0
@@ -93,7 +93,7 @@ def test_kernels_cut_late_are_the_same_kernels(model):
     position = jnp.concatenate([jnp.arange(s, s + n) for s, n in zip(start.tolist(), length.tolist(), strict=True)])
     tables = jnp.asarray(np.random.default_rng(0).permutation(P).reshape(2, R, W))
     tokens = Tokens(jnp.arange(T), jnp.zeros(T, bool), row, position)
-    rows = Rows(jnp.arange(R), start, length, jnp.cumsum(length) - 1, jnp.array([1, 1, 0, 1], bool), *tables)
+    rows = Rows(jnp.arange(R), start, length, jnp.cumsum(length) - 1, length, jnp.array([1, 1, 0, 1], bool), *tables)
     pool = jax.random.normal(jax.random.key(0), (MODEL.num_hidden_layers * P, S, MODEL.hidden_size))
 
     @functools.partial(jax.jit, static_argnums=0, compiler_options=QUICK)

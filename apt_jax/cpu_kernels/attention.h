@@ -20,10 +20,9 @@ constexpr int kHeads = 2;  // of which the sums with four tokens stay in registe
 #else
 constexpr int kHeads = 4;
 #endif
-constexpr float kNever = -1e30f;  // the score of nothing; as NEVER in pallas_kernels/reference.py
 
 struct Shape {
-  int rows, heads, width, page_tokens, pages;  // width: D; pages: of a row's table
+  int rows, heads, width, page_tokens;  // width: D
 };
 
 // The running softmax of one row, or part of one: greatest score and sum of weights by head, and the weighted sum
@@ -261,23 +260,23 @@ void attend_rows(Team& team, const Shape& shape, int size, const int32_t* length
   });
 }
 
-template <class Number>
-void kv_decode(Team& team, const Shape& shape, const float* q, const Number* pool,
-               const int32_t* key_blocks, const int32_t* value_blocks, const int32_t* length, float* out, float* lse) {
+// The tables of a row r are `key_blocks(r)` and `value_blocks(r)`.
+template <class Number, class KeyBlocks, class ValueBlocks>
+void kv_decode(Team& team, const Shape& shape, const float* q, const Number* pool, const KeyBlocks& key_blocks,
+               const ValueBlocks& value_blocks, const int32_t* length, float* out, float* lse) {
   attend_rows(team, shape, shape.width / shape.heads, length, out, lse, [&](int r, int begin, int end, Running& running) {
     thread_local std::vector<float> buffer;
-    kv_part(shape, q + size_t(r) * shape.width, pool, key_blocks + size_t(r) * shape.pages,
-            value_blocks + size_t(r) * shape.pages, begin, end, running, buffer);
+    kv_part(shape, q + size_t(r) * shape.width, pool, key_blocks(r), value_blocks(r), begin, end, running, buffer);
   });
 }
 
-template <class Number>
-void hidden_decode(Team& team, const Shape& shape, const float* q, const Number* pool,
-                   const int32_t* blocks, const int32_t* length, float* out, float* lse) {
+template <class Number, class Blocks>
+void hidden_decode(Team& team, const Shape& shape, const float* q, const Number* pool, const Blocks& blocks,
+                   const int32_t* length, float* out, float* lse) {
   const int D = shape.width;
   attend_rows(team, shape, D, length, out, lse, [&](int r, int begin, int end, Running& running) {
     thread_local std::vector<float> buffer;
-    hidden_part(shape, q + size_t(r) * shape.heads * D, pool, blocks + size_t(r) * shape.pages, begin, end, running, buffer);
+    hidden_part(shape, q + size_t(r) * shape.heads * D, pool, blocks(r), begin, end, running, buffer);
   });
 }
 

@@ -31,7 +31,7 @@ def chunk(q: jax.Array, k: jax.Array, v: jax.Array, row: jax.Array) -> Partial:
 
 
 KERNELS = Kernels("cpu", kv_decode, hidden_decode, chunk=chunk)
-PANEL = 32  # outputs; as kPanel in panels.h
+PANEL = 32  # outputs; as kPanel in matmul.h
 
 
 def panels_bytes(inputs: int, outputs: int, dtype: DTypeLike) -> int:
@@ -71,7 +71,7 @@ def _attend(target: str, q: jax.Array, *args: jax.Array) -> Partial:
     return Partial(*jax.ffi.ffi_call(target, shapes)(q.astype(jnp.float32), *args))
 
 
-def decode_layers(
+def all_layers(
     x: jax.Array,
     pool: jax.Array,
     rows: Rows,
@@ -82,19 +82,20 @@ def decode_layers(
     num_blocks: int,
     norm_first: bool,
 ) -> tuple[jax.Array, jax.Array]:
-    """All layers of a decode step: the residual stream `[R, D]` and the pool, both in place. Pure.
+    """All layers of a step: the residual stream `[T, D]` and the pool, both in place. Pure.
 
     Args:
-        x: `[R, D]`, one token of each row; what it is for a row of length 0 does not matter.
+        x: `[T, D]`. Tokens after which hidden states are not wanted get anything finite, padding stays as it is.
         rows: see `apt_jax/batch.py`.
         parameters: layer by layer in the order of `Layer` in layers.h, kernels from `panels_of`, all of x's dtype; one
             that the model does not have is an array without elements.
         num_blocks: P, the pool's blocks of a layer.
     """
     shapes = (jax.ShapeDtypeStruct(x.shape, x.dtype), jax.ShapeDtypeStruct(pool.shape, pool.dtype))
-    call = jax.ffi.ffi_call("apt_decode_layers", shapes, input_output_aliases={0: 0, 1: 1})
+    call = jax.ffi.ffi_call("apt_all_layers", shapes, input_output_aliases={0: 0, 1: 1})
     new_x, new_pool = call(
-        x, pool, rows.start, rows.length, rows.is_hidden, rows.first_blocks, rows.second_blocks, *parameters,
+        x, pool, rows.start, rows.length, rows.last, rows.wanted, rows.is_hidden, rows.first_blocks, rows.second_blocks,
+        *parameters,
         heads=np.int64(heads), ffn=np.int64(ffn_dim), blocks=np.int64(num_blocks), norm_first=norm_first,
     )  # fmt: skip
     return new_x, new_pool

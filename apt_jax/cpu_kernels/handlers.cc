@@ -20,15 +20,19 @@ void with_numbers_of(const ffi::AnyBuffer& array, const Use& use) {
 using Floats = ffi::Buffer<DataType::F32>;
 using Numbers = ffi::Buffer<DataType::S32>;
 
+// The table of row r of `blocks [rows, pages]`, by r.
+auto tables(const Numbers& blocks) {
+  return [first = blocks.typed_data(), pages = blocks.dimensions()[1]](int r) { return first + r * pages; };
+}
+
 ffi::Error kv_decode(ffi::ThreadPool threads, Floats q, ffi::AnyBuffer pool, Numbers key_blocks, Numbers value_blocks,
                      Numbers length, ffi::Result<Floats> out, ffi::Result<Floats> lse) {
   apt::Team team(threads);
   const auto sizes = q.dimensions();
-  const apt::Shape shape{int(sizes[0]), int(sizes[1]), int(pool.dimensions()[2]), int(pool.dimensions()[1]),
-                         int(key_blocks.dimensions()[1])};
+  const apt::Shape shape{int(sizes[0]), int(sizes[1]), int(pool.dimensions()[2]), int(pool.dimensions()[1])};
   with_numbers_of(pool, [&](auto* numbers) {
-    apt::kv_decode(team, shape, q.typed_data(), numbers, key_blocks.typed_data(), value_blocks.typed_data(),
-                   length.typed_data(), out->typed_data(), lse->typed_data());
+    apt::kv_decode(team, shape, q.typed_data(), numbers, tables(key_blocks), tables(value_blocks), length.typed_data(),
+                   out->typed_data(), lse->typed_data());
   });
   return ffi::Error::Success();
 }
@@ -37,11 +41,10 @@ ffi::Error hidden_decode(ffi::ThreadPool threads, Floats q, ffi::AnyBuffer pool,
                          ffi::Result<Floats> out, ffi::Result<Floats> lse) {
   apt::Team team(threads);
   const auto sizes = q.dimensions();
-  const apt::Shape shape{int(sizes[0]), int(sizes[1]), int(sizes[2]), int(pool.dimensions()[1]),
-                         int(blocks.dimensions()[1])};
+  const apt::Shape shape{int(sizes[0]), int(sizes[1]), int(sizes[2]), int(pool.dimensions()[1])};
   with_numbers_of(pool, [&](auto* numbers) {
-    apt::hidden_decode(team, shape, q.typed_data(), numbers, blocks.typed_data(), length.typed_data(),
-                       out->typed_data(), lse->typed_data());
+    apt::hidden_decode(team, shape, q.typed_data(), numbers, tables(blocks), length.typed_data(), out->typed_data(),
+                       lse->typed_data());
   });
   return ffi::Error::Success();
 }
@@ -59,27 +62,37 @@ ffi::Error chunk(ffi::ThreadPool threads, Floats q, Floats k, Floats v, Numbers 
                  ffi::Result<Floats> lse) {
   apt::Team team(threads);
   const auto sizes = q.dimensions();
-  apt::attend_chunk(team, q.typed_data(), k.typed_data(), v.typed_data(), row.typed_data(), sizes[0], sizes[1],
-                    sizes[2], out->typed_data(), lse->typed_data());
+  const int tokens = sizes[0], heads = sizes[1], size = sizes[2];
+  const auto chunks = apt::chunks_of(row.typed_data(), tokens);
+  apt::attend_chunks(team, chunks, q.typed_data(), heads, size, out->typed_data(), lse->typed_data(),
+                     [&](int c, int n, float* keys, float* values) {
+                       const auto of_head = [&](const Floats& from) {
+                         const float* first = from.typed_data() + (size_t(chunks[c].begin) * heads + n) * size;
+                         return [=](int t) { return first + size_t(t) * heads * size; };
+                       };
+                       apt::pack_keys(chunks[c].keys(), size, of_head(k), keys);
+                       apt::pack_values(chunks[c].keys(), size, of_head(v), values);
+                     });
   return ffi::Error::Success();
 }
 
 // `parameters` are those of apt::Layer, in its order, layer after layer; one without numbers is not there.
-ffi::Error decode_layers(ffi::ThreadPool threads, ffi::AnyBuffer x, ffi::AnyBuffer pool, Numbers start, Numbers length,
-                         ffi::Buffer<DataType::PRED> is_hidden, Numbers first_blocks, Numbers second_blocks,
-                         ffi::RemainingArgs parameters, ffi::Result<ffi::AnyBuffer> new_x,
-                         ffi::Result<ffi::AnyBuffer> new_pool, int64_t heads, int64_t ffn, int64_t blocks,
-                         bool norm_first) {
+ffi::Error all_layers(ffi::ThreadPool threads, ffi::AnyBuffer x, ffi::AnyBuffer pool, Numbers start, Numbers length,
+                      Numbers last, Numbers wanted, ffi::Buffer<DataType::PRED> is_hidden, Numbers first_blocks,
+                      Numbers second_blocks, ffi::RemainingArgs parameters, ffi::Result<ffi::AnyBuffer> new_x,
+                      ffi::Result<ffi::AnyBuffer> new_pool, int64_t heads, int64_t ffn, int64_t blocks,
+                      bool norm_first) {
   constexpr size_t kOfLayer = sizeof(apt::Layer<float>) / sizeof(float*);
   if (new_x->untyped_data() != x.untyped_data() || new_pool->untyped_data() != pool.untyped_data())
-    return ffi::Error::Internal("decode_layers: x and pool must be updated in place");
-  if (parameters.size() % kOfLayer) return ffi::Error::InvalidArgument("decode_layers: parameters are missing");
-  const apt::DecodeShape shape{int(x.dimensions()[0]),    int(x.dimensions()[1]),
-                               int(ffn),                  int(heads),
-                               int(blocks),               int(pool.dimensions()[1]),
-                               int(first_blocks.dimensions()[1]), norm_first};
-  const apt::DecodeRows rows{start.typed_data(), length.typed_data(), first_blocks.typed_data(),
-                             second_blocks.typed_data(), is_hidden.typed_data()};
+    return ffi::Error::Internal("all_layers: x and pool must be updated in place");
+  if (parameters.size() % kOfLayer) return ffi::Error::InvalidArgument("all_layers: parameters are missing");
+  const apt::StepShape shape{int(start.dimensions()[0]),        int(x.dimensions()[1]),
+                             int(ffn),                          int(heads),
+                             int(blocks),                       int(pool.dimensions()[1]),
+                             int(first_blocks.dimensions()[1]), norm_first};
+  const apt::StepRows rows{start.typed_data(),  length.typed_data(),       last.typed_data(),
+                           wanted.typed_data(), first_blocks.typed_data(), second_blocks.typed_data(),
+                           is_hidden.typed_data()};
   apt::Team team(threads);
   with_numbers_of(pool, [&](auto* numbers) {
     using Number = std::remove_const_t<std::remove_pointer_t<decltype(numbers)>>;
@@ -89,8 +102,8 @@ ffi::Error decode_layers(ffi::ThreadPool threads, ffi::AnyBuffer x, ffi::AnyBuff
       const auto* at = own.element_count() ? static_cast<const Number*>(own.untyped_data()) : nullptr;
       std::memcpy(reinterpret_cast<char*>(layers.data()) + i * sizeof at, &at, sizeof at);
     }
-    apt::DecodeStep<Number>(team, shape, rows, static_cast<Number*>(new_pool->untyped_data()))
-        .run(layers, static_cast<Number*>(new_x->untyped_data()));
+    apt::all_layers(team, shape, rows, layers, static_cast<Number*>(new_pool->untyped_data()),
+                    static_cast<Number*>(new_x->untyped_data()));
   });
   return ffi::Error::Success();
 }
@@ -108,9 +121,9 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(apt_matmul, matmul,
 XLA_FFI_DEFINE_HANDLER_SYMBOL(apt_chunk, chunk,
                               ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<Floats>().Arg<Floats>().Arg<Floats>()
                                   .Arg<Numbers>().Ret<Floats>().Ret<Floats>());
-XLA_FFI_DEFINE_HANDLER_SYMBOL(apt_decode_layers, decode_layers,
+XLA_FFI_DEFINE_HANDLER_SYMBOL(apt_all_layers, all_layers,
                               ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<ffi::AnyBuffer>().Arg<ffi::AnyBuffer>()
-                                  .Arg<Numbers>().Arg<Numbers>().Arg<ffi::Buffer<DataType::PRED>>().Arg<Numbers>()
-                                  .Arg<Numbers>().RemainingArgs().Ret<ffi::AnyBuffer>().Ret<ffi::AnyBuffer>()
+                                  .Arg<Numbers>().Arg<Numbers>().Arg<Numbers>().Arg<Numbers>()
+                                  .Arg<ffi::Buffer<DataType::PRED>>().Arg<Numbers>().Arg<Numbers>().RemainingArgs().Ret<ffi::AnyBuffer>().Ret<ffi::AnyBuffer>()
                                   .Attr<int64_t>("heads").Attr<int64_t>("ffn").Attr<int64_t>("blocks")
                                   .Attr<bool>("norm_first"));

@@ -1,18 +1,25 @@
-// All layers of a decode step in one call: what `apt_jax.opt.DecoderLayer` and `apt_jax.attention` do with one token of
-// each request, with rows of padding left out. Numbers are rounded to the model's own type where they are there.
+// All layers of a step in one call: what `apt_jax.opt.DecoderLayer` and `apt_jax.attention` do, with padding left out.
+// Numbers are rounded to the model's own type where they are there.
+//
+// Tokens of a row that has few now are taken one by one, as rows of a decode step are, those of a longer one together:
+// one by one, each reads what is cached for itself and absorbs Wk and Wv; together, hidden vectors are projected once.
 #pragma once
 
 #include <algorithm>
 #include <cmath>
-#include <functional>
+#include <utility>
 #include <vector>
 
 #include "attention.h"
+#include "chunk.h"
 #include "matmul.h"
 #include "threads.h"
 #include "vectors.h"
 
 namespace apt {
+
+constexpr int kChunkTokens = 8;     // from which on a row's tokens are taken together
+constexpr int kKeysPacked = 4096;   // at a time, if one request has not more
 
 // A layer's parameters; null is one that the model does not have. Kernels are in panels.
 template <class Number>
@@ -21,16 +28,16 @@ struct Layer {
   const Number *final_scale, *final_bias, *fc1, *fc1_bias, *fc2, *fc2_bias;
 };
 
-struct DecodeShape {
+struct StepShape {
   int rows, width, ffn, heads, blocks, page_tokens, pages;  // width: D; blocks: of a layer; pages: of a row's table
   bool norm_first;
 
   int head_dim() const { return width / heads; }
 };
 
-// Which row is cached where. A row whose length is 0 is padding.
-struct DecodeRows {
-  const int32_t *start, *length, *first_blocks, *second_blocks;
+// As `apt_jax.batch.Rows`: a row of length 0 is padding.
+struct StepRows {
+  const int32_t *start, *length, *last, *wanted, *first_blocks, *second_blocks;
   const bool* is_hidden;
 };
 
@@ -63,227 +70,279 @@ inline void normalize(const float* x, const Number* scale, const Number* bias, i
   }
 }
 
+// The layers for some tokens, whose residual stream it holds.
 template <class Number>
-class DecodeStep {
+class Step {
  public:
-  DecodeStep(Team& team, const DecodeShape& shape, const DecodeRows& rows, Number* pool)
+  Step(Team& team, const StepShape& shape, const StepRows& rows, Number* pool)
       : team_(team), shape_(shape), pool_(pool) {
-    for (const bool hidden : {false, true})
+    const auto add = [&](bool hidden, bool together) {
       for (int r = 0; r < shape.rows; r++)
-        if (rows.length[r] > 0 && rows.is_hidden[r] == hidden) {
-          row_.push_back(r);
-          first_.push_back(rows.first_blocks + size_t(r) * shape.pages);
-          second_.push_back(rows.second_blocks + size_t(r) * shape.pages);
-          context_.push_back(rows.start[r] + 1);
-          num_kv_ += !hidden;
+        if (rows.is_hidden[r] == hidden && (rows.length[r] >= kChunkTokens) == together) {
+          if (together) add_chunk({tokens() - num_single_, rows.length[r], rows.start[r]}, hidden, tables_of(rows, r));
+          add_tokens(rows, r);
         }
-    n_ = row_.size();
-    tiles_ = Tiles(std::max(n_, 1));
-    thread_local Scratch scratch;
-    const size_t rows_by_width = size_t(n_) * shape.width, wide = size_t(n_ - num_kv_) * shape.heads * shape.width;
-    float* at = scratch.of(8 * rows_by_width + 2 * size_t(n_) * shape.ffn + 2 * wide + size_t(n_) * shape.heads);
+      return tokens();
+    };
+    num_hidden_ = add(true, false);
+    num_single_ = add(false, false);
+    end_of_kv_ = add(false, true);
+    add(true, true);
+    tiles_ = Tiles(tokens());
+    const size_t D = shape.width, n = tokens(), wide = size_t(num_hidden_) * shape.heads * D;
+    size_t projected = 0;
+    for (const Group& group : groups_) projected = std::max(projected, group.projected.size() * D);
+    float* at = memory_.of(n * (8 * D + 2 * shape.ffn + shape.heads) + 2 * wide + 3 * projected);
     const auto next = [&](size_t size) { return std::exchange(at, at + size); };
-    stream_ = next(rows_by_width), normed_ = next(rows_by_width), turned_ = next(rows_by_width);
-    q_ = next(rows_by_width), k_ = next(rows_by_width), v_ = next(rows_by_width);
-    attended_ = next(rows_by_width), added_ = next(rows_by_width);
-    inner_ = next(size_t(n_) * shape.ffn), inner_turned_ = next(size_t(n_) * shape.ffn);
-    wide_ = next(wide), wide_found_ = next(wide), lse_ = next(size_t(n_) * shape.heads);
+    stream_ = next(n * D), normed_ = next(n * D), turned_ = next(n * D);
+    q_ = next(n * D), k_ = next(n * D), v_ = next(n * D);
+    attended_ = next(n * D), added_ = next(n * D);
+    inner_ = next(n * shape.ffn), inner_turned_ = next(n * shape.ffn);
+    wide_ = next(wide), wide_found_ = next(wide), lse_ = next(n * shape.heads);
+    prefix_turned_ = next(projected), prefix_k_ = next(projected), prefix_v_ = next(projected);
   }
 
-  // x [rows, width], all layers one after the other.
-  void run(const std::vector<Layer<Number>>& layers, Number* x) {
-    const int D = shape_.width;
-    for (int r = 0; r < n_; r++)
-      for (int i = 0; i < D; i++) stream_[size_t(r) * D + i] = to_float(x[size_t(row_[r]) * D + i]);
-    for (size_t l = 0; l < layers.size() && n_ > 0; l++) one(layers[l], l);
-    for (int r = 0; r < n_; r++)
-      for (int i = 0; i < D; i++) from_float(stream_[size_t(r) * D + i], x + size_t(row_[r]) * D + i);
+  // x [tokens with padding, width].
+  void start(const Number* x) {
+    const size_t D = shape_.width;
+    each_token(2.0 * D, [&](int t) {
+      for (size_t i = 0; i < D; i++) stream_[t * D + i] = to_float(x[tokens_[t].index * D + i]);
+    });
   }
 
- private:
-  struct Product {
-    const Number* panels;
-    int outputs;
-    float* out;  // [n, outputs]
-    std::function<void(int, int)> finish;  // what is to be done with outputs `[begin, end)` of all rows
-  };
+  void finish(Number* x) const {
+    const size_t D = shape_.width;
+    each_token(2.0 * D, [&](int t) {
+      for (size_t i = 0; i < D; i++) from_float(stream_[t * D + i], x + tokens_[t].index * D + i);
+    });
+  }
 
-  void one(const Layer<Number>& own, size_t layer) {
-    const int D = shape_.width, F = shape_.ffn;
+  // Layer number l.
+  void run(const Layer<Number>& own, int l) {
+    const int D = shape_.width, F = shape_.ffn, n = tokens();
     const float scale = 1 / std::sqrt(float(shape_.head_dim()));
-    Number* pool = pool_ + layer * shape_.blocks * shape_.page_tokens * D;
-    const auto biased = [](float x, const Number* bias, int i) {
-      const float own = rounded<Number>(x);
-      return bias ? rounded<Number>(own + to_float(bias[i])) : own;
-    };
-    const auto with_bias = [&](float* x, const Number* bias, float factor) {
-      return [=, this](int begin, int end) {
-        for (int r = 0; r < n_; r++)
-          for (int i = begin; i < end; i++) {
-            float& own = x[size_t(r) * D + i];
-            own = biased(own, bias, i);
-            if (factor != 1.0f) own = rounded<Number>(own * factor);
-          }
-      };
-    };
+    Number* pool = pool_of(l);
     const auto add_to_stream = [&](const Number* bias) {
-      return [=, this](int begin, int end) {
-        for (int r = 0; r < n_; r++)
+      return [=, this](int first, int last, int begin, int end) {
+        for (int t = first; t < last; t++)
           for (int i = begin; i < end; i++) {
-            float& own = stream_[size_t(r) * D + i];
-            own = rounded<Number>(own + biased(added_[size_t(r) * D + i], bias, i));
+            float& own = stream_[size_t(t) * D + i];
+            own = rounded<Number>(own + biased(added_[size_t(t) * D + i], bias, i));
           }
       };
     };
 
     enter(shape_.norm_first, own.attention_scale, own.attention_bias);
-    std::vector<Product> products{{own.q, D, q_, with_bias(q_, own.q_bias, scale)}};
-    if (num_kv_) {
-      products.push_back({own.k, D, k_, with_bias(k_, own.k_bias, 1)});
-      products.push_back({own.v, D, v_, with_bias(v_, own.v_bias, 1)});
-    }
-    multiply(n_ > 1 ? turned_ : normed_, D, products);
+    std::vector<Product<Number>> products{{own.q, D, q_, with_bias(q_, own.q_bias, scale), 0, n}};
+    add_keys_values(products, own, n);  // one by one, hidden rows need none
+    multiply(team_, turned_, tiles_, D, products);
     write(pool);
-    attend_kv(pool);
     attend_hidden(own, pool);
-    turn_all(attended_, D);
-    multiply(n_ > 1 ? turned_ : attended_, D, {{own.out, D, added_, add_to_stream(own.out_bias)}});
+    attend_kv(pool);
+    for (const Group& group : groups_) attend_group(group, own, pool);
+    each_tile(8.0 * D, [&](int tile) {
+      if constexpr (sizeof(Number) < sizeof(float))
+        for (size_t i = size_t(tiles_.first(tile)) * D; i < size_t(tiles_.first(tile + 1)) * D; i++)
+          attended_[i] = rounded<Number>(attended_[i]);
+      turn_tile(tile, attended_);
+    });
+    multiply<Number>(team_, turned_, tiles_, D, {{own.out, D, added_, add_to_stream(own.out_bias), 0, n}});
     if (!shape_.norm_first) norm_stream(own.attention_scale, own.attention_bias);
 
     enter(shape_.norm_first, own.final_scale, own.final_bias);
-    multiply(n_ > 1 ? turned_ : normed_, D, {{own.fc1, F, inner_, [&](int begin, int end) {
-      for (int tile = 0; tile < tiles_.count; tile++) {
-        const int m = tiles_.first(tile), height = tiles_.rows(tile);
-        for (int r = 0; r < height; r++)
-          for (int i = begin; i < end; i++)
-            inner_turned_[size_t(m) * F + size_t(i) * height + r] =
-                relu(biased(inner_[size_t(m + r) * F + i], own.fc1_bias, i));
+    multiply<Number>(team_, turned_, tiles_, D, {{own.fc1, F, inner_, [&](int first, int last, int begin, int end) {
+      const auto relu = [&](float x, int i) {
+        const float inner = biased(x, own.fc1_bias, begin + i);
+        return inner < 0 ? 0 : inner;  // NaN stays NaN
+      };
+      for (int t = first; t < last;) {
+        const int rows = tiles_.rows(tiles_.of(t));
+        turn([&](int m) { return inner_ + size_t(t + m) * F + begin; }, rows, end - begin,
+             inner_turned_ + size_t(t) * F + size_t(begin) * rows, rows, relu);
+        t += rows;
       }
-    }}});
-    multiply(inner_turned_, F, {{own.fc2, D, added_, add_to_stream(own.fc2_bias)}});
+    }, 0, n}});
+    multiply<Number>(team_, inner_turned_, tiles_, F, {{own.fc2, D, added_, add_to_stream(own.fc2_bias), 0, n}});
     if (!shape_.norm_first) norm_stream(own.final_scale, own.final_bias);
   }
 
-  static float relu(float x) { return x < 0 ? 0 : x; }  // NaN stays NaN
+  // Of layer number l only what is cached.
+  void cache(const Layer<Number>& own, int l) {
+    enter(shape_.norm_first, own.attention_scale, own.attention_bias);
+    std::vector<Product<Number>> products;
+    add_keys_values(products, own, end_of_kv_);
+    multiply(team_, turned_, tiles_, shape_.width, products);
+    write(pool_of(l));
+  }
 
-  // `normed_`, and the same turned round if it is more than one row, for the products to come.
-  void enter(bool norm, const Number* scale, const Number* bias) {
-    const int D = shape_.width;
-    each_tile(16.0 * n_ * D, [&](int m, int height) {
-      for (int r = m; r < m + height; r++) {
-        const float* from = stream_ + size_t(r) * D;
-        if (norm)
-          normalize(from, scale, bias, D, normed_ + size_t(r) * D);
-        else
-          std::copy_n(from, D, normed_ + size_t(r) * D);
-      }
-      if (n_ > 1) turn(normed_ + size_t(m) * D, height, D, turned_ + size_t(m) * D);
+ private:
+  struct Token {
+    size_t index;  // in x
+    int position;
+    const int32_t *first, *second;  // its row's tables; second is null for a hidden row
+  };
+
+  // A place in a layer's blocks: block and token inside.
+  struct Cached {
+    int32_t block, inside;
+  };
+
+  struct Owner {
+    bool hidden;
+    const int32_t *first, *second;
+    size_t projected;  // of the group's, the first of a hidden chunk's prefix
+  };
+
+  // Chunks that are attended to together.
+  struct Group {
+    std::vector<Chunk> chunks;  // begin counts from the first token of any chunk
+    std::vector<Owner> owners;
+    std::vector<Cached> projected;  // hidden vectors of prefixes
+    int keys = 0;
+  };
+
+  int tokens() const { return tokens_.size(); }
+
+  std::pair<const int32_t*, const int32_t*> tables_of(const StepRows& rows, int r) const {
+    const size_t at = size_t(r) * shape_.pages;
+    return {rows.first_blocks + at, rows.is_hidden[r] ? nullptr : rows.second_blocks + at};
+  }
+
+  void add_tokens(const StepRows& rows, int r) {
+    const auto [first, second] = tables_of(rows, r);
+    for (int t = 0; t < rows.length[r]; t++) {
+      tokens_.push_back({size_t(rows.last[r] - rows.length[r] + 1 + t), rows.start[r] + t, first, second});
+      context_.push_back(rows.start[r] + t + 1);
+    }
+  }
+
+  void add_chunk(const Chunk& chunk, bool hidden, std::pair<const int32_t*, const int32_t*> tables) {
+    if (groups_.empty() || groups_.back().keys + chunk.keys() > kKeysPacked) groups_.emplace_back();
+    Group& group = groups_.back();
+    group.chunks.push_back(chunk);
+    group.owners.push_back({hidden, tables.first, tables.second, group.projected.size()});
+    group.keys += chunk.keys();
+    for (int t = 0; hidden && t < chunk.prefix; t++)
+      group.projected.push_back({tables.first[t / shape_.page_tokens], t % shape_.page_tokens});
+  }
+
+  Number* pool_of(int l) const { return pool_ + size_t(l) * shape_.blocks * shape_.page_tokens * shape_.width; }
+
+  // Keys and values of the tokens `[num_hidden_, end)`.
+  void add_keys_values(std::vector<Product<Number>>& products, const Layer<Number>& own, int end) const {
+    if (num_hidden_ == end) return;
+    products.push_back({own.k, shape_.width, k_, with_bias(k_, own.k_bias), num_hidden_, end});
+    products.push_back({own.v, shape_.width, v_, with_bias(v_, own.v_bias), num_hidden_, end});
+  }
+
+  static float biased(float x, const Number* bias, int i) {
+    const float own = rounded<Number>(x);
+    return bias ? rounded<Number>(own + to_float(bias[i])) : own;
+  }
+
+  // What finishes a product `out [.., D]`.
+  auto with_bias(float* out, const Number* bias, float factor = 1) const {
+    return [=, D = shape_.width](int first, int last, int begin, int end) {
+      for (int t = first; t < last; t++)
+        for (int i = begin; i < end; i++) {
+          float& own = out[size_t(t) * D + i];
+          own = biased(own, bias, i);
+          if (factor != 1.0f) own = rounded<Number>(own * factor);
+        }
+    };
+  }
+
+  template <class Work>
+  void each_tile(double size_of_token, const Work& work) const {
+    team_.run(tiles_.count, size_of_token * tokens(), work);
+  }
+
+  template <class Work>
+  void each_token(double size, const Work& work) const {
+    each_tile(size, [&](int tile) {
+      for (int t = tiles_.first(tile); t < tiles_.first(tile + 1); t++) work(t);
     });
   }
 
-  void turn_all(const float* x, int size) {
-    if (n_ > 1)
-      each_tile(16.0 * n_ * size, [&](int m, int height) {
-        turn(x + size_t(m) * size, height, size, turned_ + size_t(m) * size);
-      });
+  // `normed_`, and in `turned_` the same in tiles for the products to come.
+  void enter(bool norm, const Number* scale, const Number* bias) {
+    const int D = shape_.width;
+    each_tile(16.0 * D, [&](int tile) {
+      for (int t = tiles_.first(tile); t < tiles_.first(tile + 1); t++) {
+        const float* from = stream_ + size_t(t) * D;
+        if (norm)
+          normalize(from, scale, bias, D, normed_ + size_t(t) * D);
+        else
+          std::copy_n(from, D, normed_ + size_t(t) * D);
+      }
+      turn_tile(tile, normed_);
+    });
+  }
+
+  void turn_tile(int tile, const float* x) {
+    const int D = shape_.width, rows = tiles_.rows(tile);
+    const size_t at = size_t(tiles_.first(tile)) * D;
+    turn([&](int m) { return x + at + size_t(m) * D; }, rows, D, turned_ + at, rows);
   }
 
   void norm_stream(const Number* scale, const Number* bias) {
     const int D = shape_.width;
-    each_tile(8.0 * n_ * D, [&](int m, int height) {
-      for (int r = m; r < m + height; r++)
-        normalize(stream_ + size_t(r) * D, scale, bias, D, stream_ + size_t(r) * D);
-    });
-  }
-
-  template <class Work>
-  void each_tile(double size, const Work& work) {
-    team_.run(tiles_.count, size, [&](int i) { work(tiles_.first(i), tiles_.rows(i)); });
-  }
-
-  void multiply(const float* x, int inputs, const std::vector<Product>& products) {
-    std::vector<int> first{0};
-    double size = 0;
-    const auto panels_of = [](const Product& product) { return (product.outputs + kPanel - 1) / kPanel; };
-    for (const Product& product : products) {
-      first.push_back(first.back() + std::min(panels_of(product), 6 * team_.threads()));
-      size += double(n_) * inputs * product.outputs;
-    }
-    team_.run(first.back(), size, [&](int i) {
-      int which = 0;
-      while (i >= first[which + 1]) which++;
-      const Product& own = products[which];
-      const int part = i - first[which], parts = first[which + 1] - first[which], panels = panels_of(own);
-      const int begin = part * panels / parts, end = (part + 1) * panels / parts;
-      few_panels(x, tiles_, n_, own.panels, begin, end, inputs, own.out, own.outputs);
-      own.finish(begin * kPanel, std::min(end * kPanel, own.outputs));
-    });
+    each_token(8.0 * D,
+               [&](int t) { normalize(stream_ + size_t(t) * D, scale, bias, D, stream_ + size_t(t) * D); });
   }
 
   // This step's vectors into their blocks.
   void write(Number* pool) {
     const int D = shape_.width, S = shape_.page_tokens;
-    team_.run(n_, 8.0 * n_ * D, [&](int r) {
-      const int position = context_[r] - 1;
+    each_token(8.0 * D, [&](int t) {
+      const Token& own = tokens_[t];
       const auto put = [&](const float* from, const int32_t* blocks) {
-        Number* to = pool + (size_t(blocks[position / S]) * S + position % S) * D;
-        for (int i = 0; i < D; i++) from_float(from[i], to + i);
+        Number* to = pool + (size_t(blocks[own.position / S]) * S + own.position % S) * D;
+        for (int i = 0; i < D; i++) from_float(from[size_t(t) * D + i], to + i);
       };
-      put((r < num_kv_ ? k_ : normed_) + size_t(r) * D, first_[r]);
-      if (r < num_kv_) put(v_ + size_t(r) * D, second_[r]);
+      put(own.second ? k_ : normed_, own.first);
+      if (own.second) put(v_, own.second);
     });
   }
 
-  Shape attention_shape(int rows) const {
-    return {rows, shape_.heads, shape_.width, shape_.page_tokens, shape_.pages};
-  }
+  Shape attention_shape(int rows) const { return {rows, shape_.heads, shape_.width, shape_.page_tokens}; }
 
   void attend_kv(const Number* pool) {
-    if (!num_kv_) return;
-    const int D = shape_.width;
-    const Shape shape = attention_shape(num_kv_);
-    attend_rows(team_, shape, shape_.head_dim(), context_.data(), attended_, lse_,
-                [&](int r, int begin, int end, Running& running) {
-                  thread_local std::vector<float> buffer;
-                  kv_part(shape, q_ + size_t(r) * D, pool, first_[r], second_[r], begin, end, running, buffer);
-                });
-    round_attended(0, num_kv_);
+    const int first = num_hidden_, count = num_single_ - num_hidden_;
+    const size_t at = size_t(first) * shape_.width;
+    if (!count) return;
+    kv_decode(team_, attention_shape(count), q_ + at, pool, [&](int r) { return tokens_[first + r].first; },
+              [&](int r) { return tokens_[first + r].second; }, context_.data() + first, attended_ + at, lse_);
   }
 
   // Source: DESIGN 2.1: queries of D numbers for each head, over the vectors themselves.
   void attend_hidden(const Layer<Number>& own, const Number* pool) {
-    const int count = n_ - num_kv_, D = shape_.width, N = shape_.heads, H = shape_.head_dim();
+    const int count = num_hidden_, D = shape_.width, N = shape_.heads, H = shape_.head_dim();
     if (!count) return;
     constexpr int kPart = 256;
     const int parts = (D + kPart - 1) / kPart;
     team_.run(N * parts, 2.0 * count * N * D * H, [&](int i) {
       const int n = i / parts, begin = i % parts * kPart, end = std::min(begin + kPart, D);
       for (int r = 0; r < count; r++)
-        absorb(q_ + size_t(num_kv_ + r) * D + size_t(n) * H, own.k + size_t(n) * H * D, begin, end,
+        absorb(q_ + size_t(r) * D + size_t(n) * H, own.k + size_t(n) * H * D, begin, end,
                wide_ + (size_t(r) * N + n) * D);
     });
-    const Shape shape = attention_shape(count);
-    attend_rows(team_, shape, D, context_.data() + num_kv_, wide_found_, lse_,
-                [&](int r, int begin, int end, Running& running) {
-                  thread_local std::vector<float> buffer;
-                  hidden_part(shape, wide_ + size_t(r) * N * D, pool, first_[num_kv_ + r], begin, end, running, buffer);
-                });
+    hidden_decode(team_, attention_shape(count), wide_, pool, [&](int r) { return tokens_[r].first; }, context_.data(),
+                  wide_found_, lse_);
     const Tiles tiles(count);
-    float* out = attended_ + size_t(num_kv_) * D;
     team_.run(N, double(count) * D * D, [&](int n) {
       thread_local Scratch scratch;
-      float *rows = scratch.of(2 * size_t(count) * D), *turned = rows + size_t(count) * D;
-      for (int r = 0; r < count; r++) std::copy_n(wide_found_ + (size_t(r) * N + n) * D, D, rows + size_t(r) * D);
+      float* turned = scratch.of(size_t(count) * D);
       for (int tile = 0; tile < tiles.count; tile++) {
-        const size_t at = size_t(tiles.first(tile)) * D;
-        turn(rows + at, tiles.rows(tile), D, turned + at);
+        const int first = tiles.first(tile), rows = tiles.rows(tile);
+        turn([&](int m) { return wide_found_ + (size_t(first + m) * N + n) * D; }, rows, D, turned + size_t(first) * D,
+             rows);
       }
-      few_panels(turned, tiles, count, own.v + size_t(n) * H * D, 0, H / kPanel, D, out + n * H, D);
+      few_panels(turned, tiles, 0, tiles.count, own.v + size_t(n) * H * D, 0, H / kPanel, D, attended_ + n * H, D);
       if (own.v_bias)
         for (int r = 0; r < count; r++)
-          for (int i = n * H; i < (n + 1) * H; i++) out[size_t(r) * D + i] += to_float(own.v_bias[i]);
+          for (int i = n * H; i < (n + 1) * H; i++) attended_[size_t(r) * D + i] += to_float(own.v_bias[i]);
     });
-    round_attended(num_kv_, n_);
   }
 
   // out [begin, end) = the head's panels [head_dim / kPanel, D, kPanel] times its query, for inputs `[begin, end)`.
@@ -302,23 +361,89 @@ class DecodeStep {
     }
   }
 
-  void round_attended(int begin, int end) {
-    if constexpr (sizeof(Number) < sizeof(float))
-      for (size_t i = size_t(begin) * shape_.width; i < size_t(end) * shape_.width; i++)
-        attended_[i] = rounded<Number>(attended_[i]);
+  void attend_group(const Group& group, const Layer<Number>& own, const Number* pool) {
+    const int D = shape_.width, S = shape_.page_tokens, H = shape_.head_dim();
+    const auto cached = [&](int32_t block, int inside) { return pool + (size_t(block) * S + inside) * D; };
+    if (const int rows = group.projected.size()) {
+      const Tiles tiles(rows);
+      team_.run(tiles.count, 8.0 * rows * D, [&](int i) {
+        const int first = tiles.first(i);
+        const auto row = [&](int m) {
+          const Cached& at = group.projected[first + m];
+          return cached(at.block, at.inside);
+        };
+        turn(row, tiles.rows(i), D, prefix_turned_ + size_t(first) * D, tiles.rows(i));
+      });
+      multiply<Number>(team_, prefix_turned_, tiles, D,
+                       {{own.k, D, prefix_k_, with_bias(prefix_k_, own.k_bias), 0, rows},
+                        {own.v, D, prefix_v_, with_bias(prefix_v_, own.v_bias), 0, rows}});
+    }
+    const size_t at = size_t(num_single_) * D;
+    attend_chunks(team_, group.chunks, q_ + at, shape_.heads, H, attended_ + at, nullptr,
+                  [&](int c, int n, float* keys, float* values) {
+                    const Chunk& chunk = group.chunks[c];
+                    const Owner& owner = group.owners[c];
+                    const auto pack = [&](const auto& row_of_keys, const auto& row_of_values) {
+                      pack_keys(chunk.keys(), H, row_of_keys, keys);
+                      pack_values(chunk.keys(), H, row_of_values, values);
+                    };
+                    const auto paged = [&](const int32_t* blocks) {
+                      return [=](int t) { return cached(blocks[t / S], t % S) + n * H; };
+                    };
+                    const auto projected = [&](const float* prefix, const float* now) {
+                      prefix += owner.projected * D + n * H;
+                      now += at + size_t(chunk.begin) * D + n * H;
+                      return [=, cached_tokens = chunk.prefix](int t) {
+                        return t < cached_tokens ? prefix + size_t(t) * D : now + size_t(t - cached_tokens) * D;
+                      };
+                    };
+                    if (owner.hidden)
+                      pack(projected(prefix_k_, k_), projected(prefix_v_, v_));
+                    else
+                      pack(paged(owner.first), paged(owner.second));
+                  });
   }
 
   Team& team_;
-  const DecodeShape shape_;
+  const StepShape shape_;
   Number* pool_;
-  // of the rows that are no padding, KV rows first
-  std::vector<int> row_;
-  std::vector<int32_t> context_;  // cached tokens, the new one included
-  std::vector<const int32_t*> first_, second_;
-  int n_ = 0, num_kv_ = 0;
-  Tiles tiles_{1};
+  // First those of hidden rows that are taken one by one, then of such KV rows, of KV rows' chunks, of hidden rows' chunks.
+  std::vector<Token> tokens_;
+  std::vector<int32_t> context_;  // by token: cached tokens, itself included
+  std::vector<Group> groups_;
+  int num_hidden_ = 0, num_single_ = 0, end_of_kv_ = 0;  // tokens of the first, the first two, the first three of these
+  Tiles tiles_{0};
+  Borrowed memory_;
   float *stream_, *normed_, *turned_, *q_, *k_, *v_, *attended_, *added_, *inner_, *inner_turned_;
-  float *wide_, *wide_found_, *lse_;  // wide: [hidden rows, heads, D]
+  float *wide_, *wide_found_, *lse_;  // wide: [hidden tokens one by one, heads, D]
+  float *prefix_turned_, *prefix_k_, *prefix_v_;
 };
+
+// x [tokens with padding, width], all layers one after the other. Of the last one, tokens that are not among the wanted
+// last ones of their rows get nothing but their place in the cache; theirs in x is what came before it.
+template <class Number>
+void all_layers(Team& team, const StepShape& shape, const StepRows& rows, const std::vector<Layer<Number>>& layers,
+                Number* pool, Number* x) {
+  std::vector<int32_t> start(shape.rows), length(shape.rows);
+  bool all = true;
+  for (int r = 0; r < shape.rows; r++) {
+    length[r] = std::min(rows.wanted[r], rows.length[r]);
+    start[r] = rows.start[r] + rows.length[r] - length[r];
+    all &= length[r] == rows.length[r];
+  }
+  Step<Number> step(team, shape, rows, pool);
+  const int count = layers.size(), whole = all ? count : count - 1;
+  step.start(x);
+  for (int l = 0; l < whole; l++) step.run(layers[l], l);
+  if (!all) step.cache(layers[whole], whole);
+  step.finish(x);
+  if (all) return;
+  StepRows wanted = rows;
+  wanted.start = start.data(), wanted.length = length.data();
+  Step<Number> last(team, shape, wanted, pool);
+  last.start(x);
+  last.run(layers[whole], whole);
+  last.finish(x);
+}
 
 }  // namespace apt

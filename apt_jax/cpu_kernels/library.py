@@ -22,7 +22,7 @@ from apt_jax.program_store import cpu_features
 
 logger = logging.getLogger(__name__)
 
-TARGETS = ("apt_kv_decode", "apt_hidden_decode", "apt_chunk", "apt_matmul", "apt_decode_layers")
+TARGETS = ("apt_kv_decode", "apt_hidden_decode", "apt_chunk", "apt_matmul", "apt_all_layers")
 _FOLDER = "apt-jax/cpu_kernels"  # in the user's cache folder
 _FLAGS = ("-O3", "-std=c++20", "-shared", "-fPIC")
 _WIDE = "-mprefer-vector-width=512"  # GCC and Clang would use half of AVX-512's registers

@@ -5,6 +5,8 @@
 #pragma once
 
 #include <algorithm>
+#include <functional>
+#include <vector>
 
 #include "threads.h"
 #include "vectors.h"
@@ -19,17 +21,22 @@ constexpr int kTallest = 14;  // rows of a tile: 28 of 32 registers are sums
 constexpr int kTallest = 3;
 #endif
 constexpr int kInputsAtOnce = 768;      // of a panel, between which sums go to memory
-constexpr int kRowsOfBlock = 128;       // rows that share a panel while it is near
-constexpr int kNumbersAtOnce = 131072;  // of x: half of the second cache
+constexpr int kTilesOfBlock = (128 + kTallest - 1) / kTallest;  // that share a panel while it is near
+constexpr int kNumbersAtOnce = 131072;  // of a block: half of the second cache
 
-// Row tiles of about the same height: the first `taller` have one row more.
+// Row tiles of about the same height: the first `taller` have one row more. Of rows in tiles, `[rows, inputs]`, each tile
+// is turned round: `[inputs, rows of the tile]`.
 struct Tiles {
   int count, height, taller;
 
   explicit Tiles(int rows)
-      : count((rows + kTallest - 1) / kTallest), height(rows / count), taller(rows % count) {}
+      : count((rows + kTallest - 1) / kTallest), height(rows / std::max(count, 1)), taller(rows % std::max(count, 1)) {}
   int first(int i) const { return i * height + std::min(i, taller); }
   int rows(int i) const { return height + (i < taller); }
+  int of(int row) const {
+    const int in_taller = taller * (height + 1);
+    return row < in_taller ? row / (height + 1) : taller + (row - in_taller) / height;
+  }
 };
 
 // out [M, kPanel] (+)= x [steps, M] turned round, times panel [steps, kPanel]. Meanwhile brings `ahead` bytes a step
@@ -68,10 +75,11 @@ inline void panel_tile_of(int rows, const float* x, const Number* panel, int ste
   panel_tile<M>(x, panel, steps, out, out_step, adds, next, ahead);
 }
 
-// Panels `[begin, end)` for the rows of one block: x as `turn` leaves it.
+// Panels `[begin, end)` for the tiles `[first, last)`: x in tiles, out [rows, outputs].
 template <class Number>
-void few_panels(const float* x, const Tiles& tiles, int rows, const Number* panels, int begin, int end, int inputs,
-                float* out, int outputs) {
+void few_panels(const float* x, const Tiles& tiles, int first, int last, const Number* panels, int begin, int end,
+                int inputs, float* out, int outputs) {
+  const int rows = tiles.first(last) - tiles.first(first);
   const int depth = std::max(kNumbersAtOnce / rows / kInputsAtOnce, 1) * kInputsAtOnce;
   alignas(64) float edge[kTallest * kPanel];
   for (int from = 0; from < inputs; from += depth)
@@ -82,11 +90,11 @@ void few_panels(const float* x, const Tiles& tiles, int rows, const Number* pane
         const Number* own = panels + (size_t(p) * inputs + at) * kPanel;
         const Number* next = at + steps < to ? own + size_t(steps) * kPanel
                                              : panels + (size_t(p + 1) * inputs + from) * kPanel;
-        const size_t share = size_t(steps) * kPanel * sizeof(Number) / tiles.count;
-        for (int i = 0; i < tiles.count; i++) {
+        const size_t share = size_t(steps) * kPanel * sizeof(Number) / (last - first);
+        for (int i = first; i < last; i++) {
           const int m = tiles.first(i), height = tiles.rows(i), known = std::min(kPanel, outputs - p * kPanel);
           const float* own_x = x + size_t(m) * inputs + size_t(at) * height;
-          const char* ahead = reinterpret_cast<const char*>(next) + i * share;
+          const char* ahead = reinterpret_cast<const char*>(next) + (i - first) * share;
           float* own_out = out + size_t(m) * outputs + p * kPanel;
           if (known == kPanel) {
             panel_tile_of(height, own_x, own, steps, own_out, outputs, at > 0, ahead, share / steps);
@@ -101,40 +109,76 @@ void few_panels(const float* x, const Tiles& tiles, int rows, const Number* pane
     }
 }
 
-// x [rows, inputs] -> out [inputs, rows], a part at a time: rows may be as far apart as is bad for the first cache.
-inline void turn(const float* x, int rows, int inputs, float* out) {
+// out [inputs, rows], its columns `out_step` numbers long, of `row(m)[i]`, a part at a time: rows may be as far apart as
+// is bad for the first cache. `number` makes a float32 of what is found, `number(found, i)`.
+template <class Row, class Make>
+inline void turn(const Row& row, int rows, int inputs, float* out, int out_step, const Make& number) {
   constexpr int kPart = 64;
   for (int from = 0; from < inputs; from += kPart)
-    for (int m = 0; m < rows; m++)
-      for (int i = from; i < std::min(from + kPart, inputs); i++) out[size_t(i) * rows + m] = x[size_t(m) * inputs + i];
+    for (int m = 0; m < rows; m++) {
+      const auto* own = row(m);
+      for (int i = from; i < std::min(from + kPart, inputs); i++) out[size_t(i) * out_step + m] = number(own[i], i);
+    }
 }
 
-// out [rows, outputs].
+template <class Row>
+inline void turn(const Row& row, int rows, int inputs, float* out, int out_step) {
+  turn(row, rows, inputs, out, out_step, [](auto found, int) { return to_float(found); });
+}
+
 template <class Number>
-void matmul(Team& team, const float* x, int rows, const Number* panels, int outputs, int inputs,
-                     float* out) {
-  const int blocks = (rows + kRowsOfBlock - 1) / kRowsOfBlock, num_panels = (outputs + kPanel - 1) / kPanel;
-  const double products = double(rows) * inputs * outputs;
-  const auto first_of = [&](int block) { return int(int64_t(block) * rows / blocks); };
-  if (rows > 1) {
-    thread_local Scratch scratch;
-    float* turned = scratch.of(size_t(rows) * inputs);
-    const Tiles most((rows + blocks - 1) / blocks);
-    team.run(blocks * most.count, 2.0 * rows * inputs, [&](int i) {
-      const int first = first_of(i / most.count), own = i % most.count;
-      const Tiles tiles(first_of(i / most.count + 1) - first);
-      if (own >= tiles.count) return;
-      const size_t at = size_t(first + tiles.first(own)) * inputs;
-      turn(x + at, tiles.rows(own), inputs, turned + at);
-    });
-    x = turned;
+struct Product {
+  const Number* panels;
+  int outputs;
+  float* out;  // [rows, outputs]
+  // What is to be done with its rows `[first, last)`, outputs `[begin, end)`: finish(first, last, begin, end), or none.
+  std::function<void(int, int, int, int)> finish;
+  int from, to;  // rows that are wanted; others may be left out
+};
+
+// Products of the same x [rows, inputs], which is in tiles.
+template <class Number>
+void multiply(Team& team, const float* x, const Tiles& tiles, int inputs, const std::vector<Product<Number>>& products) {
+  struct Piece {
+    int product, first, last, begin, end;  // tiles and panels
+  };
+  const int blocks = (tiles.count + kTilesOfBlock - 1) / kTilesOfBlock;
+  const int most_parts = (blocks > 1 ? 2 : 6) * team.threads();
+  std::vector<Piece> pieces;
+  double size = 0;
+  for (size_t which = 0; which < products.size(); which++) {
+    const Product<Number>& own = products[which];
+    const int panels = (own.outputs + kPanel - 1) / kPanel, parts = std::min(panels, most_parts);
+    for (int part = 0; part < parts; part++)
+      for (int block = 0; block < blocks; block++) {
+        const int first = block * tiles.count / blocks, last = (block + 1) * tiles.count / blocks;
+        if (tiles.first(last) > own.from && tiles.first(first) < own.to)
+          pieces.push_back({int(which), first, last, part * panels / parts, (part + 1) * panels / parts});
+      }
+    size += double(own.to - own.from) * inputs * own.outputs;
   }
-  const int parts = std::min<int>(num_panels, (blocks > 1 ? 2 : 6) * team.threads());
-  team.run(blocks * parts, products, [&](int i) {
-    const int first = first_of(i % blocks), count = first_of(i % blocks + 1) - first, part = i / blocks;
-    few_panels(x + size_t(first) * inputs, Tiles(count), count, panels, part * num_panels / parts,
-               (part + 1) * num_panels / parts, inputs, out + size_t(first) * outputs, outputs);
+  team.run(pieces.size(), size, [&](int i) {
+    const Piece& piece = pieces[i];
+    const Product<Number>& own = products[piece.product];
+    few_panels(x, tiles, piece.first, piece.last, own.panels, piece.begin, piece.end, inputs, own.out, own.outputs);
+    if (own.finish)
+      own.finish(tiles.first(piece.first), tiles.first(piece.last), piece.begin * kPanel,
+                 std::min(piece.end * kPanel, own.outputs));
   });
+}
+
+// out [rows, outputs] = x [rows, inputs] times panels.
+template <class Number>
+void matmul(Team& team, const float* x, int rows, const Number* panels, int outputs, int inputs, float* out) {
+  thread_local Scratch scratch;
+  float* turned = scratch.of(size_t(rows) * inputs);
+  const Tiles tiles(rows);
+  team.run(tiles.count, 2.0 * rows * inputs, [&](int i) {
+    const int first = tiles.first(i);
+    turn([&](int m) { return x + size_t(first + m) * inputs; }, tiles.rows(i), inputs, turned + size_t(first) * inputs,
+         tiles.rows(i));
+  });
+  multiply<Number>(team, turned, tiles, inputs, {{panels, outputs, out, {}, 0, rows}});
 }
 
 }  // namespace apt

@@ -22,6 +22,8 @@ constexpr int kLanes = 4;
 typedef float Vector __attribute__((vector_size(kLanes * 4)));
 typedef uint32_t Bits __attribute__((vector_size(kLanes * 4)));
 
+constexpr float kNever = -1e30f;  // the score of nothing; as NEVER in pallas_kernels/reference.py
+
 struct BFloat16 {
   uint16_t bits;
 };

@@ -55,7 +55,7 @@ def compile_step(kinds, generation, num_tokens=None):
     T, pool = num_tokens or ROWS, make_pool()
     number, flag, table = shape(ROWS), shape(ROWS, dtype=jnp.bool_), shape(ROWS, CONTEXT_TOKENS // BLOCK_SIZE)
     tokens = Tokens(shape(T), shape(T, dtype=jnp.bool_), shape(T), shape(T))
-    rows = Rows(number, number, number, number, flag, table, table)
+    rows = Rows(number, number, number, number, number, flag, table, table)
     program = jax.jit(step, donate_argnums=(1, 2)).lower(weights, pool, shape(ROWS, CONTEXT_TOKENS), tokens, rows)
     program = program.compile()
     in_place(program, pool)
