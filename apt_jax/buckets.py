@@ -6,6 +6,7 @@ mixed iteration, single decode tokens) into its token slots. Steps of 1.33x to 1
 """
 
 from bisect import bisect_left
+from copy import copy
 from dataclasses import dataclass
 
 
@@ -34,6 +35,12 @@ class Buckets:
     def choose_sample_rows(self, num_samples: int) -> int:
         """The smallest shape of the sampling program that holds `num_samples` rows."""
         return self.sample_rows[bisect_left(self.sample_rows, num_samples)]
+
+    def largest(self) -> "Buckets":
+        """One shape for decodes and one for all else: enough where padding takes no time."""
+        found = copy(self)
+        found.decode, found.prefill = self.decode[-1:], self.prefill[-1:]
+        return found
 
     @property
     def all(self) -> list[Bucket]:

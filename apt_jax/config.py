@@ -111,6 +111,14 @@ class ModelConfig:
             checkpoint_dtype=_checkpoint_dtype(fields),
         )
 
+    def to_hf(self) -> dict[str, Any]:
+        """The mapping of a Hugging Face `config.json`, which `from_hf` reads back."""
+        raw = {"architectures": ["OPTForCausalLM"], "model_type": "opt", **dataclasses.asdict(self)}
+        raw["eos_token_id"] = list(raw.pop("eos_token_ids"))
+        raw["dtype"] = raw.pop("checkpoint_dtype")
+        raw["_remove_final_layer_norm"] = raw.pop("remove_final_layer_norm")
+        return raw
+
     @classmethod
     def from_folder(cls, folder: Path) -> "ModelConfig":
         """Read `config.json` in `folder`.

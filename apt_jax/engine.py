@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from apt_jax.attention import Kinds
-from apt_jax.batch import MAX_END_IDS, Batch, BatchBuilder
+from apt_jax.batch import MAX_END_IDS, Batch, BatchBuilder, table_pages
 from apt_jax.buckets import Buckets
 from apt_jax.cache import BlockPool, CacheKind
 from apt_jax.cache_arrays import block_bytes
@@ -98,16 +98,11 @@ class Engine:
         self.max_model_len = config.max_model_len
         limits = Limits(config.max_num_seqs, config.max_num_batched_tokens, config.cache_mode)
         buckets = Buckets(max_num_seqs=config.max_num_seqs, max_num_batched_tokens=config.max_num_batched_tokens)
-        self.builder = BatchBuilder(
-            buckets,
-            num_slots=config.max_num_seqs,
-            block_size=config.block_size,
-            max_model_len=self.max_model_len,
-            pages_multiple=pages_multiple(config.block_size),
-        )
         kinds = Kinds(kv=CacheKind.KV in limits.kinds, hidden=CacheKind.HIDDEN in limits.kinds)
-        shapes = Shapes(config.max_num_seqs, self.max_model_len, self.builder.table_pages, config.block_size, kinds)
+        pages = table_pages(self.max_model_len, config.block_size, pages_multiple(config.block_size))
+        shapes = Shapes(config.max_num_seqs, self.max_model_len, pages, config.block_size, kinds)
         self.runner = Runner(model, model_config, shapes, buckets, config.attention_backend, donate_model=donate_model)
+        self.builder = BatchBuilder(self.runner.buckets, num_slots=config.max_num_seqs, table_pages=pages)
         _check_devices(self.runner, config)
         self.memory = self._plan_memory(limits)
         logger.info("device memory\n%s", self.memory.table())

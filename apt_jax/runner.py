@@ -74,7 +74,6 @@ class Runner:
     ):
         self.model_config = model_config
         self.shapes = shapes
-        self.buckets = buckets
         self._graphdef, state = nnx.split(model)
         self._weights, self._weights_tree = jax.tree.flatten(state)
         self.parallel = Parallel.of(model)
@@ -100,6 +99,7 @@ class Runner:
             self._weights = self._outer.arrays
             if are_native(model, self._layers):
                 self._all_weights = [*self._weights, *(array for own in self._layers.arrays for array in own)]
+        self.buckets = buckets if self.pads else buckets.largest()
         self.num_blocks = 0
         # processes that run one program must compile it together, so none may find it on its disk
         alone = jax.process_count() == 1

@@ -1,6 +1,5 @@
 """A Hugging Face folder of an OPT size by name, without weights: `--load-format dummy` serves it."""
 
-import dataclasses
 import json
 from pathlib import Path
 
@@ -11,10 +10,8 @@ from checkpoints.load import Loaded, load_model
 
 def write_config(folder: Path, config: ModelConfig) -> Path:
     """Write `config.json` for `config` into `folder`; returns the folder."""
-    raw = dataclasses.asdict(config)
-    raw |= {"model_type": "opt", "eos_token_id": list(raw.pop("eos_token_ids")), "dtype": raw.pop("checkpoint_dtype")}
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(raw, indent=1) + "\n", encoding="utf-8")
+    (folder / "config.json").write_text(json.dumps(config.to_hf(), indent=1) + "\n", encoding="utf-8")
     return folder
 
 

@@ -9,7 +9,15 @@ from host_loop import EOS, MODES, HostLoop, finish_any, fits, make_request, make
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from apt_jax.batch import MAX_END_IDS, NO_TOKEN, BatchBuilder, empty_sampling, known_tokens, write_sampling
+from apt_jax.batch import (
+    MAX_END_IDS,
+    NO_TOKEN,
+    BatchBuilder,
+    empty_sampling,
+    known_tokens,
+    table_pages,
+    write_sampling,
+)
 from apt_jax.buckets import Buckets
 from apt_jax.cache import CacheKind, pages_for
 from apt_jax.request import Status
@@ -32,8 +40,8 @@ def true_token(number: int, position: int) -> int:
 class NumpyDevice:
     """Carries out batches on a token history and a pool, and checks everything that a step would read."""
 
-    def __init__(self, state, builder):
-        self.state, self.builder = state, builder
+    def __init__(self, state, builder, pages):
+        self.state, self.builder, self.table_pages = state, builder, pages
         pool = state.pool
         self.history = np.full((builder.num_slots, MAX_MODEL_LEN), -1)
         self.pool = np.full((pool.num_blocks, pool.block_size), -1)
@@ -55,7 +63,7 @@ class NumpyDevice:
     def check_shapes(self, batch, spans):
         T, R, slots = batch.bucket.tokens, batch.bucket.rows, self.builder.num_slots
         assert all(array.shape == (T,) for array in batch.tokens)
-        assert all(array.shape == (R, self.builder.table_pages)[: array.ndim] for array in batch.rows)
+        assert all(array.shape == (R, self.table_pages)[: array.ndim] for array in batch.rows)
         assert all(len(array) == len(batch.sample_slot) for array in (*batch.sampling, batch.sample_length))
         assert batch.bucket in self.builder.buckets.all
         assert len(batch.sample_slot) in self.builder.buckets.sample_rows
@@ -118,14 +126,13 @@ def make_loop(depth=0, pages_multiple=4, **sizes):
     """A loop whose every plan is built and run on a NumpyDevice."""
     state = make_state(**sizes)
     limits = state.limits
+    pages = table_pages(MAX_MODEL_LEN, state.pool.block_size, pages_multiple)
     builder = BatchBuilder(
         Buckets(max_num_seqs=limits.max_num_seqs, max_num_batched_tokens=limits.max_num_batched_tokens),
         num_slots=limits.max_num_seqs,
-        block_size=state.pool.block_size,
-        max_model_len=MAX_MODEL_LEN,
-        pages_multiple=pages_multiple,
+        table_pages=pages,
     )
-    device = NumpyDevice(state, builder)
+    device = NumpyDevice(state, builder, pages)
     return HostLoop(
         state,
         depth=depth,
@@ -209,15 +216,14 @@ def held(state, request, kind=CacheKind.KV):
 
 def builder_for(state, **changes):
     limits = state.limits
-    sizes = {"num_slots": limits.max_num_seqs, "block_size": 4, "max_model_len": MAX_MODEL_LEN, "pages_multiple": 1}
     buckets = Buckets(max_num_seqs=limits.max_num_seqs, max_num_batched_tokens=limits.max_num_batched_tokens)
+    sizes = {"num_slots": limits.max_num_seqs, "table_pages": table_pages(MAX_MODEL_LEN, 4, 1)}
     return BatchBuilder(buckets, **{**sizes, **changes})
 
 
 @pytest.mark.parametrize(("max_model_len", "multiple", "pages"), [(64, 1, 16), (65, 1, 17), (65, 8, 24), (4, 8, 8)])
 def test_tables_are_as_wide_as_the_context_rounded_up(max_model_len, multiple, pages):
-    builder = builder_for(make_state(10), max_model_len=max_model_len, pages_multiple=multiple)
-    assert builder.table_pages == pages >= pages_for(max_model_len, 4)
+    assert table_pages(max_model_len, 4, multiple) == pages >= pages_for(max_model_len, 4)
 
 
 def test_rows_that_sample_come_first_and_chunks_are_packed_without_gaps():

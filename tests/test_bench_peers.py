@@ -8,10 +8,12 @@ import time
 import psutil
 import pytest
 import served_model
+import tyro
 from jax import numpy as jnp
 
+from apt_jax.config import ModelConfig
 from checkpoints.load import load_model
-from experiments.peers import environments, folder, servers
+from experiments.peers import environments, folder, gpu, servers
 from experiments.peers.__main__ import Args, Comparison, main
 from experiments.peers.catalogue import OURS, PEERS, Peer
 from experiments.peers.comparison import TASKS, agreement, markdown, medians, ratio
@@ -44,7 +46,7 @@ def peer(tmp_path, monkeypatch):
 
 
 def started(peer, tmp_path, folder="model", **options):
-    return Process(peer, sys.executable, folder, "float32", options, tmp_path / "log")
+    return Process(peer, sys.executable, folder, "float32", {"platform": "cpu", **options}, tmp_path / "log")
 
 
 def test_a_worker_answers_with_tokens_and_its_noise_goes_to_the_log(peer, tmp_path):
@@ -88,12 +90,26 @@ def test_a_worker_that_cannot_load_is_one_sentence(peer, tmp_path):
 def test_peers_take_turns_and_one_that_fails_is_left_out(peer, monkeypatch, tmp_path):
     monkeypatch.setattr("experiments.peers.__main__.FOLDER", tmp_path)
     monkeypatch.setitem(TASKS, "broken", dataclasses.replace(TASKS["ttft"], name="broken", new_tokens=3))
-    comparison = Comparison(Args(rounds=2), "float32", [(peer, sys.executable)])
-    comparison.run(["ttft"])
+    comparison = Comparison(Args(rounds=2), "float32")
+    comparison.run([(peer, sys.executable)], ["ttft"])
     assert list(comparison.seconds) == [("other", "ttft")] and len(comparison.seconds["other", "ttft"]) == 2
-    broken = Comparison(Args(rounds=1), "float32", [(peer, sys.executable)])
-    broken.run(["ttft", "broken"])
+    broken = Comparison(Args(rounds=1), "float32")
+    broken.run([(peer, sys.executable)], ["ttft", "broken"])
     assert broken.seconds == {} and "out of memory" in broken.remarks[0]
+
+
+@pytest.mark.parametrize(("platform", "most"), [("cpu", 2), ("gpu", 1)])
+def test_on_a_gpu_one_peer_after_the_other_is_loaded(platform, most, peer, monkeypatch, tmp_path):
+    monkeypatch.setattr("experiments.peers.__main__.FOLDER", tmp_path)
+    ours = dataclasses.replace(peer, name="apt-jax")
+    comparison = Comparison(Args(rounds=1, platform=platform), "float32")
+    loaded = []
+    do = comparison._do
+    monkeypatch.setattr(comparison, "_do", lambda *a, **k: (loaded.append(len(comparison._loaded)), do(*a, **k)))
+    comparison.run([(ours, sys.executable), (peer, sys.executable)], ["ttft"])
+    assert max(loaded) == most and not comparison._loaded
+    assert set(comparison.seconds) == {("apt-jax", "ttft"), ("other", "ttft")}
+    assert comparison.agreements["other"].equal == 1
 
 
 def test_a_peer_that_cannot_be_installed_is_skipped_with_a_sentence(monkeypatch, tmp_path, capsys):
@@ -138,22 +154,28 @@ def test_figures_are_medians_and_ratios_say_how_many_times_as_fast_we_are():
 
 
 def test_the_folder_is_a_model_that_loads_and_is_the_same_for_a_seed(tmp_path, monkeypatch):
-    small = {"VOCABULARY": 300, "LAYERS": 2, "HIDDEN": 32, "HEADS": 4, "FFN": 64, "CONTEXT": 64}
-    for name, value in small.items():
-        monkeypatch.setattr(folder, name, value)
-    loaded = load_model(str(folder.without_tokenizer(folder.write_folder(tmp_path / "model"))), dtype="float32")
+    small = ModelConfig(
+        vocab_size=300, num_hidden_layers=2, hidden_size=32, num_attention_heads=4, ffn_dim=64, word_embed_proj_dim=32,
+        max_position_embeddings=64,
+    )  # fmt: skip
+    monkeypatch.setitem(folder.MODELS, "small", small)
+    written = folder.write_folder(tmp_path / "model", model="small")
+    loaded = load_model(str(folder.without_tokenizer(written)), dtype="float32")
     assert loaded.config.num_hidden_layers == 2 and loaded.config.vocab_size == 300
     embedding = loaded.model.embed_tokens.embedding[...]
-    assert jnp.array_equal(embedding, folder.weights(0)["model.decoder.embed_tokens.weight"])
+    assert jnp.array_equal(embedding, folder.weights(small, 0)["model.decoder.embed_tokens.weight"])
     vocabulary = json.loads((tmp_path / "model/tokenizer.json").read_text())["model"]["vocab"]
     assert sorted(vocabulary.values()) == list(range(300))
-    assert not jnp.array_equal(embedding, folder.weights(1)["model.decoder.embed_tokens.weight"])
+    dummy = folder.without_tokenizer(folder.write_folder(tmp_path / "dummy", model="small", dummy=True))
+    assert sorted(path.name for path in dummy.iterdir()) == ["config.json"]
+    assert load_model(str(dummy), load_format="dummy", dtype="float32").config == loaded.config
+    assert not jnp.array_equal(embedding, folder.weights(small, 1)["model.decoder.embed_tokens.weight"])
 
 
 def test_servers_that_sleep_and_wake_and_one_client(tmp_path, monkeypatch, capsys):
     """A small benchmark, to see that it works: a real server, stopped but while it is measured."""
     monkeypatch.setattr(servers, "FOLDER", tmp_path)
-    monkeypatch.setattr(servers, "write_folder", lambda folder: folder)
+    monkeypatch.setattr(servers, "write_folder", lambda folder, **_: folder)
     plot, output = tmp_path / "a.png", tmp_path / "a.json"
     args = servers.Args(
         servers="apt-jax", rates="20,40", num_prompts=4, dataset="random", max_model_len=128, max_num_seqs=1,
@@ -171,6 +193,26 @@ def test_servers_that_sleep_and_wake_and_one_client(tmp_path, monkeypatch, capsy
 
 def test_a_server_that_nobody_knows(tmp_path, monkeypatch):
     monkeypatch.setattr(servers, "FOLDER", tmp_path)
-    monkeypatch.setattr(servers, "write_folder", lambda folder: folder)
+    monkeypatch.setattr(servers, "write_folder", lambda folder, **_: folder)
     with pytest.raises(ValueError, match="unknown 'tgi'; known: apt-jax, apt-jax-fcfs, vllm-cpu"):
         servers.main(servers.Args(servers="tgi"))
+
+
+def test_every_part_on_a_gpu_is_a_command_that_its_program_takes(tmp_path):
+    parts = gpu.commands(gpu.Args(results=tmp_path, model="opt-6.7b"))
+    offline = tyro.cli(Args, args=parts["offline"][3:])
+    assert (offline.platform, offline.model, offline.dummy, offline.dtypes) == ("gpu", "opt-6.7b", True, "bfloat16")
+    assert all(PEERS[name].on_gpu for name in offline.peers.split(","))
+    serving = tyro.cli(servers.Args, args=parts["serving"][3:])
+    assert (serving.cache_bytes, serving.ttft_slo_ms, serving.dtype) == (10_000_000_000, 1000, "bfloat16")
+    assert parts["steps"][1:5] == ["-m", "serve.cli", "bench", "kernels"] and "--allow-cpu" not in parts["steps"]
+
+
+def test_parts_on_a_gpu_fail_and_end_one_by_one(tmp_path, monkeypatch, capsys):
+    code = {"a": "pass", "b": "raise SystemExit(3)", "c": "import time; time.sleep(60)", "d": "pass"}
+    monkeypatch.setattr(gpu, "commands", lambda args: {n: [sys.executable, "-c", c] for n, c in code.items()})
+    assert gpu.main(gpu.Args(results=tmp_path / "r", parts="a,b,c,d", part_minutes=0.02)) == 1
+    ends = capsys.readouterr().out.splitlines()[-4:]
+    assert ends == ["a done", "b failed with exit code 3", "c was ended after 0.02 minutes", "d done"]
+    with pytest.raises(ValueError, match="unknown 'e'; known: a, b, c, d"):
+        gpu.main(gpu.Args(results=tmp_path, parts="e"))

@@ -61,6 +61,15 @@ def test_shapes_are_distinct_sorted_and_reach_the_limits(limits):
         assert many.tokens <= 1.5 * few.tokens, "a step this large wastes more than a third"
 
 
+def test_the_largest_shapes_hold_every_batch():
+    all_shapes = Buckets(max_num_seqs=64, max_num_batched_tokens=512)
+    largest = all_shapes.largest()
+    assert largest.all == [all_shapes.prefill[-1], all_shapes.decode[-1]]
+    assert largest.choose(1, 1, decode_only=True) == largest.choose(64, 64, decode_only=True) == all_shapes.decode[-1]
+    assert largest.choose(3, 1, decode_only=False).tokens == 512 and len(all_shapes.all) > 2
+    assert largest.sample_rows == all_shapes.sample_rows
+
+
 @pytest.mark.parametrize(("tokens", "rows", "decode_only"), [(65, 65, True), (513, 1, False), (100, 65, False)])
 def test_a_batch_past_the_limits_is_refused_with_its_size(tokens, rows, decode_only):
     buckets = Buckets(max_num_seqs=64, max_num_batched_tokens=512)

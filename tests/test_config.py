@@ -50,7 +50,7 @@ def test_any_config_is_read_as_transformers_reads_it(fields):
     """Filled in by transformers or by us, the result is the same."""
     filled = json.loads(OPTConfig(**fields).to_json_string())
     ours = ModelConfig.from_hf({**MINIMAL, **fields})
-    assert ours == ModelConfig.from_hf(filled)
+    assert ours == ModelConfig.from_hf(filled) == ModelConfig.from_hf(ours.to_hf())
     assert ours.word_embed_proj_dim == filled["word_embed_proj_dim"]
     assert ours.remove_final_layer_norm == filled["_remove_final_layer_norm"]
     assert ours.head_dim * filled["num_attention_heads"] == filled["hidden_size"]

@@ -12,7 +12,7 @@ from engines import GREEDY, Orders, count_compilations, failing_dispatch, finish
 from flax import nnx
 
 from apt_jax.attention import Kinds
-from apt_jax.batch import BatchBuilder
+from apt_jax.batch import BatchBuilder, table_pages
 from apt_jax.buckets import Buckets
 from apt_jax.cache import BlockPool, CacheKind
 from apt_jax.cache_arrays import pool_shape
@@ -130,8 +130,7 @@ def last_logits(model: OPT, config: ModelConfig, prompts: list[list[int]], kind:
     rows, length = len(prompts), config.max_position_embeddings
     buckets = Buckets(max_num_seqs=rows, max_num_batched_tokens=length)
     state = SchedulerState(BlockPool(rows * 32, 8), Limits(rows, length))
-    multiple = pages_multiple(8)
-    builder = BatchBuilder(buckets, num_slots=rows, block_size=8, max_model_len=length, pages_multiple=multiple)
+    builder = BatchBuilder(buckets, num_slots=rows, table_pages=table_pages(length, 8, pages_multiple(8)))
     kinds = Kinds(kv=kind is CacheKind.KV, hidden=kind is CacheKind.HIDDEN)
     graphdef, weights = nnx.split(model)
     dtype = model.embed_tokens.embedding[...].dtype

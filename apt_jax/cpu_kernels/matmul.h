@@ -23,6 +23,7 @@ constexpr int kTallest = 3;
 constexpr int kInputsAtOnce = 768;      // of a panel, between which sums go to memory
 constexpr int kTilesOfBlock = (128 + kTallest - 1) / kTallest;  // that share a panel while it is near
 constexpr int kNumbersAtOnce = 131072;  // of a block: half of the second cache
+constexpr int kTilesToWiden = 4;        // from which on a panel of bfloat16 is made float32 for all of them at once
 
 // Row tiles of about the same height: the first `taller` have one row more. Of rows in tiles, `[rows, inputs]`, each tile
 // is turned round: `[inputs, rows of the tile]`.
@@ -91,19 +92,28 @@ void few_panels(const float* x, const Tiles& tiles, int first, int last, const N
         const Number* next = at + steps < to ? own + size_t(steps) * kPanel
                                              : panels + (size_t(p + 1) * inputs + from) * kPanel;
         const size_t share = size_t(steps) * kPanel * sizeof(Number) / (last - first);
-        for (int i = first; i < last; i++) {
-          const int m = tiles.first(i), height = tiles.rows(i), known = std::min(kPanel, outputs - p * kPanel);
-          const float* own_x = x + size_t(m) * inputs + size_t(at) * height;
-          const char* ahead = reinterpret_cast<const char*>(next) + (i - first) * share;
-          float* own_out = out + size_t(m) * outputs + p * kPanel;
-          if (known == kPanel) {
-            panel_tile_of(height, own_x, own, steps, own_out, outputs, at > 0, ahead, share / steps);
-            continue;
+        const auto all_tiles = [&](const auto* panel) {
+          for (int i = first; i < last; i++) {
+            const int m = tiles.first(i), height = tiles.rows(i), known = std::min(kPanel, outputs - p * kPanel);
+            const float* own_x = x + size_t(m) * inputs + size_t(at) * height;
+            const char* ahead = reinterpret_cast<const char*>(next) + (i - first) * share;
+            float* own_out = out + size_t(m) * outputs + p * kPanel;
+            if (known == kPanel) {
+              panel_tile_of(height, own_x, panel, steps, own_out, outputs, at > 0, ahead, share / steps);
+              continue;
+            }
+            if (at > 0)
+              for (int r = 0; r < height; r++) std::copy_n(own_out + size_t(r) * outputs, known, edge + r * kPanel);
+            panel_tile_of(height, own_x, panel, steps, edge, kPanel, at > 0, ahead, share / steps);
+            for (int r = 0; r < height; r++) std::copy_n(edge + r * kPanel, known, own_out + size_t(r) * outputs);
           }
-          if (at > 0)
-            for (int r = 0; r < height; r++) std::copy_n(own_out + size_t(r) * outputs, known, edge + r * kPanel);
-          panel_tile_of(height, own_x, own, steps, edge, kPanel, at > 0, ahead, share / steps);
-          for (int r = 0; r < height; r++) std::copy_n(edge + r * kPanel, known, own_out + size_t(r) * outputs);
+        };
+        if (sizeof(Number) < sizeof(float) && last - first >= kTilesToWiden) {
+          alignas(64) thread_local float widened[kInputsAtOnce * kPanel];
+          for (int i = 0; i < steps * kPanel; i += kLanes) store(widened + i, load_as_float(own + i));
+          all_tiles(widened);
+        } else {
+          all_tiles(own);
         }
       }
     }

@@ -4,7 +4,8 @@
 
 Builds a folder of OPT-125M's shape with random weights and installs each peer into an environment of its own; one that
 cannot be installed or fails is left out with a sentence. Every round does each task once with every peer in turn, so
-that a change of the machine's speed hits all. Prints medians, and how many times as fast apt-jax is.
+that a change of the machine's speed hits all. Prints medians, and how many times as fast apt-jax is. On a GPU, which
+each would fill, one peer after the other is loaded and does all its rounds.
 """
 
 import json
@@ -12,16 +13,16 @@ import os
 import platform
 import sys
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import psutil
 import tyro
 
 from experiments.peers.catalogue import OURS, PEERS, ROOT, Peer
 from experiments.peers.comparison import TASKS, Agreement, agreement, markdown, medians
-from experiments.peers.environments import FOLDER, NotInstalled, python_of, versions_of
+from experiments.peers.environments import FOLDER, NotInstalled, model_folder, python_of, versions_of
 from experiments.peers.folder import without_tokenizer, write_folder
 from experiments.peers.process import PeerFailed, Process
 
@@ -40,12 +41,18 @@ class Args:
     """offline: 32 prompts of 128 tokens, 128 new each; single: one prompt of 32, 128 new; ttft: one of 512, 1 new."""
     dtypes: str = "float32,bfloat16"
     """Number types; a peer that lacks one is left out there."""
+    platform: Literal["cpu", "gpu"] = "cpu"
+    """Where all run."""
+    model: str = "opt-125m"
+    """OPT size by name."""
+    dummy: bool = False
+    """No weights are written, each engine draws its own (so that greedy tokens cannot agree); for large models."""
     rounds: int = 3
     """Times that every task is done, after one that does not count; 0 only compares greedy tokens."""
     options: str = "{}"
     """JSON: fields of apt-jax' EngineConfig, such as {"max_num_batched_tokens": 256}."""
-    folder: Path = field(default_factory=lambda: FOLDER / "opt-125m-random")
-    """Where the model is written."""
+    folder: Path | None = None
+    """Where the model is written; default: below .venv-peers, by its name."""
     seed: int = 0
     """Of weights and prompts."""
     output: Path | None = None
@@ -55,70 +62,68 @@ class Args:
 class Comparison:
     """The peers of one number type, and what they took."""
 
-    def __init__(self, args: Args, dtype: str, chosen: list[tuple[Peer, Path]]):
+    def __init__(self, args: Args, dtype: str):
         self.args, self.dtype = args, dtype
         self.seconds: dict[tuple[str, str], list[float]] = {}
         self.agreements: dict[str, Agreement] = {}
-        self.loaded: dict[str, Process] = {}
         self.remarks: list[str] = []
-        self._tokens: dict[str, list[Any]] = {}
-        for peer, python in chosen:
-            if dtype in peer.dtypes:
+        self._loaded: dict[str, Process] = {}
+        self._tokens: dict[str, list[Any]] = {}  # of the task that is compared
+
+    def run(self, chosen: list[tuple[Peer, Path]], tasks: list[str]) -> None:
+        """Every task with every peer in turn, once to warm up and `rounds` times to count; on a GPU peer by peer."""
+        chosen = [(peer, python) for peer, python in chosen if self.dtype in peer.dtypes]
+        for group in [chosen] if self.args.platform == "cpu" else [[one] for one in chosen]:
+            self._run_together(group, tasks)
+        if OURS.name in self._tokens and not self.args.dummy:
+            ours = self._tokens.pop(OURS.name)
+            self.agreements = {name: agreement(ours, tokens) for name, tokens in self._tokens.items()}
+
+    def _run_together(self, group: list[tuple[Peer, Path]], tasks: list[str]) -> None:
+        try:
+            for peer, python in group:
                 self._open(peer, python)
+            for number in range(self.args.rounds + 1):
+                for task in tasks:
+                    prompts = TASKS[task].prompts(1000 * self.args.seed + number)
+                    for name in list(self._loaded):
+                        self._do(name, task, prompts, number, is_compared=number == 0 and task == longest(tasks))
+        finally:
+            for process in self._loaded.values():
+                process.close()
+            self._loaded.clear()
 
     def _open(self, peer: Peer, python: Path) -> None:
-        folder = args_folder(self.args, peer)
-        options = json.loads(self.args.options) if peer is OURS else {}
+        folder = folder_for(self.args, peer)
+        engine = json.loads(self.args.options)
+        options = {"platform": self.args.platform, "dummy": self.args.dummy, "engine": engine}
         began = time.perf_counter()
         try:
             log = FOLDER / f"{peer.name}-{self.dtype}.log"
-            self.loaded[peer.name] = Process(peer, python, folder, self.dtype, options, log)
+            self._loaded[peer.name] = Process(peer, python, folder, self.dtype, options, log)
         except PeerFailed as error:
             self._leave_out(peer.name, error)
         else:
             print(f"{peer.name} {self.dtype}: ready after {time.perf_counter() - began:.0f} s", file=sys.stderr)
 
-    def run(self, tasks: list[str]) -> None:
-        """Every task with every peer in turn, once to warm up and `rounds` times to count."""
+    def _do(self, name: str, task: str, prompts: list[list[int]], number: int, *, is_compared: bool) -> None:
         try:
-            for number in range(self.args.rounds + 1):
-                for task in tasks:
-                    self._round(task, number, is_compared=number == 0 and task == longest(tasks))
-        finally:
-            for process in self.loaded.values():
-                process.close()
-
-    def _round(self, task: str, number: int, *, is_compared: bool) -> None:
-        prompts = TASKS[task].prompts(1000 * self.args.seed + number)
-        self._tokens.clear()
-        for name in list(self.loaded):
-            self._do(name, task, prompts, number)
-        if is_compared:
-            self._compare()
-
-    def _do(self, name: str, task: str, prompts: list[list[int]], number: int) -> None:
-        try:
-            seconds, tokens = self.loaded[name].generate(prompts, TASKS[task].new_tokens)
+            seconds, tokens = self._loaded[name].generate(prompts, TASKS[task].new_tokens)
         except PeerFailed as error:
             self._leave_out(name, error)
             return
-        self._tokens[name] = tokens
+        if is_compared:
+            self._tokens[name] = tokens
         if number:
             self.seconds.setdefault((name, task), []).append(seconds)
             print(f"{self.dtype} {task} {name}: {TASKS[task].figure(seconds):.1f}", file=sys.stderr)
 
-    def _compare(self) -> None:
-        """Greedy tokens of the task just done against ours."""
-        if OURS.name in self._tokens:
-            ours = self._tokens[OURS.name]
-            others = {name: tokens for name, tokens in self._tokens.items() if name != OURS.name}
-            self.agreements = {name: agreement(ours, tokens) for name, tokens in others.items()}
-
     def _leave_out(self, name: str, error: Exception) -> None:
         print(f"left out: {error}", file=sys.stderr)
         self.remarks.append(str(error))
-        if name in self.loaded:
-            self.loaded.pop(name).close()
+        if name in self._loaded:
+            self._loaded.pop(name).close()
+        self._tokens.pop(name, None)
         self.seconds = {key: times for key, times in self.seconds.items() if key[0] != name}
 
 
@@ -127,9 +132,10 @@ def longest(tasks: list[str]) -> str:
     return max(tasks, key=lambda task: TASKS[task].num_prompts * TASKS[task].new_tokens)
 
 
-def args_folder(args: Args, peer: Peer) -> Path:
+def folder_for(args: Args, peer: Peer) -> Path:
     """The model's folder; ours has no tokenizer, since nobody is asked for text."""
-    return without_tokenizer(args.folder) if peer is OURS else args.folder
+    folder = model_folder(args.folder, args.model, dummy=args.dummy)
+    return without_tokenizer(folder) if peer is OURS else folder
 
 
 def machine() -> dict[str, Any]:
@@ -155,6 +161,8 @@ def main(args: Args) -> int:
     remarks = []
     for name in _known(args.peers, PEERS):
         try:
+            if args.platform == "gpu" and not PEERS[name].on_gpu:
+                raise NotInstalled(f"{name} is skipped: it is compared on CPUs only")
             chosen.append((PEERS[name], python_of(PEERS[name])))
         except NotInstalled as error:
             print(error, file=sys.stderr)
@@ -164,16 +172,17 @@ def main(args: Args) -> int:
             f"other programs were running (load {load:.1f}); engines whose threads wait for each other suffer most"
         )
         print(f"warning: {remarks[-1]}", file=sys.stderr)
-    args.folder = args.folder.resolve()
-    write_folder(args.folder, args.seed)
+    folder = model_folder(args.folder, args.model, dummy=args.dummy)
+    write_folder(folder, model=args.model, dummy=args.dummy, seed=args.seed)
     result: dict[str, Any] = {
-        "machine": machine(), "rounds": args.rounds, "load_before": os.getloadavg()[0],
+        "machine": machine(), "platform": args.platform, "model": args.model, "rounds": args.rounds,
+        "load_before": os.getloadavg()[0],
         "versions": {peer.name: versions_of(peer, python) for peer, python in chosen}, "dtypes": {},
     }  # fmt: skip
     tables = []
     for dtype in dtypes:
-        comparison = Comparison(args, dtype, chosen)
-        comparison.run(tasks)
+        comparison = Comparison(args, dtype)
+        comparison.run(chosen, tasks)
         found = medians(comparison.seconds)
         tables.append(markdown(dtype, found, OURS.name, comparison.agreements))
         remarks += comparison.remarks

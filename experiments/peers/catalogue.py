@@ -2,9 +2,8 @@
 
 import os
 import sys
-from collections.abc import Mapping
 from ctypes.util import find_library
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 WORKERS = Path(__file__).parent / "workers"
@@ -24,28 +23,34 @@ class Peer:
     python: str | None = None  # command of the Python to build its environment with
     dtypes: tuple[str, ...] = ("float32", "bfloat16")
     preload: tuple[str, ...] = ()  # libraries that its makers advise to load first, where they are installed
-    environment: Mapping[str, str] = field(default_factory=dict)
+    shares: str = ""  # the peer whose environment it runs in, if it has none of its own
+    on_gpu: bool = False  # whether it can run there
 
     @property
     def script(self) -> Path:
         """Its worker."""
         return WORKERS / self.worker
 
-    def variables(self) -> dict[str, str]:
-        """Environment of its process."""
+    def variables(self, platform: str) -> dict[str, str]:
+        """Environment of its process, on cpu or gpu."""
         paths = [str(Path(__file__).parent), *([] if self.requirements else [str(ROOT)])]
         found = [name for name in map(find_library, self.preload) if name is not None]
         preload = {"LD_PRELOAD": ":".join(found)} if found else {}
-        return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), **preload, **self.environment}
+        jax_platforms = "cpu" if platform == "cpu" else "cuda,cpu"
+        return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), **preload, "JAX_PLATFORMS": jax_platforms}
 
 
-OURS = Peer("apt-jax", "apt_jax_worker.py", ("jax", "jaxlib", "flax"), environment={"JAX_PLATFORMS": "cpu"})
+OURS = Peer("apt-jax", "apt_jax_worker.py", ("jax", "jaxlib", "flax"), on_gpu=True)
 PEERS = {
     peer.name: peer
     for peer in (
         Peer(
             "transformers", "transformers_worker.py", ("transformers", "torch"),
-            (TORCH, "transformers>=5"), "python3.11",
+            (TORCH, "transformers>=5"), "python3.11", on_gpu=True,
+        ),
+        Peer(
+            "transformers-batching", "transformers_batching_worker.py", ("transformers", "torch"),
+            (TORCH, "transformers>=5"), "python3.11", shares="transformers", on_gpu=True,
         ),
         Peer(
             "ctranslate2", "ctranslate2_worker.py", ("ctranslate2",),

@@ -12,6 +12,11 @@ FOLDER = ROOT / ".venv-peers"
 STAMP = ".installed"
 
 
+def model_folder(given: Path | None, model: str, *, dummy: bool) -> Path:
+    """Where a model's folder is written, if it is not given."""
+    return (given or FOLDER / f"{model}-{'dummy' if dummy else 'random'}").resolve()
+
+
 class NotInstalled(ValueError):
     """A peer cannot be installed here; one sentence."""
 
@@ -24,7 +29,7 @@ def python_of(peer: Peer) -> Path:
     """
     if not peer.requirements:
         return Path(PYTHON)
-    folder = FOLDER / peer.name
+    folder = FOLDER / (peer.shares or peer.name)
     python = folder / "bin" / "python"
     stamp, wanted = folder / STAMP, "\n".join(peer.requirements)
     if stamp.is_file() and stamp.read_text(encoding="utf-8") == wanted:

@@ -19,6 +19,9 @@ class PeerFailed(RuntimeError):
 class Process:
     """A loaded peer.
 
+    Args:
+        options: see `protocol`.
+
     Raises:
         PeerFailed: it cannot be loaded; its output is in `log`.
     """
@@ -29,8 +32,8 @@ class Process:
         command = [str(python), str(peer.script), str(folder), dtype, json.dumps(options)]
         with log.open("w", encoding="utf-8") as file:
             self._process = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=file, env=peer.variables(), bufsize=0,
-                start_new_session=True,
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=file, bufsize=0,
+                env=peer.variables(options["platform"]), start_new_session=True,
             )  # fmt: skip
         self._group = ProcessGroup(self._process)
         self._rest = b""

@@ -2,6 +2,8 @@
 
 A worker module ends with `serve(open_peer)`; `open_peer(folder, dtype, options)` loads the model and returns a function
 from prompts (token ids) and a number of new tokens to the new token ids of each prompt, greedy and past any end.
+Options: `platform`, cpu or gpu; `dummy`, whether the folder has no weights and some are to be drawn; `engine`, fields
+of apt-jax' EngineConfig.
 """
 
 import json

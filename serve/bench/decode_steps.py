@@ -50,10 +50,8 @@ HEADER = f"{'batch':>5} {'context':>7} {'kind':<7} {'floor ms':>9} {'step ms':>9
 
 def make_engine(config: ModelConfig, *, dtype: str, batch: int, context_tokens: int, block_size: int) -> Engine:
     """An engine with random weights, in which `batch` requests of `context_tokens` fit if memory allows."""
-    raw = dataclasses.asdict(config)
-    raw |= {"model_type": "opt", "eos_token_id": list(raw.pop("eos_token_ids")), "dtype": raw.pop("checkpoint_dtype")}
     with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "config.json").write_text(json.dumps(raw), encoding="utf-8")
+        (Path(folder) / "config.json").write_text(json.dumps(config.to_hf()), encoding="utf-8")
         loaded = load_model(folder, load_format="dummy", dtype=dtype)
     engine_config = EngineConfig(
         dtype=dtype,  # type: ignore[arg-type]

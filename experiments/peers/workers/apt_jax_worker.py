@@ -11,8 +11,8 @@ def open_peer(folder, dtype, options):
     from serve.driver import Driver
     from serve.options import LoadOptions
 
-    config = EngineConfig(**{"dtype": dtype, "max_num_seqs": 32, **options})
-    engine = open_engine(folder, LoadOptions(), config)
+    config = EngineConfig(**{"dtype": dtype, "max_num_seqs": 32, **options["engine"]})
+    engine = open_engine(folder, LoadOptions(load_format="dummy" if options["dummy"] else "auto"), config)
     engine.warm_up()
 
     def generate(prompts, new_tokens):

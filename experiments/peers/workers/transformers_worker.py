@@ -3,15 +3,28 @@
 from protocol import serve
 
 
+def load(folder, dtype, options):
+    """The model, and the device that it is on."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    device = torch.device("cuda" if options["platform"] == "gpu" else "cpu")
+    if not options["dummy"]:
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).eval().to(device), device
+    with device:
+        return AutoModelForCausalLM.from_config(
+            AutoConfig.from_pretrained(folder), dtype=getattr(torch, dtype)
+        ).eval(), device
+
+
 def open_peer(folder, dtype, options):
     """See `protocol`."""
     import torch
-    from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
+    model, device = load(folder, dtype, options)
 
     def generate(prompts, new_tokens):
-        ids = torch.tensor(prompts)
+        ids = torch.tensor(prompts, device=device)
         with torch.inference_mode():
             found = model.generate(
                 input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=new_tokens,
