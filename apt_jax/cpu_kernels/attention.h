@@ -6,6 +6,7 @@
 #pragma once
 
 #include <algorithm>
+#include <functional>
 #include <limits>
 #include <vector>
 
@@ -204,9 +205,8 @@ void hidden_part(const Shape& shape, const float* q, const Number* pool, const i
 
 // Rows of `length` tokens in parts that threads share, and their parts merged: `attend(row, begin, end, running)`.
 // out `[rows, heads, size]` and lse `[rows, heads]`; zeros and kNever for a row of length 0.
-template <class Attend>
-void attend_rows(Team& team, const Shape& shape, int size, const int32_t* length, float* out, float* lse,
-                 const Attend& attend) {
+inline void attend_rows(Team& team, const Shape& shape, int size, const int32_t* length, float* out, float* lse,
+                        const std::function<void(int, int, int, Running&)>& attend) {
   const int heads = shape.heads, wanted = 4 * static_cast<int>(team.threads());
   const size_t numbers = size_t(heads) * size;
   struct Part {

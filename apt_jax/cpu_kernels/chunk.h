@@ -5,6 +5,7 @@
 #pragma once
 
 #include <algorithm>
+#include <functional>
 #include <limits>
 #include <vector>
 
@@ -125,9 +126,8 @@ inline void attend_panel(const Chunk& chunk, const float* q, const float* k, con
 
 // q and out `[tokens, heads, size]`, lse `[tokens, heads]` or null. `pack(c, n, keys, values)` packs those of chunk c and
 // head n.
-template <class Pack>
-void attend_chunks(Team& team, const std::vector<Chunk>& chunks, const float* q, int heads, int size, float* out,
-                   float* lse, const Pack& pack) {
+inline void attend_chunks(Team& team, const std::vector<Chunk>& chunks, const float* q, int heads, int size, float* out,
+                          float* lse, const std::function<void(int, int, float*, float*)>& pack) {
   struct Panel {
     int chunk, first, count;  // first: of the chunk's tokens
   };

@@ -446,4 +446,10 @@ void all_layers(Team& team, const StepShape& shape, const StepRows& rows, const 
   last.finish(x);
 }
 
+// In layers_float.cc and layers_bfloat16.cc, which are compiled at the same time.
+extern template void all_layers(Team&, const StepShape&, const StepRows&, const std::vector<Layer<float>>&, float*,
+                                float*);
+extern template void all_layers(Team&, const StepShape&, const StepRows&, const std::vector<Layer<BFloat16>>&,
+                                BFloat16*, BFloat16*);
+
 }  // namespace apt

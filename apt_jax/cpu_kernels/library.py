@@ -12,6 +12,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 
@@ -24,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 TARGETS = ("apt_kv_decode", "apt_hidden_decode", "apt_chunk", "apt_matmul", "apt_all_layers")
 _FOLDER = "apt-jax/cpu_kernels"  # in the user's cache folder
-_FLAGS = ("-O3", "-std=c++20", "-shared", "-fPIC")
+_FLAGS = ("-O3", "-std=c++20", "-fPIC")
 _WIDE = "-mprefer-vector-width=512"  # GCC and Clang would use half of AVX-512's registers
 _COMPILE_TIMEOUT_S = 300
 _SOURCES = Path(__file__).parent
@@ -85,13 +86,20 @@ def built() -> Path:
 
 def _compile(command: list[str], library: Path) -> None:
     logger.info("compiling the CPU kernels with %s, once", command[0])
-    new = library.with_suffix(f".{os.getpid()}")
-    try:
-        subprocess.run(
-            [*command, "-o", str(new), str(_SOURCES / "handlers.cc")],
-            check=True, capture_output=True, text=True, timeout=_COMPILE_TIMEOUT_S,
-        )  # fmt: skip
+    sources = sorted(_SOURCES.glob("*.cc"))
+    with tempfile.TemporaryDirectory(dir=library.parent) as folder, ThreadPoolExecutor(len(sources)) as threads:
+        objects = [str(Path(folder, source.stem + ".o")) for source in sources]
+        jobs = [[*command, "-c", "-o", to, str(source)] for to, source in zip(objects, sources, strict=True)]
+        for _ in threads.map(_run, jobs):
+            pass
+        new = Path(folder, "new.so")
+        _run([*command, "-shared", "-o", str(new), *objects])
         os.replace(new, library)
+
+
+def _run(command: list[str]) -> None:
+    try:
+        subprocess.run(command, check=True, capture_output=True, text=True, timeout=_COMPILE_TIMEOUT_S)
     except subprocess.CalledProcessError as error:
         lines = [line for line in error.stderr.splitlines() if "error" in line] or error.stderr.splitlines() or [""]
         raise Unavailable(f"{command[0]} failed: {lines[0]}") from error

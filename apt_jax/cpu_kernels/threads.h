@@ -43,13 +43,20 @@ class Team {
   // numbers moved) all of it takes.
   template <class Work>
   void run(int count, double size, const Work& work) {
+    run(count, size, &work, [](const void* work, int i) { (*static_cast<const Work*>(work))(i); });
+  }
+
+ private:
+  using Call = void (*)(const void*, int);
+
+  void run(int count, double size, const void* work, Call call) {
     if (size < kSmall || count < 2 || threads() < 2) {
-      for (int i = 0; i < count; i++) work(i);
+      for (int i = 0; i < count; i++) call(work, i);
       return;
     }
     State& state = *state_;
-    state.call.store([](const void* work, int i) { (*static_cast<const Work*>(work))(i); }, std::memory_order_relaxed);
-    state.work.store(&work, std::memory_order_relaxed);
+    state.call.store(call, std::memory_order_relaxed);
+    state.work.store(work, std::memory_order_relaxed);
     state.count.store(count, std::memory_order_relaxed);
     state.done.store(0, std::memory_order_relaxed);
     const uint64_t round = ++rounds_ << 32;
@@ -61,14 +68,13 @@ class Team {
     state.next.store(round | kNothing, std::memory_order_relaxed);  // before any of the above changes
   }
 
- private:
   static constexpr uint64_t kNothing = 0xffffffff;
 
   struct State {
     std::atomic<uint64_t> next{kNothing};  // number of the round and of its next piece of work
     std::atomic<int> count{0}, done{0};
     std::atomic<const void*> work{nullptr};
-    std::atomic<void (*)(const void*, int)> call{nullptr};
+    std::atomic<Call> call{nullptr};
     std::atomic<bool> ended{false};
 
     // Does the next piece of work; false if there is none. Who has taken one keeps its round from ending, so that what
