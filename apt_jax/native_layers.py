@@ -11,15 +11,26 @@ import jax.numpy as jnp
 from flax import nnx
 
 from apt_jax.batch import Rows, Tokens
+from apt_jax.config import ModelConfig
 from apt_jax.cpu_kernels.calls import all_layers
 from apt_jax.layer_weights import LayerWeights
 from apt_jax.opt import OPT, DecoderLayer, own_product
 from apt_jax.steps import end_step, start_step
 
+_KEYS_PACKED = 4096  # as kKeysPacked in layers.h
+
 
 def are_native(model: OPT, layers: LayerWeights) -> bool:
     """Whether the C++ call knows layers of this kind, and has their kernels as it takes them."""
     return model.layers.activation == "relu" and layers.all_in_panels
+
+
+def scratch_bytes(config: ModelConfig, tokens: int, rows: int) -> int:
+    """Memory that the C++ call keeps for a step of this shape: `Step` in layers.h, and keys and values as packed."""
+    D = config.hidden_size
+    of_tokens = tokens * (8 * D + 2 * config.ffn_dim)
+    wide = 2 * rows * config.num_attention_heads * D  # queries and results of hidden rows
+    return 4 * (of_tokens + wide + 2 * _KEYS_PACKED * D)
 
 
 def run_native_step(

@@ -28,7 +28,7 @@ from apt_jax.cache_arrays import convert_blocks, convert_layer, pool_shape
 from apt_jax.config import AttentionBackend, ModelConfig
 from apt_jax.cpu_kernels.calls import KERNELS as CPU_KERNELS
 from apt_jax.layer_weights import LayerWeights, OuterWeights
-from apt_jax.native_layers import are_native, run_native_step
+from apt_jax.native_layers import are_native, run_native_step, scratch_bytes
 from apt_jax.opt import OPT
 from apt_jax.program_store import ProgramStore, source_hash
 from apt_jax.sampling import Sampled, Scored, score
@@ -343,9 +343,8 @@ class Runner:
             )
 
         name = f"native {name}"
-        return NativeStep(
-            self._compile(name, native, pool, history, tokens, rows, donate=(1, 2), weights=weights), weights
-        )
+        program = self._compile(name, native, pool, history, tokens, rows, donate=(1, 2), weights=weights)
+        return NativeStep(program, weights, scratch_bytes(self.model_config, bucket.tokens, bucket.rows))
 
     def _compile_sampler(self, size: int) -> Any:
         def sampler(weights, history, hidden, sampling, slot, length):  # type: ignore[no-untyped-def]
@@ -461,8 +460,8 @@ class LayeredStep:
 class NativeStep:
     """A step of one program with every layer's own arrays; called like that of a model with stacked ones."""
 
-    def __init__(self, program: Any, weights: list[jax.Array]):
-        self.program, self._weights = program, weights
+    def __init__(self, program: Any, weights: list[jax.Array], scratch_bytes: int):
+        self.program, self._weights, self.scratch_bytes = program, weights, scratch_bytes
 
     def __call__(
         self, weights: list[jax.Array], pool: jax.Array, history: jax.Array, tokens: Tokens, rows: Rows
@@ -494,7 +493,7 @@ def temporary_bytes(program: Any) -> int:
     if isinstance(program, LayeredStep):
         return max(map(temporary_bytes, program.programs))
     if isinstance(program, NativeStep):
-        program = program.program
+        return temporary_bytes(program.program) + program.scratch_bytes
     analysis = program.memory_analysis()
     return 0 if analysis is None else int(analysis.temp_size_in_bytes)
 

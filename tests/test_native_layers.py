@@ -17,9 +17,9 @@ from apt_jax.config import ModelConfig
 from apt_jax.cpu_kernels import library
 from apt_jax.cpu_kernels.large_pages import LargePages
 from apt_jax.layer_weights import LayerWeights, OuterWeights
-from apt_jax.native_layers import are_native, run_native_step
+from apt_jax.native_layers import are_native, run_native_step, scratch_bytes
 from apt_jax.opt import OPT
-from apt_jax.runner import LayeredStep, NativeStep
+from apt_jax.runner import LayeredStep, NativeStep, temporary_bytes
 from apt_jax.steps import run_step
 
 try:
@@ -248,6 +248,8 @@ def test_every_cache_kind_gives_the_tokens_of_xla():
         finish(engine)
         found[backend] = {i: request.output_token_ids for i, request in requests.items()}
         steps = {type(step) for step in engine.runner._steps.values()}
+        most = max(map(temporary_bytes, engine.runner._steps.values()))
+        assert backend == "xla" or most >= scratch_bytes(PLAIN, 16, 16)  # the C++ call's own memory
         sizes = base_model(engine).sizes
         assert bool(sizes.decode) == bool(sizes.prefill) == (backend == "xla")  # padding takes no time in one call
         assert steps == {NativeStep if backend == "native" else LayeredStep}

@@ -1,6 +1,7 @@
 """Effective throughput: the highest offered rate whose attainment is at least the target; searched, or interpolated."""
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 START_RATE = 1.0
 LOWEST_RATE = 1 / 64
@@ -65,12 +66,9 @@ def interpolated_throughput(points: Sequence[tuple[float, float]], target: float
         points: rates and their attainment, in order of rate. Where the last still reaches the target, it is the answer.
         target: share in 0..1.
     """
-    best = 0.0
-    for k, (rate, share) in enumerate(points):
+    if not points or points[0][1] < target:
+        return 0.0
+    for (before, attained), (rate, share) in pairwise(points):
         if share < target:
-            if k == 0:
-                return 0.0
-            before, attained = points[k - 1]
             return before + (rate - before) * (attained - target) / (attained - share)
-        best = rate
-    return best
+    return points[-1][0]

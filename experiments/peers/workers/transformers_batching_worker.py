@@ -6,15 +6,13 @@ from transformers_worker import load
 
 def open_peer(folder, dtype, options):
     """See `protocol`."""
-    import torch
     from transformers import GenerationConfig
 
     model, _ = load(folder, dtype, options)
 
     def generate(prompts, new_tokens):
         config = GenerationConfig(do_sample=False, max_new_tokens=new_tokens, eos_token_id=-1, pad_token_id=1)
-        with torch.inference_mode():
-            found = model.generate_batch(inputs=prompts, generation_config=config)
+        found = model.generate_batch(inputs=prompts, generation_config=config)
         by_prompt = {tuple(output.prompt_ids): output for output in found.values()}
         outputs = [by_prompt[tuple(prompt)] for prompt in prompts]
         for output in outputs:
