@@ -13,7 +13,7 @@ def open_peer(folder, dtype, options):
     target = folder + "-ctranslate2"
     if not os.path.isfile(os.path.join(target, "model.bin")):
         TransformersConverter(folder).convert(target, force=True)
-    threads = options.get("threads", os.cpu_count())
+    threads = os.cpu_count()
     generator = ctranslate2.Generator(target, device="cpu", compute_type=dtype, intra_threads=threads)
     names = _names(folder)
 

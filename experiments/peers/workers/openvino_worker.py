@@ -19,7 +19,7 @@ def open_peer(folder, dtype, options):
         flags = ["--model", folder, "--task", "text-generation-with-past", "--weight-format", "fp32", target]
         subprocess.run([exporter, "export", "openvino", *flags], check=True, stdout=sys.stderr)
     scheduler = openvino_genai.SchedulerConfig()
-    scheduler.cache_size = options.get("cache_gb", 2)
+    scheduler.cache_size = 2  # GB
     scheduler.max_num_seqs = 32
     scheduler.enable_prefix_caching = False
     hint = {"float32": "f32", "bfloat16": "bf16"}[dtype]

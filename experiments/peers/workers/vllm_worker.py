@@ -16,7 +16,7 @@ def open_peer(folder, dtype, options):
 
     llm = LLM(
         model=folder, dtype=dtype, max_model_len=2048, max_num_seqs=32, enable_prefix_caching=False,
-        skip_tokenizer_init=True, disable_log_stats=True, **options,
+        skip_tokenizer_init=True, disable_log_stats=True,
     )  # fmt: skip
 
     def generate(prompts, new_tokens):
