@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from apt_jax.cpu_kernels.calls import PANEL, matmul, panels_bytes, panels_of
+from apt_jax.cpu_kernels.calls import PANEL, inputs_first, matmul, outputs_at, panels_bytes, panels_of, takes
 from apt_jax.cpu_kernels.large_pages import LargePages
 from apt_jax.opt import OPT, DecoderLayer
 from apt_jax.weight_formats import names_in
@@ -87,7 +87,7 @@ class _Plan:
         inputs = math.prod(shape[: 2 if "out_proj" in names else 1])
         matrix = (inputs, math.prod(shape) // inputs)
         by_heads = "k_proj" in names or "v_proj" in names
-        if own_products and (not by_heads or shape[-1] % PANEL == 0):
+        if own_products and takes(inputs, stacked.dtype) and (not by_heads or shape[-1] % PANEL == 0):
             return cls(matrix, partial(PanelKernel, shape=shape), panels_bytes(*matrix, stacked.dtype))
         return cls(matrix, partial(TurnedKernel, shape=shape), 0)
 
@@ -118,7 +118,12 @@ class OuterWeights:
         arrays: list[jax.Array] = []
         shapes: list[tuple[int, ...] | None] = []
         for path, leaf in jax.tree.leaves_with_path(nnx.state(model)):
-            in_panels = own_products and model.lm_head is None and path[0].key == "embed_tokens"
+            in_panels = (
+                own_products
+                and model.lm_head is None
+                and path[0].key == "embed_tokens"
+                and takes(leaf.shape[1], leaf.dtype)
+            )
             shapes.append(leaf.shape if in_panels else None)
             array = leaf
             if path[0].key == "layers":
@@ -160,13 +165,13 @@ class TurnedKernel:
 class PanelKernel:
     """A kernel that is multiplied by `cpu_kernels`, an `apt_jax.opt.OwnProduct`."""
 
-    array: jax.Array  # [panels, inputs, PANEL]
+    array: jax.Array  # from `panels_of`
     shape: tuple[int, ...]  # as the module has it
 
     @property
     def parts(self) -> jax.Array:
         """See `apt_jax.opt.OwnProduct`."""
-        return self.array
+        return inputs_first(self.array)
 
     def product(self, x: jax.Array) -> jax.Array:
         """See `apt_jax.opt.OwnProduct`."""
@@ -179,4 +184,4 @@ class PanelTable(PanelKernel):
     def __getitem__(self, index: Any) -> Any:
         if index is Ellipsis:
             return self
-        return self.array[index // PANEL, :, index % PANEL]
+        return outputs_at(self.array, index)

@@ -13,7 +13,7 @@ from flax import nnx
 from apt_jax.batch import Rows, Tokens
 from apt_jax.config import ModelConfig
 from apt_jax.cpu_kernels.calls import all_layers
-from apt_jax.layer_weights import LayerWeights
+from apt_jax.layer_weights import LayerWeights, PanelKernel
 from apt_jax.opt import OPT, DecoderLayer, own_product
 from apt_jax.steps import end_step, start_step
 
@@ -81,8 +81,8 @@ def _parameters(layer: DecoderLayer) -> list[jax.Array]:
 
 def _panels(kernel: Any) -> jax.Array:
     own = own_product(kernel)
-    assert own is not None
-    return own.parts
+    assert isinstance(own, PanelKernel)
+    return own.array
 
 
 def _or_nothing(parameter: Any) -> jax.Array:

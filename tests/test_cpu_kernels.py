@@ -74,24 +74,39 @@ def test_attention_to_any_lengths_in_any_blocks(data):
         np.testing.assert_allclose(found.lse, expected.lse, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-@pytest.mark.parametrize(("inputs", "outputs"), [(768, 96), (3072, 50), (48, 7), (1, 1), (33, 13), (800, 6)])
+KINDS = [  # of rows and of the kernel
+    pytest.param(jnp.float32, jnp.float32, id="float32"),
+    pytest.param(jnp.bfloat16, jnp.bfloat16, id="bfloat16"),
+    pytest.param(jnp.float32, jnp.bfloat16, id="float32 with bfloat16"),
+]
+
+
+@pytest.mark.parametrize(("of_rows", "of_kernel"), KINDS)
+@pytest.mark.parametrize(("inputs", "outputs"), [(768, 96), (3072, 50), (48, 7), (1, 1), (2, 1), (33, 13), (800, 6)])
 @pytest.mark.parametrize("rows", [1, 3, 15, 16, 37, 300])
-def test_products_are_those_of_numpy(rows, inputs, outputs, dtype):
+def test_products_are_those_of_numpy(rows, inputs, outputs, of_rows, of_kernel):
     rng = np.random.default_rng(rows)
-    x = rng.standard_normal((rows, inputs), np.float32)
-    kernel = np.asarray(jnp.asarray(rng.standard_normal((inputs, outputs), np.float32) * inputs**-0.5, dtype))
-    found = calls.matmul(jnp.asarray(x), calls.panels_of(kernel), outputs)
-    expected = x.astype(np.float64) @ kernel.astype(np.float64)
+    x = jnp.asarray(rng.standard_normal((rows, inputs), np.float32), of_rows)
+    kernel = np.asarray(jnp.asarray(rng.standard_normal((inputs, outputs), np.float32) * inputs**-0.5, of_kernel))
+    if inputs % 2 and of_kernel == jnp.bfloat16:
+        assert not calls.takes(inputs, of_kernel)
+        return
+    panels = calls.panels_of(kernel)
+    assert panels.nbytes == kernel.itemsize * inputs * -(-outputs // calls.PANEL) * calls.PANEL
+    found = calls.matmul(x, jnp.asarray(panels), outputs)
+    expected = np.asarray(x, np.float64) @ kernel.astype(np.float64)
     assert found.dtype == jnp.float32
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+    by_inputs = np.asarray(calls.inputs_first(jnp.asarray(panels)))
+    np.testing.assert_array_equal(np.concatenate(by_inputs, axis=1)[:, :outputs], kernel)
+    np.testing.assert_array_equal(calls.outputs_at(jnp.asarray(panels), jnp.arange(outputs)), kernel.T)
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_a_rows_products_do_not_depend_on_the_other_rows(dtype):
+@pytest.mark.parametrize(("of_rows", "of_kernel"), KINDS)
+def test_a_rows_products_do_not_depend_on_the_other_rows(of_rows, of_kernel):
     rng = np.random.default_rng(0)
-    x = jnp.asarray(rng.standard_normal((300, 1600), np.float32))
-    panels = calls.panels_of(np.asarray(jnp.asarray(rng.standard_normal((1600, 100), np.float32), dtype)))
+    x = jnp.asarray(rng.standard_normal((300, 1600), np.float32), of_rows)
+    panels = calls.panels_of(np.asarray(jnp.asarray(rng.standard_normal((1600, 100), np.float32), of_kernel)))
     every = np.asarray(calls.matmul(x, panels, 100))
     for rows in (1, 5, 16, 33):
         np.testing.assert_array_equal(calls.matmul(x[:rows], panels, 100), every[:rows])

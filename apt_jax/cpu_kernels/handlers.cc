@@ -49,11 +49,13 @@ ffi::Error hidden_decode(ffi::ThreadPool threads, Floats q, ffi::AnyBuffer pool,
   return ffi::Error::Success();
 }
 
-ffi::Error matmul(ffi::ThreadPool threads, Floats x, ffi::AnyBuffer panels, ffi::Result<Floats> out) {
+ffi::Error matmul(ffi::ThreadPool threads, ffi::AnyBuffer x, ffi::AnyBuffer panels, ffi::Result<Floats> out) {
   apt::Team team(threads);
+  const auto sizes = x.dimensions();
   with_numbers_of(panels, [&](auto* numbers) {
-    apt::matmul(team, x.typed_data(), x.dimensions()[0], numbers, out->dimensions()[1], x.dimensions()[1],
-                out->typed_data());
+    with_numbers_of(x, [&](auto* rows) {
+      apt::matmul(team, rows, sizes[0], numbers, out->dimensions()[1], sizes[1], out->typed_data());
+    });
   });
   return ffi::Error::Success();
 }
@@ -117,7 +119,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(apt_hidden_decode, hidden_decode,
                               ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<Floats>().Arg<ffi::AnyBuffer>().Arg<Numbers>()
                                   .Arg<Numbers>().Ret<Floats>().Ret<Floats>());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(apt_matmul, matmul,
-                              ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<Floats>().Arg<ffi::AnyBuffer>().Ret<Floats>());
+                              ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<ffi::AnyBuffer>().Arg<ffi::AnyBuffer>().Ret<Floats>());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(apt_chunk, chunk,
                               ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<Floats>().Arg<Floats>().Arg<Floats>()
                                   .Arg<Numbers>().Ret<Floats>().Ret<Floats>());

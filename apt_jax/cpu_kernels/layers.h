@@ -94,12 +94,13 @@ class Step {
     for (const Group& group : groups_) projected = std::max(projected, group.projected.size() * D);
     float* at = memory_.of(n * (8 * D + 2 * shape.ffn + shape.heads) + 2 * wide + 3 * projected);
     const auto next = [&](size_t size) { return std::exchange(at, at + size); };
-    stream_ = next(n * D), normed_ = next(n * D), turned_ = next(n * D);
+    const auto next_factor = [&](size_t size) { return reinterpret_cast<Factor<Number>*>(next(size)); };
+    stream_ = next(n * D), normed_ = next(n * D), turned_ = next_factor(n * D);
     q_ = next(n * D), k_ = next(n * D), v_ = next(n * D);
     attended_ = next(n * D), added_ = next(n * D);
-    inner_ = next(n * shape.ffn), inner_turned_ = next(n * shape.ffn);
+    inner_ = next(n * shape.ffn), inner_turned_ = next_factor(n * shape.ffn);
     wide_ = next(wide), wide_found_ = next(wide), lse_ = next(n * shape.heads);
-    prefix_turned_ = next(projected), prefix_k_ = next(projected), prefix_v_ = next(projected);
+    prefix_turned_ = next_factor(projected), prefix_k_ = next(projected), prefix_v_ = next(projected);
   }
 
   // x [tokens with padding, width].
@@ -146,11 +147,11 @@ class Step {
           attended_[i] = rounded<Number>(attended_[i]);
       turn_tile(tile, attended_);
     });
-    multiply<Number>(team_, turned_, tiles_, D, {{own.out, D, added_, add_to_stream(own.out_bias), 0, n}});
+    multiply<Factor<Number>, Number>(team_, turned_, tiles_, D, {{own.out, D, added_, add_to_stream(own.out_bias), 0, n}});
     if (!shape_.norm_first) norm_stream(own.attention_scale, own.attention_bias);
 
     enter(shape_.norm_first, own.final_scale, own.final_bias);
-    multiply<Number>(team_, turned_, tiles_, D, {{own.fc1, F, inner_, [&](int first, int last, int begin, int end) {
+    multiply<Factor<Number>, Number>(team_, turned_, tiles_, D, {{own.fc1, F, inner_, [&](int first, int last, int begin, int end) {
       const auto relu = [&](float x, int i) {
         const float inner = biased(x, own.fc1_bias, begin + i);
         return inner < 0 ? 0 : inner;  // NaN stays NaN
@@ -162,7 +163,7 @@ class Step {
         t += rows;
       }
     }, 0, n}});
-    multiply<Number>(team_, inner_turned_, tiles_, F, {{own.fc2, D, added_, add_to_stream(own.fc2_bias), 0, n}});
+    multiply<Factor<Number>, Number>(team_, inner_turned_, tiles_, F, {{own.fc2, D, added_, add_to_stream(own.fc2_bias), 0, n}});
     if (!shape_.norm_first) norm_stream(own.final_scale, own.final_bias);
   }
 
@@ -345,7 +346,14 @@ class Step {
     });
   }
 
-  // out [begin, end) = the head's panels [head_dim / kPanel, D, kPanel] times its query, for inputs `[begin, end)`.
+  // The numbers of one input in a panel, from output `lane`.
+  static Vector of_input(const float* panel, int i, int lane) { return load(panel + size_t(i) * kPanel + lane); }
+  static Vector of_input(const BFloat16* panel, int i, int lane) {
+    const Bits pairs = load_pairs(panel + (size_t(i / 2) * kPanel + lane) * 2);
+    return i % 2 ? seconds(pairs) : firsts(pairs);
+  }
+
+  // out [begin, end) = the head's panels times its query, for inputs `[begin, end)`.
   void absorb(const float* q, const Number* panels, int begin, int end, float* out) const {
     const int H = shape_.head_dim(), D = shape_.width;
     for (int at = begin; at < end; at += 4) {
@@ -354,7 +362,7 @@ class Step {
       for (int j = 0; j < H; j += kPanel)
         for (int i = 0; i < count; i++)
           for (int lane = 0; lane < kPanel; lane += kLanes)
-            sums[i] += load(q + j + lane) * load_as_float(panels + size_t(j) * D + size_t(at + i) * kPanel + lane);
+            sums[i] += load(q + j + lane) * of_input(panels + size_t(j) * D, at + i, lane);
       float found[4];
       sum_four(sums[0], sums[1], sums[2], sums[3], found);
       for (int i = 0; i < count; i++) out[at + i] = rounded<Number>(found[i]);
@@ -374,7 +382,7 @@ class Step {
         };
         turn(row, tiles.rows(i), D, prefix_turned_ + size_t(first) * D, tiles.rows(i));
       });
-      multiply<Number>(team_, prefix_turned_, tiles, D,
+      multiply<Factor<Number>, Number>(team_, prefix_turned_, tiles, D,
                        {{own.k, D, prefix_k_, with_bias(prefix_k_, own.k_bias), 0, rows},
                         {own.v, D, prefix_v_, with_bias(prefix_v_, own.v_bias), 0, rows}});
     }
@@ -414,9 +422,10 @@ class Step {
   int num_hidden_ = 0, num_single_ = 0, end_of_kv_ = 0;  // tokens of the first, the first two, the first three of these
   Tiles tiles_{0};
   Borrowed memory_;
-  float *stream_, *normed_, *turned_, *q_, *k_, *v_, *attended_, *added_, *inner_, *inner_turned_;
+  float *stream_, *normed_, *q_, *k_, *v_, *attended_, *added_, *inner_;
   float *wide_, *wide_found_, *lse_;  // wide: [hidden tokens one by one, heads, D]
-  float *prefix_turned_, *prefix_k_, *prefix_v_;
+  float *prefix_k_, *prefix_v_;
+  Factor<Number> *turned_, *inner_turned_, *prefix_turned_;
 };
 
 // x [tokens with padding, width], all layers one after the other. Of the last one, tokens that are not among the wanted

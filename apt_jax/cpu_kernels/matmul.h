@@ -1,4 +1,5 @@
-// x [rows, inputs] times a kernel in panels `[outputs / kPanel, inputs, kPanel]`, zeros where outputs end.
+// x [rows, inputs] times a kernel in panels `[outputs / kPanel, inputs, kPanel]`, zeros where outputs end; of bfloat16
+// `[outputs / kPanel, inputs / 2, kPanel, 2]`, two inputs side by side.
 //
 // A panel is read from its begin to its end, so the memory can be asked for it ahead; a tile of rows multiplies it with
 // no sum across a vector. A result is the sum over inputs in their order, for any number of rows.
@@ -6,6 +7,7 @@
 
 #include <algorithm>
 #include <functional>
+#include <type_traits>
 #include <vector>
 
 #include "threads.h"
@@ -20,13 +22,21 @@ constexpr int kTallest = 14;  // rows of a tile: 28 of 32 registers are sums
 #else
 constexpr int kTallest = 3;
 #endif
-constexpr int kInputsAtOnce = 768;      // of a panel, between which sums go to memory
+constexpr int kStepsAtOnce = 768;       // of a panel, between which sums go to memory
 constexpr int kTilesOfBlock = (128 + kTallest - 1) / kTallest;  // that share a panel while it is near
-constexpr int kNumbersAtOnce = 131072;  // of a block: half of the second cache
-constexpr int kTilesToWiden = 4;        // from which on a panel of bfloat16 is made float32 for all of them at once
+constexpr int kBytesAtOnce = 512 << 10;  // of a block's x: half of the second cache
+constexpr int kTilesToWiden = 4;  // from which on a panel of bfloat16 is made float32 for all of them at once
+
+// Inputs whose numbers lie side by side, both in a panel and in a tile of x: one step of a product takes them.
+template <class Number>
+constexpr int kInStep = std::is_same_v<Number, BFloat16> ? 2 : 1;
+
+// What rows are multiplied as with a kernel of Number.
+template <class Number>
+using Factor = std::conditional_t<kMultipliesPairs, Number, float>;
 
 // Row tiles of about the same height: the first `taller` have one row more. Of rows in tiles, `[rows, inputs]`, each tile
-// is turned round: `[inputs, rows of the tile]`.
+// is turned round: `[inputs, rows of the tile]`, of bfloat16 `[inputs / 2, rows of the tile, 2]`.
 struct Tiles {
   int count, height, taller;
 
@@ -40,10 +50,10 @@ struct Tiles {
   }
 };
 
-// out [M, kPanel] (+)= x [steps, M] turned round, times panel [steps, kPanel]. Meanwhile brings `ahead` bytes a step
+// out [M, kPanel] (+)= `steps` of x, M rows turned round, times those of a panel. Meanwhile brings `ahead` bytes a step
 // from `next` nearer.
-template <int M, class Number>
-__attribute__((noinline)) void panel_tile(const float* x, const Number* panel, int steps, float* out, size_t out_step,
+template <int M, class X, class Number>
+__attribute__((noinline)) void panel_tile(const X* x, const Number* panel, int steps, float* out, size_t out_step,
                                           bool adds, const char* next, int ahead) {
   Vector sums[M][kVectors] = {};
   if (adds)
@@ -51,16 +61,33 @@ __attribute__((noinline)) void panel_tile(const float* x, const Number* panel, i
     for (int m = 0; m < M; m++)
 #pragma GCC unroll 8
       for (int v = 0; v < kVectors; v++) sums[m][v] = load(out + m * out_step + v * kLanes);
-  for (int i = 0; i < steps; i++, x += M, panel += kPanel, next += ahead) {
-    __builtin_prefetch(next, 0, 2);
-    __builtin_prefetch(next + ahead / 2, 0, 2);
+  const auto add = [&](const float* x, const auto& numbers) {
     Vector own[kVectors];
 #pragma GCC unroll 8
-    for (int v = 0; v < kVectors; v++) own[v] = load_as_float(panel + v * kLanes);
+    for (int v = 0; v < kVectors; v++) own[v] = numbers(v);
 #pragma GCC unroll 16
     for (int m = 0; m < M; m++)
 #pragma GCC unroll 8
       for (int v = 0; v < kVectors; v++) sums[m][v] += x[m] * own[v];
+  };
+  constexpr int kWide = kInStep<Number>;
+  for (int i = 0; i < steps; i++, x += M * kWide, panel += kPanel * kWide, next += ahead) {
+    __builtin_prefetch(next, 0, 2);
+    __builtin_prefetch(next + ahead / 2, 0, 2);
+    if constexpr (std::is_same_v<X, BFloat16>) {
+      Bits own[kVectors];
+#pragma GCC unroll 8
+      for (int v = 0; v < kVectors; v++) own[v] = load_pairs(panel + v * kLanes * 2);
+#pragma GCC unroll 16
+      for (int m = 0; m < M; m++)
+#pragma GCC unroll 8
+        for (int v = 0; v < kVectors; v++) sums[m][v] = add_products(sums[m][v], x + 2 * m, own[v]);
+    } else if constexpr (std::is_same_v<Number, BFloat16>) {
+      add(x, [&](int v) { return firsts(load_pairs(panel + v * kLanes * 2)); });
+      add(x + M, [&](int v) { return seconds(load_pairs(panel + v * kLanes * 2)); });
+    } else {
+      add(x, [&](int v) { return load(panel + v * kLanes); });
+    }
   }
 #pragma GCC unroll 16
   for (int m = 0; m < M; m++)
@@ -68,53 +95,62 @@ __attribute__((noinline)) void panel_tile(const float* x, const Number* panel, i
     for (int v = 0; v < kVectors; v++) store(out + m * out_step + v * kLanes, sums[m][v]);
 }
 
-template <class Number, int M = kTallest>
-inline void panel_tile_of(int rows, const float* x, const Number* panel, int steps, float* out, size_t out_step,
-                          bool adds, const char* next, int ahead) {
+template <class X, class Number, int M = kTallest>
+inline void panel_tile_of(int rows, const X* x, const Number* panel, int steps, float* out, size_t out_step, bool adds,
+                          const char* next, int ahead) {
   if constexpr (M > 1)
-    if (rows < M) return panel_tile_of<Number, M - 1>(rows, x, panel, steps, out, out_step, adds, next, ahead);
+    if (rows < M) return panel_tile_of<X, Number, M - 1>(rows, x, panel, steps, out, out_step, adds, next, ahead);
   panel_tile<M>(x, panel, steps, out, out_step, adds, next, ahead);
 }
 
 // Panels `[begin, end)` for the tiles `[first, last)`: x in tiles, out [rows, outputs].
-template <class Number>
-void few_panels(const float* x, const Tiles& tiles, int first, int last, const Number* panels, int begin, int end,
+template <class X, class Number>
+void few_panels(const X* x, const Tiles& tiles, int first, int last, const Number* panels, int begin, int end,
                 int inputs, float* out, int outputs) {
-  const int rows = tiles.first(last) - tiles.first(first);
-  const int depth = std::max(kNumbersAtOnce / rows / kInputsAtOnce, 1) * kInputsAtOnce;
+  constexpr int kWide = kInStep<Number>;
+  const int rows = tiles.first(last) - tiles.first(first), all_steps = inputs / kWide;
+  const int most = kBytesAtOnce / int(sizeof(X)) / kWide;
+  const int depth = std::max(most / rows / kStepsAtOnce, 1) * kStepsAtOnce;
   alignas(64) float edge[kTallest * kPanel];
-  for (int from = 0; from < inputs; from += depth)
+  for (int from = 0; from < all_steps; from += depth)
     for (int p = begin; p < end; p++) {
-      const int to = std::min(from + depth, inputs);
-      for (int at = from; at < to; at += kInputsAtOnce) {
-        const int steps = std::min(kInputsAtOnce, to - at);
-        const Number* own = panels + (size_t(p) * inputs + at) * kPanel;
-        const Number* next = at + steps < to ? own + size_t(steps) * kPanel
-                                             : panels + (size_t(p + 1) * inputs + from) * kPanel;
-        const size_t share = size_t(steps) * kPanel * sizeof(Number) / (last - first);
-        const auto all_tiles = [&](const auto* panel) {
+      const int to = std::min(from + depth, all_steps);
+      for (int at = from; at < to; at += kStepsAtOnce) {
+        const int steps = std::min(kStepsAtOnce, to - at);
+        const auto panel_at = [&](int p, int step) { return panels + (size_t(p) * all_steps + step) * kPanel * kWide; };
+        const Number* own = panel_at(p, at);
+        const Number* next = at + steps < to ? panel_at(p, at + steps) : panel_at(p + 1, from);
+        const int share = int(sizeof(Number)) * kPanel * kWide / (last - first);
+        const auto all_tiles = [&](const auto* panel, int steps_of_panel) {
           for (int i = first; i < last; i++) {
             const int m = tiles.first(i), height = tiles.rows(i), known = std::min(kPanel, outputs - p * kPanel);
-            const float* own_x = x + size_t(m) * inputs + size_t(at) * height;
-            const char* ahead = reinterpret_cast<const char*>(next) + (i - first) * share;
+            const X* own_x = x + size_t(m) * inputs + size_t(at) * kWide * height;
+            const char* ahead = reinterpret_cast<const char*>(next) + size_t(i - first) * share * steps;
+            const int ahead_a_step = share * steps / steps_of_panel;
             float* own_out = out + size_t(m) * outputs + p * kPanel;
             if (known == kPanel) {
-              panel_tile_of(height, own_x, panel, steps, own_out, outputs, at > 0, ahead, share / steps);
+              panel_tile_of(height, own_x, panel, steps_of_panel, own_out, outputs, at > 0, ahead, ahead_a_step);
               continue;
             }
             if (at > 0)
               for (int r = 0; r < height; r++) std::copy_n(own_out + size_t(r) * outputs, known, edge + r * kPanel);
-            panel_tile_of(height, own_x, panel, steps, edge, kPanel, at > 0, ahead, share / steps);
+            panel_tile_of(height, own_x, panel, steps_of_panel, edge, kPanel, at > 0, ahead, ahead_a_step);
             for (int r = 0; r < height; r++) std::copy_n(edge + r * kPanel, known, own_out + size_t(r) * outputs);
           }
         };
-        if (sizeof(Number) < sizeof(float) && last - first >= kTilesToWiden) {
-          alignas(64) thread_local float widened[kInputsAtOnce * kPanel];
-          for (int i = 0; i < steps * kPanel; i += kLanes) store(widened + i, load_as_float(own + i));
-          all_tiles(widened);
-        } else {
-          all_tiles(own);
-        }
+        if constexpr (std::is_same_v<X, float> && std::is_same_v<Number, BFloat16>)
+          if (last - first >= kTilesToWiden) {
+            alignas(64) thread_local float widened[kStepsAtOnce * 2 * kPanel];
+            for (int i = 0; i < steps; i++)
+              for (int v = 0; v < kPanel; v += kLanes) {
+                const Bits pairs = load_pairs(own + (size_t(i) * kPanel + v) * 2);
+                store(widened + size_t(i) * 2 * kPanel + v, firsts(pairs));
+                store(widened + size_t(i) * 2 * kPanel + kPanel + v, seconds(pairs));
+              }
+            all_tiles(widened, 2 * steps);
+            continue;
+          }
+        all_tiles(own, steps);
       }
     }
 }
@@ -131,8 +167,23 @@ inline void turn(const Row& row, int rows, int inputs, float* out, int out_step,
     }
 }
 
-template <class Row>
-inline void turn(const Row& row, int rows, int inputs, float* out, int out_step) {
+// The same as out [inputs / 2, rows, 2].
+template <class Row, class Make>
+inline void turn(const Row& row, int rows, int inputs, BFloat16* out, int out_step, const Make& number) {
+  constexpr int kPart = 64;
+  for (int from = 0; from < inputs; from += kPart)
+    for (int m = 0; m < rows; m++) {
+      const auto* own = row(m);
+      BFloat16 part[kPart];
+      const int count = std::min(kPart, inputs - from);
+      for (int i = 0; i < count; i++) from_float(number(own[from + i], from + i), part + i);
+      for (int i = 0; i < count; i += 2)
+        std::memcpy(out + (size_t((from + i) / 2) * out_step + m) * 2, part + i, 2 * sizeof *part);
+    }
+}
+
+template <class Row, class X>
+inline void turn(const Row& row, int rows, int inputs, X* out, int out_step) {
   turn(row, rows, inputs, out, out_step, [](auto found, int) { return to_float(found); });
 }
 
@@ -147,8 +198,8 @@ struct Product {
 };
 
 // Products of the same x [rows, inputs], which is in tiles.
-template <class Number>
-void multiply(Team& team, const float* x, const Tiles& tiles, int inputs, const std::vector<Product<Number>>& products) {
+template <class X, class Number>
+void multiply(Team& team, const X* x, const Tiles& tiles, int inputs, const std::vector<Product<Number>>& products) {
   struct Piece {
     int product, first, last, begin, end;  // tiles and panels
   };
@@ -177,18 +228,19 @@ void multiply(Team& team, const float* x, const Tiles& tiles, int inputs, const 
   });
 }
 
-// out [rows, outputs] = x [rows, inputs] times panels.
-template <class Number>
-void matmul(Team& team, const float* x, int rows, const Number* panels, int outputs, int inputs, float* out) {
+// out [rows, outputs] = x [rows, inputs] times panels. Only bfloat16 is multiplied as that.
+template <class X, class Number>
+void matmul(Team& team, const X* x, int rows, const Number* panels, int outputs, int inputs, float* out) {
+  using As = std::conditional_t<std::is_same_v<X, Number>, Factor<X>, float>;
   thread_local Scratch scratch;
-  float* turned = scratch.of(size_t(rows) * inputs);
+  As* turned = reinterpret_cast<As*>(scratch.of(size_t(rows) * inputs));
   const Tiles tiles(rows);
   team.run(tiles.count, 2.0 * rows * inputs, [&](int i) {
     const int first = tiles.first(i);
     turn([&](int m) { return x + size_t(first + m) * inputs; }, tiles.rows(i), inputs, turned + size_t(first) * inputs,
          tiles.rows(i));
   });
-  multiply<Number>(team, turned, tiles, inputs, {{panels, outputs, out, {}, 0, rows}});
+  multiply<As, Number>(team, turned, tiles, inputs, {{panels, outputs, out, {}, 0, rows}});
 }
 
 }  // namespace apt

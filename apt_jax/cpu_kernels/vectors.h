@@ -1,4 +1,4 @@
-// Vectors of float32 as wide as the machine's registers, and bfloat16 read as float32.
+// Vectors of float32 as wide as the machine's registers, and bfloat16 in pairs.
 #pragma once
 
 #include <cmath>
@@ -50,16 +50,39 @@ inline Vector load(const float* at) {
 }
 inline void store(float* at, Vector x) { std::memcpy(at, &x, sizeof x); }
 
-inline Vector load_as_float(const float* at) { return load(at); }
-inline Vector load_as_float(const BFloat16* at) {
-  typedef uint16_t Halves __attribute__((vector_size(kLanes * 2)));
-  Halves halves;
-  std::memcpy(&halves, at, sizeof halves);
-  const Bits bits = __builtin_convertvector(halves, Bits) << 16;
+// Two bfloat16 in each 32 bits, the first of them in the lower half.
+inline Bits load_pairs(const BFloat16* at) {
+  Bits out;
+  std::memcpy(&out, at, sizeof out);
+  return out;
+}
+inline Vector firsts(Bits pairs) {
+  const Bits bits = pairs << 16;
   Vector out;
   std::memcpy(&out, &bits, sizeof out);
   return out;
 }
+inline Vector seconds(Bits pairs) {
+  const Bits bits = pairs & 0xffff0000;
+  Vector out;
+  std::memcpy(&out, &bits, sizeof out);
+  return out;
+}
+
+#if defined(__AVX512BF16__)
+constexpr bool kMultipliesPairs = true;
+
+// sums + the products of both numbers of the pair at x with those of each pair.
+inline Vector add_products(Vector sums, const BFloat16* x, Bits pairs) {
+  int32_t pair;
+  std::memcpy(&pair, x, sizeof pair);
+  return reinterpret_cast<Vector>(_mm512_dpbf16_ps(reinterpret_cast<__m512>(sums),
+                                                   reinterpret_cast<__m512bh>(_mm512_set1_epi32(pair)),
+                                                   reinterpret_cast<__m512bh>(pairs)));
+}
+#else
+constexpr bool kMultipliesPairs = false;
+#endif
 
 // The sums of four vectors to out[0..3].
 inline void sum_four(Vector a, Vector b, Vector c, Vector d, float* out) {
