@@ -62,16 +62,9 @@ struct Running {
   }
 };
 
-// out[i] = pool[at + i] as float32, or the pool itself if it is that.
-inline const float* as_float(const float* at, int, float*) { return at; }
-inline const float* as_float(const BFloat16* at, int count, float* out) {
-  for (int i = 0; i < count; i++) out[i] = to_float(at[i]);
-  return out;
-}
-
 // out [M, size] += weights [M, kTokens] times values [tokens, size], of which kVectors vectors at `from`.
-template <int M, int kVectors>
-inline void add_values(const float* weights, const float* values, size_t step, int tokens, float* out, size_t out_step) {
+template <int M, int kVectors, class Number>
+inline void add_values(const float* weights, const Number* values, size_t step, int tokens, float* out, size_t out_step) {
   Vector sums[M][kVectors];
 #pragma GCC unroll 8
   for (int m = 0; m < M; m++)
@@ -80,7 +73,7 @@ inline void add_values(const float* weights, const float* values, size_t step, i
   for (int t = 0; t < tokens; t++) {
     Vector own[kVectors];
 #pragma GCC unroll 8
-    for (int i = 0; i < kVectors; i++) own[i] = load(values + t * step + i * kLanes);
+    for (int i = 0; i < kVectors; i++) own[i] = load_as_float(values + t * step + i * kLanes);
 #pragma GCC unroll 8
     for (int m = 0; m < M; m++) {
       const float weight = weights[m * kTokens + t];
@@ -94,29 +87,37 @@ inline void add_values(const float* weights, const float* values, size_t step, i
     for (int i = 0; i < kVectors; i++) store(out + m * out_step + i * kLanes, sums[m][i]);
 }
 
-// scores [M, kTokens] of queries [M, D] and four tokens [4, D].
-template <int M>
-__attribute__((noinline)) void four_scores(const float* q, const float* x, int D, float* scores) {
+// scores [M, kTokens] of queries [M, size] and four tokens, numbers of which are `step` apart.
+template <int M, class Number>
+__attribute__((noinline)) void four_scores(const float* q, const Number* x, size_t step, int size, float* scores) {
   Vector sums[M][4] = {};
   int at = 0;
-  for (; at + kLanes <= D; at += kLanes)
+  for (; at + kLanes <= size; at += kLanes)
 #pragma GCC unroll 8
     for (int i = 0; i < 4; i++) {
-      const Vector own = load(x + size_t(i) * D + at);
+      const Vector own = load_as_float(x + i * step + at);
 #pragma GCC unroll 8
-      for (int m = 0; m < M; m++) sums[m][i] += load(q + size_t(m) * D + at) * own;
+      for (int m = 0; m < M; m++) sums[m][i] += load(q + size_t(m) * size + at) * own;
     }
 #pragma GCC unroll 8
   for (int m = 0; m < M; m++) {
     float* to = scores + m * kTokens;
     sum_four(sums[m][0], sums[m][1], sums[m][2], sums[m][3], to);
     for (int i = 0; i < 4; i++)
-      for (int rest = at; rest < D; rest++) to[i] += q[size_t(m) * D + rest] * x[size_t(i) * D + rest];
+      for (int rest = at; rest < size; rest++) to[i] += q[size_t(m) * size + rest] * to_float(x[i * step + rest]);
   }
 }
 
-template <int M>
-inline void add_all_values(const float* weights, const float* values, size_t step, int tokens, int size, float* out,
+// The same of up to four.
+template <int M, class Number>
+inline void few_scores(const float* q, const Number* x, size_t step, int tokens, int size, float* scores) {
+  if (tokens >= 4) return four_scores<M>(q, x, step, size, scores);
+  for (int m = 0; m < M; m++)
+    for (int i = 0; i < tokens; i++) scores[m * kTokens + i] = dot(q + size_t(m) * size, x + i * step, size);
+}
+
+template <int M, class Number>
+inline void add_all_values(const float* weights, const Number* values, size_t step, int tokens, int size, float* out,
                            size_t out_step) {
   int at = 0;
   for (; at + 4 * kLanes <= size; at += 4 * kLanes)
@@ -125,7 +126,7 @@ inline void add_all_values(const float* weights, const float* values, size_t ste
     add_values<M, 1>(weights, values + at, step, tokens, out + at, out_step);
   for (; at < size; at++)
     for (int m = 0; m < M; m++)
-      for (int t = 0; t < tokens; t++) out[m * out_step + at] += weights[m * kTokens + t] * values[t * step + at];
+      for (int t = 0; t < tokens; t++) out[m * out_step + at] += weights[m * kTokens + t] * to_float(values[t * step + at]);
 }
 
 // Tokens `[begin, end)` of a row as they lie in its `blocks`, page by page: `visit(numbers, first token - begin, tokens)`.
@@ -141,24 +142,44 @@ void each_page(const Shape& shape, const Number* pool, const int32_t* blocks, in
 // Tokens `[begin, end)` of one KV row: q `[heads, head_dim]`.
 template <class Number>
 void kv_part(const Shape& shape, const float* q, const Number* pool, const int32_t* key_blocks,
-             const int32_t* value_blocks, int begin, int end, Running& running, std::vector<float>& buffer) {
+             const int32_t* value_blocks, int begin, int end, Running& running) {
+  struct Page {
+    const Number* numbers;
+    int at, count;  // of the kTokens at a time
+    bool keys;
+  };
   const int D = shape.width, H = D / shape.heads;
-  std::vector<float> scores(size_t(shape.heads) * kTokens);
-  buffer.resize(size_t(shape.page_tokens) * D);
-  for (int first = begin; first < end; first += kTokens) {
-    const int last = std::min(first + kTokens, end);
-    each_page(shape, pool, key_blocks, first, last, [&](const Number* page, int at, int count) {
-      const float* keys = as_float(page, count * D, buffer.data());
-      for (int t = 0; t < count; t++)
-        for (int n = 0; n < shape.heads; n++)
-          scores[size_t(n) * kTokens + at + t] = dot(q + n * H, keys + size_t(t) * D + n * H, H);
-    });
-    running.weigh(scores.data(), last - first);
-    each_page(shape, pool, value_blocks, first, last, [&](const Number* page, int at, int count) {
-      const float* values = as_float(page, count * D, buffer.data());
-      for (int n = 0; n < shape.heads; n++)
-        add_all_values<1>(scores.data() + size_t(n) * kTokens + at, values + n * H, D, count, H, running.out + n * H, H);
-    });
+  thread_local std::vector<float> scores;
+  thread_local std::vector<Page> pages;
+  scores.resize(size_t(shape.heads) * kTokens);
+  pages.clear();
+  for (int first = begin; first < end; first += kTokens)
+    for (const bool keys : {true, false})
+      each_page(shape, pool, keys ? key_blocks : value_blocks, first, std::min(first + kTokens, end),
+                [&](const Number* numbers, int at, int count) { pages.push_back({numbers, at, count, keys}); });
+  for (size_t i = 0; i < pages.size(); i++) {
+    const Page& own = pages[i];
+    const char* next = reinterpret_cast<const char*>(pages[std::min(i + 1, pages.size() - 1)].numbers);
+    const int share = own.count * D * int(sizeof(Number)) / (own.keys ? (own.count + 3) / 4 * shape.heads : shape.heads);
+    const auto bring = [&] {
+      for (int line = 0; line < share; line += 64) __builtin_prefetch(next + line, 0, 2);
+      next += share;
+    };
+    if (own.keys) {
+      for (int t = 0; t < own.count; t += 4)
+        for (int n = 0; n < shape.heads; n++) {
+          bring();
+          few_scores<1>(q + n * H, own.numbers + size_t(t) * D + n * H, D, own.count - t, H,
+                        scores.data() + size_t(n) * kTokens + own.at + t);
+        }
+      if (!pages[i + 1].keys) running.weigh(scores.data(), own.at + own.count);
+      continue;
+    }
+    for (int n = 0; n < shape.heads; n++) {
+      bring();
+      add_all_values<1>(scores.data() + size_t(n) * kTokens + own.at, own.numbers + n * H, D, own.count, H,
+                        running.out + n * H, H);
+    }
   }
 }
 
@@ -174,21 +195,15 @@ void hidden_part(const Shape& shape, const float* q, const Number* pool, const i
     each_page(shape, pool, blocks, first, last, [&](const Number* page, int at, int count) {
       for (int i = 0; i < count * D; i++) buffer[size_t(at) * D + i] = to_float(page[i]);
     });
-    for (int t = 0; t < tokens; t += 4)
-      for (int n = 0; n < shape.heads;) {
-        const bool many = n + kHeads <= shape.heads;
-        const float* own = q + size_t(n) * D;
-        float* to = scores.data() + size_t(n) * kTokens + t;
-        const float* x = buffer.data() + size_t(t) * D;
-        if (t + 4 > tokens)
-          for (int m = 0; m < (many ? kHeads : 1); m++)
-            for (int i = 0; i < tokens - t; i++) to[m * kTokens + i] = dot(own + size_t(m) * D, x + size_t(i) * D, D);
-        else if (many)
-          four_scores<kHeads>(own, x, D, to);
-        else
-          four_scores<1>(own, x, D, to);
-        n += many ? kHeads : 1;
-      }
+    for (int t = 0; t < tokens; t += 4) {
+      const float* x = buffer.data() + size_t(t) * D;
+      float* to = scores.data() + t;
+      int n = 0;
+      for (; n + kHeads <= shape.heads; n += kHeads)
+        few_scores<kHeads>(q + size_t(n) * D, x, D, tokens - t, D, to + size_t(n) * kTokens);
+      for (; n < shape.heads; n++)
+        few_scores<1>(q + size_t(n) * D, x, D, tokens - t, D, to + size_t(n) * kTokens);
+    }
     running.weigh(scores.data(), tokens);
     for (int at = 0; at < D; at += 4 * kLanes) {
       const int size = std::min(4 * kLanes, D - at);
@@ -265,8 +280,7 @@ template <class Number, class KeyBlocks, class ValueBlocks>
 void kv_decode(Team& team, const Shape& shape, const float* q, const Number* pool, const KeyBlocks& key_blocks,
                const ValueBlocks& value_blocks, const int32_t* length, float* out, float* lse) {
   attend_rows(team, shape, shape.width / shape.heads, length, out, lse, [&](int r, int begin, int end, Running& running) {
-    thread_local std::vector<float> buffer;
-    kv_part(shape, q + size_t(r) * shape.width, pool, key_blocks(r), value_blocks(r), begin, end, running, buffer);
+    kv_part(shape, q + size_t(r) * shape.width, pool, key_blocks(r), value_blocks(r), begin, end, running);
   });
 }
 

@@ -82,8 +82,8 @@ def outputs_at(panels: jax.Array, index: jax.Array) -> jax.Array:
 def matmul(x: jax.Array, panels: jax.Array, outputs: int) -> jax.Array:
     """Float32 `[R, outputs]`: `x [R, inputs]` times a kernel of float32 or bfloat16 from `panels_of`. Pure.
 
-    Sums are of float32 products, or of bfloat16 ones if both are that and the processor multiplies it; those of a row do
-    not depend on the other rows.
+    Sums are of float32 products, or of bfloat16 ones if both are that and the processor multiplies it; those of a row
+    do not depend on the other rows.
     """
     shape = jax.ShapeDtypeStruct((x.shape[0], outputs), jnp.float32)
     return jax.ffi.ffi_call("apt_matmul", shape)(x if x.dtype == panels.dtype else x.astype(jnp.float32), panels)

@@ -50,6 +50,17 @@ inline Vector load(const float* at) {
 }
 inline void store(float* at, Vector x) { std::memcpy(at, &x, sizeof x); }
 
+inline Vector load_as_float(const float* at) { return load(at); }
+inline Vector load_as_float(const BFloat16* at) {
+  typedef uint16_t Halves __attribute__((vector_size(kLanes * 2)));
+  Halves halves;
+  std::memcpy(&halves, at, sizeof halves);
+  const Bits bits = __builtin_convertvector(halves, Bits) << 16;
+  Vector out;
+  std::memcpy(&out, &bits, sizeof out);
+  return out;
+}
+
 // Two bfloat16 in each 32 bits, the first of them in the lower half.
 inline Bits load_pairs(const BFloat16* at) {
   Bits out;
@@ -113,12 +124,13 @@ inline float sum(Vector x) {
   return totals[0];
 }
 
-inline float dot(const float* a, const float* b, int count) {
+template <class Number>
+inline float dot(const float* a, const Number* b, int count) {
   Vector sums{};
   int i = 0;
-  for (; i + kLanes <= count; i += kLanes) sums += load(a + i) * load(b + i);
+  for (; i + kLanes <= count; i += kLanes) sums += load(a + i) * load_as_float(b + i);
   float total = sum(sums);
-  for (; i < count; i++) total += a[i] * b[i];
+  for (; i < count; i++) total += a[i] * to_float(b[i]);
   return total;
 }
 
