@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <functional>
 #include <limits>
+#include <utility>
 #include <vector>
 
 #include "matmul.h"
@@ -35,9 +36,15 @@ inline std::vector<Chunk> chunks_of(const int32_t* row, int tokens) {
   return found;
 }
 
-// Keys `row(t) [size]` of one head in tiles `[size, keys of the tile]`.
-template <class Row>
-void pack_keys(int keys, int size, const Row& row, float* out) {
+// What keys of a head take, and values: of bfloat16 two tokens lie side by side.
+template <class X>
+inline size_t packed_size(int keys, int size) {
+  return size_t((keys + kInStep<X> - 1) / kInStep<X> * kInStep<X>) * size;
+}
+
+// Keys `row(t) [size]` of one head in tiles `[size, keys of the tile]`, of bfloat16 `[size / 2, keys of the tile, 2]`.
+template <class Row, class X>
+void pack_keys(int keys, int size, const Row& row, X* out) {
   const Tiles tiles(keys);
   for (int i = 0; i < tiles.count; i++) {
     const int first = tiles.first(i);
@@ -45,28 +52,60 @@ void pack_keys(int keys, int size, const Row& row, float* out) {
   }
 }
 
-// Values `row(t) [size]` of one head in tiles `[keys, numbers of the tile]`.
-template <class Row>
-void pack_values(int keys, int size, const Row& row, float* out) {
+// Values `row(t) [size]` of one head in tiles `[keys, numbers of the tile]`, of bfloat16
+// `[keys / 2, numbers of the tile, 2]`.
+template <class Row, class X>
+void pack_values(int keys, int size, const Row& row, X* out) {
+  constexpr int kWide = kInStep<X>;
   const Tiles tiles(size);
-  for (int t = 0; t < keys; t++) {
-    const auto* own = row(t);
+  const int whole = keys / kWide, all = packed_size<X>(keys, 1);
+  const auto put = [&](int step, const auto& number) {
     for (int i = 0; i < tiles.count; i++) {
       const int first = tiles.first(i), numbers = tiles.rows(i);
-      float* to = out + size_t(first) * keys + size_t(t) * numbers;
-      for (int h = 0; h < numbers; h++) to[h] = to_float(own[first + h]);
+      X* to = out + size_t(first) * all + size_t(step) * numbers * kWide;
+      for (int h = 0; h < numbers; h++)
+        for (int w = 0; w < kWide; w++) from_float(number(w, first + h), to + h * kWide + w);
     }
+  };
+  for (int step = 0; step < whole; step++) {
+    const auto *own = row(step * kWide), *next = row(step * kWide + kWide - 1);
+    put(step, [&](int w, int i) { return to_float(w ? next[i] : own[i]); });
+  }
+  if (keys % kWide) put(whole, [&, own = row(keys - 1)](int w, int i) { return w ? 0.0f : to_float(own[i]); });
+}
+
+// Weights `[keys, kPanel]` of the keys from `begin` on as a panel of X, in `room` if need be, and its number of steps. Of
+// bfloat16 it begins at an even key, and what completes a pair is 0.
+template <class X>
+std::pair<const X*, int> weights_panel(const float* weights, int begin, int keys, X* room) {
+  if constexpr (std::is_same_v<X, float>) {
+    return {weights, keys};
+  } else {
+    const int before = begin % 2, steps = (before + keys + 1) / 2;
+    const auto of_key = [&](int t, int lane) {
+      return t < 0 || t >= keys ? Vector{} : load(weights + size_t(t) * kPanel + lane);
+    };
+    for (int i = 0; i < steps; i++)
+      for (int lane = 0; lane < kPanel; lane += kLanes) {
+        const Bits pairs = in_pairs(of_key(2 * i - before, lane), of_key(2 * i + 1 - before, lane));
+        std::memcpy(room + (size_t(i) * kPanel + lane) * 2, &pairs, sizeof pairs);
+      }
+    return {room, steps};
   }
 }
 
 // The chunk's queries `[first, first + count)`, at most kPanel, of one head over packed keys and values. Queries and
 // results are `step` numbers apart; lse, `heads` apart, may be null.
-inline void attend_panel(const Chunk& chunk, const float* q, const float* k, const float* v, int first, int count,
-                         int size, size_t step, int heads, float* out, float* lse) {
+template <class X>
+void attend_panel(const Chunk& chunk, const float* q, const X* k, const X* v, int first, int count, int size,
+                  size_t step, int heads, float* out, float* lse) {
+  constexpr int kWide = kInStep<X>;
   alignas(64) float scores[kKeysAtOnce * kPanel], top[kPanel], total[kPanel], queries_at[kPanel];
+  alignas(64) X room[kWide == 1 ? 1 : (kKeysAtOnce + 2) * kPanel];
   thread_local std::vector<float> buffer;
   buffer.assign(size_t(2) * size * kPanel, 0.0f);
-  float *queries = buffer.data(), *sums = queries + size_t(size) * kPanel;
+  float* sums = buffer.data();
+  X* queries = reinterpret_cast<X*>(sums + size_t(size) * kPanel);
   turn([&](int m) { return q + m * step; }, count, size, queries, kPanel);
   std::fill_n(top, kPanel, kNever);
   std::fill_n(total, kPanel, 0.0f);
@@ -78,8 +117,8 @@ inline void attend_panel(const Chunk& chunk, const float* q, const float* k, con
     const int begin = key_tiles.first(i);
     int keys = 0;
     for (; i < key_tiles.count && begin + keys < seen && keys + key_tiles.rows(i) <= kKeysAtOnce; i++) {
-      panel_tile_of(key_tiles.rows(i), k + size_t(begin + keys) * size, queries, size, scores + keys * kPanel, kPanel,
-                    false, reinterpret_cast<const char*>(queries), 0);
+      panel_tile_of(key_tiles.rows(i), k + size_t(begin + keys) * size, queries, size / kWide, scores + keys * kPanel,
+                    kPanel, false, reinterpret_cast<const char*>(queries), 0);
       keys += key_tiles.rows(i);
     }
     Vector keep[kVectors];
@@ -110,11 +149,12 @@ inline void attend_panel(const Chunk& chunk, const float* q, const float* k, con
         float* own = sums + h * kPanel + lane * kLanes;
         store(own, load(own) * keep[lane]);
       }
+    const auto [weights, steps] = weights_panel(scores, begin, keys, room);
     for (int j = 0; j < number_tiles.count; j++) {
       const int h = number_tiles.first(j), numbers = number_tiles.rows(j);
-      const float* values = v + size_t(h) * chunk.keys() + size_t(begin) * numbers;
-      panel_tile_of(numbers, values, scores, keys, sums + h * kPanel, kPanel, true,
-                    reinterpret_cast<const char*>(scores), 0);
+      const X* values = v + packed_size<X>(chunk.keys(), h) + size_t(begin / kWide) * kWide * numbers;
+      panel_tile_of(numbers, values, weights, steps, sums + h * kPanel, kPanel, true,
+                    reinterpret_cast<const char*>(weights), 0);
     }
   }
   for (int lane = 0; lane < count; lane++) {
@@ -125,19 +165,20 @@ inline void attend_panel(const Chunk& chunk, const float* q, const float* k, con
 }
 
 // q and out `[tokens, heads, size]`, lse `[tokens, heads]` or null. `pack(c, n, keys, values)` packs those of chunk c and
-// head n.
-inline void attend_chunks(Team& team, const std::vector<Chunk>& chunks, const float* q, int heads, int size, float* out,
-                          float* lse, const std::function<void(int, int, float*, float*)>& pack) {
+// head n, and they are multiplied as X.
+template <class X>
+void attend_chunks(Team& team, const std::vector<Chunk>& chunks, const float* q, int heads, int size, float* out,
+                   float* lse, const std::function<void(int, int, X*, X*)>& pack) {
   struct Panel {
     int chunk, first, count;  // first: of the chunk's tokens
   };
   const int count = chunks.size();
   const size_t step = size_t(heads) * size;
-  std::vector<size_t> keys_before{0};
+  std::vector<size_t> keys_before{0};  // with what completes pairs
   std::vector<Panel> panels;
   double pairs = 0;
   for (int c = 0; c < count; c++) {
-    keys_before.push_back(keys_before.back() + chunks[c].keys());
+    keys_before.push_back(keys_before.back() + packed_size<X>(chunks[c].keys(), 1));
     for (int t = 0; t < chunks[c].tokens; t += kPanel) {
       panels.push_back({c, t, std::min(kPanel, chunks[c].tokens - t)});
       pairs += double(chunks[c].prefix + t + kPanel) * kPanel;
@@ -145,7 +186,7 @@ inline void attend_chunks(Team& team, const std::vector<Chunk>& chunks, const fl
   }
   const size_t all_keys = keys_before.back();
   thread_local Scratch scratch;
-  float *keys = scratch.of(2 * all_keys * step), *values = keys + all_keys * step;
+  X *keys = reinterpret_cast<X*>(scratch.of(2 * all_keys * step)), *values = keys + all_keys * step;
   const auto packed = [&](int c, int n) { return (n * all_keys + keys_before[c]) * size; };
   team.run(count * heads, 2.0 * all_keys * step, [&](int i) {
     const int c = i / heads, n = i % heads;

@@ -66,7 +66,7 @@ ffi::Error chunk(ffi::ThreadPool threads, Floats q, Floats k, Floats v, Numbers 
   const auto sizes = q.dimensions();
   const int tokens = sizes[0], heads = sizes[1], size = sizes[2];
   const auto chunks = apt::chunks_of(row.typed_data(), tokens);
-  apt::attend_chunks(team, chunks, q.typed_data(), heads, size, out->typed_data(), lse->typed_data(),
+  apt::attend_chunks<float>(team, chunks, q.typed_data(), heads, size, out->typed_data(), lse->typed_data(),
                      [&](int c, int n, float* keys, float* values) {
                        const auto of_head = [&](const Floats& from) {
                          const float* first = from.typed_data() + (size_t(chunks[c].begin) * heads + n) * size;

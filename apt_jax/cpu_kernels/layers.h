@@ -387,8 +387,9 @@ class Step {
                         {own.v, D, prefix_v_, with_bias(prefix_v_, own.v_bias), 0, rows}});
     }
     const size_t at = size_t(num_single_) * D;
-    attend_chunks(team_, group.chunks, q_ + at, shape_.heads, H, attended_ + at, nullptr,
-                  [&](int c, int n, float* keys, float* values) {
+    using X = Factor<Number>;
+    attend_chunks<X>(team_, group.chunks, q_ + at, shape_.heads, H, attended_ + at, nullptr,
+                  [&](int c, int n, X* keys, X* values) {
                     const Chunk& chunk = group.chunks[c];
                     const Owner& owner = group.owners[c];
                     const auto pack = [&](const auto& row_of_keys, const auto& row_of_values) {

@@ -91,8 +91,22 @@ inline Vector add_products(Vector sums, const BFloat16* x, Bits pairs) {
                                                    reinterpret_cast<__m512bh>(_mm512_set1_epi32(pair)),
                                                    reinterpret_cast<__m512bh>(pairs)));
 }
+
+// Pairs of two vectors' numbers, to nearest.
+inline Bits in_pairs(Vector firsts, Vector seconds) {
+  const auto halves = [](Vector x) {
+    return _mm512_cvtepu16_epi32(reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(reinterpret_cast<__m512>(x))));
+  };
+  return reinterpret_cast<Bits>(_mm512_or_si512(halves(firsts), _mm512_slli_epi32(halves(seconds), 16)));
+}
 #else
 constexpr bool kMultipliesPairs = false;
+
+inline Bits in_pairs(Vector firsts, Vector seconds) {
+  BFloat16 pairs[2 * kLanes];
+  for (int i = 0; i < kLanes; i++) from_float(firsts[i], pairs + 2 * i), from_float(seconds[i], pairs + 2 * i + 1);
+  return load_pairs(pairs);
+}
 #endif
 
 // The sums of four vectors to out[0..3].
