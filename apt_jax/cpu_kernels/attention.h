@@ -1,4 +1,5 @@
-// One query per request over its cached tokens, read where they lie: pages of the pool `[pages, page_tokens, D]`.
+// One query per request over its cached tokens, read where they lie: pages of the pool `[pages, page_tokens, D]`. While
+// some are multiplied, memory is asked for the next ones.
 //
 // KV rows go head by head over keys and values; hidden rows take wide queries, of D numbers for each head, over the
 // hidden vectors themselves. Both keep a running softmax over kTokens tokens at a time. A number beyond a row's length
@@ -8,6 +9,7 @@
 #include <algorithm>
 #include <functional>
 #include <limits>
+#include <type_traits>
 #include <vector>
 
 #include "threads.h"
@@ -16,10 +18,13 @@
 namespace apt {
 
 constexpr int kTokens = 64;
-#if defined(__AVX__) && !defined(__AVX512F__)
-constexpr int kHeads = 2;  // of which the sums with four tokens stay in registers
+// Heads of which the sums stay in registers: with four tokens, and of some vectors of values.
+#if defined(__AVX512F__)
+constexpr int kHeads = 4, kValueHeads = 8, kValueVectors = 3;
+#elif defined(__AVX__)
+constexpr int kHeads = 2, kValueHeads = 2, kValueVectors = 4;
 #else
-constexpr int kHeads = 4;
+constexpr int kHeads = 4, kValueHeads = 4, kValueVectors = 4;
 #endif
 
 struct Shape {
@@ -62,18 +67,19 @@ struct Running {
   }
 };
 
-// out [M, size] += weights [M, kTokens] times values [tokens, size], of which kVectors vectors at `from`.
+// out [M, size] += weights [M, kTokens] times tokens' numbers from `from` on, as many as kVectors vectors have.
 template <int M, int kVectors, class Number>
-inline void add_values(const float* weights, const Number* values, size_t step, int tokens, float* out, size_t out_step) {
+inline void add_values(const float* weights, const Number* const* tokens, size_t from, int count, float* out,
+                       size_t out_step) {
   Vector sums[M][kVectors];
 #pragma GCC unroll 8
   for (int m = 0; m < M; m++)
 #pragma GCC unroll 8
     for (int i = 0; i < kVectors; i++) sums[m][i] = load(out + m * out_step + i * kLanes);
-  for (int t = 0; t < tokens; t++) {
+  for (int t = 0; t < count; t++) {
     Vector own[kVectors];
 #pragma GCC unroll 8
-    for (int i = 0; i < kVectors; i++) own[i] = load_as_float(values + t * step + i * kLanes);
+    for (int i = 0; i < kVectors; i++) own[i] = load_as_float(tokens[t] + from + i * kLanes);
 #pragma GCC unroll 8
     for (int m = 0; m < M; m++) {
       const float weight = weights[m * kTokens + t];
@@ -87,46 +93,69 @@ inline void add_values(const float* weights, const Number* values, size_t step, 
     for (int i = 0; i < kVectors; i++) store(out + m * out_step + i * kLanes, sums[m][i]);
 }
 
-// scores [M, kTokens] of queries [M, size] and four tokens, numbers of which are `step` apart.
-template <int M, class Number>
-__attribute__((noinline)) void four_scores(const float* q, const Number* x, size_t step, int size, float* scores) {
+// The same of `size` numbers.
+template <int M, int kVectors, class Number>
+inline void add_all_values(const float* weights, const Number* const* tokens, size_t from, int count, int size,
+                           float* out, size_t out_step) {
+  int at = 0;
+  for (; at + kVectors * kLanes <= size; at += kVectors * kLanes)
+    add_values<M, kVectors>(weights, tokens, from + at, count, out + at, out_step);
+  for (; at + kLanes <= size; at += kLanes)
+    add_values<M, 1>(weights, tokens, from + at, count, out + at, out_step);
+  for (; at < size; at++)
+    for (int m = 0; m < M; m++)
+      for (int t = 0; t < count; t++)
+        out[m * out_step + at] += weights[m * kTokens + t] * to_float(tokens[t][from + at]);
+}
+
+// q as it is multiplied with tokens.
+inline const float* as_factors(const float* q, int, std::vector<float>&) { return q; }
+inline const BFloat16* as_factors(const float* q, int size, std::vector<BFloat16>& room) {
+  room.resize(size);
+  for (int i = 0; i < size; i++) from_float(q[i], &room[i]);
+  return room.data();
+}
+
+// scores [M, kTokens] of queries [M, size] and four tokens' numbers from `from` on.
+template <int M, class X, class Number>
+__attribute__((noinline)) void four_scores(const X* q, const Number* const* tokens, size_t from, int size,
+                                           float* scores) {
   Vector sums[M][4] = {};
   int at = 0;
+  if constexpr (std::is_same_v<X, BFloat16>)
+    for (; at + 2 * kLanes <= size; at += 2 * kLanes)
+#pragma GCC unroll 8
+      for (int i = 0; i < 4; i++) {
+        const Bits own = load_pairs(tokens[i] + from + at);
+#pragma GCC unroll 8
+        for (int m = 0; m < M; m++) sums[m][i] = add_products(sums[m][i], load_pairs(q + size_t(m) * size + at), own);
+      }
   for (; at + kLanes <= size; at += kLanes)
 #pragma GCC unroll 8
     for (int i = 0; i < 4; i++) {
-      const Vector own = load_as_float(x + i * step + at);
+      const Vector own = load_as_float(tokens[i] + from + at);
 #pragma GCC unroll 8
-      for (int m = 0; m < M; m++) sums[m][i] += load(q + size_t(m) * size + at) * own;
+      for (int m = 0; m < M; m++) sums[m][i] += load_as_float(q + size_t(m) * size + at) * own;
     }
 #pragma GCC unroll 8
   for (int m = 0; m < M; m++) {
     float* to = scores + m * kTokens;
     sum_four(sums[m][0], sums[m][1], sums[m][2], sums[m][3], to);
     for (int i = 0; i < 4; i++)
-      for (int rest = at; rest < size; rest++) to[i] += q[size_t(m) * size + rest] * to_float(x[i * step + rest]);
+      for (int rest = at; rest < size; rest++)
+        to[i] += to_float(q[size_t(m) * size + rest]) * to_float(tokens[i][from + rest]);
   }
 }
 
 // The same of up to four.
-template <int M, class Number>
-inline void few_scores(const float* q, const Number* x, size_t step, int tokens, int size, float* scores) {
-  if (tokens >= 4) return four_scores<M>(q, x, step, size, scores);
-  for (int m = 0; m < M; m++)
-    for (int i = 0; i < tokens; i++) scores[m * kTokens + i] = dot(q + size_t(m) * size, x + i * step, size);
-}
-
-template <int M, class Number>
-inline void add_all_values(const float* weights, const Number* values, size_t step, int tokens, int size, float* out,
-                           size_t out_step) {
-  int at = 0;
-  for (; at + 4 * kLanes <= size; at += 4 * kLanes)
-    add_values<M, 4>(weights, values + at, step, tokens, out + at, out_step);
-  for (; at + kLanes <= size; at += kLanes)
-    add_values<M, 1>(weights, values + at, step, tokens, out + at, out_step);
-  for (; at < size; at++)
-    for (int m = 0; m < M; m++)
-      for (int t = 0; t < tokens; t++) out[m * out_step + at] += weights[m * kTokens + t] * to_float(values[t * step + at]);
+template <int M, class X, class Number>
+inline void few_scores(const X* q, const Number* const* tokens, size_t from, int count, int size, float* scores) {
+  if (count >= 4) return four_scores<M>(q, tokens, from, size, scores);
+  const Number* four[4];
+  for (int i = 0; i < 4; i++) four[i] = tokens[std::min(i, count - 1)];
+  float found[M * kTokens];
+  four_scores<M>(q, four, from, size, found);
+  for (int m = 0; m < M; m++) std::copy_n(found + m * kTokens, count, scores + m * kTokens);
 }
 
 // Tokens `[begin, end)` of a row as they lie in its `blocks`, page by page: `visit(numbers, first token - begin, tokens)`.
@@ -137,6 +166,10 @@ void each_page(const Shape& shape, const Number* pool, const int32_t* blocks, in
     visit(pool + (size_t(blocks[t / shape.page_tokens]) * shape.page_tokens + inside) * shape.width, t - begin, count);
     t += count;
   }
+}
+
+inline void bring(const char* from, int bytes) {
+  for (int line = 0; line < bytes; line += 64) __builtin_prefetch(from + line, 0, 2);
 }
 
 // Tokens `[begin, end)` of one KV row: q `[heads, head_dim]`.
@@ -151,6 +184,8 @@ void kv_part(const Shape& shape, const float* q, const Number* pool, const int32
   const int D = shape.width, H = D / shape.heads;
   thread_local std::vector<float> scores;
   thread_local std::vector<Page> pages;
+  thread_local std::vector<Factor<Number>> room;
+  const auto* queries = as_factors(q, D, room);
   scores.resize(size_t(shape.heads) * kTokens);
   pages.clear();
   for (int first = begin; first < end; first += kTokens)
@@ -159,26 +194,25 @@ void kv_part(const Shape& shape, const float* q, const Number* pool, const int32
                 [&](const Number* numbers, int at, int count) { pages.push_back({numbers, at, count, keys}); });
   for (size_t i = 0; i < pages.size(); i++) {
     const Page& own = pages[i];
+    const Number* tokens[kTokens];
+    for (int t = 0; t < own.count; t++) tokens[t] = own.numbers + size_t(t) * D;
     const char* next = reinterpret_cast<const char*>(pages[std::min(i + 1, pages.size() - 1)].numbers);
-    const int share = own.count * D * int(sizeof(Number)) / (own.keys ? (own.count + 3) / 4 * shape.heads : shape.heads);
-    const auto bring = [&] {
-      for (int line = 0; line < share; line += 64) __builtin_prefetch(next + line, 0, 2);
-      next += share;
-    };
+    const int pieces = own.keys ? (own.count + 3) / 4 * shape.heads : shape.heads;
+    const int share = own.count * D * int(sizeof(Number)) / pieces;
     if (own.keys) {
       for (int t = 0; t < own.count; t += 4)
-        for (int n = 0; n < shape.heads; n++) {
-          bring();
-          few_scores<1>(q + n * H, own.numbers + size_t(t) * D + n * H, D, own.count - t, H,
+        for (int n = 0; n < shape.heads; n++, next += share) {
+          bring(next, share);
+          few_scores<1>(queries + n * H, tokens + t, n * H, own.count - t, H,
                         scores.data() + size_t(n) * kTokens + own.at + t);
         }
       if (!pages[i + 1].keys) running.weigh(scores.data(), own.at + own.count);
       continue;
     }
-    for (int n = 0; n < shape.heads; n++) {
-      bring();
-      add_all_values<1>(scores.data() + size_t(n) * kTokens + own.at, own.numbers + n * H, D, own.count, H,
-                        running.out + n * H, H);
+    for (int n = 0; n < shape.heads; n++, next += share) {
+      bring(next, share);
+      add_all_values<1, 4>(scores.data() + size_t(n) * kTokens + own.at, tokens, n * H, own.count, H,
+                           running.out + n * H, H);
     }
   }
 }
@@ -186,34 +220,43 @@ void kv_part(const Shape& shape, const float* q, const Number* pool, const int32
 // Tokens `[begin, end)` of one hidden row: q `[heads, D]`.
 template <class Number>
 void hidden_part(const Shape& shape, const float* q, const Number* pool, const int32_t* blocks, int begin, int end,
-                 Running& running, std::vector<float>& buffer) {
-  const int D = shape.width;
-  std::vector<float> scores(size_t(shape.heads) * kTokens);
-  buffer.resize(size_t(kTokens) * D);
-  for (int first = begin; first < end; first += kTokens) {
-    const int last = std::min(first + kTokens, end), tokens = last - first;
-    each_page(shape, pool, blocks, first, last, [&](const Number* page, int at, int count) {
-      for (int i = 0; i < count * D; i++) buffer[size_t(at) * D + i] = to_float(page[i]);
-    });
-    for (int t = 0; t < tokens; t += 4) {
-      const float* x = buffer.data() + size_t(t) * D;
+                 Running& running) {
+  const int D = shape.width, N = shape.heads;
+  thread_local std::vector<float> scores;
+  thread_local std::vector<const Number*> all;
+  thread_local std::vector<Factor<Number>> room;
+  const auto* queries = as_factors(q, N * D, room);
+  scores.resize(size_t(N) * kTokens);
+  all.clear();
+  each_page(shape, pool, blocks, begin, end, [&](const Number* page, int, int count) {
+    for (int t = 0; t < count; t++) all.push_back(page + size_t(t) * D);
+  });
+  const int share = (D * int(sizeof(Number)) + N / kHeads) / (N / kHeads + 1);
+  for (int first = 0; first < int(all.size()); first += kTokens) {
+    const int left = all.size() - first, count = std::min(kTokens, left);
+    const Number* const* tokens = all.data() + first;
+    for (int t = 0; t < count; t += 4) {
       float* to = scores.data() + t;
+      const auto heads = [&]<int M>(int n, std::integral_constant<int, M>) {
+        for (int i = t + kTokens; i < std::min(t + kTokens + 4, left); i++)
+          bring(reinterpret_cast<const char*>(tokens[i]) + n / kHeads * share, share);
+        few_scores<M>(queries + size_t(n) * D, tokens + t, 0, count - t, D, to + size_t(n) * kTokens);
+      };
       int n = 0;
-      for (; n + kHeads <= shape.heads; n += kHeads)
-        few_scores<kHeads>(q + size_t(n) * D, x, D, tokens - t, D, to + size_t(n) * kTokens);
-      for (; n < shape.heads; n++)
-        few_scores<1>(q + size_t(n) * D, x, D, tokens - t, D, to + size_t(n) * kTokens);
+      for (; n + kHeads <= N; n += kHeads) heads(n, std::integral_constant<int, kHeads>());
+      for (; n < N; n++) heads(n, std::integral_constant<int, 1>());
     }
-    running.weigh(scores.data(), tokens);
-    for (int at = 0; at < D; at += 4 * kLanes) {
-      const int size = std::min(4 * kLanes, D - at);
+    running.weigh(scores.data(), count);
+    constexpr int kPart = kValueVectors * kLanes;
+    for (int at = 0; at < D; at += kPart) {
+      const auto heads = [&]<int M>(int n, std::integral_constant<int, M>) {
+        add_all_values<M, kValueVectors>(scores.data() + size_t(n) * kTokens, tokens, at, count,
+                                         std::min(kPart, D - at), running.out + size_t(n) * D + at, D);
+      };
       int n = 0;
-      for (; n + 4 <= shape.heads; n += 4)
-        add_all_values<4>(scores.data() + size_t(n) * kTokens, buffer.data() + at, D, tokens, size,
-                          running.out + size_t(n) * D + at, D);
-      for (; n < shape.heads; n++)
-        add_all_values<1>(scores.data() + size_t(n) * kTokens, buffer.data() + at, D, tokens, size,
-                          running.out + size_t(n) * D + at, D);
+      for (; n + kValueHeads <= N; n += kValueHeads) heads(n, std::integral_constant<int, kValueHeads>());
+      for (; n + 4 <= N; n += 4) heads(n, std::integral_constant<int, 4>());
+      for (; n < N; n++) heads(n, std::integral_constant<int, 1>());
     }
   }
 }
@@ -289,8 +332,7 @@ void hidden_decode(Team& team, const Shape& shape, const float* q, const Number*
                    const int32_t* length, float* out, float* lse) {
   const int D = shape.width;
   attend_rows(team, shape, D, length, out, lse, [&](int r, int begin, int end, Running& running) {
-    thread_local std::vector<float> buffer;
-    hidden_part(shape, q + size_t(r) * shape.heads * D, pool, blocks(r), begin, end, running, buffer);
+    hidden_part(shape, q + size_t(r) * shape.heads * D, pool, blocks(r), begin, end, running);
   });
 }
 

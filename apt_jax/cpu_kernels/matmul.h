@@ -31,10 +31,6 @@ constexpr int kTilesToWiden = 4;  // from which on a panel of bfloat16 is made f
 template <class Number>
 constexpr int kInStep = std::is_same_v<Number, BFloat16> ? 2 : 1;
 
-// What rows are multiplied as with a kernel of Number.
-template <class Number>
-using Factor = std::conditional_t<kMultipliesPairs, Number, float>;
-
 // Row tiles of about the same height: the first `taller` have one row more. Of rows in tiles, `[rows, inputs]`, each tile
 // is turned round: `[inputs, rows of the tile]`, of bfloat16 `[inputs / 2, rows of the tile, 2]`.
 struct Tiles {
@@ -81,7 +77,7 @@ __attribute__((noinline)) void panel_tile(const X* x, const Number* panel, int s
 #pragma GCC unroll 16
       for (int m = 0; m < M; m++)
 #pragma GCC unroll 8
-        for (int v = 0; v < kVectors; v++) sums[m][v] = add_products(sums[m][v], x + 2 * m, own[v]);
+        for (int v = 0; v < kVectors; v++) sums[m][v] = add_products(sums[m][v], same_pair(x + 2 * m), own[v]);
     } else if constexpr (std::is_same_v<Number, BFloat16>) {
       add(x, [&](int v) { return firsts(load_pairs(panel + v * kLanes * 2)); });
       add(x + M, [&](int v) { return seconds(load_pairs(panel + v * kLanes * 2)); });

@@ -5,6 +5,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 #if defined(__AVX512F__)
 #include <immintrin.h>
 #endif
@@ -80,16 +81,20 @@ inline Vector seconds(Bits pairs) {
   return out;
 }
 
+// The pair at x in every lane.
+inline Bits same_pair(const BFloat16* x) {
+  uint32_t pair;
+  std::memcpy(&pair, x, sizeof pair);
+  return Bits{} + pair;
+}
+
 #if defined(__AVX512BF16__)
 constexpr bool kMultipliesPairs = true;
 
-// sums + the products of both numbers of the pair at x with those of each pair.
-inline Vector add_products(Vector sums, const BFloat16* x, Bits pairs) {
-  int32_t pair;
-  std::memcpy(&pair, x, sizeof pair);
-  return reinterpret_cast<Vector>(_mm512_dpbf16_ps(reinterpret_cast<__m512>(sums),
-                                                   reinterpret_cast<__m512bh>(_mm512_set1_epi32(pair)),
-                                                   reinterpret_cast<__m512bh>(pairs)));
+// sums + for each pair the products of its first and its second numbers.
+inline Vector add_products(Vector sums, Bits x, Bits y) {
+  return reinterpret_cast<Vector>(_mm512_dpbf16_ps(reinterpret_cast<__m512>(sums), reinterpret_cast<__m512bh>(x),
+                                                   reinterpret_cast<__m512bh>(y)));
 }
 
 // Pairs of two vectors' numbers, to nearest.
@@ -102,12 +107,20 @@ inline Bits in_pairs(Vector firsts, Vector seconds) {
 #else
 constexpr bool kMultipliesPairs = false;
 
+inline Vector add_products(Vector sums, Bits x, Bits y) {
+  return sums + firsts(x) * firsts(y) + seconds(x) * seconds(y);
+}
+
 inline Bits in_pairs(Vector firsts, Vector seconds) {
   BFloat16 pairs[2 * kLanes];
   for (int i = 0; i < kLanes; i++) from_float(firsts[i], pairs + 2 * i), from_float(seconds[i], pairs + 2 * i + 1);
   return load_pairs(pairs);
 }
 #endif
+
+// What numbers are multiplied as with some of Number.
+template <class Number>
+using Factor = std::conditional_t<kMultipliesPairs, Number, float>;
 
 // The sums of four vectors to out[0..3].
 inline void sum_four(Vector a, Vector b, Vector c, Vector d, float* out) {
@@ -136,16 +149,6 @@ inline float sum(Vector x) {
   float totals[4];
   sum_four(x, x, x, x, totals);
   return totals[0];
-}
-
-template <class Number>
-inline float dot(const float* a, const Number* b, int count) {
-  Vector sums{};
-  int i = 0;
-  for (; i + kLanes <= count; i += kLanes) sums += load(a + i) * load_as_float(b + i);
-  float total = sum(sums);
-  for (; i < count; i++) total += a[i] * to_float(b[i]);
-  return total;
 }
 
 // e^x to about 2 units in the last place, for x <= 0; below -87 it is 0. NaN stays NaN.
