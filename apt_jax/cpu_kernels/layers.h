@@ -19,6 +19,7 @@
 namespace apt {
 
 constexpr int kChunkTokens = 8;     // from which on a row's tokens are taken together
+constexpr int kRowsTogether = 8;    // hidden ones, from which on queries of all are made wide at once
 constexpr int kKeysPacked = 4096;   // at a time, if one request has not more
 
 // A layer's parameters; null is one that the model does not have. Kernels are in panels.
@@ -324,6 +325,7 @@ class Step {
     const int parts = (D + kPart - 1) / kPart;
     team_.run(N * parts, 2.0 * count * N * D * H, [&](int i) {
       const int n = i / parts, begin = i % parts * kPart, end = std::min(begin + kPart, D);
+      if (count >= kRowsTogether) return absorb_together(own.k, n, begin, end);
       for (int r = 0; r < count; r++)
         absorb(q_ + size_t(r) * D + size_t(n) * H, own.k + size_t(n) * H * D, begin, end,
                wide_ + (size_t(r) * N + n) * D);
@@ -346,11 +348,20 @@ class Step {
     });
   }
 
-  // The numbers of one input in a panel, from output `lane`.
-  static Vector of_input(const float* panel, int i, int lane) { return load(panel + size_t(i) * kPanel + lane); }
-  static Vector of_input(const BFloat16* panel, int i, int lane) {
+  // The numbers of one input in a panel: of the outputs from `lane` on, and of one output.
+  static Vector of_inputs(const float* panel, int i, int lane) { return load(panel + size_t(i) * kPanel + lane); }
+  static Vector of_inputs(const BFloat16* panel, int i, int lane) {
     const Bits pairs = load_pairs(panel + (size_t(i / 2) * kPanel + lane) * 2);
     return i % 2 ? seconds(pairs) : firsts(pairs);
+  }
+
+  // `count` inputs of a panel from number i on, an even one, `[count, kPanel]`; in `room` if need be.
+  static const float* inputs_of(const float* panel, int i, int, float*) { return panel + size_t(i) * kPanel; }
+  static const float* inputs_of(const BFloat16* panel, int i, int count, float* room) {
+    for (int k = 0; k < count; k++)
+      for (int lane = 0; lane < kPanel; lane += kLanes)
+        store(room + k * kPanel + lane, of_inputs(panel, i + k, lane));
+    return room;
   }
 
   // out [begin, end) = the head's panels times its query, for inputs `[begin, end)`.
@@ -362,10 +373,44 @@ class Step {
       for (int j = 0; j < H; j += kPanel)
         for (int i = 0; i < count; i++)
           for (int lane = 0; lane < kPanel; lane += kLanes)
-            sums[i] += load(q + j + lane) * of_input(panels + size_t(j) * D, at + i, lane);
+            sums[i] += load(q + j + lane) * of_inputs(panels + size_t(j) * D, at + i, lane);
       float found[4];
       sum_four(sums[0], sums[1], sums[2], sums[3], found);
       for (int i = 0; i < count; i++) out[at + i] = rounded<Number>(found[i]);
+    }
+  }
+
+  // The same for all hidden rows that are taken one by one, a few inputs at a time: rows are the lanes of vectors.
+  void absorb_together(const Number* panels, int n, int begin, int end) const {
+    constexpr int kInputs = 8;
+    const int D = shape_.width, N = shape_.heads, H = shape_.head_dim();
+    thread_local Scratch scratch;
+    float* queries = scratch.of(size_t(H) * kPanel);
+    for (int first = 0; first < num_hidden_; first += kPanel) {
+      const int rows = std::min(kPanel, num_hidden_ - first);
+      turn([&](int r) { return q_ + size_t(first + r) * D + size_t(n) * H; }, rows, H, queries, kPanel);
+      for (int at = begin; at < end; at += kInputs) {
+        alignas(64) float found[kInputs * kPanel];
+        alignas(64) float room[kInputs * kPanel];
+        for (int from = 0; from < H; from += kPanel) {
+          const float* inputs = inputs_of(panels + (size_t(n) * H + from) * D, at, kInputs, room);
+          for (int lane = 0; lane < rows; lane += kLanes) {
+            Vector sums[kInputs] = {};
+#pragma GCC unroll 8
+            for (int i = 0; i < kInputs && from; i++) sums[i] = load(found + i * kPanel + lane);
+            for (int j = 0; j < kPanel; j++) {
+              const Vector own = load(queries + size_t(from + j) * kPanel + lane);
+#pragma GCC unroll 8
+              for (int i = 0; i < kInputs; i++) sums[i] += inputs[i * kPanel + j] * own;
+            }
+#pragma GCC unroll 8
+            for (int i = 0; i < kInputs; i++) store(found + i * kPanel + lane, sums[i]);
+          }
+        }
+        for (int r = 0; r < rows; r++)
+          for (int i = 0; i < kInputs; i++)
+            wide_[(size_t(first + r) * N + n) * D + at + i] = rounded<Number>(found[i * kPanel + r]);
+      }
     }
   }
 
