@@ -348,7 +348,7 @@ class Step {
     });
   }
 
-  // The numbers of one input in a panel: of the outputs from `lane` on, and of one output.
+  // The numbers of one input in a panel, of the outputs from `lane` on.
   static Vector of_inputs(const float* panel, int i, int lane) { return load(panel + size_t(i) * kPanel + lane); }
   static Vector of_inputs(const BFloat16* panel, int i, int lane) {
     const Bits pairs = load_pairs(panel + (size_t(i / 2) * kPanel + lane) * 2);
@@ -359,8 +359,7 @@ class Step {
   static const float* inputs_of(const float* panel, int i, int, float*) { return panel + size_t(i) * kPanel; }
   static const float* inputs_of(const BFloat16* panel, int i, int count, float* room) {
     for (int k = 0; k < count; k++)
-      for (int lane = 0; lane < kPanel; lane += kLanes)
-        store(room + k * kPanel + lane, of_inputs(panel, i + k, lane));
+      for (int lane = 0; lane < kPanel; lane += kLanes) store(room + k * kPanel + lane, of_inputs(panel, i + k, lane));
     return room;
   }
 
@@ -380,7 +379,8 @@ class Step {
     }
   }
 
-  // The same for all hidden rows that are taken one by one, a few inputs at a time: rows are the lanes of vectors.
+  // The same for all hidden rows that are taken one by one: rows are the lanes of vectors, which pays for many. The sums
+  // are in another order.
   void absorb_together(const Number* panels, int n, int begin, int end) const {
     constexpr int kInputs = 8;
     const int D = shape_.width, N = shape_.heads, H = shape_.head_dim();
