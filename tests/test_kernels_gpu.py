@@ -9,14 +9,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from gpu_interpreter import INTERPRET, interpreted
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
-from jax.experimental.pallas import mosaic_gpu as plgpu
 from kernel_cases import Case, assert_close, make_case
 
 from pallas_kernels import (
@@ -30,8 +28,6 @@ from pallas_kernels import (
 )
 from pallas_kernels.reference import NEVER, Partial
 
-# a slot that is overwritten before it was read, or read before it was written, is a race
-INTERPRET = plgpu.InterpretGPUParams(detect_races=True)
 PAGES = 5  # per table
 BLOCKS = 40  # of the pool
 
@@ -45,39 +41,28 @@ def case_of(lengths, *, heads, head_dim, block_size, dtype=jnp.bfloat16, pages=P
     return case._replace(pool=jnp.pad(case.pool, missing, constant_values=np.nan))
 
 
-@functools.cache
 def kv_kernel(split: int):
-    return jax.jit(functools.partial(gpu_kv_decode.kv_decode_attention, split_tokens=split, interpret=INTERPRET))
+    return interpreted(gpu_kv_decode.kv_decode_attention, split_tokens=split)
 
 
-@functools.cache
 def fma_kernel(split: int | None, strides: int = 2):
-    options = {"split_tokens": split, "strides_at_once": strides, "interpret": INTERPRET}
-    return jax.jit(functools.partial(gpu_kv_fma.kv_decode_attention, **options))
+    return interpreted(gpu_kv_fma.kv_decode_attention, split_tokens=split, strides_at_once=strides)
 
 
-@functools.cache
-def hidden_kernel():
-    return jax.jit(functools.partial(gpu_hidden_decode.hidden_decode_attention, interpret=INTERPRET))
+def cluster_kernel():
+    return interpreted(gpu_hidden_cluster.hidden_decode_attention)
 
 
 def check_kv(case: Case, kernel) -> Partial:
     args = (case.q, case.pool, case.first_blocks, case.second_blocks, case.length)
-    found = jax.block_until_ready(kernel(*args))
-    assert not gpu_callbacks.get_races().races_found
+    found = kernel(*args)
     assert_close(found, reference.kv_decode_attention(*args), case.pool.dtype)
     return found
 
 
-@functools.cache
-def cluster_kernel():
-    return jax.jit(functools.partial(gpu_hidden_cluster.hidden_decode_attention, interpret=INTERPRET))
-
-
 def check_hidden(case: Case, kernel=None) -> Partial:
     args = (case.q_wide, case.pool, case.first_blocks, case.length)
-    found = jax.block_until_ready((kernel or hidden_kernel())(*args))
-    assert not gpu_callbacks.get_races().races_found
+    found = (kernel or interpreted(gpu_hidden_decode.hidden_decode_attention))(*args)
     assert_close(found, reference.hidden_decode_attention(*args), case.pool.dtype)
     return found
 
