@@ -274,6 +274,7 @@ def test_the_first_replica_that_cannot_start_is_told():
                 raise ValueError("no such model")
 
         async with keeping(Replicas(make_engine=Broken)) as r:
+            await asyncio.sleep(0.2)  # time enough to try again
             assert [str(error) for error in r.failures] == ["no such model"] and r.fleet.status.value == "failed"
 
     run(main)

@@ -105,7 +105,7 @@ class Keeper:
         starting = sum(replica.status is ReplicaStatus.STARTING for replica in current)
         one_by_one = len(serving) > len(current) or not (self._at_once or self._was_ready)
         for _ in range(min(self.target - len(current), (1 if one_by_one else self.target) - starting)):
-            if time.monotonic() >= self._not_before_s:
+            if time.monotonic() >= self._not_before_s and not self._fleet.failed:  # what failed once is told once
                 self._start()
         ready = self._of(ReplicaStatus.READY)
         surplus = len(ready) - self.target if starting == 0 or len(ready) > self.target else 0
