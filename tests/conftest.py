@@ -6,9 +6,10 @@ import os
 # not optimised compiles in two thirds of the time.
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0".strip()
 
-import jax
 import pytest
 from hypothesis import HealthCheck, settings
+
+from serve.compile_cache import use_compile_cache
 
 # A busy machine is no reason to fail; continuous integration always draws the same examples.
 settings.register_profile(
@@ -21,6 +22,4 @@ settings.load_profile("project")
 def shared_programs(tmp_path_factory, worker_id):
     base = tmp_path_factory.getbasetemp()
     folder = (base if worker_id == "master" else base.parent) / "programs"
-    jax.config.update("jax_compilation_cache_dir", str(folder))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    use_compile_cache(str(folder))

@@ -1,8 +1,8 @@
 """GPU kernels interpreted on a CPU, in a process whose XLA has many more threads than there are cores.
 
 JAX's interpreter runs every warpgroup as a program of its own, which waits for the others in a callback. A callback may
-hold a thread of XLA's pool, which has one for each core: on two cores, once in some twenty runs of the tests, all were
-held by who waited for what was to run next, and nothing went on. XLA takes the number from NPROC when it starts.
+hold a thread of XLA's pool, which has one for each core: on two cores a run of the tests stood still, both held by who
+waited for what was to run next. XLA takes the number from NPROC when it starts.
 """
 
 import functools
@@ -18,6 +18,7 @@ from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.reference import Partial
+from serve.compile_cache import use_compile_cache
 
 # a slot that is overwritten before it was read, or read before it was written, is a race
 INTERPRET = plgpu.InterpretGPUParams(detect_races=True)
@@ -42,11 +43,9 @@ def _process() -> ProcessPoolExecutor:
     return ProcessPoolExecutor(1, context, _start, (jax.config.jax_compilation_cache_dir,))
 
 
-def _start(cache: str | None) -> None:
+def _start(compiled_programs: str | None) -> None:
     os.environ["NPROC"] = str(_THREADS)
-    jax.config.update("jax_compilation_cache_dir", cache)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    use_compile_cache(compiled_programs)
 
 
 @functools.cache

@@ -217,6 +217,16 @@ void kv_part(const Shape& shape, const float* q, const Number* pool, const int32
   }
 }
 
+// All heads in groups of one size after the other, as many as fit: `work(first head, size)`.
+template <int... sizes, class Work>
+inline void in_groups(int heads, const Work& work) {
+  int n = 0;
+  const auto of_size = [&](auto size) {
+    for (; n + size <= heads; n += size) work(n, size);
+  };
+  (of_size(std::integral_constant<int, sizes>()), ...);
+}
+
 // Tokens `[begin, end)` of one hidden row: q `[heads, D]`.
 template <class Number>
 void hidden_part(const Shape& shape, const float* q, const Number* pool, const int32_t* blocks, int begin, int end,
@@ -237,27 +247,19 @@ void hidden_part(const Shape& shape, const float* q, const Number* pool, const i
     const Number* const* tokens = all.data() + first;
     for (int t = 0; t < count; t += 4) {
       float* to = scores.data() + t;
-      const auto heads = [&]<int M>(int n, std::integral_constant<int, M>) {
+      in_groups<kHeads, 1>(N, [&]<int M>(int n, std::integral_constant<int, M>) {
         for (int i = t + kTokens; i < std::min(t + kTokens + 4, left); i++)
           bring(reinterpret_cast<const char*>(tokens[i]) + n / kHeads * share, share);
         few_scores<M>(queries + size_t(n) * D, tokens + t, 0, count - t, D, to + size_t(n) * kTokens);
-      };
-      int n = 0;
-      for (; n + kHeads <= N; n += kHeads) heads(n, std::integral_constant<int, kHeads>());
-      for (; n < N; n++) heads(n, std::integral_constant<int, 1>());
+      });
     }
     running.weigh(scores.data(), count);
     constexpr int kPart = kValueVectors * kLanes;
-    for (int at = 0; at < D; at += kPart) {
-      const auto heads = [&]<int M>(int n, std::integral_constant<int, M>) {
+    for (int at = 0; at < D; at += kPart)
+      in_groups<kValueHeads, 4, 1>(N, [&]<int M>(int n, std::integral_constant<int, M>) {
         add_all_values<M, kValueVectors>(scores.data() + size_t(n) * kTokens, tokens, at, count,
                                          std::min(kPart, D - at), running.out + size_t(n) * D + at, D);
-      };
-      int n = 0;
-      for (; n + kValueHeads <= N; n += kValueHeads) heads(n, std::integral_constant<int, kValueHeads>());
-      for (; n + 4 <= N; n += 4) heads(n, std::integral_constant<int, 4>());
-      for (; n < N; n++) heads(n, std::integral_constant<int, 1>());
-    }
+      });
   }
 }
 

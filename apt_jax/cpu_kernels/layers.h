@@ -355,14 +355,6 @@ class Step {
     return i % 2 ? seconds(pairs) : firsts(pairs);
   }
 
-  // `count` inputs of a panel from number i on, an even one, `[count, kPanel]`; in `room` if need be.
-  static const float* inputs_of(const float* panel, int i, int, float*) { return panel + size_t(i) * kPanel; }
-  static const float* inputs_of(const BFloat16* panel, int i, int count, float* room) {
-    for (int k = 0; k < count; k++)
-      for (int lane = 0; lane < kPanel; lane += kLanes) store(room + k * kPanel + lane, of_inputs(panel, i + k, lane));
-    return room;
-  }
-
   // out [begin, end) = the head's panels times its query, for inputs `[begin, end)`.
   void absorb(const float* q, const Number* panels, int begin, int end, float* out) const {
     const int H = shape_.head_dim(), D = shape_.width;
@@ -393,7 +385,8 @@ class Step {
         alignas(64) float found[kInputs * kPanel];
         alignas(64) float room[kInputs * kPanel];
         for (int from = 0; from < H; from += kPanel) {
-          const float* inputs = inputs_of(panels + (size_t(n) * H + from) * D, at, kInputs, room);
+          const Number* panel = panels + (size_t(n) * H + from) * D;
+          const float* inputs = as_floats(panel + size_t(at) * kPanel, kInputs, room);
           for (int lane = 0; lane < rows; lane += kLanes) {
             Vector sums[kInputs] = {};
 #pragma GCC unroll 8

@@ -99,6 +99,18 @@ inline void panel_tile_of(int rows, const X* x, const Number* panel, int steps, 
   panel_tile<M>(x, panel, steps, out, out_step, adds, next, ahead);
 }
 
+// Inputs of a panel as float32 `[inputs, kPanel]`, in `room` if need be.
+inline const float* as_floats(const float* panel, int, float*) { return panel; }
+inline const float* as_floats(const BFloat16* panel, int inputs, float* room) {
+  for (int i = 0; i < inputs * kPanel; i += 2 * kPanel)
+    for (int lane = 0; lane < kPanel; lane += kLanes) {
+      const Bits pairs = load_pairs(panel + i + 2 * lane);
+      store(room + i + lane, firsts(pairs));
+      store(room + i + kPanel + lane, seconds(pairs));
+    }
+  return room;
+}
+
 // Panels `[begin, end)` for the tiles `[first, last)`: x in tiles, out [rows, outputs].
 template <class X, class Number>
 void few_panels(const X* x, const Tiles& tiles, int first, int last, const Number* panels, int begin, int end,
@@ -137,12 +149,7 @@ void few_panels(const X* x, const Tiles& tiles, int first, int last, const Numbe
         if constexpr (std::is_same_v<X, float> && std::is_same_v<Number, BFloat16>)
           if (last - first >= kTilesToWiden) {
             alignas(64) thread_local float widened[kStepsAtOnce * 2 * kPanel];
-            for (int i = 0; i < steps; i++)
-              for (int v = 0; v < kPanel; v += kLanes) {
-                const Bits pairs = load_pairs(own + (size_t(i) * kPanel + v) * 2);
-                store(widened + size_t(i) * 2 * kPanel + v, firsts(pairs));
-                store(widened + size_t(i) * 2 * kPanel + kPanel + v, seconds(pairs));
-              }
+            as_floats(own, 2 * steps, widened);
             all_tiles(widened, 2 * steps);
             continue;
           }
@@ -151,30 +158,25 @@ void few_panels(const X* x, const Tiles& tiles, int first, int last, const Numbe
     }
 }
 
-// out [inputs, rows], its columns `out_step` numbers long, of `row(m)[i]`, a part at a time: rows may be as far apart as
-// is bad for the first cache. `number` makes a float32 of what is found, `number(found, i)`.
-template <class Row, class Make>
-inline void turn(const Row& row, int rows, int inputs, float* out, int out_step, const Make& number) {
-  constexpr int kPart = 64;
+// out [inputs, rows], of bfloat16 `[inputs / 2, rows, 2]`, its columns `out_step` rows long, of `row(m)[i]`, a part at a
+// time: rows may be as far apart as is bad for the first cache. `number` makes a float32 of what is found,
+// `number(found, i)`.
+template <class Row, class X, class Make>
+inline void turn(const Row& row, int rows, int inputs, X* out, int out_step, const Make& number) {
+  constexpr int kPart = 64, kWide = kInStep<X>;
   for (int from = 0; from < inputs; from += kPart)
     for (int m = 0; m < rows; m++) {
-      const auto* own = row(m);
-      for (int i = from; i < std::min(from + kPart, inputs); i++) out[size_t(i) * out_step + m] = number(own[i], i);
-    }
-}
-
-// The same as out [inputs / 2, rows, 2].
-template <class Row, class Make>
-inline void turn(const Row& row, int rows, int inputs, BFloat16* out, int out_step, const Make& number) {
-  constexpr int kPart = 64;
-  for (int from = 0; from < inputs; from += kPart)
-    for (int m = 0; m < rows; m++) {
-      const auto* own = row(m);
-      BFloat16 part[kPart];
+      const auto* own = row(m) + from;
       const int count = std::min(kPart, inputs - from);
-      for (int i = 0; i < count; i++) from_float(number(own[from + i], from + i), part + i);
-      for (int i = 0; i < count; i += 2)
-        std::memcpy(out + (size_t((from + i) / 2) * out_step + m) * 2, part + i, 2 * sizeof *part);
+      X* to = out + (size_t(from / kWide) * out_step + m) * kWide;
+      if constexpr (kWide == 1) {
+        for (int i = 0; i < count; i++) from_float(number(own[i], from + i), to + size_t(i) * out_step);
+      } else {
+        X part[kPart];
+        for (int i = 0; i < count; i++) from_float(number(own[i], from + i), part + i);
+        for (int i = 0; i < count; i += kWide)
+          std::memcpy(to + size_t(i) * out_step, part + i, kWide * sizeof(X));
+      }
     }
 }
 
