@@ -23,14 +23,14 @@ from apt_jax.hidden_slices import hidden_decode_slices
 from apt_jax.opt import Attend, SelfAttention
 from apt_jax.prefix_attention import merge_prefix
 from apt_jax.xla_attention import (
+    attend_by_head,
     attend_wide,
-    chunk_positions,
     finish_softmax,
     hidden_decode,
     kv_decode,
-    num_chunks,
     online_softmax,
     read_chunk,
+    read_keys_values,
     start_softmax,
 )
 from pallas_kernels.dispatch import Kernels
@@ -153,7 +153,7 @@ def _chunks(
     kernels: Kernels | None = None,
 ) -> jax.Array:
     """Prefill chunks `[T, N, H]`: causal among the chunk's own tokens, and over the row's cached prefix."""
-    T, N, H = q.shape
+    T, _, H = q.shape
     chunk = None if kernels is None else kernels.chunk
     own = causal_tiles(q, k, v, tokens) if chunk is None else chunk(q, k, v, tokens.row)
     prefix = jnp.where(rows.length > 1, rows.start, 0)
@@ -165,9 +165,7 @@ def _chunks(
 
     def keys_values(r: jax.Array, chunk: jax.Array, valid: jax.Array) -> tuple[jax.Array, jax.Array]:
         def cached() -> tuple[jax.Array, jax.Array]:
-            x = read_chunk(pool, rows.first_blocks[r], chunk, valid, dtype=q.dtype)
-            y = read_chunk(pool, rows.second_blocks[r], chunk, valid, dtype=q.dtype)
-            return x.reshape(-1, N, H), y.reshape(-1, N, H)
+            return read_keys_values(q, pool, rows.first_blocks[r], rows.second_blocks[r], chunk, valid)
 
         def projected() -> tuple[jax.Array, jax.Array]:
             h = read_chunk(pool, rows.first_blocks[r], chunk, valid, dtype=q.dtype)
@@ -178,16 +176,7 @@ def _chunks(
         return cached() if kinds.kv else projected()
 
     def by_head(r: jax.Array) -> Partial:
-        def body(chunk: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-            valid = chunk_positions(chunk) < prefix[r]
-            keys, values = keys_values(r, chunk, valid)
-            scores = jnp.einsum("TNH,CNH->TNC", q, keys, preferred_element_type=jnp.float32)
-            scores = jnp.where(valid, scores, NEVER)
-            return online_softmax(
-                carry, scores, lambda p: jnp.einsum("TNC,CNH->TNH", p, values.astype(jnp.float32)), valid
-            )
-
-        return finish_softmax(jax.lax.fori_loop(0, num_chunks(prefix[r]), body, start_softmax((T, N), (T, N, H))))
+        return attend_by_head(q, prefix[r], lambda chunk, valid: keys_values(r, chunk, valid))
 
     def absorbed(r: jax.Array) -> Partial:
         wide = absorb_query(projections, q)

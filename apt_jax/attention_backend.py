@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable
+from typing import Any
 
 import jax
 from jax.typing import DTypeLike
@@ -68,7 +69,7 @@ def select_kernels(
         if on_cpu:
             return found
         with jax.default_device(device):
-            return _with_usable_chunk(found, model_config, dtype)
+            return _usable(found, heads=heads, head_dim=head_dim, block_size=block_size, dtype=dtype)
     if backend != "auto":
         raise ValueError(f"attention_backend={backend!r} cannot be used here ({found}); use auto or xla")
     logger.warning("attention: XLA, because the kernels cannot be used here (%s)", found)
@@ -101,15 +102,21 @@ def _cpu_kernels(check: Callable[[Kernels], str | None], shape: str) -> Kernels 
     return CPU_KERNELS
 
 
-def _with_usable_chunk(kernels: Kernels, model_config: ModelConfig, dtype: DTypeLike) -> Kernels:
-    """The kernels without that for a chunk's own tokens, which is not ours, if it does not work here."""
-    if kernels.chunk is None:
-        return kernels
-    heads, head_dim = model_config.num_attention_heads, model_config.head_dim
-    reason = dispatch.check_chunk(kernels, heads=heads, head_dim=head_dim, dtype=dtype)
-    if reason is None:
-        return kernels
-    logger.warning(
-        "attention: XLA among a prefill chunk's own tokens, because their kernel cannot be used (%s)", reason
-    )
-    return kernels._replace(name=f"{kernels.name}, chunks by xla", chunk=None)
+def _usable(kernels: Kernels, *, block_size: int, **shape: Any) -> Kernels:
+    """The kernels without those for prefill chunks, over a cached prefix or among themselves, that do not work here."""
+    without: list[str] = []
+    if kernels.kv_prefix is not None:
+        reason = dispatch.check_prefix(kernels, block_size=block_size, **shape)
+        if reason is not None:
+            kernels = kernels._replace(kv_prefix=None, hidden_prefix=None)
+            logger.warning("attention: XLA over cached prefixes, because their kernels cannot be used (%s)", reason)
+            without.append("prefixes")
+    if kernels.chunk is not None:
+        reason = dispatch.check_chunk(kernels, **shape)
+        if reason is not None:
+            kernels = kernels._replace(chunk=None)
+            logger.warning(
+                "attention: XLA among a prefill chunk's own tokens, because their kernel cannot be used (%s)", reason
+            )
+            without.append("chunks")
+    return kernels._replace(name=f"{kernels.name}, {' and '.join(without)} by xla") if without else kernels

@@ -17,7 +17,7 @@ from apt_jax.opt import KeysValues, SelfAttention
 from pallas_kernels.dispatch import Kernels
 from pallas_kernels.reference import Partial, merge
 
-BALANCE_FLOPS_PER_BYTE = 240  # of a TPU v5e; others have 160 to 560
+BALANCE_FLOPS_PER_BYTE = 240  # of a TPU v5e; other chips have 160 to 560, an H200 184
 ABSORBED_TOKENS = 64  # absorbed at a time: N queries and N outputs of D numbers for each
 PROJECTED_TOKENS = (
     512  # cached tokens projected at a time; beyond about BALANCE the products are no longer bound by Wk, Wv
@@ -59,20 +59,29 @@ def merge_prefix(
         own = _if(jnp.any(length > 0), over_kv, own)
     if hidden:
         length = jnp.where(rows.is_hidden, prefix, 0)
-        absorbs = absorbing_is_cheaper(rows.length, length, q.shape[2])
+        absorbs = absorbing_is_cheaper(
+            rows.length, length, heads=q.shape[1], head_dim=q.shape[2], reads=kernels.hidden_prefix_reads
+        )
         own = _over_absorbed(own, late, q, pool, rows, jnp.where(absorbs, length, 0), first, kernels)
         own = _over_projected(own, late, q, pool, rows, jnp.where(absorbs, 0, length), first, kernels)
     return own
 
 
-def absorbing_is_cheaper(num_queries: jax.Array, length: jax.Array, head_dim: int) -> jax.Array:
+def absorbing_is_cheaper(
+    num_queries: jax.Array, length: jax.Array, *, heads: int, head_dim: int, reads: int = 0
+) -> jax.Array:
     """Whether `num_queries` over `length` hidden vectors take less time absorbed than with the vectors projected.
 
-    Absorbed: 4 n D^2 FLOPs for queries and outputs, 4 n L N D for attention, and 8 n N D bytes of wide queries and
-    outputs, written and read. Projected: 4 L D^2 and 4 n L D FLOPs. Both read Wk and Wv. In FLOPs, bytes at the
-    chip's balance, divided by 4 N D: n (H + L + 2 BALANCE) against L H.
+    Absorbed: 4 n D^2 FLOPs for queries and outputs, 4 n L N D for attention, 8 n N D bytes of wide queries and outputs,
+    written and read, and 2 n L D bytes of vectors for each of `reads`. Projected: 4 L D^2 and 4 n L D FLOPs. Both read
+    Wk and Wv. In FLOPs, bytes at the chip's balance B, divided by 4 N D: n (H + L + 2 B + reads L B / 2 N) against L H.
+
+    Args:
+        reads: how often each query reads the vectors for itself, `Kernels.hidden_prefix_reads`.
     """
-    return num_queries * (head_dim + length + 2 * BALANCE_FLOPS_PER_BYTE) < length * head_dim
+    balance = BALANCE_FLOPS_PER_BYTE
+    own_reads = reads * length * balance // (2 * heads)
+    return num_queries * (head_dim + length + 2 * balance + own_reads) < length * head_dim
 
 
 def _if(condition: jax.Array, function: Callable[[Partial], Partial], own: Partial) -> Partial:

@@ -5,6 +5,8 @@ that a row costs what its own context costs, or that of the longest in its group
 were tried on a CPU.
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
@@ -94,6 +96,25 @@ def attend_wide(q_wide: jax.Array, pool: jax.Array, blocks: jax.Array, length: j
     return finish_softmax(jax.lax.fori_loop(0, num_chunks(length), body, start_softmax((Q,), (Q, D))))
 
 
+def attend_by_head(
+    q: jax.Array, length: jax.Array, keys_values: Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
+) -> Partial:
+    """Queries `[T, N, H]` over the first `length` cached tokens of one row.
+
+    Args:
+        keys_values: both `[C, N, H]` of a chunk, 0 where not `valid [C]`, from the chunk's number and `valid`.
+    """
+
+    def body(chunk: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        valid = chunk_positions(chunk) < length
+        keys, values = keys_values(chunk, valid)
+        scores = jnp.einsum("TNH,CNH->TNC", q, keys, preferred_element_type=jnp.float32)
+        scores = jnp.where(valid, scores, NEVER)
+        return online_softmax(carry, scores, lambda p: jnp.einsum("TNC,CNH->TNH", p, values.astype(jnp.float32)), valid)
+
+    return finish_softmax(jax.lax.fori_loop(0, num_chunks(length), body, start_softmax(q.shape[:2], q.shape)))
+
+
 def num_chunks(length: jax.Array) -> jax.Array:
     """Chunks that `length` cached tokens take."""
     return -(-length // CHUNK_TOKENS)
@@ -112,6 +133,15 @@ def read_chunk(
     pages = CHUNK_TOKENS // block_size
     vectors = pool[jax.lax.dynamic_slice(blocks, (chunk * pages,), (pages,))].reshape(CHUNK_TOKENS, D)
     return jnp.where(valid[:, None], vectors, 0).astype(dtype)
+
+
+def read_keys_values(
+    q: jax.Array, pool: jax.Array, key_blocks: jax.Array, value_blocks: jax.Array, chunk: jax.Array, valid: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Cached keys and values `[C, N, H]` of one chunk for queries `[T, N, H]`, in their dtype."""
+    shape = (CHUNK_TOKENS, *q.shape[1:])
+    x, y = (read_chunk(pool, blocks, chunk, valid, dtype=q.dtype) for blocks in (key_blocks, value_blocks))
+    return x.reshape(shape), y.reshape(shape)
 
 
 def start_softmax(shape: tuple[int, ...], out_shape: tuple[int, ...]) -> tuple[jax.Array, ...]:

@@ -20,7 +20,7 @@ class Kernels(NamedTuple):
 
     Looser than there: `hidden_decode` and `hidden_prefix` may give `out` in the pool's dtype, and `hidden_decode`
     anything in rows of length 0. `hidden_decode` is None where there is no kernel for hidden rows and XLA attends to
-    them. `chunk`, a prefill chunk's own tokens, may be None too; it may not handle every dtype.
+    them. Prefix attention and `chunk`, a prefill chunk's own tokens, may be None too; they may not handle every dtype.
     """
 
     name: str
@@ -29,6 +29,8 @@ class Kernels(NamedTuple):
     kv_prefix: Callable[..., Partial] | None = None
     hidden_prefix: Callable[..., Partial] | None = None
     chunk: Callable[..., Partial] | None = None
+    hidden_prefix_reads: int = 0
+    """How often `hidden_prefix` reads a row's vectors for each query; 0: once for many queries."""
 
 
 REFERENCES = Kernels(
@@ -57,17 +59,31 @@ def kernels_for(device: jax.Device) -> Kernels:
 
 
 def gpu_kernels(compute_capability: str) -> Kernels:
-    """The GPU kernels: Hopper (9.0) has both; later and Ampere and Ada (8.0 and up) that for KV, without tensor cores.
+    """The GPU kernels: Hopper (9.0) has all; later and Ampere and Ada (8.0 and up) KV decode, without tensor cores.
 
     Raises:
         NotImplementedError: an older GPU, or one of another make.
     """
-    from pallas_kernels import gpu_chunk, gpu_hidden_decode, gpu_kv_decode, gpu_kv_fma
+    from pallas_kernels import (
+        gpu_chunk,
+        gpu_hidden_decode,
+        gpu_hidden_prefix,
+        gpu_kv_decode,
+        gpu_kv_fma,
+        gpu_kv_prefix,
+    )
 
     generation, chunk = compute_capability.split(".")[0], gpu_chunk.chunk_attention
     if generation == "9":
-        hidden_decode = gpu_hidden_decode.hidden_decode_attention
-        return Kernels("gpu", gpu_kv_decode.kv_decode_attention, hidden_decode, chunk=chunk)
+        return Kernels(
+            "gpu",
+            gpu_kv_decode.kv_decode_attention,
+            gpu_hidden_decode.hidden_decode_attention,
+            gpu_kv_prefix.kv_prefix_attention,
+            gpu_hidden_prefix.hidden_prefix_attention,
+            chunk,
+            hidden_prefix_reads=2,
+        )
     if generation.isdecimal() and int(generation) >= 8:
         kv_decode = functools.partial(gpu_kv_fma.kv_decode_attention, strides_at_once=1 if generation == "8" else 2)
         return Kernels("gpu-kv", kv_decode, None, chunk=chunk)
@@ -101,45 +117,55 @@ def tpu_kernels(name: str, *, cores: int, interpret: Any) -> Kernels:
 
 
 def self_check(kernels: Kernels, *, heads: int, head_dim: int, block_size: int, dtype: DTypeLike) -> str | None:
-    """Run all kernels on a few rows against the references, on the default device; why they cannot be used, or None.
+    """Run decode attention on a few rows against the references, on the default device; why it cannot be used, or None.
 
     Rows have no token, one, a block and one more, and several hundred; blocks are shuffled and NaN beyond a row's
-    length. For prefix attention each row has a few queries. Takes some seconds, most of it compiling.
+    length. Takes some seconds, most of it compiling.
     """
-    D, dtype = heads * head_dim, jnp.dtype(dtype)
-    lengths = np.array([block_size + 1, 0, 1, 517], np.int32)
-    pages = -(-lengths.max() // block_size)
-    rng = np.random.default_rng(0)
-    blocks = rng.permutation(4 * 2 * pages).reshape(2, 4, pages).astype(np.int32)
-    vectors = rng.standard_normal((8 * pages, block_size, D), np.float32)
-    for table in blocks:
-        for row, length in zip(table, lengths, strict=True):
-            position = np.arange(pages * block_size).reshape(pages, block_size)
-            vectors[row] = np.where((position < length)[..., None], vectors[row], np.nan)
-    pool = jnp.asarray(vectors, dtype)
+    case = _Case(heads, head_dim, block_size, dtype)
+    args = case.normal(4, head_dim), case.pool, *case.tables, case.lengths
+    reason = _differs(kernels, "kv_decode", args)
+    if reason is None and kernels.hidden_decode is not None:
+        args = case.normal(4, case.width), case.pool, case.tables[0], case.lengths
+        reason = _differs(kernels, "hidden_decode", args, counted=case.lengths > 0)
+    return reason
+
+
+def check_prefix(kernels: Kernels, *, heads: int, head_dim: int, block_size: int, dtype: DTypeLike) -> str | None:
+    """Run prefix attention, which must be there, as `self_check` does decode attention; rows have a few queries."""
+    case = _Case(heads, head_dim, block_size, dtype)
     count = np.array([5, 2, 1, 7], np.int32)
-    queries = np.cumsum(count) - count, count  # one slot is left over
+    rows = case.lengths, np.cumsum(count) - count, count  # one slot is left over
+    args = case.normal(16, head_dim), case.pool, *case.tables, *rows
+    return _differs(kernels, "kv_prefix", args) or _differs(
+        kernels, "hidden_prefix", (case.normal(16, case.width), case.pool, case.tables[0], *rows)
+    )
 
-    def normal(rows: int, width: int) -> jax.Array:
-        return jnp.asarray(rng.standard_normal((rows, heads, width), np.float32) * width**-0.5, dtype)
 
-    cases = {
-        "kv_decode": (normal(4, head_dim), pool, blocks[0], blocks[1], lengths),
-        "hidden_decode": (normal(4, D), pool, blocks[0], lengths),
-        "kv_prefix": (normal(16, head_dim), pool, blocks[0], blocks[1], lengths, *queries),
-        "hidden_prefix": (normal(16, D), pool, blocks[0], lengths, *queries),
-    }
-    for name, args in cases.items():
-        if getattr(kernels, name) is None:
-            continue
-        counted = lengths > 0 if name == "hidden_decode" else slice(None)
-        if reason := _differs(kernels, name, args, counted):
-            return reason
-    return None
+class _Case:
+    """A small cache of random vectors: pool `[P, S, D]`, tables `[2, R, W]`, lengths `[R]`."""
+
+    def __init__(self, heads: int, head_dim: int, block_size: int, dtype: DTypeLike) -> None:
+        self.heads, self.width, self.dtype = heads, heads * head_dim, jnp.dtype(dtype)
+        self.lengths = np.array([block_size + 1, 0, 1, 517], np.int32)
+        pages = -(-self.lengths.max() // block_size)
+        self._rng = np.random.default_rng(0)
+        self.tables = self._rng.permutation(4 * 2 * pages).reshape(2, 4, pages).astype(np.int32)
+        vectors = self._rng.standard_normal((8 * pages, block_size, self.width), np.float32)
+        for table in self.tables:
+            for row, length in zip(table, self.lengths, strict=True):
+                position = np.arange(pages * block_size).reshape(pages, block_size)
+                vectors[row] = np.where((position < length)[..., None], vectors[row], np.nan)
+        self.pool = jnp.asarray(vectors, self.dtype)
+
+    def normal(self, rows: int, width: int) -> jax.Array:
+        """Queries `[rows, N, width]`."""
+        drawn = self._rng.standard_normal((rows, self.heads, width), np.float32)
+        return jnp.asarray(drawn * width**-0.5, self.dtype)
 
 
 def check_chunk(kernels: Kernels, *, heads: int, head_dim: int, dtype: DTypeLike) -> str | None:
-    """Run `chunk`, which must be there, on a few packed rows as `self_check` does the others."""
+    """Run `chunk`, which must be there, on a few packed rows as `self_check` does decode attention."""
     rng = np.random.default_rng(0)
     row = np.repeat(np.arange(5, dtype=np.int32), [130, 1, 2, 63, 60])
     q, k, v = (jnp.asarray(rng.standard_normal((len(row), heads, head_dim), np.float32), dtype) for _ in range(3))

@@ -235,7 +235,7 @@ def _body(  # type: ignore[no-untyped-def]
                 slot = lax.rem(chunk * tiles + tile, slots)
                 vectors = ring.at[slot, :, pl.ds(first_column, TILE_COLUMNS)]
                 kept = before * gpu_pages.over_rows(keep, before.shape)
-                found.append(_add_product(kept, vectors.T, weights_s.at[worker].T, interpreted))
+                found.append(gpu_pages.add_product(kept, vectors.T, weights_s.at[worker].T, interpreted))
                 plgpu.barrier_arrive(empty.at[slot])
             return tuple(found)
 
@@ -254,17 +254,6 @@ def _body(  # type: ignore[no-untyped-def]
         def _() -> None:
             top = plgpu.load(top_s.at[worker], layout=_WGMMA.reduce(0))
             gpu_pages.store(lse.at[row, part], top + jnp.log(total))
-
-
-def _add_product(x: jax.Array, a: Any, b: Any, interpreted: bool) -> Any:
-    """`x + a @ b`, in place in registers on a GPU; the interpreter knows only fresh accumulators."""
-    if interpreted:
-        return x + gpu_pages.product((x.shape[0], x.shape[1]), (a, b))
-
-    def multiply(total: Any) -> None:
-        plgpu.wgmma(total, a, b)
-
-    return plgpu.layout_cast(pl.run_state(multiply)(plgpu.ACC.init(x)), _WGMMA)
 
 
 class _Mail:

@@ -4,6 +4,7 @@ Shape letters as in `reference.py`; C tokens in a chunk, E columns of D that one
 """
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
@@ -149,6 +150,17 @@ def product(shape: tuple[int, int], *pairs: tuple[Any, Any]) -> jax.Array:
     return plgpu.layout_cast(pl.run_scoped(multiply, plgpu.ACC(shape, jnp.float32)), _WGMMA)
 
 
+def add_product(x: jax.Array, a: Any, b: Any, interpreted: bool) -> Any:
+    """`x + a @ b`, in place in registers on a GPU; the interpreter knows only fresh accumulators."""
+    if interpreted:
+        return x + product((x.shape[0], x.shape[1]), (a, b))
+
+    def multiply(total: Any) -> None:
+        plgpu.wgmma(total, a, b)
+
+    return plgpu.layout_cast(pl.run_state(multiply)(plgpu.ACC.init(x)), _WGMMA)
+
+
 def valid_rows(count: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """Whether a row of `shape` is one of the first `count`."""
     return plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=_WGMMA) < count
@@ -159,8 +171,9 @@ def clear_tail(slot: Any, count: jax.Array) -> None:
 
     @pl.when(count < slot.shape[0])
     def _() -> None:
-        for at in range(0, slot.shape[1], TILE_COLUMNS):
-            tile = slot.at[:, pl.ds(at, TILE_COLUMNS)]
+        columns = math.gcd(slot.shape[1], TILE_COLUMNS)  # whole tiles of its layout
+        for at in range(0, slot.shape[1], columns):
+            tile = slot.at[:, pl.ds(at, columns)]
             values = plgpu.layout_cast(tile[...], _WGMMA).astype(jnp.float32)
             values = jnp.where(valid_rows(count, values.shape), values, 0.0)
             tile[...] = plgpu.layout_cast(values.astype(slot.dtype), _WGMMA)
@@ -172,9 +185,32 @@ def column(x: jax.Array) -> jax.Array:
     return plgpu.layout_cast(x, _WGMMA.reduce(0))
 
 
+def row(x: jax.Array) -> jax.Array:
+    """One number per row, in the layout that a reduction over columns leaves."""
+    return plgpu.layout_cast(x, _WGMMA.reduce(1))
+
+
+def over_columns(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """A number per row, for every column."""
+    return plgpu.layout_cast(lax.broadcast_in_dim(x, shape, [0]), _WGMMA)
+
+
 def over_rows(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """A number per column, for every row."""
     return plgpu.layout_cast(lax.broadcast_in_dim(x, shape, [1]), _WGMMA)
+
+
+def rows_of_slots(
+    length: jax.Array, first_query: jax.Array, num_queries: jax.Array, num_slots: int
+) -> tuple[jax.Array, jax.Array]:
+    """The row that each query slot belongs to, int32 `[T]`, and whether to one with cached tokens, bool `[T]`. Pure.
+
+    Args:
+        length, first_query, num_queries: int32 `[R]`, as in `reference.kv_prefix_attention`.
+    """
+    slot = jnp.arange(num_slots)[:, None]
+    mine = (length > 0) & (slot >= first_query) & (slot < first_query + num_queries)
+    return jnp.argmax(mine, axis=1), mine.any(axis=1)
 
 
 def merge_splits(out: jax.Array, lse: jax.Array, length: jax.Array, split: int, parts: int = 1) -> Partial:

@@ -96,12 +96,16 @@ def kv_prefix_attention(
     Returns:
         float32 out `[T, N, H]` and lse `[T, N]`; 0 and `NEVER` for a query of no row, or of one without cached tokens.
     """
-    T = q.shape[0]
     empty = Partial(jnp.zeros(q.shape, jnp.float32), jnp.full(q.shape[:2], NEVER, jnp.float32))
 
     def one_row(found: Partial, row: tuple[jax.Array, ...]) -> tuple[Partial, None]:
-        keys, values, length, first, count = row
-        part = kv_decode_attention(q, pool, jnp.tile(keys, (T, 1)), jnp.tile(values, (T, 1)), jnp.tile(length, T))
+        key_row, value_row, length, first, count = row
+        keys, valid = _gather(pool, key_row[None], length[None])
+        values, _ = _gather(pool, value_row[None], length[None])
+        keys, values = keys.reshape(-1, *q.shape[1:]), values.reshape(-1, *q.shape[1:])
+        scores = jnp.einsum("TNH,CNH->TNC", q.astype(jnp.float32), keys, precision="highest")
+        weights, lse = _softmax(scores, valid)
+        part = Partial(jnp.einsum("TNC,CNH->TNH", weights, values, precision="highest"), lse)
         return _of_queries(found, part, first, count), None
 
     return jax.lax.scan(one_row, empty, (key_blocks, value_blocks, length, first_query, num_queries))[0]
@@ -126,12 +130,14 @@ def hidden_prefix_attention(
     Returns:
         float32 out `[T, N, D]` and lse `[T, N]` (without q . bk, which `merge` needs added).
     """
-    T = q_wide.shape[0]
     empty = Partial(jnp.zeros(q_wide.shape, jnp.float32), jnp.full(q_wide.shape[:2], NEVER, jnp.float32))
 
     def one_row(found: Partial, row: tuple[jax.Array, ...]) -> tuple[Partial, None]:
         table, length, first, count = row
-        part = hidden_decode_attention(q_wide, pool, jnp.tile(table, (T, 1)), jnp.tile(length, T))
+        (vectors,), valid = _gather(pool, table[None], length[None])
+        scores = jnp.einsum("TND,CD->TNC", q_wide.astype(jnp.float32), vectors, precision="highest")
+        weights, lse = _softmax(scores, valid)
+        part = Partial(jnp.einsum("TNC,CD->TND", weights, vectors, precision="highest"), lse)
         return _of_queries(found, part, first, count), None
 
     return jax.lax.scan(one_row, empty, (blocks, length, first_query, num_queries))[0]
@@ -172,7 +178,7 @@ def _gather(pool: jax.Array, blocks: jax.Array, length: jax.Array) -> tuple[jax.
 
 
 def _softmax(scores: jax.Array, valid: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Weights `[R, N, C]` over the valid positions and their log-sum-exp `[R, N]`; 0 and NEVER without any."""
+    """Weights `[R, N, C]` over the valid positions `[R or 1, C]` and log-sum-exp `[R, N]`; 0 and NEVER without any."""
     scores = jnp.where(valid[:, None], scores, NEVER)
     top = scores.max(-1, keepdims=True)
     weights = jnp.where(valid[:, None], jnp.exp(scores - top), 0)

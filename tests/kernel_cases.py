@@ -1,4 +1,4 @@
-"""Random paged batches for tests of the decode kernels: shuffled blocks, and NaN wherever a kernel must not look."""
+"""Random paged batches for tests of the kernels: shuffled blocks, and NaN wherever a kernel must not look."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -57,6 +57,33 @@ def make_case(
         jnp.asarray(q, query_dtype), jnp.asarray(q_wide, query_dtype), jnp.asarray(pool, dtype),
         jnp.asarray(tables[0]), jnp.asarray(tables[1]), jnp.asarray(lengths, jnp.int32),
     )  # fmt: skip
+
+
+def prefix_arguments(
+    way: str, lengths: Sequence[int], counts: Sequence[int], gaps: Sequence[int], *, heads: int, head_dim: int,
+    dtype: DTypeLike, block_size: int, slots: int, table_pages: int, seed: int,
+) -> tuple[tuple[jax.Array, ...], np.ndarray]:  # fmt: skip
+    """Arguments of "kv" or "hidden" prefix attention, and bool `[slots]`, whether a slot is of any row.
+
+    Rows' queries lie one after the other, with `gaps[r]` slots of no row before row r's; NaN in slots of no row. Shapes
+    do not depend on the lengths.
+    """
+    case = make_case(
+        lengths, heads=heads, head_dim=head_dim, block_size=block_size, dtype=dtype, seed=seed,
+        table_pages=table_pages, num_blocks=2 * len(lengths) * table_pages + 1,
+    )  # fmt: skip
+    count = np.array(counts)
+    first = np.cumsum(np.array(gaps) + count) - count
+    assert first[-1] + counts[-1] <= slots
+    mine = np.zeros(slots, bool)
+    for at, number in zip(first, counts, strict=True):
+        mine[at : at + number] = True
+    width = head_dim if way == "kv" else heads * head_dim
+    drawn = np.random.default_rng(seed).normal(size=(slots, heads, width)) * width**-0.5
+    queries = jnp.asarray(np.where(mine[:, None, None], drawn, np.nan), dtype)
+    tables = [case.first_blocks, case.second_blocks][: 2 if way == "kv" else 1]
+    rows = (*tables, case.length, jnp.asarray(first, jnp.int32), jnp.asarray(count, jnp.int32))
+    return (queries, case.pool, *rows), mine
 
 
 def assert_close(found: Partial, expected: Partial, dtype: DTypeLike) -> None:

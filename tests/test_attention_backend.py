@@ -16,7 +16,7 @@ from apt_jax.cache import CacheKind
 from apt_jax.config import ModelConfig
 from apt_jax.prefix_attention import absorbing_is_cheaper
 from pallas_kernels import dispatch
-from pallas_kernels.dispatch import REFERENCES, Kernels, check_chunk, self_check
+from pallas_kernels.dispatch import REFERENCES, Kernels, check_chunk, check_prefix, self_check
 
 KV, HIDDEN = CacheKind.KV, CacheKind.HIDDEN
 MODEL = "post_norm_projected"  # of all tests, so that programs without attention compile once
@@ -54,14 +54,14 @@ def test_every_cache_kind_gives_the_greedy_tokens_of_transformers(mixed, tmp_pat
         mixed=mixed,
     )
     requests = {i: engine.add(golden.prompts[prompt], GREEDY, request_id=i) for i, (prompt, _) in ids.items()}
-    mixes, ways = [], set()
+    mixes, ways, heads = [], set(), config.num_attention_heads
 
     def look(step: int) -> None:
         mixes.append({entry.num_tokens > 1 for entry in engine.last_plan.scheduled})
         for entry in engine.last_plan.scheduled:
             cached = entry.request.num_computed_tokens - entry.num_tokens
             if entry.num_tokens > 1 and cached > 0:
-                absorbs = bool(absorbing_is_cheaper(entry.num_tokens, cached, config.head_dim))
+                absorbs = bool(absorbing_is_cheaper(entry.num_tokens, cached, heads=heads, head_dim=config.head_dim))
                 ways.add("kv" if entry.kind is KV else "absorbed" if absorbs else "projected")
 
     finish(engine, look)
@@ -115,7 +115,8 @@ def test_pallas_on_a_cpu_says_that_it_is_slow_and_auto_takes_xla_for_several(cap
 
 def check(kernels: Kernels) -> str | None:
     shape = {"heads": 2, "head_dim": 8, "dtype": jnp.float32}
-    return self_check(kernels, block_size=16, **shape) or check_chunk(kernels, **shape)
+    decode_or_prefix = self_check(kernels, block_size=16, **shape) or check_prefix(kernels, block_size=16, **shape)
+    return decode_or_prefix or check_chunk(kernels, **shape)
 
 
 @pytest.mark.usefixtures("few_shapes")
@@ -164,15 +165,17 @@ def test_auto_falls_back_with_a_reason_and_pallas_refuses(cause, monkeypatch, ca
 
 
 def test_what_is_left_to_xla_is_said(monkeypatch, caplog):
-    """Kernels for KV rows only, as on GPUs other than Hopper, and one for a chunk's own tokens that does not run."""
-    kernels = REFERENCES._replace(name="kv only", hidden_decode=None, kv_prefix=None, hidden_prefix=None)
-    monkeypatch.setattr(dispatch, "kernels_for", lambda _: kernels._replace(chunk=broken))
+    """Kernels for KV rows only, as on GPUs other than Hopper, and such for prefill chunks that do not run."""
+    kernels = REFERENCES._replace(name="kv only", hidden_decode=None)
+    monkeypatch.setattr(dispatch, "kernels_for", lambda _: kernels._replace(chunk=broken, hidden_prefix=broken))
     monkeypatch.setattr(attention_backend.jax, "default_device", lambda _: jax.named_scope("here"))
     options = {"block_size": 16, "dtype": jnp.float32, "device": SimpleNamespace(platform="gpu")}
     found = select_kernels("auto", TINY, **options)
-    assert found == kernels._replace(name="kv only, chunks by xla", chunk=None)
-    hidden, chunk = (record.message for record in caplog.records if record.levelno == logging.WARNING)
+    none = {"kv_prefix": None, "hidden_prefix": None, "chunk": None}
+    assert found == kernels._replace(name="kv only, prefixes and chunks by xla", **none)
+    hidden, prefix, chunk = (record.message for record in caplog.records if record.levelno == logging.WARNING)
     assert hidden == "attention: XLA for hidden rows, because the 'kv only' kernels have none for them"
+    assert "XLA over cached prefixes, because their kernels cannot be used (hidden_prefix failed: " in prefix
     assert "chunk failed: RuntimeError: no such instruction" in chunk
     monkeypatch.setattr(dispatch, "kernels_for", lambda _: kernels)
     assert select_kernels("pallas", TINY, **options) == kernels

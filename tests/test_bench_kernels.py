@@ -109,21 +109,23 @@ def test_clusters_are_measured_apart(capsys):
 
 
 def test_chunks_are_measured_apart(monkeypatch, capsys, tmp_path):
-    """One row and eight rows; checked against the reference first."""
+    """One row and eight rows, and one over cached tokens; checked against the reference first."""
     monkeypatch.setattr(timing, "REPEATS", 1)
     output = tmp_path / "chunks.json"
     flags = {"model": "opt-125m", "context": "16", "chunks": True, "allow_cpu": True, "output": output}
     assert run(BenchKernels(**flags)) == 0
     found = json.loads(output.read_text())["chunks"]
-    assert [(r["rows"], r["implementation"], r["error"]) for r in found] == [(1, "xla", None), (8, "xla", None)]
+    shapes = [(r["rows"], r["cached"], r["implementation"], r["error"]) for r in found]
+    assert shapes == [(1, 0, "xla", None), (8, 0, "xla", None), (1, 16, "xla", None)]
     assert all(r["relative_difference"] < 0.02 and r["times"]["median_s"] > 0 for r in found)
-    assert "opt-125m      16    8 xla" in capsys.readouterr().out
+    assert "opt-125m      16    8      0 xla" in capsys.readouterr().out
 
 
 def test_work_of_a_chunk():
     assert row_tokens(10, 4) == [3, 3, 2, 2]
     pairs = 6 + 6 + 3 + 3
     assert ChunkResult("opt-125m", 10, 4, "xla").flops == 4 * 768 * pairs
+    assert ChunkResult("opt-125m", 10, 1, "xla", cached=20).flops == 4 * 768 * 200
 
 
 @pytest.mark.parametrize("flag", ["end_to_end", "chunks", "clusters"])
@@ -166,8 +168,8 @@ def test_summary_holds_results_against_the_aims():
         shape = {"model": "opt-13b", "batch": batch, "context_tokens": 512}
         return {**shape, "way": way, "implementation": implementation, "times": times, "copy_share": share}
 
-    def chunk(implementation, seconds):
-        return {"model": "opt-13b", "tokens": 512, "rows": 1, "implementation": implementation,
+    def chunk(implementation, seconds, cached=0):
+        return {"model": "opt-13b", "tokens": 512, "rows": 1, "cached": cached, "implementation": implementation,
                 "times": {"median_s": seconds}}  # fmt: skip
 
     steps = [
@@ -181,7 +183,9 @@ def test_summary_holds_results_against_the_aims():
             kernel("kv", "jax", 8, None),
         ]},
         "clusters": {"kernels": [kernel("hidden", "cluster", 32, 1.2)]},
-        "chunks": {"chunks": [chunk("xla", 2.0), chunk("kernel", 0.5)]},
+        "chunks": {"chunks": [
+            chunk("xla", 2.0), chunk("kernel", 0.5), chunk("xla", 5.0, 512), chunk("kernel", 0.5, 512),
+        ]},
         "end-to-end": {"end_to_end": {"model": "opt-13b", "steps": steps, "rho_s": {"32x512": -2e-9}}},
     })  # fmt: skip
     assert lines == [
@@ -189,6 +193,7 @@ def test_summary_holds_results_against_the_aims():
         "opt-13b: time of hidden by pallas, against KV by the kernel (aim 0.6): 0.50 to 0.50",
         "opt-13b: time of hidden by cluster, against KV by the kernel (aim 0.6): 0.60 to 0.60",
         "opt-13b: a chunk among itself, time of the kernel against XLA: 0.25 to 0.25",
+        "opt-13b: a chunk over a cached prefix, time of the kernel against XLA: 0.10 to 0.10",
         "opt-13b: floor of a kv decode step against its time: 0.50 to 0.50",
         "opt-13b: floor of a hidden decode step against its time: 0.80 to 0.80",
         "opt-13b: rho, ns per hidden token and step: -2.00 to -2.00",

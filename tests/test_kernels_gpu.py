@@ -212,8 +212,10 @@ def test_every_generation_of_gpus_gets_what_it_can_run(capability):
     if capability == "9.0":
         assert kernels.kv_decode is gpu_kv_decode.kv_decode_attention
         assert kernels.hidden_decode is gpu_hidden_decode.hidden_decode_attention, "that by clusters has not run yet"
+        assert kernels.kv_prefix is not None and kernels.hidden_prefix is not None
     else:
         assert isinstance(kernels.kv_decode, functools.partial) and kernels.hidden_decode is None
+        assert kernels.kv_prefix is kernels.hidden_prefix is None
         assert kernels.kv_decode.func is gpu_kv_fma.kv_decode_attention
         assert kernels.kv_decode.keywords == {"strides_at_once": 2 if capability == "10.0" else 1}
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax._src.pallas.mosaic.interpret import interpret_pallas_call
 from jax.experimental.pallas import tpu as pltpu
-from kernel_cases import assert_close, make_case
+from kernel_cases import assert_close, prefix_arguments
 
 from pallas_kernels import reference, tpu_hidden_prefix, tpu_kv_prefix, tpu_paging, tpu_query_tiles
 from pallas_kernels.reference import NEVER, Partial
@@ -47,25 +47,14 @@ reference_hidden = jax.jit(reference.hidden_prefix_attention, compiler_options=Q
 
 
 def check(way, lengths, counts, gaps, *, heads, head_dim, dtype=jnp.float32, block_size=8, slots=40, seed=0, **options):
-    """Rows' queries one after the other, with `gaps[r]` slots of no row before row r's; NaN in slots of no row."""
-    case = make_case(
-        lengths, heads=heads, head_dim=head_dim, block_size=block_size, dtype=dtype, seed=seed,
-        table_pages=96 // block_size, num_blocks=2 * len(lengths) * 96 // block_size + 1,
+    """Compare with the reference; see `kernel_cases.prefix_arguments`."""
+    (queries, *rest), mine = prefix_arguments(
+        way, lengths, counts, gaps, heads=heads, head_dim=head_dim, dtype=dtype, block_size=block_size, slots=slots,
+        table_pages=96 // block_size, seed=seed,
     )  # fmt: skip
-    count = np.array(counts)
-    first = np.cumsum(np.array(gaps) + count) - count
-    assert first[-1] + counts[-1] <= slots
-    mine = np.zeros(slots, bool)
-    for at, number in zip(first, counts, strict=True):
-        mine[at : at + number] = True
-    width = head_dim if way == "kv" else heads * head_dim
-    drawn = np.random.default_rng(seed).normal(size=(slots, heads, width)) * width**-0.5
-    queries = jnp.asarray(np.where(mine[:, None, None], drawn, np.nan), dtype)
-    tables = [case.first_blocks, case.second_blocks][: 2 if way == "kv" else 1]
-    rows = (*tables, case.length, jnp.asarray(first, jnp.int32), jnp.asarray(count, jnp.int32))
     kernel, expected = (kv_kernel, reference_kv) if way == "kv" else (hidden_kernel, reference_hidden)
-    found = kernel(queries, case.pool, *rows, **options)
-    theirs = expected(jnp.nan_to_num(queries), case.pool, *rows)
+    found = kernel(queries, *rest, **options)
+    theirs = expected(jnp.nan_to_num(queries), *rest)
     assert_close(found, theirs, dtype)
     return found, mine
 

@@ -59,7 +59,7 @@ def test_kernels_give_what_xla_gives(kinds, projections, monkeypatch):
     tokens, rows = batch(slots=145)
     if not (kinds.kv and kinds.hidden):
         rows = rows._replace(is_hidden=jnp.full_like(rows.is_hidden, kinds.hidden))
-    absorbs = np.asarray(absorbing_is_cheaper(rows.length, rows.start, H))[np.asarray(rows.start) > 0]
+    absorbs = np.asarray(absorbing_is_cheaper(rows.length, rows.start, heads=N, head_dim=H))[np.asarray(rows.start) > 0]
     assert {True, False} == set(absorbs.tolist())
     keys = jax.random.split(jax.random.key(2), 5)
     q, k, v = (jax.random.normal(key, (145, N, H)) for key in keys[:3])
@@ -78,16 +78,19 @@ def test_kernels_give_what_xla_gives(kinds, projections, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("queries", "cached", "absorbs"),
+    ("queries", "cached", "reads", "absorbs"),
     [
-        (2, 2048, True),
-        (98, 2048, True),
-        (99, 2048, False),
-        (2048, 2048, False),
-        (58, 512, True),
-        (59, 512, False),
-        (5, 16, False),
+        (2, 2048, 0, True),
+        (98, 2048, 0, True),
+        (99, 2048, 0, False),
+        (2048, 2048, 0, False),
+        (58, 512, 0, True),
+        (59, 512, 0, False),
+        (5, 16, 0, False),
+        (17, 2048, 2, True),
+        (18, 2048, 2, False),
     ],
 )
-def test_absorbing_pays_for_few_queries_over_a_long_prefix(queries, cached, absorbs):
-    assert bool(absorbing_is_cheaper(jnp.int32(queries), jnp.int32(cached), 128)) is absorbs
+def test_absorbing_pays_for_few_queries_over_a_long_prefix(queries, cached, reads, absorbs):
+    found = absorbing_is_cheaper(jnp.int32(queries), jnp.int32(cached), heads=40, head_dim=128, reads=reads)
+    assert bool(found) is absorbs

@@ -1,10 +1,11 @@
-"""A prefill chunk's attention among its own tokens on the accelerator at hand: the well-kept kernel, and XLA in tiles.
+"""A prefill chunk's attention on the accelerator at hand, by the kernels and by XLA.
 
-Chunks of one row, and of eight rows packed one after the other. Checked against the reference before they are timed.
+Among its own tokens: chunks of one row, and of eight rows packed one after the other. Over as many cached tokens: one
+row, KV. Checked against the reference before they are timed.
 """
 
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ import numpy as np
 from apt_jax.attention import causal_tiles
 from apt_jax.batch import Tokens
 from apt_jax.scheduling.hardware import MODELS
+from apt_jax.xla_attention import CHUNK_TOKENS, attend_by_head, read_keys_values
 from pallas_kernels import dispatch, reference
 from pallas_kernels.reference import Partial
 from serve.bench.kernel_runs import TOLERANCE
@@ -20,8 +22,9 @@ from serve.bench.timing import Times, repeated, time_calls
 
 ROWS = (1, 8)
 _ITERATIONS = 20
+_BLOCK_SIZE = 16
 
-Chunk = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], Partial]
+Chunk = Callable[..., Partial]
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,8 @@ class ChunkResult:
     tokens: int
     rows: int
     implementation: str
+    cached: int = 0
+    """Tokens before the chunk that are attended to; with 0, the chunk's own are."""
     error: str | None = None
     relative_difference: float | None = None
     times: Times | None = None
@@ -39,12 +44,12 @@ class ChunkResult:
     @property
     def flops(self) -> float:
         """Of both products for all pairs of a token and one that it sees."""
-        pairs = sum(n * (n + 1) / 2 for n in row_tokens(self.tokens, self.rows))
-        return 4 * MODELS[self.model].hidden_size * pairs
+        own = sum(n * (n + 1) / 2 for n in row_tokens(self.tokens, self.rows))
+        return 4 * MODELS[self.model].hidden_size * (self.tokens * self.cached or own)
 
     def line(self) -> str:
         """For the table."""
-        head = f"{self.model:<9} {self.tokens:>6} {self.rows:>4} {self.implementation:<7}"
+        head = f"{self.model:<9} {self.tokens:>6} {self.rows:>4} {self.cached:>6} {self.implementation:<7}"
         if self.times is None:
             return f"{head} not measured: {self.error}"
         spread = (self.times.slowest_s - self.times.fastest_s) / self.times.median_s
@@ -54,7 +59,8 @@ class ChunkResult:
         )
 
 
-HEADER = f"{'model':<9} {'tokens':>6} {'rows':>4} {'by':<7} {'us':>10} {'spread':>7} {'TFLOP/s':>9} {'error':>9}"
+_SHAPE_HEADER = f"{'model':<9} {'tokens':>6} {'rows':>4} {'cached':>6} {'by':<7}"
+HEADER = f"{_SHAPE_HEADER} {'us':>10} {'spread':>7} {'TFLOP/s':>9} {'error':>9}"
 
 
 def row_tokens(tokens: int, rows: int) -> list[int]:
@@ -62,16 +68,25 @@ def row_tokens(tokens: int, rows: int) -> list[int]:
     return [tokens // rows + (r < tokens % rows) for r in range(rows)]
 
 
-def implementations(device: jax.Device) -> dict[str, Chunk]:
-    """All that could run on `device`; one that cannot fails when it is called."""
+def implementations(device: jax.Device, *, over_prefix: bool) -> dict[str, Chunk]:
+    """All that could run on `device`; one that cannot fails when it is called.
 
-    def xla(q: jax.Array, k: jax.Array, v: jax.Array, row: jax.Array) -> Partial:
-        return causal_tiles(q, k, v, Tokens(row, row, row, jnp.arange(q.shape[0])))
+    Arguments as of `reference.kv_prefix_attention` for one row, or of `reference.chunk_attention`.
+    """
+    kernels = dispatch.kernels_for(device) if device.platform in ("gpu", "tpu") else None
+    kernel = kernels and (kernels.kv_prefix if over_prefix else kernels.chunk)
+    return {"xla": _xla_over_prefix if over_prefix else _xla_among_itself} | ({"kernel": kernel} if kernel else {})
 
-    found: dict[str, Chunk] = {"xla": xla}
-    if device.platform in ("gpu", "tpu") and (kernel := dispatch.kernels_for(device).chunk):
-        found["kernel"] = kernel
-    return found
+
+def _xla_among_itself(q: jax.Array, k: jax.Array, v: jax.Array, row: jax.Array) -> Partial:
+    return causal_tiles(q, k, v, Tokens(row, row, row, jnp.arange(q.shape[0])))
+
+
+def _xla_over_prefix(
+    q: jax.Array, pool: jax.Array, key_blocks: jax.Array, value_blocks: jax.Array, length: jax.Array, *_: jax.Array
+) -> Partial:
+    blocks = key_blocks[0], value_blocks[0]
+    return attend_by_head(q, length[0], lambda chunk, valid: read_keys_values(q, pool, *blocks, chunk, valid))
 
 
 def run_chunks(
@@ -81,26 +96,23 @@ def run_chunks(
     results = []
     for model in models:
         for tokens in lengths:
-            for rows in (r for r in ROWS if r <= tokens):
-                for name, run in implementations(device).items():
-                    result = ChunkResult(model, tokens, rows, name)
+            shapes = [(rows, 0) for rows in ROWS if rows <= tokens] + [(1, tokens)]
+            for rows, cached in shapes:
+                for name, run in implementations(device, over_prefix=cached > 0).items():
+                    result = ChunkResult(model, tokens, rows, name, cached)
                     try:
                         result = _run(result, run)
                     except Exception as error:  # one that cannot run must not take the others along
                         text = (str(error).strip().splitlines() or [""])[0]
-                        result = ChunkResult(**{**asdict(result), "error": f"{type(error).__name__}: {text}"[:200]})
+                        result = replace(result, error=f"{type(error).__name__}: {text}"[:200])
                     results.append(result)
                     report(result)
     return results
 
 
 def _run(base: ChunkResult, run: Chunk) -> ChunkResult:
-    config, T = MODELS[base.model], base.tokens
-    shape = (T, config.num_attention_heads, config.head_dim)
-    q, k, v = (jax.random.normal(key, shape, jnp.bfloat16) for key in jax.random.split(jax.random.key(0), 3))
-    row = jnp.asarray(np.repeat(np.arange(base.rows), row_tokens(T, base.rows)), jnp.int32)
-    arguments = q * config.head_dim**-0.5, k, v, row
-    expected, found = jax.jit(reference.chunk_attention)(*arguments), jax.jit(run)(*arguments)
+    arguments, expect = _over_prefix(base) if base.cached else _among_itself(base)
+    expected, found = jax.jit(expect)(*arguments), jax.jit(run)(*arguments)
     difference = float(jnp.abs(found.out - expected.out).max() / jnp.abs(expected.out).max())
     difference = max(difference, float(jnp.abs(found.lse - expected.lse).max()))
     if not difference <= TOLERANCE:
@@ -108,4 +120,27 @@ def _run(base: ChunkResult, run: Chunk) -> ChunkResult:
     program = repeated(lambda i, arguments: run(*arguments), _ITERATIONS)
     times = time_calls(lambda: program(*arguments), calls=1)
     times = Times(*(s / _ITERATIONS for s in (times.median_s, times.fastest_s, times.slowest_s)))
-    return ChunkResult(base.model, T, base.rows, base.implementation, relative_difference=difference, times=times)
+    return replace(base, relative_difference=difference, times=times)
+
+
+def _normal(base: ChunkResult, number: int) -> list[jax.Array]:
+    """Random queries, scaled, and more of their shape `[T, N, H]`."""
+    config = MODELS[base.model]
+    shape = (base.tokens, config.num_attention_heads, config.head_dim)
+    q, *others = (jax.random.normal(key, shape, jnp.bfloat16) for key in jax.random.split(jax.random.key(0), number))
+    return [q * config.head_dim**-0.5, *others]
+
+
+def _among_itself(base: ChunkResult) -> tuple[tuple[jax.Array, ...], Chunk]:
+    row = jnp.asarray(np.repeat(np.arange(base.rows), row_tokens(base.tokens, base.rows)), jnp.int32)
+    return (*_normal(base, 3), row), reference.chunk_attention
+
+
+def _over_prefix(base: ChunkResult) -> tuple[tuple[jax.Array, ...], Chunk]:
+    """One row whose pages lie in any order in a pool twice as large."""
+    (q,), D = _normal(base, 1), MODELS[base.model].hidden_size
+    pages = -(-base.cached // CHUNK_TOKENS) * CHUNK_TOKENS // _BLOCK_SIZE  # XLA reads whole chunks
+    blocks = np.random.default_rng(0).permutation(4 * pages)[: 2 * pages].reshape(2, 1, pages)
+    pool = jax.random.normal(jax.random.key(1), (4 * pages, _BLOCK_SIZE, D), jnp.bfloat16)
+    numbers = (jnp.array([n], jnp.int32) for n in (base.cached, 0, base.tokens))
+    return (q, pool, *jnp.asarray(blocks, jnp.int32), *numbers), reference.kv_prefix_attention

@@ -83,14 +83,16 @@ def summary(found: dict[str, dict[str, Any]]) -> list[str]:
             aim = f" (aim {_HIDDEN_TO_KV})" if way == "hidden" and name != "xla" else ""
             lines += _range(f"{model}: time of {way} by {name}, against KV by the kernel{aim}", ratios)
     chunks = {
-        (r["model"], r["tokens"], r["rows"], r["implementation"]): r["times"]["median_s"]
+        (r["model"], r["tokens"], r["rows"], r["cached"], r["implementation"]): r["times"]["median_s"]
         for r in found.get("chunks", {}).get("chunks", [])
         if r["times"]
     }
     for model in dict.fromkeys(key[0] for key in chunks):
-        ratios = [s / chunks[*k[:3], "xla"] for k, s in chunks.items()
-                  if k[0] == model and k[3] == "kernel" and (*k[:3], "xla") in chunks]  # fmt: skip
-        lines += _range(f"{model}: a chunk among itself, time of the kernel against XLA", ratios)
+        for what, over_prefix in (("among itself", False), ("over a cached prefix", True)):
+            ratios = [s / chunks[*k[:4], "xla"] for k, s in chunks.items()
+                      if k[0] == model and (k[3] > 0) == over_prefix
+                      and k[4] == "kernel" and (*k[:4], "xla") in chunks]  # fmt: skip
+            lines += _range(f"{model}: a chunk {what}, time of the kernel against XLA", ratios)
     steps = found.get("end-to-end", {}).get("end_to_end", {})
     for kind in ("kv", "hidden"):
         shares = [r["floor_s"] / r["times"]["median_s"] for r in steps.get("steps", [])

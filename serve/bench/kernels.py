@@ -32,7 +32,7 @@ class BenchKernels:
     end_to_end: bool = False
     """Measure whole decode steps of the first model with random weights instead."""
     chunks: bool = False
-    """Measure a prefill chunk's attention among its own tokens instead, --context tokens long."""
+    """Measure a prefill chunk's attention among its own --context tokens, and over as many cached ones, instead."""
     clusters: bool = False
     """Measure hidden decode by clusters of CUDA blocks instead: one pass, on Hopper; no GPU has run it yet."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
@@ -113,6 +113,7 @@ def _measure_chunks(args: BenchKernels, device: Any, models: list[str], contexts
 
     copy = _report_copy(device, copy_bytes_per_s(device))
     print("us: median of repeated runs, one layer; TFLOP/s: of the pairs of tokens that see each other")
+    print("cached: tokens before the chunk that it attends to; with 0 it attends to its own")
     print(HEADER)
     results = run_chunks(models, contexts, device, lambda result: print(result.line(), flush=True))
     _write(args, {"copy_bytes_per_s": copy, "chunks": [asdict(result) for result in results]}, device)

@@ -22,6 +22,7 @@ from apt_jax.scheduling.hardware import MODELS
 from pallas_kernels import gpu_hidden_cluster
 from pallas_kernels.gpu_hidden_decode import hidden_decode_attention
 from pallas_kernels.gpu_kv_decode import kv_decode_attention
+from pallas_kernels.gpu_kv_prefix import kv_prefix_attention
 
 
 class Spills(AssertionError):
@@ -55,14 +56,24 @@ def h200() -> SingleDeviceSharding:
 
 
 def compile_kernel(
-    kernel, queries, model: str, block_size: int, rows: int, tables: int, dtype=jnp.bfloat16, target="h200"
+    kernel,
+    queries,
+    model: str,
+    block_size: int,
+    rows: int,
+    tables: int,
+    dtype=jnp.bfloat16,
+    target="h200",
+    *,
+    numbers=1,
 ) -> None:
+    """`tables` block tables and `numbers` arrays with a number for each row follow queries and pool."""
     config, sharding = MODELS[model], gpu(target)
     shapes = [
         (queries, dtype),
         ((1000, block_size, config.hidden_size), dtype),
         *[((rows, CONTEXT_TOKENS // block_size), jnp.int32)] * tables,
-        ((rows,), jnp.int32),
+        *[((rows,), jnp.int32)] * numbers,
     ]
     arguments = [jax.ShapeDtypeStruct(*shape, sharding=sharding) for shape in shapes]
     with jax.default_device(next(iter(sharding.device_set))):  # Mosaic asks it for the compute capability
@@ -114,6 +125,15 @@ def test_hidden_decode_compiles_without_spills(model, block_size, rows, ptxas):
     queries = (rows, config.num_attention_heads, config.hidden_size)
     compile_kernel(hidden_decode_attention, queries, model, block_size, rows, tables=1)
     check_report(ptxas(), kernels=2)
+
+
+@pytest.mark.parametrize(("model", "block_size", "rows"), CASES)
+def test_kv_prefix_compiles_without_spills(model, block_size, rows, ptxas):
+    """A chunk of 512 tokens."""
+    config = MODELS[model]
+    queries = (512, config.num_attention_heads, config.head_dim)
+    compile_kernel(kv_prefix_attention, queries, model, block_size, rows, tables=2, numbers=3)
+    check_report(ptxas(), kernels=1)
 
 
 @pytest.mark.parametrize(("model", "block_size", "rows"), FLOAT32_CASES)

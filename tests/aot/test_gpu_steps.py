@@ -102,6 +102,12 @@ def test_conversion_does_not_copy_the_pool():
     assert program.memory_analysis().temp_size_in_bytes < 250e6, "two layers have 1.3 GB, the pool 5.4 GB"
 
 
+def test_a_prefill_step_attends_to_cached_prefixes_by_kernels():
+    """KV rows by one, beside that of rows with a single token."""
+    text = compile_step(Kinds(kv=True, hidden=False), "9.0", num_tokens=512).as_text()
+    assert text.count('custom_call_target="mosaic_gpu') == 2, "once each, in the loop over layers"
+
+
 def test_a_prefill_step_attends_among_a_chunks_own_tokens_by_cudnn():
     """As XLA calls it; cuDNN plans where there is a GPU, so that is not seen here."""
     text = compile_step(Kinds(kv=True, hidden=True), "9.0", num_tokens=512).as_text()
