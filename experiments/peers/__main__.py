@@ -25,6 +25,7 @@ from experiments.peers.comparison import TASKS, Agreement, agreement, markdown, 
 from experiments.peers.environments import FOLDER, NotInstalled, model_folder, python_of, versions_of
 from experiments.peers.folder import without_tokenizer, write_folder
 from experiments.peers.process import PeerFailed, Process
+from experiments.peers.process_group import end_what_was_started
 
 INSTRUCTIONS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16")  # those that decide how fast a CPU is
 
@@ -65,6 +66,7 @@ class Comparison:
     def __init__(self, args: Args, dtype: str):
         self.args, self.dtype = args, dtype
         self.seconds: dict[tuple[str, str], list[float]] = {}
+        self.stolen: dict[tuple[str, str], list[float]] = {}  # share of the CPUs that the host gave to others meanwhile
         self.agreements: dict[str, Agreement] = {}
         self.remarks: list[str] = []
         self._loaded: dict[str, Process] = {}
@@ -107,16 +109,20 @@ class Comparison:
             print(f"{peer.name} {self.dtype}: ready after {time.perf_counter() - began:.0f} s", file=sys.stderr)
 
     def _do(self, name: str, task: str, prompts: list[list[int]], number: int, *, is_compared: bool) -> None:
+        before = stolen_s()
         try:
             seconds, tokens = self._loaded[name].generate(prompts, TASKS[task].new_tokens)
         except PeerFailed as error:
             self._leave_out(name, error)
             return
+        stolen = (stolen_s() - before) / (seconds * (os.cpu_count() or 1))
         if is_compared:
             self._tokens[name] = tokens
         if number:
             self.seconds.setdefault((name, task), []).append(seconds)
-            print(f"{self.dtype} {task} {name}: {TASKS[task].figure(seconds):.1f}", file=sys.stderr)
+            self.stolen.setdefault((name, task), []).append(stolen)
+            figure = f"{TASKS[task].figure(seconds):.1f} (stolen {stolen:.0%})"
+            print(f"{self.dtype} {task} {name}: {figure}", file=sys.stderr)
 
     def _leave_out(self, name: str, error: Exception) -> None:
         print(f"left out: {error}", file=sys.stderr)
@@ -136,6 +142,11 @@ def folder_for(args: Args, peer: Peer) -> Path:
     """The model's folder; ours has no tokenizer, since nobody is asked for text."""
     folder = model_folder(args.folder, args.model, dummy=args.dummy)
     return without_tokenizer(folder) if peer is OURS else folder
+
+
+def stolen_s() -> float:
+    """CPU seconds, since it started, in which a virtual machine was ready to run and its host ran others."""
+    return float(getattr(psutil.cpu_times(), "steal", 0.0))
 
 
 def machine() -> dict[str, Any]:
@@ -188,7 +199,10 @@ def main(args: Args) -> int:
         remarks += comparison.remarks
         result["dtypes"][dtype] = {
             "medians": [{"peer": p, "task": t, "figure": figure} for (p, t), figure in found.items()],
-            "seconds": [{"peer": p, "task": t, "seconds": s} for (p, t), s in comparison.seconds.items()],
+            "seconds": [
+                {"peer": p, "task": t, "seconds": s, "stolen": comparison.stolen[p, t]}
+                for (p, t), s in comparison.seconds.items()
+            ],
             "agreement": {name: asdict(found) for name, found in comparison.agreements.items()},
         }
     result |= {"remarks": remarks, "load_after": os.getloadavg()[0]}
@@ -208,6 +222,7 @@ def _known(text: str, known: Any) -> list[str]:
 
 if __name__ == "__main__":
     os.chdir(ROOT)
+    end_what_was_started()
     try:
         sys.exit(main(tyro.cli(Args, prog="python -m experiments.peers")))
     except ValueError as error:

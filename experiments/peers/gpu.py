@@ -21,7 +21,7 @@ from typing import Literal
 import tyro
 
 from experiments.peers.catalogue import PYTHON, ROOT
-from experiments.peers.process_group import ProcessGroup
+from experiments.peers.process_group import ProcessGroup, end_what_was_started
 
 
 @dataclass
@@ -76,12 +76,14 @@ def run(command: list[str], variables: Mapping[str, str], limit_s: float) -> str
     try:
         code = process.wait(limit_s)
     except subprocess.TimeoutExpired:
-        group.signal(signal.SIGINT)  # so that it ends what runs in groups of its own
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(90)
-        group.signal(signal.SIGKILL)
-        process.wait()
         return f"was ended after {limit_s / 60:g} minutes"
+    finally:
+        if process.poll() is None:
+            group.signal(signal.SIGINT)  # so that it ends what runs in groups of its own
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(90)
+            group.signal(signal.SIGKILL)
+            process.wait()
     return "done" if code == 0 else f"failed with exit code {code}"
 
 
@@ -107,6 +109,7 @@ def main(args: Args) -> int:
 
 
 if __name__ == "__main__":
+    end_what_was_started()
     try:
         sys.exit(main(tyro.cli(Args, prog="python -m experiments.peers.gpu")))
     except ValueError as error:

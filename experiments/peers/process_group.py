@@ -10,6 +10,11 @@ import subprocess
 from collections.abc import Iterator
 
 
+def end_what_was_started() -> None:
+    """From now on SIGTERM raises KeyboardInterrupt, as Ctrl-C does: what is stopped does not end by itself."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+
+
 class ProcessGroup:
     """The group of a process that was started with `start_new_session`; it runs until it is first put to sleep."""
 

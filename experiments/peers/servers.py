@@ -28,7 +28,7 @@ from experiments.client import bench_serve
 from experiments.peers.catalogue import OURS, PEERS, ROOT, Peer
 from experiments.peers.environments import FOLDER, NotInstalled, model_folder, python_of, versions_of
 from experiments.peers.folder import write_folder
-from experiments.peers.process_group import ProcessGroup
+from experiments.peers.process_group import ProcessGroup, end_what_was_started
 
 START_S = 900.0  # that a server may take to be ready
 
@@ -246,4 +246,5 @@ def main(args: Args) -> int:
 
 
 if __name__ == "__main__":
+    end_what_was_started()
     sys.exit(main(tyro.cli(Args)))
