@@ -235,7 +235,7 @@ def _body(  # type: ignore[no-untyped-def]
                 slot = lax.rem(chunk * tiles + tile, slots)
                 vectors = ring.at[slot, :, pl.ds(first_column, TILE_COLUMNS)]
                 kept = before * gpu_pages.over_rows(keep, before.shape)
-                found.append(gpu_pages.add_product(kept, vectors.T, weights_s.at[worker].T, interpreted))
+                found.append(gpu_pages.add_product(kept, (vectors.T, weights_s.at[worker].T), interpreted=interpreted))
                 plgpu.barrier_arrive(empty.at[slot])
             return tuple(found)
 

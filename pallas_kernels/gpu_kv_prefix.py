@@ -8,11 +8,15 @@ used 128 times. Blocks that run at the same time have the same row and other hea
 Results leave in groups of 8 queries, the rows of a tile of the layout without bank conflicts. So each row's queries are
 first moved to a multiple of 8, and no group has queries of two rows.
 
+Float32 is multiplied in three bfloat16 parts, as in `gpu_hidden_decode.py`, which take the shared memory of one of the
+compute warpgroups.
+
 Source: running softmax over chunks as in FlashAttention-2 (arXiv 2307.08691). Shape letters as in `reference.py`; C
 tokens in a chunk, I tiles.
 """
 
 import functools
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -26,10 +30,11 @@ from pallas_kernels import gpu_pages
 from pallas_kernels.gpu_pages import CHUNK_TOKENS
 from pallas_kernels.reference import NEVER, Partial
 
-_WORKERS = 2  # warpgroups that compute
-_QUERIES = 64  # of each, the row dimension of one wgmma
-TILE = _WORKERS * _QUERIES
-_SLOTS = 6  # of the ring: three chunks' keys and values, 96 KiB for heads of 128
+_QUERIES = 64  # of a warpgroup that computes, the row dimension of one wgmma
+_SLOTS = 6  # of the ring: three chunks' keys and values
+_RING_BYTES = {1: 96 << 10, 3: 64 << 10}  # at most, by parts of a number
+_MOST_FLOAT32_COLUMNS = 80  # of a head; with 128 some registers are kept in memory
+_FEW_COLUMNS = 16  # the narrowest tile of shared memory, in bfloat16
 _GROUP = 8  # queries, the rows of a tile of shared memory
 _WGMMA = plgpu.Layout.WGMMA
 
@@ -39,7 +44,7 @@ class _Tiles(NamedTuple):
 
     row: jax.Array  # int32 [I]
     start: jax.Array  # int32 [I]: place of the first query, a multiple of 8
-    size: jax.Array  # int32 [I]: queries, up to TILE
+    size: jax.Array  # int32 [I]: queries
 
 
 def kv_prefix_attention(
@@ -56,71 +61,78 @@ def kv_prefix_attention(
     """As the reference, with queries and weights rounded to the pool's dtype. Pure.
 
     Args:
-        pool: `[L*P, S, D]`, bfloat16 or float16.
+        pool: `[L*P, S, D]`, bfloat16, float16 or float32.
         interpret: None on a GPU, `plgpu.InterpretGPUParams()` elsewhere.
 
     Raises:
-        NotImplementedError: a dtype, block size or head size that the kernel does not handle.
+        NotImplementedError: a block size or head size that the kernel does not handle, for its dtype.
     """
     T, N, H = q.shape
     R, S = length.shape[0], pool.shape[1]
     gpu_pages.check_pool(pool, N * H)
-    if pool.dtype == jnp.float32:
-        raise NotImplementedError(f"{pool.dtype=} over a cached prefix is left to XLA")
-    layout = _transforms(H, pool.dtype)  # of the weights too: wgmma wants both its operands swizzled alike
+    parts, workers, operand = (3, 1, jnp.bfloat16) if pool.dtype == jnp.float32 else (1, 2, pool.dtype)
+    if parts > 1 and H > _MOST_FLOAT32_COLUMNS:
+        raise NotImplementedError(
+            f"float32 heads of {H} over a cached prefix are left to XLA: registers do not suffice"
+        )
+    columns = math.gcd(H, gpu_pages.TILE_COLUMNS if parts == 1 else _FEW_COLUMNS)
+    if columns < _FEW_COLUMNS:
+        raise NotImplementedError(f"head_dim={H} over a cached prefix is left to XLA: it must be a multiple of 16")
+    layout = _tiles(columns, operand)  # of the weights too: wgmma wants both its operands swizzled alike
+    slots = min(_RING_BYTES[parts] // (CHUNK_TOKENS * H * pool.dtype.itemsize), _SLOTS)
+    tile = workers * _QUERIES
     places = -(-T // _GROUP) * _GROUP + _GROUP * R
     num_queries = jnp.where(length > 0, num_queries, 0)
     first_place = _starts(num_queries, _GROUP)
-    tiles = _find_tiles(num_queries, first_place, num_tiles=-(-T // TILE) + R)
+    tiles = _find_tiles(num_queries, first_place, tile=tile, num_tiles=-(-T // tile) + R)
     pages = gpu_pages.copied_pages(key_blocks.shape[1])
     (key_blocks, _), (value_blocks, _) = (gpu_pages.pad_table(b, b.shape[1]) for b in (key_blocks, value_blocks))
     kernel = plgpu.kernel(
         functools.partial(_body, block_size=S, interpreted=interpret is not None),
         out_type=[
             jax.ShapeDtypeStruct((places, N * H), jnp.float32),
-            jax.ShapeDtypeStruct((tiles.row.shape[0], N, TILE), jnp.float32),
+            jax.ShapeDtypeStruct((tiles.row.shape[0], N, tile), jnp.float32),
         ],
         grid=(tiles.row.shape[0], N),
         grid_names=("tile", "head"),
-        num_threads=_WORKERS + 1,
+        num_threads=workers + 1,
         thread_name="wg",
         scratch_types={
-            "q_s": plgpu.SMEM((_WORKERS, _QUERIES, H), pool.dtype, transforms=layout),
+            "q_s": plgpu.SMEM((workers, parts, _QUERIES, H), operand, transforms=layout),
             "key_pages": plgpu.SMEM((pages,), jnp.int32),
             "value_pages": plgpu.SMEM((pages,), jnp.int32),
-            "ring": plgpu.SMEM((_SLOTS, CHUNK_TOKENS, H), pool.dtype, transforms=layout),
-            "weights_s": plgpu.SMEM((_WORKERS, _QUERIES, CHUNK_TOKENS), pool.dtype, transforms=layout),
-            "out_s": plgpu.SMEM((_WORKERS, _QUERIES, H), jnp.float32, transforms=_transforms(H, jnp.float32)),
-            "lse_s": plgpu.SMEM((_WORKERS, _QUERIES), jnp.float32),
-            "q_ready": plgpu.Barrier(num_barriers=_WORKERS),
+            "ring": plgpu.SMEM((slots, CHUNK_TOKENS, H), pool.dtype, transforms=_tiles(columns, pool.dtype)),
+            "parts_s": gpu_pages.parts_scratch(parts, workers, H, layout),
+            "weights_s": plgpu.SMEM((workers, parts, _QUERIES, CHUNK_TOKENS), operand, transforms=layout),
+            "out_s": plgpu.SMEM((workers, _QUERIES, H), jnp.float32, transforms=_tiles(math.gcd(H, 32), jnp.float32)),
+            "lse_s": plgpu.SMEM((workers, _QUERIES), jnp.float32),
+            "q_ready": plgpu.Barrier(num_arrivals=parts, num_barriers=workers),
             "table_ready": plgpu.Barrier(num_arrivals=2),
-            "full": plgpu.Barrier(num_arrivals=gpu_pages.copies_per_chunk(S), num_barriers=_SLOTS),
-            "empty": plgpu.Barrier(num_arrivals=_WORKERS, num_barriers=_SLOTS),
-            "tail_cleared": plgpu.Barrier(num_arrivals=_WORKERS),
+            "full": plgpu.Barrier(num_arrivals=gpu_pages.copies_per_chunk(S), num_barriers=slots),
+            "empty": plgpu.Barrier(num_arrivals=workers, num_barriers=slots),
+            "tail_cleared": plgpu.Barrier(num_arrivals=workers),
         },
-        compiler_params=gpu_pages.COMPILER,
+        compiler_params=gpu_pages.compiler(pool.dtype),
         interpret=interpret,
     )
-    place = jnp.arange(places + TILE)  # a tile may reach beyond the last query
+    place = jnp.arange(places + tile)  # a tile may reach beyond the last query
     row = _row_of(place, first_place + num_queries)
     slot = jnp.clip(first_query[row] + place - first_place[row], 0, T - 1)
     queries = q.astype(pool.dtype).reshape(T, N * H)[slot]
+    queries = jnp.stack(gpu_pages.split_float32(queries) if parts > 1 else [queries])
     out, lse = kernel(*tiles, length.astype(jnp.int32), queries, pool, key_blocks, value_blocks)
     row, some = gpu_pages.rows_of_slots(length, first_query, num_queries, T)
     inside = jnp.arange(T) - first_query[row]
-    lse = lse[_starts(num_queries, TILE)[row] // TILE + inside // TILE, :, inside % TILE]
+    lse = lse[_starts(num_queries, tile)[row] // tile + inside // tile, :, inside % tile]
     # what no tile wrote holds anything
     out = jnp.where(some[:, None, None], out[first_place[row] + inside].reshape(T, N, H), 0)
     return Partial(out, jnp.where(some[:, None], lse, NEVER))
 
 
-def _transforms(head_dim: int, dtype: DTypeLike) -> tuple[Any, ...]:
-    """The layout of a head's columns in shared memory: tiles of 8 rows of the widest swizzle that divides them."""
-    for swizzle in (128, 64, 32):
-        columns = swizzle // jnp.dtype(dtype).itemsize
-        if head_dim % columns == 0:
-            return plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(swizzle)  # type: ignore[abstract]
-    raise NotImplementedError(f"{head_dim=} over a cached prefix is left to XLA: the kernel needs a multiple of 16")
+def _tiles(columns: int, dtype: DTypeLike) -> tuple[Any, ...]:
+    """The layout of shared memory in tiles of 8 rows and 32, 64 or 128 bytes of columns."""
+    row_bytes = columns * jnp.dtype(dtype).itemsize
+    return plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(row_bytes)  # type: ignore[abstract]
 
 
 def _starts(num_queries: jax.Array, unit: int) -> jax.Array:
@@ -134,30 +146,31 @@ def _row_of(place: jax.Array, stop: jax.Array) -> jax.Array:
     return jnp.minimum(jnp.searchsorted(stop, place, side="right"), stop.shape[0] - 1).astype(jnp.int32)
 
 
-def _find_tiles(num_queries: jax.Array, first_place: jax.Array, *, num_tiles: int) -> _Tiles:
-    """Tiles for `num_queries [R]` that lie from `first_place [R]` on. Pure."""
-    before = _starts(num_queries, TILE)
-    at = TILE * jnp.arange(num_tiles)
+def _find_tiles(num_queries: jax.Array, first_place: jax.Array, *, tile: int, num_tiles: int) -> _Tiles:
+    """Tiles of up to `tile` for `num_queries [R]` that lie from `first_place [R]` on. Pure."""
+    before = _starts(num_queries, tile)
+    at = tile * jnp.arange(num_tiles)
     row = _row_of(at, before + num_queries)
     done = at - before[row]
-    count = jnp.clip(num_queries[row] - done, 0, TILE)
+    count = jnp.clip(num_queries[row] - done, 0, tile)
     return _Tiles(row, (first_place[row] + done).astype(jnp.int32), count.astype(jnp.int32))
 
 
 def _body(  # type: ignore[no-untyped-def]
     tile_row, tile_start, tile_size, length, q, pool, key_blocks, value_blocks, out, lse, *,
-    q_s, key_pages, value_pages, ring, weights_s, out_s, lse_s, q_ready, table_ready, full, empty, tail_cleared,
-    block_size, interpreted,
+    q_s, key_pages, value_pages, ring, parts_s, weights_s, out_s, lse_s,
+    q_ready, table_ready, full, empty, tail_cleared, block_size, interpreted,
 ):  # fmt: skip
-    """One CUDA block. q `[places + TILE, D]`, out `[places, D]`, lse `[I, N, TILE]`, all in GMEM."""
+    """One CUDA block. q `[F, places + tile, D]` in F parts, out `[places, D]`, lse `[I, N, tile]`, all in GMEM."""
     tile, head, worker = lax.axis_index("tile"), lax.axis_index("head"), lax.axis_index("wg")
-    H = q_s.shape[2]
+    workers, F, _, H = q_s.shape
+    slots = ring.shape[0]
     row, start, count = tile_row[tile], tile_start[tile], tile_size[tile]
     columns = pl.ds(head * H, H)
     todo = jnp.where(count > 0, length[row], 0)
     chunks = pl.cdiv(todo, CHUNK_TOKENS)
 
-    @pl.when((todo > 0) & (worker == _WORKERS))
+    @pl.when((todo > 0) & (worker == workers))
     def _memory() -> None:
         for blocks, pages in ((key_blocks, key_pages), (value_blocks, value_pages)):
             plgpu.copy_gmem_to_smem(blocks.at[row, pl.ds(0, pages.shape[0])], pages, table_ready)
@@ -167,9 +180,9 @@ def _body(  # type: ignore[no-untyped-def]
         def _(chunk: jax.Array) -> None:
             for turn, pages in ((0, key_pages), (1, value_pages)):
                 load = 2 * chunk + turn
-                slot = lax.rem(load, _SLOTS)
+                slot = lax.rem(load, slots)
 
-                @pl.when(load >= _SLOTS)
+                @pl.when(load >= slots)
                 def _(slot: jax.Array = slot) -> None:
                     plgpu.barrier_wait(empty.at[slot])
 
@@ -177,29 +190,64 @@ def _body(  # type: ignore[no-untyped-def]
 
         gpu_pages.drain(empty, 2 * chunks)
 
-    @pl.when((todo > 0) & (worker < _WORKERS))
+    @pl.when((todo > 0) & (worker < workers))
     def _compute() -> None:
         first = start + worker * _QUERIES
-        plgpu.copy_gmem_to_smem(q.at[pl.ds(first, _QUERIES), columns], q_s.at[worker], q_ready.at[worker])
+        for i in range(F):
+            own_q = q.at[i, pl.ds(first, _QUERIES), columns]
+            plgpu.copy_gmem_to_smem(own_q, q_s.at[worker, i], q_ready.at[worker])
         plgpu.barrier_wait(q_ready.at[worker])
+
+        pairs = gpu_pages.part_pairs(F)
+
+        def operands(slot: jax.Array, left: jax.Array) -> list[Any]:
+            """What wgmma reads of a slot: the slot itself, or parts of its valid rows; then it is free."""
+            if F == 1:
+                return [ring.at[slot]]
+
+            for at in range(0, H, _FEW_COLUMNS):  # not all at once, since registers are short
+                own = pl.ds(at, _FEW_COLUMNS)
+                found = plgpu.layout_cast(ring.at[slot, :, own][...], _WGMMA)
+                found = jnp.where(gpu_pages.valid_rows(left, found.shape), found, 0.0)
+                gpu_pages.store_parts(found, parts_s.at[worker, :, :, own])
+            plgpu.barrier_arrive(empty.at[slot])
+            return [parts_s.at[worker, i] for i in range(F)]
 
         def step(chunk: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
             top, total, acc = carry
             left = todo - chunk * CHUNK_TOKENS
-            slot = lax.rem(2 * chunk, _SLOTS)
+            slot = lax.rem(2 * chunk, slots)
             plgpu.barrier_wait(full.at[slot])
-            scores = gpu_pages.product((_QUERIES, CHUNK_TOKENS), (q_s.at[worker], ring.at[slot].T))
-            plgpu.barrier_arrive(empty.at[slot])
+            keys = operands(slot, left)
+            products = ((q_s.at[worker, i], keys[j].T) for i, j in pairs)
+            scores = gpu_pages.product((_QUERIES, CHUNK_TOKENS), *products)
+            if F == 1:
+                plgpu.barrier_arrive(empty.at[slot])
             token = plgpu.broadcasted_iota(jnp.int32, scores.shape, 1, layout=_WGMMA)
             scores = jnp.where(token < left, scores, NEVER)
             new_top = jnp.maximum(top, gpu_pages.row(scores.max(axis=1)))
             weights = jnp.exp(scores - gpu_pages.over_columns(new_top, scores.shape))
             keep = jnp.exp(top - new_top)
             total = total * keep + gpu_pages.row(weights.sum(axis=1))
-            weights_s.at[worker][...] = plgpu.layout_cast(weights.astype(weights_s.dtype), _WGMMA)
-            plgpu.commit_smem()
-            slot = lax.rem(2 * chunk + 1, _SLOTS)
+            if F == 1:
+                weights_s.at[worker, 0][...] = plgpu.layout_cast(weights.astype(weights_s.dtype), _WGMMA)
+                plgpu.commit_smem()
+            else:
+                gpu_pages.store_parts(weights, weights_s.at[worker])
+            slot = lax.rem(2 * chunk + 1, slots)
             plgpu.barrier_wait(full.at[slot])
+            if F == 1:
+                clear_tail(slot, left)
+            values = operands(slot, left)
+            kept = acc * gpu_pages.over_columns(keep, acc.shape)
+            products = ((weights_s.at[worker, i], values[j]) for i, j in pairs)
+            acc = gpu_pages.add_product(kept, *products, interpreted=interpreted)
+            if F == 1:
+                plgpu.barrier_arrive(empty.at[slot])
+            return new_top, total, acc
+
+        def clear_tail(slot: jax.Array, left: jax.Array) -> None:
+            """One of the warpgroups does it for both, in a row's last chunk."""
 
             @pl.when(left < CHUNK_TOKENS)
             def _() -> None:
@@ -209,11 +257,6 @@ def _body(  # type: ignore[no-untyped-def]
 
                 plgpu.barrier_arrive(tail_cleared)
                 plgpu.barrier_wait(tail_cleared)
-
-            kept = acc * gpu_pages.over_columns(keep, acc.shape)
-            acc = gpu_pages.add_product(kept, weights_s.at[worker], ring.at[slot], interpreted)
-            plgpu.barrier_arrive(empty.at[slot])
-            return new_top, total, acc
 
         nothing = (
             gpu_pages.row(jnp.full((_QUERIES,), NEVER, jnp.float32)),

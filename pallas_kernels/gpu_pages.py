@@ -116,11 +116,11 @@ def part_pairs(parts: int) -> list[tuple[int, int]]:
     return [(i, j) for i in range(parts) for j in range(parts) if i + j < parts]
 
 
-def parts_scratch(parts: int, workers: int, columns: int) -> Any:
+def parts_scratch(parts: int, workers: int, columns: int, transforms: tuple[Any, ...] = TILES) -> Any:
     """Shared memory for the parts of each warpgroup's tile `[C, columns]`; next to nothing where nothing is split."""
     if parts == 1:
         return plgpu.SMEM((1, 1, 8, TILE_COLUMNS), jnp.bfloat16, transforms=TILES)
-    return plgpu.SMEM((workers, parts, CHUNK_TOKENS, columns), jnp.bfloat16, transforms=TILES)
+    return plgpu.SMEM((workers, parts, CHUNK_TOKENS, columns), jnp.bfloat16, transforms=transforms)
 
 
 def store_parts(x: jax.Array, slot: Any) -> None:
@@ -150,13 +150,14 @@ def product(shape: tuple[int, int], *pairs: tuple[Any, Any]) -> jax.Array:
     return plgpu.layout_cast(pl.run_scoped(multiply, plgpu.ACC(shape, jnp.float32)), _WGMMA)
 
 
-def add_product(x: jax.Array, a: Any, b: Any, interpreted: bool) -> Any:
-    """`x + a @ b`, in place in registers on a GPU; the interpreter knows only fresh accumulators."""
+def add_product(x: jax.Array, *pairs: tuple[Any, Any], interpreted: bool) -> Any:
+    """`x` and the sum of `a @ b` over pairs, in place in registers on a GPU; interpreted, accumulators are fresh."""
     if interpreted:
-        return x + product((x.shape[0], x.shape[1]), (a, b))
+        return x + product((x.shape[0], x.shape[1]), *pairs)
 
     def multiply(total: Any) -> None:
-        plgpu.wgmma(total, a, b)
+        for a, b in pairs:
+            plgpu.wgmma(total, a, b)
 
     return plgpu.layout_cast(pl.run_state(multiply)(plgpu.ACC.init(x)), _WGMMA)
 

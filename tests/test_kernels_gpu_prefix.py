@@ -28,11 +28,18 @@ def check(way, lengths, counts, gaps, *, dtype=jnp.bfloat16, **shape) -> tuple[P
 
 # heads of 64, 80 and 128 lie in three layouts; blocks shorter and longer than a chunk of 64 tokens
 @pytest.mark.parametrize(
-    ("heads", "head_dim", "block_size", "pages"), [(2, 64, 16, 13), (2, 80, 8, 9), (1, 128, 128, 2)]
+    ("heads", "head_dim", "block_size", "pages", "dtype"),
+    [
+        (2, 64, 16, 13, jnp.bfloat16),
+        (2, 80, 8, 9, jnp.bfloat16),
+        (1, 128, 128, 2, jnp.bfloat16),
+        (2, 64, 16, 13, jnp.float32),
+        (1, 80, 64, 2, jnp.float32),
+    ],
 )
-def test_head_sizes_over_tiles_and_chunks(heads, head_dim, block_size, pages):
-    """A row of two tiles, of which the second has one query; 65 cached tokens; none; one; slots of no row."""
-    shape = {"heads": heads, "head_dim": head_dim, "block_size": block_size, "table_pages": pages}
+def test_head_sizes_over_tiles_and_chunks(heads, head_dim, block_size, pages, dtype):
+    """A row of two tiles, in float32 three, the last with one query; 65 cached tokens; none; one; slots of no row."""
+    shape = {"heads": heads, "head_dim": head_dim, "block_size": block_size, "table_pages": pages, "dtype": dtype}
     longest = min(200, block_size * pages)
     found, mine = check("kv", [longest, 65, 0, 1], [129, 71, 5, 2], [0, 0, 3, 0], slots=216, seed=1, **shape)
     assert (found.out[~mine] == 0).all() and (found.lse[~mine] == NEVER).all()
@@ -64,7 +71,7 @@ def test_tiles_start_at_a_rows_first_query():
     """Row 1 has no cached tokens, row 2 none of its own, row 3 two tiles of 128."""
     num_queries = jnp.array([5, 0, 0, 130])
     places = gpu_kv_prefix._starts(num_queries, 8)
-    tiles = gpu_kv_prefix._find_tiles(num_queries, places, num_tiles=5)
+    tiles = gpu_kv_prefix._find_tiles(num_queries, places, tile=128, num_tiles=5)
     used = np.asarray(tiles.size) > 0
     assert places.tolist() == [0, 8, 8, 8]
     assert [np.asarray(a)[used].tolist() for a in tiles] == [[0, 3, 3], [0, 8, 136], [5, 128, 2]]
@@ -73,9 +80,9 @@ def test_tiles_start_at_a_rows_first_query():
 @pytest.mark.parametrize(
     ("head_dim", "block_size", "dtype", "reason"),
     [
-        (64, 16, jnp.float32, r"float32.* over a cached prefix is left to XLA"),
-        (24, 16, jnp.bfloat16, "head_dim=24 over a cached prefix is left to XLA"),
+        (24, 16, jnp.bfloat16, "head_dim=24 over a cached prefix is left to XLA: it must be a multiple of 16"),
         (64, 36, jnp.bfloat16, r"block_size=36 must.*--attention-backend xla"),
+        (128, 16, jnp.float32, "float32 heads of 128 over a cached prefix are left to XLA"),
     ],
 )
 def test_what_the_kernel_cannot_do_is_refused(head_dim, block_size, dtype, reason):

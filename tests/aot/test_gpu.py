@@ -128,11 +128,14 @@ def test_hidden_decode_compiles_without_spills(model, block_size, rows, ptxas):
 
 
 @pytest.mark.parametrize(("model", "block_size", "rows"), CASES)
-def test_kv_prefix_compiles_without_spills(model, block_size, rows, ptxas):
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+def test_kv_prefix_compiles_without_spills(dtype, model, block_size, rows, ptxas):
     """A chunk of 512 tokens."""
     config = MODELS[model]
+    if dtype == jnp.float32 and config.head_dim == 128:
+        pytest.skip("heads of 128 in float32 are left to XLA")
     queries = (512, config.num_attention_heads, config.head_dim)
-    compile_kernel(kv_prefix_attention, queries, model, block_size, rows, tables=2, numbers=3)
+    compile_kernel(kv_prefix_attention, queries, model, block_size, rows, 2, dtype, numbers=3)
     check_report(ptxas(), kernels=1)
 
 
