@@ -134,26 +134,10 @@ def _body(  # type: ignore[no-untyped-def]
 
     @pl.when((todo > 0) & (lax.axis_index("wg") == 1))
     def _memory() -> None:
-        first_page = part * (split // block_size)
-        for blocks, pages in ((key_blocks, key_pages), (value_blocks, value_pages)):
-            plgpu.copy_gmem_to_smem(blocks.at[row, pl.ds(first_page, pages.shape[0])], pages, table_ready)
-        plgpu.barrier_wait(table_ready)
-
-        @pl.loop(0, chunks)
-        def _(chunk: jax.Array) -> None:
-            for turn, pages in ((0, key_pages), (1, value_pages)):
-                load = 2 * chunk + turn
-                slot = lax.rem(load, slots)
-
-                @pl.when(load >= slots)
-                def _(slot: jax.Array = slot) -> None:
-                    plgpu.barrier_wait(empty.at[slot])
-
-                gpu_pages.load_chunk(
-                    pool, pages, ring.at[slot], full.at[slot], chunk, todo, block_size, pl.ds(group * columns, columns)
-                )
-
-        gpu_pages.drain(empty, 2 * chunks)
+        own = pl.ds(part * (split // block_size), key_pages.shape[0])
+        tables = (key_blocks.at[row, own], key_pages), (value_blocks.at[row, own], value_pages)
+        at = pl.ds(group * columns, columns)
+        gpu_pages.stream_keys_values(pool, tables, table_ready, ring, full, empty, todo, block_size, at)
 
     @pl.when((todo > 0) & (lax.axis_index("wg") == 0))
     def _compute() -> None:

@@ -172,23 +172,9 @@ def _body(  # type: ignore[no-untyped-def]
 
     @pl.when((todo > 0) & (worker == workers))
     def _memory() -> None:
-        for blocks, pages in ((key_blocks, key_pages), (value_blocks, value_pages)):
-            plgpu.copy_gmem_to_smem(blocks.at[row, pl.ds(0, pages.shape[0])], pages, table_ready)
-        plgpu.barrier_wait(table_ready)
-
-        @pl.loop(0, chunks)
-        def _(chunk: jax.Array) -> None:
-            for turn, pages in ((0, key_pages), (1, value_pages)):
-                load = 2 * chunk + turn
-                slot = lax.rem(load, slots)
-
-                @pl.when(load >= slots)
-                def _(slot: jax.Array = slot) -> None:
-                    plgpu.barrier_wait(empty.at[slot])
-
-                gpu_pages.load_chunk(pool, pages, ring.at[slot], full.at[slot], chunk, todo, block_size, columns)
-
-        gpu_pages.drain(empty, 2 * chunks)
+        own = pl.ds(0, key_pages.shape[0])
+        tables = (key_blocks.at[row, own], key_pages), (value_blocks.at[row, own], value_pages)
+        gpu_pages.stream_keys_values(pool, tables, table_ready, ring, full, empty, todo, block_size, columns)
 
     @pl.when((todo > 0) & (worker < workers))
     def _compute() -> None:

@@ -100,6 +100,44 @@ def load_chunk(
         plgpu.copy_gmem_to_smem(pool.at[block, :, columns], slot.at[pl.ds(i * block_size, block_size)], full)
 
 
+def stream_keys_values(
+    pool: Any,
+    tables: tuple[tuple[Any, Any], tuple[Any, Any]],
+    table_ready: Any,
+    ring: Any,
+    full: Any,
+    empty: Any,
+    todo: jax.Array,
+    block_size: int,
+    columns: Any,
+) -> None:
+    """What the memory warpgroup does: keys and values of every chunk, in turn, through `ring [slots, C, E]`.
+
+    Args:
+        tables: for keys and for values, the split's part of the row's table in GMEM and its place in shared memory.
+        todo: valid tokens of the split.
+        columns: slice of D.
+    """
+    for blocks, pages in tables:
+        plgpu.copy_gmem_to_smem(blocks, pages, table_ready)
+    plgpu.barrier_wait(table_ready)
+    chunks, slots = pl.cdiv(todo, CHUNK_TOKENS), ring.shape[0]
+
+    @pl.loop(0, chunks)
+    def _(chunk: jax.Array) -> None:
+        for turn, (_, pages) in enumerate(tables):
+            load = 2 * chunk + turn
+            slot = lax.rem(load, slots)
+
+            @pl.when(load >= slots)
+            def _(slot: jax.Array = slot) -> None:
+                plgpu.barrier_wait(empty.at[slot])
+
+            load_chunk(pool, pages, ring.at[slot], full.at[slot], chunk, todo, block_size, columns)
+
+    drain(empty, 2 * chunks)
+
+
 def split_float32(x: jax.Array) -> list[jax.Array]:
     """Three bfloat16 arrays whose sum is a finite float32 `x`, to one bit: 8 bits of its 24-bit mantissa each. Pure."""
     parts = []
