@@ -7,7 +7,7 @@ Scores need all columns, so in every chunk of 64 tokens
 1. each block multiplies its columns, and sends the partial scores of every group of 8 heads to the group's owner,
    another block of the cluster, through distributed shared memory (`st.async`, counted by a barrier over there);
 2. the owner adds up what it got and sends the sums to all blocks;
-3. each block computes the same softmax, and adds weights times vectors to its columns of the result.
+3. each block computes the same softmax, group by group, and adds weights times vectors to its columns of the result.
 
 No block waits for another but for these data: who has got the sums knows that all partial scores were read, and who
 has got all partial scores knows that the sums before them were. So buffers are single, and nothing else synchronises.
@@ -34,7 +34,7 @@ from pallas_kernels.reference import NEVER, Partial
 _WGMMA = plgpu.Layout.WGMMA
 _WORKERS = 2  # warpgroups that compute; each takes half the columns of a tile
 _TILE = _WORKERS * TILE_COLUMNS  # columns of a slot of the ring
-_ACCUMULATORS = 104  # registers of a thread for its part of the result, of 224
+_ACCUMULATORS = 104  # registers of a thread for its part of the result
 _SMEM_BYTES = 222 << 10  # of 227 KiB that a block may have
 _LARGEST_CLUSTER = 8  # what every Hopper GPU can place; a larger one aborts the process where it cannot
 _GROUP_TILES: tuple[Any, ...] = (plgpu.TilingTransform((8, PADDED_HEADS)), plgpu.SwizzleTransform(32))  # type: ignore[abstract]
@@ -137,6 +137,7 @@ def _scratch(
         "weights_s": plgpu.SMEM((_WORKERS, heads, CHUNK_TOKENS), dtype, transforms=TILES),
         "top_s": plgpu.SMEM((_WORKERS, heads), jnp.float32),
         "total_s": plgpu.SMEM((_WORKERS, heads), jnp.float32),
+        "keep_s": plgpu.SMEM((_WORKERS, heads), jnp.float32),
         "q_ready": plgpu.Barrier(),
         "table_ready": plgpu.Barrier(),
         "full": plgpu.Barrier(num_arrivals=gpu_pages.copies_per_chunk(block_size), num_barriers=slots),
@@ -154,8 +155,8 @@ def _scratch(
 
 
 def _body(  # type: ignore[no-untyped-def]
-    q_wide, pool, table, length, out, lse, *mail, pages, q_s, ring, weights_s, top_s, total_s, q_ready, table_ready,
-    full, empty, partial_in, sums_in, split, block_size, interpreted, partial_s=None, sums_s=None,
+    q_wide, pool, table, length, out, lse, *mail, pages, q_s, ring, weights_s, top_s, total_s, keep_s, q_ready,
+    table_ready, full, empty, partial_in, sums_in, split, block_size, interpreted, partial_s=None, sums_s=None,
 ):  # fmt: skip
     """One CUDA block. q_wide `[R, M, D]`, out `[R, splits, M, D]`, lse `[R, splits, M]`, all in GMEM."""
     row, part = lax.axis_index("row"), lax.axis_index("split")
@@ -194,7 +195,7 @@ def _body(  # type: ignore[no-untyped-def]
 
     @pl.when((todo > 0) & (worker < _WORKERS))
     def _compute() -> None:
-        plgpu.set_max_registers(224, action="increase")
+        plgpu.set_max_registers(224, action="increase")  # jax 0.12 lets it be ignored; there 168 suffice
         plgpu.barrier_wait(q_ready)
 
         def step(chunk: jax.Array, acc: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
@@ -212,18 +213,26 @@ def _body(  # type: ignore[no-untyped-def]
                 return scores[...]
 
             partial = pl.run_scoped(multiply, plgpu.ACC((CHUNK_TOKENS, M), jnp.float32))
-            scores = post.exchange(plgpu.layout_cast(partial, _WGMMA), block, worker)
+            post.exchange(plgpu.layout_cast(partial, _WGMMA), block, worker)
             left = todo - chunk * CHUNK_TOKENS
-            scores = jnp.where(gpu_pages.valid_rows(left, scores.shape), scores, NEVER)
-            top = plgpu.load(top_s.at[worker], layout=_WGMMA.reduce(0))
-            new_top = jnp.maximum(top, gpu_pages.column(scores.max(axis=0)))
-            weights = jnp.exp(scores - gpu_pages.over_rows(new_top, scores.shape))
-            keep = jnp.exp(top - new_top)
-            total = plgpu.load(total_s.at[worker], layout=_WGMMA.reduce(0))
-            total_s.at[worker][...] = total * keep + gpu_pages.column(weights.sum(axis=0))
-            top_s.at[worker][...] = new_top
-            weights_s.at[worker].T[...] = plgpu.layout_cast(weights.astype(weights_s.dtype), _WGMMA)
+
+            @pl.loop(0, M // PADDED_HEADS)  # not all heads at once, since registers are short
+            def _(group: jax.Array) -> None:
+                heads = pl.ds(pl.multiple_of(group * PADDED_HEADS, PADDED_HEADS), PADDED_HEADS)
+                scores = post.sums(group, block)
+                scores = jnp.where(gpu_pages.valid_rows(left, scores.shape), scores, NEVER)
+                top = plgpu.load(top_s.at[worker, heads], layout=_WGMMA.reduce(0))
+                new_top = jnp.maximum(top, gpu_pages.column(scores.max(axis=0)))
+                weights = jnp.exp(scores - gpu_pages.over_rows(new_top, scores.shape))
+                keep = jnp.exp(top - new_top)
+                total = plgpu.load(total_s.at[worker, heads], layout=_WGMMA.reduce(0))
+                total_s.at[worker, heads][...] = total * keep + gpu_pages.column(weights.sum(axis=0))
+                top_s.at[worker, heads][...] = new_top
+                keep_s.at[worker, heads][...] = keep
+                weights_s.at[worker, heads].T[...] = plgpu.layout_cast(weights.astype(weights_s.dtype), _WGMMA)
+
             plgpu.commit_smem()
+            keep = plgpu.load(keep_s.at[worker], layout=_WGMMA.reduce(0))
 
             @pl.loop(0, tiles)
             def _(tile: jax.Array) -> None:
@@ -265,15 +274,16 @@ class _Mail:
     """
 
     def __init__(self, partial: Any, sums: Any, partial_in: Any, sums_in: Any, *, interpreted: bool) -> None:
-        self.partial, self.sums, self.partial_in, self.sums_in = partial, sums, partial_in, sums_in
+        self.partial_box, self.sums_box, self.partial_in, self.sums_in = partial, sums, partial_in, sums_in
         self.interpreted = interpreted
         self.senders, self.groups = partial.shape[-3], sums.shape[-3]
 
-    def exchange(self, partial: jax.Array, block: jax.Array, worker: jax.Array) -> jax.Array:
-        """Scores `[C, M]` over all columns, from this warpgroup's `[C, M]`. Every warpgroup that computes calls it."""
+    def exchange(self, partial: jax.Array, block: jax.Array, worker: jax.Array) -> None:
+        """Add up scores of all columns from this warpgroup's `[C, M]`. Every warpgroup that computes calls it."""
+        sender = block * _WORKERS + worker
         for group in range(self.groups):
             heads = slice(group * PADDED_HEADS, (group + 1) * PADDED_HEADS)
-            self._send(partial[:, heads], self.partial, block * _WORKERS + worker, self.partial_in, jnp.int32(group))
+            self._send(partial[:, heads], self.partial_box, sender, self.partial_in, jnp.int32(group))
         if self.interpreted:
             plgpu.barrier_arrive(self.partial_in)
             plgpu.barrier_wait(self.partial_in)
@@ -282,19 +292,21 @@ class _Mail:
         def _add() -> None:
             if not self.interpreted:
                 plgpu.barrier_wait(self.partial_in)
-            total = self._read(self.partial, 0, block)
-            for sender in range(1, self.senders):
-                total += self._read(self.partial, sender, block)
+            total = self._read(self.partial_box, 0, block)
+            for other in range(1, self.senders):
+                total += self._read(self.partial_box, other, block)
 
             @pl.loop(0, self.senders // _WORKERS)
             def _(receiver: jax.Array) -> None:
-                self._send(total, self.sums, block, self.sums_in, receiver)
+                self._send(total, self.sums_box, block, self.sums_in, receiver)
 
         if self.interpreted:
             plgpu.barrier_arrive(self.sums_in)
         plgpu.barrier_wait(self.sums_in)
-        parts = [self._read(self.sums, group, block) for group in range(self.groups)]
-        return parts[0] if len(parts) == 1 else lax.concatenate(parts, 1)
+
+    def sums(self, group: jax.Array, block: jax.Array) -> jax.Array:
+        """Scores `[C, 8]` of one group of heads over all columns."""
+        return self._read(self.sums_box, group, block)
 
     def _send(self, value: jax.Array, box: Any, slot: jax.Array, barrier: Any, to: jax.Array) -> None:
         if self.interpreted:
@@ -302,6 +314,6 @@ class _Mail:
         else:
             plgpu.async_store_smem(value, box.at[slot], barrier, cluster_idx=to, cluster_dim="slice")
 
-    def _read(self, box: Any, slot: int, block: jax.Array) -> jax.Array:
+    def _read(self, box: Any, slot: jax.Array | int, block: jax.Array) -> jax.Array:
         at = box.at[block, slot] if self.interpreted else box.at[slot]
         return plgpu.load(at, layout=_WGMMA)

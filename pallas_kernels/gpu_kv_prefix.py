@@ -33,8 +33,8 @@ from pallas_kernels.reference import NEVER, Partial
 _QUERIES = 64  # of a warpgroup that computes, the row dimension of one wgmma
 _SLOTS = 6  # of the ring: three chunks' keys and values
 _RING_BYTES = {1: 96 << 10, 3: 64 << 10}  # at most, by parts of a number
-_MOST_FLOAT32_COLUMNS = 80  # of a head; with 128 some registers are kept in memory
-_FEW_COLUMNS = 16  # the narrowest tile of shared memory, in bfloat16
+_LEAST_COLUMNS = 16  # the narrowest tile of shared memory, in bfloat16
+_SPLIT_COLUMNS = 32  # of a tile whose float32 numbers are split at a time, since registers are short
 _GROUP = 8  # queries, the rows of a tile of shared memory
 _WGMMA = plgpu.Layout.WGMMA
 
@@ -71,12 +71,8 @@ def kv_prefix_attention(
     R, S = length.shape[0], pool.shape[1]
     gpu_pages.check_pool(pool, N * H)
     parts, workers, operand = (3, 1, jnp.bfloat16) if pool.dtype == jnp.float32 else (1, 2, pool.dtype)
-    if parts > 1 and H > _MOST_FLOAT32_COLUMNS:
-        raise NotImplementedError(
-            f"float32 heads of {H} over a cached prefix are left to XLA: registers do not suffice"
-        )
-    columns = math.gcd(H, gpu_pages.TILE_COLUMNS if parts == 1 else _FEW_COLUMNS)
-    if columns < _FEW_COLUMNS:
+    columns = math.gcd(H, gpu_pages.TILE_COLUMNS if parts == 1 else _SPLIT_COLUMNS)
+    if columns < _LEAST_COLUMNS:
         raise NotImplementedError(f"head_dim={H} over a cached prefix is left to XLA: it must be a multiple of 16")
     layout = _tiles(columns, operand)  # of the weights too: wgmma wants both its operands swizzled alike
     slots = min(_RING_BYTES[parts] // (CHUNK_TOKENS * H * pool.dtype.itemsize), _SLOTS)
@@ -186,26 +182,30 @@ def _body(  # type: ignore[no-untyped-def]
 
         pairs = gpu_pages.part_pairs(F)
 
-        def operands(slot: jax.Array, left: jax.Array) -> list[Any]:
+        def operands(slot: jax.Array, left: jax.Array, mine: jax.Array) -> list[Any]:
             """What wgmma reads of a slot: the slot itself, or parts of its valid rows; then it is free."""
             if F == 1:
                 return [ring.at[slot]]
 
-            for at in range(0, H, _FEW_COLUMNS):  # not all at once, since registers are short
-                own = pl.ds(at, _FEW_COLUMNS)
+            columns = math.gcd(H, _SPLIT_COLUMNS)
+            for at in range(0, H, columns):
+                own = pl.ds(at, columns)
                 found = plgpu.layout_cast(ring.at[slot, :, own][...], _WGMMA)
                 found = jnp.where(gpu_pages.valid_rows(left, found.shape), found, 0.0)
-                gpu_pages.store_parts(found, parts_s.at[worker, :, :, own])
+                gpu_pages.store_parts(found, parts_s.at[mine, :, :, own])
             plgpu.barrier_arrive(empty.at[slot])
-            return [parts_s.at[worker, i] for i in range(F)]
+            return [parts_s.at[mine, i] for i in range(F)]
 
         def step(chunk: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
             top, total, acc = carry
             left = todo - chunk * CHUNK_TOKENS
+            # The worker itself, since left > 0; but the compiler does not know. If it did, it would keep the addresses
+            # of all parts in registers from before the loop on, which float32 cannot spare.
+            mine = worker if F == 1 else worker + jnp.minimum(left - 1, 0)
             slot = lax.rem(2 * chunk, slots)
             plgpu.barrier_wait(full.at[slot])
-            keys = operands(slot, left)
-            products = ((q_s.at[worker, i], keys[j].T) for i, j in pairs)
+            keys = operands(slot, left, mine)
+            products = ((q_s.at[mine, i], keys[j].T) for i, j in pairs)
             scores = gpu_pages.product((_QUERIES, CHUNK_TOKENS), *products)
             if F == 1:
                 plgpu.barrier_arrive(empty.at[slot])
@@ -216,17 +216,17 @@ def _body(  # type: ignore[no-untyped-def]
             keep = jnp.exp(top - new_top)
             total = total * keep + gpu_pages.row(weights.sum(axis=1))
             if F == 1:
-                weights_s.at[worker, 0][...] = plgpu.layout_cast(weights.astype(weights_s.dtype), _WGMMA)
+                weights_s.at[mine, 0][...] = plgpu.layout_cast(weights.astype(weights_s.dtype), _WGMMA)
                 plgpu.commit_smem()
             else:
-                gpu_pages.store_parts(weights, weights_s.at[worker])
+                gpu_pages.store_parts(weights, weights_s.at[mine])
             slot = lax.rem(2 * chunk + 1, slots)
             plgpu.barrier_wait(full.at[slot])
             if F == 1:
                 clear_tail(slot, left)
-            values = operands(slot, left)
+            values = operands(slot, left, mine)
             kept = acc * gpu_pages.over_columns(keep, acc.shape)
-            products = ((weights_s.at[worker, i], values[j]) for i, j in pairs)
+            products = ((weights_s.at[mine, i], values[j]) for i, j in pairs)
             acc = gpu_pages.add_product(kept, *products, interpreted=interpreted)
             if F == 1:
                 plgpu.barrier_arrive(empty.at[slot])
