@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from apt_jax.absorption import absorb_query, absorbed_values, key_bias_score
 from apt_jax.batch import Rows, Tokens
-from apt_jax.cache_arrays import write_tokens
+from apt_jax.cache_arrays import token_writer
 from apt_jax.collectives import own_slice
 from apt_jax.hidden_slices import hidden_decode_slices
 from apt_jax.opt import Attend, SelfAttention
@@ -54,20 +54,29 @@ class Kinds(NamedTuple):
 
 
 def paged_attention(
-    tokens: Tokens, rows: Rows, kinds: Kinds, num_blocks: int, *, decode_only: bool, kernels: Kernels | None = None
+    tokens: Tokens,
+    rows: Rows,
+    kinds: Kinds,
+    num_blocks: int,
+    block_size: int,
+    *,
+    decode_only: bool,
+    kernels: Kernels | None = None,
 ) -> Attend[jax.Array]:
     """The attention of one iteration over the pool: writes the new tokens' vectors, then attends.
 
     Args:
         tokens, rows: the iteration's arrays, see `apt_jax/batch.py`.
         kinds: cache kinds that can occur.
-        num_blocks: P.
+        num_blocks, block_size: P and S.
         decode_only: every row has one token, and token r belongs to row r.
         kernels: what they leave out, or None, is done in XLA.
 
     Returns:
         An `Attend` whose cache is the pool.
     """
+
+    write = token_writer(tokens, rows, block_size, kv=kinds.kv, hidden=kinds.hidden, kernels=kernels)
 
     def attend(
         projections: SelfAttention, h: jax.Array, pool: jax.Array, layer: jax.Array
@@ -85,7 +94,7 @@ def paged_attention(
             )
         else:
             k, v = projections.cut_late().keys_values(h)
-        pool = write_tokens(pool, tokens, rows, kinds.hidden, num_blocks, layer, h=h, k=k, v=v)
+        pool = write(pool, layer * num_blocks, h=h, k=k, v=v)
         shifted = rows._replace(
             first_blocks=rows.first_blocks + layer * num_blocks, second_blocks=rows.second_blocks + layer * num_blocks
         )

@@ -103,20 +103,21 @@ def _cpu_kernels(check: Callable[[Kernels], str | None], shape: str) -> Kernels 
 
 
 def _usable(kernels: Kernels, *, block_size: int, **shape: Any) -> Kernels:
-    """The kernels without those for prefill chunks, over a cached prefix or among themselves, that do not work here."""
+    """The kernels for decode attention, and of the others those that work here."""
+    others: list[tuple[tuple[str, ...], str, str, Callable[..., str | None]]] = [
+        (("kv_prefix", "hidden_prefix"), "prefixes", "over cached prefixes", dispatch.check_prefix),
+        (("chunk",), "chunks", "among a prefill chunk's own tokens", dispatch.check_chunk),
+        (("cache_writer",), "writes", "for writing to the cache", dispatch.check_cache_writer),
+    ]
     without: list[str] = []
-    if kernels.kv_prefix is not None:
-        reason = dispatch.check_prefix(kernels, block_size=block_size, **shape)
+    for names, short, place, check in others:
+        if getattr(kernels, names[0]) is None:
+            continue
+        options = shape if check is dispatch.check_chunk else {**shape, "block_size": block_size}
+        reason = check(kernels, **options)
         if reason is not None:
-            kernels = kernels._replace(kv_prefix=None, hidden_prefix=None)
-            logger.warning("attention: XLA over cached prefixes, because their kernels cannot be used (%s)", reason)
-            without.append("prefixes")
-    if kernels.chunk is not None:
-        reason = dispatch.check_chunk(kernels, **shape)
-        if reason is not None:
-            kernels = kernels._replace(chunk=None)
-            logger.warning(
-                "attention: XLA among a prefill chunk's own tokens, because their kernel cannot be used (%s)", reason
-            )
-            without.append("chunks")
-    return kernels._replace(name=f"{kernels.name}, {' and '.join(without)} by xla") if without else kernels
+            left_out: dict[str, Any] = dict.fromkeys(names)
+            kernels = kernels._replace(**left_out)
+            logger.warning("attention: XLA %s, because the kernels cannot be used (%s)", place, reason)
+            without.append(short)
+    return kernels._replace(name=f"{kernels.name}, {', '.join(without)} by xla") if without else kernels

@@ -5,6 +5,8 @@ The pool is one flat array `[L*P, S, D]`; block b of layer l is row `l*P + b`. F
 is split over devices, D is a device's slice and N are its heads.
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -13,6 +15,8 @@ from jax.typing import DTypeLike
 from apt_jax.batch import Rows, Tokens
 from apt_jax.config import ModelConfig
 from apt_jax.opt import OPT, DecoderLayer
+from pallas_kernels import reference
+from pallas_kernels.dispatch import Kernels
 
 
 def pool_shape(config: ModelConfig, num_blocks: int, block_size: int) -> tuple[int, int, int]:
@@ -25,39 +29,35 @@ def block_bytes(config: ModelConfig, block_size: int, dtype: DTypeLike) -> int:
     return config.num_hidden_layers * block_size * config.hidden_size * jnp.dtype(dtype).itemsize
 
 
-def write_tokens(
-    pool: jax.Array,
-    tokens: Tokens,
-    rows: Rows,
-    has_hidden: bool,
-    num_blocks: int,
-    layer: jax.Array,
-    *,
-    h: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-) -> jax.Array:
-    """Write this step's vectors into their blocks: k and v for KV rows, h for hidden rows; in place when donated.
+def token_writer(
+    tokens: Tokens, rows: Rows, block_size: int, *, kv: bool, hidden: bool, kernels: Kernels | None = None
+) -> Callable[..., jax.Array]:
+    """How this step writes vectors into their blocks, in place when donated: k and v for KV rows, h for hidden rows.
 
     Args:
-        pool: `[L*P, S, D]`.
-        has_hidden: whether hidden rows can occur.
-        h: attention inputs `[T, D]`; k, v: `[T, N, H]`.
+        kv, hidden: whether such rows can occur.
+        kernels: without a `cache_writer`, or None: XLA's scatter.
+
+    Returns:
+        `write(pool, base, *, h, k, v)`: the pool `[L*P, S, D]` with attention inputs `h [T, D]`, or `k` and `v`
+        `[T, N, H]`, in the layer whose first block is `base`.
     """
-    block_size, D = pool.shape[1:]
     R = rows.length.shape[0]
     row = jnp.minimum(tokens.row, R - 1)
     page, offset = tokens.position // block_size, tokens.position % block_size
-    nowhere = pool.shape[0]  # out of range: the update is dropped
-    base = layer * num_blocks
-    k, v = k.reshape(-1, D), v.reshape(-1, D)
-    real = tokens.row < R
-    hidden = rows.is_hidden[row]
-    first = jnp.where(real, base + rows.first_blocks[row, page], nowhere)
-    second = jnp.where(real & ~hidden, base + rows.second_blocks[row, page], nowhere)
-    keys = jnp.where(hidden[:, None], h, k) if has_hidden else k
-    pool = pool.at[first, offset].set(keys.astype(pool.dtype), mode="drop")
-    return pool.at[second, offset].set(v.astype(pool.dtype), mode="drop")
+    is_hidden, real = rows.is_hidden[row], tokens.row < R
+    first = jnp.where(real, rows.first_blocks[row, page], -1)
+    second = jnp.where(real & ~is_hidden, rows.second_blocks[row, page], -1)
+    kernel = None if kernels is None else kernels.cache_writer
+    write_vectors = (kernel or reference.cache_writer)(first, second, offset)
+
+    def write(pool: jax.Array, base: jax.Array, *, h: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        if not kv:
+            return write_vectors(pool, base, h, None)
+        k, v = k.reshape(-1, pool.shape[2]), v.reshape(-1, pool.shape[2])
+        return write_vectors(pool, base, jnp.where(is_hidden[:, None], h, k) if hidden else k, v)
+
+    return write
 
 
 def convert_blocks(

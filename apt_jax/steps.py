@@ -48,7 +48,9 @@ def run_step(
     ids, history = _token_ids(history, tokens, rows)
 
     def all_layers(pool: jax.Array, kinds: Kinds) -> tuple[jax.Array, jax.Array]:
-        attend = paged_attention(tokens, rows, kinds, num_blocks, decode_only=decode_only, kernels=kernels)
+        attend = paged_attention(
+            tokens, rows, kinds, num_blocks, pool.shape[1], decode_only=decode_only, kernels=kernels
+        )
         return model(ids, tokens.position, attend, pool, unroll=unroll, cut_late=cut_late)
 
     if by_kind and kinds.maybe_one:
@@ -81,7 +83,7 @@ def run_layer(
     kernels: Kernels | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Layer number `index` (int32 scalar) of `run_step`: the residual stream `[T, D]` and the pool. Pure."""
-    attend = paged_attention(tokens, rows, kinds, num_blocks, decode_only=decode_only, kernels=kernels)
+    attend = paged_attention(tokens, rows, kinds, num_blocks, pool.shape[1], decode_only=decode_only, kernels=kernels)
     return layer(x, attend, pool, index)
 
 

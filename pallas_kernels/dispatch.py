@@ -20,7 +20,8 @@ class Kernels(NamedTuple):
 
     Looser than there: `hidden_decode` and `hidden_prefix` may give `out` in the pool's dtype, and `hidden_decode`
     anything in rows of length 0. `hidden_decode` is None where there is no kernel for hidden rows and XLA attends to
-    them. Prefix attention and `chunk`, a prefill chunk's own tokens, may be None too; they may not handle every dtype.
+    them. Prefix attention, `chunk` (a prefill chunk's own tokens) and `cache_writer` may be None too; they may not
+    handle every dtype.
     """
 
     name: str
@@ -29,6 +30,7 @@ class Kernels(NamedTuple):
     kv_prefix: Callable[..., Partial] | None = None
     hidden_prefix: Callable[..., Partial] | None = None
     chunk: Callable[..., Partial] | None = None
+    cache_writer: Callable[..., Callable[..., jax.Array]] | None = None
     hidden_prefix_reads: int = 0
     """How often `hidden_prefix` reads a row's vectors for each query; 0: once for many queries."""
 
@@ -40,6 +42,7 @@ REFERENCES = Kernels(
     reference.kv_prefix_attention,
     reference.hidden_prefix_attention,
     reference.chunk_attention,
+    reference.cache_writer,
 )
 
 
@@ -94,7 +97,14 @@ def gpu_kernels(compute_capability: str) -> Kernels:
 
 def tpu_kernels(name: str, *, cores: int, interpret: Any) -> Kernels:
     """The TPU kernels, with options as they have them."""
-    from pallas_kernels import tpu_chunk, tpu_hidden_decode, tpu_hidden_prefix, tpu_kv_decode, tpu_kv_prefix
+    from pallas_kernels import (
+        tpu_cache_write,
+        tpu_chunk,
+        tpu_hidden_decode,
+        tpu_hidden_prefix,
+        tpu_kv_decode,
+        tpu_kv_prefix,
+    )
 
     options = {"cores": cores, "interpret": interpret}
 
@@ -113,6 +123,7 @@ def tpu_kernels(name: str, *, cores: int, interpret: Any) -> Kernels:
         functools.partial(tpu_kv_prefix.kv_prefix_attention, **options),
         hidden_prefix,
         functools.partial(tpu_chunk.chunk_attention, interpret=interpret),
+        functools.partial(tpu_cache_write.cache_writer, **options),
     )
 
 
@@ -174,13 +185,49 @@ def check_chunk(kernels: Kernels, *, heads: int, head_dim: int, dtype: DTypeLike
         return _differs(kernels, "chunk", (q, k, v, row))
 
 
+def check_cache_writer(kernels: Kernels, *, heads: int, head_dim: int, block_size: int, dtype: DTypeLike) -> str | None:
+    """Write tokens of three rows, one of them hidden, by `cache_writer`, which must be there, and by the reference.
+
+    Rows begin and end inside blocks; some slots are of no row. Nothing else in the pool may change.
+    """
+    rng = np.random.default_rng(0)
+    starts, counts = np.array([3, block_size, 5]), np.array([2 * block_size + 70, 1, 9])
+    pages = -(-int((starts + counts).max()) // block_size)
+    blocks = rng.permutation(6 * pages).reshape(2, 3, pages)
+    row = np.repeat(np.arange(3), counts)
+    position = np.concatenate([start + np.arange(count) for start, count in zip(starts, counts, strict=True)])
+    page, offset = position // block_size, position % block_size
+    second = np.where(row == 2, -1, blocks[1, row, page])
+    places = [np.pad(x, (0, 3), constant_values=-1) for x in (blocks[0, row, page], second, offset)]
+    shapes = (8 * pages, block_size), *[places[0].shape] * 2
+    vectors = (rng.standard_normal((*shape, heads * head_dim), np.float32) for shape in shapes)
+    args = *(jnp.asarray(x, jnp.int32) for x in places), *(jnp.asarray(x, dtype) for x in vectors)
+
+    def written(writer: Callable[..., Callable[..., jax.Array]]) -> jax.Array:
+        def run(first: jax.Array, second: jax.Array, offset: jax.Array, pool: jax.Array, *x: jax.Array) -> jax.Array:
+            return writer(first, second, offset)(pool, 2 * pages, *x)
+
+        return jax.jit(run)(*args)
+
+    assert kernels.cache_writer is not None
+    try:
+        wrong = int(jnp.sum(written(kernels.cache_writer) != written(reference.cache_writer)))
+    except Exception as error:
+        return _failed("cache_writer", error)
+    return f"cache_writer puts {wrong} numbers wrong" if wrong else None
+
+
+def _failed(name: str, error: Exception) -> str:
+    return f"{name} failed: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+
+
 def _differs(kernels: Kernels, name: str, args: tuple[Any, ...], counted: Any = slice(None)) -> str | None:
     """Why the kernel `name` cannot be used; None if it agrees with its reference in the rows `counted`."""
     run = getattr(kernels, name), jax.jit(getattr(REFERENCES, name))  # each of a reference's operations would compile
     try:
         found, expected = (jax.device_get(function(*map(jnp.asarray, args))) for function in run)
     except Exception as error:
-        return f"{name} failed: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+        return _failed(name, error)
     wrong = np.abs(np.asarray(found.out, np.float32) - expected.out) / np.abs(expected.out).max()
     difference = np.maximum(wrong[counted].max(), np.abs(found.lse - expected.lse).max())
     tolerance = _TOLERANCE[args[0].dtype.itemsize]

@@ -6,9 +6,10 @@ The pool is flat, `[L*P, S, D]`; tables hold rows of it (block + layer*P). Pages
 it may hold anything, NaN too. Rows of length 0 give out 0 and lse `NEVER`; a batch of KV and hidden rows runs both
 functions, each with length 0 for the other's rows.
 
-These gather every page of every row, so they are for checks, not for speed.
+Attention here gathers every page of every row, so it is for checks, not for speed.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -31,6 +32,32 @@ def merge(a: Partial, b: Partial) -> Partial:
     total = wa + wb
     out = (a.out * wa[..., None] + b.out * wb[..., None]) / total[..., None]
     return Partial(out, top + jnp.log(total))
+
+
+def cache_writer(
+    first: jax.Array, second: jax.Array, offset: jax.Array
+) -> Callable[[jax.Array, jax.Array, jax.Array, jax.Array | None], jax.Array]:
+    """How a step's tokens are written into their blocks, in each of its layers; a scatter, in place when donated. Pure.
+
+    Args:
+        first: int32 `[T]`, each token's block for keys or hidden vectors, of the first layer; negative: nowhere.
+        second: int32 `[T]`, its block for values, likewise.
+        offset: int32 `[T]`, its place in both.
+
+    Returns:
+        `write(pool, base, keys, values)`: the pool `[L*P, S, D]` with `keys [T, D]` in blocks `base + first`, and
+        `values [T, D]`, unless they are None, in `base + second`; `base` is the layer's first block.
+    """
+
+    def write(pool: jax.Array, base: jax.Array, keys: jax.Array, values: jax.Array | None) -> jax.Array:
+        nowhere = pool.shape[0]  # out of range: the update is dropped
+        for blocks, vectors in ((first, keys), (second, values)):
+            if vectors is not None:
+                block = jnp.where(blocks >= 0, base + blocks, nowhere)
+                pool = pool.at[block, offset].set(vectors.astype(pool.dtype), mode="drop")
+        return pool
+
+    return write
 
 
 def kv_decode_attention(

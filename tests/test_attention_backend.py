@@ -16,7 +16,7 @@ from apt_jax.cache import CacheKind
 from apt_jax.config import ModelConfig
 from apt_jax.prefix_attention import absorbing_is_cheaper
 from pallas_kernels import dispatch
-from pallas_kernels.dispatch import REFERENCES, Kernels, check_chunk, check_prefix, self_check
+from pallas_kernels.dispatch import REFERENCES, Kernels, check_cache_writer, check_chunk, check_prefix, self_check
 
 KV, HIDDEN = CacheKind.KV, CacheKind.HIDDEN
 MODEL = "post_norm_projected"  # of all tests, so that programs without attention compile once
@@ -116,7 +116,7 @@ def test_pallas_on_a_cpu_says_that_it_is_slow_and_auto_takes_xla_for_several(cap
 def check(kernels: Kernels) -> str | None:
     shape = {"heads": 2, "head_dim": 8, "dtype": jnp.float32}
     decode_or_prefix = self_check(kernels, block_size=16, **shape) or check_prefix(kernels, block_size=16, **shape)
-    return decode_or_prefix or check_chunk(kernels, **shape)
+    return decode_or_prefix or check_chunk(kernels, **shape) or check_cache_writer(kernels, block_size=16, **shape)
 
 
 @pytest.mark.usefixtures("few_shapes")
@@ -138,6 +138,15 @@ def test_wrong_kernels_are_found(name, fault, reason):
     kernel = getattr(REFERENCES, name)
     found = check(REFERENCES._replace(**{name: lambda *args: fault(kernel(*args))}))
     assert found is not None and found.startswith(f"{name} {reason}")
+
+
+@pytest.mark.parametrize("fault", [lambda pool: pool.at[0, 0, 0].add(1), lambda pool: pool.at[-1, -1, -1].set(jnp.nan)])
+def test_a_wrong_cache_writer_is_found(fault):
+    def wrong(*places):
+        right = REFERENCES.cache_writer(*places)
+        return lambda *args: fault(right(*args))
+
+    assert check(REFERENCES._replace(cache_writer=wrong)) == "cache_writer puts 1 numbers wrong"
 
 
 def broken(*args: object) -> None:
@@ -165,17 +174,19 @@ def test_auto_falls_back_with_a_reason_and_pallas_refuses(cause, monkeypatch, ca
 
 
 def test_what_is_left_to_xla_is_said(monkeypatch, caplog):
-    """Kernels for KV rows only, as on GPUs other than Hopper, and such for prefill chunks that do not run."""
+    """Kernels for KV rows only, as on GPUs other than Hopper, and others that do not run."""
     kernels = REFERENCES._replace(name="kv only", hidden_decode=None)
-    monkeypatch.setattr(dispatch, "kernels_for", lambda _: kernels._replace(chunk=broken, hidden_prefix=broken))
+    some_broken = kernels._replace(chunk=broken, hidden_prefix=broken, cache_writer=broken)
+    monkeypatch.setattr(dispatch, "kernels_for", lambda _: some_broken)
     monkeypatch.setattr(attention_backend.jax, "default_device", lambda _: jax.named_scope("here"))
     options = {"block_size": 16, "dtype": jnp.float32, "device": SimpleNamespace(platform="gpu")}
     found = select_kernels("auto", TINY, **options)
-    none = {"kv_prefix": None, "hidden_prefix": None, "chunk": None}
-    assert found == kernels._replace(name="kv only, prefixes and chunks by xla", **none)
-    hidden, prefix, chunk = (record.message for record in caplog.records if record.levelno == logging.WARNING)
+    none = {"kv_prefix": None, "hidden_prefix": None, "chunk": None, "cache_writer": None}
+    assert found == kernels._replace(name="kv only, prefixes, chunks, writes by xla", **none)
+    hidden, prefix, chunk, writes = (record.message for record in caplog.records if record.levelno == logging.WARNING)
     assert hidden == "attention: XLA for hidden rows, because the 'kv only' kernels have none for them"
-    assert "XLA over cached prefixes, because their kernels cannot be used (hidden_prefix failed: " in prefix
+    assert "XLA over cached prefixes, because the kernels cannot be used (hidden_prefix failed: " in prefix
     assert "chunk failed: RuntimeError: no such instruction" in chunk
+    assert "cache_writer failed: RuntimeError: no such instruction" in writes
     monkeypatch.setattr(dispatch, "kernels_for", lambda _: kernels)
     assert select_kernels("pallas", TINY, **options) == kernels

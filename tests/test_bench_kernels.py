@@ -7,7 +7,8 @@ import jax
 import pytest
 
 from apt_jax.scheduling.hardware import HARDWARE
-from serve.bench import kernel_parts, kernel_runs, timing
+from pallas_kernels import reference
+from serve.bench import kernel_parts, kernel_runs, timing, write_runs
 from serve.bench.chunk_runs import ChunkResult, row_tokens
 from serve.bench.decode_steps import StepResult, rho_s
 from serve.bench.kernel_counts import Shape, count, counted_table
@@ -121,6 +122,28 @@ def test_chunks_are_measured_apart(monkeypatch, capsys, tmp_path):
     assert "opt-125m      16    8      0 xla" in capsys.readouterr().out
 
 
+def test_writes_are_measured_apart(monkeypatch, capsys, tmp_path):
+    """A token of each of three rows, and 40 tokens of one row over several blocks."""
+    monkeypatch.setattr(timing, "REPEATS", 1)
+    output = tmp_path / "writes.json"
+    flags = {"model": "opt-125m", "batch": "3", "context": "40", "writes": True, "allow_cpu": True, "output": output}
+    assert run(BenchKernels(**flags)) == 0
+    found = json.loads(output.read_text())["writes"]
+    shapes = [(r["tokens"], r["rows"], r["implementation"], r["error"]) for r in found]
+    assert shapes == [(3, 3, "xla", None), (40, 1, "xla", None)]
+    assert all(r["times"]["median_s"] > 0 for r in found)
+    assert "opt-125m      40    1 xla" in capsys.readouterr().out
+
+
+def test_a_write_that_differs_is_not_timed():
+    def wrong(*places):
+        write = reference.cache_writer(*places)
+        return lambda *args: write(*args).at[-1, -1, -1].add(1)
+
+    with pytest.raises(ArithmeticError, match="differs from what the scatter makes of it"):
+        write_runs._run(write_runs.WriteResult("opt-125m", 4, 4, "wrong"), wrong, 16)
+
+
 def test_work_of_a_chunk():
     assert row_tokens(10, 4) == [3, 3, 2, 2]
     pairs = 6 + 6 + 3 + 3
@@ -128,7 +151,7 @@ def test_work_of_a_chunk():
     assert ChunkResult("opt-125m", 10, 1, "xla", cached=20).flops == 4 * 768 * 200
 
 
-@pytest.mark.parametrize("flag", ["end_to_end", "chunks", "clusters"])
+@pytest.mark.parametrize("flag", ["end_to_end", "chunks", "writes", "clusters"])
 def test_measuring_needs_an_accelerator(flag):
     with pytest.raises(ValueError, match="needs an accelerator"):
         run(BenchKernels(**{flag: True}))
@@ -157,7 +180,7 @@ def test_parts_run_apart_and_one_that_fails_leaves_the_others(broken, code, tmp_
     monkeypatch.setattr(kernel_parts, "_run_part", run_part)
     flags = {"model": "opt-125m", "batch": "2", "output": tmp_path / "new", "allow_cpu": True, "all": True}
     assert run(BenchKernels(**flags)) == code
-    assert [command[-3] for command in seen] == ["--allow-cpu", "--chunks", "--end-to-end", "--clusters"]
+    assert [command[-3] for command in seen] == ["--allow-cpu", "--chunks", "--writes", "--end-to-end", "--clusters"]
     assert all("--all" not in command and "opt-125m" in command for command in seen)
     assert f"{broken} ended with 3" in capsys.readouterr().out
 
@@ -186,6 +209,7 @@ def test_summary_holds_results_against_the_aims():
         "chunks": {"chunks": [
             chunk("xla", 2.0), chunk("kernel", 0.5), chunk("xla", 5.0, 512), chunk("kernel", 0.5, 512),
         ]},
+        "writes": {"writes": [chunk("xla", 8.0), chunk("kernel", 2.0)]},
         "end-to-end": {"end_to_end": {"model": "opt-13b", "steps": steps, "rho_s": {"32x512": -2e-9}}},
     })  # fmt: skip
     assert lines == [
@@ -194,6 +218,7 @@ def test_summary_holds_results_against_the_aims():
         "opt-13b: time of hidden by cluster, against KV by the kernel (aim 0.6): 0.60 to 0.60",
         "opt-13b: a chunk among itself, time of the kernel against XLA: 0.25 to 0.25",
         "opt-13b: a chunk over a cached prefix, time of the kernel against XLA: 0.10 to 0.10",
+        "opt-13b: writing to the cache, time of the kernel against XLA: 0.25 to 0.25",
         "opt-13b: floor of a kv decode step against its time: 0.50 to 0.50",
         "opt-13b: floor of a hidden decode step against its time: 0.80 to 0.80",
         "opt-13b: rho, ns per hidden token and step: -2.00 to -2.00",

@@ -12,7 +12,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-PARTS = {"attention": [], "chunks": ["--chunks"], "end-to-end": ["--end-to-end"], "clusters": ["--clusters"]}
+PARTS = {
+    "attention": [], "chunks": ["--chunks"], "writes": ["--writes"], "end-to-end": ["--end-to-end"],
+    "clusters": ["--clusters"],
+}  # fmt: skip
 LIMIT_S = 1500
 _MAIN = ("attention", "end-to-end")  # without which the command failed
 _KV_SHARE, _HIDDEN_TO_KV = 0.8, 0.6  # aims
@@ -93,6 +96,15 @@ def summary(found: dict[str, dict[str, Any]]) -> list[str]:
                       if k[0] == model and (k[3] > 0) == over_prefix
                       and k[4] == "kernel" and (*k[:4], "xla") in chunks]  # fmt: skip
             lines += _range(f"{model}: a chunk {what}, time of the kernel against XLA", ratios)
+    writes = {
+        (r["model"], r["tokens"], r["rows"], r["implementation"]): r["times"]["median_s"]
+        for r in found.get("writes", {}).get("writes", [])
+        if r["times"]
+    }
+    for model in dict.fromkeys(key[0] for key in writes):
+        ratios = [s / writes[*k[:3], "xla"] for k, s in writes.items()
+                  if k[0] == model and k[3] == "kernel" and (*k[:3], "xla") in writes]  # fmt: skip
+        lines += _range(f"{model}: writing to the cache, time of the kernel against XLA", ratios)
     steps = found.get("end-to-end", {}).get("end_to_end", {})
     for kind in ("kv", "hidden"):
         shares = [r["floor_s"] / r["times"]["median_s"] for r in steps.get("steps", [])

@@ -33,6 +33,9 @@ class BenchKernels:
     """Measure whole decode steps of the first model with random weights instead."""
     chunks: bool = False
     """Measure a prefill chunk's attention among its own --context tokens, and over as many cached ones, instead."""
+    writes: bool = False
+    """Measure how a step's keys and values are written to the cache instead: a token of each row of a --batch, and
+    chunks of --context tokens."""
     clusters: bool = False
     """Measure hidden decode by clusters of CUDA blocks instead: one pass, on Hopper; no GPU has run it yet."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
@@ -66,7 +69,7 @@ def run(args: BenchKernels) -> int:
     shapes = [Shape(model, batch, context) for model in models for batch in batches for context in contexts]
     device = _accelerator(args)
     if device is None:
-        if flag := next((flag for flag in ("end_to_end", "chunks", "clusters") if getattr(args, flag)), None):
+        if flag := next((flag for flag in ("end_to_end", "chunks", "writes", "clusters") if getattr(args, flag)), None):
             raise ValueError(f"--{flag.replace('_', '-')} needs an accelerator; --allow-cpu tries it on the CPU")
         chips = list(CHIPS) if args.device == "auto" else [args.device]
         print(counted_table(shapes, chips))
@@ -76,6 +79,8 @@ def run(args: BenchKernels) -> int:
         return 0
     if args.end_to_end:
         return _measure_steps(args, device, models[0], batches, contexts)
+    if args.writes:
+        return _measure_writes(args, device, models, batches, contexts)
     return _measure_chunks(args, device, models, contexts) if args.chunks else _measure(args, device, shapes)
 
 
@@ -117,6 +122,20 @@ def _measure_chunks(args: BenchKernels, device: Any, models: list[str], contexts
     print(HEADER)
     results = run_chunks(models, contexts, device, lambda result: print(result.line(), flush=True))
     _write(args, {"copy_bytes_per_s": copy, "chunks": [asdict(result) for result in results]}, device)
+    return int(all(result.times is None for result in results))
+
+
+def _measure_writes(args: BenchKernels, device: Any, models: list[str], batches: list[int], contexts: list[int]) -> int:
+    from serve.bench.timing import copy_bytes_per_s
+    from serve.bench.write_runs import HEADER, run_writes
+
+    copy = _report_copy(device, copy_bytes_per_s(device))
+    print("us: median of repeated runs, one layer; GB/s: keys and values read once and written once")
+    print(HEADER)
+    results = run_writes(
+        models, batches, contexts, args.block_size, device, lambda result: print(result.line(), flush=True)
+    )
+    _write(args, {"copy_bytes_per_s": copy, "writes": [asdict(result) for result in results]}, device)
     return int(all(result.times is None for result in results))
 
 

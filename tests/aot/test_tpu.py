@@ -14,7 +14,14 @@ import jax.numpy as jnp
 import pytest
 from tpu_compiler import MISSING, OPT_SIZES, TOPOLOGIES, compile_for, device
 
-from pallas_kernels import tpu_chunk, tpu_hidden_decode, tpu_hidden_prefix, tpu_kv_decode, tpu_kv_prefix
+from pallas_kernels import (
+    tpu_cache_write,
+    tpu_chunk,
+    tpu_hidden_decode,
+    tpu_hidden_prefix,
+    tpu_kv_decode,
+    tpu_kv_prefix,
+)
 from serve.bench.kernel_cycles import used_vmem_bytes
 
 if MISSING:
@@ -101,6 +108,44 @@ def test_splash_attention_compiles_for_packed_chunks(chip, size, dtype):
     with jax.default_matmul_precision("highest" if dtype == jnp.float32 else None):
         program = compile_for(chip, tpu_chunk.chunk_attention, *[shape(640, N, H, dtype=dtype)] * 3, shape(640))
     assert "tpu_custom_call" in program.as_text()
+
+
+def compile_cache_write(chip: str, size: str, block_size: int, dtype, tokens: int) -> None:
+    """Keys and values of `tokens` into a pool that is donated."""
+    N, H = OPT_SIZES[size]
+
+    def write(pool, keys, values, *places):
+        writer = tpu_cache_write.cache_writer(*places, cores=device(chip).num_cores)
+        return writer(pool, 7, keys, values)
+
+    pool = shape(131072 // block_size, block_size, N * H, dtype=dtype)
+    vectors = shape(tokens, N * H, dtype=dtype)
+    program = compile_for(chip, write, pool, vectors, vectors, *[shape(tokens)] * 3, donate=(0,))
+    sizes = program.memory_analysis()
+    assert sizes.alias_size_in_bytes == sizes.output_size_in_bytes, "in place"
+    assert sizes.temp_size_in_bytes <= 2 * 2**20
+    (kernel,) = (line for line in program.as_text().splitlines() if "tpu_custom_call" in line)
+    vmem = used_vmem_bytes(kernel)
+    assert vmem is not None and vmem <= VMEM_BYTES, f"{vmem=}"
+    print(f"cache write {chip} {size} {tokens} tokens: {vmem / 2**20:.1f} MiB of VMEM")
+
+
+@pytest.mark.parametrize(("chip", "size"), PAIRS)
+def test_cache_write_compiles(chip, size):
+    compile_cache_write(chip, size, 16, jnp.bfloat16, 512)
+
+
+@pytest.mark.parametrize(
+    ("chip", "size", "block_size", "dtype", "tokens"),
+    [
+        ("v5e", "125M", 8, jnp.bfloat16, 1),
+        ("v5p", "2.7B", 128, jnp.bfloat16, 100),
+        ("v5e", "66B", 16, jnp.float32, 2048),
+        ("tpu7x", "66B", 128, jnp.float32, 4),
+    ],
+)
+def test_cache_write_compiles_for_other_shapes(chip, size, block_size, dtype, tokens):
+    compile_cache_write(chip, size, block_size, dtype, tokens)
 
 
 @pytest.mark.parametrize(("chip", "size"), [("v5e", "125M"), ("v5e", "66B"), ("tpu7x", "66B")])
