@@ -58,7 +58,7 @@ def kv_prefix_attention(
     chunk = tpu_paging.chunk_tokens(columns, S, pool.dtype.itemsize, num_sources=2)
     work, some = tpu_query_tiles.find_work(length, first_query, num_queries, num_slots=T, tile=tile)
     scratch = tpu_paging.scratch(2, chunk, S, columns, pool.dtype)
-    scratch += [pltpu.VMEM((tile, columns), jnp.float32), *[pltpu.VMEM((tile, LANES), jnp.float32)] * 2]
+    scratch += [pltpu.VMEM((tile, columns), jnp.float32), *[pltpu.VMEM((G, tile, LANES), jnp.float32)] * 2]
     blocks_in_out = tile * (G * width * pool.dtype.itemsize + (columns + LANES) * 4)
     steps = jnp.maximum(work.num_items[0], 1) * -(-groups // cores)
 
@@ -161,8 +161,8 @@ def _kernel(
     values_arrived: Ref,  # DMA semaphores [2]
     next_buffer: Ref,  # SMEM int32 [1]
     sums: Ref,  # VMEM float32 [tile, G*H]
-    top: Ref,  # VMEM float32 [tile, LANES], as lse
-    total: Ref,  # VMEM float32 [tile, LANES], as lse
+    top: Ref,  # VMEM float32 [G, tile, LANES]
+    total: Ref,  # VMEM float32 [G, tile, LANES]
     *,
     head_dim: int,
     groups: int,
@@ -193,27 +193,26 @@ def _kernel(
                     q[h, :, :size], keys[index, :, :, window].reshape(-1, size), (((1,), (1,)), ((), ())),
                     precision=precision, preferred_element_type=jnp.float32,
                 )  # fmt: skip
-                weights, keep, new_top, new_total = tpu_paging.online_softmax(
-                    scores, num_valid, top[:, h : h + 1], total[:, h : h + 1]
-                )
-                top[...] = jnp.where(lane == h, new_top, top[...])
-                total[...] = jnp.where(lane == h, new_total, total[...])
+                weights, keep, top[h], total[h] = tpu_paging.online_softmax(scores, num_valid, top[h], total[h])
                 y = values[index, :, :, window].reshape(-1, size)
                 found = jnp.dot(weights.astype(y.dtype), y, precision=precision, preferred_element_type=jnp.float32)
                 before = sums[:, window]
-                found += before * keep
+                found += before * tpu_paging.over_columns(keep, size)
                 mine = own_columns(h, window)
                 sums[:, window] = found if mine is True else jnp.where(mine, found, before)
             return carry
 
         walk(body, 0)
         _, item = _turn(step, core, count, cores)
+        found_lse = jnp.zeros_like(lse)
         for h, window in enumerate(windows):
-            found = sums[:, window] / total[:, h : h + 1]
+            row_total = jnp.sum(total[h], axis=1, keepdims=True)
+            found_lse = jnp.where(lane == h, top[h] + jnp.log(row_total), found_lse)
+            found = sums[:, window] / row_total
             mine = tpu_query_tiles.own_queries(work, item, tile, found.shape) & own_columns(h, window)
             out[:, window] = jnp.where(mine, found, out[:, window])
         mine = tpu_query_tiles.own_queries(work, item, tile, lse.shape)
-        lse[...] = jnp.where(mine, top[...] + jnp.log(total[...]), lse[...])
+        lse[...] = jnp.where(mine, found_lse, lse[...])
 
     def first_column(turn: jax.Array) -> jax.Array:
         at = _turn(turn, core, count, cores)[0] * columns

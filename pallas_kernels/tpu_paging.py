@@ -8,6 +8,7 @@ waited for.
 Shape letters as in `reference.py`; C is the tokens of a chunk.
 """
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -245,18 +246,34 @@ def _clear_tail(buffer: Ref, index: jax.Array, num_valid: jax.Array) -> None:
 def online_softmax(
     scores: jax.Array, num_valid: jax.Array, top: jax.Array, total: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """One step of the running softmax over scores `[N, C]`.
+    """One step of the running softmax over scores `[M, C]`.
 
     Args:
         num_valid: positions from here on do not count; at least 1.
-        top, total: running maximum and sum, `[N, 1]`.
+        top, total: running maximum and sum, `[M, 1]`; or `[M, LANES]`, which saves bringing one lane's number to all
+            others, and pays with many rows: there every lane has the maximum, and the sum over its own columns.
 
     Returns:
-        Weights `[N, C]`, the factor `[N, 1]` for what was summed so far, and the new top and total.
+        Weights `[M, C]`, the factor for what was summed so far, and the new top and total, in the shape of `top`.
     """
     position = lax.broadcasted_iota(jnp.int32, scores.shape, 1)
     scores = jnp.where(position < num_valid, scores, -jnp.inf)
     new_top = jnp.maximum(top, jnp.max(scores, axis=1, keepdims=True))
-    weights = jnp.exp(scores - new_top)
+    weights = jnp.exp(scores - over_columns(new_top, scores.shape[1]))
     keep = jnp.exp(top - new_top)
-    return weights, keep, new_top, total * keep + jnp.sum(weights, axis=1, keepdims=True)
+    found = _sums_by_lane(weights) if top.shape[1] == LANES else jnp.sum(weights, axis=1, keepdims=True)
+    return weights, keep, new_top, total * keep + found
+
+
+def over_columns(x: jax.Array, columns: int) -> jax.Array:
+    """A number per row for every column, from `[M, 1]`, or from `[M, LANES]` with the same number in all lanes."""
+    if x.shape[1] == 1:
+        return x
+    return jnp.concatenate([x] * -(-columns // LANES), axis=1)[:, :columns]
+
+
+def _sums_by_lane(x: jax.Array) -> jax.Array:
+    """`[M, C] -> [M, LANES]`: the columns of each lane added up."""
+    x = jnp.pad(x, ((0, 0), (0, -x.shape[1] % LANES)))
+    parts = [x[:, at : at + LANES] for at in range(0, x.shape[1], LANES)]
+    return functools.reduce(jnp.add, parts)

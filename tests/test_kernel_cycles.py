@@ -5,7 +5,7 @@ import json
 import pytest
 
 from serve.bench import kernel_cycles, tpu_compiler
-from serve.bench.kernel_cycles import compile_static, loop_cycles, used_vmem_bytes
+from serve.bench.kernel_cycles import compile_static, loop_cycles, spills, used_vmem_bytes
 from serve.bench.kernels import BenchKernels, run
 
 # rows: 2 bundles of its own; chunks: 3, with a loop of 2 over pages and one of 1; before them a loop of 1 in no chunk
@@ -40,6 +40,12 @@ def test_a_chunk_takes_its_own_bundles_and_the_shortest_inner_loop_per_page():
 def test_a_program_without_the_loops_is_not_guessed_at(program, reason):
     with pytest.raises(ValueError, match=reason):
         loop_cycles(program, pages=8)
+
+
+def test_spills_are_stores_of_vector_registers():
+    store, load = "vst [vmem:[#allocation71_spill] sm:$0xff] %v1", "%v2 = vld [vmem:[#allocation71_spill] sm:$0xff]"
+    other = "vst [vmem:[#allocation7 + $0x440] sm:$0xff] %v3 ;; %s1 = sst [smem:[#allocation82_spill]] %s2"
+    assert spills(f"{{ {store}  ;;  {other} }}\n{{ {load} }}\n{{ {store} }}\n") == 2
 
 
 def test_vmem_is_that_of_the_one_kernel():

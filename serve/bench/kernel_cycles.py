@@ -1,4 +1,4 @@
-"""Static cycles and VMEM of the TPU decode kernels, from the compiler's own output: no TPU needed, only libtpu.
+"""Static cycles, VMEM and spills of the TPU decode kernels, from the compiler's output: no TPU needed, only libtpu.
 
 A kernel is compiled in a process of its own, which makes libtpu write its final program: one line for each bundle of
 instructions, which takes a cycle if nothing waits. Counted is the loop over chunks of cached tokens: its own bundles,
@@ -25,6 +25,7 @@ CORES = {"v5p": 2, "tpu7x": 2}  # of a chip, which share its bandwidth; 1 else
 _ROWS, _CONTEXT_TOKENS, _POOL_TOKENS = 128, 2048, 131_072
 _TIMEOUT_S = 300
 _BUNDLE = re.compile(r"\s*0(?:x[0-9a-f]+)?\s+(\w\w)?\s*:\s*(>*)\s*\{")
+_SPILL = re.compile(r"vst \[vmem:\[#allocation\d+_spill")
 _VMEM = re.compile(
     r'tpu_custom_call.*"used_scoped_memory_configs":\[\{"memory_space":"1","offset":"\d+","size":"(\d+)"'
 )
@@ -41,6 +42,7 @@ class Static:
     cycles_per_token: float | None = None
     hbm_cycles_per_token: float | None = None  # that the bytes alone take at the chip's bandwidth
     vmem_bytes: int | None = None
+    spills: int | None = None  # vector registers stored to VMEM for want of registers, in the whole program
     error: str | None = None
 
     def line(self) -> str:
@@ -48,15 +50,17 @@ class Static:
         head = f"{self.chip:<6} {self.model:<9} {self.way:<7}"
         vmem = "-" if self.vmem_bytes is None else f"{self.vmem_bytes / 2**20:.1f}"
         if self.cycles_per_token is None or self.hbm_cycles_per_token is None:
-            return f"{head} {'-':>6} {'-':>8} {'-':>8} {vmem:>9}  not known: {self.error}"
+            return f"{head} {'-':>6} {'-':>8} {'-':>8} {vmem:>9} {'-':>6}  not known: {self.error}"
         bound = "HBM" if self.hbm_cycles_per_token > self.cycles_per_token else "compute"
         return (
             f"{head} {self.chunk_tokens:>6} {self.cycles_per_token:>8.1f} {self.hbm_cycles_per_token:>8.1f} {vmem:>9}"
-            f"  {bound}"
+            f" {self.spills:>6}  {bound}"
         )
 
 
-HEADER = f"{'chip':<6} {'model':<9} {'way':<7} {'chunk':>6} {'cycles':>8} {'HBM':>8} {'VMEM MiB':>9}  bound by"
+HEADER = (
+    f"{'chip':<6} {'model':<9} {'way':<7} {'chunk':>6} {'cycles':>8} {'HBM':>8} {'VMEM MiB':>9} {'spills':>6}  bound by"
+)
 
 
 def compile_static(chip: str, model: str, way: str, block_size: int) -> Static:
@@ -90,14 +94,15 @@ def compile_static(chip: str, model: str, way: str, block_size: int) -> Static:
         try:
             if len(programs) != 1:
                 raise ValueError(f"libtpu wrote {len(programs)} final programs of the kernel, not one")
-            cycles = loop_cycles(programs[0].read_text(), found["chunk_tokens"] // block_size)
+            program = programs[0].read_text()
+            cycles = loop_cycles(program, found["chunk_tokens"] // block_size)
         except ValueError as error:
             return static(vmem_bytes=found["vmem_bytes"], error=str(error))
     bytes_per_token = MODELS[model].hidden_size * 2 * (2 if way == "kv" else 1)
     bandwidth = HARDWARE[CHIPS[chip]].bytes_per_s / CORES.get(chip, 1)
     return static(
         **found, cycles_per_token=cycles / found["chunk_tokens"],
-        hbm_cycles_per_token=bytes_per_token / bandwidth * CLOCK_HZ[chip],
+        hbm_cycles_per_token=bytes_per_token / bandwidth * CLOCK_HZ[chip], spills=spills(program),
     )  # fmt: skip
 
 
@@ -139,6 +144,11 @@ def loop_cycles(program: str, pages: int) -> int:
     if not inner:
         raise ValueError("the loop over chunks has no loop that waits for pages")
     return counts[chunk] + pages * min(inner)
+
+
+def spills(program: str) -> int:
+    """Vector registers that a final program stores to VMEM because it has too few, from its text."""
+    return len(_SPILL.findall(program))
 
 
 def used_vmem_bytes(program: str) -> int | None:
