@@ -151,7 +151,7 @@ def _over_projected(
         return own, keys_values
 
     def all_rows(own: Partial) -> Partial:
-        keys_values = jnp.zeros((2, pages, S, D), pool.dtype)
+        keys_values = jax.lax.empty((2, pages, S, D), pool.dtype)  # kernels look at what was projected only
         return jax.lax.fori_loop(0, jnp.sum(length > 0), one_row, (own, keys_values))[0]
 
     order = jnp.argsort(length == 0, stable=True)
