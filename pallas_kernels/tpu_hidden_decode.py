@@ -19,7 +19,7 @@ from pallas_kernels.reference import NEVER, Partial
 from pallas_kernels.tpu_paging import LANES, Deal, Ref, Source
 
 SUBLANES = 8
-SLICE = 512  # columns that one product takes; more would spill registers
+SLICE = 256  # columns that one product takes; with more, registers are stored to VMEM
 
 
 def hidden_decode_attention(
@@ -56,6 +56,7 @@ def hidden_decode_attention(
     scratch = tpu_paging.scratch(1, chunk, S, D, pool.dtype)
     query_rows = 2 * _aligned(N) if _splits(q_wide, pool) else N
     scratch += [pltpu.VMEM((query_rows, D), pool.dtype), pltpu.VMEM((N, D), jnp.float32)]
+    scratch += [pltpu.VMEM((N, LANES), jnp.float32)] * 2
     blocks_in_out = N * D * (q_wide.dtype.itemsize + jnp.dtype(out_dtype).itemsize)
     out, lse = pl.pallas_call(
         functools.partial(_kernel, cores=cores),
@@ -101,6 +102,8 @@ def _kernel(
     next_buffer: Ref,  # SMEM int32 [1]
     query: Ref,  # VMEM [N, D], or the two halves of a float32 query [2N, D]
     sums: Ref,  # VMEM float32 [N, D]
+    top: Ref,  # VMEM float32 [N, LANES]
+    total: Ref,  # VMEM float32 [N, LANES]
     *,
     cores: int,
 ) -> None:
@@ -112,6 +115,8 @@ def _kernel(
 
     def serve(walk):  # type: ignore[no-untyped-def]
         sums[...] = jnp.zeros_like(sums)
+        top[...] = jnp.full_like(top, NEVER)
+        total[...] = jnp.zeros_like(total)
         query[:N] = q[...].astype(query.dtype)
         if _splits(q, pool):
             query[low : low + N] = (q[...] - query[:N].astype(q.dtype)).astype(query.dtype)
@@ -129,18 +134,19 @@ def _kernel(
                 )
             if _splits(q, pool):
                 scores = scores[:N] + scores[low : low + N]
-            weights, keep, top, total = tpu_paging.online_softmax(scores, num_valid, *carry)
+            weights, keep, top[...], total[...] = tpu_paging.online_softmax(scores, num_valid, top[...], total[...])
             weights = weights.astype(buffer.dtype)
             for columns in slices:  # read again: kept in registers, it would only be spilled
                 x = buffer[index, :, :, columns].reshape(scores.shape[1], -1)
                 found = jnp.dot(weights, x, precision=precision, preferred_element_type=jnp.float32)
-                sums[:, columns] = sums[:, columns] * keep + found
-            return top, total
+                sums[:, columns] = sums[:, columns] * tpu_paging.over_columns(keep, found.shape[1]) + found
+            return carry
 
-        start = jnp.full((N, 1), NEVER, jnp.float32), jnp.zeros((N, 1), jnp.float32)
-        top, total = walk(body, start)
-        out[...] = (sums[...] / total).astype(out.dtype)
-        lse[...] = jnp.broadcast_to(top + jnp.log(total), lse.shape)
+        walk(body, 0)
+        row_total = jnp.sum(total[...], axis=1, keepdims=True)
+        for columns in slices:
+            out[:, columns] = (sums[:, columns] / row_total).astype(out.dtype)
+        lse[...] = top[...] + jnp.log(row_total)
 
     sources = [Source(blocks, buffer, arrived)]
     tpu_paging.for_each_row(Deal(order, count, length), pool, sources, next_buffer, serve, cores=cores)

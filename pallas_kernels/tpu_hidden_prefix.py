@@ -14,12 +14,12 @@ from jax.typing import DTypeLike
 
 from pallas_kernels import tpu_paging, tpu_query_tiles
 from pallas_kernels.reference import NEVER, Partial
-from pallas_kernels.tpu_hidden_decode import SLICE
 from pallas_kernels.tpu_paging import LANES, Ref, Source, Turns
 from pallas_kernels.tpu_query_tiles import Work
 
 TILE_BYTES = 11 * 2**19  # of the sums of a tile
 MAX_TILE = 512  # queries: pairs of token and head
+SLICE = 512  # columns that one product takes
 
 
 def hidden_prefix_attention(

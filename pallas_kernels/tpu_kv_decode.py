@@ -49,6 +49,7 @@ def kv_decode_attention(
     cores = min(cores, R)
     spec = functools.partial(tpu_paging.row_spec, cores=cores)
     scratch = [*tpu_paging.scratch(2, chunk, S, D, pool.dtype), pltpu.VMEM((GROUP, D), jnp.float32)]
+    scratch += [pltpu.VMEM((N, LANES), jnp.float32)] * 2
     blocks_in_out = N * GROUP * H * pool.dtype.itemsize + D * 4
     out, lse = pl.pallas_call(
         functools.partial(_kernel, cores=cores, head_dim=H),
@@ -98,6 +99,8 @@ def _kernel(
     values_arrived: Ref,  # DMA semaphores [2]
     next_buffer: Ref,  # SMEM int32 [1]
     sums: Ref,  # VMEM float32 [8, D]
+    top: Ref,  # VMEM float32 [N, LANES]
+    total: Ref,  # VMEM float32 [N, LANES]
     *,
     cores: int,
     head_dim: int,
@@ -111,6 +114,8 @@ def _kernel(
 
     def serve(walk):  # type: ignore[no-untyped-def]
         sums[...] = jnp.zeros_like(sums)
+        top[...] = jnp.full_like(top, NEVER)
+        total[...] = jnp.zeros_like(total)
 
         def body(index, num_valid, carry):  # type: ignore[no-untyped-def]
             scores = []
@@ -124,25 +129,27 @@ def _kernel(
                         precision=precision, preferred_element_type=jnp.float32,
                     )
                 )  # fmt: skip
-            weights, keep, top, total = tpu_paging.online_softmax(jnp.concatenate(scores), num_valid, *carry)
+            weights, keep, top[...], total[...] = tpu_paging.online_softmax(
+                jnp.concatenate(scores), num_valid, top[...], total[...]
+            )
             weights = weights.astype(values.dtype)
             for heads in groups:
                 mine, size = columns(heads), heads.stop - heads.start
                 y = values[index, :, :, mine].reshape(-1, mine.stop - mine.start)
                 found = jnp.dot(weights[heads], y, precision=precision, preferred_element_type=jnp.float32)
-                sums[:size, mine] = sums[:size, mine] * keep[heads] + found
-            return top, total
+                sums[:size, mine] = sums[:size, mine] * tpu_paging.over_columns(keep[heads], found.shape[1]) + found
+            return carry
 
-        start = jnp.full((N, 1), NEVER, jnp.float32), jnp.zeros((N, 1), jnp.float32)
-        top, total = walk(body, start)
+        walk(body, 0)
+        row_total = jnp.sum(total[...], axis=1, keepdims=True)
         for heads in groups:
             mine, size = columns(heads), heads.stop - heads.start
             shape = size, mine.stop - mine.start
             column = lax.broadcasted_iota(jnp.int32, shape, 1)
             own = lax.div(column, head_dim) == lax.broadcasted_iota(jnp.int32, shape, 0)
-            found = jnp.where(own, sums[:size, mine] / total[heads], 0)
+            found = jnp.where(own, sums[:size, mine] / row_total[heads], 0)
             out[:, mine] = jnp.sum(found, axis=0, keepdims=True)
-        lse[...] = jnp.broadcast_to(top + jnp.log(total), lse.shape)
+        lse[...] = top[...] + jnp.log(row_total)
 
     sources = [Source(key_blocks, keys, keys_arrived), Source(value_blocks, values, values_arrived)]
     tpu_paging.for_each_row(Deal(order, count, length), pool, sources, next_buffer, serve, cores=cores)
