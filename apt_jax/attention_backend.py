@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -104,17 +105,18 @@ def _cpu_kernels(check: Callable[[Kernels], str | None], shape: str) -> Kernels 
 
 def _usable(kernels: Kernels, *, block_size: int, **shape: Any) -> Kernels:
     """The kernels for decode attention, and of the others those that work here."""
+    prefix = partial(dispatch.check_prefix, block_size=block_size)
+    writer = partial(dispatch.check_cache_writer, block_size=block_size)
     others: list[tuple[tuple[str, ...], str, str, Callable[..., str | None]]] = [
-        (("kv_prefix", "hidden_prefix"), "prefixes", "over cached prefixes", dispatch.check_prefix),
+        (("kv_prefix", "hidden_prefix"), "prefixes", "over cached prefixes", prefix),
         (("chunk",), "chunks", "among a prefill chunk's own tokens", dispatch.check_chunk),
-        (("cache_writer",), "writes", "for writing to the cache", dispatch.check_cache_writer),
+        (("cache_writer",), "writes", "for writing to the cache", writer),
     ]
     without: list[str] = []
     for names, short, place, check in others:
         if getattr(kernels, names[0]) is None:
             continue
-        options = shape if check is dispatch.check_chunk else {**shape, "block_size": block_size}
-        reason = check(kernels, **options)
+        reason = check(kernels, **shape)
         if reason is not None:
             left_out: dict[str, Any] = dict.fromkeys(names)
             kernels = kernels._replace(**left_out)

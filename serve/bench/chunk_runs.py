@@ -18,7 +18,7 @@ from apt_jax.xla_attention import CHUNK_TOKENS, attend_by_head, read_keys_values
 from pallas_kernels import dispatch, reference
 from pallas_kernels.reference import Partial
 from serve.bench.kernel_runs import TOLERANCE
-from serve.bench.timing import Times, repeated, time_calls
+from serve.bench.timing import Times, reason, repeated, time_calls
 
 ROWS = (1, 8)
 _ITERATIONS = 20
@@ -50,11 +50,11 @@ class ChunkResult:
     def line(self) -> str:
         """For the table."""
         head = f"{self.model:<9} {self.tokens:>6} {self.rows:>4} {self.cached:>6} {self.implementation:<7}"
-        if self.times is None:
+        times = self.times
+        if times is None:
             return f"{head} not measured: {self.error}"
-        spread = (self.times.slowest_s - self.times.fastest_s) / self.times.median_s
         return (
-            f"{head} {self.times.median_s * 1e6:>10.1f} {spread:>7.1%} {self.flops / self.times.median_s / 1e12:>9.2f} "
+            f"{head} {times.median_s * 1e6:>10.1f} {times.spread:>7.1%} {self.flops / times.median_s / 1e12:>9.2f} "
             f"{self.relative_difference:>9.1e}"
         )
 
@@ -103,8 +103,7 @@ def run_chunks(
                     try:
                         result = _run(result, run)
                     except Exception as error:  # one that cannot run must not take the others along
-                        text = (str(error).strip().splitlines() or [""])[0]
-                        result = replace(result, error=f"{type(error).__name__}: {text}"[:200])
+                        result = replace(result, error=reason(error))
                     results.append(result)
                     report(result)
     return results
@@ -118,8 +117,7 @@ def _run(base: ChunkResult, run: Chunk) -> ChunkResult:
     if not difference <= TOLERANCE:
         raise ArithmeticError(f"differs from the reference by {difference:.1e}, more than {TOLERANCE:.0e}")
     program = repeated(lambda i, arguments: run(*arguments), _ITERATIONS)
-    times = time_calls(lambda: program(*arguments), calls=1)
-    times = Times(*(s / _ITERATIONS for s in (times.median_s, times.fastest_s, times.slowest_s)))
+    times = time_calls(lambda: program(*arguments), calls=1).of_one(_ITERATIONS)
     return replace(base, relative_difference=difference, times=times)
 
 

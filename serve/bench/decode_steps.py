@@ -20,7 +20,7 @@ from apt_jax.engine import Engine
 from apt_jax.request import Request, SamplingParams
 from apt_jax.scheduling.state import Span
 from checkpoints.load import load_model
-from serve.bench.timing import Times, time_calls
+from serve.bench.timing import Times, reason, time_calls
 
 _CALLS = 8  # steps that are started before the last is awaited
 _PARAMS = SamplingParams(temperature=0, max_tokens=None, ignore_eos=True)
@@ -77,8 +77,7 @@ def measure_steps(
                 try:
                     result = dataclasses.replace(base, times=_time_steps(engine, batch, context, kind))
                 except Exception as error:  # one shape that cannot run must not take the others along
-                    text = (str(error).strip().splitlines() or [""])[0]
-                    result = dataclasses.replace(base, error=f"{type(error).__name__}: {text}"[:200])
+                    result = dataclasses.replace(base, error=reason(error))
                 results.append(result)
                 report(result)
     return results

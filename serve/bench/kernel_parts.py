@@ -92,9 +92,7 @@ def summary(found: dict[str, dict[str, Any]]) -> list[str]:
     }
     for model in dict.fromkeys(key[0] for key in chunks):
         for what, over_prefix in (("among itself", False), ("over a cached prefix", True)):
-            ratios = [s / chunks[*k[:4], "xla"] for k, s in chunks.items()
-                      if k[0] == model and (k[3] > 0) == over_prefix
-                      and k[4] == "kernel" and (*k[:4], "xla") in chunks]  # fmt: skip
+            ratios = _against_xla({k: s for k, s in chunks.items() if k[0] == model and (k[3] > 0) == over_prefix})
             lines += _range(f"{model}: a chunk {what}, time of the kernel against XLA", ratios)
     writes = {
         (r["model"], r["tokens"], r["rows"], r["implementation"]): r["times"]["median_s"]
@@ -102,8 +100,7 @@ def summary(found: dict[str, dict[str, Any]]) -> list[str]:
         if r["times"]
     }
     for model in dict.fromkeys(key[0] for key in writes):
-        ratios = [s / writes[*k[:3], "xla"] for k, s in writes.items()
-                  if k[0] == model and k[3] == "kernel" and (*k[:3], "xla") in writes]  # fmt: skip
+        ratios = _against_xla({k: s for k, s in writes.items() if k[0] == model})
         lines += _range(f"{model}: writing to the cache, time of the kernel against XLA", ratios)
     steps = found.get("end-to-end", {}).get("end_to_end", {})
     for kind in ("kv", "hidden"):
@@ -112,6 +109,15 @@ def summary(found: dict[str, dict[str, Any]]) -> list[str]:
         lines += _range(f"{steps.get('model')}: floor of a {kind} decode step against its time", shares)
     rho_ns = [seconds * 1e9 for seconds in steps.get("rho_s", {}).values()]
     return lines + _range(f"{steps.get('model')}: rho, ns per hidden token and step", rho_ns)
+
+
+def _against_xla(seconds: dict[tuple[Any, ...], float]) -> list[float]:
+    """The kernel's time against XLA's for each shape, by shape and implementation."""
+    return [
+        s / seconds[*shape, "xla"]
+        for (*shape, implementation), s in seconds.items()
+        if implementation == "kernel" and (*shape, "xla") in seconds
+    ]
 
 
 def _range(what: str, numbers: Iterable[float]) -> list[str]:

@@ -9,7 +9,7 @@ last one's blocks in a cache on the chip, as no layer does in a model. Implement
 """
 
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import jax
@@ -20,7 +20,7 @@ from apt_jax.scheduling.hardware import MODELS
 from pallas_kernels import dispatch, reference
 from pallas_kernels.reference import NEVER, Partial
 from serve.bench.kernel_counts import Shape, count
-from serve.bench.timing import Times, repeated, time_calls
+from serve.bench.timing import Times, reason, repeated, time_calls
 
 TOLERANCE = 2e-2  # of bfloat16, relative to the largest value
 _POOL_BYTES = 2 * 2**30  # beyond every chip's caches; more where one layer needs more
@@ -57,9 +57,8 @@ class Result:
         head = f"{self.model:<9} {self.batch:>5} {self.context_tokens:>7} {self.way:<7} {self.implementation:<7}"
         if self.times is None or self.bytes_per_s is None or self.copy_share is None:
             return f"{head} not measured: {self.error}"
-        spread = (self.times.slowest_s - self.times.fastest_s) / self.times.median_s
         return (
-            f"{head} {self.times.median_s * 1e6:>10.1f} {spread:>7.1%} {self.bytes_per_s / 1e9:>8.0f} "
+            f"{head} {self.times.median_s * 1e6:>10.1f} {self.times.spread:>7.1%} {self.bytes_per_s / 1e9:>8.0f} "
             f"{self.copy_share:>6.1%} {self.relative_difference:>9.1e}"
         )
 
@@ -127,8 +126,7 @@ def run_all(
             try:
                 result = _run(base, shape, implementation, block_size, copy_bytes_per_s)
             except Exception as error:  # one that cannot run must not take the others along
-                text = (str(error).strip().splitlines() or [""])[0]
-                result = Result(**{**asdict(base), "error": f"{type(error).__name__}: {text}"[:200]})
+                result = replace(base, error=reason(error))
             results.append(result)
             report(result)
     return results
@@ -156,8 +154,7 @@ def _run(base: Result, shape: Shape, which: Implementation, block_size: int, cop
     once = time_calls(lambda: run(*arguments), calls=1, repeats=1).median_s
     iterations = max(inputs.layers, min(int(_TARGET_S / once), 200))
     program = repeated(step, iterations)
-    times = time_calls(lambda: program(*arguments), calls=1)
-    times = Times(*(s / iterations for s in (times.median_s, times.fastest_s, times.slowest_s)))
+    times = time_calls(lambda: program(*arguments), calls=1).of_one(iterations)
     bytes_per_s = count(shape, which.way).bytes / times.median_s
     return Result(
         base.model, base.batch, base.context_tokens, base.way, base.implementation,

@@ -20,6 +20,21 @@ class Times:
     fastest_s: float
     slowest_s: float
 
+    @property
+    def spread(self) -> float:
+        """From fastest to slowest, as a share of the median."""
+        return (self.slowest_s - self.fastest_s) / self.median_s
+
+    def of_one(self, iterations: int) -> "Times":
+        """Those of one of as many iterations, where these are of all."""
+        return Times(self.median_s / iterations, self.fastest_s / iterations, self.slowest_s / iterations)
+
+
+def reason(error: Exception) -> str:
+    """Why there is no time, for a line of a table."""
+    text = (str(error).strip().splitlines() or [""])[0]
+    return f"{type(error).__name__}: {text}"[:200]
+
 
 def time_calls(call: Callable[[], Any], *, calls: int, repeats: int = REPEATS) -> Times:
     """Time `call`, which starts work and returns arrays; `calls` are started before the last is awaited.

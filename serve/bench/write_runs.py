@@ -14,7 +14,7 @@ import numpy as np
 
 from apt_jax.scheduling.hardware import MODELS
 from pallas_kernels import dispatch, reference
-from serve.bench.timing import Times, time_calls
+from serve.bench.timing import Times, reason, time_calls
 
 _LAYERS = 4
 _ITERATIONS = 20
@@ -41,12 +41,10 @@ class WriteResult:
     def line(self) -> str:
         """For the table."""
         head = f"{self.model:<9} {self.tokens:>6} {self.rows:>4} {self.implementation:<7}"
-        if self.times is None:
+        times = self.times
+        if times is None:
             return f"{head} not measured: {self.error}"
-        spread = (self.times.slowest_s - self.times.fastest_s) / self.times.median_s
-        return (
-            f"{head} {self.times.median_s * 1e6:>10.1f} {spread:>7.1%} {self.bytes / self.times.median_s / 1e9:>8.0f}"
-        )
+        return f"{head} {times.median_s * 1e6:>10.1f} {times.spread:>7.1%} {self.bytes / times.median_s / 1e9:>8.0f}"
 
 
 HEADER = f"{'model':<9} {'tokens':>6} {'rows':>4} {'by':<7} {'us':>10} {'spread':>7} {'GB/s':>8}"
@@ -72,8 +70,7 @@ def run_writes(
                 try:
                     result = _run(result, writer, block_size)
                 except Exception as error:  # one that cannot run must not take the others along
-                    text = (str(error).strip().splitlines() or [""])[0]
-                    result = replace(result, error=f"{type(error).__name__}: {text}"[:200])
+                    result = replace(result, error=reason(error))
                 results.append(result)
                 report(result)
     return results
@@ -103,8 +100,7 @@ def _run(base: WriteResult, writer: Writer, block_size: int) -> WriteResult:
         pool = program(writer, pool, places, keys, values)
         return pool
 
-    times = time_calls(call, calls=1)
-    return replace(base, times=Times(*(s / _ITERATIONS for s in (times.median_s, times.fastest_s, times.slowest_s))))
+    return replace(base, times=time_calls(call, calls=1).of_one(_ITERATIONS))
 
 
 def _write(
