@@ -3,7 +3,7 @@
 #   make serve                         the bundled demo model on http://127.0.0.1:8000
 #   make serve ARGS="FOLDER --port N"  another model, any flag of `apt-jax serve`
 #   make test                          lint, types and tests
-#   make test ARGS="tests/test_x.py"   some of the tests, any argument of pytest
+#   make test ARGS="tests/unit"        some of the tests, any argument of pytest
 #   make soak                          load and faults on a running server; ARGS="--scale 0.1" for a short one
 #   make overhead                      what HTTP costs per streamed token
 #   make parity                        live comparison with transformers, in a virtual environment of its own
@@ -41,10 +41,10 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/mypy
 
 parity: $(VENV)/.installed-dev
-	JAX_PLATFORMS=cpu PYTHONPATH=. $(BIN)/python tests/parity.py $(ARGS)
+	JAX_PLATFORMS=cpu PYTHONPATH=. $(BIN)/python -m tests.parity $(ARGS)
 
 test-devices: $(VENV)/.installed-dev
-	APT_JAX_TEST_DEVICES=1 JAX_PLATFORMS=cpu $(BIN)/python -m pytest tests/test_tensor_parallel.py tests/test_followers.py $(ARGS)
+	APT_JAX_TEST_DEVICES=1 JAX_PLATFORMS=cpu $(BIN)/python -m pytest tests/model/test_tensor_parallel.py tests/e2e/test_followers.py $(ARGS)
 
 test-aot: $(VENV)-aot/.installed
 	JAX_PLATFORMS=cpu $(VENV)-aot/bin/python -m pytest tests/aot --timeout=1500 --numprocesses=auto --maxprocesses=4 --dist=loadfile $(ARGS)
@@ -53,10 +53,10 @@ test-ray: $(VENV)-ray/.installed
 	JAX_PLATFORMS=cpu $(VENV)-ray/bin/python -m pytest tests/on_ray $(ARGS)
 
 soak: $(VENV)/.installed-dev
-	PYTHONPATH='$(CURDIR)' $(BIN)/python tests/soak $(ARGS)
+	PYTHONPATH='$(CURDIR)' $(BIN)/python -m tests.soak $(ARGS)
 
 overhead: $(VENV)/.installed-dev
-	JAX_PLATFORMS=cpu PYTHONPATH=. $(BIN)/python tests/soak/overhead.py $(ARGS)
+	JAX_PLATFORMS=cpu PYTHONPATH=. $(BIN)/python -m tests.soak.overhead $(ARGS)
 
 bench-peers: $(VENV)/.installed-dev
 	PYTHONPATH=. $(BIN)/python -m experiments.peers $(ARGS)

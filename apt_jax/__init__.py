@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from apt_jax.request import SamplingParams
-    from serve.offline import LLM
+    from apt_jax.serve.llm import LLM
 
 __all__ = ["LLM", "SamplingParams"]
 
-_HOMES = {"LLM": "serve.offline", "SamplingParams": "apt_jax.request"}
+_HOMES = {"LLM": "apt_jax.serve.llm", "SamplingParams": "apt_jax.request"}
 
 
 def __getattr__(name: str) -> Any:

@@ -11,12 +11,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from apt_jax.config import ModelConfig
-from apt_jax.sharding import padded_shape
-from checkpoints.errors import CheckpointError
-from checkpoints.mapping import EMBEDDING_NAME, HEAD_NAME, Layout, Slot, slots
-from checkpoints.placement import Shardings, sharding_of
-from checkpoints.stored_tensor import StoredTensor
+from apt_jax.checkpoints.errors import CheckpointError
+from apt_jax.checkpoints.formats.stored_tensor import StoredTensor
+from apt_jax.checkpoints.mapping import EMBEDDING_NAME, HEAD_NAME, Layout, Slot, slots
+from apt_jax.checkpoints.placement import Shardings, sharding_of
+from apt_jax.engine_config import ModelConfig
+from apt_jax.models.sharding import padded_shape
 
 _STRIP_ROWS = 128  # transposing 128 rows at a time stays in the processor's cache: twice as fast as at once
 _ALIGNMENT_BYTES = 64  # jax adopts a host array at such an address on the CPU backend and copies any other

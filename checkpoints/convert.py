@@ -11,15 +11,15 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from checkpoints.errors import CheckpointError
-from checkpoints.fingerprint import weights_fingerprint
-from checkpoints.load import parse_format, read_config, read_parameters
-from checkpoints.manifest import Manifest
-from checkpoints.orbax_store import save_weights
-from checkpoints.placement import stored_dtype
-from checkpoints.skeleton import Skeleton
-from checkpoints.source import COMPANION_FILES, resolve
-from checkpoints.weight_files import MANIFEST, ORBAX_WEIGHTS, LoadFormat, choose_format
+from apt_jax.checkpoints.errors import CheckpointError
+from apt_jax.checkpoints.formats.fingerprint import weights_fingerprint
+from apt_jax.checkpoints.formats.manifest import Manifest
+from apt_jax.checkpoints.formats.orbax_store import save_weights
+from apt_jax.checkpoints.formats.weight_files import MANIFEST, ORBAX_WEIGHTS, LoadFormat, choose_format
+from apt_jax.checkpoints.load import parse_format, read_config, read_parameters
+from apt_jax.checkpoints.placement import stored_dtype
+from apt_jax.checkpoints.skeleton import Skeleton
+from apt_jax.checkpoints.source import COMPANION_FILES, resolve
 
 
 @dataclasses.dataclass(frozen=True)

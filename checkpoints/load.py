@@ -8,19 +8,19 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from apt_jax.config import ModelConfig
-from apt_jax.opt import OPT
-from apt_jax.sharding import Parallel
-from checkpoints.assemble import assemble
-from checkpoints.dummy import random_parameters
-from checkpoints.errors import CheckpointError, first_line
-from checkpoints.fingerprint import dummy_fingerprint, files_fingerprint
-from checkpoints.inventory import take_inventory
-from checkpoints.manifest import Manifest
-from checkpoints.placement import Shardings, platform_of, serving_dtype
-from checkpoints.skeleton import Skeleton
-from checkpoints.source import resolve
-from checkpoints.weight_files import ORBAX_WEIGHTS, LoadFormat, choose_format, find_weight_files
+from apt_jax.checkpoints.assemble import assemble
+from apt_jax.checkpoints.errors import CheckpointError, first_line
+from apt_jax.checkpoints.formats.dummy import random_parameters
+from apt_jax.checkpoints.formats.fingerprint import dummy_fingerprint, files_fingerprint
+from apt_jax.checkpoints.formats.inventory import take_inventory
+from apt_jax.checkpoints.formats.manifest import Manifest
+from apt_jax.checkpoints.formats.weight_files import ORBAX_WEIGHTS, LoadFormat, choose_format, find_weight_files
+from apt_jax.checkpoints.placement import Shardings, platform_of, serving_dtype
+from apt_jax.checkpoints.skeleton import Skeleton
+from apt_jax.checkpoints.source import resolve
+from apt_jax.engine_config import ModelConfig
+from apt_jax.models.opt import OPT
+from apt_jax.models.sharding import Parallel
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Loaded:
     config: ModelConfig
     model: OPT
     folder: Path  # holds config.json, and the tokenizer if there is one
-    fingerprint: str  # `weights:`, `files:` or `dummy:` and a hash, see `checkpoints.fingerprint`
+    fingerprint: str  # `weights:`, `files:` or `dummy:` and a hash, see `apt_jax.checkpoints.formats.fingerprint`
     dtype: np.dtype
     load_format: LoadFormat  # never AUTO
     weight_bytes: int  # of all parameters at `dtype`, on all devices together if nothing is replicated
@@ -98,7 +98,7 @@ def read_parameters(
         fingerprint = dummy_fingerprint(config, skeleton.dtype, seed)
         return random_parameters(skeleton, seed, shardings), fingerprint
     if load_format is LoadFormat.ORBAX:
-        from checkpoints.orbax_store import restore_weights  # the import takes most of a second
+        from apt_jax.checkpoints.formats.orbax_store import restore_weights  # the import takes most of a second
 
         manifest = Manifest.read(folder)
         with _progress(skeleton.nbytes) as bar:

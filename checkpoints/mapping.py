@@ -1,4 +1,4 @@
-"""Which Hugging Face tensor fills which slice of which parameter of `apt_jax.opt.OPT`.
+"""Which Hugging Face tensor fills which slice of which parameter of `apt_jax.models.opt.OPT`.
 
 A checkpoint of OPT holds one tensor per layer (`model.decoder.layers.3.fc1.weight`); our layers are stacked,
 so that tensor fills row 3 of the parameter at `("layers", "fc1", "kernel")`. A torch linear weight is
@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 from flax import nnx
 
-from apt_jax.config import POSITION_OFFSET, ModelConfig
-from apt_jax.opt import OPT
+from apt_jax.engine_config import POSITION_OFFSET, ModelConfig
+from apt_jax.models.opt import OPT
 
 EMBEDDING_NAME = "model.decoder.embed_tokens.weight"
 HEAD_NAME = "lm_head.weight"

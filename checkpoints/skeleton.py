@@ -8,8 +8,8 @@ import jax
 import numpy as np
 from flax import nnx
 
-from apt_jax.config import ModelConfig
-from apt_jax.opt import OPT
+from apt_jax.engine_config import ModelConfig
+from apt_jax.models.opt import OPT
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,8 +5,8 @@ import re
 from collections.abc import Collection
 from pathlib import Path
 
-from checkpoints.errors import CheckpointError, first_line
-from checkpoints.weight_files import MANIFEST, NAMINGS, ORBAX_WEIGHTS, LoadFormat, choose_format
+from apt_jax.checkpoints.errors import CheckpointError, first_line
+from apt_jax.checkpoints.formats.weight_files import MANIFEST, NAMINGS, ORBAX_WEIGHTS, LoadFormat, choose_format
 
 DEMO_FOLDER = Path(__file__).parent / "demo"
 TOKENIZER_FILES = (

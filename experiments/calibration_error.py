@@ -12,15 +12,15 @@ from pathlib import Path
 
 import numpy as np
 
-from apt_jax.calibration import base_model, measure
-from apt_jax.config import EngineConfig
-from apt_jax.engine import Engine
+from apt_jax.engine.calibration import base_model, measure
+from apt_jax.engine.engine import Engine
+from apt_jax.engine_config import EngineConfig
 from apt_jax.request import SamplingParams
-from apt_jax.scheduling.fit import Observation, fit, relative_errors
-from apt_jax.scheduling.step_load import StepLoad
+from apt_jax.scheduling.costs.fit import Observation, fit, relative_errors
+from apt_jax.scheduling.costs.step_load import StepLoad
+from apt_jax.serve.runtime.compile_cache import use_compile_cache
 from apt_jax.simulation.workload import load_lengths
 from experiments.preset_model import preset_model
-from serve.compile_cache import use_compile_cache
 
 
 def held_out(engine: Engine, num_requests: int, seed: int) -> list[Observation]:

@@ -17,7 +17,17 @@ def bench_serve(url: str, flags: Sequence[str]) -> dict[str, Any]:
     """
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "run.json"
-        command = [sys.executable, "-m", "serve.cli", "bench", "serve", "--base-url", url, "--output", str(output)]
+        command = [
+            sys.executable,
+            "-m",
+            "apt_jax.serve.cli",
+            "bench",
+            "serve",
+            "--base-url",
+            url,
+            "--output",
+            str(output),
+        ]
         subprocess.run([*command, *flags], check=True, stdout=subprocess.DEVNULL)
         figures: dict[str, Any] = json.loads(output.read_text(encoding="utf-8"))
     return figures

@@ -21,18 +21,18 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from apt_jax.config import EngineConfig
-from apt_jax.engine import Engine
+from apt_jax.checkpoints.load import load_model
+from apt_jax.engine.engine import Engine
+from apt_jax.engine_config import EngineConfig
 from apt_jax.request import FinishReason, Request, SamplingParams, Slo
-from apt_jax.scheduling.policy import PolicyContext, make_policy
+from apt_jax.scheduling.costs.step_load import StepLoad
+from apt_jax.scheduling.policies.catalogue import PolicyContext, make_policy
 from apt_jax.scheduling.state import SchedulerState
-from apt_jax.scheduling.step_load import StepLoad
+from apt_jax.serve.runtime.compile_cache import use_compile_cache
 from apt_jax.simulation.search import interpolated_throughput
 from apt_jax.simulation.simulator import simulate
 from apt_jax.simulation.workload import Arrival, Lengths, load_lengths
-from checkpoints.load import load_model
 from experiments.preset_model import preset_model
-from serve.compile_cache import use_compile_cache
 
 Setup = tuple[str, str]  # policy, cache mode
 

@@ -12,10 +12,10 @@ from dataclasses import replace
 import numpy as np
 from tqdm import tqdm
 
-from apt_jax.scheduling import apt_iteration
-from apt_jax.scheduling.exact import solve_exact
-from apt_jax.scheduling.greedy import solve_greedy
-from apt_jax.scheduling.problem import Problem, Solution
+from apt_jax.scheduling.policies.apt import iteration as apt_iteration
+from apt_jax.scheduling.policies.apt.exact import solve_exact
+from apt_jax.scheduling.policies.apt.greedy import solve_greedy
+from apt_jax.scheduling.policies.apt.problem import Problem, Solution
 from apt_jax.simulation.experiment import Experiment
 
 

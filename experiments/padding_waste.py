@@ -13,10 +13,10 @@ from pathlib import Path
 
 import tyro
 
-from apt_jax.buckets import Buckets
+from apt_jax.batching.buckets import Buckets
 from apt_jax.cache import BlockPool
 from apt_jax.request import Request, SamplingParams
-from apt_jax.scheduling.policy import make_policy
+from apt_jax.scheduling.policies.catalogue import make_policy
 from apt_jax.scheduling.state import Limits, SchedulerState
 
 ITERATION_S = 0.05

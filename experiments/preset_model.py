@@ -3,9 +3,9 @@
 import json
 from pathlib import Path
 
-from apt_jax.config import ModelConfig
-from apt_jax.scheduling.hardware import MODELS, by_name
-from checkpoints.load import Loaded, load_model
+from apt_jax.checkpoints.load import Loaded, load_model
+from apt_jax.engine_config import ModelConfig
+from apt_jax.scheduling.costs.hardware import MODELS, by_name
 
 
 def write_config(folder: Path, config: ModelConfig) -> Path:

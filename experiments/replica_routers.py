@@ -14,17 +14,17 @@ from pathlib import Path
 import tyro
 import uvicorn
 
-from apt_jax.config import EngineConfig
-from apt_jax.routing.router import make_router
+from apt_jax.engine_config import EngineConfig
+from apt_jax.routing.catalogue import make_router
+from apt_jax.serve.http.app import create_app
+from apt_jax.serve.http.server import http_config, listen, url_of
+from apt_jax.serve.http.service import Service
+from apt_jax.serve.logs import set_up_logs
+from apt_jax.serve.options import DEMO_NAME, LoadOptions, ServerOptions
+from apt_jax.serve.replicas.backend import ReplicaBackend
+from apt_jax.serve.replicas.messages import EngineSpec
+from apt_jax.serve.replicas.options import RayOptions, ReplicaOptions
 from experiments.client import bench_serve
-from serve.app import create_app
-from serve.logs import set_up_logs
-from serve.options import DEMO_NAME, LoadOptions, ServerOptions
-from serve.replicas.backend import ReplicaBackend
-from serve.replicas.messages import EngineSpec
-from serve.replicas.options import RayOptions, ReplicaOptions
-from serve.server import http_config, listen, url_of
-from serve.service import Service
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,9 @@ import time
 
 from apt_jax.cache import BlockPool
 from apt_jax.request import Request, SamplingParams
-from apt_jax.scheduling.cost_model import CostModel
-from apt_jax.scheduling.hardware import HARDWARE, MODELS
-from apt_jax.scheduling.policy import PolicyContext, make_policy
+from apt_jax.scheduling.costs.cost_model import CostModel
+from apt_jax.scheduling.costs.hardware import HARDWARE, MODELS
+from apt_jax.scheduling.policies.catalogue import PolicyContext, make_policy
 from apt_jax.scheduling.state import Limits, SchedulerState
 from apt_jax.simulation.workload import load_lengths
 

@@ -18,9 +18,9 @@ import argparse
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from apt_jax.hidden_slices import num_groups
-from apt_jax.scheduling.cost_model import BYTES, CostModel
-from apt_jax.scheduling.hardware import HARDWARE, MODELS
+from apt_jax.attention.hidden_slices import num_groups
+from apt_jax.scheduling.costs.cost_model import BYTES, CostModel
+from apt_jax.scheduling.costs.hardware import HARDWARE, MODELS
 
 SPLITS = (("opt-13b", 2), ("opt-30b", 2), ("opt-66b", 4))
 BATCHES, CONTEXTS = (8, 32, 128), (512, 2048)

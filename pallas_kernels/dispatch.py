@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from pallas_kernels import reference
-from pallas_kernels.reference import Partial
+from apt_jax.pallas_kernels import reference
+from apt_jax.pallas_kernels.reference import Partial
 
 _TOLERANCE = {2: 2e-2, 4: 1e-3}  # by bytes of a number; float32 kernels may multiply in a shorter format
 
@@ -67,29 +67,23 @@ def gpu_kernels(compute_capability: str) -> Kernels:
     Raises:
         NotImplementedError: an older GPU, or one of another make.
     """
-    from pallas_kernels import (
-        gpu_chunk,
-        gpu_hidden_decode,
-        gpu_hidden_prefix,
-        gpu_kv_decode,
-        gpu_kv_fma,
-        gpu_kv_prefix,
-    )
+    from apt_jax.pallas_kernels.gpu import chunk as gpu_chunk
+    from apt_jax.pallas_kernels.gpu import hidden_decode, hidden_prefix, kv_decode, kv_fma, kv_prefix
 
     generation, chunk = compute_capability.split(".")[0], gpu_chunk.chunk_attention
     if generation == "9":
         return Kernels(
             "gpu",
-            gpu_kv_decode.kv_decode_attention,
-            gpu_hidden_decode.hidden_decode_attention,
-            gpu_kv_prefix.kv_prefix_attention,
-            gpu_hidden_prefix.hidden_prefix_attention,
+            kv_decode.kv_decode_attention,
+            hidden_decode.hidden_decode_attention,
+            kv_prefix.kv_prefix_attention,
+            hidden_prefix.hidden_prefix_attention,
             chunk,
             hidden_prefix_reads=2,
         )
     if generation.isdecimal() and int(generation) >= 8:
-        kv_decode = functools.partial(gpu_kv_fma.kv_decode_attention, strides_at_once=1 if generation == "8" else 2)
-        return Kernels("gpu-kv", kv_decode, None, chunk=chunk)
+        decode = functools.partial(kv_fma.kv_decode_attention, strides_at_once=1 if generation == "8" else 2)
+        return Kernels("gpu-kv", decode, None, chunk=chunk)
     raise NotImplementedError(
         f"there are no Pallas kernels for GPUs of {compute_capability=}; they need 8.0 (KV) or 9.0 (KV and hidden)"
     )
@@ -97,14 +91,12 @@ def gpu_kernels(compute_capability: str) -> Kernels:
 
 def tpu_kernels(name: str, *, cores: int, interpret: Any) -> Kernels:
     """The TPU kernels, with options as they have them."""
-    from pallas_kernels import (
-        tpu_cache_write,
-        tpu_chunk,
-        tpu_hidden_decode,
-        tpu_hidden_prefix,
-        tpu_kv_decode,
-        tpu_kv_prefix,
-    )
+    from apt_jax.pallas_kernels.tpu import cache_write as tpu_cache_write
+    from apt_jax.pallas_kernels.tpu import chunk as tpu_chunk
+    from apt_jax.pallas_kernels.tpu import hidden_decode as tpu_hidden_decode
+    from apt_jax.pallas_kernels.tpu import hidden_prefix as tpu_hidden_prefix
+    from apt_jax.pallas_kernels.tpu import kv_decode as tpu_kv_decode
+    from apt_jax.pallas_kernels.tpu import kv_prefix as tpu_kv_prefix
 
     options = {"cores": cores, "interpret": interpret}
 

@@ -9,13 +9,13 @@ from typing import Annotated, Literal
 import tyro
 from tyro.conf import OmitArgPrefixes, OmitSubcommandPrefixes, Positional, arg, subcommand
 
-from apt_jax.config import EngineConfig
+from apt_jax.engine_config import EngineConfig
+from apt_jax.serve.bench.commands import Bench
+from apt_jax.serve.errors import EngineFailure
+from apt_jax.serve.logs import set_up_logs
+from apt_jax.serve.options import DEMO_NAME, DistributedOptions, LoadOptions, Model, ServerOptions
+from apt_jax.serve.replicas.options import RayBatchOptions, RayOptions, ReplicaOptions
 from apt_jax.simulation.options import SimulateArgs
-from serve.bench.commands import Bench
-from serve.errors import EngineFailure
-from serve.logs import set_up_logs
-from serve.options import DEMO_NAME, DistributedOptions, LoadOptions, Model, ServerOptions
-from serve.replicas.options import RayBatchOptions, RayOptions, ReplicaOptions
 
 
 @dataclass(frozen=True)
@@ -33,8 +33,8 @@ class Serve:
 
     def run(self) -> int:
         """Serve until told to stop."""
-        from serve.distributed import join
-        from serve.server import serve
+        from apt_jax.serve.http.server import serve
+        from apt_jax.serve.runtime.distributed import join
 
         if self.replicas.uses_ray and self.distributed.coordinator_address is not None:
             raise ValueError("--replicas starts its own processes; leave --coordinator-address out")
@@ -64,12 +64,12 @@ class RunBatch:
 
     def run(self) -> int:
         """Answer what is unanswered."""
-        from serve.batch_jobs import run_batch
-        from serve.distributed import join
+        from apt_jax.serve.batch.batch_jobs import run_batch
+        from apt_jax.serve.runtime.distributed import join
 
         if self.replicas.ray is not None:
-            from serve.replicas.batch import run_batch_on_ray
-            from serve.replicas.messages import EngineSpec
+            from apt_jax.serve.replicas.batch import run_batch_on_ray
+            from apt_jax.serve.replicas.messages import EngineSpec
 
             spec = EngineSpec(self.model, self.load, self.engine, self.served_model_name or self.model or DEMO_NAME)
             return run_batch_on_ray(self.input, self.output, spec, self.replicas, self.chat_template)
@@ -97,7 +97,7 @@ class Convert:
 
     def run(self) -> int:
         """Convert."""
-        from checkpoints.convert import convert
+        from apt_jax.checkpoints.convert import convert
 
         done = convert(
             self.source, self.destination, dtype=self.dtype, load_format=self.load_format, revision=self.revision
@@ -136,7 +136,7 @@ class AptJax:
 
 def _follow(model: str | None, load: LoadOptions, config: EngineConfig) -> int:
     """Run what process 0 runs, until it ends."""
-    from serve.build import build_engine
+    from apt_jax.serve.runtime.build import build_engine
 
     build_engine(model, engine_config=config, **dataclasses.asdict(load))
     raise AssertionError("only process 0 gets an engine")

@@ -7,26 +7,26 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from apt_jax.batch import Rows
+from apt_jax.batching.builder import Rows
 from apt_jax.cpu_kernels.large_pages import LargePages, aligned
-from pallas_kernels.dispatch import Kernels
-from pallas_kernels.reference import Partial
+from apt_jax.pallas_kernels.dispatch import Kernels
+from apt_jax.pallas_kernels.reference import Partial
 
 
 def kv_decode(
     q: jax.Array, pool: jax.Array, key_blocks: jax.Array, value_blocks: jax.Array, length: jax.Array
 ) -> Partial:
-    """As `pallas_kernels.reference.kv_decode_attention`. Pure."""
+    """As `apt_jax.pallas_kernels.reference.kv_decode_attention`. Pure."""
     return _attend("apt_kv_decode", q, pool, key_blocks, value_blocks, length)
 
 
 def hidden_decode(q_wide: jax.Array, pool: jax.Array, blocks: jax.Array, length: jax.Array) -> Partial:
-    """As `pallas_kernels.reference.hidden_decode_attention`. Pure."""
+    """As `apt_jax.pallas_kernels.reference.hidden_decode_attention`. Pure."""
     return _attend("apt_hidden_decode", q_wide, pool, blocks, length)
 
 
 def chunk(q: jax.Array, k: jax.Array, v: jax.Array, row: jax.Array) -> Partial:
-    """As `pallas_kernels.reference.chunk_attention`. Pure."""
+    """As `apt_jax.pallas_kernels.reference.chunk_attention`. Pure."""
     return _attend("apt_chunk", q, k.astype(jnp.float32), v.astype(jnp.float32), row)
 
 
@@ -113,7 +113,7 @@ def all_layers(
 
     Args:
         x: `[T, D]`. Tokens after which hidden states are not wanted get anything finite, padding stays as it is.
-        rows: see `apt_jax/batch.py`.
+        rows: see `apt_jax/batching/builder.py`.
         parameters: layer by layer in the order of `Layer` in layers.h, kernels from `panels_of`, all of x's dtype; one
             that the model does not have is an array without elements.
         num_blocks: P, the pool's blocks of a layer.

@@ -1,4 +1,4 @@
-// All layers of a step in one call: what `apt_jax.opt.DecoderLayer` and `apt_jax.attention` do, with padding left out.
+// All layers of a step in one call: what `apt_jax.models.opt.DecoderLayer` and `apt_jax.attention.paged` do, with padding left out.
 // Numbers are rounded to the model's own type where they are there.
 //
 // Tokens of a row that has few now are taken one by one, as rows of a decode step are, those of a longer one together:
@@ -36,7 +36,7 @@ struct StepShape {
   int head_dim() const { return width / heads; }
 };
 
-// As `apt_jax.batch.Rows`: a row of length 0 is padding.
+// As `apt_jax.batching.builder.Rows`: a row of length 0 is padding.
 struct StepRows {
   const int32_t *start, *length, *last, *wanted, *first_blocks, *second_blocks;
   const bool* is_hidden;

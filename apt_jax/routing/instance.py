@@ -10,10 +10,10 @@ import numpy as np
 
 from apt_jax.cache import CacheKind
 from apt_jax.request import Request
-from apt_jax.scheduling.cost_model import CostModel
+from apt_jax.scheduling.costs.cost_model import CostModel
+from apt_jax.scheduling.costs.step_load import StepLoad
 from apt_jax.scheduling.length import LengthPredictor
 from apt_jax.scheduling.state import SchedulerState
-from apt_jax.scheduling.step_load import StepLoad
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,8 +13,8 @@
 import random
 from collections.abc import Sequence
 
+from apt_jax.routing.catalogue import RouteRequest, check_loads, register
 from apt_jax.routing.instance import InstanceLoad
-from apt_jax.routing.router import RouteRequest, check_loads, register
 from apt_jax.routing.sent import Sent, Since
 
 WAIT_SHARE = 0.1  # of the time left that a request may wait for blocks; when they come is not known well

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from apt_jax.routing.instance import InstanceLoad
 
 if TYPE_CHECKING:
-    from apt_jax.routing.router import RouteRequest
+    from apt_jax.routing.catalogue import RouteRequest
 
 
 @dataclass(slots=True)

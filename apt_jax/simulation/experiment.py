@@ -6,10 +6,10 @@ from functools import cached_property
 
 from apt_jax.request import Slo
 from apt_jax.routing.autoscaler import Autoscaler, AutoscalerOptions
-from apt_jax.routing.router import DEFAULT_ROUTER, make_router
-from apt_jax.scheduling.cost_model import CostModel, HiddenMode, cache_blocks
-from apt_jax.scheduling.hardware import HARDWARE, MODELS, by_name
-from apt_jax.scheduling.policy import PolicyContext, make_policy
+from apt_jax.routing.catalogue import DEFAULT_ROUTER, make_router
+from apt_jax.scheduling.costs.cost_model import CostModel, HiddenMode, cache_blocks
+from apt_jax.scheduling.costs.hardware import HARDWARE, MODELS, by_name
+from apt_jax.scheduling.policies.catalogue import PolicyContext, make_policy
 from apt_jax.scheduling.state import CacheMode, Limits
 from apt_jax.simulation.fleet import Fleet
 from apt_jax.simulation.instance import Instance

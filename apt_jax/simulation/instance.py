@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from apt_jax.cache import BlockPool
 from apt_jax.request import Request
 from apt_jax.routing.instance import InstanceLoad, instance_load
-from apt_jax.scheduling.cost_model import CostModel
+from apt_jax.scheduling.costs.cost_model import CostModel
+from apt_jax.scheduling.costs.step_load import step_load
 from apt_jax.scheduling.length import LengthPredictor
 from apt_jax.scheduling.plan import Plan
-from apt_jax.scheduling.policy import Policy
+from apt_jax.scheduling.policies.catalogue import Policy
 from apt_jax.scheduling.state import Limits, SchedulerState, Span
-from apt_jax.scheduling.step_load import step_load
 
 EOS, TOKEN = 2, 5
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from tokenizers import Tokenizer
 
-from checkpoints.demo_training.tokenizer import END_ID
+from apt_jax.checkpoints.demo_training.tokenizer import END_ID
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,9 +13,9 @@ from flax import nnx
 from safetensors.numpy import save_file
 from tokenizers import Tokenizer
 
-from apt_jax.config import ModelConfig
-from checkpoints.demo_training.tokenizer import save_tokenizer
-from checkpoints.mapping import export_huggingface
+from apt_jax.checkpoints.demo_training.tokenizer import save_tokenizer
+from apt_jax.checkpoints.mapping import export_huggingface
+from apt_jax.engine_config import ModelConfig
 
 
 def write_folder(

@@ -14,8 +14,8 @@ import optax
 import optax.contrib
 from flax import nnx
 
-from apt_jax.opt import OPT, causal_attention
-from checkpoints.demo_training.batches import TokenStream, every_window
+from apt_jax.checkpoints.demo_training.batches import TokenStream, every_window
+from apt_jax.models.opt import OPT, causal_attention
 
 
 def make_optimizer(weight_decay: float) -> optax.GradientTransformationExtraArgs:

@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import save_file
 
-from apt_jax.config import POSITION_OFFSET, ModelConfig
-from apt_jax.scheduling.hardware import MODELS, by_name
+from apt_jax.engine_config import POSITION_OFFSET, ModelConfig
+from apt_jax.scheduling.costs.hardware import MODELS, by_name
 from experiments.preset_model import write_config
 
 VOCABULARY = ModelConfig.vocab_size  # of all sizes

@@ -49,7 +49,7 @@ class Args:
 def commands(args: Args) -> dict[str, list[str]]:
     """What each part runs."""
     same = ["--platform", args.platform, "--model", args.model, "--dummy"]
-    kernels = [PYTHON, "-m", "serve.cli", "bench", "kernels", "--end-to-end", "--model", args.model]
+    kernels = [PYTHON, "-m", "apt_jax.serve.cli", "bench", "kernels", "--end-to-end", "--model", args.model]
     return {
         "steps": [
             *kernels, *(["--allow-cpu"] if args.platform == "cpu" else []),

@@ -138,7 +138,7 @@ def start(name: str, port: int, args: Args) -> Server:
         command += [*common, "--kv-cache-memory-bytes", str(args.cache_bytes)]
     elif name in ("apt-jax", "apt-jax-fcfs"):
         peer = OURS
-        command = [str(python_of(peer)), "-m", "serve.cli", "serve", str(folder)]
+        command = [str(python_of(peer)), "-m", "apt_jax.serve.cli", "serve", str(folder)]
         command += [*common, "--cache-memory-bytes", str(args.cache_bytes)]
         command += ["--ttft-slo-ms", str(args.ttft_slo_ms), "--tbt-slo-ms", str(args.tbt_slo_ms)]
         command += shlex.split(args.serve)

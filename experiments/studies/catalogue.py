@@ -3,7 +3,7 @@
 import itertools
 from dataclasses import dataclass, field, replace
 
-from apt_jax.scheduling.cost_model import HiddenMode
+from apt_jax.scheduling.costs.cost_model import HiddenMode
 from apt_jax.scheduling.state import CacheMode
 from apt_jax.simulation.experiment import Experiment
 

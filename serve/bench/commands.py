@@ -5,9 +5,9 @@ from typing import Annotated
 
 from tyro.conf import OmitSubcommandPrefixes, subcommand
 
-from serve.bench.kernels import BenchKernels
-from serve.bench.offline_options import BenchLatency, BenchThroughput
-from serve.bench.serving_options import BenchServe
+from apt_jax.pallas_kernels.bench.kernels import BenchKernels
+from apt_jax.serve.bench.offline.options import BenchLatency, BenchThroughput
+from apt_jax.serve.bench.serving.options import BenchServe
 
 Measurement = (
     Annotated[BenchServe, subcommand("serve")]

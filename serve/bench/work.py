@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from apt_jax.serve.bench.work_options import WorkOptions
 from apt_jax.simulation.workload import Lengths, load_lengths, recorded_times, shuffled_rows
-from serve.bench.work_options import WorkOptions
 
 if TYPE_CHECKING:
-    from apt_jax.tokenizer import Tokenizer
+    from apt_jax.tokenization.tokenizer import Tokenizer
 
 LOWEST_ID = 10  # those below may be special
 DEFAULT_MAX_MODEL_LEN = 2048
@@ -119,9 +119,9 @@ def load_tokenizer(name: str | None) -> "Tokenizer | None":
     """
     if name is None:
         return None
-    from apt_jax.tokenizer import Tokenizer
-    from checkpoints.source import resolve
-    from checkpoints.weight_files import LoadFormat
+    from apt_jax.checkpoints.formats.weight_files import LoadFormat
+    from apt_jax.checkpoints.source import resolve
+    from apt_jax.tokenization.tokenizer import Tokenizer
 
     return Tokenizer.from_folder(resolve(name, revision=None, load_format=LoadFormat.DUMMY))
 

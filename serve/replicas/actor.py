@@ -12,17 +12,17 @@ from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from serve.engine_metrics import EngineMetrics
-from serve.engine_thread import EngineThread
-from serve.errors import NotReady
-from serve.history import History
-from serve.logs import set_up_logs
-from serve.profile import record
-from serve.replicas.messages import Abort, Answer, Command, EngineSpec, Facts, Refused, Report, Submit
-from serve.replicas.relay import LoadReporter, Relay, RelayedGroup
+from apt_jax.serve.errors import NotReady
+from apt_jax.serve.logs import set_up_logs
+from apt_jax.serve.observability.engine_metrics import EngineMetrics
+from apt_jax.serve.observability.history import History
+from apt_jax.serve.observability.profile import record
+from apt_jax.serve.replicas.messages import Abort, Answer, Command, EngineSpec, Facts, Refused, Report, Submit
+from apt_jax.serve.replicas.relay import LoadReporter, Relay, RelayedGroup
+from apt_jax.serve.runtime.engine_thread import EngineThread
 
 if TYPE_CHECKING:
-    from apt_jax.engine import Engine
+    from apt_jax.engine.engine import Engine
 
 SHOWN_PLANS = 64
 
@@ -133,7 +133,7 @@ class EngineActor:
         self._relay.fail(error)
 
     def _build(self) -> "Engine":
-        from serve.build import build_engine  # imports jax, which takes seconds
+        from apt_jax.serve.runtime.build import build_engine  # imports jax, which takes seconds
 
         spec = self._spec
         return build_engine(spec.model, engine_config=spec.config, **dataclasses.asdict(spec.load))

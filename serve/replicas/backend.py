@@ -5,20 +5,20 @@ import dataclasses
 import logging
 from collections.abc import Callable, Sequence
 
-from apt_jax.routing.router import make_router
-from serve.backend import EngineFacts
-from serve.errors import NotReady
-from serve.group import Group
-from serve.observer import Observer
-from serve.replicas.fleet import Fleet
-from serve.replicas.fleet_view import FleetView
-from serve.replicas.keeper import Keeper
-from serve.replicas.messages import EngineSpec
-from serve.replicas.options import RayOptions, ReplicaOptions, ray_arguments
-from serve.replicas.ray_session import RayHandle, connect, disconnect
-from serve.replicas.replica import Handle
-from serve.samples import Sample
-from serve.status import EngineStatus
+from apt_jax.routing.catalogue import make_router
+from apt_jax.serve.errors import NotReady
+from apt_jax.serve.replicas.fleet import Fleet
+from apt_jax.serve.replicas.fleet_view import FleetView
+from apt_jax.serve.replicas.keeper import Keeper
+from apt_jax.serve.replicas.messages import EngineSpec
+from apt_jax.serve.replicas.options import RayOptions, ReplicaOptions, ray_arguments
+from apt_jax.serve.replicas.ray_session import RayHandle, connect, disconnect
+from apt_jax.serve.replicas.replica import Handle
+from apt_jax.serve.runtime.backend import EngineFacts
+from apt_jax.serve.runtime.group import Group
+from apt_jax.serve.runtime.observer import Observer
+from apt_jax.serve.runtime.samples import Sample
+from apt_jax.serve.runtime.status import EngineStatus
 
 logger = logging.getLogger("apt_jax.serve")
 

@@ -14,14 +14,14 @@ from typing import TYPE_CHECKING, Any
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from serve.batch_file import Line, ResultFile, count_lines, read_lines
-from serve.batch_jobs import BatchJob, LineError, check_files, parse_line
-from serve.errors import EngineFailure
-from serve.generation import ServedModel
-from serve.logs import set_up_logs
-from serve.replicas.messages import EngineSpec
-from serve.replicas.options import RayBatchOptions, ray_arguments
-from serve.replicas.ray_session import check_ray, connect, disconnect, import_ray
+from apt_jax.serve.batch.batch_file import Line, ResultFile, count_lines, read_lines
+from apt_jax.serve.batch.batch_jobs import BatchJob, LineError, check_files, parse_line
+from apt_jax.serve.errors import EngineFailure
+from apt_jax.serve.logs import set_up_logs
+from apt_jax.serve.openai.generation import ServedModel
+from apt_jax.serve.replicas.messages import EngineSpec
+from apt_jax.serve.replicas.options import RayBatchOptions, ray_arguments
+from apt_jax.serve.replicas.ray_session import check_ray, connect, disconnect, import_ray
 
 if TYPE_CHECKING:
     import pyarrow
@@ -36,7 +36,7 @@ class LineWorker:
     """An engine in a process of Ray Data's; called with a piece, it returns the results."""
 
     def __init__(self, spec: EngineSpec, template: str | None):
-        from serve.build import build_engine  # imports jax, which takes seconds
+        from apt_jax.serve.runtime.build import build_engine  # imports jax, which takes seconds
 
         set_up_logs(spec.log_format)
         self._engine = build_engine(spec.model, engine_config=spec.config, **dataclasses.asdict(spec.load))
@@ -85,7 +85,7 @@ def run_batch_on_ray(
         ValueError, OSError: files or model cannot be used, or Ray is not installed; one sentence.
         EngineFailure: an engine could not be started, or fails on everything. The answers so far are kept.
     """
-    from serve.chat_template import read_template
+    from apt_jax.serve.openai.chat_template import read_template
 
     check_ray()
     check_files(source, output)

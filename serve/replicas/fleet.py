@@ -11,16 +11,16 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from apt_jax.output import Output, QueueFull
-from apt_jax.routing.router import Router
-from serve.backend import EngineFacts
-from serve.errors import EngineFailure, NotReady
-from serve.group import Group
-from serve.observer import Observer, Stepped
-from serve.replicas.messages import Abort, Accepted, Brought, Event, Refused, Report
-from serve.replicas.replica import Replica, ReplicaStatus
-from serve.replicas.route import Route
-from serve.samples import Sample
-from serve.status import EngineStatus
+from apt_jax.routing.catalogue import Router
+from apt_jax.serve.errors import EngineFailure, NotReady
+from apt_jax.serve.replicas.messages import Abort, Accepted, Brought, Event, Refused, Report
+from apt_jax.serve.replicas.replica import Replica, ReplicaStatus
+from apt_jax.serve.replicas.route import Route
+from apt_jax.serve.runtime.backend import EngineFacts
+from apt_jax.serve.runtime.group import Group
+from apt_jax.serve.runtime.observer import Observer, Stepped
+from apt_jax.serve.runtime.samples import Sample
+from apt_jax.serve.runtime.status import EngineStatus
 
 MOST_MOVES = 3  # of a group, after replicas were lost under it: it may be what breaks them
 

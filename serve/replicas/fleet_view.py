@@ -10,11 +10,11 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.registry import Collector
 
-from serve.replicas.fleet import Fleet
-from serve.replicas.keeper import Keeper
-from serve.replicas.messages import Answer
-from serve.replicas.replica import Replica, ReplicaStatus
-from serve.request_metrics import RequestMetrics
+from apt_jax.serve.observability.request_metrics import RequestMetrics
+from apt_jax.serve.replicas.fleet import Fleet
+from apt_jax.serve.replicas.keeper import Keeper
+from apt_jax.serve.replicas.messages import Answer
+from apt_jax.serve.replicas.replica import Replica, ReplicaStatus
 
 ANSWER_S = 2.0  # that a replica gets for a question
 

@@ -12,11 +12,11 @@ from collections.abc import Callable, Sequence
 
 from apt_jax.routing.attainment import RecentAttainment
 from apt_jax.routing.autoscaler import Autoscaler, AutoscalerOptions
-from serve.errors import EngineFailure
-from serve.observer import Observer, Stepped
-from serve.replicas.fleet import Fleet
-from serve.replicas.replica import Handle, Replica, ReplicaStatus
-from serve.samples import Sample
+from apt_jax.serve.errors import EngineFailure
+from apt_jax.serve.replicas.fleet import Fleet
+from apt_jax.serve.replicas.replica import Handle, Replica, ReplicaStatus
+from apt_jax.serve.runtime.observer import Observer, Stepped
+from apt_jax.serve.runtime.samples import Sample
 
 CHECK_S = 0.2
 SCALE_S = 1.0

@@ -7,15 +7,15 @@ old replica still says of it is not taken for news.
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
-from apt_jax.config import EngineConfig
+from apt_jax.engine_config import EngineConfig
 from apt_jax.output import TokenLogprobs
 from apt_jax.request import FinishReason
 from apt_jax.routing.instance import InstanceLoad
-from serve.options import LoadOptions
-from serve.samples import Sample
+from apt_jax.serve.options import LoadOptions
+from apt_jax.serve.runtime.samples import Sample
 
 if TYPE_CHECKING:
-    from apt_jax.tokenizer import Tokenizer
+    from apt_jax.tokenization.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)

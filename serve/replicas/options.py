@@ -88,7 +88,7 @@ class ReplicaOptions:
         if self.max_replicas is not None and self.max_replicas < self.replicas:
             raise ValueError(f"max_replicas={self.max_replicas} must be at least replicas={self.replicas}")
         if self.router != DEFAULT_ROUTER:
-            from apt_jax.routing.router import make_router
+            from apt_jax.routing.catalogue import make_router
 
             make_router(self.router)
         if self.uses_ray:

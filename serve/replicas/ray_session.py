@@ -6,8 +6,8 @@ import os
 from collections.abc import AsyncIterator
 from typing import Any
 
-from serve.replicas.actor import EngineActor
-from serve.replicas.messages import Answer, Command, EngineSpec, Facts, Report
+from apt_jax.serve.replicas.actor import EngineActor
+from apt_jax.serve.replicas.messages import Answer, Command, EngineSpec, Facts, Report
 
 MISSING = "--replicas and --ray need Ray, which is not installed; pip install 'apt-jax[ray]'"
 STORE_BYTES = 100 * 2**20  # of a Ray of this machine alone: only messages go through it

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING
 
 from apt_jax.output import Output
 from apt_jax.routing.instance import InstanceLoad, instance_load
-from serve.group import Group
-from serve.observer import Observer, Stepped
-from serve.replicas.messages import Accepted, Brought, Ending, Event, Refused, Report
-from serve.samples import Sample
+from apt_jax.serve.replicas.messages import Accepted, Brought, Ending, Event, Refused, Report
+from apt_jax.serve.runtime.group import Group
+from apt_jax.serve.runtime.observer import Observer, Stepped
+from apt_jax.serve.runtime.samples import Sample
 
 if TYPE_CHECKING:
-    from apt_jax.engine import Engine
+    from apt_jax.engine.engine import Engine
 
 HEARTBEAT_S = 1.0  # a report is made at least so often
 LOOK_EVERY_S = 0.1  # at the load, while no event comes

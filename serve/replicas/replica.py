@@ -8,8 +8,8 @@ from collections.abc import AsyncIterator
 from typing import Protocol
 
 from apt_jax.routing.instance import InstanceLoad
-from serve.replicas.messages import Answer, Command, Facts, Report
-from serve.replicas.route import Route
+from apt_jax.serve.replicas.messages import Answer, Command, Facts, Report
+from apt_jax.serve.replicas.route import Route
 
 
 class ReplicaStatus(enum.Enum):

@@ -10,14 +10,14 @@ import numpy as np
 from apt_jax.cache import CacheKind
 from apt_jax.output import Output
 from apt_jax.request import FinishReason, Request, Slo
-from apt_jax.routing.router import RouteRequest
-from serve.backend import EngineFacts
-from serve.group import Group
-from serve.replicas.messages import Brought, Submit
-from serve.samples import Sample
+from apt_jax.routing.catalogue import RouteRequest
+from apt_jax.serve.replicas.messages import Brought, Submit
+from apt_jax.serve.runtime.backend import EngineFacts
+from apt_jax.serve.runtime.group import Group
+from apt_jax.serve.runtime.samples import Sample
 
 if TYPE_CHECKING:
-    from serve.replicas.replica import Replica
+    from apt_jax.serve.replicas.replica import Replica
 
 
 @dataclass(eq=False)

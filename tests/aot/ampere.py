@@ -6,9 +6,11 @@ With the argument `hopper` it tries the kernels for Hopper instead, and prints w
 import sys
 
 import jax.numpy as jnp
-from test_gpu import FLOAT32_CASES, MODELS, compile_kernel
 
-from pallas_kernels import dispatch, gpu_hidden_decode, gpu_kv_decode
+from apt_jax.pallas_kernels import dispatch
+from apt_jax.pallas_kernels.gpu import hidden_decode as gpu_hidden_decode
+from apt_jax.pallas_kernels.gpu import kv_decode as gpu_kv_decode
+from tests.aot.test_gpu import FLOAT32_CASES, MODELS, compile_kernel
 
 DTYPES = (jnp.bfloat16, jnp.float32)
 

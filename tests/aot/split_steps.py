@@ -15,15 +15,15 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
-from apt_jax.attention import Kinds
-from apt_jax.batch import Rows, Tokens
-from apt_jax.cache_arrays import convert_blocks, pool_shape
-from apt_jax.collectives import AXIS
-from apt_jax.opt import OPT
-from apt_jax.scheduling.hardware import MODELS
-from apt_jax.sharding import EVERYWHERE, POOL, Parallel
-from apt_jax.steps import run_step
-from pallas_kernels.dispatch import Kernels
+from apt_jax.attention.paged import Kinds
+from apt_jax.batching.builder import Rows, Tokens
+from apt_jax.execution.pool import convert_blocks, pool_shape
+from apt_jax.execution.steps import run_step
+from apt_jax.models.collectives import AXIS
+from apt_jax.models.opt import OPT
+from apt_jax.models.sharding import EVERYWHERE, POOL, Parallel
+from apt_jax.pallas_kernels.dispatch import Kernels
+from apt_jax.scheduling.costs.hardware import MODELS
 
 LAYERS, BLOCK_SIZE, CONTEXT_TOKENS = 2, 16, 2048
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")

@@ -18,11 +18,11 @@ import pytest
 from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
-from apt_jax.scheduling.hardware import MODELS
-from pallas_kernels import gpu_hidden_cluster
-from pallas_kernels.gpu_hidden_decode import hidden_decode_attention
-from pallas_kernels.gpu_kv_decode import kv_decode_attention
-from pallas_kernels.gpu_kv_prefix import kv_prefix_attention
+from apt_jax.pallas_kernels.gpu import hidden_cluster as gpu_hidden_cluster
+from apt_jax.pallas_kernels.gpu.hidden_decode import hidden_decode_attention
+from apt_jax.pallas_kernels.gpu.kv_decode import kv_decode_attention
+from apt_jax.pallas_kernels.gpu.kv_prefix import kv_prefix_attention
+from apt_jax.scheduling.costs.hardware import MODELS
 
 
 def has_compiler() -> bool:
@@ -163,7 +163,7 @@ def test_hidden_decode_by_clusters_compiles_without_spills(model, block_size, ro
 def run_for_ampere(*arguments: str, **environment: str) -> str:
     """Mosaic compiles for one architecture in a process, so in another one."""
     done = subprocess.run(
-        [sys.executable, str(Path(__file__).with_name("ampere.py")), *arguments],
+        [sys.executable, "-m", "tests.aot.ampere", *arguments],
         env=os.environ | environment, capture_output=True, text=True, timeout=600, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 from jax.experimental import topologies
-from split_steps import compile_split
-from test_gpu import pytestmark  # noqa: F401
 
-from apt_jax.attention import Kinds
-from pallas_kernels.dispatch import Kernels
-from pallas_kernels.gpu_hidden_decode import hidden_decode_attention
-from pallas_kernels.gpu_kv_decode import kv_decode_attention
+from apt_jax.attention.paged import Kinds
+from apt_jax.pallas_kernels.dispatch import Kernels
+from apt_jax.pallas_kernels.gpu.hidden_decode import hidden_decode_attention
+from apt_jax.pallas_kernels.gpu.kv_decode import kv_decode_attention
+from tests.aot.split_steps import compile_split
+from tests.aot.test_gpu import pytestmark  # noqa: F401
 
 KV, HIDDEN, BOTH = Kinds(True, False), Kinds(False, True), Kinds(True, True)
 DECODE, PREFILL, CONVERT = {"unroll": True}, {"tokens": 256}, {"convert": True}

@@ -9,15 +9,15 @@ import jax
 import jax.numpy as jnp
 import pytest
 from flax import nnx
-from test_gpu import h200, pytestmark  # noqa: F401
 
-from apt_jax.attention import Kinds
-from apt_jax.batch import Rows, Tokens
-from apt_jax.cache_arrays import convert_blocks
-from apt_jax.config import ModelConfig
-from apt_jax.opt import OPT
-from apt_jax.steps import run_step
-from pallas_kernels.dispatch import gpu_kernels
+from apt_jax.attention.paged import Kinds
+from apt_jax.batching.builder import Rows, Tokens
+from apt_jax.engine_config import ModelConfig
+from apt_jax.execution.pool import convert_blocks
+from apt_jax.execution.steps import run_step
+from apt_jax.models.opt import OPT
+from apt_jax.pallas_kernels.dispatch import gpu_kernels
+from tests.aot.test_gpu import h200, pytestmark  # noqa: F401
 
 # OPT-13B with two layers, and a pool of 5.4 GB: more than all that a step may keep beside it
 CONFIG = ModelConfig(

@@ -2,16 +2,18 @@
 
 import jax.numpy as jnp
 import pytest
-import test_kernels_gpu as gpu
-import test_kernels_tpu as tpu
-import test_kernels_tpu_prefix as tpu_prefix
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax._src.pallas.mosaic.interpret import interpret_pallas_call
 from jax.experimental.pallas import tpu as pltpu
-from kernel_cases import make_case
 
-from pallas_kernels import tpu_hidden_prefix, tpu_kv_prefix, tpu_paging
+from apt_jax.pallas_kernels.tpu import hidden_prefix as tpu_hidden_prefix
+from apt_jax.pallas_kernels.tpu import kv_prefix as tpu_kv_prefix
+from apt_jax.pallas_kernels.tpu import paging as tpu_paging
+from tests.kernels import test_kernels_gpu as gpu
+from tests.kernels import test_kernels_tpu as tpu
+from tests.kernels import test_kernels_tpu_prefix as tpu_prefix
+from tests.support.kernel_cases import make_case
 
 pytestmark = pytest.mark.timeout(1500)
 FEW = settings(max_examples=6, deadline=None, derandomize=True)

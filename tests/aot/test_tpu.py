@@ -12,17 +12,15 @@ import itertools
 import jax
 import jax.numpy as jnp
 import pytest
-from tpu_compiler import MISSING, OPT_SIZES, TOPOLOGIES, compile_for, device
 
-from pallas_kernels import (
-    tpu_cache_write,
-    tpu_chunk,
-    tpu_hidden_decode,
-    tpu_hidden_prefix,
-    tpu_kv_decode,
-    tpu_kv_prefix,
-)
-from serve.bench.kernel_cycles import used_vmem_bytes
+from apt_jax.pallas_kernels.bench.kernel_cycles import used_vmem_bytes
+from apt_jax.pallas_kernels.tpu import cache_write as tpu_cache_write
+from apt_jax.pallas_kernels.tpu import chunk as tpu_chunk
+from apt_jax.pallas_kernels.tpu import hidden_decode as tpu_hidden_decode
+from apt_jax.pallas_kernels.tpu import hidden_prefix as tpu_hidden_prefix
+from apt_jax.pallas_kernels.tpu import kv_decode as tpu_kv_decode
+from apt_jax.pallas_kernels.tpu import kv_prefix as tpu_kv_prefix
+from tests.aot.tpu_compiler import MISSING, OPT_SIZES, TOPOLOGIES, compile_for, device
 
 if MISSING:
     pytest.skip(MISSING, allow_module_level=True)

@@ -1,10 +1,10 @@
 """Static cycles and VMEM of real final programs, as `apt-jax bench kernels` reports them."""
 
 import pytest
-from tpu_compiler import MISSING
 
-from apt_jax.scheduling.hardware import MODELS
-from serve.bench.kernel_cycles import compile_static
+from apt_jax.pallas_kernels.bench.kernel_cycles import compile_static
+from apt_jax.scheduling.costs.hardware import MODELS
+from tests.aot.tpu_compiler import MISSING
 
 if MISSING:
     pytest.skip(MISSING, allow_module_level=True)

@@ -7,11 +7,11 @@ import re
 
 import pytest
 from jax.experimental import topologies
-from split_steps import compile_split
-from tpu_compiler import MISSING, TOPOLOGIES
 
-from apt_jax.attention import Kinds
-from pallas_kernels import dispatch
+from apt_jax.attention.paged import Kinds
+from apt_jax.pallas_kernels import dispatch
+from tests.aot.split_steps import compile_split
+from tests.aot.tpu_compiler import MISSING, TOPOLOGIES
 
 if MISSING:
     pytest.skip(MISSING, allow_module_level=True)

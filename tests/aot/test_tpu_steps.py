@@ -11,16 +11,16 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 from jax.sharding import SingleDeviceSharding
-from tpu_compiler import MISSING, OPT_SIZES, TOPOLOGIES, compile_for, device
 
-from apt_jax.attention import Kinds
-from apt_jax.batch import Rows, Tokens
-from apt_jax.cache_arrays import convert_blocks
-from apt_jax.config import ModelConfig
-from apt_jax.opt import OPT
-from apt_jax.steps import run_step
-from apt_jax.weight_formats import tpu_format
-from pallas_kernels import dispatch
+from apt_jax.attention.paged import Kinds
+from apt_jax.batching.builder import Rows, Tokens
+from apt_jax.engine_config import ModelConfig
+from apt_jax.execution.pool import convert_blocks
+from apt_jax.execution.steps import run_step
+from apt_jax.execution.tpu_layouts import tpu_format
+from apt_jax.models.opt import OPT
+from apt_jax.pallas_kernels import dispatch
+from tests.aot.tpu_compiler import MISSING, OPT_SIZES, TOPOLOGIES, compile_for, device
 
 if MISSING:
     pytest.skip(MISSING, allow_module_level=True)

@@ -1,7 +1,7 @@
 """For tests that compile for TPUs: every OPT size, and why there is no compiler, if there is none."""
 
-from serve.bench.tpu_compiler import MISSING as NO_LIBTPU
-from serve.bench.tpu_compiler import TOPOLOGIES, compile_for, device
+from apt_jax.pallas_kernels.bench.tpu_compiler import MISSING as NO_LIBTPU
+from apt_jax.pallas_kernels.bench.tpu_compiler import TOPOLOGIES, compile_for, device
 
 __all__ = ["MISSING", "OPT_SIZES", "TOPOLOGIES", "compile_for", "device"]
 

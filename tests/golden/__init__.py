@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save_file
 
-from golden.weights import fingerprint, make_weights
+from tests.golden.weights import fingerprint, make_weights
 
 DATA = Path(__file__).parent / "data"
 ACTIVATIONS_FILE = Path(__file__).parent / "activations.json"  # values of the activation functions at a few points

@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from apt_jax.opt import OPT, causal_attention
-from checkpoints.load import load_model
-from golden import Golden, write_checkpoint
+from apt_jax.checkpoints.load import load_model
+from apt_jax.models.opt import OPT, causal_attention
+from tests.golden import Golden, write_checkpoint
 
 LOGITS_TOLERANCE = 1e-4
 

@@ -1,4 +1,4 @@
-"""Make golden files with transformers and torch: `PYTHONPATH=tests PYTHON -m golden.make [--random N --seed S]`.
+"""Make golden files with transformers and torch: `PYTHONPATH=. PYTHON -m tests.golden.make [--random N --seed S]`.
 
 Without `--random`, the committed files under `tests/golden/data` are made again. Any Python that has torch,
 transformers and safetensors will do; our own package is not imported. Weights whose greedy tokens are a close
@@ -18,9 +18,9 @@ import transformers
 from transformers import OPTConfig, OPTForCausalLM
 from transformers.activations import ACT2FN
 
-from golden import ACTIVATIONS_FILE, DATA, Golden, save_golden, write_checkpoint
-from golden.configs import ACTIVATIONS, FIXED, GREEDY_TOKENS, prompts, random_configs
-from golden.weights import fingerprint, make_weights
+from tests.golden import ACTIVATIONS_FILE, DATA, Golden, save_golden, write_checkpoint
+from tests.golden.configs import ACTIVATIONS, FIXED, GREEDY_TOKENS, prompts, random_configs
+from tests.golden.weights import fingerprint, make_weights
 
 MIN_MARGIN = 5e-3  # of the best logit over the second; float32 rounding is a hundred times smaller
 MIN_MARGIN_RANDOM = 1e-3  # found in fewer tries

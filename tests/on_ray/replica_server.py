@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-from served_model import NAME, is_ready, start_server
+
+from tests.support.served_model import NAME, is_ready, start_server
 
 
 @dataclass

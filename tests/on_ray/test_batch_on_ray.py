@@ -10,7 +10,8 @@ from pathlib import Path
 
 import psutil
 import pytest
-import served_model
+
+from tests.support import served_model
 
 pytest.importorskip("ray", reason="Ray is not installed; `make test-ray` installs it and runs these")
 
@@ -41,7 +42,7 @@ def line_of(number: int) -> str:
 
 
 def start(folder: Path, requests: Path, output: Path, *flags: str) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "serve.cli", "run-batch", "-i", requests, "-o", output, folder]
+    command = [sys.executable, "-m", "apt_jax.serve.cli", "run-batch", "-i", requests, "-o", output, folder]
     more = ["--served-model-name", served_model.NAME, "--load-format", "dummy", *served_model.flags(), *flags]
     environment = {**os.environ, "RAY_AUTH_MODE": "disabled"}
     with output.with_suffix(".log").open("ab") as log:

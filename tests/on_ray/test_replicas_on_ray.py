@@ -7,12 +7,13 @@ import time
 
 import httpx
 import pytest
-import served_model
-from live_server import until as until_soon
+
+from tests.support import served_model
+from tests.support.live_server import until as until_soon
 
 pytest.importorskip("ray", reason="Ray is not installed; `make test-ray` installs it and runs these")
 
-from replica_server import Answer, Server, body, check, clients, keep_asking, serving, stream, until
+from tests.on_ray.replica_server import Answer, Server, body, check, clients, keep_asking, serving, stream, until
 
 REQUESTS = 8
 

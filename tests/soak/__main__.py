@@ -19,10 +19,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent))
-
-from client import Outcome, complete, send_raw
-from server import Server
+from tests.soak.client import Outcome, complete, send_raw
+from tests.soak.server import Server
 
 PATHS = (b"/v1/completions", b"/v1/chat/completions", b"/tokenize", b"/detokenize", b"/debug/profile")
 WORDS = ("def", "return", "the", "file", "of", "a", "list", "is", "not", "self", "import", "for", "in", "class", "(")

@@ -12,30 +12,26 @@ import itertools
 import json
 import multiprocessing
 import os
-import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
-
-sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import psutil
 import uvicorn
-from fake_engine import CharTokenizer, FakeEngine
 
 from apt_jax.cache import CacheKind
-from apt_jax.config import EngineConfig
+from apt_jax.checkpoints.source import DEMO_FOLDER
+from apt_jax.engine_config import EngineConfig
 from apt_jax.output import Output
 from apt_jax.request import FinishReason
 from apt_jax.scheduling.plan import Plan, Reason, Scheduled
-from apt_jax.tokenizer import Tokenizer
-from checkpoints.source import DEMO_FOLDER
-from serve.app import create_app
-from serve.engine_thread import EngineThread
-from serve.options import ServerOptions
-from serve.server import http_config, listen, url_of
-from serve.service import Service
+from apt_jax.serve.http.app import create_app
+from apt_jax.serve.http.server import http_config, listen, url_of
+from apt_jax.serve.http.service import Service
+from apt_jax.serve.options import ServerOptions
+from apt_jax.serve.runtime.engine_thread import EngineThread
+from apt_jax.tokenization.tokenizer import Tokenizer
+from tests.support.fake_engine import CharTokenizer, FakeEngine
 
 
 class FreeEngine(FakeEngine):

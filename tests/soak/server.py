@@ -20,7 +20,7 @@ class Server:
 
     def __init__(self, folder: Path, *flags: str, clock_jumps: bool = False):
         self.log = folder / f"server-{time.time_ns()}.log"
-        code = f"import sys; {CLOCK_JUMPS if clock_jumps else ''}from serve.cli import main; main(sys.argv[1:])"
+        code = f"import sys; {CLOCK_JUMPS if clock_jumps else ''}from apt_jax.serve.cli import main; main(sys.argv[1:])"
         command = [sys.executable, "-c", code, "serve", "--port", "0", "--shutdown-timeout", "5", *flags]
         self._process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=folder)
         self._lines: list[str] = []

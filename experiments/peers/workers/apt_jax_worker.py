@@ -5,11 +5,11 @@ from protocol import serve
 
 def open_peer(folder, dtype, options):
     """See `protocol`."""
-    from apt_jax.config import EngineConfig
-    from serve.bench.offline import checked, open_engine, samples_of
-    from serve.bench.work import Work
-    from serve.driver import Driver
-    from serve.options import LoadOptions
+    from apt_jax.engine_config import EngineConfig
+    from apt_jax.serve.bench.offline.measure import checked, open_engine, samples_of
+    from apt_jax.serve.bench.work import Work
+    from apt_jax.serve.options import LoadOptions
+    from apt_jax.serve.runtime.driver import Driver
 
     config = EngineConfig(**{"dtype": dtype, "max_num_seqs": 32, **options["engine"]})
     engine = open_engine(folder, LoadOptions(load_format="dummy" if options["dummy"] else "auto"), config)

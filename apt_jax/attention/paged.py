@@ -1,0 +1,247 @@
+"""Attention over the paged hybrid cache: in plain XLA, or by kernels where they are given.
+
+Shape letters: T token slots, R rows, N heads, H head_dim, D = N*H, L layers, P blocks, S block_size, C chunk of
+cached tokens that one loop step reads. The pool is flat, `[L*P, S, D]`; block b of layer l is row `l*P + b`.
+
+KV rows attend head by head; hidden rows take queries `q_wide = q Wk^T` of D numbers for each head over the vectors
+themselves, and multiply the context by Wv (DESIGN 2.1, `absorption.py`).
+
+Loops over rows and chunks have trip counts from the data, so a request costs what its own context costs.
+"""
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from apt_jax.attention.absorption import absorb_query, absorbed_values, key_bias_score
+from apt_jax.attention.hidden_slices import hidden_decode_slices
+from apt_jax.attention.prefix import merge_prefix
+from apt_jax.attention.xla import (
+    attend_by_head,
+    attend_wide,
+    finish_softmax,
+    hidden_decode,
+    kv_decode,
+    online_softmax,
+    read_chunk,
+    read_keys_values,
+    start_softmax,
+)
+from apt_jax.batching.builder import Rows, Tokens
+from apt_jax.execution.pool import token_writer
+from apt_jax.models.collectives import own_slice
+from apt_jax.models.opt import Attend, SelfAttention
+from apt_jax.pallas_kernels.dispatch import Kernels
+from apt_jax.pallas_kernels.reference import NEVER, Partial, merge
+
+_TILE = 128  # queries, and keys, of a prefill chunk's own attention at a time
+_SMALLEST_TILE = 16
+
+
+class Kinds(NamedTuple):
+    """Which cache kinds a program must handle; fixed when it is traced."""
+
+    kv: bool
+    hidden: bool
+    certain: bool = False  # each of them does occur, so that nothing asks for it when the program runs
+
+    @property
+    def maybe_one(self) -> bool:
+        """Whether it pays to ask at run time if a kind occurs."""
+        return self.kv and self.hidden and not self.certain
+
+
+def paged_attention(
+    tokens: Tokens,
+    rows: Rows,
+    kinds: Kinds,
+    num_blocks: int,
+    block_size: int,
+    *,
+    decode_only: bool,
+    kernels: Kernels | None = None,
+) -> Attend[jax.Array]:
+    """The attention of one iteration over the pool: writes the new tokens' vectors, then attends.
+
+    Args:
+        tokens, rows: the iteration's arrays, see `apt_jax/batching/builder.py`.
+        kinds: cache kinds that can occur.
+        num_blocks, block_size: P and S.
+        decode_only: every row has one token, and token r belongs to row r.
+        kernels: what they leave out, or None, is done in XLA.
+
+    Returns:
+        An `Attend` whose cache is the pool.
+    """
+
+    write = token_writer(tokens, rows, block_size, kv=kinds.kv, hidden=kinds.hidden, kernels=kernels)
+
+    def attend(
+        projections: SelfAttention, h: jax.Array, pool: jax.Array, layer: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        q = projections.query(h)
+        if projections.splits_inputs:
+            h = own_slice(h, axis=1)
+        if decode_only and not kinds.kv:
+            k = v = jnp.zeros_like(q)  # a hidden row never uses its own k and v
+        elif decode_only and kinds.maybe_one:
+            k, v = jax.lax.cond(
+                jnp.any(~rows.is_hidden & (rows.length > 0)),
+                lambda: projections.cut_late().keys_values(h),
+                lambda: (jnp.zeros_like(q), jnp.zeros_like(q)),
+            )
+        else:
+            k, v = projections.cut_late().keys_values(h)
+        pool = write(pool, layer * num_blocks, h=h, k=k, v=v)
+        shifted = rows._replace(
+            first_blocks=rows.first_blocks + layer * num_blocks, second_blocks=rows.second_blocks + layer * num_blocks
+        )
+        if decode_only:
+            context = shifted.start + shifted.length
+            return _decode(projections, q, pool, shifted, kinds, context, kernels).astype(q.dtype), pool
+        out = _chunks(projections, q, k, v, pool, tokens, shifted, kinds, kernels)
+        # rows with a single token (decodes of a mixed iteration) attend like a decode step
+        single = rows.length == 1
+        context = jnp.where(single, rows.start + 1, 0)
+        by_row = _decode(projections, q[rows.last], pool, shifted, kinds, context, kernels)
+        row = jnp.minimum(tokens.row, rows.length.shape[0] - 1)
+        out = jnp.where(single[row][:, None, None], by_row[row], out)
+        return out.astype(q.dtype), pool
+
+    return attend
+
+
+def _decode(
+    projections: SelfAttention,
+    q: jax.Array,
+    pool: jax.Array,
+    rows: Rows,
+    kinds: Kinds,
+    context: jax.Array,
+    kernels: Kernels | None = None,
+) -> jax.Array:
+    """One query per row `[R, N, H]` over the row's first `context [R]` cached tokens; float32 `[R, N, H]`."""
+    slices = projections.splits_inputs
+    hidden = (rows.is_hidden & (context > 0))[:, None, None]
+
+    def of_hidden(otherwise: jax.Array) -> jax.Array:
+        late = projections.cut_late() if kinds.maybe_one else projections
+        wide = absorb_query(late, q)
+        length = jnp.where(rows.is_hidden, context, 0)
+        if slices:  # a kernel cannot sum the devices' scores before its softmax
+            found = hidden_decode_slices(wide.astype(pool.dtype), pool, rows.first_blocks, length).out
+        elif kernels is not None and kernels.hidden_decode is not None:
+            found = kernels.hidden_decode(wide.astype(pool.dtype), pool, rows.first_blocks, length).out
+        else:
+            found = hidden_decode(wide, pool, rows.first_blocks, length).out
+        return jnp.where(hidden, absorbed_values(late, found), otherwise)
+
+    if not kinds.kv:
+        return of_hidden(jnp.zeros(q.shape, jnp.float32))
+    length = jnp.where(rows.is_hidden, 0, context)
+    decode = kv_decode if kernels is None else kernels.kv_decode
+    out = decode(q, pool, rows.first_blocks, rows.second_blocks, length).out
+    if not kinds.hidden:
+        return out
+    if not kinds.maybe_one:
+        return of_hidden(out)
+    return jax.lax.cond(jnp.any(hidden), of_hidden, lambda out: out, out)
+
+
+def _chunks(
+    projections: SelfAttention,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    pool: jax.Array,
+    tokens: Tokens,
+    rows: Rows,
+    kinds: Kinds,
+    kernels: Kernels | None = None,
+) -> jax.Array:
+    """Prefill chunks `[T, N, H]`: causal among the chunk's own tokens, and over the row's cached prefix."""
+    T, _, H = q.shape
+    chunk = None if kernels is None else kernels.chunk
+    own = causal_tiles(q, k, v, tokens) if chunk is None else chunk(q, k, v, tokens.row)
+    prefix = jnp.where(rows.length > 1, rows.start, 0)
+    # kernels cannot sum the devices' scores before their softmax
+    if kernels is not None and kernels.kv_prefix is not None and not projections.splits_inputs:
+        return merge_prefix(own, projections, q, pool, rows, prefix, kernels, kv=kinds.kv, hidden=kinds.hidden).out
+    # with few queries absorbing (T*N*D per cached token) is cheaper than re-projecting (D*D)
+    absorbs = kinds.hidden and T <= H
+
+    def keys_values(r: jax.Array, chunk: jax.Array, valid: jax.Array) -> tuple[jax.Array, jax.Array]:
+        def cached() -> tuple[jax.Array, jax.Array]:
+            return read_keys_values(q, pool, rows.first_blocks[r], rows.second_blocks[r], chunk, valid)
+
+        def projected() -> tuple[jax.Array, jax.Array]:
+            h = read_chunk(pool, rows.first_blocks[r], chunk, valid, dtype=q.dtype)
+            return projections.keys_values(h)
+
+        if kinds.kv and kinds.hidden and not absorbs:
+            return jax.lax.cond(rows.is_hidden[r], projected, cached)
+        return cached() if kinds.kv else projected()
+
+    def by_head(r: jax.Array) -> Partial:
+        return attend_by_head(q, prefix[r], lambda chunk, valid: keys_values(r, chunk, valid))
+
+    def absorbed(r: jax.Array) -> Partial:
+        wide = absorb_query(projections, q)
+        part = attend_wide(wide.reshape(-1, wide.shape[-1]), pool, rows.first_blocks[r], prefix[r])
+        lse = own_slice(part.lse.reshape(wide.shape[:2]), axis=1) + key_bias_score(projections, q)
+        return Partial(absorbed_values(projections, part.out.reshape(wide.shape)), lse)
+
+    def one_row(r: jax.Array, found: Partial) -> Partial:
+        def with_prefix() -> Partial:
+            if not absorbs:
+                part = by_head(r)
+            elif kinds.kv:
+                part = jax.lax.cond(rows.is_hidden[r], absorbed, by_head, r)
+            else:
+                part = absorbed(r)
+            mine = (tokens.row == r)[:, None]
+            merged = merge(found, part)
+            return Partial(jnp.where(mine[..., None], merged.out, found.out), jnp.where(mine, merged.lse, found.lse))
+
+        return jax.lax.cond(prefix[r] > 0, with_prefix, lambda: found)
+
+    return jax.lax.fori_loop(0, rows.length.shape[0], one_row, own).out
+
+
+def causal_tiles(q: jax.Array, k: jax.Array, v: jax.Array, tokens: Tokens) -> Partial:
+    """Each packed token over the tokens of its own row up to itself; padding gives anything.
+
+    In tiles of queries, each over those tiles of keys that its rows begin in or after: neither what comes later nor
+    what belongs to other requests is multiplied.
+    """
+    T, N, H = q.shape
+    tile = math.gcd(T, _TILE)
+    if tile < _SMALLEST_TILE:
+        tile = T
+    index = jnp.arange(T)
+    begins = tokens.row != jnp.roll(tokens.row, 1)
+    first = jax.lax.cummax(jnp.where(begins, index, 0))  # index of the first token of each token's row
+    q, k, v = (x.swapaxes(0, 1) for x in (q, k, v))
+
+    def one_tile(i: jax.Array) -> Partial:
+        def own(x: jax.Array, at: jax.Array, axis: int = 0) -> jax.Array:
+            return jax.lax.dynamic_slice_in_dim(x, at * tile, tile, axis)
+
+        queries, row, position = own(q, i, 1), own(tokens.row, i), own(tokens.position, i)
+
+        def body(j: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+            seen = (row[:, None] == own(tokens.row, j)) & (position[:, None] >= own(tokens.position, j))
+            scores = jnp.einsum("NQH,NCH->NQC", queries, own(k, j, 1), preferred_element_type=jnp.float32)
+            values = own(v, j, 1).astype(jnp.float32)
+            return online_softmax(
+                carry, jnp.where(seen, scores, NEVER), lambda p: jnp.einsum("NQC,NCH->NQH", p, values), seen
+            )
+
+        return finish_softmax(
+            jax.lax.fori_loop(first[i * tile] // tile, i + 1, body, start_softmax((N, tile), (N, tile, H)))
+        )
+
+    parts = jax.lax.map(one_tile, jnp.arange(T // tile))
+    return Partial(parts.out.swapaxes(1, 2).reshape(T, N, H), parts.lse.swapaxes(1, 2).reshape(T, N))

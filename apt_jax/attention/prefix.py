@@ -1,0 +1,158 @@
+"""Attention of prefill chunks over their rows' cached prefixes by Pallas kernels, merged with the chunks' own part.
+
+Shape letters as in `attention.py`; T token slots in which the rows' chunks lie one after the other.
+
+Over cached hidden vectors a row is attended to in one of two ways (DESIGN 2.1), by counted cost: with few queries they
+are absorbed; with many the row's prefix is projected to keys and values once, into a small pool of its own.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from apt_jax.attention.absorption import absorb_query, absorbed_values, key_bias_score
+from apt_jax.batching.builder import Rows
+from apt_jax.models.opt import KeysValues, SelfAttention
+from apt_jax.pallas_kernels.dispatch import Kernels
+from apt_jax.pallas_kernels.reference import Partial, merge
+
+BALANCE_FLOPS_PER_BYTE = 240  # of a TPU v5e; other chips have 160 to 560, an H200 184
+ABSORBED_TOKENS = 64  # absorbed at a time: N queries and N outputs of D numbers for each
+PROJECTED_TOKENS = (
+    512  # cached tokens projected at a time; beyond about BALANCE the products are no longer bound by Wk, Wv
+)
+
+
+def merge_prefix(
+    own: Partial,
+    projections: SelfAttention,
+    q: jax.Array,
+    pool: jax.Array,
+    rows: Rows,
+    prefix: jax.Array,
+    kernels: Kernels,
+    *,
+    kv: bool,
+    hidden: bool,
+) -> Partial:
+    """Attention over the chunks' own tokens and over cached ones. Pure.
+
+    Args:
+        own: of every token over its own chunk, `[T, N, H]`.
+        q: `[T, N, H]`, scaled.
+        rows: tables hold rows of the pool.
+        prefix: int32 `[R]`, cached tokens that row r's chunk attends to; 0 leaves the row out.
+        kernels: with prefix attention.
+        kv, hidden: cache kinds that can occur.
+    """
+    assert kernels.kv_prefix is not None
+    late = projections.cut_late()
+    first = rows.last - rows.length + 1
+    if kv:
+        length = jnp.where(rows.is_hidden, 0, prefix)
+
+        def over_kv(own: Partial) -> Partial:
+            tables = rows.first_blocks, rows.second_blocks
+            return merge(own, kernels.kv_prefix(q, pool, *tables, length, first, rows.length))  # type: ignore[misc]
+
+        own = _if(jnp.any(length > 0), over_kv, own)
+    if hidden:
+        length = jnp.where(rows.is_hidden, prefix, 0)
+        absorbs = absorbing_is_cheaper(
+            rows.length, length, heads=q.shape[1], head_dim=q.shape[2], reads=kernels.hidden_prefix_reads
+        )
+        own = _over_absorbed(own, late, q, pool, rows, jnp.where(absorbs, length, 0), first, kernels)
+        own = _over_projected(own, late, q, pool, rows, jnp.where(absorbs, 0, length), first, kernels)
+    return own
+
+
+def absorbing_is_cheaper(
+    num_queries: jax.Array, length: jax.Array, *, heads: int, head_dim: int, reads: int = 0
+) -> jax.Array:
+    """Whether `num_queries` over `length` hidden vectors take less time absorbed than with the vectors projected.
+
+    Absorbed: 4 n D^2 FLOPs for queries and outputs, 4 n L N D for attention, 8 n N D bytes of wide queries and outputs,
+    written and read, and 2 n L D bytes of vectors for each of `reads`. Projected: 4 L D^2 and 4 n L D FLOPs. Both read
+    Wk and Wv. In FLOPs, bytes at the chip's balance B, divided by 4 N D: n (H + L + 2 B + reads L B / 2 N) against L H.
+
+    Args:
+        reads: how often each query reads the vectors for itself, `Kernels.hidden_prefix_reads`.
+    """
+    balance = BALANCE_FLOPS_PER_BYTE
+    own_reads = reads * length * balance // (2 * heads)
+    return num_queries * (head_dim + length + 2 * balance + own_reads) < length * head_dim
+
+
+def _if(condition: jax.Array, function: Callable[[Partial], Partial], own: Partial) -> Partial:
+    return jax.lax.cond(condition, function, lambda own: own, own)
+
+
+def _over_absorbed(
+    own: Partial, projections: KeysValues, q: jax.Array, pool: jax.Array, rows: Rows, length: jax.Array,
+    first: jax.Array, kernels: Kernels,
+) -> Partial:  # fmt: skip
+    """`own` merged with attention over hidden vectors, absorbed `ABSORBED_TOKENS` at a time where there are any."""
+    T = q.shape[0]
+    size = min(ABSORBED_TOKENS, T)
+
+    def one_tile(i: jax.Array, own: Partial) -> Partial:
+        at = jnp.minimum(i * size, T - size)  # the last tile may reach back into the one before
+        start, stop = jnp.maximum(first, i * size), jnp.minimum(first + rows.length, (i + 1) * size)
+
+        def work(own: Partial) -> Partial:
+            assert kernels.hidden_prefix is not None
+            queries = jax.lax.dynamic_slice_in_dim(q, at, size)
+            late = projections.within(i)
+            wide = absorb_query(late, queries).astype(pool.dtype)
+            part = kernels.hidden_prefix(
+                wide, pool, rows.first_blocks, length, start - at, jnp.maximum(stop - start, 0)
+            )
+            part = Partial(absorbed_values(late, part.out), part.lse + key_bias_score(projections, queries))
+            merged = merge(Partial(*(jax.lax.dynamic_slice_in_dim(a, at, size) for a in own)), part)
+            return Partial(
+                *(jax.lax.dynamic_update_slice_in_dim(a, b, at, 0) for a, b in zip(own, merged, strict=True))
+            )
+
+        return _if(jnp.any((length > 0) & (start < stop)), work, own)
+
+    return jax.lax.fori_loop(0, -(-T // size), one_tile, own)
+
+
+def _over_projected(
+    own: Partial, projections: KeysValues, q: jax.Array, pool: jax.Array, rows: Rows, length: jax.Array,
+    first: jax.Array, kernels: Kernels,
+) -> Partial:  # fmt: skip
+    """`own` merged with attention over hidden vectors, row by row projected to keys and values."""
+    S, D = pool.shape[1:]
+    W = rows.first_blocks.shape[1]
+    step = max(PROJECTED_TOKENS // S, 1)  # pages
+    pages = -(-W // step) * step
+    slot = jnp.arange(q.shape[0])[:, None]
+
+    def one_row(turn: jax.Array, carry: tuple[Partial, jax.Array]) -> tuple[Partial, jax.Array]:
+        own, keys_values = carry
+        r = order[turn]
+
+        def project(piece: jax.Array, keys_values: jax.Array) -> jax.Array:
+            page = jnp.minimum(piece * step + jnp.arange(step), W - 1)
+            h = pool[rows.first_blocks[r][page]]
+            both = [a.reshape(h.shape).astype(pool.dtype) for a in projections.within(piece).keys_values(h)]
+            return jax.lax.dynamic_update_slice(keys_values, jnp.stack(both), (0, piece * step, 0, 0))
+
+        keys_values = jax.lax.fori_loop(0, -(-length[r] // (step * S)), project, keys_values)
+        tables = jnp.arange(2 * pages, dtype=jnp.int32).reshape(2, 1, pages)
+        one = (jax.lax.dynamic_slice_in_dim(a, r, 1) for a in (length, first, rows.length))
+        assert kernels.kv_prefix is not None
+        part = kernels.kv_prefix(q, keys_values.reshape(2 * pages, S, D), tables[0], tables[1], *one)
+        mine = (slot >= first[r]) & (slot < first[r] + rows.length[r])
+        merged = merge(own, part)
+        own = Partial(jnp.where(mine[..., None], merged.out, own.out), jnp.where(mine, merged.lse, own.lse))
+        return own, keys_values
+
+    def all_rows(own: Partial) -> Partial:
+        keys_values = jax.lax.empty((2, pages, S, D), pool.dtype)  # kernels look at what was projected only
+        return jax.lax.fori_loop(0, jnp.sum(length > 0), one_row, (own, keys_values))[0]
+
+    order = jnp.argsort(length == 0, stable=True)
+    return _if(jnp.any(length > 0), all_rows, own)

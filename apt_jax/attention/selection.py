@@ -1,0 +1,125 @@
+"""Choosing the implementation of attention at start-up: kernels of our own, or XLA."""
+
+import logging
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+from jax.typing import DTypeLike
+
+from apt_jax.cpu_kernels import library
+from apt_jax.cpu_kernels.calls import KERNELS as CPU_KERNELS
+from apt_jax.engine_config import AttentionBackend, ModelConfig
+from apt_jax.pallas_kernels import dispatch
+from apt_jax.pallas_kernels.dispatch import Kernels
+
+logger = logging.getLogger(__name__)
+
+
+def select_kernels(
+    backend: AttentionBackend,
+    model_config: ModelConfig,
+    *,
+    block_size: int,
+    dtype: DTypeLike,
+    device: jax.Device,
+    num_devices: int = 1,
+) -> Kernels | None:
+    """The kernels to attend with, or None for XLA.
+
+    auto takes the Pallas kernels on TPU and GPU, and on a CPU those in C++ (for a model on one device), if they pass a
+    check against their references on this device, else XLA. pallas on a CPU takes the TPU kernels in interpret mode.
+    Whatever is left to XLA, a warning says why.
+
+    Args:
+        model_config: of the part of the model that a device has.
+        num_devices: that the model is split over.
+
+    Raises:
+        ValueError: pallas or native was asked for, and the kernels do not work here.
+    """
+    on_cpu = device.platform == "cpu"
+    if backend == "xla" or (backend == "auto" and on_cpu and num_devices > 1):
+        return None
+    if backend == "pallas" and on_cpu:
+        logger.warning("attention_backend='pallas' on a CPU interprets the TPU kernels: for checks, many times slower")
+        return dispatch.kernels_for(device)
+
+    heads, head_dim = model_config.num_attention_heads, model_config.head_dim
+
+    def check(kernels: Kernels) -> str | None:
+        with jax.default_device(device):
+            reason = dispatch.self_check(kernels, heads=heads, head_dim=head_dim, block_size=block_size, dtype=dtype)
+            if reason is None and on_cpu:
+                reason = dispatch.check_chunk(kernels, heads=heads, head_dim=head_dim, dtype=dtype)
+            return reason
+
+    shape = f"{heads}x{head_dim}-{block_size}-{dtype}"
+    found: Kernels | str
+    if backend == "native" and (not on_cpu or num_devices > 1):
+        found = "it is for a model on one CPU"
+    elif on_cpu:
+        found = _cpu_kernels(check, shape)
+    else:
+        found = _pallas_kernels(check, device)
+    if isinstance(found, Kernels):
+        logger.info("attention: kernels for %s", found.name)
+        if found.hidden_decode is None:
+            logger.warning("attention: XLA for hidden rows, because the %r kernels have none for them", found.name)
+        if on_cpu:
+            return found
+        with jax.default_device(device):
+            return _usable(found, heads=heads, head_dim=head_dim, block_size=block_size, dtype=dtype)
+    if backend != "auto":
+        raise ValueError(f"attention_backend={backend!r} cannot be used here ({found}); use auto or xla")
+    logger.warning("attention: XLA, because the kernels cannot be used here (%s)", found)
+    return None
+
+
+def _pallas_kernels(check: Callable[[Kernels], str | None], device: jax.Device) -> Kernels | str:
+    """The Pallas kernels, or why not."""
+    try:
+        kernels = dispatch.kernels_for(device)
+    except (ImportError, NotImplementedError) as error:
+        return str(error)
+    return check(kernels) or kernels
+
+
+def _cpu_kernels(check: Callable[[Kernels], str | None], shape: str) -> Kernels | str:
+    """The C++ kernels, or why not; what a library has passed once for a shape is noted beside it."""
+    try:
+        path = library.register()
+    except library.Unavailable as error:
+        return str(error)
+    passed = path.with_name(f"{path.stem}-{shape}.passed")
+    if not passed.exists():
+        if reason := check(CPU_KERNELS):
+            return reason
+        try:
+            passed.touch()
+        except OSError as error:
+            logger.warning("%s cannot be written (%s); the next start checks again", passed, error)
+    return CPU_KERNELS
+
+
+def _usable(kernels: Kernels, *, block_size: int, **shape: Any) -> Kernels:
+    """The kernels for decode attention, and of the others those that work here."""
+    prefix = partial(dispatch.check_prefix, block_size=block_size)
+    writer = partial(dispatch.check_cache_writer, block_size=block_size)
+    others: list[tuple[tuple[str, ...], str, str, Callable[..., str | None]]] = [
+        (("kv_prefix", "hidden_prefix"), "prefixes", "over cached prefixes", prefix),
+        (("chunk",), "chunks", "among a prefill chunk's own tokens", dispatch.check_chunk),
+        (("cache_writer",), "writes", "for writing to the cache", writer),
+    ]
+    without: list[str] = []
+    for names, short, place, check in others:
+        if getattr(kernels, names[0]) is None:
+            continue
+        reason = check(kernels, **shape)
+        if reason is not None:
+            left_out: dict[str, Any] = dict.fromkeys(names)
+            kernels = kernels._replace(**left_out)
+            logger.warning("attention: XLA %s, because the kernels cannot be used (%s)", place, reason)
+            without.append(short)
+    return kernels._replace(name=f"{kernels.name}, {', '.join(without)} by xla") if without else kernels

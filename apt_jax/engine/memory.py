@@ -1,0 +1,152 @@
+"""How the device's memory is shared at start-up: weights, activations, and the cache pool in what is left."""
+
+from dataclasses import dataclass
+
+import jax
+import psutil
+
+from apt_jax.cache import CacheKind, blocks_for
+from apt_jax.engine_config import EngineConfig
+
+CPU_CACHE_LIMIT_BYTES = 4 * 2**30  # a default that leaves a workstation usable; --cache-memory-bytes goes past it
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes by use on each device, and what the pool holds."""
+
+    device: str
+    total_bytes: int
+    weight_bytes: int
+    activation_bytes: int
+    block_bytes: int
+    num_blocks: int
+    block_size: int
+    max_model_len: int
+    longest_context_tokens: int
+    num_devices: int = 1
+
+    @property
+    def pool_bytes(self) -> int:
+        """Bytes of the cache pool on each device."""
+        return self.num_blocks * self.block_bytes
+
+    def tokens(self, kind: CacheKind) -> int:
+        """Tokens that the whole pool holds as `kind`."""
+        return self.num_blocks // kind.blocks_per_page * self.block_size
+
+    def table(self) -> str:
+        """The plan as lines of text for the log."""
+        device = self.device if self.num_devices == 1 else f"each of {self.num_devices} x {self.device}"
+        rows = (
+            ("memory", self.total_bytes, device),
+            ("weights", self.weight_bytes, ""),
+            ("activations", self.activation_bytes, "largest compiled step"),
+            ("cache pool", self.pool_bytes, f"{self.num_blocks} blocks of {self.block_size} tokens"),
+        )
+        lines = [f"  {name:<12}{value / 2**20:>12,.1f} MiB  {note}".rstrip() for name, value, note in rows]
+        kv, hidden = self.tokens(CacheKind.KV), self.tokens(CacheKind.HIDDEN)
+        lines.append(f"  the pool holds {kv:,} tokens as KV or {hidden:,} as hidden vectors")
+        longest = self.longest_context_tokens
+        lines.append(f"  longest context: {longest:,} tokens (max_model_len {self.max_model_len:,})")
+        return "\n".join(lines)
+
+
+def plan_memory(
+    config: EngineConfig,
+    *,
+    device: jax.Device,
+    weight_bytes: int,
+    activation_bytes: int,
+    block_bytes: int,
+    max_model_len: int,
+    max_num_seqs: int,
+    kinds: tuple[CacheKind, ...],
+    num_devices: int = 1,
+    sharers: int = 1,
+) -> MemoryPlan:
+    """Decide how many blocks the pool gets.
+
+    All bytes are of one device, also where the model is split over `num_devices`. `weight_bytes` are already allocated
+    there; `block_bytes` counts one block over all layers. `sharers` is for devices of a CPU, see `device_memory`.
+
+    Raises:
+        ValueError: what is left cannot hold one request of `max_model_len` tokens; names the bytes and the flags.
+    """
+    total, free = device_memory(device, weight_bytes, sharers)
+    cheapest = min(kinds, key=lambda kind: kind.blocks_per_page)
+    needed = blocks_for(max_model_len, cheapest, config.block_size)
+    useful = max_num_seqs * blocks_for(max_model_len, max(kinds, key=_blocks_per_page), config.block_size)
+    left = free - activation_bytes
+    used = (
+        f"weights ({_mib(weight_bytes)}) and activations ({_mib(activation_bytes)}) leave {_mib(max(left, 0))} "
+        f"of {_mib(total)}"
+    )
+    if config.num_blocks is not None:
+        num_blocks = config.num_blocks
+        if num_blocks * block_bytes > left:
+            raise ValueError(
+                f"num_blocks={num_blocks} takes {_mib(num_blocks * block_bytes)}, but {used}; lower --num-blocks"
+            )
+    else:
+        room, flag = _room(config, device, total, free, activation_bytes, sharers)
+        num_blocks = min(max(room, 0) // block_bytes, useful)
+        if num_blocks < needed:
+            fits = max(room, 0) // block_bytes // cheapest.blocks_per_page * config.block_size
+            shorter = f", or lower --max-model-len to at most {fits}" if fits else ""
+            raise ValueError(
+                f"max_model_len={max_model_len} needs {_mib(needed * block_bytes)} of cache, {_mib(max(room, 0))} are "
+                f"meant for it; {used}: {flag}{shorter}"
+            )
+        if num_blocks * block_bytes > left:
+            raise ValueError(
+                f"cache_memory_bytes={config.cache_memory_bytes} would take {_mib(num_blocks * block_bytes)}, but "
+                f"{used}; lower --cache-memory-bytes"
+            )
+    longest = min(max_model_len, num_blocks // cheapest.blocks_per_page * config.block_size)
+    return MemoryPlan(
+        device=f"{device.platform}: {device.device_kind}",
+        total_bytes=total,
+        weight_bytes=weight_bytes,
+        activation_bytes=activation_bytes,
+        block_bytes=block_bytes,
+        num_blocks=num_blocks,
+        block_size=config.block_size,
+        max_model_len=max_model_len,
+        longest_context_tokens=longest,
+        num_devices=num_devices,
+    )
+
+
+def _room(
+    config: EngineConfig, device: jax.Device, total: int, free: int, activation_bytes: int, sharers: int
+) -> tuple[int, str]:
+    """Bytes meant for the cache (negative if weights and activations take more), and what to do to get more."""
+    if config.cache_memory_bytes is not None:
+        return config.cache_memory_bytes, f"raise --cache-memory-bytes (now {config.cache_memory_bytes})"
+    share = config.device_memory_utilization
+    room = int(total * share) - (total - free) - activation_bytes
+    if device.platform == "cpu" and room > CPU_CACHE_LIMIT_BYTES // sharers:
+        return CPU_CACHE_LIMIT_BYTES // sharers, "raise --cache-memory-bytes"
+    return room, f"raise --device-memory-utilization (now {share}), lower --max-num-batched-tokens"
+
+
+def device_memory(device: jax.Device, weight_bytes: int, sharers: int = 1) -> tuple[int, int]:
+    """Bytes of `device` that count as its memory, and those free now.
+
+    A GPU or TPU says so itself; on a CPU it is the machine's available memory, weights already loaded added, in equal
+    parts for the `sharers` devices that one model is split over there.
+    """
+    stats = device.memory_stats()
+    if stats and "bytes_limit" in stats:
+        return stats["bytes_limit"], stats["bytes_limit"] - stats["bytes_in_use"]
+    available = psutil.virtual_memory().available
+    return available // sharers + weight_bytes, available // sharers
+
+
+def _blocks_per_page(kind: CacheKind) -> int:
+    return kind.blocks_per_page
+
+
+def _mib(count: int) -> str:
+    return f"{count / 2**20:,.1f} MiB"

@@ -1,0 +1,89 @@
+"""All layers of a step on a CPU by one C++ call (`cpu_kernels/layers.h`), instead of a program for each layer.
+
+Between the products of one layer XLA runs small programs and wakes its threads anew, which takes as long as a fifth of
+the products of one row (docs/performance.md).
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from apt_jax.batching.builder import Rows, Tokens
+from apt_jax.cpu_kernels.calls import all_layers
+from apt_jax.engine_config import ModelConfig
+from apt_jax.execution.forms.layer_weights import LayerWeights, PanelKernel
+from apt_jax.execution.steps import end_step, start_step
+from apt_jax.models.opt import OPT, DecoderLayer, own_product
+
+_KEYS_PACKED = 4096  # as kKeysPacked in layers.h
+
+
+def are_native(model: OPT, layers: LayerWeights) -> bool:
+    """Whether the C++ call knows layers of this kind, and has their kernels as it takes them."""
+    return model.layers.activation == "relu" and layers.all_in_panels
+
+
+def scratch_bytes(config: ModelConfig, tokens: int, rows: int) -> int:
+    """Memory that the C++ call keeps for a step of this shape: `Step` in layers.h, and keys and values as packed."""
+    D = config.hidden_size
+    of_tokens = tokens * (8 * D + 2 * config.ffn_dim)
+    wide = 2 * rows * config.num_attention_heads * D  # queries and results of hidden rows
+    return 4 * (of_tokens + wide + 2 * _KEYS_PACKED * D)
+
+
+def run_native_step(
+    model: OPT,
+    layers: list[DecoderLayer],
+    num_blocks: int,
+    decode_only: bool,
+    max_rows: int,
+    pool: jax.Array,
+    history: jax.Array,
+    tokens: Tokens,
+    rows: Rows,
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]:
+    """As `steps.run_step`. Pure; pool and history are to be donated.
+
+    Args:
+        model: what is outside the layers.
+        layers: the modules of all layers, with kernels that are multiplied by `cpu_kernels`.
+    """
+    x, history = start_step(model, history, tokens, rows)
+    first = layers[0]
+    x, pool = all_layers(
+        x, pool, rows, [array for layer in layers for array in _parameters(layer)],
+        heads=first.self_attn.q_proj.kernel.shape[1], ffn_dim=first.fc1.kernel.shape[1], num_blocks=num_blocks,
+        norm_first=first.norm_first,
+    )  # fmt: skip
+    last, every = end_step(model, decode_only, max_rows, x, rows)
+    return last, pool, history, every
+
+
+def _parameters(layer: DecoderLayer) -> list[jax.Array]:
+    """In the order of `Layer` in layers.h."""
+    attention = layer.self_attn
+
+    def of(*linears: nnx.Linear | nnx.LinearGeneral) -> list[jax.Array]:
+        return [array for linear in linears for array in (_panels(linear.kernel), _or_nothing(linear.bias))]
+
+    def of_norm(norm: nnx.LayerNorm) -> list[jax.Array]:
+        return [_or_nothing(norm.scale), _or_nothing(norm.bias)]
+
+    return [
+        *of_norm(layer.self_attn_layer_norm),
+        *of(attention.q_proj, attention.k_proj, attention.v_proj, attention.out_proj),
+        *of_norm(layer.final_layer_norm),
+        *of(layer.fc1, layer.fc2),
+    ]
+
+
+def _panels(kernel: Any) -> jax.Array:
+    own = own_product(kernel)
+    assert isinstance(own, PanelKernel)
+    return own.array
+
+
+def _or_nothing(parameter: Any) -> jax.Array:
+    return jnp.zeros(0) if parameter is None else parameter[...]

@@ -1,0 +1,99 @@
+"""The cache pool on the device: making it, writing a step's tokens, converting hidden blocks to KV in place.
+
+The pool is one flat array `[L*P, S, D]`; block b of layer l is row `l*P + b`. Flat, because a pool carried through
+`lax.scan` and donated stays in place only when no layer's slice of it is taken (DESIGN, "The hybrid cache"). Where it
+is split over devices, D is a device's slice and N are its heads.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+
+from apt_jax.batching.builder import Rows, Tokens
+from apt_jax.engine_config import ModelConfig
+from apt_jax.models.opt import OPT, DecoderLayer
+from apt_jax.pallas_kernels import reference
+from apt_jax.pallas_kernels.dispatch import Kernels
+
+
+def pool_shape(config: ModelConfig, num_blocks: int, block_size: int) -> tuple[int, int, int]:
+    """`(L*P, S, D)`."""
+    return config.num_hidden_layers * num_blocks, block_size, config.hidden_size
+
+
+def block_bytes(config: ModelConfig, block_size: int, dtype: DTypeLike) -> int:
+    """Bytes of one block over all layers."""
+    return config.num_hidden_layers * block_size * config.hidden_size * jnp.dtype(dtype).itemsize
+
+
+def token_writer(
+    tokens: Tokens, rows: Rows, block_size: int, *, kv: bool, hidden: bool, kernels: Kernels | None = None
+) -> Callable[..., jax.Array]:
+    """How this step writes vectors into their blocks, in place when donated: k and v for KV rows, h for hidden rows.
+
+    Args:
+        kv, hidden: whether such rows can occur.
+        kernels: without a `cache_writer`, or None: XLA's scatter.
+
+    Returns:
+        `write(pool, base, *, h, k, v)`: the pool `[L*P, S, D]` with attention inputs `h [T, D]`, or `k` and `v`
+        `[T, N, H]`, in the layer whose first block is `base`.
+    """
+    R = rows.length.shape[0]
+    row = jnp.minimum(tokens.row, R - 1)
+    page, offset = tokens.position // block_size, tokens.position % block_size
+    is_hidden, real = rows.is_hidden[row], tokens.row < R
+    first = jnp.where(real, rows.first_blocks[row, page], -1)
+    second = jnp.where(real & ~is_hidden, rows.second_blocks[row, page], -1)
+    kernel = None if kernels is None else kernels.cache_writer
+    write_vectors = (kernel or reference.cache_writer)(first, second, offset)
+
+    def write(pool: jax.Array, base: jax.Array, *, h: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        if not kv:
+            return write_vectors(pool, base, h, None)
+        k, v = k.reshape(-1, pool.shape[2]), v.reshape(-1, pool.shape[2])
+        return write_vectors(pool, base, jnp.where(is_hidden[:, None], h, k) if hidden else k, v)
+
+    return write
+
+
+def convert_blocks(
+    model: OPT, pool: jax.Array, hidden_blocks: jax.Array, value_blocks: jax.Array, num_blocks: int
+) -> jax.Array:
+    """hidden -> KV in place: keys replace the hidden vectors in their blocks, values go to new blocks.
+
+    One matrix product over the cached hidden vectors per layer, no new prefill. Source: DESIGN, "The hybrid cache".
+
+    Args:
+        hidden_blocks, value_blocks: int32 `[K]` blocks of the pages to convert; padding is `num_blocks`.
+    """
+    graphdef, stacked = nnx.split(model.layers)
+
+    def one_layer(pool: jax.Array, xs: tuple[jax.Array, nnx.State]) -> tuple[jax.Array, None]:
+        layer, state = xs
+        return convert_layer(nnx.merge(graphdef, state), pool, layer, hidden_blocks, value_blocks, num_blocks), None
+
+    pool, _ = jax.lax.scan(one_layer, pool, (jnp.arange(model.num_layers, dtype=jnp.int32), stacked))
+    return pool
+
+
+def convert_layer(
+    layer: DecoderLayer,
+    pool: jax.Array,
+    index: jax.Array,
+    hidden_blocks: jax.Array,
+    value_blocks: jax.Array,
+    num_blocks: int,
+) -> jax.Array:
+    """`convert_blocks` in layer number `index` (int32 scalar) only. Pure."""
+    nowhere = pool.shape[0]
+    base = index * num_blocks
+    first = jnp.where(hidden_blocks < num_blocks, base + hidden_blocks, nowhere)
+    second = jnp.where(hidden_blocks < num_blocks, base + value_blocks, nowhere)
+    h = pool[jnp.minimum(first, nowhere - 1)]
+    k, v = (x.reshape(h.shape) for x in layer.self_attn.keys_values(h))
+    pool = pool.at[first].set(k.astype(pool.dtype), mode="drop")
+    return pool.at[second].set(v.astype(pool.dtype), mode="drop")

@@ -1,0 +1,123 @@
+"""What one iteration computes, as pure functions of arrays; `runner.py` compiles them.
+
+`run_step` is the whole model in one program. Where that copies weights, `start_step`, `run_layer` once per layer, and
+`end_step` do the same in several.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+from apt_jax.attention.paged import Kinds, paged_attention
+from apt_jax.batching.builder import Rows, Sampling, Tokens
+from apt_jax.execution.sampling import Sampled, sample
+from apt_jax.models.opt import OPT, DecoderLayer
+from apt_jax.pallas_kernels.dispatch import Kernels
+
+
+def run_step(
+    model: OPT,
+    kinds: Kinds,
+    num_blocks: int,
+    decode_only: bool,
+    max_rows: int,
+    pool: jax.Array,
+    history: jax.Array,
+    tokens: Tokens,
+    rows: Rows,
+    kernels: Kernels | None = None,
+    *,
+    unroll: bool = False,
+    by_kind: bool = False,
+    cut_late: bool = False,
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]:
+    """One iteration of the model: tokens in, cache written. Pure; jitted by `Runner`.
+
+    `unroll` and `cut_late` are the model's.
+
+    `by_kind` compiles the layers for each mix of cache kinds and chooses among them before the first layer, where
+    otherwise each layer would ask which kinds occur. On a TPU a condition inside the loop copies the weights that it
+    needs out of the stack, in every layer.
+
+    Returns:
+        Hidden states `[max_rows, E]` after each row's last token (padded, so that sampling has one input shape),
+        the pool, the history with this step's tokens, and hidden states `[T, E]` after every token (None if
+        `decode_only`: they are the first).
+    """
+    ids, history = _token_ids(history, tokens, rows)
+
+    def all_layers(pool: jax.Array, kinds: Kinds) -> tuple[jax.Array, jax.Array]:
+        attend = paged_attention(
+            tokens, rows, kinds, num_blocks, pool.shape[1], decode_only=decode_only, kernels=kernels
+        )
+        return model(ids, tokens.position, attend, pool, unroll=unroll, cut_late=cut_late)
+
+    if by_kind and kinds.maybe_one:
+        has_kv, has_hidden = (jnp.any((rows.length > 0) & is_kind) for is_kind in (~rows.is_hidden, rows.is_hidden))
+        mixes = [Kinds(kv=True, hidden=False), Kinds(kv=False, hidden=True), Kinds(kv=True, hidden=True, certain=True)]
+        mix = jnp.where(has_hidden, 1 + has_kv.astype(jnp.int32), 0)
+        hidden, pool = jax.lax.switch(mix, [partial(all_layers, kinds=kinds) for kinds in mixes], pool)
+    else:
+        hidden, pool = all_layers(pool, kinds)
+    last, every = _last_states(hidden, decode_only, max_rows, rows)
+    return last, pool, history, every
+
+
+def start_step(model: OPT, history: jax.Array, tokens: Tokens, rows: Rows) -> tuple[jax.Array, jax.Array]:
+    """What `run_step` does before the first layer: the residual stream `[T, D]` and the history. Pure."""
+    ids, history = _token_ids(history, tokens, rows)
+    return model.embed(ids, tokens.position), history
+
+
+def run_layer(
+    layer: DecoderLayer,
+    kinds: Kinds,
+    num_blocks: int,
+    decode_only: bool,
+    pool: jax.Array,
+    x: jax.Array,
+    index: jax.Array,
+    tokens: Tokens,
+    rows: Rows,
+    kernels: Kernels | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """Layer number `index` (int32 scalar) of `run_step`: the residual stream `[T, D]` and the pool. Pure."""
+    attend = paged_attention(tokens, rows, kinds, num_blocks, pool.shape[1], decode_only=decode_only, kernels=kernels)
+    return layer(x, attend, pool, index)
+
+
+def end_step(
+    model: OPT, decode_only: bool, max_rows: int, x: jax.Array, rows: Rows
+) -> tuple[jax.Array, jax.Array | None]:
+    """What `run_step` does after the last layer; returns its first and last result. Pure."""
+    return _last_states(model.finish(x), decode_only, max_rows, rows)
+
+
+def run_sampling(
+    model: OPT, history: jax.Array, hidden: jax.Array, sampling: Sampling, slot: jax.Array, length: jax.Array
+) -> tuple[Sampled, jax.Array]:
+    """Sample after the first rows of `hidden`, as many as `slot` has. Pure; jitted by `Runner`.
+
+    Args:
+        slot: int32 `[R]`, out of range for padding rows.
+        length: int32 `[R]`, tokens before the one to sample.
+
+    Returns:
+        What was sampled, and the history with it.
+    """
+    known = history[jnp.minimum(slot, history.shape[0] - 1)]
+    sampled = sample(model.logits(hidden[: slot.shape[0]]), known, length, sampling)
+    return sampled, history.at[slot, length].set(sampled.token, mode="drop")
+
+
+def _token_ids(history: jax.Array, tokens: Tokens, rows: Rows) -> tuple[jax.Array, jax.Array]:
+    """Ids of the step's tokens, and the history with them."""
+    slot = jnp.append(rows.slot, history.shape[0])[tokens.row]  # out of range for padding tokens
+    ids = jnp.where(tokens.on_device, history[jnp.minimum(slot, history.shape[0] - 1), tokens.position], tokens.ids)
+    return ids, history.at[slot, tokens.position].set(ids, mode="drop")
+
+
+def _last_states(hidden: jax.Array, decode_only: bool, max_rows: int, rows: Rows) -> tuple[jax.Array, jax.Array | None]:
+    last = hidden if decode_only else hidden[rows.last]
+    return jnp.pad(last, ((0, max_rows - last.shape[0]), (0, 0))), None if decode_only else hidden

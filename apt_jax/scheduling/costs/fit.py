@@ -1,0 +1,167 @@
+"""Fit the cost model's scales to measured iterations: non-negative least squares on relative errors.
+
+The dense term bends where matrix products overtake weight reads. The place and the sharpness of the bend are searched
+on a grid; all other scales are linear and solved for, in a few passes that trust outliers less (Cauchy weights: a busy
+machine or a page fault should not bend the model). Each row is divided by its measured time, so a 1 ms and a 100 ms
+iteration count alike.
+"""
+
+import json
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from apt_jax.files import replace_file
+from apt_jax.scheduling.costs.cost_model import CostModel, Scales
+from apt_jax.scheduling.costs.step_load import StepLoad
+
+MIN_OBSERVATIONS = 8
+RECENT_OBSERVATIONS = 512  # real iterations kept beside those measured at start-up
+_BENDS = tuple(float(x) for x in np.geomspace(0.02, 50.0, 29))
+_KNEES = (1.0, 2.0, 4.0, 16.0)
+_ROBUST_PASSES = 5
+_TYPICAL_ERROR = 0.15  # relative; observations much further off lose their weight
+
+
+@dataclass(frozen=True)
+class Observation:
+    """One measured iteration."""
+
+    load: StepLoad
+    seconds: float
+
+
+def fit(model: CostModel, observations: Sequence[Observation], around: Scales | None = None) -> CostModel:
+    """`model` with the scales that explain `observations` best.
+
+    Args:
+        model: physics and padded sizes; its scales do not matter.
+        observations: at least `MIN_OBSERVATIONS`.
+        around: an earlier answer: search the bend near its bend only, which takes milliseconds.
+
+    Raises:
+        ValueError: too few observations, or one that took no time.
+    """
+    if len(observations) < MIN_OBSERVATIONS:
+        raise ValueError(
+            f"{len(observations)} observations are too few to fit the cost model; give at least {MIN_OBSERVATIONS}"
+        )
+    seconds = np.array([o.seconds for o in observations])
+    if not seconds.min() > 0:
+        raise ValueError(f"an observation took {seconds.min()} s; every iteration takes more than 0 s")
+    base = model.with_scales(Scales())
+    weights_s, compute_s, others = _terms(base, observations)
+    if around is None:
+        grid = [(bend, knee) for bend in _BENDS for knee in _KNEES]
+    else:
+        grid = [(around.compute * float(step), around.knee) for step in np.geomspace(0.8, 1.25, 5)]
+    best: tuple[float, Scales] | None = None
+    for bend, knee in grid:
+        dense = base.blend(weights_s, compute_s * bend, knee)
+        error, scale = _solve(np.column_stack([dense, others]) / seconds[:, None])
+        if best is None or error < best[0] - 1e-12:
+            dense_scale, overhead, kv, hidden, pairs, per_request, exchange = scale
+            best = error, Scales(overhead, dense_scale, bend, knee, kv, hidden, pairs, per_request, exchange)
+    assert best is not None
+    return model.with_scales(best[1])
+
+
+def _solve(relative: NDArray[np.float64]) -> tuple[float, list[float]]:
+    """Scales x >= 0 that bring `relative @ x` close to 1, and the typical error. What was not seen stays as it was."""
+    from scipy.optimize import nnls  # takes a while to import
+
+    used = relative.any(axis=0)
+    size = np.sqrt((relative[:, used] ** 2).sum(axis=0))  # columns of one size: well conditioned
+    trust = np.ones(len(relative))
+    scale = np.array([1.0, 1.0, 1.0, 1.0, 1.0, 0.0, 1.0])
+    for _ in range(_ROBUST_PASSES):
+        solution, _ = nnls(trust[:, None] * relative[:, used] / size, trust)
+        scale[used] = solution / size
+        off = np.abs(relative @ scale - 1)
+        trust = 1 / np.sqrt(1 + (off / _TYPICAL_ERROR) ** 2)
+    return float(np.median(off) + 0.1 * np.minimum(off, 1.0).mean()), [float(x) for x in scale]
+
+
+def _terms(
+    model: CostModel, observations: Sequence[Observation]
+) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
+    """Seconds at scale 1: weight reads, products, `[n, 6]` overhead, KV, hidden, pairs, requests, exchange."""
+    compute, others = [], []
+    for load in (model.sizes.pad(o.load) for o in observations):
+        compute.append(model.compute_s(load))
+        others.append(
+            (
+                model.overhead_s,
+                load.kv_tokens * model.kv_token_s,
+                load.hidden_tokens * model.hidden_token_s,
+                load.prefill_pairs * model.pair_s,
+                float(load.decode_requests),
+                model.exchange_s(load),
+            )
+        )
+    return np.full(len(compute), model.weights_s), np.array(compute), np.array(others)
+
+
+def relative_errors(model: CostModel, observations: Sequence[Observation]) -> NDArray[np.float64]:
+    """`[n]` |predicted - measured| / measured of each observation."""
+    return np.array([abs(model.step_s(o.load) - o.seconds) / o.seconds for o in observations])
+
+
+class Calibration:
+    """What was measured of one model on one device, the fit to it, and its file.
+
+    `measured` are the iterations timed at start-up; they are kept, so that a long time in one regime does not spoil
+    the fit elsewhere. `observe` adds real iterations, the newest ones, and fits again after every `refit_every`.
+    """
+
+    def __init__(self, model: CostModel, measured: Sequence[Observation] = (), *, refit_every: int = 512):
+        self.model = fit(model, measured) if len(measured) >= MIN_OBSERVATIONS else model
+        self.is_fitted = len(measured) >= MIN_OBSERVATIONS
+        self._measured = list(measured)
+        self._recent: deque[Observation] = deque(maxlen=RECENT_OBSERVATIONS)
+        self._refit_every = refit_every
+        self._since_fit = 0
+
+    @property
+    def num_observations(self) -> int:
+        """Iterations kept."""
+        return len(self._measured) + len(self._recent)
+
+    def median_error(self) -> float:
+        """Median relative error over the iterations kept; 0 without any."""
+        kept = [*self._measured, *self._recent]
+        return float(np.median(relative_errors(self.model, kept))) if kept else 0.0
+
+    def observe(self, load: StepLoad, seconds: float) -> bool:
+        """Add one real iteration; whether `model` was fitted again because of it."""
+        if not seconds > 0:
+            return False
+        self._recent.append(Observation(load, seconds))
+        self._since_fit += 1
+        if self._since_fit < self._refit_every:
+            return False
+        self._since_fit = 0
+        around = self.model.scales if self.is_fitted else None
+        self.model = fit(self.model, [*self._measured, *self._recent], around)
+        self.is_fitted = True
+        return True
+
+    def save(self, path: Path) -> None:
+        """Write what was measured to `path` as JSON, parent folders included."""
+        rows = [{**asdict(o.load), "seconds": o.seconds} for o in self._measured]
+        replace_file(path, json.dumps({"version": 1, "observations": rows}).encode())
+
+    @classmethod
+    def load(cls, path: Path, model: CostModel) -> "Calibration | None":
+        """The calibration stored at `path`; None if there is none, or it cannot be used."""
+        try:
+            raw = json.loads(path.read_text(encoding="utf-8"))
+            rows = [dict(row) for row in raw["observations"]] if raw["version"] == 1 else []
+            stored = cls(model, [Observation(seconds=row.pop("seconds"), load=StepLoad(**row)) for row in rows])
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+        return stored if stored.is_fitted else None

@@ -1,0 +1,80 @@
+"""Devices and OPT sizes by name, for the cost model and the simulator. Figures: the makers' sheets."""
+
+from dataclasses import dataclass
+
+from apt_jax.engine_config import ModelConfig
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """One accelerator chip.
+
+    Attributes:
+        name: as given on the command line.
+        memory_bytes: device memory.
+        flops_per_s: dense 16-bit matrix peak.
+        bytes_per_s: peak bandwidth of the device memory.
+        link_bytes_per_s: to its neighbours, one direction.
+        source: where the figures come from.
+        flops_efficiency, bandwidth_efficiency: share of the peaks that large kernels reach. Assumed, the same for
+            all; a calibration replaces them.
+        overhead_s: launch and host time of one iteration. Assumed.
+        link_latency_s: of one collective. Assumed.
+    """
+
+    name: str
+    memory_bytes: float
+    flops_per_s: float
+    bytes_per_s: float
+    link_bytes_per_s: float
+    source: str
+    flops_efficiency: float = 0.6
+    bandwidth_efficiency: float = 0.8
+    overhead_s: float = 0.003
+    link_latency_s: float = 10e-6
+
+
+_ALL = (
+    Hardware("a100-40gb", 40 * GIB, 312e12, 1555e9, 300e9, "NVIDIA A100 datasheet, SXM4 40 GB"),
+    Hardware("a100-80gb", 80 * GIB, 312e12, 2039e9, 300e9, "NVIDIA A100 datasheet, SXM4 80 GB"),
+    Hardware("h100-80gb", 80 * GIB, 989.4e12, 3350e9, 450e9, "NVIDIA H100 datasheet, SXM5, without sparsity"),
+    Hardware("h200", 141e9, 989.4e12, 4800e9, 450e9, "NVIDIA H200 datasheet, SXM, without sparsity"),
+    Hardware("tpu-v5e", 16 * GIB, 197e12, 819e9, 200e9, "Google Cloud TPU v5e system architecture"),
+    Hardware("tpu-v5p", 95 * GIB, 459e12, 2765e9, 600e9, "Google Cloud TPU v5p system architecture"),
+    Hardware("tpu-v6e", 32 * GIB, 918e12, 1638e9, 400e9, "Google Cloud TPU v6e (Trillium) system architecture"),
+    Hardware("tpu7x", 192 * GIB, 2307e12, 7380e9, 600e9, "Google Cloud TPU7x (Ironwood) system architecture"),
+)
+HARDWARE = {hardware.name: hardware for hardware in _ALL}
+
+
+def _opt(hidden_size: int, layers: int, heads: int) -> ModelConfig:
+    return ModelConfig(
+        hidden_size=hidden_size, num_hidden_layers=layers, num_attention_heads=heads,
+        ffn_dim=4 * hidden_size, word_embed_proj_dim=hidden_size,
+    )  # fmt: skip
+
+
+# Zhang et al., "OPT: Open Pre-trained Transformer Language Models", table 1. OPT-350m embeds in 512 numbers.
+MODELS = {
+    "opt-125m": _opt(768, 12, 12),
+    "opt-350m": _opt(1024, 24, 16),
+    "opt-1.3b": _opt(2048, 24, 32),
+    "opt-2.7b": _opt(2560, 32, 32),
+    "opt-6.7b": _opt(4096, 32, 32),
+    "opt-13b": _opt(5120, 40, 40),
+    "opt-30b": _opt(7168, 48, 56),
+    "opt-66b": _opt(9216, 64, 72),
+}
+
+
+def by_name[T](table: dict[str, T], name: str, what: str) -> T:
+    """`table[name]`.
+
+    Raises:
+        ValueError: there is no such name; the message lists those there are.
+    """
+    if name not in table:
+        raise ValueError(f"unknown {what} {name!r}; known: {', '.join(table)}")
+    return table[name]

@@ -1,0 +1,62 @@
+"""Which requests can no longer keep their SLO, what becomes of them, and the bound on how long they wait.
+
+A late request is demoted: its value shrinks to 1/10,000, so it never takes memory from a request that can still be
+served in time (Apt-Serve, section 5). Alone that starves it for as long as others keep coming. The aging fallback
+bounds the wait: late requests that have been in the system for `patience_s` queue, in order of arrival, for a lane.
+Whoever is in the lane is scheduled in every iteration, cannot be preempted, and leaves only when finished.
+
+Bound: let a late request have k older unfinished requests when its patience ends. No later arrival ever enters the
+lane before it. The lane always holds its oldest eligible request, which computes at least one prefill chunk or one
+token per iteration. So it is finished after at most the sum, over those k and itself, of (prefill chunks + output
+tokens) iterations, whatever else arrives. `tests/unit/test_scheduling_apt.py` holds the policy to it.
+"""
+
+from typing import Literal
+
+import numpy as np
+
+from apt_jax.scheduling.policies.apt.ledger import Queue
+from apt_jax.scheduling.policies.apt.problem import Bools, Floats, Ints
+
+Fallback = Literal["aging", "constant", "none"]
+DEMOTED_VALUE = 1e-4  # of the paper's released code
+
+
+def is_late(queue: Queue, pending_s: Floats, remaining_tokens: Floats | None) -> Bools:
+    """`[n]` whether a request can no longer attain its SLO.
+
+    That is so when its first token is overdue, or more gaps are too long than the 99th percentile forgives: one
+    in a hundred of all gaps. `remaining_tokens` are the tokens expected to come; without them only the gaps so far
+    count.
+    """
+    total = queue.generated + (0 if remaining_tokens is None else remaining_tokens)
+    forgiven = np.floor(np.maximum(total - 1, 0) / 100)
+    gaps = queue.late_gaps + (pending_s > queue.tbt_slo_s)
+    return queue.missed_first | np.where(queue.started, gaps > forgiven, pending_s > queue.ttft_slo_s)
+
+
+def is_overdue(queue: Queue, pending_s: Floats) -> Bools:
+    """`[n]` the released Apt-Serve's test: the next token is late. Forgets earlier misses."""
+    return np.asarray(pending_s > queue.slo_s())
+
+
+def lane(
+    waiting: Queue, running: Queue, late_waiting: Bools, late_running: Bools, *, now: float, patience_s: float,
+    blocks_waiting: Ints, blocks_running: Ints, share_blocks: int,
+) -> tuple[Bools, Bools]:  # fmt: skip
+    """Masks of the waiting and running requests in the lane: the oldest eligible ones, while they fit in its share.
+
+    At least one is in it if any is eligible. `blocks_*` is what each takes in its smallest kind.
+    """
+    eligible_w = np.flatnonzero(late_waiting & (now - waiting.arrival_s > patience_s))
+    eligible_r = np.flatnonzero(late_running & (now - running.arrival_s > patience_s))
+    in_w, in_r = np.zeros(len(waiting), np.bool_), np.zeros(len(running), np.bool_)
+    entries = [(waiting.requests[i].order, True, i) for i in eligible_w[:16]]
+    entries += [(running.requests[i].order, False, i) for i in eligible_r[:16]]
+    used = 0
+    for _, is_waiting, i in sorted(entries):
+        used += int((blocks_waiting if is_waiting else blocks_running)[i])
+        if used > share_blocks and (in_w.any() or in_r.any()):
+            break
+        (in_w if is_waiting else in_r)[i] = True
+    return in_w, in_r

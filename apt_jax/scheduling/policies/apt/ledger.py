@@ -1,0 +1,184 @@
+"""Arrays over the unfinished requests, kept up to date from plan to plan instead of gathered anew.
+
+A waiting request does not change, so per plan only new arrivals and running requests are read; the rest is numpy.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from apt_jax.cache import CacheKind
+from apt_jax.request import Request, Status
+from apt_jax.scheduling.policies.apt.problem import Bools, Floats, Ints
+from apt_jax.scheduling.state import SchedulerState
+
+
+@dataclass(frozen=True)
+class Queue:
+    """Columns of one queue in order of arrival; arrays are `[n]`, times in seconds.
+
+    `since_s` is the last token or arrival; `tokens` are all known tokens; `uncomputed` those not cached yet;
+    `late_gaps` counts gaps over the SLO; `started` says that the first token is out, `missed_first` that it was late;
+    `pages_held` and `blocks_per_page` are 0 for a waiting request.
+    """
+
+    requests: Sequence[Request]
+    since_s: Floats
+    arrival_s: Floats
+    ttft_slo_s: Floats
+    tbt_slo_s: Floats
+    prompt_tokens: Ints
+    max_new_tokens: Ints
+    tokens: Ints
+    uncomputed: Ints
+    late_gaps: Ints
+    started: Bools
+    missed_first: Bools
+    pages_held: Ints
+    blocks_per_page: Ints
+
+    def __len__(self) -> int:
+        return len(self.requests)
+
+    @property
+    def generated(self) -> Ints:
+        """Tokens generated so far."""
+        return self.tokens - self.prompt_tokens
+
+    @property
+    def decoding(self) -> Bools:
+        """Whether only the newest token is left to compute."""
+        return (self.generated > 0) & (self.uncomputed == 1)
+
+    @property
+    def may_sample(self) -> Bools:
+        """Whether it may generate more than what is generated or in flight."""
+        return self.generated < self.max_new_tokens
+
+    def pages(self, block_size: int) -> Ints:
+        """Pages that all known tokens take."""
+        return -(-self.tokens // block_size)
+
+    def slo_s(self) -> Floats:
+        """The promise for the next token: time to first token, or gap."""
+        return np.where(self.started, self.tbt_slo_s, self.ttft_slo_s)
+
+
+class Ledger:
+    """Columns by arrival number. Those of finished requests are dropped when the table is full."""
+
+    def __init__(self, capacity: int = 1024):
+        self._base = 0  # arrival number of column 0
+        self._next = 0  # first arrival number never seen
+        # of each request, and, as far as it changes, what it looked like when it last ran
+        self._times = np.zeros((4, capacity))  # arrival, both SLOs, since
+        self._counts = np.zeros((7, capacity), np.int64)  # prompt, most new tokens, and as in `_progress`
+        self._ran: list[Request] = []
+        self._ran_orders = self._waiting_orders = np.zeros(0, np.int64)
+        self._waiting = self._waiting_queue([])
+
+    def update(self, state: SchedulerState) -> tuple[Queue, Queue]:
+        """Columns of the waiting and of the running requests."""
+        waiting, running = state.waiting, state.running
+        newest = max((q[-1].order for q in (waiting, running) if q), default=-1)
+        if newest - self._base >= self._times.shape[1]:
+            self._make_room(min(q[0].order for q in (waiting, running) if q), newest)
+        fresh = [r for q in (waiting, running) for r in _newer(q, self._next)]
+        self._next = max(self._next, newest + 1)
+        if fresh:
+            column = _orders(fresh) - self._base
+            self._times[:3, column] = np.array([(r.arrival_s, r.slo.ttft_s, r.slo.tbt_s) for r in fresh]).T
+            self._counts[:2, column] = np.array([(len(r.prompt_token_ids), r.max_new_tokens) for r in fresh]).T
+        came = [r for r in (*self._ran, *fresh) if r.table is None and r.status is Status.WAITING]
+        if came:
+            column = _orders(came) - self._base
+            since_s, *changing = _progress(came, self._times[:, column], self._counts[0, column])
+            self._times[3, column] = since_s
+            self._counts[2:, column] = changing
+        admitted = np.zeros(0, np.int64)
+        if running != self._ran:
+            orders = _orders(running)
+            admitted = np.setdiff1d(orders, self._ran_orders, assume_unique=True)
+            self._ran, self._ran_orders = list(running), orders
+        if came or len(admitted) or len(waiting) != len(self._waiting):
+            self._waiting_orders = _moved(self._waiting_orders, waiting, came, admitted)
+            self._waiting = self._waiting_queue(list(waiting))
+        return self._waiting, self._running_queue()
+
+    def _waiting_queue(self, requests: list[Request]) -> Queue:
+        column = self._waiting_orders - self._base
+        arrival_s, ttft_slo_s, tbt_slo_s, since_s = self._times[:, column]
+        prompt, most_new, tokens, uncomputed, late_gaps, started, missed = self._counts[:, column]
+        nothing = np.zeros_like(tokens)
+        return Queue(
+            requests, since_s, arrival_s, ttft_slo_s, tbt_slo_s, prompt, most_new, tokens, uncomputed, late_gaps,
+            started > 0, missed > 0, nothing, nothing,
+        )  # fmt: skip
+
+    def _running_queue(self) -> Queue:
+        column, running = self._ran_orders - self._base, self._ran
+        times, (prompt, most_new) = self._times[:, column], self._counts[:2, column]
+        arrival_s, ttft_slo_s, tbt_slo_s, _ = times
+        since_s, tokens, uncomputed, late_gaps, started, missed = _progress(running, times, prompt)
+        first = np.array([len(r.table.first) for r in running], np.int64)  # type: ignore[union-attr]
+        second = np.array([len(r.table.second) for r in running], np.int64)  # type: ignore[union-attr]
+        return Queue(
+            running, since_s, arrival_s, ttft_slo_s, tbt_slo_s, prompt, most_new, tokens, uncomputed, late_gaps,
+            started, missed, first, np.where(second > 0, 2, 1),
+        )  # fmt: skip
+
+    def _make_room(self, oldest: int, newest: int) -> None:
+        size = max(self._times.shape[1], 2 * (newest - oldest + 1))
+        for name in ("_times", "_counts"):
+            old = getattr(self, name)[:, oldest - self._base :][:, :size]
+            table = np.zeros((len(old), size), old.dtype)
+            table[:, : old.shape[1]] = old
+            setattr(self, name, table)
+        self._base = oldest
+
+
+def _newer(queue: list[Request], order: int) -> list[Request]:
+    """Requests from the end of `queue` that arrived as number `order` or later."""
+    found = []
+    for request in reversed(queue):
+        if request.order < order:
+            break
+        found.append(request)
+    return found
+
+
+def _orders(requests: list[Request]) -> Ints:
+    return np.array([r.order for r in requests], np.int64)
+
+
+def _moved(orders: Ints, waiting: list[Request], came: list[Request], admitted: Ints) -> Ints:
+    """Arrival numbers of `waiting`, from those before, those that came and those that left to run."""
+    if len(admitted):
+        orders = orders[~np.isin(orders, admitted, assume_unique=True)]
+    if came:
+        new = np.sort(_orders(came))
+        orders = np.insert(orders, np.searchsorted(orders, new), new)
+    # every one that came is known, so a difference in number means that some ended while they waited
+    return orders if len(orders) == len(waiting) else _orders(waiting)
+
+
+def _progress(
+    requests: list[Request], times: Floats, prompt_tokens: Ints
+) -> tuple[Floats, Ints, Ints, Ints, Bools, Bools]:
+    """What changes as they run: pending since, tokens, uncomputed tokens, late gaps, started, missed first token."""
+    arrival_s, ttft_slo_s = times[:2]
+    first_s = np.array([r.first_token_s for r in requests], np.float64)  # None becomes NaN
+    last_s = np.array([r.last_token_s for r in requests], np.float64)
+    generated = np.array([len(r.output_token_ids) + r.num_inflight_tokens for r in requests], np.int64)
+    computed = np.array([r.num_computed_tokens for r in requests], np.int64)
+    late_gaps = np.array([r.num_late_gaps for r in requests], np.int64)
+    started = ~np.isnan(first_s)
+    tokens = prompt_tokens + generated
+    missed = started & (first_s - arrival_s > ttft_slo_s)
+    return np.where(started, last_s, arrival_s), tokens, tokens - computed, late_gaps, started, missed
+
+
+def kind_of(blocks_per_page: int) -> CacheKind:
+    """The kind with that many blocks per page."""
+    return CacheKind.KV if blocks_per_page == 2 else CacheKind.HIDDEN

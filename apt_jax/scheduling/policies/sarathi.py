@@ -1,0 +1,48 @@
+"""Chunked prefill mixed with decode under a token budget: no decode ever waits for a prompt.
+
+Every iteration decodes all running requests and spends the rest of its token budget on prompt chunks in order of
+arrival. Source: Sarathi-Serve (Agrawal et al., arXiv 2403.02310).
+"""
+
+from dataclasses import dataclass
+
+from apt_jax.request import Request
+from apt_jax.scheduling.plan import Plan
+from apt_jax.scheduling.policies.catalogue import PolicyContext, register
+from apt_jax.scheduling.policies.packing import plan_decode, plan_prefill
+from apt_jax.scheduling.state import SchedulerState
+
+
+@dataclass(frozen=True)
+class SarathiOptions:
+    """`token_budget`: tokens of one iteration, decodes included; the engine's own limit applies too."""
+
+    token_budget: int = 512
+
+
+@register("sarathi")
+class Sarathi:
+    """Decode everything, fill up with prefill."""
+
+    Options = SarathiOptions
+
+    def __init__(self, context: PolicyContext | None = None, options: SarathiOptions | None = None):
+        self._options = options or SarathiOptions()
+
+    def schedule(self, state: SchedulerState, now: float) -> Plan:
+        """Decodes and prompt chunks together."""
+        decode = plan_decode(state, state.running, ())
+        budget = min(self._options.token_budget, state.limits.max_num_batched_tokens) - len(decode.scheduled)
+        gone = {entry.request.order for entry in decode.preempted}
+        running = [r for r in state.running if r.order not in gone]
+        growth = sum(state.blocks_to_grow(entry.request) for entry in decode.scheduled)
+        # after a preemption nobody is admitted: the blocks are needed by those that run
+        waiting = () if gone or decode.converted else state.waiting
+        prefill, _, waited = plan_prefill(state, waiting, running, budget=max(budget, 1), claimed_blocks=growth)
+        return Plan(
+            scheduled=(*decode.scheduled, *prefill), preempted=decode.preempted, converted=decode.converted,
+            waited=waited,
+        )  # fmt: skip
+
+    def finished(self, request: Request, now: float) -> None:
+        """Nothing to learn."""

@@ -1,0 +1,89 @@
+"""The file that makes a converted folder a checkpoint: what it holds, written last.
+
+A folder without it does not load, so a conversion that was killed leaves nothing that does.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from apt_jax.checkpoints.errors import CheckpointError
+from apt_jax.checkpoints.formats.weight_files import MANIFEST
+
+_VERSION = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Manifest:
+    """What `apt-jax convert` wrote."""
+
+    fingerprint: str  # of the weights, see `fingerprint.weights_fingerprint`
+    dtype: str  # of the weights
+    config_hash: str  # of config.json's bytes
+    files: dict[str, int]  # path inside the folder to size in bytes, of everything but the manifest
+
+    @classmethod
+    def of(cls, folder: Path, *, fingerprint: str, dtype: str) -> "Manifest":
+        """Describe the files that lie in `folder` now."""
+        return cls(fingerprint, dtype, _hash(folder / "config.json"), _sizes(folder))
+
+    def write(self, folder: Path) -> None:
+        """Put the manifest into `folder` in one step, after everything before it is on disk."""
+        temporary = folder / f".{MANIFEST}.partial"
+        with temporary.open("w", encoding="utf-8") as file:
+            json.dump({"version": _VERSION, **dataclasses.asdict(self)}, file, indent=1, sort_keys=True)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(folder / MANIFEST)
+
+    @classmethod
+    def read(cls, folder: Path) -> "Manifest":
+        """Read the manifest and check sizes and config.json against it.
+
+        Raises:
+            CheckpointError: there is none (an interrupted conversion), it is corrupt or of a newer version, or a
+                file is missing, of another size, or changed.
+        """
+        path = folder / MANIFEST
+        if not path.is_file():
+            raise CheckpointError(
+                f"{folder} has no {MANIFEST}: its conversion was interrupted; delete it and run `apt-jax convert` again"
+            )
+        manifest = cls._parse(path)
+        sizes = _sizes(folder)
+        for name, size in manifest.files.items():
+            if name not in sizes:
+                raise CheckpointError(f"{folder / name} is missing, though {MANIFEST} names it; convert again")
+            if sizes[name] != size:
+                raise CheckpointError(
+                    f"{folder / name} has {sizes[name]} bytes, not the {size} of {MANIFEST}; convert again"
+                )
+        if _hash(folder / "config.json") != manifest.config_hash:
+            raise CheckpointError(f"{folder / 'config.json'} was changed after the conversion; convert again")
+        return manifest
+
+    @classmethod
+    def _parse(cls, path: Path) -> "Manifest":
+        try:
+            fields: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+            version = fields.pop("version")
+            if version == _VERSION:
+                return cls(**fields)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"{path} is truncated or corrupt; convert again") from error
+        raise CheckpointError(f"{path} has {version=}, and this release reads {_VERSION}; convert again")
+
+
+def _sizes(folder: Path) -> dict[str, int]:
+    found = {str(p.relative_to(folder)): p.stat().st_size for p in folder.rglob("*") if p.is_file()}
+    return {name: size for name, size in sorted(found.items()) if not name.endswith(MANIFEST)}
+
+
+def _hash(path: Path) -> str:
+    try:
+        return hashlib.blake2b(path.read_bytes(), digest_size=20).hexdigest()
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path} is missing") from error

@@ -1,0 +1,144 @@
+"""A prefill chunk's attention on the accelerator at hand, by the kernels and by XLA.
+
+Among its own tokens: chunks of one row, and of eight rows packed one after the other. Over as many cached tokens: one
+row, KV. Checked against the reference before they are timed.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from apt_jax.attention.paged import causal_tiles
+from apt_jax.attention.xla import CHUNK_TOKENS, attend_by_head, read_keys_values
+from apt_jax.batching.builder import Tokens
+from apt_jax.pallas_kernels import dispatch, reference
+from apt_jax.pallas_kernels.bench.kernel_runs import TOLERANCE
+from apt_jax.pallas_kernels.bench.timing import Times, reason, repeated, time_calls
+from apt_jax.pallas_kernels.reference import Partial
+from apt_jax.scheduling.costs.hardware import MODELS
+
+ROWS = (1, 8)
+_ITERATIONS = 20
+_BLOCK_SIZE = 16
+
+Chunk = Callable[..., Partial]
+
+
+@dataclass(frozen=True)
+class ChunkResult:
+    """One implementation on one shape; `error` says why there is no time."""
+
+    model: str
+    tokens: int
+    rows: int
+    implementation: str
+    cached: int = 0
+    """Tokens before the chunk that are attended to; with 0, the chunk's own are."""
+    error: str | None = None
+    relative_difference: float | None = None
+    times: Times | None = None
+
+    @property
+    def flops(self) -> float:
+        """Of both products for all pairs of a token and one that it sees."""
+        own = sum(n * (n + 1) / 2 for n in row_tokens(self.tokens, self.rows))
+        return 4 * MODELS[self.model].hidden_size * (self.tokens * self.cached or own)
+
+    def line(self) -> str:
+        """For the table."""
+        head = f"{self.model:<9} {self.tokens:>6} {self.rows:>4} {self.cached:>6} {self.implementation:<7}"
+        times = self.times
+        if times is None:
+            return f"{head} not measured: {self.error}"
+        return (
+            f"{head} {times.median_s * 1e6:>10.1f} {times.spread:>7.1%} {self.flops / times.median_s / 1e12:>9.2f} "
+            f"{self.relative_difference:>9.1e}"
+        )
+
+
+_SHAPE_HEADER = f"{'model':<9} {'tokens':>6} {'rows':>4} {'cached':>6} {'by':<7}"
+HEADER = f"{_SHAPE_HEADER} {'us':>10} {'spread':>7} {'TFLOP/s':>9} {'error':>9}"
+
+
+def row_tokens(tokens: int, rows: int) -> list[int]:
+    """Tokens of each row, as equal as can be."""
+    return [tokens // rows + (r < tokens % rows) for r in range(rows)]
+
+
+def implementations(device: jax.Device, *, over_prefix: bool) -> dict[str, Chunk]:
+    """All that could run on `device`; one that cannot fails when it is called.
+
+    Arguments as of `reference.kv_prefix_attention` for one row, or of `reference.chunk_attention`.
+    """
+    kernels = dispatch.kernels_for(device) if device.platform in ("gpu", "tpu") else None
+    kernel = kernels and (kernels.kv_prefix if over_prefix else kernels.chunk)
+    return {"xla": _xla_over_prefix if over_prefix else _xla_among_itself} | ({"kernel": kernel} if kernel else {})
+
+
+def _xla_among_itself(q: jax.Array, k: jax.Array, v: jax.Array, row: jax.Array) -> Partial:
+    return causal_tiles(q, k, v, Tokens(row, row, row, jnp.arange(q.shape[0])))
+
+
+def _xla_over_prefix(
+    q: jax.Array, pool: jax.Array, key_blocks: jax.Array, value_blocks: jax.Array, length: jax.Array, *_: jax.Array
+) -> Partial:
+    blocks = key_blocks[0], value_blocks[0]
+    return attend_by_head(q, length[0], lambda chunk, valid: read_keys_values(q, pool, *blocks, chunk, valid))
+
+
+def run_chunks(
+    models: Iterable[str], lengths: Iterable[int], device: jax.Device, report: Callable[[ChunkResult], None]
+) -> list[ChunkResult]:
+    """Check and time every implementation for chunks of each length; one that fails is a result too."""
+    results = []
+    for model in models:
+        for tokens in lengths:
+            shapes = [(rows, 0) for rows in ROWS if rows <= tokens] + [(1, tokens)]
+            for rows, cached in shapes:
+                for name, run in implementations(device, over_prefix=cached > 0).items():
+                    result = ChunkResult(model, tokens, rows, name, cached)
+                    try:
+                        result = _run(result, run)
+                    except Exception as error:  # one that cannot run must not take the others along
+                        result = replace(result, error=reason(error))
+                    results.append(result)
+                    report(result)
+    return results
+
+
+def _run(base: ChunkResult, run: Chunk) -> ChunkResult:
+    arguments, expect = _over_prefix(base) if base.cached else _among_itself(base)
+    expected, found = jax.jit(expect)(*arguments), jax.jit(run)(*arguments)
+    difference = float(jnp.abs(found.out - expected.out).max() / jnp.abs(expected.out).max())
+    difference = max(difference, float(jnp.abs(found.lse - expected.lse).max()))
+    if not difference <= TOLERANCE:
+        raise ArithmeticError(f"differs from the reference by {difference:.1e}, more than {TOLERANCE:.0e}")
+    program = repeated(lambda i, arguments: run(*arguments), _ITERATIONS)
+    times = time_calls(lambda: program(*arguments), calls=1).of_one(_ITERATIONS)
+    return replace(base, relative_difference=difference, times=times)
+
+
+def _normal(base: ChunkResult, number: int) -> list[jax.Array]:
+    """Random queries, scaled, and more of their shape `[T, N, H]`."""
+    config = MODELS[base.model]
+    shape = (base.tokens, config.num_attention_heads, config.head_dim)
+    q, *others = (jax.random.normal(key, shape, jnp.bfloat16) for key in jax.random.split(jax.random.key(0), number))
+    return [q * config.head_dim**-0.5, *others]
+
+
+def _among_itself(base: ChunkResult) -> tuple[tuple[jax.Array, ...], Chunk]:
+    row = jnp.asarray(np.repeat(np.arange(base.rows), row_tokens(base.tokens, base.rows)), jnp.int32)
+    return (*_normal(base, 3), row), reference.chunk_attention
+
+
+def _over_prefix(base: ChunkResult) -> tuple[tuple[jax.Array, ...], Chunk]:
+    """One row whose pages lie in any order in a pool twice as large."""
+    (q,), D = _normal(base, 1), MODELS[base.model].hidden_size
+    pages = -(-base.cached // CHUNK_TOKENS) * CHUNK_TOKENS // _BLOCK_SIZE  # XLA reads whole chunks
+    blocks = np.random.default_rng(0).permutation(4 * pages)[: 2 * pages].reshape(2, 1, pages)
+    pool = jax.random.normal(jax.random.key(1), (4 * pages, _BLOCK_SIZE, D), jnp.bfloat16)
+    numbers = (jnp.array([n], jnp.int32) for n in (base.cached, 0, base.tokens))
+    return (q, pool, *jnp.asarray(blocks, jnp.int32), *numbers), reference.kv_prefix_attention

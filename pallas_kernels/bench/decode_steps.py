@@ -1,0 +1,130 @@
+"""End to end: whole decode steps of an OPT size with random weights, against the bytes that they must read.
+
+The engine's own batch builder, programs and sampling run iterations of requests that look as if their context had been
+computed. The floor is (weights + cached vectors) over the bandwidth of a plain copy. rho is what one cached token costs
+as hidden vectors, in seconds a step, beyond what it costs as KV.
+"""
+
+import dataclasses
+import json
+import tempfile
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+
+from apt_jax.cache import BlockTable, CacheKind, blocks_for
+from apt_jax.checkpoints.load import load_model
+from apt_jax.engine.engine import Engine
+from apt_jax.engine_config import EngineConfig, ModelConfig
+from apt_jax.pallas_kernels.bench.timing import Times, reason, time_calls
+from apt_jax.request import Request, SamplingParams
+from apt_jax.scheduling.state import Span
+
+_CALLS = 8  # steps that are started before the last is awaited
+_PARAMS = SamplingParams(temperature=0, max_tokens=None, ignore_eos=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class StepResult:
+    """Steps of one batch, context and kind; `error` says why there is no time."""
+
+    batch: int
+    context_tokens: int
+    kind: str
+    floor_s: float
+    error: str | None = None
+    times: Times | None = None
+
+    def line(self) -> str:
+        """For the table."""
+        head = f"{self.batch:>5} {self.context_tokens:>7} {self.kind:<7} {self.floor_s * 1e3:>9.2f}"
+        if self.times is None:
+            return f"{head} not measured: {self.error}"
+        return f"{head} {self.times.median_s * 1e3:>9.2f} {self.floor_s / self.times.median_s:>7.1%}"
+
+
+HEADER = f"{'batch':>5} {'context':>7} {'kind':<7} {'floor ms':>9} {'step ms':>9} {'share':>7}"
+
+
+def make_engine(config: ModelConfig, *, dtype: str, batch: int, context_tokens: int, block_size: int) -> Engine:
+    """An engine with random weights, in which `batch` requests of `context_tokens` fit if memory allows."""
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "config.json").write_text(json.dumps(config.to_hf()), encoding="utf-8")
+        loaded = load_model(folder, load_format="dummy", dtype=dtype)
+    engine_config = EngineConfig(
+        dtype=dtype,  # type: ignore[arg-type]
+        max_model_len=min(config.max_position_embeddings, context_tokens + 1),
+        max_num_seqs=batch,
+        block_size=block_size,
+        calibrate=False,
+    )
+    return Engine(loaded.model, loaded.config, engine_config, donate_model=True)
+
+
+def measure_steps(
+    engine: Engine, batches: Iterable[int], contexts: Iterable[int], copy_bytes_per_s: float,
+    report: Callable[[StepResult], None],
+) -> list[StepResult]:  # fmt: skip
+    """Time decode steps of every batch, context and kind; a failure is a result and the rest go on."""
+    results = []
+    contexts = sorted(contexts)
+    for batch in sorted(batches):
+        for context in contexts:
+            for kind in (CacheKind.KV, CacheKind.HIDDEN):
+                base = StepResult(batch, context, kind.value, floor_s(engine, batch, context, kind, copy_bytes_per_s))
+                try:
+                    result = dataclasses.replace(base, times=_time_steps(engine, batch, context, kind))
+                except Exception as error:  # one shape that cannot run must not take the others along
+                    result = dataclasses.replace(base, error=reason(error))
+                results.append(result)
+                report(result)
+    return results
+
+
+def floor_s(engine: Engine, batch: int, context: int, kind: CacheKind, copy_bytes_per_s: float) -> float:
+    """Seconds to read all weights and the cached vectors once at the speed of a copy."""
+    config = engine.model_config
+    vectors = 2 if kind is CacheKind.KV else 1
+    token_bytes = config.num_hidden_layers * vectors * config.hidden_size * jnp.dtype(engine.runner.dtype).itemsize
+    return (engine.runner.weight_bytes + batch * context * token_bytes) / copy_bytes_per_s
+
+
+def rho_s(results: Iterable[StepResult]) -> dict[str, float]:
+    """Measured rho by `batch x context`, where both kinds were measured."""
+    times = {(r.batch, r.context_tokens, r.kind): r.times.median_s for r in results if r.times}
+    return {
+        f"{batch}x{context}": (hidden - times[batch, context, "kv"]) / (batch * context)
+        for (batch, context, kind), hidden in times.items()
+        if kind == CacheKind.HIDDEN.value and (batch, context, "kv") in times
+    }
+
+
+def _time_steps(engine: Engine, batch: int, context: int, kind: CacheKind) -> Times:
+    pool = engine.state.pool
+    needed = batch * blocks_for(context, kind, pool.block_size)
+    if needed > pool.num_free:
+        raise ValueError(f"{needed=} cache blocks > {pool.num_free=}")
+    if context > engine.max_model_len:
+        raise ValueError(f"{context=} > {engine.max_model_len=}")
+    spans = []
+    try:
+        for _ in range(batch):
+            request = Request("bench", [0] * context, _PARAMS, 0.0, 1)
+            request.table = BlockTable(kind)
+            spans.append(Span(request, context - 1, 1, samples=True))
+            pool.grow(request.table, context)
+        prepared = engine.builder.build(spans)
+
+        def step() -> jax.Array:
+            sampled = engine.runner.dispatch(prepared)
+            assert sampled is not None
+            return sampled.token
+
+        return time_calls(step, calls=_CALLS)
+    finally:
+        for span in spans:
+            assert span.request.table is not None
+            pool.release(span.request.table)
+            span.request.table = None

@@ -1,0 +1,91 @@
+"""What decode attention of one layer computes and moves, counted, and how fast a chip's sheet lets it be.
+
+Counted per layer and step for B requests of L cached tokens, D wide, N heads, 2 bytes a number. Three ways:
+
+* kv: reads K and V.
+* hidden: reads the hidden vectors once; queries and results are N times D wide (docs/kernels_gpu.md).
+* recompute: reads the hidden vectors and projects each to a key and a value again, as Apt-Serve does.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from apt_jax.scheduling.costs.hardware import HARDWARE, MODELS, Hardware
+
+WAYS = ("kv", "hidden", "recompute")
+CHIPS = {
+    "h200": "h200", "h100": "h100-80gb", "a100": "a100-80gb",
+    "v5e": "tpu-v5e", "v5p": "tpu-v5p", "v6e": "tpu-v6e", "tpu7x": "tpu7x",
+}  # fmt: skip
+_NUMBER_BYTES, _FLOAT_BYTES = 2, 4
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One decode step's attention."""
+
+    model: str
+    batch: int
+    context_tokens: int
+
+    @property
+    def num_heads(self) -> int:
+        """N."""
+        return MODELS[self.model].num_attention_heads
+
+    @property
+    def hidden_size(self) -> int:
+        """D."""
+        return MODELS[self.model].hidden_size
+
+
+@dataclass(frozen=True)
+class Work:
+    """FLOPs, and bytes from and to device memory if every operand is moved once."""
+
+    flops: float
+    bytes: float
+
+    def bound_s(self, chip: Hardware) -> float:
+        """The roofline: no faster than this at the chip's peaks."""
+        return max(self.flops / chip.flops_per_s, self.bytes / chip.bytes_per_s)
+
+
+def count(shape: Shape, way: str) -> Work:
+    """Work of one layer's decode attention in one of `WAYS`. Pure."""
+    tokens = shape.batch * shape.context_tokens
+    D, N = shape.hidden_size, shape.num_heads
+    narrow_bytes = shape.batch * D * (_NUMBER_BYTES + _FLOAT_BYTES)  # queries in, results out
+    match way:
+        case "kv":
+            return Work(4.0 * tokens * D, 2.0 * tokens * D * _NUMBER_BYTES + narrow_bytes)
+        case "hidden":
+            return Work(4.0 * tokens * D * N, 1.0 * tokens * D * _NUMBER_BYTES + N * narrow_bytes)
+        case "recompute":
+            weights = 2 * D * D * _NUMBER_BYTES
+            return Work(4.0 * tokens * D * (D + 1), 1.0 * tokens * D * _NUMBER_BYTES + narrow_bytes + weights)
+    raise ValueError(f"unknown {way=}; known: {', '.join(WAYS)}")
+
+
+def counted_table(shapes: Iterable[Shape], chips: Iterable[str]) -> str:
+    """A table of counts and bounds: one row per shape and way, one column pair per chip (of `CHIPS`)."""
+    found = [HARDWARE[CHIPS[chip]] for chip in chips]
+    head = f"{'model':<9} {'batch':>5} {'context':>7} {'way':<9} {'GFLOP':>9} {'MB':>8} {'FLOP/B':>7}"
+    lines = [
+        "counted for one layer; us = bound by the chip's sheet, c: compute-bound; x = against kv on the same chip",
+        head + "".join(f" {chip.name + ' us':>14} {'x':>5}" for chip in found),
+    ]
+    for shape in shapes:
+        reference = count(shape, "kv")
+        for way in WAYS:
+            work = count(shape, way)
+            line = (
+                f"{shape.model:<9} {shape.batch:>5} {shape.context_tokens:>7} {way:<9} {work.flops / 1e9:>9.2f} "
+                f"{work.bytes / 1e6:>8.1f} {work.flops / work.bytes:>7.1f}"
+            )
+            for chip in found:
+                bound = work.bound_s(chip)
+                mark = "c" if work.flops / chip.flops_per_s > work.bytes / chip.bytes_per_s else " "
+                line += f" {bound * 1e6:>13.1f}{mark} {bound / reference.bound_s(chip):>5.2f}"
+            lines.append(line)
+    return "\n".join(lines)

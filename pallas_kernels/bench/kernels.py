@@ -1,0 +1,215 @@
+"""`apt-jax bench kernels`: counts where there is no accelerator, measurements where there is one."""
+
+import json
+import platform
+import sys
+import time
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from itertools import product
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from tyro.conf import arg
+
+Chip = Literal["auto", "h200", "h100", "a100", "v5e", "v5p", "v6e", "tpu7x"]
+
+
+@dataclass(frozen=True)
+class BenchKernels:
+    """Measure decode attention on the accelerator at hand, or count its work where there is none."""
+
+    device: Chip = "auto"
+    """auto measures on the accelerator at hand, and counts for every chip where there is none; a name counts for it."""
+    model: str = "opt-13b,opt-30b"
+    """OPT sizes, separated by commas."""
+    batch: str = "8,32,128"
+    """Requests in a step, separated by commas."""
+    context: str = "256,512,1024,2048"
+    """Cached tokens of each request, separated by commas."""
+    block_size: int = 16
+    """Tokens per cache block."""
+    end_to_end: bool = False
+    """Measure whole decode steps of the first model with random weights instead."""
+    chunks: bool = False
+    """Measure a prefill chunk's attention among its own --context tokens, and over as many cached ones, instead."""
+    writes: bool = False
+    """Measure how a step's keys and values are written to the cache instead: a token of each row of a --batch, and
+    chunks of --context tokens."""
+    clusters: bool = False
+    """Measure hidden decode by clusters of CUDA blocks instead: one pass, on Hopper; no GPU has run it yet."""
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Number type of --end-to-end; the kernels are measured in bfloat16."""
+    all: bool = False
+    """Measure all of these one after the other, each in a process of its own; -o names a folder."""
+    allow_cpu: bool = False
+    """Measure on a CPU too: to try the command, not to learn about speed."""
+    output: Annotated[Path | None, arg(aliases=["-o"])] = None
+    """JSON file for all results; a folder with --all."""
+
+    def run(self) -> int:
+        """Count or measure, print a table, write JSON."""
+        return run(self)
+
+
+def run(args: BenchKernels) -> int:
+    """Run the command; 1 if something was to be measured and nothing could be.
+
+    Raises:
+        ValueError: a flag has an unknown or impossible value.
+    """
+    from apt_jax.pallas_kernels.bench.kernel_counts import CHIPS, WAYS, Shape, count, counted_table
+    from apt_jax.scheduling.costs.hardware import MODELS, by_name
+
+    models, batches, contexts = args.model.split(","), _numbers("batch", args.batch), _numbers("context", args.context)
+    for model in models:
+        by_name(MODELS, model, "model")
+    if args.all:
+        return _run_parts(args)
+    shapes = [Shape(model, batch, context) for model in models for batch in batches for context in contexts]
+    device = _accelerator(args)
+    if device is None:
+        if flag := next((flag for flag in ("end_to_end", "chunks", "writes", "clusters") if getattr(args, flag)), None):
+            raise ValueError(f"--{flag.replace('_', '-')} needs an accelerator; --allow-cpu tries it on the CPU")
+        chips = list(CHIPS) if args.device == "auto" else [args.device]
+        print(counted_table(shapes, chips))
+        static = _report_static(args, [chip for chip in chips if CHIPS[chip].startswith("tpu")], models)
+        counts = [{**asdict(shape), "way": way, **asdict(count(shape, way))} for shape in shapes for way in WAYS]
+        _write(args, {"counts": counts, "static": [asdict(result) for result in static]})
+        return 0
+    if args.end_to_end:
+        return _measure_steps(args, device, models[0], batches, contexts)
+    if args.writes:
+        return _measure_writes(args, device, models, batches, contexts)
+    return _measure_chunks(args, device, models, contexts) if args.chunks else _measure(args, device, shapes)
+
+
+def _report_static(args: BenchKernels, chips: list[str], models: list[str]) -> list[Any]:
+    """Print what the compiler makes of the TPU kernels, one line each: half a minute each where there is a compiler."""
+    from apt_jax.pallas_kernels.bench.kernel_cycles import HEADER, WAYS, compile_static
+
+    if chips:
+        print("\ncompiled for TPUs, bfloat16: cycles per cached token, and those that HBM needs for its bytes alone")
+        print(HEADER)
+    results = []
+    for chip, model, way in product(chips, models, WAYS):
+        results.append(compile_static(chip, model, way, args.block_size))
+        print(results[-1].line(), flush=True)
+    return results
+
+
+def _measure(args: BenchKernels, device: Any, shapes: list[Any]) -> int:
+    from apt_jax.pallas_kernels.bench.kernel_runs import HEADER, run_all
+    from apt_jax.pallas_kernels.bench.timing import copy_bytes_per_s
+
+    copy = _report_copy(device, copy_bytes_per_s(device))
+    print("us: median of repeated runs, one layer; GB/s: bytes that must be moved over time; share: of the copy")
+    print(HEADER)
+    results = run_all(
+        shapes, device, args.block_size, copy, lambda result: print(result.line(), flush=True), clusters=args.clusters
+    )
+    _write(args, {"copy_bytes_per_s": copy, "kernels": [asdict(result) for result in results]}, device)
+    return int(all(result.times is None for result in results))
+
+
+def _measure_chunks(args: BenchKernels, device: Any, models: list[str], contexts: list[int]) -> int:
+    from apt_jax.pallas_kernels.bench.chunk_runs import HEADER, run_chunks
+    from apt_jax.pallas_kernels.bench.timing import copy_bytes_per_s
+
+    copy = _report_copy(device, copy_bytes_per_s(device))
+    print("us: median of repeated runs, one layer; TFLOP/s: of the pairs of tokens that see each other")
+    print("cached: tokens before the chunk that it attends to; with 0 it attends to its own")
+    print(HEADER)
+    results = run_chunks(models, contexts, device, lambda result: print(result.line(), flush=True))
+    _write(args, {"copy_bytes_per_s": copy, "chunks": [asdict(result) for result in results]}, device)
+    return int(all(result.times is None for result in results))
+
+
+def _measure_writes(args: BenchKernels, device: Any, models: list[str], batches: list[int], contexts: list[int]) -> int:
+    from apt_jax.pallas_kernels.bench.timing import copy_bytes_per_s
+    from apt_jax.pallas_kernels.bench.write_runs import HEADER, run_writes
+
+    copy = _report_copy(device, copy_bytes_per_s(device))
+    print("us: median of repeated runs, one layer; GB/s: keys and values read once and written once")
+    print(HEADER)
+    results = run_writes(
+        models, batches, contexts, args.block_size, device, lambda result: print(result.line(), flush=True)
+    )
+    _write(args, {"copy_bytes_per_s": copy, "writes": [asdict(result) for result in results]}, device)
+    return int(all(result.times is None for result in results))
+
+
+def _run_parts(args: BenchKernels) -> int:
+    """This process must leave the accelerator to the others."""
+    from apt_jax.pallas_kernels.bench.kernel_parts import run_parts
+
+    if args.output is None:
+        raise ValueError("--all needs a folder for its results: -o FOLDER")
+    names = ("device", "model", "batch", "context", "block_size", "dtype")
+    flags = [text for name in names for text in (f"--{name.replace('_', '-')}", str(getattr(args, name)))]
+    return run_parts(flags + ["--allow-cpu"] * args.allow_cpu, args.output)
+
+
+def _measure_steps(args: BenchKernels, device: Any, model: str, batches: list[int], contexts: list[int]) -> int:
+    from apt_jax.pallas_kernels.bench.decode_steps import HEADER, make_engine, measure_steps, rho_s
+    from apt_jax.pallas_kernels.bench.timing import copy_bytes_per_s
+    from apt_jax.scheduling.costs.hardware import MODELS
+
+    copy = _report_copy(device, copy_bytes_per_s(device))
+    started = time.perf_counter()
+    engine = make_engine(
+        MODELS[model], dtype=args.dtype, batch=max(batches), context_tokens=max(contexts), block_size=args.block_size
+    )
+    backend = "XLA" if engine.runner.kernels is None else f"kernels for {engine.runner.kernels.name}"
+    print(f"{model}, {args.dtype}, attention by {backend}, ready after {time.perf_counter() - started:.0f} s")
+    print(HEADER)
+    results = measure_steps(engine, batches, contexts, copy, lambda result: print(result.line(), flush=True))
+    rho = rho_s(results)
+    for shape, seconds in rho.items():
+        print(f"rho at {shape}: {seconds * 1e9:+.3f} ns per hidden token and step, against KV")
+    found = {"model": model, "attention": backend, "steps": [asdict(result) for result in results], "rho_s": rho}
+    _write(args, {"copy_bytes_per_s": copy, "end_to_end": found}, device)
+    return int(all(result.times is None for result in results))
+
+
+def _accelerator(args: BenchKernels) -> Any:
+    """The device to measure on, or None to count."""
+    if args.device != "auto":
+        return None
+    import jax
+
+    device = jax.devices()[0]
+    return device if device.platform != "cpu" or args.allow_cpu else None
+
+
+def _report_copy(device: Any, copy_bytes_per_s: float) -> float:
+    import jax
+
+    print(f"{device.device_kind} ({device.platform}), jax {jax.__version__}: copies {copy_bytes_per_s / 1e9:.0f} GB/s")
+    return copy_bytes_per_s
+
+
+def _numbers(flag: str, text: str) -> list[int]:
+    try:
+        numbers = [int(part) for part in text.split(",")]
+    except ValueError:
+        raise ValueError(f"--{flag} {text!r} is not a list of numbers such as 8,32") from None
+    if min(numbers) < 1:
+        raise ValueError(f"--{flag} {text!r}: numbers must be at least 1")
+    return numbers
+
+
+def _write(args: BenchKernels, found: dict[str, Any], device: Any = None) -> None:
+    if args.output is None:
+        return
+    versions = {name: version(name) for name in ("jax", "jaxlib", "flax")}
+    versions["python"] = platform.python_version()
+    if device is not None:
+        versions |= {
+            "device": device.device_kind,
+            "platform": device.platform,
+            "driver": device.client.platform_version,
+        }
+    flags = {key: str(value) if isinstance(value, Path) else value for key, value in asdict(args).items()}
+    args.output.write_text(json.dumps({"versions": versions, "flags": flags, **found}, indent=1) + "\n")
+    print(f"wrote {args.output}", file=sys.stderr)

@@ -1,0 +1,152 @@
+"""Decode attention over cached hidden vectors on a TPU; what it computes: `reference.hidden_decode_attention`.
+
+Each chunk of vectors X `[C, D]` is read from HBM once and used twice: scores = q_wide X^T, context += weights X. The
+accumulator is a block `[N, D]`. A float32 query over a bfloat16 pool keeps its precision: it is split into a high and a
+low bfloat16 half, which the matrix unit takes as 2N rows beside the same X.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jax.typing import DTypeLike
+
+from apt_jax.pallas_kernels.reference import NEVER, Partial
+from apt_jax.pallas_kernels.tpu import paging as tpu_paging
+from apt_jax.pallas_kernels.tpu.paging import LANES, Deal, Ref, Source
+
+SUBLANES = 8
+SLICE = 256  # columns that one product takes; with more, registers are stored to VMEM
+
+
+def hidden_decode_attention(
+    q_wide: jax.Array,
+    pool: jax.Array,
+    blocks: jax.Array,
+    length: jax.Array,
+    *,
+    out_dtype: DTypeLike = jnp.float32,
+    clears: bool = True,
+    cores: int = 1,
+    interpret: bool | pltpu.InterpretParams = False,
+) -> Partial:
+    """As the reference. Pure.
+
+    Args:
+        out_dtype: of `out`. At 2 N D numbers per row, query and output weigh as much as the vectors of 2N tokens, so
+            bfloat16 for both saves the memory traffic of 2N tokens.
+        clears: whether `out` is 0 in rows without tokens; without, it holds anything there, and that of N tokens is
+            saved.
+        cores: tensor cores of one device; rows are dealt to them.
+        interpret: run without a TPU.
+
+    Raises:
+        NotImplementedError: a dtype, block size or width that the kernel does not handle.
+    """
+    R, N, D = q_wide.shape
+    S = pool.shape[1]
+    tpu_paging.check_shapes(q_wide, pool, D, interpret)
+    chunk = tpu_paging.chunk_tokens(D, S, pool.dtype.itemsize, num_sources=1)
+    dealt = tpu_paging.deal(length)
+    cores = min(cores, R)
+    spec = functools.partial(tpu_paging.row_spec, cores=cores)
+    scratch = tpu_paging.scratch(1, chunk, S, D, pool.dtype)
+    query_rows = 2 * _aligned(N) if _splits(q_wide, pool) else N
+    scratch += [pltpu.VMEM((query_rows, D), pool.dtype), pltpu.VMEM((N, D), jnp.float32)]
+    scratch += [pltpu.VMEM((N, LANES), jnp.float32)] * 2
+    blocks_in_out = N * D * (q_wide.dtype.itemsize + jnp.dtype(out_dtype).itemsize)
+    out, lse = pl.pallas_call(
+        functools.partial(_kernel, cores=cores),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=4,
+            grid=tpu_paging.grid(dealt, cores),
+            in_specs=[spec((N, D)), pl.BlockSpec(memory_space=pl.ANY)],
+            out_specs=[spec((N, D)), spec((N, LANES))],
+            scratch_shapes=scratch,
+        ),
+        out_shape=[jax.ShapeDtypeStruct((R, N, D), out_dtype), jax.ShapeDtypeStruct((R, N, LANES), jnp.float32)],
+        compiler_params=tpu_paging.compiler_params(scratch, blocks_in_out),
+        interpret=interpret,
+        name="hidden_decode_attention",
+    )(*dealt, blocks.astype(jnp.int32), q_wide, pool)
+    some = length > 0  # rows that were never visited hold anything
+    if clears:
+        out = jnp.where(some[:, None, None], out, 0)
+    return Partial(out, jnp.where(some[:, None], lse[..., 0], NEVER))
+
+
+def _splits(q: jax.Array | Ref, pool: jax.Array | Ref) -> bool:
+    """Whether the query has more precision than the pool's dtype holds."""
+    return jnp.dtype(q.dtype).itemsize > jnp.dtype(pool.dtype).itemsize
+
+
+def _aligned(heads: int) -> int:
+    """Rows from which on the low halves lie: a whole number of tiles."""
+    return -(-heads // SUBLANES) * SUBLANES
+
+
+def _kernel(
+    order: Ref,  # SMEM int32 [R]
+    count: Ref,  # SMEM int32 [1]
+    length: Ref,  # SMEM int32 [R]
+    blocks: Ref,  # SMEM int32 [R, W]
+    q: Ref,  # VMEM [N, D]
+    pool: Ref,  # HBM [L*P, S, D]
+    out: Ref,  # VMEM [N, D]
+    lse: Ref,  # VMEM float32 [N, LANES]
+    buffer: Ref,  # VMEM [2, C/S, S, D]
+    arrived: Ref,  # DMA semaphores [2]
+    next_buffer: Ref,  # SMEM int32 [1]
+    query: Ref,  # VMEM [N, D], or the two halves of a float32 query [2N, D]
+    sums: Ref,  # VMEM float32 [N, D]
+    top: Ref,  # VMEM float32 [N, LANES]
+    total: Ref,  # VMEM float32 [N, LANES]
+    *,
+    cores: int,
+) -> None:
+    N, D = out.shape
+    low = _aligned(N)
+    precision = lax.Precision.HIGHEST if pool.dtype == jnp.float32 else lax.Precision.DEFAULT
+
+    slices = [slice(at, min(at + SLICE, D)) for at in range(0, D, SLICE)]
+
+    def serve(walk):  # type: ignore[no-untyped-def]
+        sums[...] = jnp.zeros_like(sums)
+        top[...] = jnp.full_like(top, NEVER)
+        total[...] = jnp.zeros_like(total)
+        query[:N] = q[...].astype(query.dtype)
+        if _splits(q, pool):
+            query[low : low + N] = (q[...] - query[:N].astype(q.dtype)).astype(query.dtype)
+
+        def body(index, num_valid, carry):  # type: ignore[no-untyped-def]
+            scores = jnp.zeros((query.shape[0], buffer.shape[1] * buffer.shape[2]), jnp.float32)
+            for columns in slices:
+                x = buffer[index, :, :, columns].reshape(scores.shape[1], -1)
+                scores += lax.dot_general(
+                    query[:, columns],
+                    x,
+                    (((1,), (1,)), ((), ())),
+                    precision=precision,
+                    preferred_element_type=jnp.float32,
+                )
+            if _splits(q, pool):
+                scores = scores[:N] + scores[low : low + N]
+            weights, keep, top[...], total[...] = tpu_paging.online_softmax(scores, num_valid, top[...], total[...])
+            weights = weights.astype(buffer.dtype)
+            for columns in slices:  # read again: kept in registers, it would only be spilled
+                x = buffer[index, :, :, columns].reshape(scores.shape[1], -1)
+                found = jnp.dot(weights, x, precision=precision, preferred_element_type=jnp.float32)
+                sums[:, columns] = sums[:, columns] * tpu_paging.over_columns(keep, found.shape[1]) + found
+            return carry
+
+        walk(body, 0)
+        row_total = jnp.sum(total[...], axis=1, keepdims=True)
+        for columns in slices:
+            out[:, columns] = (sums[:, columns] / row_total).astype(out.dtype)
+        lse[...] = top[...] + jnp.log(row_total)
+
+    sources = [Source(blocks, buffer, arrived)]
+    tpu_paging.for_each_row(Deal(order, count, length), pool, sources, next_buffer, serve, cores=cores)

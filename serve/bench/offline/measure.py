@@ -1,0 +1,119 @@
+"""What `bench throughput` and `bench latency` share: a warm engine, samples, and a tally of its iterations."""
+
+import dataclasses
+import json
+import platform
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from apt_jax.engine.engine import Engine
+from apt_jax.engine_config import EngineConfig
+from apt_jax.output import Output
+from apt_jax.request import FinishReason, SamplingParams
+from apt_jax.serve.bench.work import Work
+from apt_jax.serve.options import LoadOptions
+from apt_jax.serve.runtime.build import build_engine
+from apt_jax.serve.runtime.samples import Sample
+
+
+def open_engine(model: str | None, load: LoadOptions, config: EngineConfig) -> Engine:
+    """The engine; nothing is compiled yet.
+
+    Raises:
+        ValueError: the model cannot be loaded or does not fit; one sentence.
+    """
+    return build_engine(model, engine_config=config, **dataclasses.asdict(load))
+
+
+def samples_of(works: Sequence[Work], *, temperature: float, prefix: str) -> list[Sample]:
+    """One sample of exactly its output tokens for each; prompts must be token ids."""
+    return [
+        Sample(
+            f"{prefix}{number}",
+            0,
+            work.prompt,
+            SamplingParams(temperature=temperature, max_tokens=work.output_tokens, ignore_eos=True, seed=number),
+        )
+        for number, work in enumerate(works)
+        if not isinstance(work.prompt, str)
+    ]
+
+
+def checked(output: Output | ValueError) -> Output:
+    """The output.
+
+    Raises:
+        ValueError: the engine refused the request.
+        RuntimeError: it failed on it.
+    """
+    if isinstance(output, ValueError):
+        raise output
+    if output.finish_reason is FinishReason.ERROR:
+        raise RuntimeError(f"the engine failed on request {output.request.request_id}: {output.error}")
+    return output
+
+
+@dataclass
+class Tally:
+    """Sums over iterations. Token slots are what the device computed, padding included; blocks are those in use."""
+
+    engine: Engine
+    steps: int = 0
+    tokens: int = 0
+    slots: int = 0
+    rows: int = 0
+    preemptions: int = 0
+    conversions: int = 0
+    kv_blocks: int = 0
+    hidden_blocks: int = 0
+    peak_blocks: int = 0
+
+    def add(self) -> None:
+        """Count the engine's last iteration."""
+        plan, state = self.engine.last_plan, self.engine.state
+        self.preemptions += len(plan.preempted)
+        self.conversions += len(plan.converted)
+        if not plan.scheduled:
+            return
+        tokens, rows = plan.num_tokens, len(plan.scheduled)
+        self.steps += 1
+        self.tokens += tokens
+        self.rows += rows
+        self.slots += self.engine.builder.buckets.choose(tokens, rows, decode_only=tokens == rows).tokens
+        kinds = state.blocks_by_kind()
+        self.kv_blocks += kinds["kv"]
+        self.hidden_blocks += kinds["hidden"]
+        self.peak_blocks = max(self.peak_blocks, kinds["kv"] + kinds["hidden"])
+
+    def figures(self) -> dict[str, Any]:
+        """Plain data; shares of token slots and of the pool."""
+        steps, blocks = max(self.steps, 1), self.engine.state.pool.num_blocks
+        return {
+            "iterations": self.steps,
+            "mean_batch": self.rows / steps,
+            "padding": 1 - self.tokens / max(self.slots, 1),
+            "preemptions": self.preemptions,
+            "conversions": self.conversions,
+            "num_blocks": blocks,
+            "mean_kv_usage": self.kv_blocks / steps / blocks,
+            "mean_hidden_usage": self.hidden_blocks / steps / blocks,
+            "peak_cache_usage": self.peak_blocks / blocks,
+        }
+
+
+def write_result(path: Path | None, args: Any, figures: dict[str, Any]) -> None:
+    """JSON with the figures, every flag and the versions; nothing if `path` is None."""
+    if path is None:
+        return
+    flags = dataclasses.asdict(args)
+    for group in ("work", "load", "engine"):
+        flags |= flags.pop(group, {})
+    arguments = {name: str(value) if isinstance(value, Path) else value for name, value in flags.items()}
+    versions = {name: version(name) for name in ("apt-jax", "jax", "jaxlib", "flax")}
+    versions["python"] = platform.python_version()
+    path.write_text(json.dumps({**figures, "versions": versions, "arguments": arguments}, indent=1) + "\n", "utf-8")
+    print(f"wrote {path}", file=sys.stderr)

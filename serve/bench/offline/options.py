@@ -1,0 +1,66 @@
+"""Flags of `apt-jax bench throughput` and `bench latency`. Imports nothing heavy."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tyro.conf import OmitArgPrefixes
+
+from apt_jax.engine_config import EngineConfig
+from apt_jax.serve.bench.work_options import WorkOptions
+from apt_jax.serve.options import LoadOptions, Model
+
+
+@dataclass(frozen=True)
+class BenchThroughput:
+    """Measure how fast the engine alone works through many requests that are all there from the begin."""
+
+    model: Model = None
+    """Hub id, Hugging Face folder or converted folder; none is the bundled demo model."""
+    work: OmitArgPrefixes[WorkOptions] = field(default_factory=WorkOptions)
+    temperature: float = 0.0
+    """Of sampling; 0 is greedy."""
+    output: Path | None = None
+    """JSON file for the results."""
+    load: OmitArgPrefixes[LoadOptions] = field(default_factory=LoadOptions)
+    engine: OmitArgPrefixes[EngineConfig] = field(default_factory=EngineConfig)
+
+    def run(self) -> int:
+        """Measure, print, write."""
+        from apt_jax.serve.bench.offline.throughput import run
+
+        return run(self)
+
+
+@dataclass(frozen=True)
+class BenchLatency:
+    """Measure how long one batch of equal requests takes in the engine alone: first token, each further token, all."""
+
+    model: Model = None
+    """Hub id, Hugging Face folder or converted folder; none is the bundled demo model."""
+    batch_size: int = 8
+    """Requests that begin together."""
+    input_len: int = 32
+    """Prompt tokens of each."""
+    output_len: int = 128
+    """Output tokens of each."""
+    num_iters_warmup: int = 3
+    """Batches before those that count."""
+    num_iters: int = 10
+    """Batches that count."""
+    output: Path | None = None
+    """JSON file for the results."""
+    load: OmitArgPrefixes[LoadOptions] = field(default_factory=LoadOptions)
+    engine: OmitArgPrefixes[EngineConfig] = field(default_factory=EngineConfig)
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "input_len", "output_len", "num_iters"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.num_iters_warmup < 0:
+            raise ValueError(f"num_iters_warmup={self.num_iters_warmup} must be at least 0")
+
+    def run(self) -> int:
+        """Measure, print, write."""
+        from apt_jax.serve.bench.offline.latency import run
+
+        return run(self)

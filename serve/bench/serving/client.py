@@ -1,0 +1,191 @@
+"""One streamed request to an OpenAI server, costing the client little: a body made beforehand, one pass over events."""
+
+import asyncio
+import json
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import aiohttp
+from pydantic_core import from_json
+
+from apt_jax.serve.bench.serving.records import Record
+from apt_jax.serve.bench.work import Work
+
+PATHS = {"completions": "/v1/completions", "chat": "/v1/chat/completions"}
+SHOWN_CHARS = 160
+IDLE_CONNECTION_S = 2.0  # shorter than servers keep them: none is used just when the server closes it
+
+
+class Refused(ValueError):
+    """The server cannot be asked what the benchmark needs to know."""
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """Where and how to ask. `headers` go with every request, `fields` into every body."""
+
+    base_url: str
+    kind: str
+    model: str
+    headers: dict[str, str]
+    fields: dict[str, Any]
+    timeout_s: float
+
+    @property
+    def url(self) -> str:
+        """Address of the route."""
+        return self.base_url + PATHS[self.kind]
+
+    def body(self, work: Work) -> bytes:
+        """The request of `work`."""
+        asked: dict[str, Any] = {"prompt": work.prompt}
+        if self.kind == "chat":
+            asked = {"messages": [{"role": "user", "content": work.prompt}]}
+        return json.dumps(
+            {
+                "model": self.model, **asked, "max_tokens": work.output_tokens, "stream": True,
+                "stream_options": {"include_usage": True}, **self.fields,
+            }
+        ).encode()  # fmt: skip
+
+
+def plain_base(base_url: str) -> str:
+    """The address without a trailing slash and /v1.
+
+    Raises:
+        ValueError: it is no http address.
+    """
+    if not base_url.startswith(("http://", "https://")):
+        raise ValueError(f"base_url={base_url!r} must begin with http:// or https://")
+    return base_url.rstrip("/").removesuffix("/v1")
+
+
+def open_session() -> aiohttp.ClientSession:
+    """Connections without a limit of their number; call it in a running loop."""
+    connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=IDLE_CONNECTION_S)
+    return aiohttp.ClientSession(connector=connector, timeout=aiohttp.ClientTimeout(total=None))
+
+
+async def first_model(session: aiohttp.ClientSession, base_url: str, headers: dict[str, str]) -> dict[str, Any]:
+    """The first entry of /v1/models.
+
+    Raises:
+        Refused: the server cannot be reached or names no model; one sentence.
+    """
+    try:
+        async with session.get(f"{base_url}/v1/models", headers=headers) as reply:
+            text = await reply.read()
+            if reply.status != 200:
+                raise Refused(f"{base_url}/v1/models: {_refusal(reply.status, text)}; give --model or --api-key")
+            return dict(from_json(text)["data"][0])
+    except (aiohttp.ClientError, OSError) as error:
+        raise Refused(f"{_failure(error)} at {base_url}; is the server running?") from error
+    except (ValueError, LookupError, TypeError) as error:
+        if isinstance(error, Refused):
+            raise
+        raise Refused(f"{base_url}/v1/models names no model; give --model") from error
+
+
+class Events:
+    """Splits a stream of server-sent events into their data, however the bytes come."""
+
+    def __init__(self) -> None:
+        self._rest = b""
+
+    def feed(self, data: bytes) -> list[bytes]:
+        """Data of the events that `data` completes; comments and other fields are skipped."""
+        *lines, self._rest = (self._rest + data).split(b"\n")
+        return [line[5:].strip() for line in lines if line.startswith(b"data:")]
+
+
+class Answer:
+    """Takes in a stream's events for a record."""
+
+    def __init__(self, record: Record):
+        self._record = record
+        self._usage: dict[str, Any] | None = None
+        self._empty: list[bool] = []  # per piece, whether it had no text
+        self.is_whole = False  # the end of the stream was seen
+
+    def take(self, event: bytes, now: float) -> None:
+        """One event that arrived `now`, seconds of the run."""
+        if event == b"[DONE]":
+            self.is_whole = True
+            return
+        chunk = from_json(event)
+        if "error" in chunk:
+            self._record.error = f"error in the stream: {_message(chunk)}"
+        self._usage = chunk.get("usage") or self._usage
+        if not (choices := chunk.get("choices")):
+            return
+        choice = choices[0]
+        text = choice.get("text")
+        if text is None:
+            delta = choice.get("delta") or {}
+            text = delta.get("content") or delta.get("reasoning_content") or delta.get("reasoning")
+        self._record.piece_s.append(now)
+        self._empty.append(not text)
+        if choice.get("finish_reason") in ("abort", "error"):
+            self._record.error = f"the server ended it: {choice['finish_reason']}"
+
+    def finish(self) -> None:
+        """The stream has ended: count tokens, and drop pieces that only told a role or the end."""
+        record = self._record
+        record.output_tokens = (self._usage or {}).get("completion_tokens") or len(record.piece_s)
+        record.prompt_tokens = (self._usage or {}).get("prompt_tokens") or record.prompt_tokens
+        for end in (0, -1):
+            while len(record.piece_s) > record.output_tokens and self._empty[end]:
+                del record.piece_s[end], self._empty[end]
+        if record.error is None and not self.is_whole:
+            record.error = "the stream broke off"
+        if record.error is None and not record.piece_s:
+            record.error = "the answer has no token"
+
+
+async def ask(session: aiohttp.ClientSession, endpoint: Endpoint, body: bytes, record: Record, origin: float) -> None:
+    """Send `body` and fill in `record`, in seconds after `origin` of `time.perf_counter`. Raises nothing."""
+    answer = Answer(record)
+    events = Events()
+    try:
+        async with (
+            asyncio.timeout(endpoint.timeout_s),
+            session.post(endpoint.url, data=body, headers=endpoint.headers) as reply,
+        ):
+            if reply.status != 200:
+                record.error = _refusal(reply.status, await reply.read())
+                return
+            async for data in reply.content.iter_any():
+                now = time.perf_counter() - origin
+                for event in events.feed(data):
+                    answer.take(event, now)
+            answer.finish()
+    except TimeoutError:
+        record.error = f"no whole answer within {endpoint.timeout_s:g} s"
+    except (aiohttp.ClientError, OSError) as error:
+        record.error = _failure(error)
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        record.error = f"no OpenAI stream: {type(error).__name__}"
+
+
+def _refusal(status: int, text: bytes) -> str:
+    try:
+        message = _message(from_json(text))
+    except ValueError:
+        message = text.decode("utf-8", "replace").strip()
+    return f"HTTP {status}: {message[:SHOWN_CHARS]}".rstrip(": ")
+
+
+def _message(value: Any) -> str:
+    """The message of an OpenAI error object, or what there is."""
+    error = value.get("error", value) if isinstance(value, dict) else value
+    return str(error.get("message", error) if isinstance(error, dict) else error)
+
+
+def _failure(error: Exception) -> str:
+    """An error of the connection, without what differs between requests."""
+    if isinstance(error, aiohttp.ClientConnectorError | ConnectionRefusedError):
+        return "cannot connect"
+    if isinstance(error, aiohttp.ServerDisconnectedError | aiohttp.ClientPayloadError | ConnectionResetError):
+        return "the server closed the connection"
+    return f"{type(error).__name__}: {error}"[:SHOWN_CHARS]

@@ -1,0 +1,95 @@
+"""The HTTP application: OpenAI's API and the probes, over an engine thread."""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+
+from starlette.applications import Starlette
+from starlette.concurrency import run_in_threadpool
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response
+
+from apt_jax.serve.errors import CLIENT_CLOSED_REQUEST, ERROR_REPLIES, error_body, error_reply
+from apt_jax.serve.http.middleware import ApiKeys, HeaderLimit, RequestIds
+from apt_jax.serve.http.resume import Resumption
+from apt_jax.serve.http.routes.dashboard import dashboard_route
+from apt_jax.serve.http.routes.debug import DebugRoutes
+from apt_jax.serve.http.routes.generation import GenerationRoutes
+from apt_jax.serve.http.routes.models import ModelRoutes
+from apt_jax.serve.http.routes.openapi import openapi_route
+from apt_jax.serve.http.service import Service
+from apt_jax.serve.openai.endpoints import KINDS_BY_PATH
+
+STOP_TIMEOUT_S = 5.0
+
+
+def create_app(service: Service, resumption: Resumption | None = None) -> Starlette:
+    """The application; its lifespan starts and stops the engine thread, and runs `resumption`."""
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app: Starlette) -> AsyncIterator[None]:
+        service.backend.start()
+        resuming = None if resumption is None else asyncio.create_task(resumption.run(service))
+        yield
+        service.is_stopping = True
+        service.backend.abort_all()
+        if resuming is not None:
+            await asyncio.wait([resuming], timeout=STOP_TIMEOUT_S)
+            resuming.cancel()
+        await run_in_threadpool(service.backend.stop, STOP_TIMEOUT_S)
+        if service.tracing is not None:
+            await run_in_threadpool(service.tracing.close)
+
+    options = service.options
+    middleware = [Middleware(RequestIds), Middleware(HeaderLimit, options.max_header_bytes)]
+    if options.allowed_origins:
+        middleware.append(
+            Middleware(
+                CORSMiddleware,
+                allow_origins=options.allowed_origins,
+                allow_methods=["GET", "POST"],
+                allow_headers=["*"],
+                expose_headers=["x-request-id"],
+            )
+        )
+    if options.api_key:
+        middleware.append(Middleware(ApiKeys, options.api_key))
+
+    async def error(http: Request, error: Exception) -> Response:
+        status, body, headers = error_reply(error)
+        if http.url.path in KINDS_BY_PATH and status != 500:
+            service.refused(body["error"]["code"] or "bad_request")
+        return JSONResponse(body, status, headers)
+
+    return Starlette(
+        routes=[
+            *GenerationRoutes(service).routes(),
+            *ModelRoutes(service).routes(),
+            *DebugRoutes(service).routes(),
+            openapi_route(),
+            dashboard_route(),
+        ],
+        middleware=middleware,
+        exception_handlers={
+            **{kind: error for kind, _ in ERROR_REPLIES},
+            Exception: error,  # also logged, with its traceback
+            HTTPException: _http_error,
+            ClientDisconnect: _gone,
+        },
+        lifespan=lifespan,
+    )
+
+
+async def _gone(http: Request, error: Exception) -> Response:
+    """The client left before its body was read; nobody gets this."""
+    return Response(status_code=CLIENT_CLOSED_REQUEST)
+
+
+async def _http_error(http: Request, error: Exception) -> Response:
+    """Starlette's own errors (no such route, wrong method) in OpenAI's shape."""
+    assert isinstance(error, HTTPException)
+    message = f"{error.detail}: {http.method} {http.url.path}"
+    return JSONResponse(error_body(message, "invalid_request_error"), error.status_code, error.headers)

@@ -1,0 +1,235 @@
+"""`apt-jax serve`: uvicorn around the application, from the first byte listened to to the last byte answered."""
+
+import asyncio
+import dataclasses
+import logging
+import math
+import os
+import signal
+import socket
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING
+
+import uvicorn
+from starlette.types import ASGIApp
+
+from apt_jax.engine_config import EngineConfig
+from apt_jax.serve.http.app import create_app
+from apt_jax.serve.http.http_protocol import timed_protocol
+from apt_jax.serve.http.resume import Resumption
+from apt_jax.serve.http.service import Service
+from apt_jax.serve.http.snapshot import read_snapshot, write_snapshot
+from apt_jax.serve.openai.chat_template import read_template, renderer
+from apt_jax.serve.options import DEMO_NAME, LoadOptions, ServerOptions
+from apt_jax.serve.replicas.backend import ReplicaBackend
+from apt_jax.serve.replicas.messages import EngineSpec
+from apt_jax.serve.replicas.options import RayOptions, ReplicaOptions
+from apt_jax.serve.replicas.ray_session import check_ray
+from apt_jax.serve.runtime.engine_thread import EngineThread
+from apt_jax.serve.runtime.start_up import StartUp
+
+if TYPE_CHECKING:
+    from apt_jax.engine.engine import Engine
+
+BACKLOG = 2048  # connections that wait to be accepted
+FLUSH_S = 5.0  # that clients get, after the running requests were ended, to read what is sent
+
+logger = logging.getLogger("apt_jax.serve")
+
+
+class Server(uvicorn.Server):
+    """Uvicorn's server, which on shutdown gives requests a grace time and then ends them with finish reason abort."""
+
+    def __init__(self, config: uvicorn.Config, service: Service):
+        super().__init__(config)
+        self._service = service
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """A first signal stops the server in order, a second one ends it at once."""
+        if self.should_exit:
+            os._exit(128 + sig)
+        super().handle_exit(sig, frame)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Stop listening, wait for the requests, then close."""
+        grace_s = self._service.options.shutdown_timeout
+        self._service.is_stopping = True
+        logger.info("stopping; %d running requests get %g s", self._service.num_generating, grace_s)
+        timer = asyncio.get_running_loop().call_later(grace_s, self._service.backend.abort_all)
+        try:
+            await super().shutdown(sockets)
+        finally:
+            timer.cancel()
+
+
+def serve(
+    model: str | None,
+    load: LoadOptions,
+    options: ServerOptions,
+    config: EngineConfig,
+    replicas: ReplicaOptions | None = None,
+    ray: RayOptions | None = None,
+) -> int:
+    """Serve until SIGINT or SIGTERM; returns the exit code. With `replicas` that use Ray, SIGHUP updates them.
+
+    Listens at once: while the model loads, /health is 200 and /ready 503. A model that cannot be loaded ends the
+    server with one sentence and exit code 1.
+
+    Raises:
+        ValueError: the chat template is none, or Ray is needed and not installed.
+        OSError: the chat template cannot be read.
+    """
+    if replicas is not None and replicas.uses_ray:
+        check_ray()
+    start_up = StartUp()
+    template = None if options.chat_template is None else read_template(Path(options.chat_template))
+    try:
+        listener = listen(options.host, options.port)
+    except OSError as error:
+        print(
+            f"error: cannot listen on {options.host}:{options.port} ({error.strerror or error}); "
+            "choose another --host or --port",
+            file=sys.stderr,
+        )
+        return 1
+    failures: list[Exception] = []
+
+    def fail(error: Exception) -> None:
+        if backend.engine is None:
+            failures.append(error)
+            server.should_exit = True
+        else:  # /health says so: whoever watches it decides
+            report_failure(error)
+
+    def make_engine() -> "Engine":
+        from apt_jax.serve.runtime.build import build_engine  # imports jax, which takes seconds
+
+        start_up.ended("imports")
+        engine = build_engine(model, engine_config=config, on_phase=start_up.ended, **dataclasses.asdict(load))
+        if engine.tokenizer is not None and engine.tokenizer.chat_template is not None:
+            renderer()
+        return engine
+
+    name, url = options.served_model_name or model or DEMO_NAME, url_of(listener)
+
+    def ready(seconds: float) -> None:
+        start_up.ended(
+            "measuring" if isinstance(backend, EngineThread) else "replicas", getattr(backend.engine, "compile_s", 0.0)
+        )
+        logger.info(
+            "ready after %.1f s (%s): %s answers at %s/v1/completions", start_up.total_s, start_up.text(), name, url
+        )
+
+    backend: EngineThread | ReplicaBackend
+    if replicas is not None and replicas.uses_ray:
+        spec = EngineSpec(model, load, config, name, log_format=options.log_format)
+        backend = ReplicaBackend(spec, replicas, ray or RayOptions(), ready, fail)
+    else:
+        backend = EngineThread(make_engine, ready, fail)
+    service = Service(backend, name, with_environment(options))
+    service.chat_template = template
+    resumption = None if options.resume_from is None else Resumption(Path(options.resume_from))
+    app = create_app(service, resumption)
+    server = Server(http_config(app, options), service)
+    logging.getLogger("uvicorn.error").setLevel(logging.WARNING)  # its milestones are told here
+    logger.info("listening on %s, loading %s; %s/ready turns 200 when requests are taken", url, name, url)
+    run_until_signal(server, listener, None if isinstance(backend, EngineThread) else backend.update)
+    if failures:
+        report_failure(failures[0])
+    keep_unfinished(service)
+    if not backend.stop(timeout_s=0):
+        # It is inside the compiler, which nothing can interrupt; the interpreter would crash under its feet.
+        logging.shutdown()
+        sys.stderr.flush()
+        os._exit(1 if failures else 0)
+    logger.info("stopped")
+    return 1 if failures else 0
+
+
+def http_config(app: ASGIApp, options: ServerOptions) -> uvicorn.Config:
+    """How uvicorn serves `app`."""
+    return uvicorn.Config(
+        app,
+        http=timed_protocol(options.request_read_timeout),  # of h11, which limits headers that are still coming in
+        h11_max_incomplete_event_size=options.max_header_bytes,
+        ws="none",
+        log_config=None,
+        access_log=False,  # the application's own has more
+        lifespan="on",
+        timeout_graceful_shutdown=math.ceil(options.shutdown_timeout + FLUSH_S),
+    )
+
+
+def keep_unfinished(service: Service) -> None:
+    """Write what the server could not finish to the snapshot file, if one is wanted."""
+    records, file = service.unfinished_records, service.options.snapshot_file
+    if records and file is None:
+        logger.warning("%d requests were not finished", len(records))
+    elif records and file is not None:
+        path = Path(file)
+        records += [r for r in read_snapshot(path) if r["id"] not in {record["id"] for record in records}]
+        count = write_snapshot(path, records)
+        logger.info("%d unfinished requests are in %s; start with --resume-from %s to finish them", count, path, path)
+
+
+def with_environment(options: ServerOptions) -> ServerOptions:
+    """The options with the key that APT_JAX_API_KEY holds, which `ps` does not show."""
+    key = os.environ.get("APT_JAX_API_KEY")
+    return options if not key else dataclasses.replace(options, api_key=(*options.api_key, key))
+
+
+def run_until_signal(
+    server: uvicorn.Server, listener: socket.socket, on_hangup: Callable[[], None] | None = None
+) -> None:
+    """Run `server` on `listener`; a first SIGINT or SIGTERM stops it in order, and it returns normally.
+
+    `on_hangup` is called on every SIGHUP.
+    """
+
+    def stop(number: int, frame: object) -> None:
+        server.should_exit = True
+
+    # uvicorn raises the signals again, for the handlers that it found, once it has stopped
+    previous = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    if on_hangup is not None:
+        previous[signal.SIGHUP] = signal.signal(signal.SIGHUP, lambda number, frame: on_hangup())
+    try:
+        server.run(sockets=[listener])
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def report_failure(error: Exception) -> None:
+    """One sentence for what the user can cure, the traceback for what they cannot."""
+    if isinstance(error, ValueError | OSError):
+        print(f"error: {error}", file=sys.stderr)
+    else:
+        logger.error("the engine failed", exc_info=error)
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A listening TCP socket; who connects before it is served waits.
+
+    Raises:
+        OSError: the address is unknown or taken.
+    """
+    family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    listener = socket.socket(family, kind, protocol)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+        listener.listen(BACKLOG)
+    except OSError:
+        listener.close()
+        raise
+    return listener
+
+
+def url_of(listener: socket.socket) -> str:
+    """`http://HOST:PORT` of a bound socket."""
+    host, port = listener.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"

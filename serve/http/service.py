@@ -1,0 +1,95 @@
+"""What the routes share: the engine or engines, the model's public name, the options, how a body is read."""
+
+import contextlib
+import time
+from collections.abc import Iterator
+from typing import Any
+
+from starlette.requests import Request
+
+from apt_jax.serve.errors import BodyTooLarge, EngineFailure, NotReady
+from apt_jax.serve.http.snapshot import record_of
+from apt_jax.serve.observability.recent import Recent
+from apt_jax.serve.observability.request_log import RequestLog
+from apt_jax.serve.observability.request_metrics import MISSES
+from apt_jax.serve.observability.tracing import Tracing
+from apt_jax.serve.openai.generation import Generation, ServedModel
+from apt_jax.serve.options import ServerOptions
+from apt_jax.serve.runtime.backend import Backend
+from apt_jax.serve.runtime.group import Group
+
+
+class Service:
+    """What generates, as it is seen over HTTP. `chat_template` goes before the tokenizer's own."""
+
+    def __init__(self, backend: Backend, model_name: str, options: ServerOptions):
+        self.backend = backend
+        self.model_name = model_name
+        self.options = options
+        self.chat_template: str | None = None
+        self.created = int(time.time())
+        self.view = backend.view(model_name)
+        self.metrics, self.recent = self.view.metrics, Recent()
+        backend.observers.extend([self.recent, RequestLog()])
+        self.tracing: Tracing | None = None
+        if options.otlp_traces_endpoint is not None:
+            self.tracing = Tracing(options.otlp_traces_endpoint, model_name)
+            backend.observers.append(self.tracing)
+        if options.reject_predicted_late:
+            backend.refuse_late()
+        self.num_generating = 0  # requests for completions that are under way
+        self.is_stopping = False
+        self.unfinished_records: list[dict[str, Any]] = []  # for the snapshot
+
+    def served_model(self) -> ServedModel:
+        """What bodies are checked against.
+
+        Raises:
+            NotReady: the engine is not ready.
+        """
+        return ServedModel(self.backend.ready_engine(), self.model_name, self.chat_template)
+
+    def refused(self, reason: str) -> None:
+        """Count a request that was refused."""
+        self.metrics.reject(reason)
+        if reason in MISSES:
+            self.recent.refused()
+
+    def check_accepts(self) -> None:
+        """Raises NotReady once the server is stopping."""
+        if self.is_stopping:
+            raise NotReady("the server is stopping; try another one, or this one again soon")
+
+    @contextlib.contextmanager
+    def generating(self, generation: Generation[Any], group: Group) -> Iterator[None]:
+        """While a request is under way. If the server stops meanwhile, what is unfinished goes into the snapshot."""
+        self.num_generating += 1
+        try:
+            yield
+        finally:
+            self.num_generating -= 1
+            if self.is_stopping and group.is_wanted:
+                with contextlib.suppress(EngineFailure):
+                    for sample, output in group.take_pending():
+                        generation.collect(sample, output)
+                if not generation.is_whole:
+                    self.unfinished_records.append(record_of(generation))
+
+    async def read_body(self, http: Request) -> bytes:
+        """The body, read no further than the limit.
+
+        Raises:
+            BodyTooLarge: it is longer.
+        """
+        limit = self.options.max_body_bytes
+        too_large = BodyTooLarge(f"the body is longer than {limit} bytes; send less or raise --max-body-bytes")
+        length = http.headers.get("content-length", "")
+        if length.isdigit() and int(length) > limit:
+            raise too_large
+        chunks, size = [], 0
+        async for chunk in http.stream():
+            size += len(chunk)
+            if size > limit:
+                raise too_large
+            chunks.append(chunk)
+        return b"".join(chunks)

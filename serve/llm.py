@@ -1,0 +1,228 @@
+"""`LLM`: generate from Python, in notebooks and jobs, in vLLM's shapes."""
+
+import dataclasses
+import difflib
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from tqdm import tqdm
+
+from apt_jax.engine_config import EngineConfig
+from apt_jax.output import Output, TokenLogprobs
+from apt_jax.request import FinishReason, SamplingParams
+from apt_jax.serve.options import LoadOptions
+from apt_jax.serve.runtime.build import build_engine
+from apt_jax.serve.runtime.driver import Driver
+from apt_jax.serve.runtime.samples import Sample, fan_out
+from apt_jax.tokenization.tokenizer import Tokenizer
+
+Prompt = str | Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Logprob:
+    """Log-probability of a token at one position; `rank` 1 is the most likely, None is unknown."""
+
+    logprob: float
+    rank: int | None
+    decoded_token: str | None
+
+
+@dataclass
+class CompletionOutput:
+    """One sample of one prompt.
+
+    Attributes:
+        index: its number among the prompt's samples.
+        token_ids: the tokens generated.
+        cumulative_logprob: sum over the tokens; None unless logprobs were asked for.
+        logprobs: per token, id -> `Logprob` of the chosen and the most likely; None unless asked for.
+        finish_reason: stop, length, abort or error.
+        stop_reason: the stop string or token id that ended it; None for the end-of-sequence token.
+    """
+
+    index: int
+    token_ids: list[int] = field(default_factory=list)
+    cumulative_logprob: float | None = None
+    logprobs: list[dict[int, Logprob]] | None = None
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
+    _text: list[str] | None = None
+
+    @property
+    def text(self) -> str:
+        """The text generated.
+
+        Raises:
+            ValueError: the model has no tokenizer.
+        """
+        if self._text is None:
+            raise ValueError("there is no text: the model's folder has no tokenizer; use token_ids or give tokenizer=")
+        return "".join(self._text)
+
+
+@dataclass
+class RequestOutput:
+    """What one prompt brought; `prompt` is None if it was given as token ids.
+
+    `prompt_logprobs` has per prompt token id -> `Logprob` of the token itself and the most likely, None for the first
+    token; it is None unless asked for.
+    """
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: list[int]
+    outputs: list[CompletionOutput]
+    prompt_logprobs: list[dict[int, Logprob] | None] | None = None
+
+    @property
+    def finished(self) -> bool:
+        """Whether every sample has ended."""
+        return all(output.finish_reason is not None for output in self.outputs)
+
+
+class LLM:
+    """A model and its engine.
+
+    Args:
+        model: hub id, Hugging Face folder or converted folder; None is the bundled demo model.
+        options: `tokenizer`, `revision`, `load_format`, and every field of `EngineConfig`, as on the command line.
+
+    Raises:
+        ValueError: an unknown option (the nearest known one is named), a bad value, or a model that cannot be loaded.
+    """
+
+    def __init__(self, model: str | None = None, **options: Any):
+        _check_known(options)
+        loading = {f.name: options.pop(f.name) for f in dataclasses.fields(LoadOptions) if f.name in options}
+        self.engine = build_engine(model, engine_config=EngineConfig(**options), **loading)
+        self.engine.warm_up(progress=True)
+        self._numbers = itertools.count()
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        use_tqdm: bool = True,
+    ) -> list[RequestOutput]:
+        """Generate for every prompt; the results are in the prompts' order.
+
+        `prompts` is one or a list of texts, `{"prompt": TEXT}` or `{"prompt_token_ids": [...]}`; `params` one for all
+        or one for each (default: `SamplingParams()`).
+
+        Raises:
+            ValueError: a prompt or its parameters cannot be served; nothing is left running.
+            RuntimeError: the engine failed on a prompt.
+        """
+        listed = [prompts] if isinstance(prompts, str | Mapping) else list(prompts)
+        given = params if params is not None else SamplingParams()
+        each = [given] * len(listed) if isinstance(given, SamplingParams) else list(given)
+        if len(each) != len(listed):
+            raise ValueError(f"{len(listed)} prompts but {len(each)} params; give one for all or one for each")
+        results: list[RequestOutput] = []
+        targets: dict[str, tuple[RequestOutput, CompletionOutput]] = {}
+        samples: list[Sample] = []
+        for number, (prompt, param) in enumerate(zip(listed, each, strict=True)):
+            result, fanned = self._prepare(number, prompt, param)
+            results.append(result)
+            samples.extend(fanned)
+            targets.update((s.request_id, (result, o)) for s, o in zip(fanned, result.outputs, strict=True))
+        self._run(samples, targets, len(listed), use_tqdm)
+        return results
+
+    def _prepare(self, number: int, prompt: Prompt, params: SamplingParams) -> tuple[RequestOutput, list[Sample]]:
+        tokenizer = self.engine.tokenizer
+        text, token_ids = _parse(prompt, number, tokenizer)
+        if params.stop and tokenizer is None:
+            raise ValueError("stop needs a tokenizer and this model has none; use stop_token_ids or give tokenizer=")
+        request_id = str(next(self._numbers))
+        samples = fan_out(request_id, [token_ids], params)
+        outputs = [
+            CompletionOutput(
+                sample.index,
+                cumulative_logprob=None if params.logprobs is None else 0.0,
+                logprobs=None if params.logprobs is None else [],
+                _text=None if tokenizer is None else [],
+            )
+            for sample in samples
+        ]
+        return RequestOutput(request_id, text, list(token_ids), outputs), samples
+
+    def _run(
+        self,
+        samples: list[Sample],
+        targets: dict[str, tuple[RequestOutput, CompletionOutput]],
+        num_prompts: int,
+        use_tqdm: bool,
+    ) -> None:
+        tokens = 0
+        with tqdm(total=len(samples), desc="Generating", unit="sample", disable=not use_tqdm) as bar:
+            for sample, output in Driver(self.engine).run(samples):
+                if isinstance(output, ValueError):
+                    number = int(sample.request_id.partition("-")[0]) - int(samples[0].request_id.partition("-")[0])
+                    raise ValueError(f"prompt {number} of {num_prompts}: {output}") from output
+                if output.finish_reason is FinishReason.ERROR:
+                    raise RuntimeError(f"the engine failed on request {sample.request_id}: {output.error}")
+                result, target = targets[sample.request_id]
+                self._take(target, output)
+                if output.prompt_logprobs is not None:
+                    result.prompt_logprobs = [None, *map(self._logprobs, output.prompt_logprobs)]
+                tokens += len(output.token_ids)
+                if output.finish_reason is not None:
+                    bar.set_postfix_str(f"{tokens / max(bar.format_dict['elapsed'], 1e-6):.0f} tokens/s", refresh=False)
+                    bar.update()
+
+    def _take(self, target: CompletionOutput, output: Output) -> None:
+        target.token_ids.extend(output.token_ids)
+        if target._text is not None:
+            target._text.append(output.text)
+        if target.logprobs is not None:
+            assert target.cumulative_logprob is not None
+            for entry in output.logprobs:
+                target.logprobs.append(self._logprobs(entry))
+                target.cumulative_logprob += entry.logprob
+        if output.finish_reason is not None:
+            target.finish_reason = output.finish_reason.value
+            target.stop_reason = output.request.stop_reason
+
+    def _logprobs(self, entry: TokenLogprobs) -> dict[int, Logprob]:
+        ranked = {token_id: (logprob, rank) for rank, (token_id, logprob) in enumerate(entry.top, start=1)}
+        ranked = {entry.token_id: (entry.logprob, entry.rank), **ranked}
+        tokenizer = self.engine.tokenizer
+        return {
+            token_id: Logprob(logprob, rank, None if tokenizer is None else tokenizer.token_text(token_id))
+            for token_id, (logprob, rank) in ranked.items()
+        }
+
+
+def _check_known(options: Mapping[str, Any]) -> None:
+    """Raise ValueError for a keyword that is neither an engine's nor a model's option."""
+    known = [f.name for kind in (EngineConfig, LoadOptions) for f in dataclasses.fields(kind)]
+    for name, value in options.items():
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"; did you mean {near[0]}?" if near else f"; known: {', '.join(known)}"
+            raise ValueError(f"unknown option {name}={value!r}{hint}")
+
+
+def _parse(prompt: Prompt, number: int, tokenizer: Tokenizer | None) -> tuple[str | None, list[int]]:
+    """Text (None if token ids were given) and token ids of one prompt."""
+    if isinstance(prompt, Mapping):
+        match dict(prompt):
+            case {"prompt_token_ids": token_ids, **rest} if not rest:
+                return None, [int(token_id) for token_id in token_ids]
+            case {"prompt": str(text), **rest} if not rest:
+                prompt = text
+            case _:
+                raise ValueError(
+                    f"prompt {number} has the keys {sorted(map(str, prompt))}; give either prompt or prompt_token_ids"
+                )
+    if not isinstance(prompt, str):
+        raise ValueError(f"prompt {number} is a {type(prompt).__name__}; give a text or {{'prompt_token_ids': [...]}}")
+    if not prompt:
+        raise ValueError(f"prompt {number} is empty; give at least one character or token id")
+    if tokenizer is None:
+        raise ValueError("this model has no tokenizer; give prompts as {'prompt_token_ids': [...]} or tokenizer=")
+    return prompt, tokenizer.encode(prompt)

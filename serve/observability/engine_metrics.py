@@ -1,0 +1,95 @@
+"""Metrics of an engine: its queues and blocks, and what its scheduler does."""
+
+from typing import TYPE_CHECKING
+
+from apt_jax.request import Request
+from apt_jax.scheduling.plan import Plan, Reason
+from apt_jax.serve.observability.instruments import Instruments
+from apt_jax.serve.runtime.observer import Stepped
+
+if TYPE_CHECKING:
+    from apt_jax.engine.engine import Engine
+
+SCHEDULE_S = (1e-5, 2.5e-5, 5e-5, 1e-4, 2.5e-4, 5e-4, 1e-3, 2.5e-3, 5e-3, 1e-2, 2.5e-2, 5e-2, 0.1)
+BATCH = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
+
+
+class EngineMetrics(Instruments):
+    """Counts what the engine's thread reports."""
+
+    def __init__(self, model_name: str, **labels: str):
+        super().__init__(model_name, **labels)
+        self._demoted: set[str] = set()
+        self._late: tuple[Request, ...] = ()  # of those that waited in the last step
+        self.last_blocks: dict[str, int] = {}
+        self._failures = self._recompiles = 0  # of the engine, as counted last
+        self.running = self._gauge("vllm:num_requests_running", "Requests that hold cache.")
+        self.waiting = self._gauge("vllm:num_requests_waiting", "Requests that wait to be scheduled.")
+        self.usage = self._gauge("vllm:kv_cache_usage_perc", "Share of the cache blocks in use, 0 to 1.")
+        self.preemptions = self._counter("vllm:num_preemptions", "Requests whose blocks were taken away.")
+        self.blocks = self._gauge("apt:cache_blocks", "Cache blocks held as KV, as hidden, and free.", "kind")
+        self.conversions = self._counter("apt:cache_conversions", "Requests converted from hidden to KV.")
+        self.demotions = self._counter("apt:late_demotions", "Requests put behind because they are late already.")
+        self.recompiles = self._counter("apt:recompiles_after_warmup", "Programs compiled while serving; should be 0.")
+        self.schedule = self._histogram("apt:schedule_seconds", "Time that the policy takes per step.", SCHEDULE_S)
+        self.batch = self._histogram("apt:batch_requests", "Requests per step.", BATCH)
+        self.failures = self._counter("apt:failed_steps", "Steps that failed; the server went on.")
+        self.lost_blocks = self._gauge("apt:idle_lost_blocks", "Blocks not free when idle; should be 0.")
+
+    def ready(self, engine: "Engine") -> None:
+        """Show the empty cache."""
+        self._levels(engine)
+
+    def stepped(self, engine: "Engine", step: Stepped) -> None:
+        """Count a step."""
+        plan = engine.last_plan
+        self.schedule.observe(engine.last_schedule_s)
+        if plan.scheduled:
+            self.batch.observe(len(plan.scheduled))
+        if plan.preempted:
+            self.preemptions.inc(len(plan.preempted))
+        if plan.converted:
+            self.conversions.inc(len(plan.converted))
+        self._count_demotions(plan)
+        for output in step.outputs:
+            if output.finish_reason is not None:
+                self._demoted.discard(output.request.request_id)
+        self._levels(engine)
+
+    def failed(self, engine: "Engine") -> None:
+        """Count a step that raised; it left no request."""
+        self._demoted.clear()
+        self.failures.inc()
+        self._levels(engine)
+
+    def idle(self, engine: "Engine", lost_blocks: int) -> None:
+        """Show whether blocks are lost."""
+        self.lost_blocks.set(lost_blocks)
+        self._levels(engine)
+
+    def _count_demotions(self, plan: Plan) -> None:
+        late = [entry.request for entry in plan.preempted if entry.reason is Reason.PREEMPTED_LATE]
+        for waited in plan.waited:
+            if waited.reason is Reason.WAITS_LATE and waited.requests != self._late:
+                self._late = waited.requests
+                late.extend(waited.requests)
+        for request in late:
+            if request.request_id not in self._demoted:
+                self._demoted.add(request.request_id)
+                self.demotions.inc()
+
+    def _levels(self, engine: "Engine") -> None:
+        state = engine.state
+        self.running.set(len(state.running))
+        self.waiting.set(len(state.waiting))
+        blocks = state.blocks_by_kind()
+        self.usage.set(1 - blocks["free"] / state.pool.num_blocks)
+        self.last_blocks = blocks
+        for kind, count in blocks.items():
+            self.blocks.labels(**self._labels, kind=kind).set(count)
+        if engine.num_failed_steps > self._failures:
+            self.failures.inc(engine.num_failed_steps - self._failures)
+            self._failures = engine.num_failed_steps
+        if engine.num_recompiles > self._recompiles:
+            self.recompiles.inc(engine.num_recompiles - self._recompiles)
+            self._recompiles = engine.num_recompiles

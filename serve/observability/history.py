@@ -1,0 +1,141 @@
+"""What became of each request, step by step: why it ran, waited, was converted, demoted or preempted.
+
+Successive steps with the same action and reason are one event with a count, so that a long answer stays short here.
+A request that goes on waiting costs nothing per step: who waits is compared with the step before as a whole, and only
+those who begin or end are looked at.
+"""
+
+import threading
+from collections import OrderedDict
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+from apt_jax.request import Request
+from apt_jax.scheduling.plan import Reason
+from apt_jax.serve.openai.slo_report import slo_report
+from apt_jax.serve.runtime.observer import Observer, Stepped
+
+if TYPE_CHECKING:
+    from apt_jax.engine.engine import Engine
+
+KEPT_REQUESTS = 2000  # finished ones; the oldest is forgotten
+KEPT_EVENTS = 200  # per request; the oldest is forgotten
+
+
+@dataclass(slots=True)
+class Event:
+    """`count` successive steps, from time `first_s` to `last_s` of the engine's clock, that did the same."""
+
+    action: str
+    reason: str
+    first_s: float
+    last_s: float
+    count: int = 1
+    since_step: int | None = None  # while it goes on by itself: the step from which on `count` and `last_s` lag behind
+
+
+@dataclass(slots=True)
+class Story:
+    """One request's."""
+
+    request: Request
+    events: list[Event] = field(default_factory=list)
+
+    def add(self, action: str, reason: str, now: float) -> Event:
+        """Another step; returns the event that it is part of."""
+        last = self.events[-1] if self.events else None
+        if last is not None and (last.action, last.reason) == (action, reason):
+            last.last_s = now
+            last.count += 1
+            return last
+        self.events.append(Event(action, reason, now, now))
+        if len(self.events) > KEPT_EVENTS:
+            del self.events[0]
+        return self.events[-1]
+
+
+class History(Observer):
+    """Keeps the stories of unfinished requests and of the newest finished ones. Safe to read from any thread."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._stories: OrderedDict[str, Story] = OrderedDict()
+        self._finished: OrderedDict[str, None] = OrderedDict()
+        self._waiting: dict[Reason, tuple[Request, ...]] = {}  # of the last step
+        self._waits: dict[Request, Event] = {}  # that go on
+        self._step, self._step_s = 0, 0.0  # number and time of the last one
+
+    def stepped(self, engine: "Engine", step: Stepped) -> None:
+        """Take in the step's plan."""
+        with self._lock:
+            plan = engine.last_plan
+            waiting: dict[Reason, tuple[Request, ...]] = {}
+            for waited in plan.waited:
+                waiting[waited.reason] = waiting.get(waited.reason, ()) + waited.requests
+            changed = waiting != self._waiting
+            if changed:
+                self._end_waits(waiting)
+            self._step, self._step_s = self._step + 1, step.began_s
+            for action, request, reason in replace(plan, waited=()).decisions():
+                self._story(request).add(action, reason.value, step.began_s)
+            if changed:
+                self._begin_waits(waiting)
+            for output in step.outputs:
+                if output.finish_reason is not None:
+                    story = self._story(output.request)
+                    story.add("finished", output.error or output.finish_reason.value, step.began_s)
+                    self._finished[output.request.request_id] = None
+            while len(self._finished) > KEPT_REQUESTS:
+                self._stories.pop(self._finished.popitem(last=False)[0], None)
+
+    def of(self, request_id: str) -> list[dict[str, Any]]:
+        """The stories of the request with this id, or of the samples of the completion with this id."""
+        with self._lock:
+            names = [n for n in self._stories if n == request_id or n.startswith(f"{request_id}-")]
+            return [self._shown(self._stories[name]) for name in names]
+
+    def _end_waits(self, waiting: dict[Reason, tuple[Request, ...]]) -> None:
+        """Those who no longer wait, or for another reason, did so up to the last step."""
+        for reason, requests in self._waiting.items():
+            for request in set(requests).difference(waiting.get(reason, ())):
+                event = self._waits.pop(request)
+                event.count, event.last_s, event.since_step = self._count(event), self._step_s, None
+
+    def _begin_waits(self, waiting: dict[Reason, tuple[Request, ...]]) -> None:
+        for reason, requests in waiting.items():
+            for request in set(requests).difference(self._waiting.get(reason, ())):
+                event = self._waits[request] = self._story(request).add("waited", reason.value, self._step_s)
+                event.since_step = self._step
+        self._waiting = waiting
+
+    def _count(self, event: Event) -> int:
+        return event.count + (0 if event.since_step is None else self._step - event.since_step)
+
+    def _story(self, request: Request) -> Story:
+        story = self._stories.get(request.request_id)
+        if story is None or story.request is not request:
+            story = self._stories[request.request_id] = Story(request)
+        return story
+
+    def _shown(self, story: Story) -> dict[str, Any]:
+        request = story.request
+        return {
+            "id": request.request_id,
+            "status": request.status.value,
+            "finish_reason": None if request.finish_reason is None else request.finish_reason.value,
+            "prompt_tokens": request.num_prompt_tokens,
+            "tokens": len(request.output_token_ids),
+            "priority": request.priority,
+            "slo": slo_report([request]),
+            "events": [self._event(event, request.arrival_s) for event in story.events],
+        }
+
+    def _event(self, event: Event, arrival_s: float) -> dict[str, Any]:
+        last_s = event.last_s if event.since_step is None else self._step_s
+        return {
+            "action": event.action,
+            "reason": event.reason,
+            "after_ms": round(1000 * (event.first_s - arrival_s), 3),
+            "until_ms": round(1000 * (last_s - arrival_s), 3),
+            "steps": self._count(event),
+        }

@@ -1,0 +1,36 @@
+"""A registry of Prometheus metrics, and how they are made: each with the same labels. Counters end in `_total`."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+from apt_jax.serve.runtime.observer import Observer
+
+
+class Instruments(Observer):
+    """Each has a registry of its own, so several can live in one process. `labels` are those of every metric."""
+
+    def __init__(self, model_name: str, **labels: str):
+        self.registry = CollectorRegistry()
+        self._labels = {"model_name": model_name, **labels}
+
+    def text(self) -> bytes:
+        """All of them in Prometheus' text format."""
+        return generate_latest(self.registry)
+
+    def _counter(self, name: str, text: str, label: str | None = None) -> Any:
+        return self._made(Counter(name, text, self._names(label), registry=self.registry), label)
+
+    def _gauge(self, name: str, text: str, label: str | None = None) -> Any:
+        return self._made(Gauge(name, text, self._names(label), registry=self.registry), label)
+
+    def _histogram(self, name: str, text: str, buckets: Sequence[float]) -> Any:
+        return self._made(Histogram(name, text, self._names(None), registry=self.registry, buckets=buckets), None)
+
+    def _names(self, label: str | None) -> list[str]:
+        return [*self._labels, *([] if label is None else [label])]
+
+    def _made(self, metric: Any, label: str | None) -> Any:
+        """The metric itself where a label is to be given, else its only child."""
+        return metric.labels(**self._labels) if label is None else metric

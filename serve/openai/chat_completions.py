@@ -1,0 +1,80 @@
+"""Chats: messages to a prompt by the chat template, and outputs to OpenAI's chat completion objects."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from apt_jax.output import Output, TokenLogprobs
+from apt_jax.serve.errors import BadRequest
+from apt_jax.serve.openai.chat_requests import ChatRequest
+from apt_jax.serve.openai.chat_template import render
+from apt_jax.serve.openai.generation import Choice, Generation, ServedModel, finite
+from apt_jax.serve.runtime.samples import Sample
+
+
+class ChatCompletion(Generation[ChatRequest]):
+    """A request of /v1/chat/completions."""
+
+    ID_PREFIX = "chatcmpl"
+
+    @classmethod
+    def _prompts(cls, body: ChatRequest, model: ServedModel) -> list[Sequence[int]]:
+        tokenizer = model.engine.tokenizer
+        if tokenizer is None:
+            raise BadRequest("this model has no tokenizer, so it cannot chat; use /v1/completions", "messages")
+        generate = body.add_generation_prompt is not False
+        text = render(body.messages, tokenizer, model.chat_template, generate=generate)
+        return [tokenizer.encode(text, add_special_tokens=False)]  # the template writes the special ones
+
+    def response(self) -> dict[str, Any]:
+        """The whole object; `prompt_logprobs` is beside the choices, which share their prompt, as in vLLM."""
+        found = self._prompt_logprobs(self.choices[0])
+        return {**super().response(), **({} if found is None else {"prompt_logprobs": found})}
+
+    def _object(self, choices: list[dict[str, Any]], stream: bool = False) -> dict[str, Any]:
+        return {
+            "id": self.request_id,
+            "object": "chat.completion.chunk" if stream else "chat.completion",
+            "created": self.created,
+            "model": self.model_name,
+            "choices": choices,
+        }
+
+    def _delta(self, sample: Sample, output: Output, first: bool) -> dict[str, Any]:
+        reason = None if output.finish_reason is None else output.finish_reason.value
+        role = {"role": "assistant"} if first else {}
+        return self._choice(sample, {"delta": {**role, "content": output.text}}, output.logprobs, reason)
+
+    def _whole(self, sample: Sample, choice: Choice) -> dict[str, Any]:
+        assert choice.finish_reason is not None
+        message = {"role": "assistant", "content": "".join(choice.text)}
+        return self._choice(sample, {"message": message}, choice.logprobs, choice.finish_reason.value)
+
+    def _choice(
+        self,
+        sample: Sample,
+        content: dict[str, Any],
+        logprobs: Sequence[TokenLogprobs],
+        finish_reason: str | None,
+    ) -> dict[str, Any]:
+        wanted = sample.params.logprobs is not None
+        return {
+            "index": sample.index,
+            **content,
+            "logprobs": self._logprobs(logprobs) if wanted else None,
+            "finish_reason": finish_reason,
+        }
+
+    def _logprobs(self, entries: Sequence[TokenLogprobs]) -> dict[str, Any]:
+        """OpenAI's list of tokens, each with its likely rivals."""
+        content = [
+            {
+                **self._token(entry.token_id, entry.logprob),
+                "top_logprobs": [self._token(token_id, logprob) for token_id, logprob in entry.top],
+            }
+            for entry in entries
+        ]
+        return {"content": content, "refusal": None}
+
+    def _token(self, token_id: int, logprob: float) -> dict[str, Any]:
+        data = list(self._token_bytes(token_id))
+        return {"token": self._token_text(token_id), "logprob": finite(logprob), "bytes": data}

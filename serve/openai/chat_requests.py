@@ -1,0 +1,80 @@
+"""The body of POST /v1/chat/completions, checked strictly."""
+
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from apt_jax.request import MAX_LOGPROBS
+from apt_jax.serve.errors import BadRequest
+from apt_jax.serve.openai.requests import GenerationRequest, Strict, check_stream, limits, parse_body
+
+
+class TextPart(Strict):
+    """A part of a message; only text is served."""
+
+    type: Literal["text"]
+    text: str
+
+
+class Message(Strict):
+    """One message of a chat."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | list[TextPart]
+    name: str | None = None
+
+    def for_template(self) -> dict[str, str]:
+        """What chat templates read: parts joined by line ends, as vLLM does."""
+        text = self.content if isinstance(self.content, str) else "\n".join(part.text for part in self.content)
+        named = {} if self.name is None else {"name": self.name}
+        return {"role": self.role, "content": text, **named}
+
+
+Messages = Annotated[list[Message], Field(min_length=1)]
+
+
+class ChatRequest(GenerationRequest):
+    """Body of POST /v1/chat/completions."""
+
+    messages: Messages
+    max_completion_tokens: int | None = Field(default=None, json_schema_extra=limits("max_tokens"))  # type: ignore[arg-type]
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
+    add_generation_prompt: bool | None = None
+
+    @property
+    def asked_max_tokens(self) -> int | None:
+        """`max_completion_tokens`, OpenAI's newer name, goes first."""
+        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+
+    @property
+    def texts(self) -> Iterator[str]:
+        """The messages' texts."""
+        return (message.for_template()["content"] for message in self.messages)
+
+    def sampling_fields(self) -> dict[str, Any]:
+        """Keywords of `SamplingParams`; logprobs is the number of likely tokens there."""
+        fields = super().sampling_fields()
+        fields["logprobs"] = (self.top_logprobs or 0) if self.logprobs else None
+        fields["max_tokens"] = self.asked_max_tokens
+        return fields
+
+
+def parse_chat(value: object) -> ChatRequest:
+    """Check a parsed body of /v1/chat/completions.
+
+    Raises:
+        BadRequest: one sentence that names the field, and its value where that helps.
+    """
+    body = parse_body(value, ChatRequest)
+    check_stream(body)
+    if body.top_logprobs is not None and not body.logprobs:
+        raise BadRequest("top_logprobs is only allowed with logprobs=true", "top_logprobs")
+    if None not in (body.max_tokens, body.max_completion_tokens) and body.max_tokens != body.max_completion_tokens:
+        raise BadRequest(
+            f"max_tokens={body.max_tokens} and max_completion_tokens={body.max_completion_tokens} are two names of one "
+            "limit; give one of them",
+            "max_completion_tokens",
+        )
+    return body

@@ -1,0 +1,76 @@
+"""Messages of a chat to the text that the model was trained on, by the Jinja template of its tokenizer or of a file."""
+
+from collections.abc import Callable, Sequence
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from apt_jax.serve.errors import BadRequest
+from apt_jax.serve.openai.chat_requests import Message
+from apt_jax.tokenization.tokenizer import no_advice
+
+if TYPE_CHECKING:
+    from apt_jax.tokenization.tokenizer import Tokenizer
+
+NO_TEMPLATE = (
+    "this model has no chat template (OPT models come without one), so it cannot chat; start the server with "
+    "--chat-template FILE, or use /v1/completions"
+)
+
+
+def read_template(path: Path) -> str:
+    """A chat template from a file; it is compiled once, to find its faults.
+
+    Raises:
+        ValueError: not text, or not a Jinja template; one sentence.
+        OSError: it cannot be read.
+    """
+    import jinja2
+
+    render_jinja_template = renderer()
+    try:
+        text = path.read_text(encoding="utf-8")
+        render_jinja_template(conversations=[[{"role": "user", "content": "x"}]], chat_template=text)
+    except (jinja2.TemplateSyntaxError, UnicodeDecodeError) as error:
+        raise ValueError(f"--chat-template {path} is not a Jinja template: {error}") from error
+    except jinja2.TemplateError:  # a template may refuse this chat
+        pass
+    return text
+
+
+def render(messages: Sequence[Message], tokenizer: "Tokenizer", template: str | None, *, generate: bool) -> str:
+    """The chat as one text; `template` goes before the tokenizer's own. Runs in Jinja's sandbox.
+
+    With `generate`, the text ends where the assistant is to go on.
+
+    Raises:
+        BadRequest: there is no template, or it refuses the messages.
+    """
+    chosen = template or tokenizer.chat_template
+    if chosen is None:
+        raise BadRequest(NO_TEMPLATE, "messages")
+    import jinja2
+
+    render_jinja_template = renderer()
+    special_tokens: dict[str, Any] = dict(tokenizer.special_tokens)
+    try:
+        rendered: Any = render_jinja_template(
+            conversations=[[message.for_template() for message in messages]],
+            chat_template=chosen,
+            add_generation_prompt=generate,
+            **special_tokens,
+        )
+    except jinja2.TemplateError as error:
+        raise BadRequest(f"the chat template refuses these messages: {error}", "messages") from error
+    (text,), _ = rendered
+    if not text:
+        raise BadRequest("the chat template makes nothing of these messages", "messages")
+    return text
+
+
+@cache
+def renderer() -> Callable[..., Any]:
+    """The function of transformers, whose import takes seconds: call this before the first chat waits for it."""
+    with no_advice():
+        from transformers.utils.chat_template_utils import render_jinja_template
+    return render_jinja_template

@@ -1,0 +1,338 @@
+"""From a body to engine samples, and from engine outputs to OpenAI's objects: what both kinds of completion share.
+
+HTTP, streamed or not, and batch jobs go through the same two steps: `Generation.prepare`, then `chunk` per output or
+`collect` for all. How the objects look is up to `Completion` and `ChatCompletion`.
+"""
+
+import dataclasses
+import math
+import time
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, Self
+
+from pydantic_core import to_json
+
+from apt_jax.output import Output, TokenLogprobs
+from apt_jax.request import FinishReason, Request, Slo
+from apt_jax.serve.errors import BadRequest, EngineFailure, ModelNotFound
+from apt_jax.serve.openai.replies import PromptTokenLogprob
+from apt_jax.serve.openai.requests import GenerationRequest, bad_request, slo_of
+from apt_jax.serve.openai.slo_report import slo_report
+from apt_jax.serve.openai.sse import event
+from apt_jax.serve.runtime.backend import EngineFacts
+from apt_jax.serve.runtime.samples import Sample, fan_out
+
+if TYPE_CHECKING:
+    from apt_jax.tokenization.tokenizer import Tokenizer
+
+LOWEST_LOGPROB = -9999.0  # JSON has no minus infinity
+
+
+@dataclass(frozen=True)
+class ServedModel:
+    """What bodies are checked against."""
+
+    engine: EngineFacts
+    name: str
+    chat_template: str | None = None  # goes before the tokenizer's own
+
+
+@dataclass
+class Choice:
+    """What one sample has brought so far."""
+
+    text: list[str] = field(default_factory=list)
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    prompt_logprobs: Sequence[TokenLogprobs] | None = None  # of its prompt but for the first token, once known
+    finish_reason: FinishReason | None = None
+    num_chars: int = 0  # of the tokens' texts, for text_offset
+    started: bool = False
+    request: Request | None = None  # the engine's, once it has ended
+    frame: tuple[bytes, bytes] | None = None  # what a streamed token's text goes between
+
+
+class Generation[Body: GenerationRequest]:
+    """One request on its way: its samples for the engine, and its response as outputs come in."""
+
+    ID_PREFIX: ClassVar[str]
+
+    def __init__(
+        self,
+        body: Body,
+        request_id: str,
+        model_name: str,
+        tokenizer: "Tokenizer | None",
+        prompt_token_ids: Sequence[Sequence[int]],
+        samples: list[Sample],
+        created: int | None = None,
+    ):
+        self.body = body
+        self.request_id = request_id
+        self.model_name = model_name
+        self.created = int(time.time()) if created is None else created
+        self.prompt_token_ids = prompt_token_ids
+        self.samples = samples
+        self.choices = [Choice() for _ in samples]
+        self.num_unfinished = len(samples)
+        self._tokenizer = tokenizer
+
+    @classmethod
+    def prepare(
+        cls,
+        body: Body,
+        model: ServedModel,
+        *,
+        request_id: str,
+        headers: Mapping[str, str] | None = None,
+        arrival_s: float | None = None,
+        max_samples: int | None = None,
+        otherwise_slo: Slo | None = None,
+    ) -> Self:
+        """Check a body against the model that is served and fan it out into samples. Tokenises; touches no state.
+
+        `headers` (names in lower case) may carry the SLO, which is else `otherwise_slo` or the engine's. Token ids are
+        the engine's to check.
+
+        Raises:
+            ModelNotFound: the body names another model.
+            BadRequest: text without a tokenizer, a bad sampling field or SLO, more than `max_samples` samples, or
+                more tokens than the context holds.
+        """
+        check_model(body.model, model.name)
+        params = body.sampling_params()
+        engine = model.engine
+        if params.stop and engine.tokenizer is None:
+            raise BadRequest("stop needs a tokenizer and this model has none; use stop_token_ids", "stop")
+        prompts = cls._prompts(body, model)
+        if max_samples is not None and len(prompts) * params.n > max_samples:
+            raise BadRequest(
+                f"{len(prompts)} prompts x n={params.n} is more than the queue holds ({max_samples}); "
+                "send fewer at once or raise --max-num-queued-reqs",
+                "prompt",
+            )
+        if body.asked_max_tokens is not None:
+            check_room(max(map(len, prompts)), body.asked_max_tokens, engine.max_model_len)
+        samples = fan_out(
+            request_id,
+            prompts,
+            params,
+            slo=slo_of(body.slo, headers or {}, otherwise_slo or default_slo(engine)),
+            priority=body.priority or 0,
+            arrival_s=arrival_s,
+        )
+        return cls(body, request_id, model.name, engine.tokenizer, prompts, samples)
+
+    @classmethod
+    def _prompts(cls, body: Body, model: ServedModel) -> list[Sequence[int]]:
+        """Token ids of each prompt of a body."""
+        raise NotImplementedError
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether every sample has ended."""
+        return self.num_unfinished == 0
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether every sample has ended by itself."""
+        return all(choice.finish_reason in (FinishReason.STOP, FinishReason.LENGTH) for choice in self.choices)
+
+    def usage(self) -> dict[str, int]:
+        """OpenAI's `usage`: each prompt counts once, every sample's tokens count."""
+        prompt_tokens = sum(len(ids) for ids in self.prompt_token_ids)
+        completion_tokens = sum(len(choice.token_ids) for choice in self.choices)
+        return {
+            "prompt_tokens": prompt_tokens,
+            "completion_tokens": completion_tokens,
+            "total_tokens": prompt_tokens + completion_tokens,
+        }
+
+    def chunk(self, sample: Sample, output: Output) -> dict[str, Any]:
+        """Take in an output and render it as one streamed object.
+
+        Raises:
+            EngineFailure: the engine ended the sample with an error.
+        """
+        choice = self.choices[sample.index]
+        first, output = not choice.started, self._wanted(output)
+        self._add(choice, output)
+        entry = self._delta(sample, output, first)
+        if self.body.return_token_ids:
+            entry["token_ids"] = list(output.token_ids)
+            if first:
+                entry["prompt_token_ids"] = list(sample.prompt_token_ids)
+        chunk = self._object([entry], stream=True)
+        if self.wants_usage:
+            chunk["usage"] = self.usage() if self._wants_running_usage else None
+        if output.finish_reason is not None:
+            chunk["slo"] = slo_report([output.request])
+        return chunk
+
+    def streamed(self, sample: Sample, output: Output) -> bytes:
+        """Take in an output and render it as one server-sent event. Most differ from the last in their text only.
+
+        Raises:
+            EngineFailure: the engine ended the sample with an error.
+        """
+        choice = self.choices[sample.index]
+        varies = sample.params.logprobs is not None or self.body.return_token_ids or self._wants_running_usage
+        if varies or output.finish_reason is not None or not choice.started:
+            return event(self.chunk(sample, output))
+        if choice.frame is None:
+            choice.frame = self._frame(sample, output)
+        self._add(choice, output)
+        return choice.frame[0] + to_json(output.text) + choice.frame[1]
+
+    def _frame(self, sample: Sample, output: Output) -> tuple[bytes, bytes]:
+        """An event without its text: what comes before and after it."""
+        mark = uuid.uuid4().hex
+        delta = self._delta(sample, dataclasses.replace(output, text=mark), first=False)
+        usage = {"usage": None} if self.wants_usage else {}
+        head, _, tail = event({**self._object([delta], stream=True), **usage}).partition(to_json(mark))
+        return head, tail
+
+    @property
+    def wants_usage(self) -> bool:
+        """Whether a stream ends with a chunk of usage."""
+        return self.body.stream_options is not None and self.body.stream_options.include_usage
+
+    @property
+    def _wants_running_usage(self) -> bool:
+        return self.body.stream_options is not None and self.body.stream_options.continuous_usage_stats
+
+    def usage_chunk(self) -> dict[str, Any]:
+        """The chunk that reports usage at the end of a stream."""
+        return {**self._object([], stream=True), "usage": self.usage()}
+
+    def collect(self, sample: Sample, output: Output) -> None:
+        """Take in an output for `response`.
+
+        Raises:
+            EngineFailure: the engine ended the sample with an error.
+        """
+        self._add(self.choices[sample.index], self._wanted(output))
+
+    def response(self) -> dict[str, Any]:
+        """The whole object, once every sample has ended."""
+        choices, requests = [], []
+        for sample, choice in zip(self.samples, self.choices, strict=True):
+            choice.num_chars = 0
+            entry = self._whole(sample, choice)
+            if self.body.return_token_ids:
+                entry["token_ids"] = list(choice.token_ids)
+                entry["prompt_token_ids"] = list(sample.prompt_token_ids)
+            if choice.request is not None:
+                requests.append(choice.request)
+                if len(self.samples) > 1:
+                    entry["slo"] = slo_report([choice.request])
+            choices.append(entry)
+        report = {"slo": slo_report(requests)} if len(requests) == len(self.samples) else {}  # not when it was resumed
+        return {**self._object(choices), "usage": self.usage(), **report}
+
+    def _wanted(self, output: Output) -> Output:
+        """What the client is to see of an output."""
+        return output
+
+    def _delta(self, sample: Sample, output: Output, first: bool) -> dict[str, Any]:
+        """The choice in which a stream brings an output; `first` is the sample's first one."""
+        raise NotImplementedError
+
+    def _whole(self, sample: Sample, choice: Choice) -> dict[str, Any]:
+        """A choice of the whole object."""
+        raise NotImplementedError
+
+    def _object(self, choices: list[dict[str, Any]], stream: bool = False) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def _add(self, choice: Choice, output: Output) -> None:
+        if output.finish_reason is FinishReason.ERROR:
+            raise EngineFailure(f"the engine failed on this request: {_first_line(output.error)}")
+        choice.started = True
+        if output.finish_reason is not None:
+            choice.request = output.request
+        choice.text.append(output.text)
+        choice.token_ids.extend(output.token_ids)
+        choice.logprobs.extend(output.logprobs)
+        if output.prompt_logprobs is not None:
+            choice.prompt_logprobs = output.prompt_logprobs
+        choice.finish_reason = output.finish_reason
+        self.num_unfinished -= output.finish_reason is not None
+
+    def _prompt_logprobs(self, choice: Choice) -> list[dict[str, PromptTokenLogprob] | None] | None:
+        """vLLM's list, an object per prompt token; the first token has none. None where they are not known."""
+        count = self.body.prompt_logprobs
+        if choice.prompt_logprobs is None or count is None:
+            return None
+        return [None, *(self._likely(entry, count) for entry in choice.prompt_logprobs)]
+
+    def _likely(self, entry: TokenLogprobs, count: int) -> dict[str, PromptTokenLogprob]:
+        """The token itself and the `count` most likely ones, by id."""
+        ranked = {entry.token_id: (entry.logprob, entry.rank)}
+        for rank, (token_id, logprob) in enumerate(entry.top[:count], start=1):
+            ranked.setdefault(token_id, (logprob, rank))
+        return {
+            str(token_id): {
+                "logprob": finite(logprob),
+                "rank": rank,
+                "decoded_token": None if self._tokenizer is None else self._tokenizer.token_text(token_id),
+            }
+            for token_id, (logprob, rank) in ranked.items()
+        }
+
+    def _token_text(self, token_id: int) -> str:
+        """The token's text; as OpenAI writes it where it is only part of a character."""
+        data = self._token_bytes(token_id)
+        if not data:
+            return f"token_id:{token_id}"
+        try:
+            return data.decode()
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
+
+    def _token_bytes(self, token_id: int) -> bytes:
+        return b"" if self._tokenizer is None else self._tokenizer.token_bytes(token_id)
+
+
+def check_model(name: str | None, served: str) -> None:
+    """Raises ModelNotFound if a body names another model than the served one."""
+    if name not in (None, served):
+        raise ModelNotFound(f"the model {name!r} is not served here; use {served!r}", "model")
+
+
+def check_room(prompt_tokens: int, max_tokens: int, max_model_len: int) -> None:
+    """Raises BadRequest if the context cannot hold both; a prompt that fills it alone is the engine's to refuse."""
+    room = max_model_len - prompt_tokens
+    if 0 < room < max_tokens:
+        raise BadRequest(
+            f"max_tokens={max_tokens} is more than fits: the context holds {max_model_len} tokens and the prompt has "
+            f"{prompt_tokens}; ask for at most {room}, or leave it out",
+            "max_tokens",
+        )
+
+
+def default_slo(engine: EngineFacts) -> Slo:
+    """The server's own promise."""
+    return Slo(engine.config.ttft_slo_ms / 1000, engine.config.tbt_slo_ms / 1000)
+
+
+def as_bad_request(error: ValueError, body: GenerationRequest) -> BadRequest:
+    """What the engine refused, as the client's error."""
+    if isinstance(error, BadRequest):
+        return error
+    refused = bad_request(error, [*type(body).model_fields, "prompt"])
+    if refused.param == "prompt" and "prompt" not in type(body).model_fields:
+        refused.param = "messages"
+    return refused
+
+
+def _first_line(error: str | None) -> str:
+    """An engine's message without a compiler's details."""
+    return (error or "unknown").partition("\n")[0][:200]
+
+
+def finite(logprob: float) -> float:
+    """A number that JSON can write."""
+    return logprob if math.isfinite(logprob) else LOWEST_LOGPROB

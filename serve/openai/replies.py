@@ -1,0 +1,222 @@
+"""The shapes of what routes answer, for /openapi.json; `tests/serve/test_serve_openapi.py` holds the routes to them."""
+
+from typing import Literal, NotRequired, TypedDict
+
+from apt_jax.serve.openai.slo_report import SloReport
+
+FinishReasonName = Literal["stop", "length", "abort"]
+
+
+class Usage(TypedDict):
+    """Tokens: each prompt counts once, every sample's tokens count."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+
+
+class TextLogprobs(TypedDict):
+    """Four parallel lists; null for the first token of an echoed prompt."""
+
+    tokens: list[str]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None]
+    text_offset: list[int]
+
+
+class PromptTokenLogprob(TypedDict):
+    """How likely a token was at its place in the prompt; `rank` 1 is the most likely."""
+
+    logprob: float
+    rank: int
+    decoded_token: str | None
+
+
+type PromptLogprobs = list[dict[str, PromptTokenLogprob] | None]  # by token id; null for the first token
+
+
+class TextChoice(TypedDict):
+    """One sample of one prompt."""
+
+    index: int
+    text: str
+    logprobs: TextLogprobs | None
+    finish_reason: FinishReasonName | None
+    prompt_logprobs: NotRequired[PromptLogprobs]
+    token_ids: NotRequired[list[int]]
+    prompt_token_ids: NotRequired[list[int]]
+    slo: NotRequired[SloReport]
+
+
+class TextCompletion(TypedDict):
+    """Answer of /v1/completions."""
+
+    id: str
+    object: Literal["text_completion"]
+    created: int
+    model: str
+    choices: list[TextChoice]
+    usage: Usage
+    slo: SloReport
+
+
+class TextCompletionChunk(TypedDict):
+    """One event of a streamed answer of /v1/completions; the last ones have no text, or no choice but usage."""
+
+    id: str
+    object: Literal["text_completion"]
+    created: int
+    model: str
+    choices: list[TextChoice]
+    usage: NotRequired[Usage | None]
+    slo: NotRequired[SloReport]
+
+
+class TokenLogprob(TypedDict):
+    """A token, its log-probability and its bytes."""
+
+    token: str
+    logprob: float
+    bytes: list[int]
+
+
+class ChatTokenLogprob(TokenLogprob):
+    """The token that was chosen, with its likely rivals."""
+
+    top_logprobs: list[TokenLogprob]
+
+
+class ChatLogprobs(TypedDict):
+    """One entry per token."""
+
+    content: list[ChatTokenLogprob]
+    refusal: None
+
+
+class AssistantMessage(TypedDict):
+    """What the model said."""
+
+    role: Literal["assistant"]
+    content: str
+
+
+class ChatChoice(TypedDict):
+    """One sample."""
+
+    index: int
+    message: AssistantMessage
+    logprobs: ChatLogprobs | None
+    finish_reason: FinishReasonName
+    token_ids: NotRequired[list[int]]
+    prompt_token_ids: NotRequired[list[int]]
+    slo: NotRequired[SloReport]
+
+
+class ChatCompletionReply(TypedDict):
+    """Answer of /v1/chat/completions."""
+
+    id: str
+    object: Literal["chat.completion"]
+    created: int
+    model: str
+    choices: list[ChatChoice]
+    prompt_logprobs: NotRequired[PromptLogprobs]
+    usage: Usage
+    slo: SloReport
+
+
+class ChatDelta(TypedDict):
+    """What is new of a message."""
+
+    role: NotRequired[Literal["assistant"]]
+    content: str
+
+
+class ChatChunkChoice(TypedDict):
+    """What is new of one sample."""
+
+    index: int
+    delta: ChatDelta
+    logprobs: ChatLogprobs | None
+    finish_reason: FinishReasonName | None
+    token_ids: NotRequired[list[int]]
+    prompt_token_ids: NotRequired[list[int]]
+
+
+class ChatCompletionChunk(TypedDict):
+    """One event of a streamed answer of /v1/chat/completions."""
+
+    id: str
+    object: Literal["chat.completion.chunk"]
+    created: int
+    model: str
+    choices: list[ChatChunkChoice]
+    usage: NotRequired[Usage | None]
+    slo: NotRequired[SloReport]
+
+
+class Model(TypedDict):
+    """The model served; `max_model_len` is null while it loads."""
+
+    id: str
+    object: Literal["model"]
+    created: int
+    owned_by: str
+    max_model_len: int | None
+
+
+class ModelList(TypedDict):
+    """Answer of /v1/models."""
+
+    object: Literal["list"]
+    data: list[Model]
+
+
+class Tokens(TypedDict):
+    """Answer of /tokenize."""
+
+    count: int
+    max_model_len: int
+    tokens: list[int]
+    token_strs: list[str] | None
+
+
+class Detokenized(TypedDict):
+    """Answer of /detokenize."""
+
+    prompt: str
+
+
+class Status(TypedDict):
+    """Answer of /health and /ready."""
+
+    status: str
+
+
+class Version(TypedDict):
+    """Answer of /version."""
+
+    version: str
+
+
+class Load(TypedDict):
+    """Answer of /load."""
+
+    server_load: int
+    waiting: int
+    running: int
+
+
+class ErrorDetail(TypedDict):
+    """What is wrong, in one sentence; `param` names the field."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class Error(TypedDict):
+    """Every error, in OpenAI's shape."""
+
+    error: ErrorDetail

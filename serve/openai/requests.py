@@ -1,0 +1,383 @@
+"""The bodies of requests, checked strictly: a field works as documented or is refused by name."""
+
+import difflib
+import json
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Annotated, Any
+
+import pydantic_core
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainValidator,
+    ValidationError,
+    WithJsonSchema,
+)
+
+from apt_jax.request import MAX_LOGIT_BIAS, MAX_STOP_TOKEN_IDS, RANGES, SamplingParams, Slo
+from apt_jax.serve.errors import BadRequest
+
+MAX_STOP_STRINGS = 64
+DEFAULT_MAX_TOKENS = 16
+SHOWN_VALUE_CHARS = 60
+MIN_SLO_MS, MAX_SLO_MS = 0.001, 1e9
+
+NOT_SUPPORTED = {
+    # OpenAI's, then vLLM's: known names that this server does not serve, with what to use instead
+    **dict.fromkeys(("best_of", "suffix", "modalities", "response_format", "tools", "tool_choice", "functions"), ""),
+    **dict.fromkeys(("function_call", "parallel_tool_calls", "audio", "prediction", "reasoning_effort", "store"), ""),
+    **dict.fromkeys(("metadata", "service_tier", "web_search_options", "verbosity", "prompt_cache_key"), ""),
+    **dict.fromkeys(("use_beam_search", "length_penalty", "guided_json", "guided_regex", "guided_choice"), ""),
+    **dict.fromkeys(("guided_grammar", "structured_outputs", "truncate_prompt_tokens", "prompt_embeds"), ""),
+    **dict.fromkeys(("add_special_tokens", "min_new_tokens", "lora_path", "spaces_between_special_tokens"), ""),
+    **dict.fromkeys(("allowed_token_ids", "bad_words", "logits_processors", "documents", "mm_processor_kwargs"), ""),
+    **dict.fromkeys(("continue_final_message", "chat_template", "chat_template_kwargs", "tool_calls"), ""),
+    "top_logprobs": "in /v1/completions, logprobs is the number of likely tokens",
+    "max_completion_tokens": "in /v1/completions, it is called max_tokens",
+    "echo": "it is a field of /v1/completions",
+    "prompt": "it is a field of /v1/completions; a chat has messages",
+    "messages": "it is a field of /v1/chat/completions; a completion has a prompt",
+}
+
+PromptItem = str | tuple[int, ...]
+
+
+def parse_prompt(value: object) -> tuple[PromptItem, ...]:
+    """Every form of `prompt` as a tuple of texts or of token-id tuples.
+
+    Raises:
+        ValueError: another type, or nothing in it.
+    """
+    if isinstance(value, str):
+        return (_not_empty(value, "prompt"),)
+    if isinstance(value, list) and value:
+        if all(type(item) is int for item in value):
+            return (tuple(value),)
+        if all(isinstance(item, str) for item in value):
+            return tuple(_not_empty(item, f"prompt {i}") for i, item in enumerate(value))
+        if all(isinstance(item, list) and all(type(x) is int for x in item) for item in value):
+            return tuple(tuple(_not_empty(item, f"prompt {i}")) for i, item in enumerate(value))
+    if value == []:
+        raise ValueError("prompt is empty; give at least one character or token id")
+    raise ValueError(
+        f"prompt must be a string, a list of strings, a list of token ids or a list of lists of token ids, "
+        f"not {shown(value)}"
+    )
+
+
+def parse_stop(value: object) -> tuple[str, ...] | None:
+    """`stop` as a tuple of strings, None if it was null.
+
+    Raises:
+        ValueError: another type, or too many of them.
+    """
+    strings = [value] if isinstance(value, str) else value
+    if strings is None:
+        return None
+    if not isinstance(strings, list) or not all(isinstance(text, str) for text in strings):
+        raise ValueError(f"stop must be a string or a list of strings, not {shown(value)}")
+    if len(strings) > MAX_STOP_STRINGS:
+        raise ValueError(f"stop has {len(strings)} strings, at most {MAX_STOP_STRINGS} are allowed")
+    return tuple(strings)
+
+
+def parse_logit_bias(value: object) -> object:
+    """Token ids, which JSON can only write as strings, as integers."""
+    if not isinstance(value, dict):
+        return value
+    for key in value:
+        digits = str(key)
+        if not (digits.isascii() and digits.isdigit() and len(digits) <= 18):
+            raise ValueError(f"logit_bias has the key {shown(key)}, keys must be token ids")
+    return {int(key): bias for key, bias in value.items()}
+
+
+LOGIT_BIAS_SCHEMA = {
+    "anyOf": [
+        {
+            "type": "object",
+            "propertyNames": {"pattern": "^[0-9]{1,18}$"},
+            "additionalProperties": {"type": "number", "minimum": -100, "maximum": 100},
+            "maxProperties": MAX_LOGIT_BIAS,
+        },
+        {"type": "null"},
+    ]
+}
+
+
+class Strict(BaseModel):
+    """Base of all bodies: no unknown fields, no conversion between types."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+
+class SloBody(Strict):
+    """Latency promise of one request, in milliseconds; a missing one takes the server's default."""
+
+    ttft_ms: float | None = Field(default=None, ge=MIN_SLO_MS, le=MAX_SLO_MS)
+    tbt_ms: float | None = Field(default=None, ge=MIN_SLO_MS, le=MAX_SLO_MS)
+
+
+class StreamOptions(Strict):
+    """Options of a streamed response."""
+
+    include_usage: bool = False
+    continuous_usage_stats: bool = False
+
+
+def limits(name: str) -> dict[str, float]:
+    """The range that `SamplingParams` gives a field, as JSON schema keywords; null is not their concern."""
+    low, high = next((low, high) for field, low, high in RANGES if field == name)
+    keywords = {"minimum": low} if high == math.inf else {"minimum": low, "maximum": high}
+    if name == "top_p":
+        keywords["exclusiveMinimum"] = keywords.pop("minimum")
+    return keywords
+
+
+def ranged(name: str) -> Any:
+    """A sampling field that may be left out; `SamplingParams` checks its range, the schema only shows it."""
+    return Field(default=None, json_schema_extra=limits(name))  # type: ignore[arg-type]
+
+
+TokenId = Annotated[int, Field(ge=0)]
+Text = Annotated[str, Field(min_length=1)]
+PromptForms = (
+    Text
+    | Annotated[list[Text], Field(min_length=1)]
+    | Annotated[list[TokenId], Field(min_length=1)]
+    | Annotated[list[Annotated[list[TokenId], Field(min_length=1)]], Field(min_length=1)]
+)
+
+
+class GenerationRequest(Strict):
+    """What both kinds of completion take: OpenAI's fields, vLLM's sampling fields, and `slo`.
+
+    For every field null means the default. Limits of the sampling fields are those of `SamplingParams`.
+    """
+
+    model: str | None = None
+    n: int | None = ranged("n")
+    max_tokens: int | None = ranged("max_tokens")
+    min_tokens: int | None = ranged("min_tokens")
+    temperature: float | None = ranged("temperature")
+    top_k: int | None = ranged("top_k")
+    top_p: float | None = ranged("top_p")
+    min_p: float | None = ranged("min_p")
+    repetition_penalty: float | None = ranged("repetition_penalty")
+    presence_penalty: float | None = ranged("presence_penalty")
+    frequency_penalty: float | None = ranged("frequency_penalty")
+    logit_bias: Annotated[
+        dict[int, float] | None,
+        BeforeValidator(parse_logit_bias, json_schema_input_type=dict[str, float] | None),
+        WithJsonSchema(LOGIT_BIAS_SCHEMA),
+    ] = None
+    seed: int | None = ranged("seed")
+    prompt_logprobs: int | None = ranged("prompt_logprobs")
+    stop: Annotated[
+        tuple[str, ...] | None,
+        PlainValidator(
+            parse_stop,
+            json_schema_input_type=Text | Annotated[list[Text], Field(max_length=MAX_STOP_STRINGS)] | None,
+        ),
+    ] = None
+    stop_token_ids: list[TokenId] | None = Field(default=None, json_schema_extra={"maxItems": MAX_STOP_TOKEN_IDS})
+    ignore_eos: bool | None = None
+    skip_special_tokens: bool | None = None
+    include_stop_str_in_output: bool | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    return_token_ids: bool | None = None
+    priority: int | None = Field(default=None, ge=-(2**31), le=2**31 - 1)
+    user: str | None = None
+    slo: SloBody | None = None
+
+    @property
+    def asked_max_tokens(self) -> int | None:
+        """The limit that the client gave; None leaves it to the server."""
+        return self.max_tokens
+
+    @property
+    def texts(self) -> Iterator[str]:
+        """What is to be tokenised, to judge how long that takes."""
+        return iter(())
+
+    def sampling_fields(self) -> dict[str, Any]:
+        """Keywords of `SamplingParams`, null where the default is meant."""
+        return {name: getattr(self, name) for name in SAMPLING_FIELDS if hasattr(self, name)}
+
+    def sampling_params(self) -> SamplingParams:
+        """The sampling fields that were given, over the defaults.
+
+        Raises:
+            BadRequest: a value out of its range; `param` names the field.
+        """
+        given = {name: value for name, value in self.sampling_fields().items() if value is not None}
+        try:
+            return SamplingParams(**{"max_tokens": self.default_max_tokens, **given})
+        except ValueError as error:
+            raise bad_request(error, given) from error
+
+    @property
+    def default_max_tokens(self) -> int | None:
+        """Tokens to generate at most where the client says nothing; None is what the context holds."""
+        return None
+
+
+class CompletionRequest(GenerationRequest):
+    """Body of POST /v1/completions."""
+
+    prompt: Annotated[
+        tuple[PromptItem, ...],
+        PlainValidator(parse_prompt, json_schema_input_type=PromptForms),
+    ]
+    max_tokens: int | None = Field(default=None, json_schema_extra={"minimum": 0})
+    logprobs: int | None = ranged("logprobs")
+    echo: bool | None = None
+
+    @property
+    def is_prompt_only(self) -> bool:
+        """Whether the prompt is to be echoed and nothing generated."""
+        return bool(self.echo) and self.max_tokens == 0
+
+    def sampling_fields(self) -> dict[str, Any]:
+        """Keywords of `SamplingParams`. The engine generates at least one token, here to be dropped."""
+        fields = super().sampling_fields()
+        if self.is_prompt_only:
+            fields["max_tokens"] = 1
+        if self.echo and self.logprobs is not None and (self.prompt_logprobs or 0) >= 0:
+            fields["prompt_logprobs"] = max(self.logprobs, self.prompt_logprobs or 0)
+        return fields
+
+    @property
+    def default_max_tokens(self) -> int | None:
+        """OpenAI's default."""
+        return DEFAULT_MAX_TOKENS
+
+    @property
+    def texts(self) -> Iterator[str]:
+        """The prompts that are text."""
+        return (item for item in self.prompt if isinstance(item, str))
+
+
+SAMPLING_FIELDS = sorted(SamplingParams.field_names())
+
+
+def bad_request(error: ValueError, names: Iterable[str]) -> BadRequest:
+    """The error of a lower layer as a BadRequest, its `param` the one of `names` that its sentence starts with."""
+    message = str(error)
+    start = message.removeprefix("the ")
+    return BadRequest(message, next((name for name in names if start.startswith((f"{name}=", f"{name} "))), None))
+
+
+def parse_json(data: bytes, what: str = "the body") -> Any:
+    """The JSON value in `data`; errors call it `what`.
+
+    Raises:
+        BadRequest: not JSON, not UTF-8, NaN, or nested too deeply.
+    """
+    try:
+        return pydantic_core.from_json(data, allow_inf_nan=False)
+    except ValueError as error:
+        raise BadRequest(f"{what} is not valid JSON: {error}") from error
+
+
+def parse_completion(value: object) -> CompletionRequest:
+    """Check a parsed body of /v1/completions.
+
+    Raises:
+        BadRequest: one sentence that names the field, and its value where that helps.
+    """
+    body = parse_body(value, CompletionRequest)
+    check_stream(body)
+    if body.is_prompt_only and body.min_tokens:
+        raise BadRequest(f"min_tokens={body.min_tokens} is more than max_tokens=0", "min_tokens")
+    return body
+
+
+def parse_body[Body: BaseModel](value: object, model: type[Body]) -> Body:
+    """Check a parsed body against its model.
+
+    Raises:
+        BadRequest: one sentence that names the field, and its value where that helps.
+    """
+    if not isinstance(value, dict):
+        raise BadRequest(f"the body must be a JSON object, not {shown(value)}")
+    try:
+        return model.model_validate(value)
+    except ValidationError as error:
+        raise first_fault(error, model) from error
+
+
+def check_stream(body: GenerationRequest) -> None:
+    """Raises BadRequest if there are options of a stream without one, or what a stream has no place for."""
+    if body.stream and body.prompt_logprobs is not None:
+        raise BadRequest("prompt_logprobs is only possible without stream, as in vLLM", "prompt_logprobs")
+    if body.stream_options is not None and not body.stream:
+        raise BadRequest("stream_options is only allowed with stream=true", "stream_options")
+
+
+def slo_of(body: SloBody | None, headers: Mapping[str, str], default: Slo) -> Slo:
+    """The SLO of a request: its body's `slo`, else the headers x-slo-ttft-ms and x-slo-tbt-ms, else `default`.
+
+    Raises:
+        BadRequest: a header is not a number of milliseconds from MIN_SLO_MS to MAX_SLO_MS, even if it is not needed.
+    """
+    chosen = {}
+    for name, fallback in (("ttft", default.ttft_s), ("tbt", default.tbt_s)):
+        in_body = None if body is None else getattr(body, f"{name}_ms")
+        header = f"x-slo-{name}-ms"
+        in_header = _milliseconds(header, headers[header]) if header in headers else None
+        given_ms = in_header if in_body is None else in_body
+        chosen[f"{name}_s"] = fallback if given_ms is None else given_ms / 1000
+    return Slo(**chosen)
+
+
+def _milliseconds(name: str, text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = float("nan")
+    if not MIN_SLO_MS <= value <= MAX_SLO_MS:
+        raise BadRequest(
+            f"header {name}: {shown(text)} must be a number of milliseconds greater than 0, up to 1e9", name
+        )
+    return value
+
+
+def first_fault(error: ValidationError, model: type[BaseModel]) -> BadRequest:
+    """What pydantic found first, in one sentence; unknown fields come with the nearest field of `model`."""
+    fault = error.errors(include_url=False)[0]
+    path = [str(part) for part in fault["loc"]]
+    name = ".".join(path[:2] if path and path[0] in ("slo", "stream_options", "messages") else path[:1])
+    match fault["type"]:
+        case "extra_forbidden" if path[-1] in NOT_SUPPORTED:
+            why = NOT_SUPPORTED[path[-1]]
+            return BadRequest(f"field {path[-1]} is not supported; leave it out{why and f' ({why})'}", name)
+        case "extra_forbidden":
+            near = difflib.get_close_matches(path[-1], model.model_fields, n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            return BadRequest(f"unknown field {shown('.'.join(path))}{hint}", name[:SHOWN_VALUE_CHARS])
+        case "missing":
+            return BadRequest(f"field {name} is missing", name)
+        case "value_error":
+            return BadRequest(str(fault["ctx"]["error"]), name)
+    return BadRequest(f"{name}={shown(fault['input'])}: {_lower_first(fault['msg'])}", name)
+
+
+def _not_empty[T: (str, list[int])](value: T, name: str) -> T:
+    if not value:
+        raise ValueError(f"{name} is empty; give at least one character or token id")
+    return value
+
+
+def shown(value: object) -> str:
+    """A value as JSON, cut to what fits in a sentence."""
+    text = json.dumps(value, ensure_ascii=True, default=str)
+    return text if len(text) <= SHOWN_VALUE_CHARS else f"{text[:SHOWN_VALUE_CHARS]}..."
+
+
+def _lower_first(text: str) -> str:
+    return text[:1].lower() + text[1:]

@@ -1,0 +1,39 @@
+"""The bodies of POST /tokenize and POST /detokenize, as vLLM has them."""
+
+from typing import Annotated
+
+from pydantic import Field
+
+from apt_jax.serve.errors import BadRequest
+from apt_jax.serve.openai.chat_requests import Messages
+from apt_jax.serve.openai.requests import Strict, parse_body
+
+
+class TokenizeRequest(Strict):
+    """A text, or the messages of a chat."""
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: Messages | None = None
+    add_special_tokens: bool | None = None
+    add_generation_prompt: bool | None = None
+    return_token_strs: bool | None = None
+
+
+class DetokenizeRequest(Strict):
+    """Token ids."""
+
+    model: str | None = None
+    tokens: list[Annotated[int, Field(ge=0, lt=2**31)]]
+
+
+def parse_tokenize(value: object) -> TokenizeRequest:
+    """Check a parsed body.
+
+    Raises:
+        BadRequest: a field is wrong, or there is not exactly one of prompt and messages.
+    """
+    body = parse_body(value, TokenizeRequest)
+    if (body.prompt is None) == (body.messages is None):
+        raise BadRequest("give either prompt or messages", "prompt")
+    return body

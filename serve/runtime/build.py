@@ -1,0 +1,77 @@
+"""From a model's name to an engine: compile cache, checkpoint, tokenizer, engine, in that order."""
+
+import logging
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+
+from apt_jax.checkpoints.formats.weight_files import LoadFormat
+from apt_jax.checkpoints.load import load_model
+from apt_jax.checkpoints.source import resolve
+from apt_jax.engine.engine import Engine
+from apt_jax.engine_config import EngineConfig
+from apt_jax.execution.multihost import follow, lead
+from apt_jax.models.sharding import Parallel
+from apt_jax.serve.runtime.compile_cache import use_compile_cache
+from apt_jax.tokenization.tokenizer import Tokenizer, TokenizerNotFound
+from apt_jax.tokenization.tokenizer_store import TokenizerStore
+
+logger = logging.getLogger("apt_jax.serve")
+
+
+def build_engine(
+    model: str | None,
+    *,
+    engine_config: EngineConfig,
+    load_format: str = "auto",
+    tokenizer: str | None = None,
+    revision: str | None = None,
+    on_phase: Callable[[str], None] = lambda phase: None,
+) -> Engine:
+    """Load a model (None: the bundled demo) and its tokenizer and put an engine around them; compiles nothing.
+
+    A model folder without a tokenizer gives an engine that takes token ids only. `on_phase` is told what has ended:
+    "weights", "tokenizer", "memory". Of several processes (`jax.distributed`) only process 0 gets an engine; in the
+    others this runs what process 0 runs, and exits when that ends.
+
+    Raises:
+        ValueError: what was named cannot be loaded, or does not fit; one sentence with the file, value or flag.
+    """
+    cache = use_compile_cache(engine_config.compilation_cache_dir)
+    devices, processes = engine_config.tensor_parallel_size, jax.process_count()
+    split = devices > 1 or processes > 1
+    parallel = Parallel.over(devices, hidden=engine_config.cache_mode != "kv") if split else None
+    loaded = load_model(
+        model, load_format=load_format, dtype=engine_config.dtype, revision=revision, seed=engine_config.seed,
+        parallel=parallel,
+    )  # fmt: skip
+    logger.info("%s: %s weights from %s", model or "demo model", loaded.dtype.name, loaded.folder)
+    on_phase("weights")
+    text = load_tokenizer(loaded.folder, tokenizer, revision, TokenizerStore(cache / "tokenizers"))
+    on_phase("tokenizer")
+    engine = Engine(loaded.model, loaded.config, engine_config, text, donate_model=True)
+    on_phase("memory")
+    if processes > 1:
+        if jax.process_index() > 0:
+            follow(engine.runner)
+            raise SystemExit(0)
+        host = os.environ.get("JAX_COORDINATOR_ADDRESS", "").rpartition(":")[0]
+        engine.runner = lead(engine.runner, host or None)
+    return engine
+
+
+def load_tokenizer(folder: Path, name: str | None, revision: str | None, store: TokenizerStore) -> Tokenizer | None:
+    """The tokenizer called `name` (folder or hub id), else the one in the model's `folder`; None if there is none.
+
+    Raises:
+        ValueError: `name` has no tokenizer, or the files are damaged.
+    """
+    if name is not None:
+        return Tokenizer.from_folder(resolve(name, revision=revision, load_format=LoadFormat.DUMMY), store)
+    try:
+        return Tokenizer.from_folder(folder, store)
+    except TokenizerNotFound as error:
+        logger.warning("%s", error)
+        return None

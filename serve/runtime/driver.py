@@ -1,0 +1,76 @@
+"""Run samples through an engine in the calling thread; for offline use, where nobody else steps the engine."""
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from apt_jax.output import Output
+from apt_jax.request import OFFLINE_SLO
+from apt_jax.serve.runtime.samples import Sample
+
+if TYPE_CHECKING:
+    from apt_jax.engine.engine import Engine
+
+
+class Driver:
+    """Steps `engine` and keeps its queue filled; `on_step` is called after every step.
+
+    A sample without an SLO gets `OFFLINE_SLO`: the engine's own is a promise to those who wait for tokens, and keeping
+    it costs throughput.
+    """
+
+    def __init__(self, engine: "Engine", on_step: Callable[[], None] | None = None):
+        self.engine = engine
+        self._on_step = on_step
+        self._active: dict[str, Sample] = {}
+        self._waiting_target = min(engine.state.limits.max_num_seqs, engine.config.max_num_queued_reqs)
+
+    def run(self, samples: Iterable[Sample]) -> Iterator[tuple[Sample, Output | ValueError]]:
+        """Yield every output of every sample as it comes, or the ValueError with which the engine refused the sample.
+
+        `samples` is read lazily: about as many wait in the engine as it runs at once, so that its scheduler always has
+        a choice and memory stays bounded. Leaving the loop early aborts what is unfinished.
+
+        Raises:
+            QueueFull: an idle engine takes no sample.
+        """
+        source = iter(samples)
+        try:
+            while True:
+                sample, error = self._fill(source)
+                if sample is not None and error is not None:
+                    yield sample, error
+                    continue
+                if not self._active:
+                    return
+                outputs = self.engine.step()
+                if self._on_step is not None:
+                    self._on_step()
+                for output in outputs:
+                    known = self._active.get(output.request.request_id)
+                    if known is None:  # aborted meanwhile
+                        continue
+                    if output.finish_reason is not None:
+                        del self._active[known.request_id]
+                    yield known, output
+        finally:
+            for request_id in list(self._active):
+                self.abort(request_id)
+
+    def abort(self, request_id: str) -> None:
+        """Give a sample up; nothing more is yielded for it."""
+        if self._active.pop(request_id, None) is not None:
+            self.engine.abort(request_id)
+
+    def _fill(self, source: Iterator[Sample]) -> tuple[Sample | None, ValueError | None]:
+        """Add samples until enough wait or none is left; stops at the first that is refused and returns it."""
+        while len(self.engine.state.waiting) < self._waiting_target:
+            sample = next(source, None)
+            if sample is None:
+                break
+            try:
+                replace(sample, slo=sample.slo or OFFLINE_SLO).add_to(self.engine)
+            except ValueError as error:
+                return sample, error
+            self._active[sample.request_id] = sample
+        return None, None

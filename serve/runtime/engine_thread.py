@@ -1,0 +1,308 @@
+"""The engine in its thread, and its traffic with an asyncio loop.
+
+The engine is synchronous and belongs to one thread. Requests and aborts reach it through an inbox that it empties
+between steps; what a step brings goes back with one `call_soon_threadsafe` per step, however many requests it serves.
+"""
+
+import asyncio
+import enum
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING
+
+from apt_jax.output import DeviceLost, Output, QueueFull
+from apt_jax.request import FinishReason
+from apt_jax.serve.errors import EngineFailure, NotReady, PredictedLate
+from apt_jax.serve.runtime.admission import Admission
+from apt_jax.serve.runtime.engine_view import EngineView
+from apt_jax.serve.runtime.group import Group
+from apt_jax.serve.runtime.observer import Observer, Stepped
+from apt_jax.serve.runtime.samples import Sample
+from apt_jax.serve.runtime.status import EngineStatus
+
+if TYPE_CHECKING:
+    from apt_jax.engine.engine import Engine
+
+logger = logging.getLogger("apt_jax.serve")
+
+SEE_LOG = "its log has the details"
+
+
+@dataclass(frozen=True)
+class _Abort:
+    group: Group
+
+
+class _Command(enum.Enum):
+    ABORT_ALL = enum.auto()
+    STOP = enum.auto()
+
+
+@dataclass(frozen=True)
+class _Active:
+    """A sample that the engine works on."""
+
+    group: Group
+    sample: Sample
+
+
+class EngineThread:
+    """Makes, warms and steps an engine in a daemon thread.
+
+    Args:
+        make_engine: loads the engine; runs in the thread.
+        on_ready: called on the loop once requests are taken, with the seconds that it took.
+        on_failure: called on the loop if the engine cannot be made or does not recover from a failure.
+    """
+
+    def __init__(
+        self,
+        make_engine: Callable[[], "Engine"],
+        on_ready: Callable[[float], None] = lambda seconds: None,
+        on_failure: Callable[[Exception], None] = lambda error: None,
+    ):
+        self.status = EngineStatus.LOADING
+        self.observers: list[Observer] = []
+        self.admission: Admission | None = None
+        self.engine: Engine | None = None
+        self._make_engine = make_engine
+        self._on_ready = on_ready
+        self._on_failure = on_failure
+        self._gate = threading.Lock()  # no request enters the inbox once the status says that nobody reads it
+        self._inbox: queue.SimpleQueue[Group | _Abort | _Command] = queue.SimpleQueue()
+        self._active: dict[str, _Active] = {}
+        self._stopping = False
+        self._mail: list[Callable[[], None]] = []  # what the loop is to be told, in order
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+
+    def view(self, model_name: str) -> EngineView:
+        """What can be seen of the engine, from now on."""
+        return EngineView(self, model_name)
+
+    def refuse_late(self) -> None:
+        """From now on refuse what would miss its SLO. Before `start`."""
+        self.admission = Admission()
+        self.observers.append(self.admission)
+
+    def start(self) -> None:
+        """Begin; call it on the loop that outputs are to go to."""
+        self._loop = asyncio.get_running_loop()
+        self._thread.start()
+
+    @property
+    def num_waiting_running(self) -> tuple[int, int]:
+        """Requests that wait and that hold cache."""
+        return (0, 0) if self.engine is None else (len(self.engine.state.waiting), len(self.engine.state.running))
+
+    def submit(self, samples: Sequence[Sample]) -> Group:
+        """Hand samples to the engine, all or none; call it on the loop, then await `Group.accepted`.
+
+        Raises:
+            NotReady: the engine is not (or no longer) ready.
+        """
+        group = Group(samples, on_close=self.abort)
+        self.enter(group)
+        return group
+
+    def enter(self, group: Group) -> None:
+        """`submit` for who has made a group.
+
+        Raises:
+            NotReady: the engine is not (or no longer) ready.
+        """
+        with self._gate:
+            self.ready_engine()
+            self._inbox.put(group)
+
+    def abort(self, group: Group) -> None:
+        """End what is unfinished of a group; nothing more comes for it."""
+        self._inbox.put(_Abort(group))
+
+    def ready_engine(self) -> "Engine":
+        """The engine, for its configuration and tokenizer.
+
+        Raises:
+            NotReady: it is not (or no longer) ready.
+        """
+        if self.engine is None or self.status is not EngineStatus.READY:
+            raise NotReady(f"the server is not ready: the engine is {self.status.value}; try again soon")
+        return self.engine
+
+    def abort_all(self) -> None:
+        """End every request, with finish reason abort."""
+        self._inbox.put(_Command.ABORT_ALL)
+
+    def stop(self, timeout_s: float) -> bool:
+        """End every request and the thread; False if it is still busy (compiling) after `timeout_s`."""
+        self._inbox.put(_Command.STOP)
+        if self._thread.is_alive():
+            self._thread.join(timeout_s)
+        return not self._thread.is_alive()
+
+    def _run(self) -> None:
+        try:
+            began = time.monotonic()
+            engine = self._make_engine()
+            self.status = EngineStatus.WARMING
+            logger.info("model loaded after %.1f s, preparing its programs", time.monotonic() - began)
+            engine.warm_up(progress=True)
+            self.engine = engine
+            for observer in self.observers:
+                observer.ready(engine)
+            self.status = EngineStatus.READY
+            self._mail.append(partial(self._on_ready, time.monotonic() - began))
+            self._post()
+            self._serve(engine)
+            self._end(EngineStatus.STOPPED, NotReady("the server is stopping"))
+        except Exception as error:
+            self._end(EngineStatus.FAILED, EngineFailure(f"the engine has failed; {SEE_LOG}"))
+            self._mail.append(partial(self._on_failure, error))
+        self._post()
+
+    def _serve(self, engine: "Engine") -> None:
+        while not (self._stopping and not engine.has_unfinished):
+            self._read_inbox(engine)
+            self._post()  # who was accepted or refused need not wait for the step
+            if engine.has_unfinished:
+                self._step(engine)
+                self._post()
+
+    def _step(self, engine: "Engine") -> None:
+        began = time.monotonic()
+        try:
+            outputs = engine.step()
+        except Exception as error:
+            self._recover(engine, error)
+        else:
+            stepped = Stepped(outputs, {o.request.request_id for o in outputs} - self._active.keys(), began)
+            self._deliver(outputs)
+            for observer in self.observers:
+                observer.brought(stepped)
+                observer.stepped(engine, stepped)
+        if not engine.has_unfinished:
+            self._check_idle(engine)
+
+    def _check_idle(self, engine: "Engine") -> None:
+        """Whenever nothing is left to do, every block must be free."""
+        lost = engine.state.pool.num_blocks - engine.state.pool.num_free
+        if lost:
+            logger.error("the engine is idle but %d blocks are not free; this is a bug, please report it", lost)
+        for observer in self.observers:
+            observer.idle(engine, lost)
+
+    def _read_inbox(self, engine: "Engine") -> None:
+        """Carry out what is in the inbox, waiting for something when idle."""
+        block = not engine.has_unfinished
+        while True:
+            try:
+                command = self._inbox.get(block=block)
+            except queue.Empty:
+                return
+            block = False
+            match command:
+                case Group():
+                    if not command.closed:
+                        self._admit(engine, command)
+                case _Abort():
+                    for sample in command.group.samples:
+                        if self._active.pop(sample.request_id, None) is not None:
+                            engine.abort(sample.request_id)
+                case _Command.ABORT_ALL | _Command.STOP:
+                    self._stopping |= command is _Command.STOP
+                    for request_id in self._active:
+                        engine.abort(request_id)  # the next step reports it
+
+    def _admit(self, engine: "Engine", group: Group) -> None:
+        added: list[str] = []
+        try:
+            if self.admission is not None:
+                self.admission.check(engine, group.samples)
+            for sample in group.samples:
+                sample.add_to(engine)
+                self._active[sample.request_id] = _Active(group, sample)
+                added.append(sample.request_id)
+        except Exception as error:
+            for request_id in added:
+                del self._active[request_id]
+                engine.abort(request_id)
+            if not isinstance(error, ValueError | QueueFull | PredictedLate):
+                logger.exception("the engine failed to take a request")
+                error = EngineFailure(f"the engine failed to take this request; {SEE_LOG}")
+            self._mail.append(partial(group.fail, error))
+        else:
+            self._mail.append(group.accept)
+
+    def _deliver(self, outputs: Sequence[Output]) -> None:
+        delivered: list[tuple[_Active, Output]] = []
+        for output in outputs:
+            request_id = output.request.request_id
+            active = self._active.get(request_id)
+            if active is None:  # aborted meanwhile
+                continue
+            if output.finish_reason is not None:
+                del self._active[request_id]
+            if output.finish_reason is FinishReason.ERROR:
+                logger.error("request %s ended with an error: %s", request_id, output.error)
+            delivered.append((active, output))
+        self._mail.append(partial(_hand_out, delivered))
+
+    def _recover(self, engine: "Engine", error: Exception) -> None:
+        """A step raised: end the requests that the engine holds, and go on without them.
+
+        Raises:
+            EngineFailure: there is none to blame, or they cannot be ended either.
+        """
+        if not self._active:
+            raise EngineFailure("a step without requests failed") from error
+        if isinstance(error, DeviceLost):
+            raise error
+        logger.error("a step failed; ending its %d requests", len(self._active), exc_info=error)
+        for observer in self.observers:
+            observer.lost([active.sample for active in self._active.values()])
+            observer.failed(engine)
+        self._fail_groups(EngineFailure(f"the engine failed while it worked on this request; {SEE_LOG}"))
+        for request_id in list(self._active):
+            del self._active[request_id]
+            engine.abort(request_id)
+        if engine.state.num_unfinished:
+            raise EngineFailure("the engine holds requests that it cannot end") from error
+
+    def _end(self, status: EngineStatus, error: Exception) -> None:
+        """Take no more requests and fail those that still wait for an answer."""
+        with self._gate:
+            self.status = status
+        self._fail_groups(error)
+        while not self._inbox.empty():
+            command = self._inbox.get()
+            if isinstance(command, Group):
+                self._mail.append(partial(command.fail, error))
+
+    def _fail_groups(self, error: Exception) -> None:
+        groups = {id(active.group): active.group for active in self._active.values()}
+        self._mail.extend(partial(group.fail, error) for group in groups.values())
+
+    def _post(self) -> None:
+        if not self._mail:
+            return
+        mail, self._mail = self._mail, []
+        assert self._loop is not None
+        try:
+            self._loop.call_soon_threadsafe(_open, mail)
+        except RuntimeError:  # the loop is closed: nobody waits any more
+            logger.debug("the event loop is closed; %d messages dropped", len(mail))
+
+
+def _hand_out(delivered: list[tuple[_Active, Output]]) -> None:
+    for active, output in delivered:
+        active.group.receive(active.sample, output)
+
+
+def _open(mail: list[Callable[[], None]]) -> None:
+    for tell in mail:
+        tell()

@@ -1,0 +1,70 @@
+"""What can be seen of an engine at work: metrics, stories of requests, plans. In front of replicas, of all of them."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from starlette.concurrency import run_in_threadpool
+
+from apt_jax.serve.observability.history import History
+from apt_jax.serve.observability.metrics import Metrics
+from apt_jax.serve.observability.profile import record
+from apt_jax.serve.observability.request_metrics import RequestMetrics
+
+if TYPE_CHECKING:
+    from apt_jax.serve.runtime.engine_thread import EngineThread
+
+
+class View(Protocol):
+    """Asked by the routes, on the event loop."""
+
+    @property
+    def metrics(self) -> RequestMetrics:
+        """For what the routes themselves count."""
+
+    async def metrics_text(self) -> bytes:
+        """For Prometheus."""
+
+    async def story(self, request_id: str) -> list[dict[str, Any]]:
+        """What became of the request with this id, or of the samples of the completion with this id."""
+
+    async def plans(self) -> list[dict[str, Any]]:
+        """The newest plans, oldest first."""
+
+    async def levels(self) -> dict[str, Any]:
+        """`running`, `waiting` and `blocks` by kind, now; empty before the engine is there."""
+
+    async def record(self, base: Path, seconds: float) -> Path:
+        """Record what the devices do; returns the folder."""
+
+
+class EngineView:
+    """The view of one engine in its thread."""
+
+    def __init__(self, thread: "EngineThread", model_name: str):
+        self.metrics = Metrics(model_name)
+        self.history = History()
+        self._thread = thread
+        thread.observers += [self.metrics, self.history]
+
+    async def metrics_text(self) -> bytes:
+        """For Prometheus."""
+        return await run_in_threadpool(self.metrics.text)
+
+    async def story(self, request_id: str) -> list[dict[str, Any]]:
+        """From the history."""
+        return await run_in_threadpool(self.history.of, request_id)
+
+    async def plans(self) -> list[dict[str, Any]]:
+        """From the scheduler's log."""
+        engine = self._thread.engine
+        return [] if engine is None else await run_in_threadpool(engine.state.plans.as_dicts)
+
+    async def levels(self) -> dict[str, Any]:
+        """From the scheduler's state and the metrics."""
+        waiting, running = self._thread.num_waiting_running
+        blocks = self.metrics.last_blocks
+        return {} if self._thread.engine is None else {"running": running, "waiting": waiting, "blocks": blocks}
+
+    async def record(self, base: Path, seconds: float) -> Path:
+        """With jax.profiler."""
+        return await run_in_threadpool(record, base, seconds)

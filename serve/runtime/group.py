@@ -1,0 +1,97 @@
+"""A group: the samples of one client request, seen from the asyncio loop that waits for them."""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Sequence
+
+from apt_jax.output import Output
+from apt_jax.serve.errors import NotReady
+from apt_jax.serve.runtime.samples import Sample
+
+
+class Group:
+    """Outputs as they come.
+
+    Iterating yields lists of (sample, output), each list all that has come since the last, until every sample has
+    ended or the group is closed. `accept`, `fail` and `receive` are for the engine's side; all run on the loop.
+    """
+
+    def __init__(self, samples: Sequence[Sample], on_close: Callable[["Group"], None]):
+        self.samples = samples
+        self.closed = False
+        self.abandoned = False
+        self._on_close = on_close
+        self._unfinished = len(samples)
+        self._accepted = False
+        self._pending: list[tuple[Sample, Output]] = []
+        self._error: Exception | None = None
+        self._changed = asyncio.Event()
+
+    @property
+    def is_wanted(self) -> bool:
+        """Whether somebody still waits for what the engine has accepted, unless the engine stopped."""
+        return self._accepted and not self.abandoned and isinstance(self._error, NotReady | None)
+
+    async def accepted(self) -> None:
+        """Wait until the engine has queued every sample, or the group is closed.
+
+        Raises:
+            ValueError, QueueFull: the engine refused one; none is queued.
+            NotReady, EngineFailure: it stopped or failed before.
+        """
+        while not (self._accepted or self.closed):
+            await self._change()
+
+    async def __aiter__(self) -> AsyncIterator[list[tuple[Sample, Output]]]:
+        """Raises NotReady or EngineFailure when the engine stops or fails."""
+        while not self.closed:
+            if self._pending:
+                pending, self._pending = self._pending, []
+                self._unfinished -= sum(output.finish_reason is not None for _, output in pending)
+                yield pending
+            elif self._unfinished <= 0:
+                return
+            else:
+                await self._change()
+
+    def close(self) -> None:
+        """Abort what is unfinished and end the iteration; doing it again changes nothing."""
+        if not self.closed:
+            self.closed = True
+            self._changed.set()
+            self._on_close(self)
+
+    def abandon(self) -> None:
+        """The client has gone: nobody wants the rest."""
+        self.abandoned = True
+        self.close()
+
+    def expire(self, error: Exception) -> None:
+        """Abort what is unfinished and fail."""
+        self.fail(error)
+        self._on_close(self)
+
+    def take_pending(self) -> list[tuple[Sample, Output]]:
+        """What has come and was not iterated over."""
+        pending, self._pending = self._pending, []
+        return pending
+
+    def accept(self) -> None:
+        """Every sample is queued."""
+        self._accepted = True
+        self._changed.set()
+
+    def fail(self, error: Exception) -> None:
+        """Nothing more will come, because of `error`."""
+        self._error = error
+        self._changed.set()
+
+    def receive(self, sample: Sample, output: Output) -> None:
+        """A step brought `output`."""
+        self._pending.append((sample, output))
+        self._changed.set()
+
+    async def _change(self) -> None:
+        if self._error is not None:
+            raise self._error
+        await self._changed.wait()
+        self._changed.clear()

@@ -1,0 +1,53 @@
+"""What the engine's thread tells about its work: to metrics, logs, histories and traces, which never steer it.
+
+`brought` and `lost` are about requests only: in front of replicas they are called where the clients are, on the event
+loop; the others where an engine is.
+"""
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from apt_jax.output import Output
+from apt_jax.request import FinishReason
+from apt_jax.serve.runtime.samples import Sample
+
+if TYPE_CHECKING:
+    from apt_jax.engine.engine import Engine
+
+
+@dataclass(frozen=True)
+class Stepped:
+    """One step: what it brought, ids of those requests that their client had given up, and when it began."""
+
+    outputs: Sequence[Output]
+    abandoned: Collection[str]
+    began_s: float
+
+    def counts(self, output: Output) -> bool:
+        """Whether a request ends with this output and so kept or broke its promise; not if its client gave it up."""
+        if output.finish_reason is FinishReason.ABORT:
+            return output.request.request_id not in self.abandoned
+        return output.finish_reason is not None
+
+
+class Observer:
+    """Its caller waits: be quick, and raise nothing. Methods do nothing by default."""
+
+    def ready(self, engine: "Engine") -> None:
+        """The engine is compiled."""
+
+    def brought(self, step: Stepped) -> None:
+        """What a step brought, wherever it was done."""
+
+    def lost(self, samples: Sequence[Sample]) -> None:
+        """These end with an error, without an output."""
+
+    def stepped(self, engine: "Engine", step: Stepped) -> None:
+        """The engine's view of a step, after `brought`; `engine.last_plan` is its plan."""
+
+    def failed(self, engine: "Engine") -> None:
+        """A step raised; its requests were `lost` before."""
+
+    def idle(self, engine: "Engine", lost_blocks: int) -> None:
+        """Nothing is left to do; `lost_blocks` should be 0."""

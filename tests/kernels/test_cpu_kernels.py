@@ -1,0 +1,197 @@
+"""The C++ kernels against their references, and what happens where they cannot be had."""
+
+import logging
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from apt_jax.attention.selection import select_kernels
+from apt_jax.cpu_kernels import calls, library
+from apt_jax.engine_config import ModelConfig
+from apt_jax.execution.forms.layer_weights import OuterWeights
+from apt_jax.models.opt import OPT
+from apt_jax.pallas_kernels import dispatch
+
+try:
+    LIBRARY = library.register()
+except library.Unavailable as error:
+    pytest.skip(f"the C++ kernels cannot be had here: {error}", allow_module_level=True)
+
+COMPILED = {
+    (kernels.name, name): jax.jit(getattr(kernels, name))
+    for kernels in (calls.KERNELS, dispatch.REFERENCES)
+    for name in ("kv_decode", "hidden_decode")
+}
+TINY = ModelConfig(hidden_size=16, num_attention_heads=2, num_hidden_layers=1, ffn_dim=32, vocab_size=64)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("heads", "head_dim", "block_size"), [(3, 64, 16), (3, 80, 8), (5, 128, 128)])
+def test_attention_is_that_of_the_references(heads, head_dim, block_size, dtype):
+    found = dispatch.self_check(calls.KERNELS, heads=heads, head_dim=head_dim, block_size=block_size, dtype=dtype)
+    assert found is None
+    assert dispatch.check_chunk(calls.KERNELS, heads=heads, head_dim=head_dim, dtype=dtype) is None
+
+
+def test_no_request_sees_what_is_not_finite_in_another():
+    row = np.repeat(np.arange(4, dtype=np.int32), [40, 3, 70, 7])
+    rng = np.random.default_rng(0)
+    q, k, v = (rng.standard_normal((len(row), 2, 20), np.float32) for _ in range(3))
+    expected = calls.chunk(*map(jnp.asarray, (q, k, v, row)))
+    for array in (q, k, v):
+        array[(row == 1) | (row == 3)] = np.nan
+    found = calls.chunk(*map(jnp.asarray, (q, k, v, row)))
+    others = (row == 0) | (row == 2)
+    np.testing.assert_array_equal(found.out[others], expected.out[others])
+    assert np.isnan(found.out[~others]).all()
+
+
+@settings(max_examples=10)
+@given(st.data())
+def test_attention_to_any_lengths_in_any_blocks(data):
+    rows, heads, head_dim = data.draw(st.sampled_from([(1, 3, 20), (7, 2, 33)]))
+    pages, size = 12, 8  # the shapes are few, since the references compile for each
+    length = np.array(data.draw(st.lists(st.integers(0, pages * size), min_size=rows, max_size=rows)), np.int32)
+    rng = np.random.default_rng(data.draw(st.integers(0, 1000)))
+    D = heads * head_dim
+    blocks = rng.permutation(2 * rows * pages).reshape(2, rows, pages).astype(np.int32)
+    pool = rng.standard_normal((2 * rows * pages, size, D), np.float32)
+    for table in blocks:
+        for row, tokens in zip(table, length, strict=True):
+            position = np.arange(pages * size).reshape(pages, size, 1)
+            pool[row] = np.where(position < tokens, pool[row], np.nan)
+    q = rng.standard_normal((rows, heads, head_dim), np.float32) * head_dim**-0.5
+    wide = rng.standard_normal((rows, heads, D), np.float32) * D**-0.5
+    for name, args in (("kv_decode", (q, pool, *blocks, length)), ("hidden_decode", (wide, pool, blocks[0], length))):
+        found, expected = (COMPILED[k, name](*map(jnp.asarray, args)) for k in ("cpu", "reference"))
+        np.testing.assert_allclose(found.out, expected.out, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(found.lse, expected.lse, rtol=1e-5, atol=1e-5)
+
+
+KINDS = [  # of rows and of the kernel
+    pytest.param(jnp.float32, jnp.float32, id="float32"),
+    pytest.param(jnp.bfloat16, jnp.bfloat16, id="bfloat16"),
+    pytest.param(jnp.float32, jnp.bfloat16, id="float32 with bfloat16"),
+]
+
+
+@pytest.mark.parametrize(("of_rows", "of_kernel"), KINDS)
+@pytest.mark.parametrize(("inputs", "outputs"), [(768, 96), (3072, 50), (48, 7), (1, 1), (2, 1), (33, 13), (800, 6)])
+@pytest.mark.parametrize("rows", [1, 3, 15, 16, 37, 300])
+def test_products_are_those_of_numpy(rows, inputs, outputs, of_rows, of_kernel):
+    rng = np.random.default_rng(rows)
+    x = jnp.asarray(rng.standard_normal((rows, inputs), np.float32), of_rows)
+    kernel = np.asarray(jnp.asarray(rng.standard_normal((inputs, outputs), np.float32) * inputs**-0.5, of_kernel))
+    if inputs % 2 and of_kernel == jnp.bfloat16:
+        assert not calls.takes(inputs, of_kernel)
+        return
+    panels = calls.panels_of(kernel)
+    assert panels.nbytes == kernel.itemsize * inputs * -(-outputs // calls.PANEL) * calls.PANEL
+    found = calls.matmul(x, jnp.asarray(panels), outputs)
+    expected = np.asarray(x, np.float64) @ kernel.astype(np.float64)
+    assert found.dtype == jnp.float32
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+    by_inputs = np.asarray(calls.inputs_first(jnp.asarray(panels)))
+    np.testing.assert_array_equal(np.concatenate(by_inputs, axis=1)[:, :outputs], kernel)
+    np.testing.assert_array_equal(calls.outputs_at(jnp.asarray(panels), jnp.arange(outputs)), kernel.T)
+
+
+@pytest.mark.parametrize(("of_rows", "of_kernel"), KINDS)
+def test_a_rows_products_do_not_depend_on_the_other_rows(of_rows, of_kernel):
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.standard_normal((300, 1600), np.float32), of_rows)
+    panels = calls.panels_of(np.asarray(jnp.asarray(rng.standard_normal((1600, 100), np.float32), of_kernel)))
+    every = np.asarray(calls.matmul(x, panels, 100))
+    for rows in (1, 5, 16, 33):
+        np.testing.assert_array_equal(calls.matmul(x[:rows], panels, 100), every[:rows])
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_logits_of_any_number_of_rows_with_the_models_own_table(dtype):
+    model = OPT(TINY, dtype=dtype, rngs=nnx.Rngs(0))
+    graphdef, state = nnx.split(model)
+    weights = OuterWeights.of(model, own_products=True)
+    own = nnx.merge(graphdef, jax.tree.unflatten(jax.tree.structure(state), weights.leaves(weights.arrays)))
+    ids = jnp.arange(TINY.vocab_size)
+    np.testing.assert_array_equal(own.embed(ids, ids), model.embed(ids, ids))
+    for rows in (1, 32, 33, 200):
+        hidden = jax.random.normal(jax.random.key(rows), (rows, TINY.word_embed_proj_dim), dtype)
+        found, expected = own.logits(hidden), model.logits(hidden)
+        np.testing.assert_allclose(found, expected, rtol=2e-2 if dtype == jnp.bfloat16 else 1e-5, atol=1e-3)
+
+
+def test_what_is_not_finite_stays_so():
+    x = jnp.asarray([[jnp.nan, 1.0], [jnp.inf, 1.0], [1.0, 1.0]])
+    found = calls.matmul(x, calls.panels_of(np.ones((2, 3), np.float32)), 3)
+    assert np.isnan(found[0]).all() and np.isinf(found[1]).all() and np.isfinite(found[2]).all()
+    pool = jnp.ones((1, 8, 4)).at[0, 2].set(jnp.nan)
+    one = jnp.zeros((1, 1), jnp.int32)
+    assert np.isnan(calls.kv_decode(jnp.ones((1, 1, 4)), pool, one, one, jnp.array([4])).out).all()
+
+
+def select(backend):
+    return select_kernels(backend, TINY, block_size=16, dtype=jnp.dtype("float32"), device=jax.devices("cpu")[0])
+
+
+@pytest.fixture
+def fresh(monkeypatch, tmp_path):
+    """As if nothing had been compiled."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    library.register.cache_clear()
+    yield monkeypatch
+    library.register.cache_clear()
+
+
+def test_without_a_compiler_xla_attends(fresh, tmp_path, caplog):
+    fresh.setenv("PATH", str(tmp_path))
+    fresh.delenv("CXX", raising=False)
+    with caplog.at_level(logging.WARNING):
+        assert select("auto") is None
+    assert "no C++ compiler is on PATH" in caplog.text
+    with pytest.raises(ValueError, match=r"attention_backend='native' cannot be used here .*no C\+\+ compiler"):
+        select("native")
+
+
+def test_without_a_compiler_what_was_compiled_for_this_processor_is_used(fresh, tmp_path):
+    folder = tmp_path / LIBRARY.parent.relative_to(LIBRARY.parents[2])
+    folder.mkdir(parents=True)
+    shutil.copy(LIBRARY, folder)
+    fresh.setenv("PATH", str(tmp_path))
+    fresh.delenv("CXX", raising=False)
+    assert library.built() == folder / LIBRARY.name
+    fresh.setattr(library, "cpu_features", lambda: "another processor")
+    with pytest.raises(library.Unavailable, match=r"no C\+\+ compiler"):
+        library.built()
+
+
+def test_a_compiler_that_fails_is_named_with_its_error(fresh, tmp_path):
+    compiler = tmp_path / "c++"
+    compiler.write_text("#!/bin/sh\necho 'x.cc:1: error: no such thing' >&2\nexit 1\n")
+    compiler.chmod(0o755)
+    fresh.setenv("CXX", str(compiler))
+    with pytest.raises(ValueError, match=r"c\+\+ failed: x.cc:1: error: no such thing"):
+        select("native")
+
+
+def test_kernels_that_compute_something_else_are_not_used(monkeypatch, caplog, tmp_path):
+    def wrong(*args):
+        found = dispatch.REFERENCES.kv_decode(*args)
+        return found._replace(lse=found.lse + 1)
+
+    monkeypatch.setattr("apt_jax.attention.selection.CPU_KERNELS", calls.KERNELS._replace(kv_decode=wrong))
+    monkeypatch.setattr(library, "register", lambda: tmp_path / "kernels.so")
+    assert select("auto") is None
+    assert "kv_decode differs from its reference" in caplog.text
+
+
+def test_a_check_that_was_passed_is_not_repeated(monkeypatch, tmp_path):
+    monkeypatch.setattr(library, "register", lambda: tmp_path / "kernels.so")
+    assert select("native") is calls.KERNELS
+    monkeypatch.setattr(dispatch, "self_check", lambda *args, **kwargs: "it ran again")
+    assert select("native") is calls.KERNELS

@@ -1,0 +1,104 @@
+"""Calibration on a real engine: what it measures, where it is kept, and that it leaves the engine as it was."""
+
+import numpy as np
+import pytest
+
+from apt_jax.engine.calibration import calibrate, calibration_path, measure
+from apt_jax.engine_config import ModelConfig
+from apt_jax.scheduling.costs.fit import MIN_OBSERVATIONS, relative_errors
+from tests.support.checkpoint_folders import random_model
+from tests.support.engines import make_engine, run
+
+CONFIG = ModelConfig(
+    vocab_size=96, hidden_size=32, num_hidden_layers=2, ffn_dim=64, max_position_embeddings=64,
+    num_attention_heads=2, word_embed_proj_dim=32, eos_token_ids=(2,),
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def model():
+    return random_model(CONFIG, seed=3)
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """Calibrations kept in a folder of this test."""
+    path = tmp_path / "cost.json"
+    monkeypatch.setattr("apt_jax.engine.calibration.calibration_path", lambda engine: path)
+    return path
+
+
+def test_decodes_and_prompts_of_every_kind_are_measured(model):
+    engine = make_engine(model, CONFIG)
+    loads = [o.load for o in measure(engine, max_seconds=60)]
+    assert len(loads) >= 12
+    for seen in (
+        lambda x: x.kv_tokens and not x.prefill_tokens, lambda x: x.hidden_tokens and not x.prefill_tokens,
+        lambda x: x.prefill_tokens >= 16, lambda x: x.projected_tokens, lambda x: x.decode_requests >= 8,
+    ):  # fmt: skip
+        assert any(map(seen, loads)), loads
+    engine.state.check()
+    assert engine.state.pool.num_free == engine.state.pool.num_blocks
+
+
+def test_an_engine_gives_the_same_tokens_with_and_without(model, folder):
+    prompts = [[5, 6, 7], list(range(3, 30))]
+    plain, measured = make_engine(model, CONFIG), make_engine(model, CONFIG)
+    calibrate(measured)
+    expected = [r.output_token_ids for r in run(plain, prompts)]
+    assert [r.output_token_ids for r in run(measured, prompts)] == expected
+
+
+def test_the_second_start_reads_what_the_first_measured(model, folder, monkeypatch):
+    first = calibrate(make_engine(model, CONFIG))
+    monkeypatch.setattr("apt_jax.engine.calibration.measure", lambda engine, max_seconds: pytest.fail("measured again"))
+    assert calibrate(make_engine(model, CONFIG)).model == first.model
+    assert first.num_observations >= MIN_OBSERVATIONS
+
+
+def test_another_model_has_another_file(model, tmp_path):
+    wide = ModelConfig(
+        vocab_size=96, hidden_size=48, num_hidden_layers=2, ffn_dim=64, max_position_embeddings=64,
+        num_attention_heads=2, word_embed_proj_dim=48, eos_token_ids=(2,),
+    )  # fmt: skip
+    paths = {
+        calibration_path(make_engine(model, CONFIG)),
+        calibration_path(make_engine(random_model(wide, seed=3), wide)),
+    }
+    assert len(paths) == 2 and None not in paths
+
+
+def test_a_busy_engine_is_refused(model, folder):
+    engine = make_engine(model, CONFIG)
+    engine.add([4, 5], params=run.__defaults__[0], request_id="busy")
+    with pytest.raises(RuntimeError, match="unfinished"):
+        calibrate(engine)
+
+
+def test_policies_that_predict_get_the_measured_model_and_others_measure_nothing(model, folder):
+    engine = make_engine(model, CONFIG, scheduling_policy="fcfs")
+    engine.warm_up()
+    run(engine, [[5, 6, 7]] * 3)
+    assert not folder.exists() and engine.policy_context.cost_model is None
+    assert not engine.calibration.num_observations
+    engine = make_engine(model, CONFIG, scheduling_policy="apt")
+    engine.warm_up()
+    assert folder.exists() and engine.policy_context.cost_model == engine.calibration.model
+    assert engine.policy_context.cost_model.sizes.decode == tuple(b.tokens for b in engine.runner.buckets.decode)
+
+
+@pytest.mark.parametrize("async_scheduling", [False, True])
+def test_real_iterations_refine_the_model(model, async_scheduling):
+    """The engine's own timings are learned; here the clock is made to say that an iteration takes a second."""
+    ticks = iter(range(10**6))
+    engine = make_engine(model, CONFIG, async_scheduling=async_scheduling)
+    engine._clock = lambda: float(next(ticks))
+    engine.learns_times = True
+    run(engine, [[5, 6, 7]] * 3)
+    recent = list(engine.calibration._recent)
+    assert len(recent) > 50
+    seconds = np.array([o.seconds for o in recent])
+    assert (seconds > 0).all() and np.median(seconds) in (1.0, 2.0, 3.0)  # it reads the clock up to three times
+    engine.calibration._since_fit = 10**6
+    assert engine.calibration.observe(recent[0].load, recent[0].seconds)
+    assert np.median(relative_errors(engine.calibration.model, recent)) < 0.15

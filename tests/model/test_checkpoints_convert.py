@@ -1,0 +1,244 @@
+"""Conversion to Orbax: equal to its source, marked by a fingerprint, and whole or not there at all."""
+
+import functools
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from apt_jax.checkpoints import convert as convert_module
+from apt_jax.checkpoints.convert import convert, verify
+from apt_jax.checkpoints.errors import CheckpointError
+from apt_jax.checkpoints.formats.manifest import Manifest
+from apt_jax.checkpoints.formats.weight_files import MANIFEST, LoadFormat
+from apt_jax.checkpoints.load import load_model
+from apt_jax.checkpoints.mapping import export_huggingface
+from tests.support.checkpoint_folders import (
+    VARIANTS,
+    assert_same_parameters,
+    flax_tree,
+    random_model,
+    write_config,
+    write_flax,
+    write_safetensors,
+)
+
+
+@functools.cache
+def reference(variant):
+    config = VARIANTS[variant]
+    model = random_model(config, seed=11)
+    return config, model, export_huggingface(config, model)
+
+
+@pytest.fixture
+def source(tmp_path):
+    config, _, tensors = reference("plain")
+    write_config(tmp_path / "source", config)
+    write_safetensors(tmp_path / "source", tensors, shards=2)
+    (tmp_path / "source" / "vocab.json").write_text('{"a": 0}')
+    (tmp_path / "source" / "merges.txt").write_text("#version: 0.2\n")
+    return tmp_path / "source"
+
+
+@pytest.fixture
+def converted(tmp_path, source):
+    convert(str(source), tmp_path / "converted")
+    return tmp_path / "converted"
+
+
+@pytest.mark.parametrize("variant", ["untied", "no_affine", "no_bias"])
+def test_restored_equals_source(tmp_path, variant):
+    config, model, tensors = reference(variant)
+    write_config(tmp_path / "a", config)
+    write_safetensors(tmp_path / "a", tensors)
+    done = convert(str(tmp_path / "a"), tmp_path / "new" / "b")
+    loaded = load_model(str(tmp_path / "new" / "b"))
+    assert_same_parameters(loaded.model, model)
+    assert loaded.load_format is LoadFormat.ORBAX
+    assert loaded.config == config
+    assert loaded.fingerprint == done.fingerprint
+    assert loaded.weight_bytes == done.weight_bytes
+
+
+def test_folder_holds_config_and_tokenizer(source, converted):
+    for name in ("vocab.json", "merges.txt"):
+        assert (converted / name).read_bytes() == (source / name).read_bytes()
+    verify(converted)
+
+
+def test_fingerprint_is_of_the_weights_and_not_of_the_files(tmp_path, source):
+    config, _, tensors = reference("plain")
+    write_config(tmp_path / "flax", config)
+    write_flax(tmp_path / "flax", flax_tree(config, tensors))
+    one, two = convert(str(source), tmp_path / "one"), convert(str(tmp_path / "flax"), tmp_path / "two")
+    assert one.fingerprint == two.fingerprint
+    again = convert(str(tmp_path / "one"), tmp_path / "three")  # Orbax to Orbax
+    assert again.fingerprint == one.fingerprint
+    changed = dict(tensors)
+    changed["model.decoder.layers.2.fc2.bias"] = np.nextafter(changed["model.decoder.layers.2.fc2.bias"], np.inf)
+    write_config(tmp_path / "changed", config)
+    write_safetensors(tmp_path / "changed", changed)
+    assert convert(str(tmp_path / "changed"), tmp_path / "four").fingerprint != one.fingerprint
+
+
+def test_dtype_of_the_checkpoint_is_kept_or_changed(tmp_path):
+    config, _, tensors = reference("projected")
+    write_config(tmp_path / "source", config, torch_dtype="float16")
+    write_safetensors(tmp_path / "source", {name: t.astype(np.float16) for name, t in tensors.items()})
+    kept = convert(str(tmp_path / "source"), tmp_path / "kept")
+    cast = convert(str(tmp_path / "source"), tmp_path / "cast", dtype="bfloat16")
+    assert (kept.dtype, cast.dtype) == (np.float16, ml_dtypes.bfloat16)
+    assert kept.weight_bytes == cast.weight_bytes == sum(t.size for t in tensors.values()) * 2
+    loaded = load_model(str(tmp_path / "cast"))
+    assert loaded.config.checkpoint_dtype == "bfloat16"
+    assert loaded.dtype == np.float32  # "auto" on a CPU
+    back = export_huggingface(config, loaded.model)
+    for name, tensor in tensors.items():
+        stored = tensor.astype(np.float16).astype(ml_dtypes.bfloat16)
+        np.testing.assert_array_equal(back[name], stored.astype(np.float32))
+    assert load_model(str(tmp_path / "kept"), dtype="float16").dtype == np.float16
+
+
+def test_existing_destination_is_left_alone(tmp_path, source, converted):
+    for there in (converted, source, tmp_path / "source" / "config.json"):
+        with pytest.raises(CheckpointError, match=r"exists; name a new folder"):
+            convert(str(source), there)
+    verify(converted)
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+@pytest.mark.parametrize(
+    ("module", "step"),
+    [
+        (convert_module, "weights_fingerprint"),
+        (convert_module, "save_weights"),
+        (convert_module, "_copy_companions"),
+        (Path, "rename"),
+        (Manifest, "write"),
+        (Path, "replace"),  # of the manifest into its place
+    ],
+)
+def test_interrupted_conversion_leaves_nothing_that_loads(tmp_path, source, monkeypatch, module, step, error):
+    original = getattr(module, step)
+    interrupted = []
+
+    def interrupt(*arguments, **options):
+        if step == "save_weights":
+            original(*arguments, **options)  # the weights are there, and nothing else
+        interrupted.append(step)
+        raise error("interrupted")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, step, interrupt)
+        with pytest.raises(error, match="interrupted"):
+            convert(str(source), tmp_path / "converted")
+    assert interrupted
+    left = [path for path in tmp_path.iterdir() if path != source]
+    for path in left:
+        with pytest.raises(CheckpointError):
+            load_model(str(path))
+    if left:
+        assert left == [tmp_path / "converted"]
+        with pytest.raises(CheckpointError, match="left from an interrupted conversion; delete it"):
+            convert(str(source), tmp_path / "converted")
+        shutil.rmtree(tmp_path / "converted")
+    convert(str(source), tmp_path / "converted")
+    verify(tmp_path / "converted")
+
+
+KEEP_CONVERTING = """
+import itertools, pathlib, sys
+from apt_jax.checkpoints.convert import convert
+for number in itertools.count():
+    convert(sys.argv[1], pathlib.Path(sys.argv[2]) / f"c{number}")
+    print(number, flush=True)
+"""
+
+
+def test_killed_conversion_leaves_nothing_that_loads(tmp_path, source):
+    _, model, _ = reference("plain")
+    target = tmp_path / "target"
+    command = [sys.executable, "-c", KEEP_CONVERTING, str(source), str(target)]
+    generator = random.Random(os.urandom(8))
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        finished = {process.stdout.readline().strip() for _ in range(2)}
+        assert finished == {"0", "1"}
+        time.sleep(generator.uniform(0, 0.4))  # one conversion takes about that long
+        process.send_signal(signal.SIGKILL)
+        finished |= {line.strip() for line in process.stdout}
+    assert process.returncode == -signal.SIGKILL
+    for folder in target.iterdir():
+        try:
+            loaded = load_model(str(folder))
+        except CheckpointError:
+            assert folder.name.removeprefix("c") not in finished, folder
+        else:
+            assert not folder.name.startswith(".")
+            assert_same_parameters(loaded.model, model)
+    for number in finished:
+        verify(target / f"c{number}")
+
+
+def weight_file(folder):
+    """The largest file of the weights."""
+    return max((p for p in (folder / "weights").rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+
+
+def test_damaged_conversion_is_named(source, converted):
+    def refused(match):
+        with pytest.raises(CheckpointError, match=match) as caught:
+            load_model(str(converted))
+        assert "\n" not in str(caught.value)
+
+    data = weight_file(converted)
+    whole = data.read_bytes()
+    data.write_bytes(whole[:-1])
+    refused(rf"{data.name} has {len(whole) - 1} bytes, not the {len(whole)}")
+    data.unlink()
+    refused(rf"{data.name} is missing")
+    damaged = bytearray(whole)
+    damaged[len(whole) // 2] ^= 1
+    data.write_bytes(damaged)
+    with pytest.raises(CheckpointError, match="convert again"):  # the size is right: only a full check can tell
+        verify(converted)
+    data.write_bytes(whole)
+    verify(converted)
+
+    config = (converted / "config.json").read_text()
+    (converted / "config.json").write_text(config.replace("relu", "gelu"))
+    refused(r"config\.json (has|was)")
+    (converted / "config.json").write_text(config)
+    manifest = (converted / MANIFEST).read_text()
+    (converted / MANIFEST).write_text(manifest[:-20])
+    refused(f"{MANIFEST} is truncated or corrupt")
+    fields = json.loads(manifest)
+    (converted / MANIFEST).write_text(json.dumps({**fields, "version": 2}))
+    refused("version=2")
+    (converted / MANIFEST).write_text(json.dumps({**fields, "more": 2}))
+    refused("truncated or corrupt")
+    (converted / MANIFEST).unlink()
+    refused("interrupted; delete it")
+
+
+def test_weights_that_do_not_fit_the_config(tmp_path, source, converted):
+    config, _, tensors = reference("untied")
+    write_config(tmp_path / "other", config)
+    write_safetensors(tmp_path / "other", tensors)
+    convert(str(tmp_path / "other"), tmp_path / "mixed")
+    fingerprint = Manifest.read(tmp_path / "mixed").fingerprint
+    shutil.rmtree(tmp_path / "mixed" / "weights")
+    shutil.copytree(converted / "weights", tmp_path / "mixed" / "weights")
+    Manifest.of(tmp_path / "mixed", fingerprint=fingerprint, dtype="float32").write(tmp_path / "mixed")
+    with pytest.raises(CheckpointError, match=r"lacks lm_head.kernel, project_in.kernel, project_out.kernel"):
+        load_model(str(tmp_path / "mixed"))

@@ -1,0 +1,268 @@
+"""A step through all layers in one C++ call, against the layers in XLA one after the other."""
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from apt_jax.attention.paged import Kinds
+from apt_jax.batching.builder import Rows, Tokens
+from apt_jax.cache import CacheKind
+from apt_jax.cpu_kernels import library
+from apt_jax.cpu_kernels.large_pages import LargePages
+from apt_jax.engine.calibration import base_model
+from apt_jax.engine_config import ModelConfig
+from apt_jax.execution.forms.layer_weights import LayerWeights, OuterWeights
+from apt_jax.execution.forms.native import are_native, run_native_step, scratch_bytes
+from apt_jax.execution.runner import LayeredStep, NativeStep, temporary_bytes
+from apt_jax.execution.steps import run_step
+from apt_jax.models.opt import OPT
+from tests.support.engines import GREEDY, Orders, finish, make_engine
+
+try:
+    library.register()
+except library.Unavailable as error:
+    pytest.skip(f"the C++ kernels cannot be had here: {error}", allow_module_level=True)
+
+PLAIN = ModelConfig(
+    vocab_size=96, hidden_size=96, num_hidden_layers=2, ffn_dim=150, max_position_embeddings=256, num_attention_heads=3,
+    word_embed_proj_dim=96, eos_token_ids=(),
+)  # fmt: skip
+POST_NORM = replace(PLAIN, do_layer_norm_before=False, word_embed_proj_dim=32)
+BARE = replace(PLAIN, enable_bias=False, layer_norm_elementwise_affine=False, num_attention_heads=1, hidden_size=64)
+BLOCK_SIZE, PAGES = 8, 16
+KV, HIDDEN = CacheKind.KV, CacheKind.HIDDEN
+
+
+def noisy(config, dtype):
+    """A model whose biases and scales are not what they begin as."""
+    model = OPT(config, dtype=dtype, rngs=nnx.Rngs(0))
+    rng = np.random.default_rng(0)
+    state = jax.tree.map(lambda a: a + jnp.asarray(rng.normal(0, 0.1, a.shape), a.dtype), nnx.state(model))
+    nnx.update(model, state)
+    return model
+
+
+def step_of(requests, rng):
+    """Arrays of a step: row r has cached tokens and tokens now (none: padding), and is hidden or not, as `requests[r]`.
+
+    Its blocks lie anywhere; two tokens of padding come last, except in a decode step.
+    """
+    R = len(requests)
+    start, length, hidden = (np.array(column) for column in zip(*requests, strict=True))
+    start, length = start.astype(np.int32), length.astype(np.int32)
+    free = iter(rng.permutation(blocks_of(requests)))
+    first, second = np.zeros((R, PAGES), np.int32), np.zeros((R, PAGES), np.int32)
+    for r in range(R):
+        for page in range(-(-(start[r] + length[r]) // BLOCK_SIZE) if length[r] else 0):
+            first[r, page] = next(free)
+            if not hidden[r]:
+                second[r, page] = next(free)
+    slot = np.where(length > 0, np.arange(R, dtype=np.int32), R)
+    if decodes(requests):
+        last, row, position = np.arange(R, dtype=np.int32), slot, start
+    else:
+        last = np.maximum(np.cumsum(length) - 1, 0).astype(np.int32)
+        row = np.append(np.repeat(np.arange(R), length), [R, R]).astype(np.int32)
+        position = np.concatenate([*(range(c, c + n) for c, n, _ in requests), [0, 0]]).astype(np.int32)
+    ids = rng.integers(0, 96, len(row)).astype(np.int32)
+    rows = Rows(slot, start, length, last, length, hidden, first, second)
+    return Tokens(ids, np.zeros(len(row), bool), row, position), rows
+
+
+def decodes(requests):
+    """Whether this is a decode step."""
+    return all(now <= 1 for _, now, _ in requests)
+
+
+def blocks_of(requests):
+    """Blocks of a pool that holds them."""
+    return sum(2 * -(-(cached + now) // BLOCK_SIZE) for cached, now, _ in requests) + 3
+
+
+class Step:
+    """A step: its model, arrays, and a pool with NaN where nothing is cached."""
+
+    def __init__(self, config, dtype, requests):
+        self.model, rng = noisy(config, dtype), np.random.default_rng(1)
+        self.tokens, self.rows = step_of(requests, rng)
+        self._decodes, self._blocks, R = decodes(requests), blocks_of(requests), len(requests)
+        pool = np.full((config.num_hidden_layers, self._blocks, BLOCK_SIZE, config.hidden_size), np.nan, np.float32)
+        for r, (cached, now, hidden) in enumerate(requests):
+            for position in range(cached if now else 0):
+                page, offset = divmod(position, BLOCK_SIZE)
+                for table in (self.rows.first_blocks, self.rows.second_blocks)[: 1 if hidden else 2]:
+                    pool[:, table[r, page], offset] = rng.normal(size=(config.num_hidden_layers, config.hidden_size))
+        self.pool = jnp.asarray(pool.reshape(-1, BLOCK_SIZE, config.hidden_size), dtype)
+        self.history = jnp.zeros((R, PAGES * BLOCK_SIZE), jnp.int32)
+        layers = LayerWeights.of(self.model, own_products=True)
+        assert are_native(self.model, layers)
+        outer = OuterWeights.of(self.model, own_products=True)
+        graphdef, state = nnx.split(self.model)
+        tree = jax.tree.structure(state)
+
+        @jax.jit
+        def native(outer_arrays, layer_arrays, pool, tokens, rows):
+            own = nnx.merge(graphdef, jax.tree.unflatten(tree, outer.leaves(outer_arrays)))
+            modules = [layers.layer(arrays) for arrays in layer_arrays]
+            return run_native_step(own, modules, self._blocks, self._decodes, R, pool, self.history, tokens, rows)
+
+        # these return the rows' last hidden states, the pool, and the hidden states after every token
+        self.in_one_call = lambda tokens, rows: self._found(
+            native(outer.arrays, layers.arrays, self.pool, tokens, rows)
+        )
+
+    def in_xla(self, tokens, rows):
+        """As `in_one_call`."""
+        is_hidden = rows.is_hidden.tolist()
+        kinds = Kinds(kv=not all(is_hidden), hidden=any(is_hidden))
+        tokens, rows = jax.tree.map(jnp.asarray, (tokens, rows))
+        return self._found(
+            run_step(
+                self.model, kinds, self._blocks, self._decodes, len(is_hidden), self.pool, self.history, tokens, rows
+            )
+        )
+
+    def _found(self, found):
+        last, pool, _, every = found
+        return last, pool, last if every is None else every
+
+
+def decoding(contexts, hidden):
+    """Rows of a decode step, each with as many tokens as `contexts` says, the new one included; 0 is padding."""
+    return [(max(c - 1, 0), min(c, 1), own) for c, own in zip(contexts, hidden, strict=True)]
+
+
+MIXED = decoding([1, 8, 0, 9, 17, 30], [True, False, False, True, False, True])
+ALL_HIDDEN = decoding([3, 0, 5, 16] * 5, [True] * 20)
+ALL_KV = decoding([40] + [2] * 16, [False] * 17)
+PROMPTS = [(0, 40, False), (0, 8, True), (0, 3, True), (0, 7, False), (0, 0, False), (0, 100, True)]
+CHUNKS = [(30, 1, True), (17, 60, True), (64, 33, False), (5, 4, True), (8, 1, False), (21, 8, True), (0, 9, False)]
+MANY = [(110, 9, True), (100, 8, False)] * 20  # more keys than are packed at a time
+
+
+@pytest.mark.parametrize(
+    ("config", "requests", "dtype"),
+    [
+        (PLAIN, MIXED, jnp.float32), (POST_NORM, MIXED, jnp.float32), (BARE, MIXED, jnp.float32),
+        (PLAIN, MIXED, jnp.bfloat16), (PLAIN, ALL_HIDDEN, jnp.float32), (PLAIN, ALL_KV, jnp.float32),
+        (POST_NORM, ALL_HIDDEN, jnp.bfloat16), (PLAIN, decoding([9], [False]), jnp.float32),
+        (BARE, decoding([120], [True]), jnp.bfloat16),
+        (PLAIN, PROMPTS, jnp.float32), (POST_NORM, PROMPTS, jnp.bfloat16), (BARE, PROMPTS, jnp.float32),
+        (PLAIN, CHUNKS, jnp.float32), (PLAIN, CHUNKS, jnp.bfloat16), (POST_NORM, CHUNKS, jnp.float32),
+        (BARE, CHUNKS, jnp.float32), (PLAIN, [(90, 30, True)], jnp.float32), (PLAIN, [(0, 120, False)], jnp.float32),
+        (PLAIN, MANY, jnp.float32),
+    ],
+)  # fmt: skip
+def test_one_call_is_the_layers_one_after_the_other(config, requests, dtype):
+    step = Step(config, dtype, requests)
+    found, expected = (run(step.tokens, step.rows) for run in (step.in_one_call, step.in_xla))
+    rows, tokens = step.rows.length > 0, step.tokens.row < len(requests)
+    for mine, other, counted in zip(found, expected, (rows, slice(None), tokens), strict=True):
+        assert mine.dtype == other.dtype == dtype
+        assert_close(mine[counted], other[counted])
+
+
+def assert_close(mine, other):
+    """NaN in the same places, and elsewhere the same but for rounding."""
+    error = 3e-2 if mine.dtype == jnp.bfloat16 else 2e-5
+    mine, other = np.asarray(mine, np.float32), np.asarray(other, np.float32)
+    np.testing.assert_array_equal(np.isnan(mine), np.isnan(other))
+    np.testing.assert_allclose(mine, other, rtol=error, atol=error * np.nanmax(np.abs(other)))
+
+
+@pytest.mark.parametrize("config", [PLAIN, POST_NORM])
+@pytest.mark.parametrize(
+    ("requests", "wanted"),
+    [
+        (PROMPTS, [1, 0, 1, 0, 0, 1]), (CHUNKS, [1, 1, 0, 4, 1, 0, 9]), (CHUNKS, [1] * 7),
+        ([(50, 40, True)], [0]), ([(0, 40, False), (50, 40, True)], [0, 20]),
+    ],
+)  # fmt: skip
+def test_tokens_that_are_not_wanted_are_cached_all_the_same(config, requests, wanted):
+    step = Step(config, jnp.float32, requests)
+    _, expected_pool, expected = step.in_one_call(step.tokens, step.rows)
+    _, pool, found = step.in_one_call(step.tokens, step.rows._replace(wanted=np.array(wanted, np.int32)))
+    assert_close(pool, expected_pool)
+    counted = np.zeros(len(step.tokens.row), bool)
+    for last, count in zip(step.rows.last, wanted, strict=True):
+        counted[last + 1 - count : last + 1] = True
+    assert np.isfinite(found).all()
+    if counted.any():
+        assert_close(found[counted], expected[counted])
+
+
+def test_a_row_does_not_depend_on_the_others():
+    step = Step(PLAIN, jnp.float32, decoding([7, 30, 1, 50, 12], [False, True, True, False, False]))
+    beside, pool, _ = step.in_one_call(step.tokens, step.rows)
+    assert np.isfinite(beside).all()
+    for r in range(5):
+        others = np.arange(5) != r
+        rows = step.rows._replace(length=np.where(others, 0, 1).astype(np.int32))
+        tokens = step.tokens._replace(row=np.where(others, 5, r).astype(np.int32))
+        alone, own_pool, _ = step.in_one_call(tokens, rows)
+        np.testing.assert_array_equal(alone[r], beside[r])
+        written = ~np.isclose(own_pool, step.pool, equal_nan=True)
+        assert written.any() and (np.asarray(own_pool)[written] == np.asarray(pool)[written]).all()
+
+
+@pytest.fixture
+def few_shapes(monkeypatch):
+    """One prefill and one decode shape."""
+    monkeypatch.setattr("apt_jax.batching.buckets.ladder", lambda smallest, largest: [largest])
+
+
+@pytest.mark.usefixtures("few_shapes")
+def test_other_layers_are_left_to_a_program_each():
+    model = OPT(replace(PLAIN, activation_function="gelu"), rngs=nnx.Rngs(0))
+    assert not are_native(model, LayerWeights.of(model, own_products=True))
+    config = replace(PLAIN, num_attention_heads=6)  # of 16: two in a panel
+    engine = make_engine(OPT(config, rngs=nnx.Rngs(0)), config, attention_backend="native", calibrate=False)
+    prompt = engine.add([5, 6, 7], GREEDY, request_id="a")
+    finish(engine)
+    assert len(prompt.output_token_ids) == 64
+    assert all(isinstance(step, LayeredStep) for step in engine.runner._steps.values())
+
+
+@pytest.mark.usefixtures("few_shapes")
+def test_every_cache_kind_gives_the_tokens_of_xla():
+    """KV, hidden, converted on the way and preempted, in one batch of the real engine."""
+    model = OPT(PLAIN, rngs=nnx.Rngs(3))
+    rng = np.random.default_rng(5)
+    prompts = [rng.integers(0, 96, size).tolist() for size in (3, 17, 40)]
+    treatments = ("kv", "hidden", "converted", "preempted")
+    ids = {f"{prompt}-{how}": (prompt, how) for how in treatments for prompt in range(len(prompts))}
+    found = {}
+    for backend in ("xla", "native"):
+        options = {"num_blocks": 300, "max_num_seqs": 16, "calibrate": False}
+        engine = make_engine(model, PLAIN, attention_backend=backend, **options)
+        engine.policy = Orders(
+            kinds={i: KV if how == "kv" else HIDDEN for i, (_, how) in ids.items()},
+            convert_at={i: 9 for i, (_, how) in ids.items() if how == "converted"},
+            preempt_at={i: 21 for i, (_, how) in ids.items() if how == "preempted"},
+        )
+        requests = {i: engine.add(prompts[prompt], GREEDY, request_id=i) for i, (prompt, _) in ids.items()}
+        finish(engine)
+        found[backend] = {i: request.output_token_ids for i, request in requests.items()}
+        steps = {type(step) for step in engine.runner._steps.values()}
+        most = max(map(temporary_bytes, engine.runner._steps.values()))
+        assert backend == "xla" or most >= scratch_bytes(PLAIN, 16, 16)  # the C++ call's own memory
+        sizes = base_model(engine).sizes
+        assert bool(sizes.decode) == bool(sizes.prefill) == (backend == "xla")  # padding takes no time in one call
+        assert steps == {NativeStep if backend == "native" else LayeredStep}
+    assert found["native"] == found["xla"]
+    by_prompt = [{tuple(found["native"][i]) for i, (own, _) in ids.items() if own == prompt} for prompt in range(3)]
+    assert all(len(tokens) == 1 for tokens in by_prompt)
+
+
+def test_arrays_are_cut_from_one_piece_of_memory():
+    memory = LargePages(1000)
+    first, second = memory.empty((5, 3), np.float32), memory.empty((100,), np.int8)
+    first[:], second[:] = 2, 3
+    assert (first == 2).all() and (second == 3).all()
+    assert first.ctypes.data % (2 << 20) == 0 and second.ctypes.data - first.ctypes.data == 64
+    with pytest.raises(ValueError, match="no room for 832 bytes, 808 are left"):
+        memory.empty((832,), np.int8)

@@ -1,0 +1,147 @@
+"""The command line: flags, help, and errors of one sentence."""
+
+import dataclasses
+import json
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+
+import apt_jax.serve.cli
+from apt_jax.engine_config import EngineConfig
+from apt_jax.serve.cli import main
+from apt_jax.serve.options import LoadOptions, ServerOptions
+
+
+@pytest.fixture
+def ran(monkeypatch):
+    """Commands that `main` would have run."""
+    commands = []
+    for kind in (apt_jax.serve.cli.Serve, apt_jax.serve.cli.RunBatch, apt_jax.serve.cli.Convert):
+        monkeypatch.setattr(kind, "run", lambda self: commands.append(self) or 0)
+    return commands
+
+
+def run(*arguments):
+    """Exit code of the command in this process."""
+    with pytest.raises(SystemExit) as caught:
+        main([str(argument) for argument in arguments])
+    return caught.value.code
+
+
+def test_serve_without_arguments_takes_every_default(ran):
+    assert run("serve") == 0
+    assert ran == [apt_jax.serve.cli.Serve()]
+    assert ran[0].engine == EngineConfig() and ran[0].model is None
+
+
+def test_flags_are_flat_and_hyphenated(ran):
+    flags = ["--max-num-seqs", 8, "--cache-mode", "hidden", "--ttft-slo-ms", 250, "--port", 0, "--load-format", "dummy"]
+    assert run("serve", "folder", *flags) == 0
+    (command,) = ran
+    assert command.model == "folder"
+    assert command.engine == EngineConfig(max_num_seqs=8, cache_mode="hidden", ttft_slo_ms=250.0)
+    assert command.server == ServerOptions(port=0) and command.load == LoadOptions(load_format="dummy")
+
+
+def test_every_field_of_the_engine_configuration_is_a_flag(capsys):
+    for command in ("serve", "run-batch"):
+        assert run(command, "--help") == 0
+        text = capsys.readouterr().out
+        for field in dataclasses.fields(EngineConfig):
+            assert f"--{field.name.replace('_', '-')}" in text
+
+
+def test_run_batch_takes_input_output_and_model(ran, tmp_path):
+    assert run("run-batch", "-i", "in.jsonl", "-o", "out.jsonl", "folder", "--max-model-len", 64) == 0
+    (command,) = ran
+    assert (command.input.name, command.output.name, command.model) == ("in.jsonl", "out.jsonl", "folder")
+    assert command.engine.max_model_len == 64
+
+
+def test_convert_takes_source_and_destination(ran):
+    assert run("convert", "a", "b", "--dtype", "bfloat16") == 0
+    assert (ran[0].source, str(ran[0].destination), ran[0].dtype) == ("a", "b", "bfloat16")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ([], "Expected one of {serve, run-batch, convert, simulate, bench}"),
+        (["sreve"], "sreve"),
+        (["serve", "--max-num-seq", "3"], "--max-num-seqs"),
+        (["serve", "--block-size", "3"], "block_size=3 must be a power of"),
+        (["serve", "--cache-mode", "both"], "both"),
+        (["serve", "--port", "70000"], "port=70000 must be between 0 and 65535"),
+        (["run-batch", "-i", "x"], "--output"),
+    ],
+)
+def test_wrong_usage_ends_with_2_and_says_what_is_wrong(arguments, sentence, capsys):
+    assert run(*arguments) == 2
+    text = capsys.readouterr().err
+    assert sentence in " ".join(text.replace("│", " ").split()) and "Traceback" not in text
+
+
+def command(*arguments):
+    """The command in a process of its own."""
+    line = [sys.executable, "-m", "apt_jax.serve.cli", *map(str, arguments)]
+    return subprocess.run(line, capture_output=True, text=True, timeout=120)
+
+
+def test_help_does_not_import_jax():
+    code = (
+        "import sys; sys.argv = ['apt-jax', '--help']\n"
+        "try:\n  from apt_jax.serve.cli import main; main()\n"
+        "finally:\n  print(*sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "run-batch" in done.stdout
+    loaded = set(done.stdout.splitlines()[-1].split())
+    assert not loaded & {"jax", "numpy", "flax", "transformers", "pydantic", "uvicorn"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["serve", "no/such/folder/at/all", "--port", "0"], "there is no folder no/such/folder/at/all"),
+        (["serve", "{tmp}/broken", "--port", "0"], "{tmp}/broken/config.json: unsupported model_type='bert'"),
+        (["serve", "--chat-template", "{tmp}/broken/bad.jinja"], "{tmp}/broken/bad.jinja is not a Jinja template"),
+        (["serve", "--chat-template", "{tmp}/none", "--port", "0"], "No such file or directory: '{tmp}/none"),
+        (["convert", "no/such/folder/at/all", "{tmp}/out"], "there is no folder no/such/folder/at/all"),
+        (["run-batch", "-i", "{tmp}/none.jsonl", "-o", "{tmp}/out.jsonl"], "No such file or directory: '{tmp}/none"),
+    ],
+)
+def test_what_cannot_be_done_ends_with_1_and_one_sentence(arguments, sentence, tmp_path, capsys):
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken/config.json").write_text(json.dumps({"model_type": "bert"}))
+    (tmp_path / "broken/bad.jinja").write_text("{% for %}")
+    assert run(*(argument.format(tmp=tmp_path) for argument in arguments)) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ") and sentence.format(tmp=tmp_path) in line
+
+
+def test_a_port_that_is_taken_is_told_before_anything_is_loaded(tmp_path):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        began = time.monotonic()
+        done = command("serve", tmp_path, "--port", taken.getsockname()[1])
+    assert done.returncode == 1 and time.monotonic() - began < 60
+    assert done.stderr.startswith("error: cannot listen on 127.0.0.1:")
+    assert "choose another --host or --port" in done.stderr
+
+
+def test_simulate_prints_a_table_and_writes_json(tmp_path, capsys):
+    out = tmp_path / "out.json"
+    flags = "--model opt-125m --hardware tpu-v5e --workload humaneval --rate 0.03 --num-requests 9 --policies fcfs"
+    assert run("simulate", *flags.split(), "--cache-modes", "kv", "--json", str(out)) == 0
+    record = json.loads(out.read_text())["runs"][0]
+    assert (record["policy"], record["cache_mode"], record["rate"]) == ("fcfs", "kv", 0.03)
+    assert "attained" in capsys.readouterr().out
+
+
+def test_simulate_names_what_there_is(capsys):
+    assert run("simulate", "--hardware", "a100") == 1
+    assert "a100-40gb" in capsys.readouterr().err

@@ -1,0 +1,143 @@
+"""`LLM` over the fake engine: shapes, order, errors."""
+
+import subprocess
+import sys
+
+import pytest
+
+import apt_jax.serve.llm
+from apt_jax import LLM, SamplingParams
+from tests.support.fake_engine import CharTokenizer, FakeEngine
+
+
+@pytest.fixture
+def engine():
+    return FakeEngine(tokenizer=CharTokenizer())
+
+
+@pytest.fixture
+def llm(engine, monkeypatch):
+    monkeypatch.setattr(apt_jax.serve.llm, "build_engine", lambda model, **options: engine)
+    return LLM("tiny")
+
+
+@pytest.fixture
+def llm_without_tokenizer(monkeypatch):
+    monkeypatch.setattr(apt_jax.serve.llm, "build_engine", lambda model, **options: FakeEngine())
+    return LLM("tiny")
+
+
+def generate(llm, prompts, params=None):
+    return llm.generate(prompts, params, use_tqdm=False)
+
+
+def test_one_prompt_gives_a_list_of_one(llm):
+    (result,) = generate(llm, "ab", SamplingParams(max_tokens=3))
+    (output,) = result.outputs
+    assert (result.prompt, result.prompt_token_ids, result.finished) == ("ab", [2, 97, 98], True)
+    assert (output.index, output.text, output.token_ids) == (0, "cde", [99, 100, 101])
+    assert (output.finish_reason, output.stop_reason) == ("length", None)
+    assert output.logprobs is None and output.cumulative_logprob is None
+
+
+def test_many_prompts_of_all_kinds_come_back_in_order(llm):
+    prompts = ["a", {"prompt": "b"}, {"prompt_token_ids": [99]}, *("A" * i for i in range(1, 30))]
+    results = generate(llm, prompts, SamplingParams(max_tokens=1))
+    assert [r.outputs[0].text for r in results] == ["b", "c", "d", *["B"] * 29]
+    assert [r.prompt for r in results[:3]] == ["a", "b", None]
+    assert len({r.request_id for r in results}) == 32
+
+
+def test_default_params_are_vllm_s(llm):
+    assert generate(llm, "A")[0].outputs[0].text == "BCDEFGHIJKLMNOPQ"
+
+
+def test_params_may_be_one_for_each(llm):
+    params = [
+        SamplingParams(max_tokens=1),
+        SamplingParams(max_tokens=2, n=2),
+        SamplingParams(stop_token_ids=[ord("z")]),
+    ]
+    results = generate(llm, ["a", "b", "x"], params)
+    assert [[o.text for o in r.outputs] for r in results] == [["b"], ["cd", "cd"], ["yz"]]
+    assert [o.index for o in results[1].outputs] == [0, 1]
+    assert (results[2].outputs[0].finish_reason, results[2].outputs[0].stop_reason) == ("stop", ord("z"))
+    with pytest.raises(ValueError, match="2 prompts but 1 params"):
+        generate(llm, ["a", "b"], [SamplingParams()])
+
+
+def test_logprobs_are_dicts_by_token_id(llm):
+    output = generate(llm, "a", SamplingParams(max_tokens=2, logprobs=2))[0].outputs[0]
+    assert output.cumulative_logprob == -1.0
+    assert [sorted(entry) for entry in output.logprobs] == [[98, 99], [99, 100]]
+    first = output.logprobs[0]
+    assert (first[98].logprob, first[98].rank, first[98].decoded_token) == (-0.5, 1, "b")
+    assert (first[99].logprob, first[99].rank) == (-1.5, 2)
+
+
+def test_prompt_logprobs_belong_to_the_prompt(llm):
+    plain, asked = generate(llm, ["ab", "ab"], [SamplingParams(), SamplingParams(n=2, prompt_logprobs=1)])
+    assert plain.prompt_logprobs is None
+    first, a, b = asked.prompt_logprobs
+    assert first is None and (sorted(a), sorted(b)) == ([97, 98], [98, 99])
+    assert (a[97].logprob, a[97].rank, a[97].decoded_token) == (-1.5, 2, "a")
+    assert (a[98].logprob, a[98].rank, a[98].decoded_token) == (-0.5, 1, "b")
+
+
+def test_without_a_tokenizer_token_ids_work_and_text_is_an_error(llm_without_tokenizer):
+    llm = llm_without_tokenizer
+    output = generate(llm, {"prompt_token_ids": [7]}, SamplingParams(max_tokens=2))[0].outputs[0]
+    assert output.token_ids == [8, 9]
+    with pytest.raises(ValueError, match="has no tokenizer; use token_ids"):
+        _ = output.text
+    with pytest.raises(ValueError, match="this model has no tokenizer"):
+        generate(llm, "text")
+    with pytest.raises(ValueError, match="stop needs a tokenizer"):
+        generate(llm, {"prompt_token_ids": [7]}, SamplingParams(stop="x"))
+
+
+@pytest.mark.parametrize(
+    ("prompts", "sentence"),
+    [
+        ("", "prompt 0 is empty"),
+        (["a", 3], "prompt 1 is a int; give a text"),
+        ([{"text": "a"}], r"prompt 0 has the keys \['text'\]; give either prompt or prompt_token_ids"),
+        (["a", "b", {"prompt_token_ids": [1, 999]}, "c"], "prompt 2 of 4: prompt has token id 999"),
+        ([{"prompt_token_ids": []}], "prompt 0 of 1: prompt is empty"),
+    ],
+)
+def test_bad_prompts_are_refused_and_leave_nothing_running(llm, engine, prompts, sentence):
+    generate(llm, ["a"] * 5)
+    with pytest.raises(ValueError, match=sentence):
+        generate(llm, prompts)
+    assert engine.is_idle
+    assert generate(llm, "a", SamplingParams(max_tokens=1))[0].outputs[0].text == "b"
+
+
+def test_an_interrupt_leaves_nothing_running(llm, engine):
+    step = engine.step
+
+    def interrupted():
+        if engine.num_steps == 3:
+            raise KeyboardInterrupt
+        return step()
+
+    engine.step = interrupted
+    with pytest.raises(KeyboardInterrupt):
+        generate(llm, ["a"] * 20)
+    assert engine.is_idle
+
+
+def test_an_unknown_option_names_the_nearest():
+    with pytest.raises(ValueError, match="unknown option max_num_seq=4; did you mean max_num_seqs"):
+        LLM("tiny", max_num_seq=4)
+    with pytest.raises(ValueError, match="unknown option tokeniser='x'; did you mean tokenizer"):
+        LLM("tiny", tokeniser="x")
+
+
+def test_importing_the_package_is_light():
+    code = "import sys, apt_jax; from apt_jax import SamplingParams; print('jax' in sys.modules, dir(apt_jax))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("False") and "LLM" in done.stdout
+    with pytest.raises(ImportError):
+        from apt_jax import Nothing  # noqa: F401

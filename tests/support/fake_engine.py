@@ -1,0 +1,177 @@
+"""An engine without a model: real queues, blocks and policy, tokens computed by hand (each is the last one plus one).
+
+With `CharTokenizer` a token is a character, so the completion of "a" is "bcd...".
+"""
+
+import threading
+import time
+from collections.abc import Sequence
+from typing import Any, cast
+
+from apt_jax.cache import BlockPool
+from apt_jax.engine.engine import Engine
+from apt_jax.engine_config import EngineConfig, ModelConfig
+from apt_jax.output import Output, QueueFull, TokenLogprobs
+from apt_jax.request import FinishReason, Request, SamplingParams, Slo
+from apt_jax.scheduling.plan import Plan
+from apt_jax.scheduling.policies.catalogue import PolicyContext, make_policy
+from apt_jax.scheduling.state import Limits, SchedulerState
+
+VOCABULARY = 256
+EOS = 2
+
+
+class CharTokenizer:
+    """One token per Latin-1 character (? for others), </s> first."""
+
+    def __init__(self, chat_template: str | None = None):
+        self.chat_template = chat_template
+        self.special_tokens = {"eos_token": "</s>"}
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        return [*([EOS] if add_special_tokens else []), *text.encode("latin-1", "replace")]
+
+    def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        kept = [i for i in token_ids if i < VOCABULARY and not (skip_special_tokens and i == EOS)]
+        return bytes(kept).decode("latin-1")
+
+    def token_bytes(self, token_id: int) -> bytes:
+        return bytes([token_id]) if token_id < 0xF0 else b""
+
+    def token_text(self, token_id: int) -> str:
+        return self.decode([token_id], skip_special_tokens=False)
+
+
+class FakeEngine:
+    """`Engine`'s interface. With `paced`, a step waits for `allow_step()`; `fail_with` makes the next one raise."""
+
+    def __init__(
+        self, config: EngineConfig | None = None, tokenizer: Any = None, *, num_blocks: int = 64, paced: bool = False
+    ):
+        self.config = config or EngineConfig(
+            max_num_seqs=4, max_num_queued_reqs=8, max_num_batched_tokens=64, scheduling_policy="fcfs"
+        )
+        self.model_config = ModelConfig(vocab_size=VOCABULARY, max_position_embeddings=128)
+        self.max_model_len = 128
+        self.tokenizer = tokenizer
+        limits = Limits(self.config.max_num_seqs or 4, self.config.max_num_batched_tokens or 64)
+        self.state = SchedulerState(BlockPool(num_blocks, 4), limits)
+        self.warmed = False
+        self.fail_with: Exception | None = None
+        self.num_steps = 0
+        self.num_failed_steps = 0
+        self.num_recompiles = 0
+        self.last_plan = Plan()
+        self.last_schedule_s = 0.0
+        self.policy_context = PolicyContext()
+        self._policy = make_policy("fcfs")
+        self._requests: dict[str, Request] = {}
+        self._ended: list[Output] = []
+        self._steps = threading.Semaphore(0) if paced else None
+
+    @property
+    def is_paced(self) -> bool:
+        return self._steps is not None
+
+    def allow_step(self, count: int = 1) -> None:
+        assert self._steps is not None
+        self._steps.release(count)
+
+    def warm_up(self, progress: bool = False) -> None:
+        self.warmed = True
+
+    @property
+    def has_unfinished(self) -> bool:
+        return self.state.num_unfinished > 0 or bool(self._ended)
+
+    def add(
+        self,
+        prompt_token_ids: Sequence[int],
+        params: SamplingParams,
+        *,
+        request_id: str,
+        slo: Slo | None = None,
+        priority: int = 0,
+        arrival_s: float | None = None,
+        output_token_ids: Sequence[int] = (),
+    ) -> Request:
+        assert params.n == 1 and request_id not in self._requests
+        if not prompt_token_ids:
+            raise ValueError("prompt is empty; give at least one token id")
+        for token_id in prompt_token_ids:
+            if not 0 <= token_id < VOCABULARY:
+                raise ValueError(f"prompt has token id {token_id}, the vocabulary is 0..{VOCABULARY - 1}")
+        room = self.max_model_len - len(prompt_token_ids)
+        if room < 1:
+            raise ValueError(f"prompt has {len(prompt_token_ids)} tokens, the context holds {self.max_model_len}")
+        if len(self.state.waiting) >= self.config.max_num_queued_reqs:
+            raise QueueFull(f"{len(self.state.waiting)} requests are waiting; raise --max-num-queued-reqs")
+        request = Request(
+            request_id,
+            list(prompt_token_ids),
+            params,
+            time.monotonic() if arrival_s is None else arrival_s,
+            min(room, params.max_tokens or room),
+            frozenset({EOS}),
+            slo or Slo(),
+            priority,
+            output_token_ids=list(output_token_ids),
+        )
+        self.state.add(request)
+        self._requests[request_id] = request
+        return request
+
+    def abort(self, request_id: str) -> None:
+        request = self._requests.pop(request_id, None)
+        if request is not None:
+            self.state.finish(request, FinishReason.ABORT)
+            self._ended.append(Output(request, "", (), (), FinishReason.ABORT))
+
+    def step(self) -> list[Output]:
+        if self._steps is not None:
+            self._steps.acquire()
+        self.num_steps += 1
+        if self.fail_with is not None:
+            error, self.fail_with = self.fail_with, None
+            raise error
+        now = time.monotonic()
+        self.last_plan = self._policy.schedule(self.state, now)
+        self.last_schedule_s = time.monotonic() - now
+        spans = self.state.apply(self.last_plan, now)
+        outputs = [*self._ended, *(self._sample(span.request, now) for span in spans if span.samples)]
+        self._ended = []
+        return outputs
+
+    @property
+    def is_idle(self) -> bool:
+        return self.state.num_unfinished == 0 and self.state.pool.num_free == self.state.pool.num_blocks
+
+    def _sample(self, request: Request, now: float) -> Output:
+        token = ((*request.prompt_token_ids, *request.output_token_ids)[-1] + 1) % VOCABULARY
+        finish_reason = self.state.commit(request, token, now)
+        self.state.check()
+        if finish_reason is not None:
+            del self._requests[request.request_id]
+        shown = request.output_token_ids if request.first_token_s == request.last_token_s else [token]
+        text = "" if self.tokenizer is None else self.tokenizer.decode(shown)
+        logprobs: tuple[TokenLogprobs, ...] = ()
+        if request.params.logprobs is not None:
+            top = tuple((token + i, -0.5 - i) for i in range(request.params.logprobs))
+            logprobs = (TokenLogprobs(token, -0.5, 1, top),)
+        prompt_logprobs = None
+        if request.params.prompt_logprobs is not None and request.first_token_s == request.last_token_s:
+            prompt_logprobs = tuple(
+                TokenLogprobs(
+                    i,
+                    -1.5,
+                    2,
+                    tuple(((i + 1 - k) % VOCABULARY, -0.5 - k) for k in range(request.params.prompt_logprobs)),
+                )
+                for i in request.prompt_token_ids[1:]
+            )
+        return Output(request, text, (token,), logprobs, finish_reason, prompt_logprobs=prompt_logprobs)
+
+
+def fake_engine(**options: Any) -> Engine:
+    """A `FakeEngine`, for code that asks for an `Engine`."""
+    return cast(Engine, FakeEngine(**options))

@@ -1,0 +1,101 @@
+"""Figures of `bench serve` from timings that are known."""
+
+import math
+
+import pytest
+
+from apt_jax.request import Slo
+from apt_jax.serve.bench.serving.records import Record, Run, details, summarise
+
+SLO = Slo(ttft_s=0.5, tbt_s=0.1)
+
+
+def record(planned_s, piece_s, *, output_tokens=None, error=None, prompt_tokens=10, sent_s=None):
+    made = Record(planned_s, prompt_tokens, len(piece_s), started_s=planned_s, sent_s=sent_s, piece_s=list(piece_s))
+    made.output_tokens = len(piece_s) if output_tokens is None else output_tokens
+    made.error = error
+    return made
+
+
+def figures(records, duration_s=2.0, **options):
+    chosen = {"slo": SLO, "goodput": {}, "metrics": ("ttft", "tpot", "itl", "e2el"), "percentiles": (50.0, 99.0)}
+    return summarise(Run(records, duration_s), **(chosen | options))
+
+
+def test_latencies_count_from_the_planned_arrival_and_not_from_sending():
+    late = record(1.0, [3.0, 3.1], sent_s=2.9)
+    assert late.ttft_s == 2.0 and late.e2el_s == pytest.approx(2.1) and late.queue_s == pytest.approx(1.9)
+
+
+def test_statistics_are_those_of_the_timings():
+    """TTFT 100, 300 ms; gaps 50, 50 and 100 ms; TPOT 50, 100 ms; the whole 200, 400 ms."""
+    found = figures([record(0.0, [0.1, 0.15, 0.2]), record(1.0, [1.3, 1.4])])
+    expected = {
+        "duration": 2.0, "completed": 2, "failed": 0, "total_input_tokens": 20, "total_output_tokens": 5,
+        "request_throughput": 1.0, "output_throughput": 2.5, "total_token_throughput": 12.5,
+        "mean_ttft_ms": 200, "median_ttft_ms": 200, "std_ttft_ms": 100, "p50_ttft_ms": 200, "p99_ttft_ms": 298,
+        "mean_tpot_ms": 75, "mean_itl_ms": 200 / 3, "median_itl_ms": 50, "mean_e2el_ms": 300, "tokens_per_piece": 1.0,
+    }  # fmt: skip
+    for name, value in expected.items():
+        assert found[name] == pytest.approx(value), name
+
+
+def test_failed_requests_count_as_missed_and_are_told_by_reason():
+    done = [record(0.0, [0.1, 0.2])] * 2
+    failed = [record(0.0, [], error="HTTP 503: busy"), record(0.0, [0.1], error="HTTP 503: busy")]
+    found = figures([*done, *failed, record(0.0, [], error="cannot connect")])
+    assert found["completed"] == 2 and found["failed"] == 3 and found["attainment"] == 0.4
+    assert found["errors_by_reason"] == {"HTTP 503: busy": 2, "cannot connect": 1}
+    assert found["total_output_tokens"] == 4, "what a failed request brought is not counted"
+
+
+def test_attainment_takes_the_99th_percentile_of_a_request_s_own_gaps():
+    """Of 100 gaps one may be long, of 99 none; the first token has its own promise."""
+    long_gap = [0.1 + 0.01 * k for k in range(100)]
+    tolerated = record(0.0, [*long_gap, long_gap[-1] + 1.0])  # 100 gaps
+    missed = record(0.0, [*long_gap[:99], long_gap[98] + 1.0])  # 99 gaps
+    assert tolerated.attains(SLO) and not missed.attains(SLO)
+    late_start = record(0.0, [0.6, 0.61])
+    found = figures([tolerated, missed, late_start, record(0.0, [0.5])])
+    assert (found["attainment"], found["ttft_attainment"], found["tbt_attainment"]) == (0.5, 0.75, 0.75)
+
+
+def test_goodput_is_what_keeps_every_limit_per_second():
+    records = [record(0.0, [0.1, 0.15, 0.2]), record(0.0, [0.3, 0.35, 0.4]), record(0.0, [0.1, 0.3, 0.5])]
+    for limits, good in (
+        ({"ttft": 100.0}, 2),
+        ({"ttft": 99.0}, 0),
+        ({"tpot": 50.1}, 2),
+        ({"ttft": 100.0, "tpot": 50.1}, 1),
+        ({"e2el": 500.0}, 3),
+    ):
+        assert figures(records, goodput=limits)["request_goodput"] == good / 2.0, limits
+    assert figures(records)["request_goodput"] is None
+
+
+def test_a_request_of_one_token_has_no_time_per_token_and_keeps_any_limit_for_it():
+    found = figures([record(0.0, [0.2])], goodput={"tpot": 1.0})
+    assert found["mean_tpot_ms"] is None and found["mean_itl_ms"] is None and found["request_goodput"] == 0.5
+
+
+def test_several_tokens_in_a_piece_are_counted_by_usage():
+    found = figures([record(0.0, [0.1, 0.3], output_tokens=5)])
+    assert found["tokens_per_piece"] == 2.5 and found["mean_itl_ms"] == pytest.approx(200)
+    assert found["mean_tpot_ms"] == pytest.approx(50)
+
+
+def test_concurrency_is_counted_from_sending_to_the_last_token():
+    records = [record(0.0, [1.0], sent_s=0.0), record(0.0, [2.0], sent_s=1.0), record(0.0, [1.6], sent_s=1.5)]
+    assert figures(records)["max_concurrent_requests"] == 2
+
+
+def test_nothing_answered_gives_zeros_and_no_statistics():
+    found = figures([record(0.0, [], error="cannot connect")])
+    assert found["attainment"] == 0 and found["request_throughput"] == 0 and found["mean_ttft_ms"] is None
+    assert not any(isinstance(value, float) and math.isnan(value) for value in found.values())
+
+
+def test_details_have_one_entry_per_request():
+    found = details(Run([record(0.5, [0.6, 0.8]), record(0.0, [], error="x")], 1.0))
+    assert found["ttfts"] == [pytest.approx(0.1), None] and found["errors"] == [None, "x"]
+    assert found["itls"] == [[pytest.approx(0.2)], []] and {len(values) for values in found.values()} == {2}
