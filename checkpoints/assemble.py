@@ -15,7 +15,7 @@ from apt_jax.checkpoints.errors import CheckpointError
 from apt_jax.checkpoints.formats.stored_tensor import StoredTensor
 from apt_jax.checkpoints.mapping import EMBEDDING_NAME, HEAD_NAME, Layout, Slot, slots
 from apt_jax.checkpoints.placement import Shardings, sharding_of
-from apt_jax.engine_config import ModelConfig
+from apt_jax.model_config import ModelConfig
 from apt_jax.models.sharding import padded_shape
 
 _STRIP_ROWS = 128  # transposing 128 rows at a time stays in the processor's cache: twice as fast as at once

@@ -18,7 +18,7 @@ from apt_jax.checkpoints.formats.weight_files import ORBAX_WEIGHTS, LoadFormat, 
 from apt_jax.checkpoints.placement import Shardings, platform_of, serving_dtype
 from apt_jax.checkpoints.skeleton import Skeleton
 from apt_jax.checkpoints.source import resolve
-from apt_jax.engine_config import ModelConfig
+from apt_jax.model_config import ModelConfig
 from apt_jax.models.opt import OPT
 from apt_jax.models.sharding import Parallel
 

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from flax import nnx
 
-from apt_jax.engine_config import POSITION_OFFSET, ModelConfig
+from apt_jax.model_config import POSITION_OFFSET, ModelConfig
 from apt_jax.models.opt import OPT
 
 EMBEDDING_NAME = "model.decoder.embed_tokens.weight"

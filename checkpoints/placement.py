@@ -8,7 +8,7 @@ import numpy as np
 
 from apt_jax.checkpoints.errors import CheckpointError
 from apt_jax.checkpoints.formats.stored_tensor import FLOATING
-from apt_jax.engine_config import ModelConfig
+from apt_jax.model_config import ModelConfig
 
 type Shardings = jax.sharding.Sharding | Callable[[tuple[str, ...], tuple[int, ...]], jax.sharding.Sharding] | None
 """One sharding for all parameters, a function of (NNX path, shape), or None for the default device."""

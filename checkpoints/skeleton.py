@@ -8,7 +8,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from apt_jax.engine_config import ModelConfig
+from apt_jax.model_config import ModelConfig
 from apt_jax.models.opt import OPT
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from apt_jax.checkpoints.mapping import Layout, hf_shapes, slots
-from apt_jax.engine_config import ModelConfig
+from apt_jax.model_config import ModelConfig
 
 OPT_1_3B = ModelConfig(
     hidden_size=2048, num_hidden_layers=24, ffn_dim=8192, num_attention_heads=32, word_embed_proj_dim=2048

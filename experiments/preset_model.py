@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 from apt_jax.checkpoints.load import Loaded, load_model
-from apt_jax.engine_config import ModelConfig
+from apt_jax.model_config import ModelConfig
 from apt_jax.scheduling.costs.hardware import MODELS, by_name
 
 

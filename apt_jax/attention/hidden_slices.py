@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from apt_jax.engine_config import GROUP_BYTES
+from apt_jax.model_config import GROUP_BYTES
 from apt_jax.models.collectives import sum_over_devices
 from apt_jax.pallas_kernels.reference import NEVER, Partial
 

@@ -10,7 +10,8 @@ from jax.typing import DTypeLike
 
 from apt_jax.cpu_kernels import library
 from apt_jax.cpu_kernels.calls import KERNELS as CPU_KERNELS
-from apt_jax.engine_config import AttentionBackend, ModelConfig
+from apt_jax.engine_config import AttentionBackend
+from apt_jax.model_config import ModelConfig
 from apt_jax.pallas_kernels import dispatch
 from apt_jax.pallas_kernels.dispatch import Kernels
 

@@ -20,11 +20,12 @@ from apt_jax.engine.calibration import base_model, calibrate
 from apt_jax.engine.compilations import Compilations
 from apt_jax.engine.memory import MemoryPlan, plan_memory
 from apt_jax.engine.prompt_logprobs import PromptLogprobs
-from apt_jax.engine_config import EngineConfig, ModelConfig
+from apt_jax.engine_config import EngineConfig
 from apt_jax.execution.multihost import smallest_of_all
 from apt_jax.execution.pool import block_bytes
 from apt_jax.execution.runner import Runner, Shapes, pages_multiple
 from apt_jax.execution.sampling import Sampled, Scored
+from apt_jax.model_config import ModelConfig
 from apt_jax.models.opt import OPT
 from apt_jax.output import DeviceLost, Output, QueueFull, TokenLogprobs
 from apt_jax.request import FinishReason, Request, SamplingParams, Slo, Status

@@ -13,7 +13,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from apt_jax.batching.builder import Rows, Tokens
-from apt_jax.engine_config import ModelConfig
+from apt_jax.model_config import ModelConfig
 from apt_jax.models.opt import OPT, DecoderLayer
 from apt_jax.pallas_kernels import reference
 from apt_jax.pallas_kernels.dispatch import Kernels

@@ -25,7 +25,7 @@ from apt_jax.batching.buckets import Bucket, Buckets
 from apt_jax.batching.builder import Batch, Rows, Sampling, Tokens, empty_sampling
 from apt_jax.cache import BlockTable
 from apt_jax.cpu_kernels.calls import KERNELS as CPU_KERNELS
-from apt_jax.engine_config import AttentionBackend, ModelConfig
+from apt_jax.engine_config import AttentionBackend
 from apt_jax.execution.forms.layer_weights import LayerWeights, OuterWeights
 from apt_jax.execution.forms.native import are_native, run_native_step, scratch_bytes
 from apt_jax.execution.pool import convert_blocks, convert_layer, pool_shape
@@ -33,6 +33,7 @@ from apt_jax.execution.program_store import ProgramStore, source_hash
 from apt_jax.execution.sampling import Sampled, Scored, score
 from apt_jax.execution.steps import end_step, run_layer, run_sampling, run_step, start_step
 from apt_jax.execution.tpu_layouts import put_for_tpu
+from apt_jax.model_config import ModelConfig
 from apt_jax.models.opt import OPT
 from apt_jax.models.sharding import EVERYWHERE, POOL, Parallel, local_config, zeros
 

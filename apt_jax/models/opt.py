@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from apt_jax.engine_config import POSITION_OFFSET, ModelConfig
+from apt_jax.model_config import POSITION_OFFSET, ModelConfig
 from apt_jax.models.collectives import join, num_devices, own_number, sum_and_scatter, sum_over_devices
 
 _FEW_ROWS = 128

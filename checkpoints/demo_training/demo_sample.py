@@ -17,7 +17,7 @@ from tokenizers import Tokenizer
 
 from apt_jax.checkpoints.load import load_model
 from apt_jax.checkpoints.source import DEMO_FOLDER
-from apt_jax.engine_config import ModelConfig
+from apt_jax.model_config import ModelConfig
 from apt_jax.models.opt import OPT, SelfAttention
 
 

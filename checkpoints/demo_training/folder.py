@@ -15,7 +15,7 @@ from tokenizers import Tokenizer
 
 from apt_jax.checkpoints.demo_training.tokenizer import save_tokenizer
 from apt_jax.checkpoints.mapping import export_huggingface
-from apt_jax.engine_config import ModelConfig
+from apt_jax.model_config import ModelConfig
 
 
 def write_folder(

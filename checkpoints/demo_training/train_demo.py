@@ -26,7 +26,7 @@ from apt_jax.checkpoints.demo_training.folder import write_folder
 from apt_jax.checkpoints.demo_training.state import Progress, load_state, save_state
 from apt_jax.checkpoints.demo_training.steps import make_optimizer, make_step, mean_loss
 from apt_jax.checkpoints.demo_training.tokenizer import train_tokenizer
-from apt_jax.engine_config import ModelConfig
+from apt_jax.model_config import ModelConfig
 from apt_jax.models.opt import OPT
 
 SHAPE = ModelConfig(

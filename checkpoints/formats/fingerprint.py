@@ -11,7 +11,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from apt_jax.engine_config import ModelConfig
+from apt_jax.model_config import ModelConfig
 
 _CHUNK_BYTES = 32 * 2**20
 _SAMPLE_BYTES = 64 * 2**10

@@ -10,7 +10,7 @@ from apt_jax.checkpoints.formats.stored_tensor import FLOATING, StoredTensor
 from apt_jax.checkpoints.formats.torch_reader import read_torch
 from apt_jax.checkpoints.formats.weight_files import LoadFormat, WeightFiles
 from apt_jax.checkpoints.mapping import EMBEDDING_NAME, HEAD_NAME, canonical_name, flax_name, slots
-from apt_jax.engine_config import ModelConfig
+from apt_jax.model_config import ModelConfig
 
 _READERS: dict[LoadFormat, Callable[[Path], list[StoredTensor]]] = {
     LoadFormat.SAFETENSORS: read_safetensors,

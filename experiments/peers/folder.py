@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import save_file
 
-from apt_jax.engine_config import POSITION_OFFSET, ModelConfig
+from apt_jax.model_config import POSITION_OFFSET, ModelConfig
 from apt_jax.scheduling.costs.hardware import MODELS, by_name
 from experiments.preset_model import write_config
 

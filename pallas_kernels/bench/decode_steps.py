@@ -17,7 +17,8 @@ import jax.numpy as jnp
 from apt_jax.cache import BlockTable, CacheKind, blocks_for
 from apt_jax.checkpoints.load import load_model
 from apt_jax.engine.engine import Engine
-from apt_jax.engine_config import EngineConfig, ModelConfig
+from apt_jax.engine_config import EngineConfig
+from apt_jax.model_config import ModelConfig
 from apt_jax.pallas_kernels.bench.timing import Times, reason, time_calls
 from apt_jax.request import Request, SamplingParams
 from apt_jax.scheduling.state import Span

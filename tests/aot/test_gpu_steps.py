@@ -12,9 +12,9 @@ from flax import nnx
 
 from apt_jax.attention.paged import Kinds
 from apt_jax.batching.builder import Rows, Tokens
-from apt_jax.engine_config import ModelConfig
 from apt_jax.execution.pool import convert_blocks
 from apt_jax.execution.steps import run_step
+from apt_jax.model_config import ModelConfig
 from apt_jax.models.opt import OPT
 from apt_jax.pallas_kernels.dispatch import gpu_kernels
 from tests.aot.test_gpu import h200, pytestmark  # noqa: F401

@@ -14,10 +14,10 @@ from jax.sharding import SingleDeviceSharding
 
 from apt_jax.attention.paged import Kinds
 from apt_jax.batching.builder import Rows, Tokens
-from apt_jax.engine_config import ModelConfig
 from apt_jax.execution.pool import convert_blocks
 from apt_jax.execution.steps import run_step
 from apt_jax.execution.tpu_layouts import tpu_format
+from apt_jax.model_config import ModelConfig
 from apt_jax.models.opt import OPT
 from apt_jax.pallas_kernels import dispatch
 from tests.aot.tpu_compiler import MISSING, OPT_SIZES, TOPOLOGIES, compile_for, device

@@ -11,7 +11,7 @@ import tyro
 from jax import numpy as jnp
 
 from apt_jax.checkpoints.load import load_model
-from apt_jax.engine_config import ModelConfig
+from apt_jax.model_config import ModelConfig
 from experiments.peers import environments, folder, gpu, servers
 from experiments.peers.__main__ import Args, Comparison, main
 from experiments.peers.catalogue import OURS, PEERS, Peer

@@ -11,7 +11,7 @@ from apt_jax.attention import selection as attention_backend
 from apt_jax.attention.prefix import absorbing_is_cheaper
 from apt_jax.attention.selection import select_kernels
 from apt_jax.cache import CacheKind
-from apt_jax.engine_config import ModelConfig
+from apt_jax.model_config import ModelConfig
 from apt_jax.pallas_kernels import dispatch
 from apt_jax.pallas_kernels.dispatch import (
     REFERENCES,

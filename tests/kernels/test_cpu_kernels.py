@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from apt_jax.attention.selection import select_kernels
 from apt_jax.cpu_kernels import calls, library
-from apt_jax.engine_config import ModelConfig
 from apt_jax.execution.forms.layer_weights import OuterWeights
+from apt_jax.model_config import ModelConfig
 from apt_jax.models.opt import OPT
 from apt_jax.pallas_kernels import dispatch
 

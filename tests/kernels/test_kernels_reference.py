@@ -10,7 +10,7 @@ from apt_jax.attention import paged as attention
 from apt_jax.attention.absorption import absorb_query, absorbed_values, key_bias_score
 from apt_jax.attention.paged import Kinds
 from apt_jax.batching.builder import Rows
-from apt_jax.engine_config import ModelConfig
+from apt_jax.model_config import ModelConfig
 from apt_jax.models.opt import SelfAttention
 from apt_jax.pallas_kernels.reference import (
     NEVER,

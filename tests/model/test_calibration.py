@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from apt_jax.engine.calibration import calibrate, calibration_path, measure
-from apt_jax.engine_config import ModelConfig
+from apt_jax.model_config import ModelConfig
 from apt_jax.scheduling.costs.fit import MIN_OBSERVATIONS, relative_errors
 from tests.support.checkpoint_folders import random_model
 from tests.support.engines import make_engine, run

@@ -16,7 +16,7 @@ from apt_jax.checkpoints.convert import convert
 from apt_jax.checkpoints.load import load_model
 from apt_jax.checkpoints.mapping import export_huggingface
 from apt_jax.checkpoints.placement import serving_dtype
-from apt_jax.engine_config import ModelConfig
+from apt_jax.model_config import ModelConfig
 from apt_jax.models.sharding import Parallel
 from experiments.checkpoint_memory import measure, write_folder
 from tests.support.checkpoint_folders import TINY, assert_same_parameters, random_model, write_config, write_safetensors

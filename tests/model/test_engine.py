@@ -14,10 +14,11 @@ from apt_jax.batching.buckets import Buckets
 from apt_jax.batching.builder import BatchBuilder, table_pages
 from apt_jax.cache import BlockPool, CacheKind
 from apt_jax.engine.engine import Engine
-from apt_jax.engine_config import EngineConfig, ModelConfig
+from apt_jax.engine_config import EngineConfig
 from apt_jax.execution.pool import pool_shape
 from apt_jax.execution.runner import Runner, Shapes, pages_multiple, temporary_bytes
 from apt_jax.execution.steps import run_step
+from apt_jax.model_config import ModelConfig
 from apt_jax.models.opt import OPT
 from apt_jax.output import DeviceLost, QueueFull
 from apt_jax.request import FinishReason, Request, SamplingParams

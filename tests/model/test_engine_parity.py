@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from apt_jax.cache import CacheKind
-from apt_jax.engine_config import ModelConfig
+from apt_jax.model_config import ModelConfig
 from apt_jax.request import SamplingParams
 from tests.golden import golden_names, load_golden
 from tests.golden.compare import load_golden_model

@@ -14,11 +14,11 @@ from apt_jax.cache import CacheKind
 from apt_jax.cpu_kernels import library
 from apt_jax.cpu_kernels.large_pages import LargePages
 from apt_jax.engine.calibration import base_model
-from apt_jax.engine_config import ModelConfig
 from apt_jax.execution.forms.layer_weights import LayerWeights, OuterWeights
 from apt_jax.execution.forms.native import are_native, run_native_step, scratch_bytes
 from apt_jax.execution.runner import LayeredStep, NativeStep, temporary_bytes
 from apt_jax.execution.steps import run_step
+from apt_jax.model_config import ModelConfig
 from apt_jax.models.opt import OPT
 from tests.support.engines import GREEDY, Orders, finish, make_engine
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from apt_jax.engine_config import ACTIVATIONS, ModelConfig
+from apt_jax.model_config import ACTIVATIONS, ModelConfig
 from apt_jax.models.opt import ACTIVATION_FUNCTIONS, OPT, causal_attention
 from tests.golden import ACTIVATIONS_FILE, DATA, golden_names, load_golden, write_checkpoint
 from tests.golden.compare import compare, greedy, load_golden_model, whole_sequences

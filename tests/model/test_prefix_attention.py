@@ -11,7 +11,7 @@ from apt_jax.attention import prefix as prefix_attention
 from apt_jax.attention.paged import Kinds
 from apt_jax.attention.prefix import absorbing_is_cheaper
 from apt_jax.batching.builder import Rows, Tokens
-from apt_jax.engine_config import ModelConfig
+from apt_jax.model_config import ModelConfig
 from apt_jax.models.opt import SelfAttention
 from apt_jax.pallas_kernels.dispatch import REFERENCES
 

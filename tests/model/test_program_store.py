@@ -8,7 +8,7 @@ import jax
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
-from apt_jax.engine_config import ModelConfig
+from apt_jax.model_config import ModelConfig
 from tests.support.checkpoint_folders import random_model
 from tests.support.engines import GREEDY, count_compilations, make_engine, run
 

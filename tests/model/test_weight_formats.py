@@ -10,9 +10,9 @@ from flax import nnx
 
 from apt_jax.attention.paged import Kinds
 from apt_jax.batching.builder import Rows, Tokens
-from apt_jax.engine_config import ModelConfig
 from apt_jax.execution.steps import run_step
 from apt_jax.execution.tpu_layouts import put_for_tpu
+from apt_jax.model_config import ModelConfig
 from apt_jax.models.opt import OPT
 from apt_jax.pallas_kernels.dispatch import REFERENCES
 

@@ -12,7 +12,7 @@ from safetensors.numpy import save_file
 
 from apt_jax.checkpoints.mapping import Layout, slots
 from apt_jax.checkpoints.skeleton import Skeleton
-from apt_jax.engine_config import ModelConfig
+from apt_jax.model_config import ModelConfig
 from apt_jax.models.opt import OPT
 
 TINY = ModelConfig(

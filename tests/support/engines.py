@@ -8,7 +8,8 @@ import pytest
 
 from apt_jax.cache import CacheKind
 from apt_jax.engine.engine import Engine, Output
-from apt_jax.engine_config import EngineConfig, ModelConfig
+from apt_jax.engine_config import EngineConfig
+from apt_jax.model_config import ModelConfig
 from apt_jax.models.opt import OPT
 from apt_jax.request import Request, SamplingParams
 from apt_jax.scheduling.plan import Converted, Plan, Preempted, Reason, Scheduled

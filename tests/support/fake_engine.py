@@ -10,7 +10,8 @@ from typing import Any, cast
 
 from apt_jax.cache import BlockPool
 from apt_jax.engine.engine import Engine
-from apt_jax.engine_config import EngineConfig, ModelConfig
+from apt_jax.engine_config import EngineConfig
+from apt_jax.model_config import ModelConfig
 from apt_jax.output import Output, QueueFull, TokenLogprobs
 from apt_jax.request import FinishReason, Request, SamplingParams, Slo
 from apt_jax.scheduling.plan import Plan

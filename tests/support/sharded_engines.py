@@ -23,9 +23,9 @@ import apt_jax.batching.buckets
 from apt_jax.batching.buckets import Buckets
 from apt_jax.cache import CacheKind
 from apt_jax.engine.engine import Engine
-from apt_jax.engine_config import ModelConfig
 from apt_jax.execution.pool import pool_shape
 from apt_jax.execution.runner import temporary_bytes
+from apt_jax.model_config import ModelConfig
 from apt_jax.models.sharding import POOL, Parallel
 from apt_jax.request import SamplingParams
 from tests.support.checkpoint_folders import random_model

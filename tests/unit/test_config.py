@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import OPTConfig
 
-from apt_jax.engine_config import ACTIVATIONS, ModelConfig
+from apt_jax.model_config import ACTIVATIONS, ModelConfig
 
 MINIMAL = {"model_type": "opt"}
 

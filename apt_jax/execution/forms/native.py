@@ -12,9 +12,9 @@ from flax import nnx
 
 from apt_jax.batching.builder import Rows, Tokens
 from apt_jax.cpu_kernels.calls import all_layers
-from apt_jax.engine_config import ModelConfig
 from apt_jax.execution.forms.layer_weights import LayerWeights, PanelKernel
 from apt_jax.execution.steps import end_step, start_step
+from apt_jax.model_config import ModelConfig
 from apt_jax.models.opt import OPT, DecoderLayer, own_product
 
 _KEYS_PACKED = 4096  # as kKeysPacked in layers.h

@@ -23,7 +23,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from apt_jax.engine_config import GROUP_BYTES, ModelConfig
+from apt_jax.model_config import GROUP_BYTES, ModelConfig
 from apt_jax.scheduling.costs.hardware import Hardware
 from apt_jax.scheduling.costs.step_load import PaddedSizes, StepLoad
 

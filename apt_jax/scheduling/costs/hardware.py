@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from apt_jax.engine_config import ModelConfig
+from apt_jax.model_config import ModelConfig
 
 GIB = 2**30
 
