@@ -11,44 +11,44 @@ class EngineConfig:
     """How a model is served; each field is also a command-line flag (`--max-num-seqs`) and a keyword of `LLM`."""
 
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Number type of weights and cache; auto takes the checkpoint's, except float32 on a CPU."""
+    """Data type of weights and cache; auto: the checkpoint's own, but float32 on a CPU."""
     max_model_len: int | None = None
-    """Longest context in tokens, prompt and output together; default: what the model was trained for."""
+    """Longest context in tokens, prompt and output together; default: the model's own limit."""
     max_num_seqs: int | None = None
-    """Most requests in one iteration; default: 64 on a CPU, 256 on TPU and GPU."""
+    """Maximum number of requests in one iteration; default: 64 on a CPU, 256 on TPU and GPU."""
     max_num_batched_tokens: int | None = None
-    """Most tokens in one iteration; longer prompts are prefilled in chunks; default: 512 on a CPU, else 2048."""
+    """Maximum number of tokens in one iteration, prompts are cut into chunks; default: 512 on a CPU, else 2048."""
     block_size: int = 16
     """Tokens per cache block."""
     num_blocks: int | None = None
-    """Cache blocks; default: as many as the memory left over holds."""
+    """Number of cache blocks; default: as many as fit into the memory that is left."""
     cache_memory_bytes: int | None = None
-    """Bytes of each device for the cache; default: what weights and activations leave of its memory."""
+    """Bytes of cache on each device; default: the memory that weights and activations leave free."""
     device_memory_utilization: float = 0.9
-    """Share of the device's memory (on a CPU: of the free memory) that the engine may take."""
+    """Share of the device's memory (on a CPU: of the free memory) that the engine may use."""
     cache_mode: Literal["hybrid", "kv", "hidden"] = "hybrid"
-    """What requests may cache: KV pairs, hidden vectors at half the memory, or either."""
+    """What requests cache: keys and values (kv), hidden vectors at half the memory (hidden), or either (hybrid)."""
     scheduling_policy: str = "apt"
-    """Name of the scheduling policy, with options as NAME:option=value; docs/scheduling tells them."""
+    """Scheduling policy, with options as NAME:option=value; docs/scheduling describes them."""
     ttft_slo_ms: float = 1000.0
-    """Default promise for the time to the first token."""
+    """Default SLO for the time to the first token, in milliseconds."""
     tbt_slo_ms: float = 1000.0
-    """Default promise for the 99th percentile of a request's gaps between tokens."""
+    """Default SLO for the 99th percentile of a request's gaps between tokens, in milliseconds."""
     max_num_queued_reqs: int = 1024
-    """Most requests waiting; more are refused with 503."""
+    """Maximum number of waiting requests; further ones get 503."""
     tensor_parallel_size: int = 1
-    """Devices that one model is split over; must divide its heads. docs/tensor_parallelism.md."""
+    """Number of devices that one model is split over; must divide its heads. See docs/scale_out.md."""
     calibrate: bool = True
-    """Measure the device at start-up for policies that predict iteration times; seconds, once per device and model."""
+    """Measure the device at start-up if the policy predicts iteration times; seconds, once per device and model."""
     attention_backend: AttentionBackend = "auto"
-    """Implementation of decode attention; auto: Pallas on TPU and GPU, C++ on a CPU that has a compiler, if it passes a
-    check there, else XLA."""
+    """Implementation of attention; auto: Pallas kernels on TPU and GPU, C++ kernels (native) on a CPU with a compiler,
+    each only if it passes a numeric check at start-up, else XLA."""
     async_scheduling: bool | None = None
-    """Plan the next iteration while the device runs this one; default: on for TPU and GPU, off on a CPU."""
+    """Plan the next iteration while the device runs the current one; default: on for TPU and GPU, off on a CPU."""
     compilation_cache_dir: str | None = None
-    """Folder for compiled programs, reused by the next start; default: ~/.cache/apt-jax/xla."""
+    """Folder for compiled programs, which later starts reuse; default: ~/.cache/apt-jax/xla."""
     seed: int = 0
-    """Seed for requests that bring none, and for dummy weights."""
+    """Seed for requests without one, and for dummy weights."""
 
     def __post_init__(self) -> None:
         for name in ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "num_blocks", "cache_memory_bytes"):

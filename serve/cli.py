@@ -20,10 +20,10 @@ from apt_jax.simulation.options import SimulateArgs
 
 @dataclass(frozen=True)
 class Serve:
-    """Serve a model over HTTP with OpenAI's completions API."""
+    """Serve a model over HTTP with OpenAI's completions and chat API."""
 
     model: Model = None
-    """Hub id, Hugging Face folder or converted folder; none is the bundled demo model."""
+    """Hub id, Hugging Face folder or converted folder; default: the bundled demo model."""
     server: OmitArgPrefixes[ServerOptions] = field(default_factory=ServerOptions)
     replicas: OmitArgPrefixes[ReplicaOptions] = field(default_factory=ReplicaOptions)
     ray: OmitArgPrefixes[RayOptions] = field(default_factory=RayOptions)
@@ -45,16 +45,16 @@ class Serve:
 
 @dataclass(frozen=True)
 class RunBatch:
-    """Answer a file of OpenAI batch lines; run it again to go on where it was stopped."""
+    """Answer a file of OpenAI batch lines; the same command resumes a job that was stopped."""
 
     input: Annotated[Path, arg(aliases=["-i"])]
-    """File of requests, one JSON object a line: custom_id, method, url, body."""
+    """File of requests, one JSON object per line: custom_id, method, url, body."""
     output: Annotated[Path, arg(aliases=["-o"])]
-    """File of results, in order of completion; lines already in it are not done again."""
+    """File of results, in order of completion; requests that are answered in it are skipped."""
     model: Model = None
-    """Hub id, Hugging Face folder or converted folder; none is the bundled demo model."""
+    """Hub id, Hugging Face folder or converted folder; default: the bundled demo model."""
     served_model_name: str | None = None
-    """Name that the lines call the model by; default: MODEL as given."""
+    """Name of the model in the lines; default: MODEL as given."""
     chat_template: str | None = None
     """File with a Jinja chat template; default: the tokenizer's own (OPT has none)."""
     load: OmitArgPrefixes[LoadOptions] = field(default_factory=LoadOptions)
@@ -82,18 +82,18 @@ class RunBatch:
 
 @dataclass(frozen=True)
 class Convert:
-    """Write a checkpoint as an Orbax one, which loads straight to the device."""
+    """Convert a checkpoint to Orbax's format, which loads straight to the device."""
 
     source: Positional[Annotated[str, arg(metavar="SRC")]]
     """Hub id or Hugging Face folder."""
     destination: Positional[Annotated[Path, arg(metavar="DST")]]
     """New folder."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    """Number type to store; default: the checkpoint's own."""
+    """Data type to store; default: the checkpoint's own."""
     load_format: Literal["auto", "safetensors", "pt", "flax", "orbax", "dummy"] = "auto"
-    """Format of SOURCE; auto takes the best there is."""
+    """Format of SRC; auto: the best one present."""
     revision: str | None = None
-    """Branch, tag or commit on the hub."""
+    """Branch, tag or commit of the model on the hub."""
 
     def run(self) -> int:
         """Convert."""
@@ -108,7 +108,7 @@ class Convert:
 
 @dataclass(frozen=True)
 class Simulate(SimulateArgs):
-    """Simulate a server: the real scheduler under a virtual clock. Lists are separated by commas."""
+    """Simulate a server: the engine's scheduler under a virtual clock. Lists are separated by commas."""
 
     def run(self) -> int:
         """Simulate, print tables, write files."""

@@ -13,26 +13,26 @@ Model = Positional[Annotated[str | None, arg(metavar="[MODEL]")]]
 
 @dataclass(frozen=True)
 class LoadOptions:
-    """Where the model's parts come from; also keywords of `LLM`."""
+    """How model and tokenizer are loaded; each field is also a keyword of `LLM`."""
 
     tokenizer: str | None = None
     """Folder or hub id of the tokenizer; default: the model's own."""
     revision: str | None = None
-    """Branch, tag or commit on the hub."""
+    """Branch, tag or commit of the model on the hub."""
     load_format: Literal["auto", "safetensors", "pt", "flax", "orbax", "dummy"] = "auto"
-    """Format of the weights; auto takes the best there is, dummy makes random weights from config.json alone."""
+    """Format of the weights; auto: the best one present; dummy: random weights, needs only config.json."""
 
 
 @dataclass(frozen=True)
 class DistributedOptions:
-    """How the processes of one engine find each other; each is started with the same command but its own number."""
+    """One model over several processes; start each with the same command and its own --process-id."""
 
     coordinator_address: str | None = None
-    """HOST:PORT of process 0, where several processes split one model; auto asks the cluster (Cloud TPU, Slurm)."""
+    """HOST:PORT of process 0; auto asks the cluster (Cloud TPU, Slurm); default: one process."""
     num_processes: int | None = None
-    """How many processes there are."""
+    """Number of processes."""
     process_id: int | None = None
-    """Which of them this is; 0 answers requests, the others follow it."""
+    """Number of this process, from 0; process 0 answers requests, the others run the same steps."""
 
     def __post_init__(self) -> None:
         if self.coordinator_address is None:
@@ -43,48 +43,48 @@ class DistributedOptions:
 
 @dataclass(frozen=True)
 class ServerOptions:
-    """How the server is reached."""
+    """The HTTP server: address, keys, limits, shutdown, logs."""
 
     host: str = "127.0.0.1"
-    """Address to listen on; 0.0.0.0 is every IPv4 interface."""
+    """Address to listen on; 0.0.0.0: all IPv4 interfaces."""
     port: int = 8000
-    """Port to listen on; 0 takes a free one."""
+    """Port to listen on; 0: any free port."""
     served_model_name: str | None = None
     """Name of the model in the API; default: MODEL as given."""
     max_body_bytes: int = DEFAULT_MAX_BODY_BYTES
-    """Longest request body; longer ones get 413."""
+    """Maximum size of a request body in bytes; a larger one gets 413."""
 
     chat_template: str | None = None
     """File with a Jinja chat template; default: the tokenizer's own (OPT has none)."""
 
     max_header_bytes: int = 32768
-    """Most bytes of all headers of a request; more get 431."""
+    """Maximum size of a request's headers in bytes; larger ones get 431."""
     api_key: tuple[str, ...] = ()
-    """Keys of which a client must send one (Authorization: Bearer KEY); also from APT_JAX_API_KEY; default: none."""
+    """Accepted API keys (Authorization: Bearer KEY); APT_JAX_API_KEY adds one; default: no key is needed."""
     allowed_origins: tuple[str, ...] = ()
-    """Web pages of these origins may call the server from browsers; * is any; default: none."""
+    """Origins of web pages that may call the server from browsers (CORS); *: any; default: none."""
     request_read_timeout: float = 60.0
-    """Seconds that a client gets to send a request, headers and body; a slower one gets 408."""
+    """Seconds within which a client must send its request, headers and body; a slower one gets 408."""
     request_timeout: float | None = None
-    """Seconds after which an unfinished request gets 504 and gives its blocks back; default: none."""
+    """Seconds after which an unfinished request gets 504 and its blocks are freed; default: no limit."""
     reject_predicted_late: bool = False
-    """Refuse with 503, instead of queueing, what would miss the promise for its first token."""
+    """Answer 503 at once to requests that are predicted to miss their TTFT SLO, instead of queueing them."""
     shutdown_timeout: float = 30.0
-    """Seconds that running requests get when the server is told to stop."""
+    """Seconds that running requests may go on after SIGTERM or SIGINT."""
     snapshot_file: str | None = "apt-jax-unfinished.jsonl"
-    """Where what is unfinished by then is kept, for --resume-from; None keeps nothing."""
+    """File for requests that are still unfinished after that, for --resume-from; None: do not keep them."""
     resume_from: str | None = None
-    """Such a file of an earlier run, to be finished; results go to FILE.results.jsonl."""
+    """Finish the requests in this snapshot file of an earlier run; results go to FILE.results.jsonl."""
     enable_profiler: bool = False
-    """Let POST /debug/profile record what the device does."""
+    """Enable POST /debug/profile, which records host and device with jax.profiler."""
     profile_dir: str = "profiles"
-    """Folder for such recordings."""
+    """Folder for the recordings of --enable-profiler."""
     otlp_traces_endpoint: str | None = None
-    """OpenTelemetry collector to send a trace of each request to, such as http://127.0.0.1:4318/v1/traces."""
+    """OpenTelemetry collector for a span per request, such as http://127.0.0.1:4318/v1/traces."""
     log_requests: bool = False
     """Write prompts and sampling fields to the log."""
     log_format: Literal["text", "json"] = "text"
-    """Log lines for people, or one JSON object a line."""
+    """Format of log lines: plain text, or one JSON object per line."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65535:

@@ -17,10 +17,10 @@ Chip = Literal["auto", "h200", "h100", "a100", "v5e", "v5p", "v6e", "tpu7x"]
 
 @dataclass(frozen=True)
 class BenchKernels:
-    """Measure decode attention on the accelerator at hand, or count its work where there is none."""
+    """Measure attention kernels on the local accelerator, or count their work where there is none."""
 
     device: Chip = "auto"
-    """auto measures on the accelerator at hand, and counts for every chip where there is none; a name counts for it."""
+    """auto: measure on the local accelerator, or count for every chip if there is none; a name: count for that chip."""
     model: str = "opt-13b,opt-30b"
     """OPT sizes, separated by commas."""
     batch: str = "8,32,128"
@@ -32,18 +32,18 @@ class BenchKernels:
     end_to_end: bool = False
     """Measure whole decode steps of the first model with random weights instead."""
     chunks: bool = False
-    """Measure a prefill chunk's attention among its own --context tokens, and over as many cached ones, instead."""
+    """Measure the attention of a prefill chunk to its own --context tokens, and to as many cached ones, instead."""
     writes: bool = False
-    """Measure how a step's keys and values are written to the cache instead: a token of each row of a --batch, and
-    chunks of --context tokens."""
+    """Measure how keys and values are written to the cache instead: one token for each row of a --batch, and chunks of
+    --context tokens."""
     clusters: bool = False
     """Measure hidden decode by clusters of CUDA blocks instead: one pass, on Hopper; no GPU has run it yet."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """Number type of --end-to-end; the kernels are measured in bfloat16."""
+    """Data type of --end-to-end; the kernels are measured in bfloat16."""
     all: bool = False
-    """Measure all of these one after the other, each in a process of its own; -o names a folder."""
+    """Measure all of these one after the other, each in its own process; -o names a folder."""
     allow_cpu: bool = False
-    """Measure on a CPU too: to try the command, not to learn about speed."""
+    """Measure on a CPU too, to try the command; its figures say nothing about speed."""
     output: Annotated[Path | None, arg(aliases=["-o"])] = None
     """JSON file for all results; a folder with --all."""
 

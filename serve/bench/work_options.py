@@ -8,18 +8,18 @@ class WorkOptions:
     """Lengths and texts of the requests."""
 
     dataset: str = "random"
-    """random; lengths of sharegpt, humaneval, longbench or azure; a CSV file (prompt_tokens, output_tokens and, if
-    recorded, arrival_s); or a ShareGPT JSON file (needs --tokenizer)."""
+    """random; lengths of sharegpt, humaneval, longbench or azure; a CSV file with prompt_tokens, output_tokens and,
+    optionally, arrival_s; or a ShareGPT JSON file (needs --tokenizer)."""
     num_prompts: int = 200
-    """Requests of a run."""
+    """Number of requests in a run."""
     random_input_len: int = 128
     """Prompt tokens, for --dataset random."""
     random_output_len: int = 128
     """Output tokens, for --dataset random."""
     random_range_ratio: float = 0.0
-    """Lengths are drawn evenly from LEN x (1 - ratio) to LEN x (1 + ratio), for --dataset random."""
+    """Lengths are uniform between LEN x (1 - ratio) and LEN x (1 + ratio), for --dataset random."""
     vocab_size: int = 256
-    """Prompts without --tokenizer are token ids from 10 up to this; no model has fewer."""
+    """Without --tokenizer, prompts are token ids from 10 up to this, which must not exceed the model's vocabulary."""
 
     def __post_init__(self) -> None:
         for name in ("num_prompts", "random_input_len", "random_output_len"):

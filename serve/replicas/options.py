@@ -11,12 +11,12 @@ DEFAULT_ROUTER = "pending-time"
 
 @dataclass(frozen=True)
 class RayOptions:
-    """Where engines run if there are several of them."""
+    """The Ray cluster that replicas run on."""
 
     ray_address: str | None = None
-    """Ray cluster to run on, HOST:PORT or auto; default: one of this machine alone, for as long as it is needed."""
+    """Ray cluster, HOST:PORT or auto; default: a local Ray of this machine, which ends with the server."""
     replica_resources: tuple[str, ...] = ()
-    """What Ray reserves for each replica, as NAME=NUMBER: GPU=1, TPU=4, CPU=8; default: nothing."""
+    """Resources that Ray reserves for each replica, as NAME=NUMBER: GPU=1, TPU=4, CPU=8; default: none."""
 
     def __post_init__(self) -> None:
         parse_resources(self.replica_resources)
@@ -24,14 +24,14 @@ class RayOptions:
 
 @dataclass(frozen=True)
 class RayBatchOptions:
-    """Several engines for one batch job, by Ray Data."""
+    """Several engines for one batch job, with Ray Data."""
 
     ray: str | None = None
-    """Ray cluster to run on, HOST:PORT or auto, or local for one of this machine alone; default: no Ray, one engine."""
+    """Ray cluster, HOST:PORT or auto; local: a Ray of this machine; default: no Ray, one engine."""
     replicas: int = 1
-    """Engines, with --ray."""
+    """Number of engines, with --ray."""
     replica_resources: tuple[str, ...] = ()
-    """What Ray reserves for each of them, as NAME=NUMBER: GPU=1, TPU=4, CPU=8; default: nothing."""
+    """Resources that Ray reserves for each engine, as NAME=NUMBER: GPU=1, TPU=4, CPU=8; default: none."""
 
     def __post_init__(self) -> None:
         if self.replicas < 1:
@@ -67,20 +67,20 @@ def ray_arguments(entries: tuple[str, ...]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class ReplicaOptions:
-    """How many engines serve, and who gets which request."""
+    """Number of engines behind one server, and the routing of requests to them."""
 
     replicas: int = 1
-    """Engines behind this server, each a process that Ray starts; needs pip install 'apt-jax[ray]'."""
+    """Number of engines behind this server, each a process started by Ray; needs pip install 'apt-jax[ray]'."""
     max_replicas: int | None = None
-    """Add engines, up to so many, while promises are broken or requests queue; default: always --replicas."""
+    """Upper limit for autoscaling on SLO attainment and memory; default: no autoscaling."""
     router: str = DEFAULT_ROUTER
-    """Which replica gets a request: pending-time, least-requests, power-of-two, round-robin, random."""
+    """How a replica is chosen for a request: pending-time, least-requests, power-of-two, round-robin, random."""
     target_attainment: float = 0.95
-    """Add a replica when a smaller share of requests than this keeps its promise."""
+    """Add a replica when a smaller share of requests than this attains its SLO."""
     scale_up_delay: float = 5.0
-    """Seconds that the replicas must look too few before one is added."""
+    """Seconds for which more replicas must be needed before one is added."""
     scale_down_delay: float = 60.0
-    """Seconds that they must look too many before one is removed."""
+    """Seconds for which fewer replicas must suffice before one is removed."""
 
     def __post_init__(self) -> None:
         if self.replicas < 1:

@@ -12,13 +12,13 @@ from apt_jax.serve.options import LoadOptions, Model
 
 @dataclass(frozen=True)
 class BenchThroughput:
-    """Measure how fast the engine alone works through many requests that are all there from the begin."""
+    """Measure the throughput of the engine without HTTP; all requests are present from the start."""
 
     model: Model = None
-    """Hub id, Hugging Face folder or converted folder; none is the bundled demo model."""
+    """Hub id, Hugging Face folder or converted folder; default: the bundled demo model."""
     work: OmitArgPrefixes[WorkOptions] = field(default_factory=WorkOptions)
     temperature: float = 0.0
-    """Of sampling; 0 is greedy."""
+    """Sampling temperature; 0: greedy."""
     output: Path | None = None
     """JSON file for the results."""
     load: OmitArgPrefixes[LoadOptions] = field(default_factory=LoadOptions)
@@ -33,20 +33,20 @@ class BenchThroughput:
 
 @dataclass(frozen=True)
 class BenchLatency:
-    """Measure how long one batch of equal requests takes in the engine alone: first token, each further token, all."""
+    """Measure the latency of one batch of equal requests without HTTP: first token, each further token, total."""
 
     model: Model = None
-    """Hub id, Hugging Face folder or converted folder; none is the bundled demo model."""
+    """Hub id, Hugging Face folder or converted folder; default: the bundled demo model."""
     batch_size: int = 8
-    """Requests that begin together."""
+    """Requests in the batch."""
     input_len: int = 32
-    """Prompt tokens of each."""
+    """Prompt tokens of each request."""
     output_len: int = 128
-    """Output tokens of each."""
+    """Output tokens of each request."""
     num_iters_warmup: int = 3
-    """Batches before those that count."""
+    """Uncounted batches before the measurement."""
     num_iters: int = 10
-    """Batches that count."""
+    """Measured batches."""
     output: Path | None = None
     """JSON file for the results."""
     load: OmitArgPrefixes[LoadOptions] = field(default_factory=LoadOptions)

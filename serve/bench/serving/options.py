@@ -16,8 +16,8 @@ GOODPUT_METRICS = ("ttft", "tpot", "e2el")
 class BenchServe:
     """Load a running OpenAI server and measure what its clients see. Lists are separated by commas.
 
-    All arrival times are drawn beforehand and latencies count from them, so a server that stalls cannot hide it by
-    slowing the client down. Exits with 1 if every request fails.
+    All arrival times are drawn before the run and latencies count from them, so a stalled server cannot hide the stall
+    by slowing the client down. Exits with 1 if every request fails.
     """
 
     base_url: str = "http://127.0.0.1:8000"
@@ -27,58 +27,58 @@ class BenchServe:
     model: str | None = None
     """Name of the model in the API; default: the first of /v1/models."""
     tokenizer: str | None = None
-    """Folder or hub id of a tokenizer: send texts instead of token ids."""
+    """Folder or hub id of a tokenizer; with it, prompts are sent as text instead of token ids."""
     api_key: str | None = None
     """Key of the server; default: OPENAI_API_KEY or APT_JAX_API_KEY."""
     work: OmitArgPrefixes[WorkOptions] = field(default_factory=WorkOptions)
     max_model_len: int | None = None
-    """Leave out longer requests of a dataset; default: what /v1/models says, else 2048."""
+    """Skip requests of a dataset that are longer; default: the limit that /v1/models reports, else 2048."""
     request_rate: str = "inf"
-    """Requests per second, such as 1,2,4: one run each; inf sends all at once."""
+    """Requests per second, one run for each rate, such as 1,2,4; inf: all at once."""
     burstiness: float | None = None
-    """Shape of the Gamma distributed gaps: 1 (default) is Poisson, less is burstier, inf is regular."""
+    """Shape of the Gamma distribution of arrival gaps: 1 (default): Poisson; less: burstier; inf: regular."""
     cv: float | None = None
-    """The same as a coefficient of variation of the gaps: 1 is Poisson, more is burstier, 0 is regular."""
+    """Coefficient of variation of arrival gaps, instead of --burstiness: 1: Poisson; more: burstier; 0: regular."""
     dataset_arrivals: bool = False
-    """Take the arrivals that the dataset recorded, stretched to each rate (inf: as recorded)."""
+    """Use the dataset's recorded arrivals, stretched to each rate (inf: as recorded)."""
     max_concurrency: int | None = None
-    """Most requests under way; the time that others wait for that counts."""
+    """Maximum number of concurrent requests; the time that a request waits for a slot counts as latency."""
     sweep: bool = False
-    """Search the highest rate that reaches each of --targets; begins at the first of --request-rate, or at 1."""
+    """Search for the highest rate that reaches each of --targets, starting from the first --request-rate, or 1."""
     sweep_tolerance: float = 0.1
-    """How exactly to search, as a share of the rate; each halving costs a run."""
+    """Precision of the search, as a share of the rate; each halving costs one more run."""
     targets: str = "0.7,0.9,0.99"
     """Attainment targets for effective throughput."""
     ttft_slo_ms: float = 1000.0
-    """Promise for the time to the first token."""
+    """SLO for the time to the first token, in milliseconds."""
     tbt_slo_ms: float = 1000.0
-    """Promise for the 99th percentile of a request's gaps between tokens."""
+    """SLO for the 99th percentile of a request's gaps between tokens, in milliseconds."""
     send_slo: bool = True
-    """Tell the server these promises in headers (x-slo-ttft-ms, x-slo-tbt-ms), which others than apt-jax ignore."""
+    """Send the SLOs in the headers x-slo-ttft-ms and x-slo-tbt-ms; servers that do not know them ignore them."""
     goodput: tuple[str, ...] = ()
-    """Limits such as ttft:500 tpot:50 e2el:10000 in ms: report requests per second that keep all of them."""
+    """Limits in ms, such as ttft:500 tpot:50 e2el:10000: report the requests per second that meet all of them."""
     ignore_eos: bool = True
-    """Ask for every output token, also past the end of the text; not every server knows the field."""
+    """Generate the full output length, past end-of-text tokens; not every server supports it."""
     temperature: float = 0.0
-    """Of sampling; 0 is greedy."""
+    """Sampling temperature; 0: greedy."""
     extra_body: str = ""
-    """JSON object with more fields of every request."""
+    """JSON object with additional fields for every request."""
     num_warmups: int = 1
-    """Requests before the first run; they are not counted, and the first must succeed."""
+    """Uncounted requests before the first run; the first of them must succeed."""
     request_timeout: float = 3600.0
-    """Seconds after which a request has failed."""
+    """Seconds after which a request counts as failed."""
     seed: int = 0
     """Seed of arrivals, lengths and prompts."""
     percentile_metrics: str = "ttft,tpot,itl,e2el"
-    """What to report: ttft, tpot, itl, e2el."""
+    """Latencies to report: ttft, tpot, itl, e2el."""
     metric_percentiles: str = "90,99"
-    """Which percentiles of it."""
+    """Percentiles to report of each."""
     save_detailed: bool = False
-    """Write every request's lengths, times and error too."""
+    """Include every request's lengths, times and error in the output."""
     output: Path | None = None
-    """JSON file for the results, in the names that vLLM's benchmark uses."""
+    """JSON file for the results; its keys are those of vllm bench serve."""
     plot: Path | None = None
-    """Draw attainment against rate, and first-token times (PNG, PDF or SVG; needs matplotlib)."""
+    """Plot attainment and time to first token against the rate (PNG, PDF or SVG; needs matplotlib)."""
 
     def __post_init__(self) -> None:
         if self.burstiness is not None and self.cv is not None:
