@@ -119,9 +119,9 @@ def measure(engine: "Engine", *, max_seconds: float = MAX_SECONDS) -> list[Obser
             for _ in range(REPEATS):
                 started = time.perf_counter()
                 batch = engine.builder.build(spans)
-                sampled = engine.runner.dispatch(batch)
-                assert sampled is not None
-                engine.runner.read(sampled)
+                results = engine.runner.dispatch(batch)
+                assert results.sampled is not None
+                engine.runner.read(results)
                 best = min(best, time.perf_counter() - started)
                 if time.perf_counter() > deadline:
                     break

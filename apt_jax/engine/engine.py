@@ -23,8 +23,8 @@ from apt_jax.engine.prompt_logprobs import PromptLogprobs
 from apt_jax.engine_config import EngineConfig
 from apt_jax.execution.multihost import smallest_of_all
 from apt_jax.execution.pool import block_bytes
-from apt_jax.execution.runner import Runner, Shapes, pages_multiple
-from apt_jax.execution.sampling import Sampled, Scored
+from apt_jax.execution.runner import Runner, Shapes, StepResults, pages_multiple
+from apt_jax.execution.sampling import Sampled
 from apt_jax.model_config import ModelConfig
 from apt_jax.models.opt import OPT
 from apt_jax.output import DeviceLost, Output, QueueFull, TokenLogprobs
@@ -52,8 +52,7 @@ class _Flight:
     """An iteration on the device."""
 
     batch: Batch
-    sampled: Sampled | None
-    scores: tuple[Scored, ...]  # of the batch's chunks
+    results: StepResults
     load: StepLoad | None  # what it works through, if its time will be learned
     started_s: float
 
@@ -294,11 +293,10 @@ class Engine:
                 self.runner.convert([c.request.table for c in plan.converted if c.request.table is not None])
             if spans:
                 batch, programs = self._build(spans), self.runner.num_programs
-                sampled = self.runner.dispatch(batch)
-                scores = self.runner.score(batch) if batch.chunks else ()
+                results = self.runner.dispatch(batch)
                 compiled = programs != self.runner.num_programs
-                load = step_load(plan, spans) if self.learns_times and not compiled and not scores else None
-                self._inflight.append(_Flight(batch, sampled, scores, load, now))
+                load = step_load(plan, spans) if self.learns_times and not compiled and not results.scores else None
+                self._inflight.append(_Flight(batch, results, load, now))
         except Exception as error:
             logger.exception("an iteration failed; its requests end with an error")
             self._recover(str(error) or type(error).__name__)
@@ -333,11 +331,11 @@ class Engine:
         self._end(head, FinishReason.ERROR, str(error))
 
     def _commit(self, flight: _Flight) -> list[Output]:
-        if flight.sampled is None and not flight.scores:
+        if flight.results.sampled is None and not flight.results.scores:
             self._device_free_s = None  # nothing is read back, so nobody knows when it ends
             return []
         try:
-            host, scores = self.runner.read((flight.sampled, flight.scores))
+            host, scores = self.runner.read(flight.results)
         except Exception as error:
             logger.exception("an iteration failed on the device; its requests end with an error")
             self._recover(str(error) or type(error).__name__)

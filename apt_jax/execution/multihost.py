@@ -32,8 +32,7 @@ from jax.experimental import multihost_utils
 
 from apt_jax.batching.builder import Batch, ScoreChunk
 from apt_jax.cache import BlockTable
-from apt_jax.execution.runner import Runner
-from apt_jax.execution.sampling import Sampled, Scored
+from apt_jax.execution.runner import Runner, StepResults
 
 logger = logging.getLogger(__name__)
 
@@ -57,15 +56,10 @@ class LeadingRunner(Runner):
         self._tell("compile_all")
         super().compile_all(progress)
 
-    def dispatch(self, batch: Batch) -> Sampled | None:
+    def dispatch(self, batch: Batch) -> StepResults:
         """As `Runner`."""
         self._tell("dispatch", without_requests(batch))
         return super().dispatch(batch)
-
-    def score(self, batch: Batch) -> tuple[Scored, ...]:
-        """As `Runner`."""
-        self._tell("score", without_requests(batch))
-        return super().score(batch)
 
     def convert(self, tables: Sequence[BlockTable]) -> None:
         """As `Runner`."""

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -38,6 +38,13 @@ from apt_jax.models.opt import OPT
 from apt_jax.models.sharding import EVERYWHERE, POOL, Parallel, local_config, zeros
 
 CONVERT_TOKENS = 256  # cached tokens that one call of the conversion program handles
+
+
+class StepResults(NamedTuple):
+    """What one iteration brings back, on the device until `Runner.read`."""
+
+    sampled: Sampled | None  # None if no row samples
+    scores: tuple[Scored, ...]  # of the batch's chunks
 
 
 @dataclass(frozen=True)
@@ -112,7 +119,6 @@ class Runner:
         self._convert: Any = None
         self._pool: jax.Array
         self._history: jax.Array
-        self._hidden: jax.Array | None = None  # after every token of the last iteration, if `score` needs it
 
     @property
     def weight_bytes(self) -> int:
@@ -207,30 +213,24 @@ class Runner:
             for job in tqdm(as_completed(jobs), total=len(jobs), desc="compiling", disable=not progress):
                 jobs[job](job.result())
 
-    def dispatch(self, batch: Batch) -> Sampled | None:
-        """Start one step; returns at once with arrays still being computed, or None if no row samples.
+    def dispatch(self, batch: Batch) -> StepResults:
+        """Start one step and the scoring that its `chunks` ask for; returns at once, arrays are still being computed.
 
-        Replaces pool and history. If the batch has `chunks`, call `score` next.
+        Replaces pool and history.
         """
         hidden, self._pool, self._history, every = self._step(batch.bucket)(
             self._weights, self._pool, self._history, batch.tokens, batch.rows
         )
-        self._hidden = every if batch.chunks else None
-        if not batch.requests:
-            return None
-        sampled, self._history = self._sampler(len(batch.sample_slot))(
-            self._weights, self._history, hidden, batch.sampling, batch.sample_slot, batch.sample_length
-        )
-        return sampled
-
-    def score(self, batch: Batch) -> tuple[Scored, ...]:
-        """Start what the batch's `chunks` ask for, after `dispatch` of it; returns at once, a result per chunk."""
+        sampled = None
+        if batch.requests:
+            sampled, self._history = self._sampler(len(batch.sample_slot))(
+                self._weights, self._history, hidden, batch.sampling, batch.sample_slot, batch.sample_length
+            )
         scores = []
         for chunk in batch.chunks:
-            hidden = self._gather(batch.bucket)([], self._hidden, chunk.index)
-            scores.append(self._score_program()(self._weights, hidden, chunk.target))
-        self._hidden = None
-        return tuple(scores)
+            wanted = self._gather(batch.bucket)([], every, chunk.index)
+            scores.append(self._score_program()(self._weights, wanted, chunk.target))
+        return StepResults(sampled, tuple(scores))
 
     def read[Results](self, results: Results) -> Results:
         """Wait for a step and bring its results to the host as numpy arrays: the one read-back of an iteration."""

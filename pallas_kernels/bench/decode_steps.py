@@ -119,7 +119,7 @@ def _time_steps(engine: Engine, batch: int, context: int, kind: CacheKind) -> Ti
         prepared = engine.builder.build(spans)
 
         def step() -> jax.Array:
-            sampled = engine.runner.dispatch(prepared)
+            sampled = engine.runner.dispatch(prepared).sampled
             assert sampled is not None
             return sampled.token
 

@@ -214,10 +214,14 @@ def test_nothing_compiles_and_who_asks_for_none_pays_nothing(model, monkeypatch)
     finish(engine)
     assert compilations() == 0 and engine.num_recompiles == 0
 
-    def never(batch):
-        raise AssertionError("asked for nothing")
+    dispatch = engine.runner.dispatch
 
-    monkeypatch.setattr(engine.runner, "score", never)
+    def scores_nothing(batch):
+        results = dispatch(batch)
+        assert results.scores == (), "asked for nothing"
+        return results
+
+    monkeypatch.setattr(engine.runner, "dispatch", scores_nothing)
     engine.add(prompt_of(40), SHORT, request_id="plain")
     assert all(output.prompt_logprobs is None for output in finish(engine))
 
