@@ -26,7 +26,8 @@ from apt_jax.engine.engine import Engine
 from apt_jax.engine_config import EngineConfig
 from apt_jax.request import FinishReason, Request, SamplingParams, Slo
 from apt_jax.scheduling.costs.step_load import StepLoad
-from apt_jax.scheduling.policies.catalogue import PolicyContext, make_policy
+from apt_jax.scheduling.policies.catalogue import make_policy
+from apt_jax.scheduling.policies.interface import PolicyContext
 from apt_jax.scheduling.state import SchedulerState
 from apt_jax.serve.runtime.compile_cache import use_compile_cache
 from apt_jax.simulation.search import interpolated_throughput

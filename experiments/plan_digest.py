@@ -15,7 +15,8 @@ from pathlib import Path
 from apt_jax.scheduling.costs.cost_model import CostModel
 from apt_jax.scheduling.costs.hardware import HARDWARE, MODELS
 from apt_jax.scheduling.plan import Plan
-from apt_jax.scheduling.policies.catalogue import PolicyContext, make_policy, policy_names
+from apt_jax.scheduling.policies.catalogue import make_policy, policy_names
+from apt_jax.scheduling.policies.interface import PolicyContext
 from apt_jax.scheduling.state import Limits
 from apt_jax.simulation.simulator import Outcome, simulate
 from apt_jax.simulation.workload import load_lengths, make_arrivals

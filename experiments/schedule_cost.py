@@ -12,7 +12,8 @@ from apt_jax.cache import BlockPool
 from apt_jax.request import Request, SamplingParams
 from apt_jax.scheduling.costs.cost_model import CostModel
 from apt_jax.scheduling.costs.hardware import HARDWARE, MODELS
-from apt_jax.scheduling.policies.catalogue import PolicyContext, make_policy
+from apt_jax.scheduling.policies.catalogue import make_policy
+from apt_jax.scheduling.policies.interface import PolicyContext
 from apt_jax.scheduling.state import Limits, SchedulerState
 from apt_jax.simulation.workload import load_lengths
 

@@ -32,7 +32,8 @@ from apt_jax.request import FinishReason, Request, SamplingParams, Slo, Status
 from apt_jax.scheduling.costs.fit import Calibration
 from apt_jax.scheduling.costs.step_load import StepLoad, step_load
 from apt_jax.scheduling.plan import Plan
-from apt_jax.scheduling.policies.catalogue import PolicyContext, make_policy
+from apt_jax.scheduling.policies.catalogue import make_policy
+from apt_jax.scheduling.policies.interface import PolicyContext
 from apt_jax.scheduling.state import Limits, SchedulerState, Span
 from apt_jax.tokenization.stop_text import StopText
 from apt_jax.tokenization.tokenizer import IncrementalDetokenizer, Tokenizer

@@ -9,7 +9,8 @@ from apt_jax.routing.autoscaler import Autoscaler, AutoscalerOptions
 from apt_jax.routing.catalogue import DEFAULT_ROUTER, make_router
 from apt_jax.scheduling.costs.cost_model import CostModel, HiddenMode, cache_blocks
 from apt_jax.scheduling.costs.hardware import HARDWARE, MODELS, by_name
-from apt_jax.scheduling.policies.catalogue import PolicyContext, make_policy
+from apt_jax.scheduling.policies.catalogue import make_policy
+from apt_jax.scheduling.policies.interface import PolicyContext
 from apt_jax.scheduling.state import CacheMode, Limits
 from apt_jax.simulation.fleet import Fleet
 from apt_jax.simulation.instance import Instance

@@ -10,7 +10,7 @@ from apt_jax.scheduling.costs.cost_model import CostModel
 from apt_jax.scheduling.costs.step_load import step_load
 from apt_jax.scheduling.length import LengthPredictor
 from apt_jax.scheduling.plan import Plan
-from apt_jax.scheduling.policies.catalogue import Policy
+from apt_jax.scheduling.policies.interface import Policy
 from apt_jax.scheduling.state import Limits, SchedulerState, Span
 
 EOS, TOKEN = 2, 5

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from apt_jax.request import Request, SamplingParams, Slo
 from apt_jax.scheduling.costs.cost_model import CostModel
 from apt_jax.scheduling.plan import Plan
-from apt_jax.scheduling.policies.catalogue import Policy
+from apt_jax.scheduling.policies.interface import Policy
 from apt_jax.scheduling.state import Limits
 from apt_jax.simulation.fleet import Fleet
 from apt_jax.simulation.instance import EOS, Instance, Sample

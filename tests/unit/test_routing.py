@@ -16,7 +16,8 @@ from apt_jax.routing.sent import Sent, Since
 from apt_jax.scheduling.costs.cost_model import CostModel
 from apt_jax.scheduling.costs.hardware import HARDWARE, MODELS
 from apt_jax.scheduling.length import LengthPredictor
-from apt_jax.scheduling.policies.catalogue import PolicyContext, make_policy
+from apt_jax.scheduling.policies.catalogue import make_policy
+from apt_jax.scheduling.policies.interface import PolicyContext
 from apt_jax.scheduling.state import Limits, SchedulerState
 
 MODEL = CostModel(MODELS["opt-125m"], HARDWARE["a100-40gb"])

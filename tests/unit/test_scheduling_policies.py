@@ -7,7 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from apt_jax.scheduling.plan import Reason
-from apt_jax.scheduling.policies.catalogue import PolicyContext, make_policy, policy_names
+from apt_jax.scheduling.policies.catalogue import make_policy, policy_names
+from apt_jax.scheduling.policies.interface import PolicyContext
 from tests.support.scheduling_loop import TINY, make_state, request, serve, step
 
 ALL = policy_names()

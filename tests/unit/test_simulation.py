@@ -14,7 +14,8 @@ from apt_jax.scheduling.costs.hardware import HARDWARE, MODELS
 from apt_jax.scheduling.costs.step_load import StepLoad, step_load
 from apt_jax.scheduling.plan import Plan
 from apt_jax.scheduling.plan_log import plan_dict
-from apt_jax.scheduling.policies.catalogue import PolicyContext, make_policy
+from apt_jax.scheduling.policies.catalogue import make_policy
+from apt_jax.scheduling.policies.interface import PolicyContext
 from apt_jax.scheduling.state import Limits
 from apt_jax.simulation.cli import configurations, run
 from apt_jax.simulation.options import SimulateArgs

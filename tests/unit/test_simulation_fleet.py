@@ -10,7 +10,8 @@ from apt_jax.routing.autoscaler import Autoscaler, AutoscalerOptions
 from apt_jax.routing.catalogue import make_router
 from apt_jax.scheduling.costs.cost_model import CostModel
 from apt_jax.scheduling.costs.hardware import HARDWARE, MODELS
-from apt_jax.scheduling.policies.catalogue import PolicyContext, make_policy
+from apt_jax.scheduling.policies.catalogue import make_policy
+from apt_jax.scheduling.policies.interface import PolicyContext
 from apt_jax.scheduling.state import Limits
 from apt_jax.simulation.cli import run
 from apt_jax.simulation.fleet import Fleet

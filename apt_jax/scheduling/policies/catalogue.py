@@ -1,70 +1,40 @@
-"""The interface of a scheduling policy, and the table of policies by name.
+"""The table of policies by name, and the parser of their options.
 
-To add one: copy a short policy file such as `sjf.py`, change its `@register` name and its decision, and import it
-in `_load` below. `--scheduling-policy NAME:option=value:option=value` sets fields of the policy's options.
+To add one: copy a short policy file such as `priority.py`, change its decision, and add a row to `POLICIES`.
+`--scheduling-policy NAME:option=value:option=value` sets fields of the policy's options.
 """
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
-from apt_jax.request import Request
-from apt_jax.scheduling.costs.cost_model import CostModel
-from apt_jax.scheduling.length import LengthPredictor
-from apt_jax.scheduling.plan import Plan
-from apt_jax.scheduling.state import SchedulerState
+from apt_jax.scheduling.policies.apt.policy import Apt, AptPaper
+from apt_jax.scheduling.policies.edf import EarliestDeadlineFirst
+from apt_jax.scheduling.policies.fcfs import Fcfs
+from apt_jax.scheduling.policies.interface import Policy, PolicyContext
+from apt_jax.scheduling.policies.mlfq import MultiLevelFeedbackQueue
+from apt_jax.scheduling.policies.priority import Priority
+from apt_jax.scheduling.policies.random_order import RandomOrder
+from apt_jax.scheduling.policies.sarathi import Sarathi
+from apt_jax.scheduling.policies.sjf import ShortestJobFirst
 
-
-@dataclasses.dataclass
-class PolicyContext:
-    """What a policy may use besides the state. Everything has a default, so a policy runs without any of it.
-
-    `cost_model` may be replaced at any time by a better fitted one; policies read it at each decision. A policy that
-    does so says it with a class attribute `uses_cost_model = True`, and the engine measures the device for it.
-    """
-
-    cost_model: CostModel | None = None
-    predictor: LengthPredictor = dataclasses.field(default_factory=LengthPredictor)
-    seed: int = 0
-
-    @property
-    def rho_s(self) -> float:
-        """Seconds per hidden token and iteration against KV; 0 as long as nothing is known."""
-        return 0.0 if self.cost_model is None else self.cost_model.rho_s
-
-
-class Policy(Protocol):
-    """Decides each iteration. It reads the state and never changes it; `now` is in seconds."""
-
-    def schedule(self, state: SchedulerState, now: float) -> Plan:
-        """The next iteration. Every step must advance some request if one is unfinished and can run."""
-        ...
-
-    def finished(self, request: Request, now: float) -> None:
-        """Told once of every request that ends, for policies that learn."""
-        ...
-
-
-_POLICIES: dict[str, Callable[..., Policy]] = {}
-
-
-def register(name: str) -> Callable[[type], type]:
-    """Class decorator: make a policy available as `--scheduling-policy NAME`.
-
-    The class is called with a `PolicyContext` and, if it has a dataclass `Options`, an instance of that.
-    """
-
-    def add(policy: type) -> type:
-        _POLICIES[name] = policy
-        return policy
-
-    return add
+# Called with a `PolicyContext` and, if the class has a dataclass `Options`, an instance of that.
+POLICIES: dict[str, Callable[..., Policy]] = {
+    "apt": Apt,
+    "apt-paper": AptPaper,
+    "edf": EarliestDeadlineFirst,
+    "fcfs": Fcfs,
+    "mlfq": MultiLevelFeedbackQueue,
+    "priority": Priority,
+    "random": RandomOrder,
+    "sarathi": Sarathi,
+    "sjf": ShortestJobFirst,
+}
 
 
 def policy_names() -> list[str]:
     """Names that `make_policy` takes."""
-    _load()
-    return sorted(_POLICIES)
+    return sorted(POLICIES)
 
 
 def make_policy(name: str, context: PolicyContext | None = None) -> Policy:
@@ -77,11 +47,10 @@ def make_policy(name: str, context: PolicyContext | None = None) -> Policy:
     Raises:
         ValueError: no policy or option has that name, or a value is bad; the message lists what there is.
     """
-    _load()
     base, *settings = name.split(":")
-    if base not in _POLICIES:
+    if base not in POLICIES:
         raise ValueError(f"unknown scheduling_policy={base!r}; known: {', '.join(policy_names())}")
-    policy = _POLICIES[base]
+    policy = POLICIES[base]
     context = context or PolicyContext()
     options = getattr(policy, "Options", None)
     if options is None:
@@ -110,8 +79,3 @@ def _parse_options(base: str, options: type, settings: list[str]) -> Any:
             kind = "on or off" if isinstance(default, bool) else f"of type {type(default).__name__}"
             raise ValueError(f"option {key}={text!r} of policy {base!r} must be {kind}") from error
     return options(**values)
-
-
-def _load() -> None:
-    from apt_jax.scheduling.policies import edf, fcfs, mlfq, priority, random_order, sarathi, sjf  # noqa: F401
-    from apt_jax.scheduling.policies.apt import policy  # noqa: F401  (each registers itself)

@@ -6,12 +6,11 @@ overload plain EDF serves the ones already lost and makes the next ones late too
 
 from apt_jax.request import Request
 from apt_jax.scheduling.plan import Plan
-from apt_jax.scheduling.policies.catalogue import PolicyContext, register
+from apt_jax.scheduling.policies.interface import PolicyContext
 from apt_jax.scheduling.policies.packing import serve_in_order
 from apt_jax.scheduling.state import SchedulerState
 
 
-@register("edf")
 class EarliestDeadlineFirst:
     """Order by deadline of the next token; ties by arrival."""
 

@@ -8,12 +8,11 @@ memory is free, the oldest hidden request is converted to KV. Source: vLLM `core
 
 from apt_jax.request import Request
 from apt_jax.scheduling.plan import Plan
-from apt_jax.scheduling.policies.catalogue import PolicyContext, register
+from apt_jax.scheduling.policies.interface import PolicyContext
 from apt_jax.scheduling.policies.packing import serve_in_order
 from apt_jax.scheduling.state import SchedulerState
 
 
-@register("fcfs")
 class Fcfs:
     """Prefill first, then decode all that runs; both in order of arrival."""
 

@@ -7,7 +7,7 @@ at once), sinks a level whenever it has generated its level's quantum of tokens,
 
 from apt_jax.request import Request
 from apt_jax.scheduling.plan import Plan
-from apt_jax.scheduling.policies.catalogue import PolicyContext, register
+from apt_jax.scheduling.policies.interface import PolicyContext
 from apt_jax.scheduling.policies.packing import serve_in_order
 from apt_jax.scheduling.state import SchedulerState
 
@@ -17,7 +17,6 @@ PROMPT_TOKENS_PER_QUANTUM = 4  # prompt tokens are computed many at a time
 PROMOTE_S = 5.0
 
 
-@register("mlfq")
 class MultiLevelFeedbackQueue:
     """Order by level, then by arrival."""
 

@@ -5,12 +5,11 @@ Source: vLLM's `--scheduling-policy priority`, whose numbers mean the same.
 
 from apt_jax.request import Request
 from apt_jax.scheduling.plan import Plan
-from apt_jax.scheduling.policies.catalogue import PolicyContext, register
+from apt_jax.scheduling.policies.interface import PolicyContext
 from apt_jax.scheduling.policies.packing import serve_in_order
 from apt_jax.scheduling.state import SchedulerState
 
 
-@register("priority")
 class Priority:
     """Order by class, then by arrival."""
 

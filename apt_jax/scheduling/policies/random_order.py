@@ -7,12 +7,11 @@ import random
 
 from apt_jax.request import Request
 from apt_jax.scheduling.plan import Plan
-from apt_jax.scheduling.policies.catalogue import PolicyContext, register
+from apt_jax.scheduling.policies.interface import PolicyContext
 from apt_jax.scheduling.policies.packing import serve_in_order
 from apt_jax.scheduling.state import SchedulerState
 
 
-@register("random")
 class RandomOrder:
     """A fresh shuffle at every iteration; the same seed gives the same plans."""
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from apt_jax.request import Request
 from apt_jax.scheduling.plan import Plan
-from apt_jax.scheduling.policies.catalogue import PolicyContext, register
+from apt_jax.scheduling.policies.interface import PolicyContext
 from apt_jax.scheduling.policies.packing import plan_decode, plan_prefill
 from apt_jax.scheduling.state import SchedulerState
 
@@ -20,7 +20,6 @@ class SarathiOptions:
     token_budget: int = 512
 
 
-@register("sarathi")
 class Sarathi:
     """Decode everything, fill up with prefill."""
 

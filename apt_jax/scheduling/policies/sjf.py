@@ -9,14 +9,13 @@ import numpy as np
 
 from apt_jax.request import Request
 from apt_jax.scheduling.plan import Plan
-from apt_jax.scheduling.policies.catalogue import PolicyContext, register
+from apt_jax.scheduling.policies.interface import PolicyContext
 from apt_jax.scheduling.policies.packing import serve_in_order
 from apt_jax.scheduling.state import SchedulerState
 
 TOKENS_PER_WAITED_S = 30.0
 
 
-@register("sjf")
 class ShortestJobFirst:
     """Order by predicted remaining prompt and output tokens, less an aging credit."""
 

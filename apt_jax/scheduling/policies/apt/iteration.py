@@ -17,7 +17,7 @@ from apt_jax.scheduling.policies.apt.greedy import solve_greedy
 from apt_jax.scheduling.policies.apt.lateness import DEMOTED_VALUE, is_late, is_overdue, lane
 from apt_jax.scheduling.policies.apt.ledger import Queue, kind_of
 from apt_jax.scheduling.policies.apt.problem import Bools, Floats, Ints, Problem
-from apt_jax.scheduling.policies.catalogue import PolicyContext
+from apt_jax.scheduling.policies.interface import PolicyContext
 from apt_jax.scheduling.state import SchedulerState
 
 if TYPE_CHECKING:

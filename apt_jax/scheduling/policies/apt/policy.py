@@ -17,7 +17,7 @@ from apt_jax.request import Request
 from apt_jax.scheduling.plan import Plan
 from apt_jax.scheduling.policies.apt.iteration import Iteration
 from apt_jax.scheduling.policies.apt.ledger import Ledger
-from apt_jax.scheduling.policies.catalogue import PolicyContext, register
+from apt_jax.scheduling.policies.interface import PolicyContext
 from apt_jax.scheduling.state import SchedulerState
 
 VALUES = ("pending", "absolute", "slack", "footprint", "longest")
@@ -58,7 +58,6 @@ class AptOptions:
             raise ValueError(f"patience_s={self.patience_s} must be >= 0 and lane_share={self.lane_share} in 0..1")
 
 
-@register("apt")
 class Apt:
     """The adaptive policy."""
 
@@ -98,7 +97,6 @@ class PaperOptions(AptOptions):
     sustained: bool = False
 
 
-@register("apt-paper")
 class AptPaper(Apt):
     """Apt-Serve as published, the faults of its released code left out."""
 

@@ -1,0 +1,40 @@
+"""The interface of a scheduling policy: what it decides, and what it may use besides the state."""
+
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from apt_jax.request import Request
+from apt_jax.scheduling.costs.cost_model import CostModel
+from apt_jax.scheduling.length import LengthPredictor
+from apt_jax.scheduling.plan import Plan
+from apt_jax.scheduling.state import SchedulerState
+
+
+@dataclass
+class PolicyContext:
+    """What a policy may use besides the state. Everything has a default, so a policy runs without any of it.
+
+    `cost_model` may be replaced at any time by a better fitted one, so a policy reads it anew at each decision. Such a
+    policy has the class attribute `uses_cost_model = True`; the engine then measures the device at start-up.
+    """
+
+    cost_model: CostModel | None = None
+    predictor: LengthPredictor = field(default_factory=LengthPredictor)
+    seed: int = 0
+
+    @property
+    def rho_s(self) -> float:
+        """Seconds per hidden token and iteration against KV; 0 as long as nothing is known."""
+        return 0.0 if self.cost_model is None else self.cost_model.rho_s
+
+
+class Policy(Protocol):
+    """Decides each iteration. It reads the state and never changes it; `now` is in seconds."""
+
+    def schedule(self, state: SchedulerState, now: float) -> Plan:
+        """The next iteration. Every step must advance some request if one is unfinished and can run."""
+        ...
+
+    def finished(self, request: Request, now: float) -> None:
+        """Called once for every request that ends, for policies that learn."""
+        ...
