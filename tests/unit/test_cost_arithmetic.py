@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from apt_jax.cache import CacheKind
-from apt_jax.engine_config import GROUP_BYTES, ModelConfig
+from apt_jax.model_config import GROUP_BYTES, ModelConfig
 from apt_jax.scheduling.costs.cost_model import CostModel, Scales, cache_blocks
 from apt_jax.scheduling.costs.fit import Calibration, Observation, fit, relative_errors
 from apt_jax.scheduling.costs.hardware import Hardware
