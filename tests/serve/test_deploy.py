@@ -28,14 +28,35 @@ OTHER_TOOLS = {  # flags of docker, apt-get, useradd, gcloud and uv
     },
     "deploy/compose.yaml": {"--build"},
     "docs/replicas.md": {"--head"},  # of ray start
-    "docs/tensor_parallelism.md": {"--xla"},  # of XLA_FLAGS
+    "docs/scale_out.md": {"--xla"},  # of XLA_FLAGS
+    "docs/log/2026-11-30-tensor-parallelism.md": {"--xla"},
     "deploy/apt-jax.service": {"--system", "--create-home", "--home-dir", "--now"},
-    "docs/operations.md": {
-        *("--zone", "--accelerator-type", "--version", "--python", "--net", "--privileged", "--stop-timeout")
+    "docs/operations.md": {"--stop-timeout"},
+    "docs/deployment.md": {
+        *("--zone", "--accelerator-type", "--version", "--python", "--net", "--privileged", "--stop-timeout"),
+        *("--target", "--rm"),
+    },
+    "docs/releasing.md": {"--target"},
+    "docs/troubleshooting.md": {"--cpuset-cpus"},
+    "docs/from_vllm.md": {  # vLLM's, each beside what apt-jax has instead or lacks
+        *(
+            "--gpu-memory-utilization",
+            "--kv-cache-memory-bytes",
+            "--num-gpu-blocks-override",
+            "--enable-chunked-prefill",
+        ),
+        *("--data-parallel-size", "--enable-log-requests", "--enforce-eager", "--enable-prefix-caching"),
+        *("--quantization", "--kv-cache-dtype", "--cpu-offload-gb", "--kv-offloading-size", "--pipeline-parallel-size"),
+        *("--trust-remote-code", "--ssl-keyfile"),
     },
 }
-OTHER_PROGRAMS = "(?:python -m (?!serve)|make [a-z-]+ ARGS|vllm bench|guidellm benchmark|locust -f|lm_eval --)"
-PAGES = sorted(str(path.relative_to(ROOT)) for path in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
+OTHER_PROGRAMS = (
+    "(?:python -m (?!serve)|make [a-z-]+ ARGS|vllm bench|guidellm benchmark|locust -f|lm_eval --|ruff |git )"
+)
+PAGES = sorted(
+    str(path.relative_to(ROOT))
+    for path in (*ROOT.glob("*.md"), *(ROOT / ".github").rglob("*.md"), *(ROOT / "docs").rglob("*.md"))
+)
 FLAG = r"(?<![\w-])--[a-z][a-z0-9-]+"
 
 
