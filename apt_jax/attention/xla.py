@@ -1,8 +1,8 @@
 """Attention over cached tokens in plain XLA, for any device: decode rows by heads or absorbed, and what prefill shares.
 
-Shape letters as in `attention.py`; G rows that are worked on together. Trip counts of the loops come from the data, so
-that a row costs what its own context costs, or that of the longest in its group. docs/performance.md has the forms that
-were tried on a CPU.
+Shape letters as in docs/architecture.md; G rows that are processed together. Trip counts of the loops come from the data,
+so a row costs what its own context costs, or that of the longest in its group.
+docs/log/2026-11-30-performance.md has the forms that were tried on a CPU.
 """
 
 from collections.abc import Callable

@@ -365,7 +365,7 @@ def product(
     """`x` times `weights` over the last `axes` axes of `x`, in `dtype` or that of `x`.
 
     On a CPU few rows are multiplied as columns, `(kernel^T x^T)^T`: there XLA takes up to twice as long for the plain
-    form, and rewrites the one into the other unless it is kept from it (docs/performance.md).
+    form, and rewrites the one into the other unless it is kept from it (docs/log/2026-11-30-performance.md).
     """
     out = dtype or x.dtype
     own = own_product(weights)

@@ -3,7 +3,7 @@
 q, fc1 and the vocabulary are split by outputs, out_proj and fc2 by inputs; the pool along its last axis, which splits
 KV blocks by heads and hidden blocks by slices of D. Where hidden vectors are cached, each device has a slice of them
 only, so k and v are split by inputs too; in a KV cache by heads. Layer norms, positions and all arrays of a step are
-on every device. docs/tensor_parallelism.md counts what that reads and exchanges.
+on every device. docs/log/2026-11-30-tensor-parallelism.md counts what that reads and exchanges.
 """
 
 import math

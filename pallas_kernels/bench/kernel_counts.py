@@ -3,7 +3,7 @@
 Counted per layer and step for B requests of L cached tokens, D wide, N heads, 2 bytes a number. Three ways:
 
 * kv: reads K and V.
-* hidden: reads the hidden vectors once; queries and results are N times D wide (docs/kernels_gpu.md).
+* hidden: reads the hidden vectors once; queries and results are N times D wide (docs/log/2026-11-30-gpu-kernels.md).
 * recompute: reads the hidden vectors and projects each to a key and a value again, as Apt-Serve does.
 """
 

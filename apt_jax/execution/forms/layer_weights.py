@@ -2,7 +2,7 @@
 
 `cpu_kernels` multiply kernels in panels. XLA's CPU backend copies a layer's part of stacked weights before it
 multiplies, multiplies few rows fastest with a kernel `[outputs, inputs]`, and bfloat16 by converting both sides to
-float32 at every call: so where XLA multiplies they are kept converted (docs/performance.md).
+float32 at every call: so where XLA multiplies they are kept converted (docs/log/2026-11-30-performance.md).
 """
 
 import math

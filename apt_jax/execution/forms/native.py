@@ -1,7 +1,7 @@
 """All layers of a step on a CPU by one C++ call (`cpu_kernels/layers.h`), instead of a program for each layer.
 
 Between the products of one layer XLA runs small programs and wakes its threads anew, which takes as long as a fifth of
-the products of one row (docs/performance.md).
+the products of one row (docs/log/2026-11-30-performance.md).
 """
 
 from typing import Any
