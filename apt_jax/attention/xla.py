@@ -1,7 +1,7 @@
 """Attention over cached tokens in plain XLA, for any device: decode rows by heads or absorbed, and what prefill shares.
 
-Shape letters as in docs/architecture.md; G rows that are processed together. Trip counts of the loops come from the data,
-so a row costs what its own context costs, or that of the longest in its group.
+Shape letters as in docs/architecture.md; G rows that are processed together. Loops take trip counts from the data:
+a row costs what its own context costs, or that of the longest in its group.
 docs/log/2026-11-30-performance.md has the forms that were tried on a CPU.
 """
 
