@@ -33,6 +33,7 @@ PROJECTED_S, PAIR_S = 2 * 4 * 64 / 500, 2 * 4 * 8 / 500
     ("load", "seconds"),
     [
         ({"prefill_tokens": 3, "prefill_pairs": 6}, 0.5 + 3 * TOKEN_S + 6 * PAIR_S),
+        ({"prefill_tokens": 2, "decode_requests": 2}, 0.5 + 4 * TOKEN_S),
         ({"prefill_tokens": 3, "samples": 1}, 0.5 + 3 * TOKEN_S + LOGITS_S),
         ({"decode_requests": 2, "samples": 2, "kv_tokens": 10}, 0.5 + 2 * TOKEN_S + 2 * LOGITS_S + 10 * 0.128),
         ({"decode_requests": 1, "hidden_tokens": 10}, 0.5 + TOKEN_S + 10 * 0.256),

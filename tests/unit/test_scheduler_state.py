@@ -79,6 +79,9 @@ def test_queues_stay_in_order_of_arrival_whatever_comes_and_goes():
     state.finish(b, FinishReason.ABORT)
     state.finish(c, FinishReason.STOP)
     assert (names(state.running), names(state.waiting), state.num_unfinished) == ([], ["a", "d"], 2)
+    assert (b.status, c.status, b.finish_reason, c.finish_reason) == (
+        Status.FINISHED, Status.FINISHED, FinishReason.ABORT, FinishReason.STOP,
+    )  # fmt: skip
     assert state.pool.num_free == 100 and wait(state, "e").order == 4
 
 

@@ -1,0 +1,269 @@
+"""Three requests through the simulator, second by second, and the report over them; search and arrivals by hand."""
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from apt_jax.request import FinishReason, Slo
+from apt_jax.scheduling.costs.cost_model import CostModel
+from apt_jax.scheduling.costs.hardware import HARDWARE, MODELS
+from apt_jax.scheduling.policies.catalogue import make_policy
+from apt_jax.scheduling.state import Limits
+from apt_jax.simulation.experiment import Experiment
+from apt_jax.simulation.instance import Sample
+from apt_jax.simulation.report import CacheMix, summarise
+from apt_jax.simulation.search import effective_throughput
+from apt_jax.simulation.simulator import simulate
+from apt_jax.simulation.workload import (
+    Arrival,
+    Lengths,
+    gamma_times,
+    load_lengths,
+    make_arrivals,
+    recorded_times,
+    shuffled_rows,
+)
+
+ARRIVALS = [Arrival(1.0, 4, 3), Arrival(1.5, 4, 2), Arrival(2.0, 4, 1)]
+# a prefills 1..2, b 2..3, c 3..4 and ends; a and b decode 4..4.25, where b ends; a decodes 4.25..4.5 and ends
+
+
+class Costs(CostModel):
+    """A second for an iteration with a prompt, a quarter for one that only decodes."""
+
+    def step_s(self, load):
+        return 1.0 if load.prefill_tokens else 0.25
+
+
+SECONDS = Costs(MODELS["opt-125m"], HARDWARE["h200"])
+
+
+def timeline(mode="kv", slo=None, **options):
+    return simulate(
+        ARRIVALS, make_policy("fcfs"), cost_model=SECONDS, num_blocks=20, limits=Limits(8, 4, mode), block_size=4,
+        slo=slo, max_model_len=32, **options,
+    )  # fmt: skip
+
+
+def test_the_timeline_of_three_requests():
+    planned = []
+    outcome = timeline(on_plan=lambda plan, now: planned.append((now, [s.request.request_id for s in plan.scheduled])))
+    assert planned == [(1.0, ["r0"]), (2.0, ["r1"]), (3.0, ["r2"]), (4.0, ["r0", "r1"]), (4.25, ["r0"])]
+    a, b, c = outcome.requests
+    assert [(r.ttft_s, r.gaps_s) for r in (a, b, c)] == [(1.0, [2.25, 0.25]), (1.5, [1.25]), (2.0, [])]
+    assert [r.first_scheduled_s for r in (a, b, c)] == [1.0, 2.0, 3.0]
+    assert [len(r.output_token_ids) for r in (a, b, c)] == [3, 2, 1]
+    assert {r.finish_reason for r in (a, b, c)} == {FinishReason.STOP} and a.slo == Slo() and a.max_new_tokens == 28
+    assert (outcome.makespan_s, outcome.backlog, outcome.instance_s, outcome.by_instance) == (4.5, 3, 4.5, [3])
+    assert outcome.samples == [
+        # seconds, requests of the iteration, running and waiting after it, blocks
+        Sample(1.0, 2.0, 1, 1, 2, 2, 0),
+        Sample(2.0, 3.0, 1, 2, 1, 4, 0),
+        Sample(3.0, 4.0, 1, 2, 0, 4, 0),
+        Sample(4.0, 4.25, 2, 1, 0, 4, 0),
+        Sample(4.25, 4.5, 1, 0, 0, 0, 0),
+    ]
+
+
+@pytest.mark.parametrize("mode", ["kv", "hidden"])
+def test_the_report_over_them(mode):
+    slo = Slo(1.5, 1.25)
+    report = summarise(
+        timeline(mode, slo), policy="fcfs", cache_mode=mode, hidden_attention="absorbed", rate=2.0, num_blocks=20
+    )
+    blocks = (2 * 1 + 4 * 1 + 4 * 1 + 4 * 0.25) / 3.5 / 20  # blocks x seconds of the 3.5 that are busy
+    mix = CacheMix(blocks, 0.0, 1 - blocks) if mode == "kv" else CacheMix(0.0, blocks / 2, 1 - blocks / 2)
+    found = report.as_dict()
+    assert found.pop("cache_mix") == pytest.approx(vars(mix), rel=1e-5)
+    assert found == {
+        "policy": "fcfs", "cache_mode": mode, "hidden_attention": "absorbed", "rate": 2.0, "num_requests": 3,
+        "attainment": 0.333333,  # b alone: a has a gap of 2.25 s, c waits 2 s
+        "ttft_attainment": 0.666667, "tbt_attainment": 0.666667,
+        "p50_ttft_s": 1.5, "p99_ttft_s": 2.0, "p50_tbt_s": 1.25, "p99_tbt_s": 2.25, "p50_queue_s": 0.5,
+        "p99_queue_s": 1.0, "preemptions": 0, "conversions": 0,
+        "mean_batch": round((1 + 1 + 1 + 2 * 0.25 + 0.25) / 3.5, 5),
+        "arrivals_s": 2.0, "makespan_s": 4.5, "iterations": 5, "backlog": 3, "longest_wait_s": 2.25, "instances": 1,
+        "router": "", "report_interval_s": 0.0, "mean_instances": 1.0,
+    }  # fmt: skip
+
+
+def test_a_first_token_may_be_the_longest_wait_and_preemptions_are_summed():
+    outcome = timeline()
+    outcome.requests[2].arrival_s = 0.5
+    for count, request in enumerate(outcome.requests):
+        request.num_preemptions, request.num_conversions = count, 2 * count
+    report = summarise(outcome, policy="", cache_mode="kv", hidden_attention="", rate=1.0, num_blocks=20, instances=2)
+    assert (report.longest_wait_s, report.preemptions, report.conversions, report.instances) == (3.5, 3, 6, 2)
+
+
+def test_nobody_decodes_so_nobody_has_a_gap():
+    outcome = simulate(
+        [Arrival(0.0, 4, 1)], make_policy("fcfs"), cost_model=SECONDS, num_blocks=20, limits=Limits(8, 4, "kv")
+    )
+    report = summarise(outcome, policy="", cache_mode="kv", hidden_attention="", rate=1.0, num_blocks=20)
+    assert (report.p50_tbt_s, report.p99_tbt_s, report.tbt_attainment, report.longest_wait_s) == (0.0, 0.0, 1.0, 1.0)
+
+
+def test_a_search_is_told_how_many_missed_and_are_left_and_may_end_it():
+    told = []
+    timeline(slo=Slo(1.5, 1.25), is_decided=lambda missed, left: bool(told.append((missed, left))))
+    assert told == [(0, 3), (0, 3), (1, 2), (1, 1), (2, 0)]
+    outcome = timeline(slo=Slo(1.5, 1.25), is_decided=lambda missed, left: missed == 1)
+    assert outcome.makespan_s == 4.0
+    assert [r.finish_reason for r in outcome.requests] == [None, None, FinishReason.STOP]
+
+
+def test_progress_is_told_by_fifties():
+    told = []
+    simulate(
+        [Arrival(0.0, 1, 1)] * 120, make_policy("fcfs"), cost_model=SECONDS, num_blocks=20,
+        limits=Limits(8, 4, "kv"), on_progress=told.append,
+    )  # fmt: skip
+    assert told == [50, 100]
+
+
+def test_requests_that_arrive_together_are_planned_together_and_idle_time_passes():
+    arrivals = [Arrival(1.0, 1, 1), Arrival(1.0, 1, 1), Arrival(9.0, 1, 1)]
+    outcome = simulate(arrivals, make_policy("fcfs"), cost_model=SECONDS, num_blocks=20, limits=Limits(8, 4, "kv"))
+    assert [(s.start_s, s.end_s, s.scheduled) for s in outcome.samples] == [(1.0, 2.0, 2), (9.0, 10.0, 1)]
+    assert outcome.backlog == 1 and outcome.makespan_s == 10.0
+
+
+def asked_by(limit, **options):
+    asked = []
+
+    def reaches(rate, target):
+        asked.append(rate)
+        return rate <= limit
+
+    return asked, effective_throughput(reaches, [0.9], **options)[0.9]
+
+
+def test_the_search_raises_the_rate_until_it_fails_and_bisects():
+    asked, found = asked_by(5.0)
+    assert asked[:5] == pytest.approx([1.0, 1.6, 2.56, 4.096, 6.5536])
+    assert asked[5] == pytest.approx(math.sqrt(4.096 * 6.5536)) and asked[6] == pytest.approx(
+        math.sqrt(4.096 * asked[5])
+    )
+    assert found <= 5.0 < 1.03 * found and len(asked) == 5 + 4
+    asked, found = asked_by(5.0, start=4.0, tolerance=0.5)
+    assert asked == pytest.approx([4.0, 6.4, math.sqrt(4 * 6.4)]) and found == 4.0
+
+
+def test_the_search_halves_the_rate_until_it_succeeds_or_gives_up():
+    asked, found = asked_by(0.3)
+    assert asked[:4] == pytest.approx([1.0, 0.5, 0.25, math.sqrt(0.125)]) and found <= 0.3 < 1.03 * found
+    assert asked_by(0.0) == ([2.0**-k for k in range(7)], 0.0)
+    assert asked_by(0.0, lowest=0.3) == ([1.0, 0.5, 0.25], 0.0)
+    assert asked_by(1 / 64)[1] == 1 / 64
+
+
+def test_the_search_ends_where_nothing_is_too_much():
+    asked, found = asked_by(math.inf)
+    assert found == asked[-1] == pytest.approx(1.6**17)  # the next would be more than 4,096
+
+
+def test_the_search_begins_for_a_lower_target_above_the_rate_of_the_higher():
+    asked = []
+
+    def reaches(rate, target):
+        asked.append((target, rate))
+        return rate <= (2.0 if target > 0.8 else 8.0)
+
+    found = effective_throughput(reaches, [0.7, 0.9, 0.7])
+    assert [target for target, _ in asked] == sorted((target for target, _ in asked), reverse=True)
+    assert next(rate for target, rate in asked if target == 0.7) == pytest.approx(1.25 * found[0.9])
+    assert list(found) == [0.9, 0.7]
+
+
+class Fixed(Experiment):
+    """Ten requests; at a rate of `r` the first `r` of them miss."""
+
+    def arrivals(self, rate):
+        return [None] * 10, rate
+
+    def run(self, policy, cache_mode, hidden_attention, rate, *, on_progress=None, is_decided=None):
+        self.__dict__.setdefault("runs", []).append(rate)
+        for ended in range(1, 11):
+            if is_decided(min(ended, int(rate)), 10 - ended):
+                self.__dict__.setdefault("ended", []).append(ended)
+                return
+
+
+@pytest.mark.parametrize(
+    ("missed", "target", "reached", "ended"),
+    [
+        (1, 0.9, True, 10), (2, 0.9, False, 2), (1, 1.0, False, 1), (0, 1.0, True, 10),
+        (0, 0.9, True, 9),  # one is left, and one may miss
+        (2, 0.7, True, 9), (3, 0.7, True, 10), (4, 0.7, False, 4),
+    ],
+)  # fmt: skip
+def test_a_point_ends_as_soon_as_its_target_is_decided(missed, target, reached, ended):
+    experiment = Fixed()
+    test = experiment.reaches("fcfs", "kv", "absorbed")
+    assert test(float(missed), target) is reached and test(float(missed), target) is reached
+    assert vars(experiment)["ended"] == [ended], "asked again, it is remembered"
+
+
+def test_an_experiment_gives_a_hundredth_of_the_pool_as_watermark_and_a_seed_to_each_instance():
+    experiment = Experiment(num_blocks=450, instances=2, seed=7, workload="azure")
+    fleet = experiment.fleet("fcfs", "kv", "absorbed")
+    assert [instance.state.limits.watermark_blocks for instance in fleet.instances] == [4, 4]
+    assert [instance.state.pool.num_blocks for instance in fleet.instances] == [450, 450] and experiment.is_routed
+    assert not Experiment().is_routed and Experiment(max_instances=2).is_routed
+    arrivals, rate = replace(experiment, num_requests=1, duration_s=1.0).arrivals(None)
+    assert rate == experiment.lengths.recorded_rate and arrivals[0].arrival_s == 0.0
+
+
+TABLE = Lengths("t", np.array([1, 2, 3]), np.array([4, 5, 6]), np.array([0.0, 1.0, 3.0]))
+
+
+def test_recorded_times_are_stretched_and_repeated():
+    assert TABLE.recorded_rate == 1.0  # three requests in three seconds
+    assert recorded_times(TABLE, 7, rate=2.0).tolist() == [0.0, 0.5, 1.5, 1.5, 2.0, 3.0, 3.0]
+    arrivals = make_arrivals(TABLE, rate=1.0, num_requests=4, cv=None, seed=0, duration_s=0.0)
+    assert arrivals == [Arrival(0.0, 1, 4), Arrival(1.0, 2, 5), Arrival(3.0, 3, 6), Arrival(3.0, 1, 4)]
+    with pytest.raises(ValueError, match="has no recorded arrivals; give --rate"):
+        recorded_times(replace(TABLE, arrival_s=None), 1, rate=1.0)
+
+
+def test_gaps_of_no_variation_are_regular_and_an_infinite_rate_is_all_at_once():
+    assert gamma_times(4, rate=2.0, cv=0.0, seed=3).tolist() == [0.5, 1.0, 1.5, 2.0]
+    assert gamma_times(3, rate=math.inf, cv=1.0, seed=3).tolist() == [0.0] * 3
+    times = gamma_times(50_000, rate=4.0, cv=0.5, seed=1)
+    gaps = np.diff(times)
+    assert times[-1] / 50_000 == pytest.approx(0.25, rel=0.02) and gaps.std() == pytest.approx(0.125, rel=0.02)
+    assert (gamma_times(5, rate=1.0, cv=1.0, seed=1) != gamma_times(5, rate=1.0, cv=1.0, seed=2)).all()
+
+
+def test_rows_are_drawn_in_shuffled_passes():
+    rows = shuffled_rows(50, 120, seed=1)
+    assert len(rows) == 120 and sorted(rows[:50]) == sorted(rows[50:100]) == list(range(50))
+    assert len(set(rows[100:])) == 20 and rows[:50].tolist() != rows[50:100].tolist() != sorted(rows[50:100])
+    assert shuffled_rows(50, 50, seed=2).tolist() != rows[:50].tolist()
+
+
+@pytest.mark.parametrize(
+    ("rate", "num_requests", "duration_s", "count"), [(2.0, 5, 10.0, 20), (2.0, 30, 10.0, 30), (0.3, 1, 5.0, 2)]
+)
+def test_as_many_requests_as_asked_for_or_as_the_duration_takes(rate, num_requests, duration_s, count):
+    options = {"rate": rate, "num_requests": num_requests, "duration_s": duration_s}
+    assert len(make_arrivals(TABLE, cv=1.0, seed=0, **options)) == count
+
+
+@pytest.mark.parametrize("change", [{"rate": 0.0}, {"num_requests": 0}, {"cv": 0.0}, {"cv": -1.0}])
+def test_numbers_that_make_no_arrivals_are_refused(change):
+    with pytest.raises(ValueError, match="must all be greater than 0"):
+        make_arrivals(TABLE, **{"rate": 1.0, "num_requests": 1, "cv": 1.0, "seed": 0, **change})
+
+
+def test_rows_that_do_not_fit_or_hold_nothing_are_left_out(tmp_path):
+    (tmp_path / "w.csv").write_text("prompt_tokens,output_tokens\n0,5\n5,0\n5,5\n5,6\n1,1\n")
+    (tmp_path / "v.csv").write_text("prompt_tokens,output_tokens\n7,1\n")
+    lengths = load_lengths(str(tmp_path / "w.csv"), max_model_len=10)
+    assert lengths.prompt_tokens.tolist() == [5, 1] and lengths.output_tokens.tolist() == [5, 1]
+    mixed = load_lengths(f"{tmp_path / 'w.csv'}+{tmp_path / 'v.csv'}", max_model_len=10)
+    assert mixed.prompt_tokens.tolist() == [5, 7, 1, 7] and mixed.output_tokens.tolist() == [5, 1, 1, 1]
+    assert mixed.name == f"{tmp_path / 'w.csv'}+{tmp_path / 'v.csv'}"
