@@ -10,7 +10,9 @@ import tyro
 from tyro.conf import OmitArgPrefixes, OmitSubcommandPrefixes, Positional, arg, subcommand
 
 from apt_jax.engine_config import EngineConfig
-from apt_jax.serve.bench.commands import Bench
+from apt_jax.pallas_kernels.bench import kernels
+from apt_jax.serve.bench.offline.options import BenchLatency, BenchThroughput
+from apt_jax.serve.bench.serving.options import BenchServe
 from apt_jax.serve.errors import EngineFailure
 from apt_jax.serve.logs import set_up_logs
 from apt_jax.serve.options import DEMO_NAME, DistributedOptions, LoadOptions, Model, ServerOptions
@@ -116,6 +118,39 @@ class Simulate(SimulateArgs):
 
         run(self)
         return 0
+
+
+Measurement = (
+    Annotated[BenchServe, subcommand("serve")]
+    | Annotated[BenchThroughput, subcommand("throughput")]
+    | Annotated[BenchLatency, subcommand("latency")]
+    | Annotated[kernels.BenchKernels, subcommand("kernels")]
+)
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Measure a server, the engine alone, or its kernels."""
+
+    what: OmitSubcommandPrefixes[Measurement]
+
+    def run(self) -> int:
+        """Measure, print, write files."""
+        match self.what:
+            case BenchServe():
+                from apt_jax.serve.bench.serving import measure
+
+                return measure.run(self.what)
+            case BenchThroughput():
+                from apt_jax.serve.bench.offline import throughput
+
+                return throughput.run(self.what)
+            case BenchLatency():
+                from apt_jax.serve.bench.offline import latency
+
+                return latency.run(self.what)
+            case kernels.BenchKernels():
+                return kernels.run(self.what)
 
 
 Command = (

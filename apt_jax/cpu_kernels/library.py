@@ -19,7 +19,7 @@ from pathlib import Path
 import jax
 from filelock import FileLock
 
-from apt_jax.execution.program_store import cpu_features
+from apt_jax.cpu_kernels.features import cpu_features
 
 logger = logging.getLogger(__name__)
 

@@ -26,6 +26,7 @@ from jax.experimental import serialize_executable
 
 import apt_jax
 from apt_jax import pallas_kernels
+from apt_jax.cpu_kernels.features import cpu_features
 from apt_jax.files import replace_file
 
 _SOURCE = (".py", ".h", ".cc")
@@ -119,13 +120,3 @@ def source_hash() -> str:
             if path.suffix in _SOURCE and path.relative_to(root).parts[0] not in _OTHER_FOLDERS:
                 digest.update(path.read_bytes())
     return digest.hexdigest()
-
-
-@cache
-def cpu_features() -> str:
-    """Instruction sets of the host's CPU, where the system tells: a program for a newer one must not be loaded."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line for line in lines if line.startswith(("flags", "Features"))), "")

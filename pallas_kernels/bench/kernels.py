@@ -47,10 +47,6 @@ class BenchKernels:
     output: Annotated[Path | None, arg(aliases=["-o"])] = None
     """JSON file for all results; a folder with --all."""
 
-    def run(self) -> int:
-        """Count or measure, print a table, write JSON."""
-        return run(self)
-
 
 def run(args: BenchKernels) -> int:
     """Run the command; 1 if something was to be measured and nothing could be.

@@ -18,7 +18,7 @@ from apt_jax.output import Output
 from apt_jax.request import OFFLINE_SLO
 from apt_jax.serve.batch.batch_file import MAX_LINE_BYTES, Line, ResultFile, count_lines, read_lines
 from apt_jax.serve.errors import BadRequest, EngineFailure, error_reply
-from apt_jax.serve.openai.endpoints import KINDS_BY_PATH
+from apt_jax.serve.openai.endpoints import ENDPOINTS
 from apt_jax.serve.openai.generation import Generation, ServedModel, as_bad_request
 from apt_jax.serve.openai.requests import Strict, first_fault, parse_json
 from apt_jax.serve.options import DEMO_NAME, LoadOptions
@@ -151,13 +151,15 @@ class BatchJob:
 
     def _prepare(self, line: Line, request: BatchLine) -> Work:
         """Raises BadRequest: the body is not valid here."""
-        parse, kind = KINDS_BY_PATH[request.url]
-        body = parse(request.body)
+        endpoint = ENDPOINTS[request.url]
+        body = endpoint.parse(request.body)
         if body.stream:
             raise BadRequest("stream is not possible in a batch; leave it out", "stream")
         # another id for each attempt: what the engine still reports of the last one must not be taken for this one
-        request_id = f"{kind.ID_PREFIX}-{line.result_id}" + (f"-{self._attempt}" if self._attempt > 1 else "")
-        completion = kind.prepare(body, self._model, request_id=request_id, otherwise_slo=OFFLINE_SLO)
+        request_id = f"{endpoint.generation.ID_PREFIX}-{line.result_id}" + (
+            f"-{self._attempt}" if self._attempt > 1 else ""
+        )
+        completion = endpoint.generation.prepare(body, self._model, request_id=request_id, otherwise_slo=OFFLINE_SLO)
         return Work(line, request.custom_id, completion)
 
     def _take(self, work: Work, sample: Sample, output: Output) -> None:
@@ -226,9 +228,9 @@ def parse_line(line: Line) -> BatchLine:
         request = BatchLine.model_validate(value)
     except ValidationError as error:
         raise LineError(str(first_fault(error, BatchLine)), "invalid_line", known_id) from error
-    if request.method != "POST" or request.url not in KINDS_BY_PATH:
+    if request.method != "POST" or request.url not in ENDPOINTS:
         raise LineError(
-            f"{request.method} {request.url} cannot be answered in a batch; POST {' and '.join(KINDS_BY_PATH)} can",
+            f"{request.method} {request.url} cannot be answered in a batch; POST {' and '.join(ENDPOINTS)} can",
             *("unsupported_url", known_id),
         )
     return request

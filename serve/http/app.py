@@ -2,7 +2,7 @@
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
@@ -15,18 +15,16 @@ from starlette.responses import JSONResponse, Response
 from apt_jax.serve.errors import CLIENT_CLOSED_REQUEST, ERROR_REPLIES, error_body, error_reply
 from apt_jax.serve.http.middleware import ApiKeys, HeaderLimit, RequestIds
 from apt_jax.serve.http.resume import Resumption
-from apt_jax.serve.http.routes.dashboard import dashboard_route
-from apt_jax.serve.http.routes.debug import DebugRoutes
-from apt_jax.serve.http.routes.generation import GenerationRoutes
-from apt_jax.serve.http.routes.models import ModelRoutes
-from apt_jax.serve.http.routes.openapi import openapi_route
+from apt_jax.serve.http.routes.route import RouteSpec
+from apt_jax.serve.http.routes.table import ROUTES
 from apt_jax.serve.http.service import Service
-from apt_jax.serve.openai.endpoints import KINDS_BY_PATH
 
 STOP_TIMEOUT_S = 5.0
 
 
-def create_app(service: Service, resumption: Resumption | None = None) -> Starlette:
+def create_app(
+    service: Service, resumption: Resumption | None = None, routes: Sequence[RouteSpec] = ROUTES
+) -> Starlette:
     """The application; its lifespan starts and stops the engine thread, and runs `resumption`."""
 
     @contextlib.asynccontextmanager
@@ -44,7 +42,9 @@ def create_app(service: Service, resumption: Resumption | None = None) -> Starle
             await run_in_threadpool(service.tracing.close)
 
     options = service.options
-    middleware = [Middleware(RequestIds), Middleware(HeaderLimit, options.max_header_bytes)]
+    probes = {route.path for route in routes if route.is_probe}
+    generating = {route.path for route in routes if route.is_generation}
+    middleware = [Middleware(RequestIds, probes), Middleware(HeaderLimit, options.max_header_bytes)]
     if options.allowed_origins:
         middleware.append(
             Middleware(
@@ -56,22 +56,17 @@ def create_app(service: Service, resumption: Resumption | None = None) -> Starle
             )
         )
     if options.api_key:
-        middleware.append(Middleware(ApiKeys, options.api_key))
+        open_paths = {route.path for route in routes if route.is_open}
+        middleware.append(Middleware(ApiKeys, options.api_key, open_paths))
 
     async def error(http: Request, error: Exception) -> Response:
         status, body, headers = error_reply(error)
-        if http.url.path in KINDS_BY_PATH and status != 500:
+        if http.url.path in generating and status != 500:
             service.refused(body["error"]["code"] or "bad_request")
         return JSONResponse(body, status, headers)
 
     return Starlette(
-        routes=[
-            *GenerationRoutes(service).routes(),
-            *ModelRoutes(service).routes(),
-            *DebugRoutes(service).routes(),
-            openapi_route(),
-            dashboard_route(),
-        ],
+        routes=[route.bound(service) for route in routes],
         middleware=middleware,
         exception_handlers={
             **{kind: error for kind, _ in ERROR_REPLIES},

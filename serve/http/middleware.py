@@ -5,7 +5,7 @@ import logging
 import re
 import time
 import uuid
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import JSONResponse
@@ -14,17 +14,19 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from apt_jax.serve.errors import error_body
 
 GIVEN_ID = re.compile(r"[\x21-\x7e]{1,128}")
-PROBES = ("/health", "/ready", "/metrics", "/load", "/debug/state")  # asked every few seconds: not worth a line
-OPEN_PATHS = ("/health", "/ready", "/version", "/metrics", "/load", "/openapi.json", "/")
 
 access = logging.getLogger("apt_jax.access")
 
 
 class RequestIds:
-    """Gives every request an id, its client's `x-request-id` or a new one, sends it back, and logs the request."""
+    """Gives every request an id, its client's `x-request-id` or a new one, sends it back, and logs the request.
 
-    def __init__(self, app: ASGIApp):
+    Requests for one of `unlogged_paths` get no line in the access log.
+    """
+
+    def __init__(self, app: ASGIApp, unlogged_paths: Collection[str]):
         self._app = app
+        self._unlogged_paths = unlogged_paths
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one connection."""
@@ -48,7 +50,7 @@ class RequestIds:
         try:
             await self._app(scope, receive, send_with_id)
         finally:
-            if scope["path"] not in PROBES:
+            if scope["path"] not in self._unlogged_paths:
                 fields = {
                     "method": scope["method"],
                     "path": scope["path"],
@@ -81,15 +83,16 @@ class HeaderLimit:
 
 
 class ApiKeys:
-    """Lets a request through only with one of `keys` as its bearer token; probes and pages are open."""
+    """Lets a request through only with one of `keys` as its bearer token; `open_paths` need none."""
 
-    def __init__(self, app: ASGIApp, keys: Iterable[str]):
+    def __init__(self, app: ASGIApp, keys: Iterable[str], open_paths: Collection[str]):
         self._app = app
+        self._open_paths = open_paths
         self._keys = [key.encode() for key in keys]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one connection."""
-        if scope["type"] == "http" and scope["path"] not in OPEN_PATHS and scope["method"] != "OPTIONS":
+        if scope["type"] == "http" and scope["path"] not in self._open_paths and scope["method"] != "OPTIONS":
             kind, _, token = Headers(scope=scope).get("authorization", "").partition(" ")
             given = token.strip().encode("latin-1", "replace")
             # every key is compared, in constant time, so that timing tells nothing

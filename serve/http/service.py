@@ -1,6 +1,7 @@
 """What the routes share: the engine or engines, the model's public name, the options, how a body is read."""
 
 import contextlib
+import threading
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -39,6 +40,7 @@ class Service:
             backend.refuse_late()
         self.num_generating = 0  # requests for completions that are under way
         self.is_stopping = False
+        self.profiling = threading.Lock()  # held while the device is recorded
         self.unfinished_records: list[dict[str, Any]] = []  # for the snapshot
 
     def served_model(self) -> ServedModel:

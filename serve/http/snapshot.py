@@ -14,7 +14,7 @@ from typing import Any
 from apt_jax.output import TokenLogprobs
 from apt_jax.request import FinishReason, SamplingParams, Slo
 from apt_jax.serve.errors import BadRequest
-from apt_jax.serve.openai.endpoints import KINDS_BY_PREFIX
+from apt_jax.serve.openai.endpoints import ENDPOINTS_BY_PREFIX
 from apt_jax.serve.openai.generation import Choice, Generation, ServedModel
 from apt_jax.serve.runtime.samples import Sample
 
@@ -54,7 +54,7 @@ def read_snapshot(path: Path) -> list[dict[str, Any]]:
             version, kind = record["version"], record["kind"]
         except (ValueError, TypeError, KeyError) as error:
             raise ValueError(f"{path} line {number} is no snapshot of a request; choose another file") from error
-        if version != VERSION or kind not in KINDS_BY_PREFIX:
+        if version != VERSION or kind not in ENDPOINTS_BY_PREFIX:
             raise ValueError(f"{path} line {number} is of version {version}, this server reads {VERSION}")
         records.append(record)
     return records
@@ -67,10 +67,10 @@ def restore(record: dict[str, Any], model: ServedModel) -> tuple[Generation[Any]
         ValueError: the record is damaged.
     """
     try:
-        parse, kind = KINDS_BY_PREFIX[record["kind"]]
+        endpoint = ENDPOINTS_BY_PREFIX[record["kind"]]
         samples = [_sample(entry) for entry in record["samples"]]
-        generation = kind(
-            *(parse(record["body"]), record["id"], model.name, model.engine.tokenizer),
+        generation = endpoint.generation(
+            *(endpoint.parse(record["body"]), record["id"], model.name, model.engine.tokenizer),
             record["prompts"],
             samples,
             record["created"],

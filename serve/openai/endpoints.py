@@ -1,24 +1,45 @@
-"""The two kinds of completion: how a body of each is read, and what makes its response. Routes, batches, snapshots."""
+"""The endpoints that generate: how a body is read and what makes the response. For routes, batches and snapshots."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
+from apt_jax.serve.openai import replies
 from apt_jax.serve.openai.chat_completions import ChatCompletion
-from apt_jax.serve.openai.chat_requests import parse_chat
+from apt_jax.serve.openai.chat_requests import ChatRequest, parse_chat
 from apt_jax.serve.openai.completions import Completion
 from apt_jax.serve.openai.generation import Generation
-from apt_jax.serve.openai.requests import GenerationRequest, parse_completion
+from apt_jax.serve.openai.requests import CompletionRequest, GenerationRequest, parse_completion
 
 
-class Kind(NamedTuple):
-    """`parse` raises BadRequest for a body that is none."""
+@dataclass(frozen=True)
+class Endpoint:
+    """`parse` raises BadRequest for a body that is not valid; `reply` and `chunk` are the shapes of the response."""
 
+    summary: str
     parse: Callable[[object], GenerationRequest]
     generation: type[Generation[Any]]
+    body: type[GenerationRequest]
+    reply: Any
+    chunk: Any
 
 
-KINDS_BY_PATH = {
-    "/v1/completions": Kind(parse_completion, Completion),
-    "/v1/chat/completions": Kind(parse_chat, ChatCompletion),
+ENDPOINTS = {
+    "/v1/completions": Endpoint(
+        "Complete one or several prompts",
+        parse_completion,
+        Completion,
+        CompletionRequest,
+        replies.TextCompletion,
+        replies.TextCompletionChunk,
+    ),
+    "/v1/chat/completions": Endpoint(
+        "Answer in a chat",
+        parse_chat,
+        ChatCompletion,
+        ChatRequest,
+        replies.ChatCompletionReply,
+        replies.ChatCompletionChunk,
+    ),
 }
-KINDS_BY_PREFIX = {kind.generation.ID_PREFIX: kind for kind in KINDS_BY_PATH.values()}
+ENDPOINTS_BY_PREFIX = {endpoint.generation.ID_PREFIX: endpoint for endpoint in ENDPOINTS.values()}

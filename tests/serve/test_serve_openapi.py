@@ -6,7 +6,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from schemathesis.generation import GenerationMode
 from schemathesis.specs.openapi import checks
 
-from apt_jax.serve.http.routes.openapi import document
+from apt_jax.serve.http.routes.table import openapi_document
 from apt_jax.serve.http.service import Service
 from apt_jax.serve.openai.completions import Completion
 from apt_jax.serve.options import ServerOptions
@@ -35,7 +35,7 @@ def api():
 
 CASES = [
     (path, method, mode)
-    for path, methods in document()["paths"].items()
+    for path, methods in openapi_document()["paths"].items()
     for method in methods
     for mode in GenerationMode
     if mode.is_positive or method == "post"  # the others have nothing to get wrong
@@ -65,7 +65,7 @@ def test_events_are_checked_against_the_document(api, monkeypatch):
 
 
 def test_every_field_that_a_body_takes_is_in_the_document():
-    schemas = document()["components"]["schemas"]
+    schemas = openapi_document()["components"]["schemas"]
     for name in ("CompletionRequest", "ChatRequest", "TokenizeRequest", "DetokenizeRequest"):
         assert schemas[name]["additionalProperties"] is False
     properties = schemas["CompletionRequest"]["properties"]

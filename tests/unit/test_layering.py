@@ -204,14 +204,11 @@ OWED: dict[Callable[[], Breaches], dict[str, str]] = {
         "apt_jax/engine/": "engine: calibration takes the engine's parts instead of the engine",
         "apt_jax/routing/": "caches: the interface leaves the catalogue of routers",
         "apt_jax/scheduling/policies/": "apt: the interface leaves the catalogue of policies",
-        "serve/bench/": "http: options and what runs them",
         "serve/replicas/": "serving engine: replica and route",
         "serve/runtime/": "serving engine: engine_thread and engine_view",
     },
     imports_only_lower_layers: {
         "apt_jax/attention/paged.py": "caches: the pool's layout",
-        "apt_jax/cpu_kernels/library.py": "http: the file part of program_store goes low",
-        "serve/bench/commands.py": "http: the command line puts the subcommands of bench together",
         "serve/runtime/engine_view.py": "serving engine: a view takes its instruments",
     },
     only_execution_names_platforms: {

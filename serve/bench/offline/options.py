@@ -24,12 +24,6 @@ class BenchThroughput:
     load: OmitArgPrefixes[LoadOptions] = field(default_factory=LoadOptions)
     engine: OmitArgPrefixes[EngineConfig] = field(default_factory=EngineConfig)
 
-    def run(self) -> int:
-        """Measure, print, write."""
-        from apt_jax.serve.bench.offline.throughput import run
-
-        return run(self)
-
 
 @dataclass(frozen=True)
 class BenchLatency:
@@ -58,9 +52,3 @@ class BenchLatency:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
         if self.num_iters_warmup < 0:
             raise ValueError(f"num_iters_warmup={self.num_iters_warmup} must be at least 0")
-
-    def run(self) -> int:
-        """Measure, print, write."""
-        from apt_jax.serve.bench.offline.latency import run
-
-        return run(self)

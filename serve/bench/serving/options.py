@@ -96,9 +96,3 @@ class BenchServe:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name}={value} must be at least 1")
-
-    def run(self) -> int:
-        """Load the server, print what was measured, write files."""
-        from apt_jax.serve.bench.serving.measure import run
-
-        return run(self)

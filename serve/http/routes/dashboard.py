@@ -1,10 +1,12 @@
 """GET /: the dashboard, one page without build step or external assets."""
 
+from functools import cache
 from pathlib import Path
 
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, Response
-from starlette.routing import Route
+
+from apt_jax.serve.http.service import Service
 
 PAGE = Path(__file__).with_name("dashboard.html")
 HEADERS = {
@@ -17,11 +19,11 @@ HEADERS = {
 }
 
 
-def dashboard_route() -> Route:
-    """The page; its figures come from /debug/state."""
-    page = PAGE.read_text(encoding="utf-8")
+async def dashboard(service: Service, http: Request) -> Response:
+    """GET /: the page; its figures come from /debug/state."""
+    return HTMLResponse(_page(), headers=HEADERS)
 
-    async def dashboard(http: Request) -> Response:
-        return HTMLResponse(page, headers=HEADERS)
 
-    return Route("/", dashboard, methods=["GET"])
+@cache
+def _page() -> str:
+    return PAGE.read_text(encoding="utf-8")

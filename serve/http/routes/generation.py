@@ -6,17 +6,15 @@ import logging
 import time
 import uuid
 from collections.abc import AsyncGenerator, Callable, Iterable
-from functools import partial
 from typing import Any
 
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
-from starlette.routing import Route
 
 from apt_jax.serve.errors import CLIENT_CLOSED_REQUEST, RequestTimeout, error_reply
 from apt_jax.serve.http.service import Service
-from apt_jax.serve.openai.endpoints import KINDS_BY_PATH, Kind
+from apt_jax.serve.openai.endpoints import Endpoint
 from apt_jax.serve.openai.generation import Generation, as_bad_request
 from apt_jax.serve.openai.requests import GenerationRequest, parse_json
 from apt_jax.serve.openai.sse import SseResponse, close_on_disconnect, event
@@ -27,64 +25,55 @@ LONG_TEXT_CHARS = 4096  # longer prompts are tokenised off the event loop
 logger = logging.getLogger("apt_jax.requests")
 
 
-class GenerationRoutes:
-    """The routes that make the engine work."""
+async def generate(endpoint: Endpoint, service: Service, http: Request) -> Response:
+    """What POST on one of the ENDPOINTS answers."""
+    arrival_s = time.monotonic()
+    service.check_accepts()
+    body = endpoint.parse(parse_json(await service.read_body(http)))
+    generation = await _prepare(service, body, endpoint.generation, http, arrival_s)
+    if service.options.log_requests:
+        fields = {"id": generation.request_id, "request_id": http.state.request_id}
+        logger.info("body %s", body.model_dump_json(exclude_none=True, warnings=False), extra={"fields": fields})
+    with contextlib.ExitStack() as cleanup:
+        group = service.backend.submit(generation.samples)
+        cleanup.enter_context(service.generating(generation, group))
+        cleanup.callback(_limit_time(group, service.options.request_timeout))
+        close_on_disconnect(http.receive, group, cleanup)
+        try:
+            await group.accepted()
+        except ValueError as error:
+            raise as_bad_request(error, body) from error
+        if body.stream:
+            return SseResponse(_events(generation, group), cleanup.pop_all())
+        return await _whole(generation, group)
 
-    def __init__(self, service: Service):
-        self._service = service
 
-    def routes(self) -> list[Route]:
-        """For the application."""
-        return [Route(path, partial(self._generate, kind), methods=["POST"]) for path, kind in KINDS_BY_PATH.items()]
+async def _prepare[Body: GenerationRequest](
+    service: Service, body: Body, kind: type[Generation[Body]], http: Request, arrival_s: float
+) -> Generation[Body]:
+    model = service.served_model()
 
-    async def _generate(self, kind: Kind, http: Request) -> Response:
-        service = self._service
-        arrival_s = time.monotonic()
-        service.check_accepts()
-        body = kind.parse(parse_json(await service.read_body(http)))
-        generation = await self._prepare(body, kind.generation, http, arrival_s)
-        if service.options.log_requests:
-            fields = {"id": generation.request_id, "request_id": http.state.request_id}
-            logger.info("body %s", body.model_dump_json(exclude_none=True, warnings=False), extra={"fields": fields})
-        with contextlib.ExitStack() as cleanup:
-            group = service.backend.submit(generation.samples)
-            cleanup.enter_context(service.generating(generation, group))
-            cleanup.callback(self._limit_time(group))
-            close_on_disconnect(http.receive, group, cleanup)
-            try:
-                await group.accepted()
-            except ValueError as error:
-                raise as_bad_request(error, body) from error
-            if body.stream:
-                return SseResponse(_events(generation, group), cleanup.pop_all())
-            return await _whole(generation, group)
+    def prepare() -> Generation[Body]:
+        return kind.prepare(
+            body,
+            model,
+            request_id=f"{kind.ID_PREFIX}-{uuid.uuid4().hex}",
+            headers=http.headers,
+            arrival_s=arrival_s,
+            max_samples=model.engine.config.max_num_queued_reqs,
+        )
 
-    async def _prepare[Body: GenerationRequest](
-        self, body: Body, kind: type[Generation[Body]], http: Request, arrival_s: float
-    ) -> Generation[Body]:
-        model = self._service.served_model()
+    if _is_long(body.texts):
+        return await run_in_threadpool(prepare)
+    return prepare()
 
-        def prepare() -> Generation[Body]:
-            return kind.prepare(
-                body,
-                model,
-                request_id=f"{kind.ID_PREFIX}-{uuid.uuid4().hex}",
-                headers=http.headers,
-                arrival_s=arrival_s,
-                max_samples=model.engine.config.max_num_queued_reqs,
-            )
 
-        if _is_long(body.texts):
-            return await run_in_threadpool(prepare)
-        return prepare()
-
-    def _limit_time(self, group: Group) -> Callable[[], None]:
-        """Ends `group` after --request-timeout; call what this returns when it is over."""
-        limit_s = self._service.options.request_timeout
-        if limit_s is None:
-            return lambda: None
-        error = RequestTimeout(f"the request took longer than {limit_s:g} s, the limit of --request-timeout")
-        return asyncio.get_running_loop().call_later(limit_s, group.expire, error).cancel
+def _limit_time(group: Group, limit_s: float | None) -> Callable[[], None]:
+    """Ends `group` after --request-timeout; call what this returns when it is over."""
+    if limit_s is None:
+        return lambda: None
+    error = RequestTimeout(f"the request took longer than {limit_s:g} s, the limit of --request-timeout")
+    return asyncio.get_running_loop().call_later(limit_s, group.expire, error).cancel
 
 
 def _is_long(texts: Iterable[str]) -> bool:

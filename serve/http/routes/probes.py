@@ -1,0 +1,45 @@
+"""What watches the server asks: /health, /ready, /version, /load, /metrics."""
+
+import asyncio
+import importlib.metadata
+
+from prometheus_client import CONTENT_TYPE_PLAIN_0_0_4
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from apt_jax.serve.http.service import Service
+from apt_jax.serve.runtime.status import EngineStatus
+
+VERSION = importlib.metadata.version("apt-jax")
+
+
+async def health(service: Service, http: Request) -> Response:
+    """GET /health: 200 while the process can still come to serve or serves."""
+    status = service.backend.status
+    return JSONResponse({"status": status.value}, 503 if status is EngineStatus.FAILED else 200)
+
+
+async def ready(service: Service, http: Request) -> Response:
+    """GET /ready: 200 once every program is compiled and requests are taken."""
+    status = service.backend.status
+    if status is EngineStatus.READY and not service.is_stopping:
+        return JSONResponse({"status": status.value})
+    shown = "stopping" if service.is_stopping else status.value
+    return JSONResponse({"status": shown}, 503, {"retry-after": "1"})
+
+
+async def version(service: Service, http: Request) -> Response:
+    """GET /version."""
+    return JSONResponse({"version": VERSION})
+
+
+async def load(service: Service, http: Request) -> Response:
+    """GET /load: what load balancers ask. `server_load` counts the HTTP requests for completions under way."""
+    waiting, running = service.backend.num_waiting_running
+    return JSONResponse({"server_load": service.num_generating, "waiting": waiting, "running": running})
+
+
+async def metrics(service: Service, http: Request) -> Response:
+    """GET /metrics, for Prometheus."""
+    service.metrics.tasks.set(len(asyncio.all_tasks()))
+    return Response(await service.view.metrics_text(), media_type=CONTENT_TYPE_PLAIN_0_0_4)

@@ -1,0 +1,119 @@
+"""Every route, one row each. To add one: write its handler, and its row here."""
+
+from functools import cache, partial
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from apt_jax.serve.http.routes.dashboard import dashboard
+from apt_jax.serve.http.routes.debug import plans, profile, state, story
+from apt_jax.serve.http.routes.generation import generate
+from apt_jax.serve.http.routes.models import detokenize, model, models, tokenize
+from apt_jax.serve.http.routes.openapi import document
+from apt_jax.serve.http.routes.probes import health, load, metrics, ready, version
+from apt_jax.serve.http.routes.route import RouteSpec
+from apt_jax.serve.http.service import Service
+from apt_jax.serve.openai import replies
+from apt_jax.serve.openai.endpoints import ENDPOINTS, Endpoint
+from apt_jax.serve.openai.requests import MAX_SLO_MS, MIN_SLO_MS
+from apt_jax.serve.openai.token_requests import DetokenizeRequest, TokenizeRequest
+
+NAME: dict[str, Any] = {"name": "name", "in": "path", "required": True, "schema": {"type": "string"}}
+SLO_HEADERS: tuple[dict[str, Any], ...] = tuple(
+    {
+        "name": f"x-slo-{name}-ms",
+        "in": "header",
+        "required": False,
+        "description": f"{meaning}; the body's slo goes before it",
+        "schema": {"type": "number", "minimum": MIN_SLO_MS, "maximum": MAX_SLO_MS},
+    }
+    for name, meaning in (("ttft", "promise for the time to the first token"), ("tbt", "promise for the P99 gap"))
+)
+POST_STATUSES = (400, 404, 413, 500, 503)
+
+
+def generation_route(path: str, endpoint: Endpoint) -> RouteSpec:
+    """The route of one of the ENDPOINTS: it may stream, has an SLO, and may run into a time limit."""
+    return RouteSpec(
+        "POST",
+        path,
+        partial(generate, endpoint),
+        is_generation=True,
+        summary=endpoint.summary,
+        body=endpoint.body,
+        reply=endpoint.reply,
+        chunk=endpoint.chunk,
+        statuses=(*POST_STATUSES, 504),
+        parameters=SLO_HEADERS,
+    )
+
+
+async def openapi(service: Service, http: Request) -> Response:
+    """GET /openapi.json."""
+    return JSONResponse(openapi_document())
+
+
+@cache
+def openapi_document() -> dict[str, Any]:
+    """The OpenAPI document of ROUTES."""
+    return document(ROUTES)
+
+
+ROUTES = (
+    *(generation_route(path, endpoint) for path, endpoint in ENDPOINTS.items()),
+    RouteSpec("GET", "/v1/models", models, summary="The model served, as a list", reply=replies.ModelList),
+    RouteSpec(
+        *("GET", "/v1/models/{name:path}", model),
+        summary="The model served",
+        reply=replies.Model,
+        statuses=(404,),
+        parameters=(NAME,),
+    ),
+    RouteSpec(
+        *("POST", "/tokenize", tokenize),
+        summary="Text to token ids",
+        body=TokenizeRequest,
+        reply=replies.Tokens,
+        statuses=POST_STATUSES,
+    ),
+    RouteSpec(
+        *("POST", "/detokenize", detokenize),
+        summary="Token ids to text",
+        body=DetokenizeRequest,
+        reply=replies.Detokenized,
+        statuses=POST_STATUSES,
+    ),
+    RouteSpec(
+        *("GET", "/health", health),
+        is_open=True,
+        is_probe=True,
+        summary="200 unless the engine has failed for good",
+        reply=replies.Status,
+        statuses=(503,),
+    ),
+    RouteSpec(
+        *("GET", "/ready", ready),
+        is_open=True,
+        is_probe=True,
+        summary="200 once requests are taken",
+        reply=replies.Status,
+        statuses=(503,),
+    ),
+    RouteSpec("GET", "/version", version, is_open=True, summary="Version of the server", reply=replies.Version),
+    RouteSpec("GET", "/load", load, is_open=True, is_probe=True, summary="Requests under way", reply=replies.Load),
+    RouteSpec(
+        *("GET", "/metrics", metrics),
+        is_open=True,
+        is_probe=True,
+        summary="Metrics for Prometheus",
+        reply=str,
+        media_type="text/plain",
+    ),
+    RouteSpec("GET", "/debug/plans", plans),
+    RouteSpec("GET", "/debug/requests/{id}", story),
+    RouteSpec("GET", "/debug/state", state, is_probe=True),
+    RouteSpec("POST", "/debug/profile", profile),
+    RouteSpec("GET", "/openapi.json", openapi, is_open=True),
+    RouteSpec("GET", "/", dashboard, is_open=True),
+)
