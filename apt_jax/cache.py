@@ -1,22 +1,86 @@
-"""Host accounting of the unified cache pool: which blocks are free, and which blocks a request holds.
+"""What requests keep of their past tokens, and host accounting of the unified pool that holds it.
 
-A block holds one D-vector for each of `block_size` tokens, in every layer. A page (the same tokens) takes two
-blocks as KV (keys, values) and one as hidden vectors. Source: DESIGN, "The hybrid cache".
+A block holds one D-vector for each of `block_size` tokens, in every layer. A page (the same tokens) takes one block
+for each vector that its cache kind keeps of a token. Source: DESIGN, "The hybrid cache".
+
+A new cache kind is a `CacheSpec` and a member of `CacheKind`, and a mode in which requests may have it.
 """
 
 import enum
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from typing import Literal
+
+
+class Vector(enum.Enum):
+    """What a block holds of each token: D numbers in every layer."""
+
+    KEY = "key"
+    VALUE = "value"
+    HIDDEN = "hidden"  # the attention's input, from which its key and value can be computed
+
+
+@dataclass(frozen=True)
+class CacheSpec:
+    """Everything that sets one cache kind apart; code asks for these properties instead of for the kind.
+
+    Attributes:
+        name: in flags, metrics, plans and JSON.
+        label: in text for people.
+        vectors: what is kept of a token. Block tables, on the host and on the device, are in this order.
+        number_bytes: bytes of a number in a block; None is what the model computes in.
+        converts_to: name of the kind, declared before this one, into which a table can be turned in place.
+    """
+
+    name: str
+    label: str
+    vectors: tuple[Vector, ...]
+    number_bytes: int | None = None
+    converts_to: str | None = None
 
 
 class CacheKind(enum.Enum):
     """What a request keeps for its past tokens: keys and values, or attention-input hidden vectors."""
 
-    KV = "kv"
-    HIDDEN = "hidden"
+    KV = CacheSpec("kv", "KV", (Vector.KEY, Vector.VALUE))
+    HIDDEN = CacheSpec("hidden", "hidden vectors", (Vector.HIDDEN,), converts_to="kv")
 
-    def __init__(self, value: str):
-        self.blocks_per_page = 2 if value == "kv" else 1  # read for every request in every iteration
+    # plain attributes: read for every request in every iteration
+    spec: CacheSpec
+    index: int  # of the kind in arrays with one entry for each
+    blocks_per_page: int
+    is_projected: bool  # whether keys and values have to be computed from what is kept
+    converts_to: "CacheKind | None"
+
+    def __new__(cls, spec: CacheSpec) -> "CacheKind":
+        """A member whose value is the spec's name."""
+        member = object.__new__(cls)
+        member._value_ = spec.name
+        member.spec = spec
+        member.index = len(cls.__members__)
+        member.blocks_per_page = len(spec.vectors)
+        member.is_projected = Vector.HIDDEN in spec.vectors
+        member.converts_to = next((kind for kind in cls if kind.value == spec.converts_to), None)
+        return member
+
+    @classmethod
+    def named(cls, name: str) -> "CacheKind":
+        """The kind with this name; ValueError if there is none."""
+        return cls(name)  # type: ignore[arg-type]  # a member's value is its name
+
+
+KINDS = tuple(CacheKind)  # KINDS[kind.index] is kind
+CacheMode = Literal["hybrid", "kv", "hidden"]
+MODE_KINDS: dict[CacheMode, tuple[CacheKind, ...]] = {  # kinds that a request may be admitted with, preferred one first
+    "hybrid": (CacheKind.KV, CacheKind.HIDDEN),
+    "kv": (CacheKind.KV,),
+    "hidden": (CacheKind.HIDDEN,),
+}
+
+
+def per_kind[T](value_of: Callable[[CacheKind], T]) -> tuple[T, ...]:
+    """One value for each kind, by `kind.index`."""
+    return tuple(value_of(kind) for kind in KINDS)
 
 
 def pages_for(tokens: int, block_size: int) -> int:
@@ -35,24 +99,24 @@ class OutOfBlocks(RuntimeError):
 
 @dataclass
 class BlockTable:
-    """The blocks of one request, page by page.
-
-    `first[i]` holds page i's keys (KV) or hidden vectors (HIDDEN); `second[i]` its values (KV only).
-    """
+    """The blocks of one request: `blocks[v][i]` holds vector `kind.spec.vectors[v]` of page i's tokens."""
 
     kind: CacheKind
-    first: list[int] = field(default_factory=list)
-    second: list[int] = field(default_factory=list)
+    blocks: list[list[int]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        if not self.blocks:
+            self.blocks = [[] for _ in range(self.kind.blocks_per_page)]
 
     @property
     def num_pages(self) -> int:
         """Pages held."""
-        return len(self.first)
+        return len(self.blocks[0])
 
     @property
     def num_blocks(self) -> int:
         """Blocks held."""
-        return len(self.first) + len(self.second)
+        return len(self.blocks[0]) * self.kind.blocks_per_page
 
 
 class BlockPool:
@@ -64,11 +128,16 @@ class BlockPool:
         self.num_blocks = num_blocks
         self.block_size = block_size
         self._free = list(range(num_blocks - 1, -1, -1))
+        self._held = [0] * len(KINDS)
 
     @property
     def num_free(self) -> int:
         """Blocks that nobody holds."""
         return len(self._free)
+
+    def num_held(self, kind: CacheKind) -> int:
+        """Blocks in tables of `kind`."""
+        return self._held[kind.index]
 
     def grow(self, table: BlockTable, tokens: int) -> None:
         """Extend `table` in place until it holds `tokens` tokens; a table never shrinks.
@@ -79,35 +148,47 @@ class BlockPool:
         pages = pages_for(tokens, self.block_size) - table.num_pages
         if pages <= 0:
             return
-        blocks = self._take(pages * table.kind.blocks_per_page)
-        table.first.extend(blocks[:pages])
-        table.second.extend(blocks[pages:])
+        kind = table.kind
+        taken = self._take(pages * kind.blocks_per_page)
+        self._held[kind.index] += len(taken)
+        for v, blocks in enumerate(table.blocks):
+            blocks.extend(taken[v * pages : (v + 1) * pages])
 
-    def convert_to_kv(self, table: BlockTable) -> None:
-        """Turn a hidden table into a KV table in place: keys take the hidden blocks, values take new ones.
+    def convert(self, table: BlockTable) -> None:
+        """Turn a table into one of the kind that its own converts to, in place.
+
+        The new kind's first vectors take the blocks there are, the others take new ones.
 
         Raises:
-            OutOfBlocks: fewer blocks are free than the table has pages; `table` is unchanged.
+            OutOfBlocks: too few blocks are free; `table` is unchanged.
         """
-        if table.kind is not CacheKind.HIDDEN:
-            raise ValueError(f"only a hidden table can be converted, this one is {table.kind.value}")
-        table.second = self._take(table.num_pages)
-        table.kind = CacheKind.KV
+        old, new, pages = table.kind, table.kind.converts_to, table.num_pages
+        if new is None:
+            raise ValueError(f"a table of kind {old.value} cannot be converted in place")
+        added = new.blocks_per_page - old.blocks_per_page
+        taken = self._take(added * pages)
+        table.blocks += [taken[v * pages : (v + 1) * pages] for v in range(added)]
+        table.kind = new
+        self._held[old.index] -= old.blocks_per_page * pages
+        self._held[new.index] += new.blocks_per_page * pages
 
     def release(self, table: BlockTable) -> None:
         """Give all of `table`'s blocks back and empty it."""
-        self._give(reversed(table.second))
-        self._give(reversed(table.first))
-        table.first.clear()
-        table.second.clear()
+        self._held[table.kind.index] -= table.num_blocks
+        for blocks in reversed(table.blocks):
+            self._free.extend(reversed(blocks))
+            blocks.clear()
 
     def check(self, tables: Iterable[BlockTable]) -> None:
-        """Assert that free blocks and `tables` together are exactly the pool's blocks, each once."""
-        held = [block for table in tables for block in (*table.first, *table.second)]
+        """Assert that free blocks and `tables` together are exactly the pool's blocks, each once, and counted right."""
+        tables = list(tables)
+        held = [block for table in tables for blocks in table.blocks for block in blocks]
         everything = sorted([*self._free, *held])
         assert everything == list(range(self.num_blocks)), (
             f"blocks leaked or shared: {len(self._free)} free + {len(held)} held, {self.num_blocks} in the pool"
         )
+        by_kind = [sum(table.num_blocks for table in tables if table.kind is kind) for kind in KINDS]
+        assert by_kind == self._held, f"blocks by kind are {by_kind}, counted as {self._held}"
 
     def _take(self, count: int) -> list[int]:
         if count > len(self._free):
@@ -117,6 +198,3 @@ class BlockPool:
         taken = self._free[-count:][::-1]
         del self._free[-count:]
         return taken
-
-    def _give(self, blocks: Iterable[int]) -> None:
-        self._free.extend(blocks)

@@ -159,9 +159,9 @@ class BatchBuilder:
             self._kinds[slot], self._pages[slot] = table.kind, 0
         done, pages = self._pages[slot], table.num_pages
         if done < pages:
-            self._first[slot, done:pages] = table.first[done:]
-            if table.second:
-                self._second[slot, done:pages] = table.second[done:]
+            self._first[slot, done:pages] = table.blocks[0][done:]
+            if len(table.blocks) > 1:
+                self._second[slot, done:pages] = table.blocks[1][done:]
             self._pages[slot] = pages
         return slot
 

@@ -240,8 +240,7 @@ class Runner:
         """Compute keys and values for tables that have just become KV; keys sit where hidden vectors were."""
         if self._convert is None:
             self._convert = self._compile_convert(self.num_blocks)
-        first = [block for table in tables for block in table.first]
-        second = [block for table in tables for block in table.second]
+        first, second = ([block for table in tables for block in table.blocks[v]] for v in (0, 1))
         size = self._convert_pages
         for at in range(0, len(first), size):
             blocks = np.full((2, size), self.num_blocks, np.int32)

@@ -58,10 +58,17 @@ class Preempted:
 
 @dataclass(frozen=True)
 class Converted:
-    """Turn a running request's hidden blocks into KV blocks, before this iteration's tokens run."""
+    """Turn a running request's blocks into the kind that theirs converts to, before this iteration's tokens run."""
 
     request: Request
     reason: Reason
+
+    @property
+    def kind(self) -> CacheKind:
+        """The kind it gets; asked before the plan is applied."""
+        kind = self.request.cache_kind
+        assert kind is not None and kind.converts_to is not None
+        return kind.converts_to
 
 
 @dataclass(frozen=True)

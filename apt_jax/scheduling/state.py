@@ -3,14 +3,12 @@
 from bisect import bisect_left, insort
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, assert_never
+from typing import NamedTuple
 
-from apt_jax.cache import BlockPool, BlockTable, CacheKind, blocks_for
+from apt_jax.cache import KINDS, MODE_KINDS, BlockPool, BlockTable, CacheKind, CacheMode, blocks_for
 from apt_jax.request import FinishReason, Request, Status
 from apt_jax.scheduling.plan import Plan, Scheduled
 from apt_jax.scheduling.plan_log import PlanLog
-
-CacheMode = Literal["hybrid", "kv", "hidden"]
 
 
 @dataclass(frozen=True)
@@ -28,14 +26,7 @@ class Limits:
     @property
     def kinds(self) -> tuple[CacheKind, ...]:
         """Cache kinds that a request may be admitted with, the preferred one first."""
-        match self.cache_mode:
-            case "hybrid":
-                return (CacheKind.KV, CacheKind.HIDDEN)
-            case "kv":
-                return (CacheKind.KV,)
-            case "hidden":
-                return (CacheKind.HIDDEN,)
-        assert_never(self.cache_mode)
+        return MODE_KINDS[self.cache_mode]
 
 
 class Span(NamedTuple):
@@ -74,7 +65,7 @@ class SchedulerState:
         """Blocks that a running request lacks to compute all its known tokens."""
         table = request.table
         assert table is not None
-        pages = -(-request.num_tokens // self.pool.block_size) - len(table.first)
+        pages = -(-request.num_tokens // self.pool.block_size) - len(table.blocks[0])
         return pages * table.kind.blocks_per_page if pages > 0 else 0
 
     def fits_alone(self, total_tokens: int) -> bool:
@@ -102,9 +93,9 @@ class SchedulerState:
         for converted in plan.converted:
             table = converted.request.table
             assert table is not None
-            self.pool.convert_to_kv(table)
+            self.pool.convert(table)
             converted.request.num_conversions += 1
-            converted.request.cache_history.append(CacheKind.KV)
+            converted.request.cache_history.append(table.kind)
         return [self._start(entry, now) for entry in plan.scheduled]
 
     def commit(self, request: Request, token_id: int, now: float) -> FinishReason | None:
@@ -149,11 +140,9 @@ class SchedulerState:
         request.num_inflight_tokens = 0
 
     def blocks_by_kind(self) -> dict[str, int]:
-        """Blocks held as KV, held as hidden, and free."""
-        seconds: list[int] = [len(r.table.second) for r in self.running]  # type: ignore[union-attr]
-        kv = 2 * sum(seconds)
-        free = self.pool.num_free
-        return {"kv": kv, "hidden": self.pool.num_blocks - free - kv, "free": free}
+        """Blocks held as each kind, by its name, and those "free"."""
+        held = {kind.spec.name: self.pool.num_held(kind) for kind in KINDS}
+        return {**held, "free": self.pool.num_free}
 
     def check(self) -> None:
         """Assert that no block is lost or shared and that queues and statuses agree."""
@@ -175,7 +164,7 @@ class SchedulerState:
             self._admit(request, kind, known_tokens, now)
         else:
             assert table.kind is kind
-            if known_tokens > len(table.first) * self.pool.block_size:
+            if known_tokens > len(table.blocks[0]) * self.pool.block_size:
                 self.pool.grow(table, known_tokens)
         request.num_computed_tokens = end
         samples = end == known_tokens

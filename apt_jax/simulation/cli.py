@@ -9,10 +9,10 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
+from apt_jax.cache import CacheMode
 from apt_jax.routing.catalogue import make_router
 from apt_jax.scheduling.costs.cost_model import HiddenMode
 from apt_jax.scheduling.policies.catalogue import make_policy
-from apt_jax.scheduling.state import CacheMode
 from apt_jax.simulation.experiment import Experiment
 from apt_jax.simulation.options import SimulateArgs
 from apt_jax.simulation.report import Report

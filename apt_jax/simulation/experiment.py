@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
+from apt_jax.cache import CacheMode
 from apt_jax.request import Slo
 from apt_jax.routing.autoscaler import Autoscaler, AutoscalerOptions
 from apt_jax.routing.catalogue import DEFAULT_ROUTER, make_router
@@ -11,7 +12,7 @@ from apt_jax.scheduling.costs.cost_model import CostModel, HiddenMode, cache_blo
 from apt_jax.scheduling.costs.hardware import HARDWARE, MODELS, by_name
 from apt_jax.scheduling.policies.catalogue import make_policy
 from apt_jax.scheduling.policies.interface import PolicyContext
-from apt_jax.scheduling.state import CacheMode, Limits
+from apt_jax.scheduling.state import Limits
 from apt_jax.simulation.fleet import Fleet
 from apt_jax.simulation.instance import Instance
 from apt_jax.simulation.report import Report, summarise

@@ -3,8 +3,8 @@
 import itertools
 from dataclasses import dataclass, field, replace
 
+from apt_jax.cache import CacheMode
 from apt_jax.scheduling.costs.cost_model import HiddenMode
-from apt_jax.scheduling.state import CacheMode
 from apt_jax.simulation.experiment import Experiment
 
 

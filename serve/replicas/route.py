@@ -75,7 +75,7 @@ class Progress:
         if (ending := brought.ending) is not None:
             reason, error = ending.finish_reason, ending.error
             request.finish_reason, request.stop_reason = reason, ending.stop_reason
-            request.cache_history += [CacheKind(kind) for kind in ending.cache_kinds]
+            request.cache_history += [CacheKind.named(kind) for kind in ending.cache_kinds]
             request.num_preemptions += ending.num_preemptions
             request.num_conversions += ending.num_conversions
         return Output(request, text, tokens, brought.logprobs, reason, error, prompt_logprobs)

@@ -253,7 +253,7 @@ def test_not_a_number_ends_its_request_and_no_other(model):
     expected = [r.output_token_ids for r in run(engine, prompts, replace(GREEDY, max_tokens=20))]
     requests = [engine.add(p, replace(GREEDY, max_tokens=20), request_id=str(i)) for i, p in enumerate(prompts)]
     engine.step()
-    runner, blocks = engine.runner, requests[0].table.first
+    runner, blocks = engine.runner, requests[0].table.blocks[0]
     runner._pool = runner._pool.at[jnp.asarray(blocks)].set(jnp.nan)
     outputs = finish(engine)
     ended = {o.request.request_id: o for o in outputs if o.finish_reason}

@@ -50,8 +50,8 @@ class NumpyDevice:
     def start(self, plan, spans):
         for entry in plan.converted:
             table = entry.request.table
-            tokens = self.pool[table.first] - HIDDEN
-            self.pool[table.first], self.pool[table.second] = tokens + KEY, tokens + VALUE
+            tokens = self.pool[table.blocks[0]] - HIDDEN
+            self.pool[table.blocks[0]], self.pool[table.blocks[1]] = tokens + KEY, tokens + VALUE
         if spans:
             batch = self.builder.build(spans)
             self.batches.append(batch)
@@ -254,7 +254,7 @@ def test_the_slot_of_one_that_ended_is_used_again_with_the_new_one_s_parameters(
     assert batch.sampling.temperature[0] == np.float32(2 / 7)
     assert (batch.sampling.bias_ids[0] == NO_TOKEN).all() and not batch.sampling.bias_values[0].any()
     assert set(batch.sampling.end_ids[0].tolist()) == {7, EOS, int(NO_TOKEN)}
-    assert batch.rows.first_blocks[0, :3].tolist() == new.table.first
+    assert batch.rows.first_blocks[0, :3].tolist() == new.table.blocks[0]
 
 
 def test_a_preempted_request_gives_up_its_slot_and_takes_a_free_one_when_it_comes_back():
@@ -268,7 +268,7 @@ def test_a_preempted_request_gives_up_its_slot_and_takes_a_free_one_when_it_come
     finish_any(state, late)
     again = builder.build(state.apply(Plan((Scheduled(early, 5, CacheKind.HIDDEN, Reason.ADMITTED_HIDDEN),)), 0.0))
     assert again.sample_slot[0] == 1 and again.sampling.seed[0].tolist() == [0, 1]
-    assert again.rows.is_hidden[0] and again.rows.first_blocks[0, :2].tolist() == early.table.first
+    assert again.rows.is_hidden[0] and again.rows.first_blocks[0, :2].tolist() == early.table.blocks[0]
     (span,) = state.apply(Plan((Scheduled(new, 1, CacheKind.KV, Reason.DECODES),)), 0.0)
     assert builder.build([span]).sample_slot[0] == 0
 

@@ -30,11 +30,11 @@ def test_a_pool_needs_blocks_and_a_block_needs_tokens(sizes):
 def test_a_table_grows_by_whole_pages_and_never_shrinks(kind):
     pool, table = BlockPool(10, 4), BlockTable(kind)
     for tokens in (0, 1, 4, 5, 12, 3, 0):
-        before = list(table.first), list(table.second)
+        before = [list(blocks) for blocks in table.blocks]
         pool.grow(table, tokens)
-        assert (table.first[: len(before[0])], table.second[: len(before[1])]) == before
+        assert [blocks[: len(old)] for blocks, old in zip(table.blocks, before, strict=True)] == before
         assert table.num_pages == max(len(before[0]), pages_for(tokens, 4))
-        assert len(table.second) == (table.num_pages if kind is CacheKind.KV else 0)
+        assert [len(blocks) for blocks in table.blocks] == [table.num_pages] * (2 if kind is CacheKind.KV else 1)
         assert table.num_blocks == 10 - pool.num_free
         pool.check([table])
 
@@ -53,13 +53,13 @@ def test_growing_past_the_pool_changes_nothing(kind):
 def test_conversion_keeps_the_hidden_blocks_as_keys_and_adds_values():
     pool, table = BlockPool(4, 4), BlockTable(CacheKind.HIDDEN)
     pool.grow(table, 8)
-    hidden = list(table.first)
-    pool.convert_to_kv(table)
-    assert (table.kind, table.first, len(table.second)) == (CacheKind.KV, hidden, 2)
+    (hidden,) = [list(blocks) for blocks in table.blocks]
+    pool.convert(table)
+    assert (table.kind, table.blocks[0], len(table.blocks[1])) == (CacheKind.KV, hidden, 2)
     assert pool.num_free == 0
     pool.check([table])
-    with pytest.raises(ValueError, match="only a hidden table can be converted, this one is kv"):
-        pool.convert_to_kv(table)
+    with pytest.raises(ValueError, match="a table of kind kv cannot be converted"):
+        pool.convert(table)
 
 
 def test_conversion_without_room_changes_nothing():
@@ -67,7 +67,7 @@ def test_conversion_without_room_changes_nothing():
     pool.grow(table, 8)
     before = copy.deepcopy(table)
     with pytest.raises(OutOfBlocks, match="2 blocks wanted, 1 of 3 free"):
-        pool.convert_to_kv(table)
+        pool.convert(table)
     assert table == before
     pool.check([table])
 
@@ -75,18 +75,18 @@ def test_conversion_without_room_changes_nothing():
 def test_released_blocks_are_reused_first_and_releasing_again_is_harmless():
     pool, old, new = BlockPool(20, 4), BlockTable(CacheKind.KV), BlockTable(CacheKind.KV)
     pool.grow(old, 12)
-    blocks = [*old.first, *old.second]
+    blocks = copy.deepcopy(old.blocks)
     pool.release(old)
     pool.release(old)
     assert (pool.num_free, old.num_blocks) == (20, 0)
     pool.grow(new, 12)
-    assert [*new.first, *new.second] == blocks
+    assert new.blocks == blocks
 
 
 def test_check_notices_a_lost_block_and_a_shared_one():
     pool, table = BlockPool(8, 4), BlockTable(CacheKind.KV)
     pool.grow(table, 8)
-    for wrong in ([], [table, table], [BlockTable(CacheKind.HIDDEN, [0, 1, 2])]):
+    for wrong in ([], [table, table], [BlockTable(CacheKind.HIDDEN, [[0, 1, 2]])]):
         with pytest.raises(AssertionError, match="leaked or shared"):
             pool.check(wrong)
     pool.check([table])
@@ -105,7 +105,7 @@ def test_any_sequence_on_the_pool_keeps_every_block_with_one_owner(num_blocks, b
                 case "grow":
                     pool.grow(table, data.draw(st.integers(0, 20)))
                 case "convert" if table.kind is CacheKind.HIDDEN:
-                    pool.convert_to_kv(table)
+                    pool.convert(table)
                 case "release":
                     pool.release(table)
         except OutOfBlocks:

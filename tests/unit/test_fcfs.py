@@ -200,7 +200,7 @@ def snapshot(state):
     """What a policy could change."""
     requests = [
         (r.order, r.status, r.num_computed_tokens, r.num_tokens, r.num_preemptions, r.num_conversions,
-         r.table and (r.table.kind, *r.table.first, -1, *r.table.second))
+         r.table and (r.table.kind, *map(tuple, r.table.blocks)))
         for r in (*state.waiting, *state.running)
     ]  # fmt: skip
     return requests, len(state.waiting), state.pool.num_free

@@ -130,7 +130,7 @@ def plan_decode(state: SchedulerState, running: Sequence[Request], waited: tuple
             free -= need
             scheduled.append(Scheduled(request, 1, request.table.kind, Reason.DECODES))
     converted = () if state.waiting or preempted else plan_conversion(state, free)
-    kinds = {entry.request.order: CacheKind.KV for entry in converted}
+    kinds = {entry.request.order: entry.kind for entry in converted}
     entries = [Scheduled(s.request, 1, kinds.get(s.request.order, s.kind), s.reason) for s in scheduled if kinds]
     return Plan(scheduled=tuple(entries or scheduled), preempted=tuple(preempted), converted=converted, waited=waited)
 
