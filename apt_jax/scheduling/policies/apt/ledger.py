@@ -121,11 +121,12 @@ class Ledger:
         times, (prompt, most_new) = self._times[:, column], self._counts[:2, column]
         arrival_s, ttft_slo_s, tbt_slo_s, _ = times
         since_s, tokens, uncomputed, late_gaps, started, missed = _progress(running, times, prompt)
-        first = np.array([len(r.table.first) for r in running], np.int64)  # type: ignore[union-attr]
-        second = np.array([len(r.table.second) for r in running], np.int64)  # type: ignore[union-attr]
+        tables = [r.table for r in running]
+        pages = np.array([len(table.blocks[0]) for table in tables], np.int64)  # type: ignore[union-attr]
+        per_page = np.array([table.kind.blocks_per_page for table in tables], np.int64)  # type: ignore[union-attr]
         return Queue(
             running, since_s, arrival_s, ttft_slo_s, tbt_slo_s, prompt, most_new, tokens, uncomputed, late_gaps,
-            started, missed, first, np.where(second > 0, 2, 1),
+            started, missed, pages, per_page,
         )  # fmt: skip
 
     def _make_room(self, oldest: int, newest: int) -> None:
