@@ -138,7 +138,7 @@ def main() -> None:
     )
     print(
         f"promise: first token {1e3 * slo.ttft_s:.0f} ms, gaps {1e3 * slo.tbt_s:.0f} ms, {args.slo_factor:g} x idle;"
-        f" rho {1e6 * measured.model.rho_s:+.2f} us per hidden token (KV {1e6 * measured.model.kv_token_s:.2f})"
+        f" rho {1e6 * measured.model.rho_s:+.2f} us per hidden token (KV {1e6 * measured.model.attention_s[CacheKind.KV.index]:.2f})"
     )
     rates = [float(rate) for rate in args.rates.split(",")]
     found: dict[Setup, list[float]] = {setup: [] for setup in setups}
@@ -164,7 +164,7 @@ def scaled_slo(model: Any, lengths: Lengths, factor: float) -> Slo:
     """`factor` times what the measured model says of the median prompt alone, and of one token of one request."""
     prompt = int(np.median(lengths.prompt_tokens))
     prefill = model.step_s(StepLoad(prefill_tokens=prompt, prefill_pairs=prompt * (prompt + 1) // 2, samples=1))
-    decode = model.step_s(StepLoad(decode_requests=1, kv_tokens=prompt, samples=1))
+    decode = model.step_s(StepLoad(decode_requests=1, context_tokens=(prompt, 0), samples=1))
     return Slo(factor * prefill, factor * decode)
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from apt_jax.cache import CacheKind
+from apt_jax.cache import KINDS
 from apt_jax.request import Request
 from apt_jax.scheduling.costs.cost_model import CostModel
 from apt_jax.scheduling.costs.step_load import StepLoad
@@ -98,19 +98,17 @@ def instance_load(
         since_s += request.arrival_s if request.last_token_s is None else request.last_token_s
         pages += -(-tokens // block_size)
         queued += tokens - request.num_computed_tokens
-    kv_tokens = hidden_tokens = 0
+    context_tokens = [0] * len(KINDS)
     for request in running:
         tokens, uncomputed = request.num_tokens, request.num_uncomputed_tokens
         since_s += request.arrival_s if request.last_token_s is None else request.last_token_s
         if uncomputed > 1:
             queued += uncomputed
-        if request.table is not None and request.table.kind is CacheKind.KV:
-            kv_tokens += tokens
-        else:
-            hidden_tokens += tokens
+        assert request.table is not None
+        context_tokens[request.table.kind.index] += tokens
     backlog_s = token_s = freed_blocks_per_s = None
     if cost_model is not None:
-        decode = StepLoad(decode_requests=len(running), kv_tokens=kv_tokens, hidden_tokens=hidden_tokens)
+        decode = StepLoad(decode_requests=len(running), context_tokens=tuple(context_tokens))
         backlog_s = _backlog_s(cost_model, decode, queued, state.limits.max_num_batched_tokens)
         token_s = cost_model.token_s * cost_model.scales.dense * cost_model.scales.compute
         if predictor is not None:
@@ -142,8 +140,7 @@ def _backlog_s(model: CostModel, decode: StepLoad, queued_tokens: int, max_num_b
     step = StepLoad(
         prefill_tokens=-(-queued_tokens // steps),
         decode_requests=decode.decode_requests,
-        kv_tokens=decode.kv_tokens,
-        hidden_tokens=decode.hidden_tokens,
+        context_tokens=decode.context_tokens,
         samples=decode.decode_requests,
     )
     return steps * model.step_s(step)

@@ -1,6 +1,6 @@
 """How long one iteration takes, from what it computes and reads. Pure host arithmetic, linear in measured scales.
 
-    seconds = overhead + dense * max(weights read, matrix products) + kv * KV tokens + hidden * hidden tokens + ...
+    seconds = overhead + dense * max(weights read, matrix products) + tokens of context, by cache kind + ...
 
 The terms come from FLOPs, bytes and bandwidth (a roofline per term); the scales are 1 for a preset, or fitted to
 measurements of a running engine (`fit.py`). Attention is linear in cached tokens, so the penalty rho of the hidden
@@ -23,6 +23,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from apt_jax.cache import KINDS, CacheKind, per_kind
 from apt_jax.model_config import GROUP_BYTES, ModelConfig
 from apt_jax.scheduling.costs.hardware import Hardware
 from apt_jax.scheduling.costs.step_load import PaddedSizes, StepLoad
@@ -40,8 +41,7 @@ class Scales:
     dense: float = 1.0
     compute: float = 1.0  # of matrix products against weight reads, inside the dense term
     knee: float = math.inf  # how sharp the dense term bends: infinity is the larger of the two, 1 their sum
-    kv: float = 1.0
-    hidden: float = 1.0
+    attention: tuple[float, ...] = (1.0,) * len(KINDS)  # of decodes over cached tokens, by `CacheKind.index`
     pairs: float = 1.0
     per_request_s: float = 0.0
     exchange: float = 1.0  # of what devices exchange for each token and layer, attention's scores not included
@@ -64,15 +64,10 @@ class CostModel:
         tokens = load.prefill_tokens + load.decode_requests
         if not tokens and not load.projected_tokens:
             return 0.0
-        return (
-            self.overhead_s
-            + self.dense_s(self.compute_s(load))
-            + self.scales.exchange * self.exchange_s(load)
-            + load.kv_tokens * self.kv_token_s
-            + load.hidden_tokens * self.hidden_token_s
-            + load.prefill_pairs * self.pair_s
-            + load.decode_requests * self.scales.per_request_s
-        )
+        seconds = self.overhead_s + self.dense_s(self.compute_s(load)) + self.scales.exchange * self.exchange_s(load)
+        for context_tokens, token_s in zip(load.context_tokens, self.attention_s, strict=True):
+            seconds += context_tokens * token_s
+        return seconds + load.prefill_pairs * self.pair_s + load.decode_requests * self.scales.per_request_s
 
     def compute_s(self, load: StepLoad) -> float:
         """Seconds of an iteration's matrix products at full rate, those of attention not included."""
@@ -82,7 +77,7 @@ class CostModel:
     def exchange_s(self, load: StepLoad) -> float:
         """Seconds of what devices exchange in an iteration, except for scores; 0 on one device."""
         tokens = load.prefill_tokens + load.decode_requests
-        return tokens * self.exchange_token_s + (self.slices_s if load.hidden_tokens else 0.0)
+        return tokens * self.exchange_token_s + (self.slices_s if self._reads_slices(load) else 0.0)
 
     def dense_s(self, compute_s: float) -> float:
         """Seconds of the weight-bound part, given its matrix products: whichever is slower, reading or computing."""
@@ -98,7 +93,7 @@ class CostModel:
     @property
     def rho_s(self) -> float:
         """Seconds per hidden token and iteration, against KV; negative where hidden is faster."""
-        return self.hidden_token_s - self.kv_token_s
+        return self.attention_s[CacheKind.HIDDEN.index] - self.attention_s[CacheKind.KV.index]
 
     @property
     def free_tokens(self) -> int:
@@ -144,19 +139,19 @@ class CostModel:
         return 2 * self._exchange_s(2 * self.model.hidden_size)
 
     @cached_property
-    def kv_token_s(self) -> float:
-        """Seconds of decode attention per cached KV token."""
-        c = self.model
-        read = c.num_hidden_layers * 2 * c.hidden_size * BYTES / self._bytes_per_s
-        flops = c.num_hidden_layers * 4 * c.hidden_size / self._flops_per_s
-        return self.scales.kv * max(read, flops)
+    def attention_s(self) -> tuple[float, ...]:
+        """Seconds of decode attention per cached token, by `CacheKind.index`."""
+        return per_kind(lambda kind: self.scales.attention[kind.index] * self._attention_s(kind))
 
-    @cached_property
-    def hidden_token_s(self) -> float:
-        """Seconds of decode attention per cached hidden token."""
+    def _attention_s(self, kind: CacheKind) -> float:
+        """Seconds of decode attention per cached token, at scale 1."""
         c = self.model
-        read = c.num_hidden_layers * c.hidden_size * BYTES / self._bytes_per_s
-        if self.hidden_mode == "absorbed":
+        numbers = c.num_hidden_layers * kind.blocks_per_page * c.hidden_size
+        read = numbers * (kind.spec.number_bytes or BYTES) / self._bytes_per_s
+        exchange = 0.0
+        if not kind.is_projected:
+            flops = c.num_hidden_layers * 4 * c.hidden_size / self._flops_per_s
+        elif self.hidden_mode == "absorbed":
             flops = c.num_hidden_layers * 4 * c.hidden_size * c.num_attention_heads / self._flops_per_s
             exchange = 2 * self._exchange_s(2 * c.num_attention_heads)  # float32 partial scores, summed
             if self.devices > 1:
@@ -165,7 +160,11 @@ class CostModel:
         else:
             flops = c.num_hidden_layers * (4 * c.hidden_size**2 + 4 * c.hidden_size) / self._flops_per_s
             exchange = self._exchange_s(c.hidden_size)
-        return self.scales.hidden * (max(read, flops) + exchange)
+        return max(read, flops) + exchange
+
+    def _reads_slices(self, load: StepLoad) -> bool:
+        """Whether a decode reads vectors that have to be projected."""
+        return any(load.context_tokens[kind.index] for kind in KINDS if kind.is_projected)
 
     @cached_property
     def slices_s(self) -> float:

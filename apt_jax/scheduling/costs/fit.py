@@ -10,11 +10,13 @@ import json
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from operator import mul
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from apt_jax.cache import KINDS
 from apt_jax.files import replace_file
 from apt_jax.scheduling.costs.cost_model import CostModel, Scales
 from apt_jax.scheduling.costs.step_load import StepLoad
@@ -64,8 +66,8 @@ def fit(model: CostModel, observations: Sequence[Observation], around: Scales | 
         dense = base.blend(weights_s, compute_s * bend, knee)
         error, scale = _solve(np.column_stack([dense, others]) / seconds[:, None])
         if best is None or error < best[0] - 1e-12:
-            dense_scale, overhead, kv, hidden, pairs, per_request, exchange = scale
-            best = error, Scales(overhead, dense_scale, bend, knee, kv, hidden, pairs, per_request, exchange)
+            dense_scale, overhead, *attention, pairs, per_request, exchange = scale
+            best = error, Scales(overhead, dense_scale, bend, knee, tuple(attention), pairs, per_request, exchange)
     assert best is not None
     return model.with_scales(best[1])
 
@@ -77,7 +79,7 @@ def _solve(relative: NDArray[np.float64]) -> tuple[float, list[float]]:
     used = relative.any(axis=0)
     size = np.sqrt((relative[:, used] ** 2).sum(axis=0))  # columns of one size: well conditioned
     trust = np.ones(len(relative))
-    scale = np.array([1.0, 1.0, 1.0, 1.0, 1.0, 0.0, 1.0])
+    scale = np.array([1.0, 1.0, *(1.0 for _ in KINDS), 1.0, 0.0, 1.0])
     for _ in range(_ROBUST_PASSES):
         solution, _ = nnls(trust[:, None] * relative[:, used] / size, trust)
         scale[used] = solution / size
@@ -89,15 +91,14 @@ def _solve(relative: NDArray[np.float64]) -> tuple[float, list[float]]:
 def _terms(
     model: CostModel, observations: Sequence[Observation]
 ) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
-    """Seconds at scale 1: weight reads, products, `[n, 6]` overhead, KV, hidden, pairs, requests, exchange."""
+    """Seconds at scale 1: weight reads, products, `[n, 4 + kinds]` overhead, context, pairs, requests, exchange."""
     compute, others = [], []
     for load in (model.sizes.pad(o.load) for o in observations):
         compute.append(model.compute_s(load))
         others.append(
             (
                 model.overhead_s,
-                load.kv_tokens * model.kv_token_s,
-                load.hidden_tokens * model.hidden_token_s,
+                *map(mul, load.context_tokens, model.attention_s),
                 load.prefill_pairs * model.pair_s,
                 float(load.decode_requests),
                 model.exchange_s(load),
@@ -152,15 +153,18 @@ class Calibration:
 
     def save(self, path: Path) -> None:
         """Write what was measured to `path` as JSON, parent folders included."""
+        kinds = [kind.spec.name for kind in KINDS]
         rows = [{**asdict(o.load), "seconds": o.seconds} for o in self._measured]
-        replace_file(path, json.dumps({"version": 1, "observations": rows}).encode())
+        replace_file(path, json.dumps({"version": 2, "kinds": kinds, "observations": rows}).encode())
 
     @classmethod
     def load(cls, path: Path, model: CostModel) -> "Calibration | None":
         """The calibration stored at `path`; None if there is none, or it cannot be used."""
         try:
             raw = json.loads(path.read_text(encoding="utf-8"))
-            rows = [dict(row) for row in raw["observations"]] if raw["version"] == 1 else []
+            if (raw["version"], raw["kinds"]) != (2, [kind.spec.name for kind in KINDS]):
+                return None
+            rows = [{**row, "context_tokens": tuple(row["context_tokens"])} for row in raw["observations"]]
             stored = cls(model, [Observation(seconds=row.pop("seconds"), load=StepLoad(**row)) for row in rows])
         except (OSError, ValueError, KeyError, TypeError):
             return None

@@ -4,7 +4,7 @@ from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from apt_jax.cache import CacheKind
+from apt_jax.cache import KINDS
 from apt_jax.scheduling.plan import Plan
 from apt_jax.scheduling.state import Span
 
@@ -17,8 +17,7 @@ class StepLoad:
         prefill_tokens: prompt tokens computed.
         prefill_pairs: query-key pairs of their attention; a whole prompt of n has n (n + 1) / 2.
         decode_requests: requests that compute one new token.
-        kv_tokens: tokens of context that decoding KV requests read.
-        hidden_tokens: tokens of context that decoding hidden requests read.
+        context_tokens: tokens of context that decoding requests read, by `CacheKind.index` of the request.
         projected_tokens: cached hidden tokens projected to keys and values once: the earlier chunks of a hidden
             request's prefill, and conversions to KV.
         samples: requests that sample a token.
@@ -27,8 +26,7 @@ class StepLoad:
     prefill_tokens: int = 0
     prefill_pairs: int = 0
     decode_requests: int = 0
-    kv_tokens: int = 0
-    hidden_tokens: int = 0
+    context_tokens: tuple[int, ...] = (0,) * len(KINDS)
     projected_tokens: int = 0
     samples: int = 0
 
@@ -66,19 +64,16 @@ def step_load(plan: Plan, spans: Sequence[Span]) -> StepLoad:
     """What an iteration computes and reads. `spans` come from applying `plan`."""
     prefill = pairs = decodes = samples = 0
     projected = sum(entry.request.num_computed_tokens for entry in plan.converted)
-    kv_tokens = hidden_tokens = 0
+    context_tokens = [0] * len(KINDS)
     for span in spans:
         start, tokens = span.start, span.num_tokens
-        as_kv = span.request.table.kind is CacheKind.KV  # type: ignore[union-attr]
+        kind = span.request.table.kind  # type: ignore[union-attr]
         samples += span.samples
         if tokens == 1 and start:
             decodes += 1
-            if as_kv:
-                kv_tokens += start + 1
-            else:
-                hidden_tokens += start + 1
+            context_tokens[kind.index] += start + 1
         else:
             prefill += tokens
             pairs += tokens * start + tokens * (tokens + 1) // 2
-            projected += 0 if as_kv else start
-    return StepLoad(prefill, pairs, decodes, kv_tokens, hidden_tokens, projected, samples)
+            projected += start if kind.is_projected else 0
+    return StepLoad(prefill, pairs, decodes, tuple(context_tokens), projected, samples)
