@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from apt_jax.cache import CacheKind
 from apt_jax.engine.calibration import base_model, measure
 from apt_jax.engine.engine import Engine
 from apt_jax.engine_config import EngineConfig
@@ -66,7 +67,9 @@ def main() -> None:
     model = fit(base_model(engine), measured)
     print(f"{len(measured)} iterations measured in {seconds:.1f} s, fitted in {time.perf_counter() - started:.2f} s")
     print(f"scales: {model.scales}")
-    print(f"rho: {1e6 * model.rho_s:+.2f} us per hidden token (KV {1e6 * model.attention_s[CacheKind.KV.index]:.2f} us)")
+    print(
+        f"rho: {1e6 * model.rho_s:+.2f} us per hidden token (KV {1e6 * model.attention_s[CacheKind.KV.index]:.2f} us)"
+    )
     served = held_out(engine, args.num_requests, args.seed)
     print(f"{'iterations':<28} {'count':>6} {'median error':>13} {'p90':>6}")
     decodes = [o for o in served if not o.load.prefill_tokens]

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from apt_jax.cache import CacheKind
 from apt_jax.checkpoints.load import load_model
 from apt_jax.engine.engine import Engine
 from apt_jax.engine_config import EngineConfig
@@ -136,9 +137,10 @@ def main() -> None:
     print(
         f"{args.model}, {args.num_blocks} blocks of 16, {args.workload} lengths of at most {args.max_model_len} tokens"
     )
+    kv_s = measured.model.attention_s[CacheKind.KV.index]
     print(
         f"promise: first token {1e3 * slo.ttft_s:.0f} ms, gaps {1e3 * slo.tbt_s:.0f} ms, {args.slo_factor:g} x idle;"
-        f" rho {1e6 * measured.model.rho_s:+.2f} us per hidden token (KV {1e6 * measured.model.attention_s[CacheKind.KV.index]:.2f})"
+        f" rho {1e6 * measured.model.rho_s:+.2f} us per hidden token (KV {1e6 * kv_s:.2f})"
     )
     rates = [float(rate) for rate in args.rates.split(",")]
     found: dict[Setup, list[float]] = {setup: [] for setup in setups}

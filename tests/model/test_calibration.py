@@ -3,11 +3,14 @@
 import numpy as np
 import pytest
 
+from apt_jax.cache import CacheKind
 from apt_jax.engine.calibration import calibrate, calibration_path, measure
 from apt_jax.model_config import ModelConfig
 from apt_jax.scheduling.costs.fit import MIN_OBSERVATIONS, relative_errors
 from tests.support.checkpoint_folders import random_model
 from tests.support.engines import make_engine, run
+
+KV, HIDDEN = CacheKind.KV.index, CacheKind.HIDDEN.index
 
 CONFIG = ModelConfig(
     vocab_size=96, hidden_size=32, num_hidden_layers=2, ffn_dim=64, max_position_embeddings=64,
@@ -33,7 +36,8 @@ def test_decodes_and_prompts_of_every_kind_are_measured(model):
     loads = [o.load for o in measure(engine, max_seconds=60)]
     assert len(loads) >= 12
     for seen in (
-        lambda x: x.kv_tokens and not x.prefill_tokens, lambda x: x.hidden_tokens and not x.prefill_tokens,
+        lambda x: x.context_tokens[KV] and not x.prefill_tokens,
+        lambda x: x.context_tokens[HIDDEN] and not x.prefill_tokens,
         lambda x: x.prefill_tokens >= 16, lambda x: x.projected_tokens, lambda x: x.decode_requests >= 8,
     ):  # fmt: skip
         assert any(map(seen, loads)), loads

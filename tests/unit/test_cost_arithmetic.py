@@ -15,6 +15,8 @@ from apt_jax.scheduling.plan import Converted, Plan, Reason, Scheduled
 from tests.support.scheduling_loop import make_state
 from tests.support.tiny_states import run, wait
 
+HIDDEN = CacheKind.HIDDEN.index
+
 # A layer has 4 x 8 x 8 + 2 x 8 x 32 weights, 9 x 8 + 32 biases and norms: 872. Two layers, 100 x 8 embeddings: 2,544.
 TOY = ModelConfig(
     vocab_size=100, hidden_size=8, num_hidden_layers=2, ffn_dim=32, num_attention_heads=2, word_embed_proj_dim=8,
@@ -35,8 +37,11 @@ PROJECTED_S, PAIR_S = 2 * 4 * 64 / 500, 2 * 4 * 8 / 500
         ({"prefill_tokens": 3, "prefill_pairs": 6}, 0.5 + 3 * TOKEN_S + 6 * PAIR_S),
         ({"prefill_tokens": 2, "decode_requests": 2}, 0.5 + 4 * TOKEN_S),
         ({"prefill_tokens": 3, "samples": 1}, 0.5 + 3 * TOKEN_S + LOGITS_S),
-        ({"decode_requests": 2, "samples": 2, "kv_tokens": 10}, 0.5 + 2 * TOKEN_S + 2 * LOGITS_S + 10 * 0.128),
-        ({"decode_requests": 1, "hidden_tokens": 10}, 0.5 + TOKEN_S + 10 * 0.256),
+        (
+            {"decode_requests": 2, "samples": 2, "context_tokens": (10, 0)},
+            0.5 + 2 * TOKEN_S + 2 * LOGITS_S + 10 * 0.128,
+        ),
+        ({"decode_requests": 1, "context_tokens": (0, 10)}, 0.5 + TOKEN_S + 10 * 0.256),
         ({"prefill_tokens": 1, "projected_tokens": 5}, 0.5 + TOKEN_S + 5 * PROJECTED_S),
         ({"projected_tokens": 1}, 0.5 + READ_S),  # 1.0 of products while the weights are read for 2.5
         ({"projected_tokens": 3}, 0.5 + 3 * PROJECTED_S),
@@ -62,11 +67,11 @@ def test_the_toy_is_what_the_table_says():
         (replace(ONE, hidden_mode="recompute"), 64 / 500, 2 * (4 * 64 + 4 * 8) / 500),
         (CostModel(TOY, FAST_MATHS), 64 / 2000, 32 / 2000),
         (CostModel(TOY, FAST_MATHS, "recompute"), 64 / 2000, 32 / 2000),
-        (ONE.with_scales(Scales(kv=3.0, hidden=5.0)), 3 * 64 / 500, 5 * 128 / 500),
+        (ONE.with_scales(Scales(attention=(3.0, 5.0))), 3 * 64 / 500, 5 * 128 / 500),
     ],
 )
 def test_seconds_of_a_cached_token_and_rho(model, kv_s, hidden_s):
-    assert (model.kv_token_s, model.hidden_token_s) == pytest.approx((kv_s, hidden_s))
+    assert model.attention_s == pytest.approx((kv_s, hidden_s))
     assert model.rho_s == pytest.approx(hidden_s - kv_s)
 
 
@@ -78,14 +83,14 @@ def test_two_devices_share_the_work_and_exchange():
     assert TWO.slices_s == pytest.approx(3 * 2 * 0.01)
     scores = 2 * 2 * (2 * 2) * 2 / 2 / 1000  # two heads of float32
     group = 2 * 8 * 2 / 2 / GROUP_BYTES * 0.01
-    assert TWO.hidden_token_s == pytest.approx(128 / 1000 + scores + group, rel=1e-12)
-    assert replace(TWO, hidden_mode="recompute").hidden_token_s == pytest.approx(
+    assert TWO.attention_s[HIDDEN] == pytest.approx(128 / 1000 + scores + group, rel=1e-12)
+    assert replace(TWO, hidden_mode="recompute").attention_s[HIDDEN] == pytest.approx(
         2 * (4 * 64 + 32) / 1000 + 2 * 8 * 2 / 2 / 1000
     )
     assert replace(TWO, hidden_mode="recompute").slices_s == ONE.slices_s == 0.0
-    load = StepLoad(decode_requests=3, hidden_tokens=10)
+    load = StepLoad(decode_requests=3, context_tokens=(0, 10))
     assert TWO.exchange_s(load) == pytest.approx(3 * TWO.exchange_token_s + TWO.slices_s)
-    assert TWO.exchange_s(replace(load, hidden_tokens=0)) == pytest.approx(3 * TWO.exchange_token_s)
+    assert TWO.exchange_s(replace(load, context_tokens=(0, 0))) == pytest.approx(3 * TWO.exchange_token_s)
     dear = TWO.with_scales(Scales(exchange=4.0))
     assert dear.step_s(load) - TWO.step_s(load) == pytest.approx(3 * TWO.exchange_s(load))
     four = replace(TWO, devices=4)
@@ -93,9 +98,11 @@ def test_two_devices_share_the_work_and_exchange():
 
 
 def test_scales_multiply_their_term():
-    load = StepLoad(prefill_tokens=3, prefill_pairs=6, decode_requests=2, kv_tokens=7, samples=1)
+    load = StepLoad(prefill_tokens=3, prefill_pairs=6, decode_requests=2, context_tokens=(7, 0), samples=1)
     products = 5 * TOKEN_S + LOGITS_S
-    scaled = ONE.with_scales(Scales(overhead=2.0, dense=1.5, compute=0.5, kv=3.0, pairs=4.0, per_request_s=0.25))
+    scaled = ONE.with_scales(
+        Scales(overhead=2.0, dense=1.5, compute=0.5, attention=(3.0, 1.0), pairs=4.0, per_request_s=0.25)
+    )
     assert scaled.step_s(load) == pytest.approx(
         2 * 0.5 + 1.5 * 0.5 * products + 7 * 3 * 0.128 + 6 * 4 * PAIR_S + 2 * 0.25
     )
@@ -153,8 +160,8 @@ def test_a_mixed_step_is_counted_from_its_plan():
         Scheduled(new, 4, CacheKind.KV, Reason.ADMITTED_KV),
     )
     assert step_load(plan, spans) == StepLoad(
-        prefill_tokens=7, prefill_pairs=(5 + 6 + 7) + (1 + 2 + 3 + 4), decode_requests=3, kv_tokens=9 + 6,
-        hidden_tokens=5, projected_tokens=4, samples=4,
+        prefill_tokens=7, prefill_pairs=(5 + 6 + 7) + (1 + 2 + 3 + 4), decode_requests=3, context_tokens=(9 + 6, 5),
+        projected_tokens=4, samples=4,
     )  # fmt: skip
 
 
@@ -169,7 +176,7 @@ def test_a_kv_chunk_projects_nothing_and_a_conversion_projects_what_is_cached():
         converted=(Converted(hidden, Reason.CONVERTED_MEMORY_FREE),),
     )
     # `hidden` has 7 of its 8 tokens cached; by the time it is counted the plan is applied: the eighth is too
-    assert step_load(plan, spans) == StepLoad(5, 5 + 6 + 7 + 8 + 9, 1, 8, 0, 8, 2)
+    assert step_load(plan, spans) == StepLoad(5, 5 + 6 + 7 + 8 + 9, 1, (8, 0), 8, 2)
 
 
 def test_a_prompt_of_one_token_is_a_prompt():
@@ -205,14 +212,15 @@ def loads(count, seed=0):
     for _ in range(count):
         prompt, batch = int(rng.choice([0, 1, 4, 60, 900])), int(rng.integers(1, 40))
         yield StepLoad(
-            prompt, prompt * (prompt + 1) // 2, batch, int(rng.integers(0, 900)), int(rng.integers(0, 900)), 0, batch
+            prompt, prompt * (prompt + 1) // 2, batch, (int(rng.integers(0, 900)), int(rng.integers(0, 900))), 0, batch
         )
 
 
 TRUTHS = [
     Scales(),
-    Scales(overhead=30.0), Scales(dense=3.0), Scales(kv=4.0), Scales(hidden=5.0), Scales(pairs=6.0),
-    Scales(per_request_s=2.0), Scales(exchange=7.0), Scales(knee=1.0), Scales(knee=2.0, dense=2.0, kv=0.5),
+    Scales(overhead=30.0), Scales(dense=3.0), Scales(attention=(4.0, 1.0)), Scales(attention=(1.0, 5.0)),
+    Scales(pairs=6.0), Scales(per_request_s=2.0), Scales(exchange=7.0), Scales(knee=1.0),
+    Scales(knee=2.0, dense=2.0, attention=(0.5, 1.0)),
 ]  # fmt: skip
 
 
@@ -224,7 +232,7 @@ def test_fit_finds_each_scale_that_made_the_times(truth, devices):
     observed = [Observation(load, true_model.step_s(load)) for load in loads(150)]
     fitted = fit(base.with_scales(Scales(9.0, 9.0, 9.0)), observed)
     assert relative_errors(fitted, observed).max() < 0.02
-    for name in ("kv", "hidden", "pairs"):
+    for name in ("attention", "pairs"):
         assert getattr(fitted.scales, name) == pytest.approx(getattr(truth, name), rel=0.03), name
 
 
@@ -234,7 +242,7 @@ def test_what_was_not_seen_keeps_its_scale():
         Observation(StepLoad(prefill_tokens=n), 2 * base.step_s(StepLoad(prefill_tokens=n))) for n in range(1, 20)
     ]
     scales = fit(base, observed).scales
-    assert (scales.kv, scales.hidden, scales.pairs, scales.per_request_s, scales.exchange) == (1.0, 1.0, 1.0, 0.0, 1.0)
+    assert (*scales.attention, scales.pairs, scales.per_request_s, scales.exchange) == (1.0, 1.0, 1.0, 0.0, 1.0)
 
 
 def test_an_outlier_does_not_bend_the_fit():
@@ -252,7 +260,7 @@ def test_eight_observations_are_enough_and_errors_are_shares_of_what_was_measure
 
 
 def test_a_calibration_is_fitted_again_after_so_many_steps():
-    twice = ONE.with_scales(Scales(overhead=2.0, dense=2.0, kv=2.0, hidden=2.0, pairs=2.0))
+    twice = ONE.with_scales(Scales(overhead=2.0, dense=2.0, attention=(2.0, 2.0), pairs=2.0))
     steps = [(load, twice.step_s(load)) for load in loads(30)]
     calibration = Calibration(ONE, refit_every=10)
     assert (calibration.median_error(), calibration.num_observations, calibration.is_fitted) == (0.0, 0, False)
@@ -281,5 +289,5 @@ def test_only_start_up_s_iterations_and_the_newest_512_are_kept(tmp_path):
     again = Calibration.load(tmp_path / "cost.json", ONE)
     assert again is not None and again.num_observations == 8 and again.median_error() < 0.02
     text = (tmp_path / "cost.json").read_text()
-    (tmp_path / "cost.json").write_text(text.replace('"version": 1', '"version": 2'))
+    (tmp_path / "cost.json").write_text(text.replace('"version": 2', '"version": 3'))
     assert Calibration.load(tmp_path / "cost.json", ONE) is None

@@ -6,10 +6,13 @@ import random
 import numpy as np
 import pytest
 
+from apt_jax.cache import CacheKind
 from apt_jax.scheduling.costs.cost_model import CostModel, Scales, cache_blocks
 from apt_jax.scheduling.costs.fit import Calibration, Observation, fit, relative_errors
 from apt_jax.scheduling.costs.hardware import HARDWARE, MODELS, by_name
 from apt_jax.scheduling.costs.step_load import PaddedSizes, StepLoad
+
+HIDDEN = CacheKind.HIDDEN.index
 
 A100 = HARDWARE["a100-40gb"]
 OPT_13B = CostModel(MODELS["opt-13b"], A100)
@@ -25,7 +28,7 @@ def random_loads(count, seed=0):
             context = batch * rng.randint(10, 900)
             yield StepLoad(
                 prefill_tokens=prompt, prefill_pairs=prompt * (prompt + 1) // 2, decode_requests=batch,
-                kv_tokens=int(context * (1 - hidden)), hidden_tokens=int(context * hidden),
+                context_tokens=(int(context * (1 - hidden)), int(context * hidden)),
                 samples=batch + (prompt > 0),
             )  # fmt: skip
 
@@ -41,7 +44,7 @@ def test_weights_of_the_presets(name, billions):
 
 def test_a_decode_step_of_13b_on_an_a100():
     # 25.7 GB of weights and 50 * 300 tokens of 819,200 bytes, at 0.8 * 1555 GB/s
-    seconds = OPT_13B.step_s(StepLoad(decode_requests=50, kv_tokens=15000, samples=50))
+    seconds = OPT_13B.step_s(StepLoad(decode_requests=50, context_tokens=(15000, 0), samples=50))
     assert seconds == pytest.approx(0.003 + 25.7e9 / 1.244e12 + 15000 * 819200 / 1.244e12, rel=0.01)
 
 
@@ -77,14 +80,14 @@ def test_rho_counts_what_split_hidden_vectors_exchange():
     h, layers, tokens = A100, 40, 1000
     scores = tokens * layers * 2 * 40 * 4 / 2 / h.link_bytes_per_s  # float32, 40 heads, sent twice, half of it
     groups = tokens * layers * 5120 / (48 * 2**20) * h.link_latency_s  # slices of 5,120 bytes, 48 MiB an all-reduce
-    alone = tokens * (two.hidden_token_s - OPT_13B.hidden_token_s / 2)
+    alone = tokens * (two.attention_s[HIDDEN] - OPT_13B.attention_s[HIDDEN] / 2)
     assert alone == pytest.approx(scores + groups)
-    none, few = StepLoad(decode_requests=1, kv_tokens=1), StepLoad(decode_requests=1, hidden_tokens=1)
+    none, few = StepLoad(decode_requests=1, context_tokens=(1, 0)), StepLoad(decode_requests=1, context_tokens=(0, 1))
     assert two.step_s(few) - two.step_s(none) == pytest.approx(3 * layers * h.link_latency_s + two.rho_s)
 
 
 def test_two_devices_are_faster_but_not_twice():
-    load = StepLoad(decode_requests=50, kv_tokens=15000, samples=50)
+    load = StepLoad(decode_requests=50, context_tokens=(15000, 0), samples=50)
     two = dataclasses.replace(OPT_13B, devices=2)
     assert OPT_13B.step_s(load) / 2 < two.step_s(load) < OPT_13B.step_s(load)
 
@@ -101,7 +104,7 @@ def test_unknown_hardware_names_those_known():
 
 
 def test_fit_recovers_the_truth_it_was_made_from():
-    truth = OPT_13B.with_scales(Scales(2.0, 1.5, 1.7, 4.0, 3.0, 2.0, 1.3, 2e-5))
+    truth = OPT_13B.with_scales(Scales(2.0, 1.5, 1.7, 4.0, (3.0, 2.0), 1.3, 2e-5))
     observations = [Observation(load, truth.step_s(load)) for load in random_loads(200)]
     fitted = fit(OPT_13B, observations)
     held_out = [Observation(load, truth.step_s(load)) for load in random_loads(60, seed=1)]
@@ -111,7 +114,7 @@ def test_fit_recovers_the_truth_it_was_made_from():
 
 def test_fit_under_noise_beats_the_preset():
     rng = random.Random(3)
-    truth = OPT_13B.with_scales(Scales(dense=2.0, kv=2.0, hidden=4.0))
+    truth = OPT_13B.with_scales(Scales(dense=2.0, attention=(2.0, 4.0)))
     noisy = [Observation(load, truth.step_s(load) * rng.uniform(0.85, 1.15)) for load in random_loads(120)]
     held_out = [Observation(load, truth.step_s(load)) for load in random_loads(60, seed=9)]
     fitted = fit(OPT_13B, noisy)
@@ -119,7 +122,7 @@ def test_fit_under_noise_beats_the_preset():
 
 
 def test_calibration_refines_and_comes_back_from_its_file(tmp_path):
-    truth = OPT_13B.with_scales(Scales(dense=1.8, kv=2.5))
+    truth = OPT_13B.with_scales(Scales(dense=1.8, attention=(2.5, 1.0)))
     calibration = Calibration(OPT_13B, refit_every=64)
     for load in random_loads(80):
         calibration.observe(load, truth.step_s(load))
@@ -148,7 +151,7 @@ def test_too_few_or_timeless_observations_are_refused():
 
 def test_padded_sizes_are_what_the_device_computes():
     sizes = PaddedSizes(decode=(1, 8, 16), prefill=(64, 128), samples=(4, 16))
-    load = sizes.pad(StepLoad(decode_requests=9, kv_tokens=90, samples=9))
+    load = sizes.pad(StepLoad(decode_requests=9, context_tokens=(90, 0), samples=9))
     assert (load.prefill_tokens, load.decode_requests, load.samples) == (7, 9, 16)
     load = sizes.pad(StepLoad(prefill_tokens=60, decode_requests=9, samples=10))
     assert (load.prefill_tokens + load.decode_requests, load.samples) == (128, 16)
@@ -160,10 +163,10 @@ def test_padded_sizes_are_what_the_device_computes():
 
 def test_what_was_measured_at_start_up_outweighs_one_regime():
     """A long time of nothing but small decodes does not spoil the fit of prompts."""
-    truth = OPT_13B.with_scales(Scales(dense=1.8, kv=2.5, pairs=3.0))
+    truth = OPT_13B.with_scales(Scales(dense=1.8, attention=(2.5, 1.0), pairs=3.0))
     measured = [Observation(load, truth.step_s(load)) for load in random_loads(40)]
     calibration = Calibration(OPT_13B, measured, refit_every=64)
     for _ in range(640):
-        calibration.observe(StepLoad(decode_requests=8, kv_tokens=2000, samples=8), 0.031)
+        calibration.observe(StepLoad(decode_requests=8, context_tokens=(2000, 0), samples=8), 0.031)
     held_out = [Observation(load, truth.step_s(load)) for load in random_loads(40, seed=5) if load.prefill_tokens > 400]
     assert np.median(relative_errors(calibration.model, held_out)) < 0.1

@@ -227,13 +227,16 @@ class Iteration:
         tokens = self.waiting.tokens[candidates].astype(np.float64)
         if self.remaining_w is not None:
             tokens = tokens + self.remaining_w[candidates] / 2
-        return allowed & (len(running) * model.hidden_token_s * tokens <= self._decode_s(model, running))
+        return allowed & (
+            len(running) * model.attention_s[CacheKind.HIDDEN.index] * tokens <= self._decode_s(model, running)
+        )
 
     def _decode_s(self, model: CostModel, index: Ints) -> float:
         """Seconds of an iteration that decodes these running requests and no more."""
         tokens, as_kv = self.running.tokens[index], self.running.blocks_per_page[index] == 2
-        kv_tokens, hidden_tokens = int(tokens[as_kv].sum()), int(tokens[~as_kv].sum())
-        load = StepLoad(decode_requests=len(index), kv_tokens=kv_tokens, hidden_tokens=hidden_tokens)
+        load = StepLoad(
+            decode_requests=len(index), context_tokens=(int(tokens[as_kv].sum()), int(tokens[~as_kv].sum()))
+        )
         return model.step_s(load)
 
     def _take(self, order: Ints, hidden: Bools, seats: int, room: int, evictable: Ints) -> None:
