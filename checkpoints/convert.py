@@ -42,7 +42,7 @@ def convert(
 ) -> Conversion:
     """Write `source` (as in `load_model`) to the new folder `destination`, with config, tokenizer and fingerprint.
 
-    `dtype` None keeps the checkpoint's own. Everything is written beside `destination`, moved there, and only
+    `dtype` None keeps the checkpoint's own. Everything is written next to `destination`, moved there, and only
     then made loadable by its manifest: a conversion that is interrupted leaves nothing that loads.
 
     Raises:
@@ -99,7 +99,7 @@ def _beside(destination: Path) -> Iterator[Path]:
 
 
 def _copy_companions(source: Path, target: Path, dtype: np.dtype) -> None:
-    """Copy config and tokenizer files; config.json then names the dtype of the weights beside it."""
+    """Copy config and tokenizer files; config.json then names the dtype of the new weights."""
     for name in COMPANION_FILES:
         if (source / name).is_file():
             shutil.copyfile(source / name, target / name)

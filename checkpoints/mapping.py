@@ -2,7 +2,7 @@
 
 A checkpoint of OPT holds one tensor per layer (`model.decoder.layers.3.fc1.weight`); our layers are stacked,
 so that tensor fills row 3 of the parameter at `("layers", "fc1", "kernel")`. A torch linear weight is
-`[out, in]`, a Flax kernel `[in, out]`; ours is `[in, out]` with heads split into `[N, H]`.
+`[out, in]`, a Flax kernel `[in, out]`; the model's is `[in, out]` with heads split into `[N, H]`.
 
 Everything here is pure host code. Names are always those of torch's `OPTForCausalLM` state dict; other
 spellings are brought to them by `canonical_name` and `flax_name`.

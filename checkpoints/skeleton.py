@@ -1,4 +1,4 @@
-"""The model without its numbers: graph definition and shapes, made without allocating anything."""
+"""The model without its weights: graph definition and shapes, made without allocating anything."""
 
 import dataclasses
 import functools
@@ -22,7 +22,7 @@ class Skeleton:
 
     @property
     def dtype(self) -> np.dtype:
-        """Numbers that all parameters are held in."""
+        """Data type of all parameters."""
         return np.dtype(next(iter(self.shapes.values())).dtype)
 
     @property

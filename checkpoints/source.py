@@ -1,4 +1,4 @@
-"""Where a model lies: a hub id, a folder, or the bundled demo; always answered with a local folder."""
+"""Turns a hub id, a folder or None (the bundled demo) into a local folder."""
 
 import functools
 import re
@@ -52,10 +52,10 @@ def _from_hub(repository: str, revision: str | None, load_format: LoadFormat) ->
 
     at = f"{repository} at revision {revision}" if revision else repository
     failure: Exception | None = None
-    try:  # one question that is not retried; the calls that download wait half a minute for a dead network
+    try:  # one request without retries; the calls that download wait half a minute for a dead network
         info = HfApi().model_info(repository, revision=revision)
         names: Collection[str] = [sibling.rfilename for sibling in info.siblings or ()]
-    except Exception as error:  # of the hub, of its HTTP library or of the network: the cache may do all the same
+    except Exception as error:  # of the hub, its HTTP library or the network: the cache may still have the model
         failure = error
     fetch = functools.partial(snapshot_download, repository, revision=revision, local_files_only=failure is not None)
     small = [*COMPANION_FILES, MANIFEST]

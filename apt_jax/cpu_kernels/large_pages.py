@@ -39,5 +39,5 @@ class LargePages:
 
 
 def aligned(num_bytes: int) -> int:
-    """What an array of so many bytes takes of a piece of memory."""
+    """Bytes that an array of this size takes of a piece of memory, with padding."""
     return -(-num_bytes // _ALIGNMENT) * _ALIGNMENT

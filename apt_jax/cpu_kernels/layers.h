@@ -1,8 +1,8 @@
 // All layers of a step in one call: what `apt_jax.models.opt.DecoderLayer` and `apt_jax.attention.paged` do, with padding left out.
-// Numbers are rounded to the model's own type where they are there.
+// Numbers are rounded to the model's type at the same places.
 //
-// Tokens of a row that has few now are taken one by one, as rows of a decode step are, those of a longer one together:
-// one by one, each reads what is cached for itself and absorbs Wk and Wv; together, hidden vectors are projected once.
+// Rows with few tokens in this step process them one by one, as rows of a decode step, longer rows all together: one by
+// one, each token reads the cache for itself and absorbs Wk and Wv; together, hidden vectors are projected once.
 #pragma once
 
 #include <algorithm>
@@ -18,11 +18,11 @@
 
 namespace apt {
 
-constexpr int kChunkTokens = 8;     // from which on a row's tokens are taken together
+constexpr int kChunkTokens = 8;     // from which on a row's tokens are processed together
 constexpr int kRowsTogether = 8;    // hidden ones, from which on queries of all are made wide at once
 constexpr int kKeysPacked = 4096;   // at a time, if one request has not more
 
-// A layer's parameters; null is one that the model does not have. Kernels are in panels.
+// A layer's parameters; null: the model does not have it. Kernels are packed in panels, see matmul.h.
 template <class Number>
 struct Layer {
   const Number *attention_scale, *attention_bias, *q, *q_bias, *k, *k_bias, *v, *v_bias, *out, *out_bias;

@@ -1,8 +1,7 @@
-// x [rows, inputs] times a kernel in panels `[outputs / kPanel, inputs, kPanel]`, zeros where outputs end; of bfloat16
-// `[outputs / kPanel, inputs / 2, kPanel, 2]`, two inputs side by side.
+// x [rows, inputs] times a kernel packed in panels `[outputs / kPanel, inputs, kPanel]`, padded with zeros; in bfloat16
+// `[outputs / kPanel, inputs / 2, kPanel, 2]`, two inputs adjacent.
 //
-// A panel is read from its begin to its end, so the memory can be asked for it ahead; a tile of rows multiplies it with
-// no sum across a vector. A result is the sum over inputs in their order, for any number of rows.
+// A panel is read from start to end, so it can be prefetched; a tile of rows multiplies it without a sum across a vector. A result is the sum over inputs in their order, for any number of rows.
 #pragma once
 
 #include <algorithm>
@@ -23,16 +22,16 @@ constexpr int kTallest = 14;  // rows of a tile: 28 of 32 registers are sums
 constexpr int kTallest = 3;
 #endif
 constexpr int kStepsAtOnce = 768;       // of a panel, between which sums go to memory
-constexpr int kTilesOfBlock = (128 + kTallest - 1) / kTallest;  // that share a panel while it is near
+constexpr int kTilesOfBlock = (128 + kTallest - 1) / kTallest;  // that share a panel while it is in the cache
 constexpr int kBytesAtOnce = 512 << 10;  // of a block's x: half of the second cache
-constexpr int kTilesToWiden = 4;  // from which on a panel of bfloat16 is made float32 for all of them at once
+constexpr int kTilesToWiden = 4;  // from which on a bfloat16 panel is widened to float32 once for all of them
 
-// Inputs whose numbers lie side by side, both in a panel and in a tile of x: one step of a product takes them.
+// Number of adjacent inputs, both in a panel and in a tile of x, that one step of a product takes.
 template <class Number>
 constexpr int kInStep = std::is_same_v<Number, BFloat16> ? 2 : 1;
 
-// Row tiles of about the same height: the first `taller` have one row more. Of rows in tiles, `[rows, inputs]`, each tile
-// is turned round: `[inputs, rows of the tile]`, of bfloat16 `[inputs / 2, rows of the tile, 2]`.
+// Row tiles of about the same height: the first `taller` have one row more. Each tile of the
+// rows `[rows, inputs]` is transposed: `[inputs, rows of the tile]`, of bfloat16 `[inputs / 2, rows of the tile, 2]`.
 struct Tiles {
   int count, height, taller;
 
@@ -46,8 +45,8 @@ struct Tiles {
   }
 };
 
-// out [M, kPanel] (+)= `steps` of x, M rows turned round, times those of a panel. Meanwhile brings `ahead` bytes a step
-// from `next` nearer.
+// out [M, kPanel] (+)= `steps` of x, M rows transposed, times those of a panel. Meanwhile prefetches `ahead` bytes per
+// step from `next`.
 template <int M, class X, class Number>
 __attribute__((noinline)) void panel_tile(const X* x, const Number* panel, int steps, float* out, size_t out_step,
                                           bool adds, const char* next, int ahead) {

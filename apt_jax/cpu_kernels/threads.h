@@ -27,8 +27,8 @@ inline void wait_a_little(int& waited) {
 #endif
 }
 
-// The threads that work for one call from XLA. Those of the pool are called once, when there first is work for them, and
-// look for more until the call returns: to wake them anew for each product would take as long as a small product does.
+// The threads that work for one call from XLA. Threads of the pool are started once, when there first is work for them, and
+// look for more until the call returns: waking them for each product would take as long as a small product.
 class Team {
  public:
   explicit Team(xla::ffi::ThreadPool& pool) : pool_(pool), state_(std::make_shared<State>()) {}

@@ -1,4 +1,4 @@
-"""How many requests ended lately, and how many kept their promise: what the autoscaler is told."""
+"""Recently ended requests, and the share of them that attained their SLO: input of the autoscaler."""
 
 import math
 from collections import deque
@@ -7,15 +7,15 @@ WINDOW_S = 30.0
 
 
 class RecentAttainment:
-    """Endings of the last `WINDOW_S` seconds. Times are of any clock that goes on.
+    """Endings of the last `WINDOW_S` seconds. Times are of any monotonic clock.
 
     Args:
-        enough: fewer endings than this, which is at least 1, tell nothing.
+        enough: with fewer endings than this (at least 1) there is no share.
     """
 
     def __init__(self, enough: int):
         self._enough = enough
-        self._ended: deque[tuple[float, bool | None]] = deque()  # when, and whether the promise was kept if that counts
+        self._ended: deque[tuple[float, bool | None]] = deque()  # when, and whether the SLO was attained if that counts
         self._first_s = math.inf
 
     def add(self, time_s: float, attained: bool) -> None:
@@ -24,7 +24,7 @@ class RecentAttainment:
         self._first_s = min(self._first_s, time_s)
 
     def share(self, now: float) -> float | None:
-        """Those that kept their promise, between 0 and 1; None where too few ended to tell."""
+        """Share that attained their SLO, between 0 and 1; None if too few ended."""
         self._forget(now)
         judged = [kept for _, kept in self._ended if kept is not None]
         return sum(judged) / len(judged) if len(judged) >= self._enough else None

@@ -1,7 +1,7 @@
-"""How many instances there should be, from kept promises and queues; not from processor use, which says nothing here.
+"""The number of instances, from SLO attainment and queues; not from processor use, which says nothing here.
 
-An engine at half its throughput and one past its limit both keep the device busy. What tells them apart is whether
-requests keep their SLO and whether they wait without blocks.
+An engine at half its throughput and one past its limit both keep the device busy. They differ in whether
+requests attain their SLO and whether they wait for blocks.
 """
 
 import math
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from apt_jax.routing.instance import InstanceLoad
 
-REMEMBERED_DELAYS = 10  # of `down_delay_s`: for so long it is remembered which load broke promises
+REMEMBERED_DELAYS = 10  # of `down_delay_s`: for this long the load at which SLOs were missed is remembered
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Autoscaler:
         self.options = options or AutoscalerOptions()
         self._small_since_s: float | None = None
         self._large_since_s: float | None = None
-        self._too_much_per_s = math.inf  # requests that one instance ended while promises were broken
+        self._too_much_per_s = math.inf  # requests that one instance ended while SLOs were missed
         self._too_much_at_s = 0.0
 
     def desired(
@@ -72,12 +72,12 @@ class Autoscaler:
         Args:
             loads: the newest reports of instances that take requests.
             num_instances: those that run, those being started included.
-            now: seconds of any clock that goes on.
-            attainment: share of the requests finished in the last half minute or so that kept their SLO; None if
-                too few finished to tell. It does not count while an instance is being started: what is missed then is
+            now: seconds of any monotonic clock.
+            attainment: share of the requests finished in the last half minute or so that attained their SLO; None if
+                too few finished. It does not count while an instance is being started: what is missed then is
                 what that one is for. For the same reason the caller forgets what came before an instance was ready.
             ended_per_s: requests that all instances finished per second in this time. It keeps
-                the number from swinging where memory is free: an instance that was added because promises were broken
+                the number from swinging where memory is free: an instance that was added because SLOs were missed
                 is not removed while the load is much the same.
         """
         options = self.options
@@ -98,7 +98,7 @@ class Autoscaler:
         return min(max(answer, options.min_instances), options.max_instances)
 
     def _was_too_much(self, ended_per_s: float, now: float) -> bool:
-        """Whether one instance that finishes so many broke promises, or nearly so."""
+        """Whether this rate per instance is close to one at which SLOs were missed."""
         if now - self._too_much_at_s > REMEMBERED_DELAYS * self.options.down_delay_s:
             self._too_much_per_s = math.inf
         return ended_per_s > self.options.low_occupancy / self.options.high_occupancy * self._too_much_per_s

@@ -1,8 +1,8 @@
-"""The interface of a router, the table of routers by name, and the usual ones that know nothing about scheduling.
+"""The interface of a router, the table of routers by name, and the usual routers that know nothing about scheduling.
 
-A router answers one question: which instance gets this request. It is told every instance's last report, which may be
-old; what it sent itself after a report was counted, it adds (`sent.py`), so that all requests of an interval do not go
-to the instance that looked best at its start. One router must not be used by two threads at a time.
+A router answers one question: which instance gets this request. It gets every instance's last report, which may be
+old, and adds what it sent itself after the report was counted (`sent.py`), so that all requests of an interval do not
+go to the instance that looked best at its start. One router must not be used by two threads at a time.
 """
 
 import math
@@ -23,7 +23,7 @@ class RouteRequest:
     Attributes:
         prompt_tokens: of its prompt, and of what it has generated elsewhere if it moves.
         time_s: now, in the router's clock.
-        slo: its promise.
+        slo: its SLO.
         waited_s: seconds since it arrived at the service.
         has_started: it moves here with tokens out already: its first token is no longer a question.
     """

@@ -1,4 +1,4 @@
-"""What an instance tells a router about itself, counted from the scheduler's own state.
+"""The report of an instance to a router, counted from the scheduler's state.
 
 The engine, the simulator and a replica behind a router all call `instance_load`. It walks over the unfinished
 requests once: tens of microseconds, cheap enough to do after every iteration.
@@ -23,9 +23,9 @@ class InstanceLoad:
     Blocks are blocks of the pool: a page of a KV request takes two, one of a hidden request takes one.
 
     Attributes:
-        instance: its name, the same in every report; the router remembers by it what it sent there.
-        time_s: when it was counted, in the ROUTER's clock. Clocks of two machines differ: who receives a report from
-            elsewhere replaces this by the time at which it asked for the report.
+        instance: its name, the same in every report, by which the router remembers what it sent there.
+        time_s: when it was counted, in the ROUTER's clock. Clocks of two machines differ: the receiver of a report from
+            another machine replaces this by the time at which it asked for the report.
         num_waiting: requests without blocks.
         num_running: requests with blocks.
         pending_s: seconds since each unfinished request's last token, or arrival, summed over them (the paper's
@@ -134,7 +134,7 @@ def instance_load(
 
 
 def _backlog_s(model: CostModel, decode: StepLoad, queued_tokens: int, max_num_batched_tokens: int) -> float:
-    """Seconds of the iterations that compute the queued tokens beside one token of every running request."""
+    """Seconds of the iterations that compute the queued tokens together with one token of every running request."""
     room = max(1, max_num_batched_tokens - decode.decode_requests)
     steps = max(1, -(-queued_tokens // room))
     step = StepLoad(

@@ -1,12 +1,12 @@
-"""Routing by what the scheduler knows: who can keep this request's promise, and whom it would cost least.
+"""Routing by scheduler state: which instances can meet this request's SLO, and which of them has most room.
 
-1. An instance can keep the promise if the first token is predicted in time (seconds of the prompts queued there, by
+1. An instance can meet the SLO if the first token is predicted in time (seconds of the prompts queued there, by
    the cost model, and of this one) and if the prompt fits into the blocks that are left when the waiting requests have
-   theirs, or that running requests are predicted to give back in a tenth of the time left. Among these the one with
-   the smallest share of its blocks taken or waited for gets the request; blocks, not requests, are what runs out.
+   theirs, or that running requests are predicted to give back in a tenth of the remaining time. Among these the one
+   with the smallest share of its blocks taken or waited for gets the request; blocks, not requests, are what runs out.
 2. If none can, the request is late wherever it goes. Spread evenly, such requests would make every instance late: all
    queues grow, and with them the wait of every later request. So they go to one instance, the fullest, and the others
-   keep their promises. It is the paper's fallback (late requests must not drag others down), one level higher. That
+   meet their SLOs. It is the paper's fallback (late requests must not drag others down), one level higher. That
    instance serves its queue to the end and takes part again as soon as its memory suffices.
 """
 
@@ -22,14 +22,14 @@ WAIT_SHARE = 0.1  # of the time left that a request may wait for blocks; when th
 
 @register("pending-time")
 class PendingTime:
-    """The least occupied instance that can keep the promise; if none can, the fullest. Ties are broken by lot."""
+    """The least occupied instance that can meet the SLO; if none can, the fullest. Ties are broken at random."""
 
     def __init__(self, seed: int = 0):
         self._random = random.Random(seed)
         self._sent = Sent()
 
     def choose(self, request: RouteRequest, loads: Sequence[InstanceLoad]) -> int:
-        """The one that keeps most promises."""
+        """The router that attains most SLOs."""
         check_loads(loads)
         kept: list[tuple[float, int]] = []
         shares: list[tuple[float, int]] = []

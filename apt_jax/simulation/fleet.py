@@ -12,7 +12,7 @@ from apt_jax.scheduling.length import LengthPredictor
 from apt_jax.simulation.instance import Instance
 
 CHECK_EVERY_S = 1.0  # between two decisions of the autoscaler
-ENOUGH_FINISHED = 20  # requests, to tell the autoscaler an attainment
+ENOUGH_FINISHED = 20  # requests from which on an attainment is reported to the autoscaler
 
 
 @dataclass

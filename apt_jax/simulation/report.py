@@ -57,7 +57,7 @@ class Report:
 
     @property
     def key(self) -> tuple[str, str, str, str, float]:
-        """What tells the points of one call apart."""
+        """What distinguishes the points of one call."""
         return self.policy, self.cache_mode, self.hidden_attention, self.router, self.rate
 
     def as_dict(self) -> dict[str, object]:

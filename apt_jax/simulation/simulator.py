@@ -74,12 +74,12 @@ def simulate(
         cost_model: gives each iteration's time.
         num_blocks: size of the cache pool.
         limits: of an iteration.
-        slo: promise of every request; default 1 s and 1 s.
+        slo: SLO of every request; default 1 s and 1 s.
         block_size: tokens per block.
         max_model_len: longest context.
-        on_plan: told of every plan and the time it was made.
-        on_progress: told the number of requests that finished, now and then.
-        is_decided: told how many requests missed and how many are left; True ends the simulation early.
+        on_plan: called with every plan and the time it was made.
+        on_progress: called now and then with the number of finished requests.
+        is_decided: called with the numbers of missed and of unfinished requests; True ends the simulation early.
 
     Raises:
         Stalled: the policy planned nothing while requests wait and none is still to arrive.

@@ -85,7 +85,7 @@ def load_lengths(workload: str, max_model_len: int = 2048) -> Lengths:
 
 
 def _mixed(tables: list[Lengths]) -> Lengths:
-    """Rows of each table in turn, the shorter ones repeated, cut to whole passes of the longest."""
+    """Rows of the tables alternately, the shorter ones repeated, cut to whole passes of the longest."""
     rows = max(len(table.prompt_tokens) for table in tables)
     prompt, output = (
         np.stack([np.resize(column, rows) for column in columns], axis=1).reshape(-1)

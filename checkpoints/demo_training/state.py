@@ -1,4 +1,4 @@
-"""What a training run needs to go on after it was stopped."""
+"""What a training run needs to resume after it was stopped."""
 
 import dataclasses
 from pathlib import Path

@@ -2,7 +2,7 @@
 
 `python -m apt_jax.checkpoints.demo_training.train_demo`.
 
-Stopped at any time, the same command goes on where the last saved state was. How the checkpoint in this
+It can be stopped at any time; the same command resumes from the last saved state. How the checkpoint in this
 repository came about is in `docs/demo_model.md`.
 """
 
@@ -49,7 +49,7 @@ class TrainConfig:
     out: Path = Path("checkpoints/demo")  # the Hugging Face folder to write
     state: Path = Path(".cache/demo_training")  # where training resumes from
     minutes: float = 60.0  # wall time of the steps; the learning rate follows the share of it that has passed
-    steps: int | None = None  # end after so many steps instead, so that a run can be repeated exactly
+    steps: int | None = None  # end after this many steps instead, so that a run can be repeated exactly
     muon_rate: float = 4e-3  # learning rate of the layers' matrices
     adam_rate: float = 3e-3  # learning rate of embeddings, biases and norms
     weight_decay: float = 0.1
@@ -81,7 +81,7 @@ def rate_factor(step: int, share: float) -> float:
 
 
 def train(config: TrainConfig) -> None:
-    """Train, or go on training, then write the checkpoint folder."""
+    """Train, or resume training, then write the checkpoint folder."""
     corpus = build_corpus()
     tokenizer = train_tokenizer(corpus.train, SHAPE.vocab_size)
     streams = [encode(tokenizer, texts, config.seed) for texts in (corpus.train, corpus.validation)]
@@ -145,7 +145,7 @@ def _batch(config: TrainConfig, stream: TokenStream, step: int, share: float) ->
 def _facts(
     config: TrainConfig, data: Data, graphdef: nnx.GraphDef[OPT], state: nnx.State, progress: Progress
 ) -> dict[str, Any]:
-    """What `training.json` tells; losses are of the final weights in float32, in whole-context windows."""
+    """The content of `training.json`; losses are of the final weights in float32, in whole-context windows."""
     part = data.train.head(len(data.held_out.ids))
     trained, held_out = (
         mean_loss(graphdef, state, stream, rows=4, length=SHAPE.max_position_embeddings)

@@ -9,7 +9,7 @@ from apt_jax.checkpoints.skeleton import Skeleton
 from apt_jax.models.sharding import padded_shape
 
 _STDDEV = 0.02  # of the model's own initialisers
-_DRAWN_AT_ONCE = 2**22  # numbers; keeps the scratch of the draw small beside the weights
+_DRAWN_AT_ONCE = 2**22  # numbers; keeps the scratch memory of the draw small compared with the weights
 
 
 def random_parameters(skeleton: Skeleton, seed: int, shardings: Shardings) -> dict[tuple[str, ...], jax.Array]:

@@ -47,7 +47,7 @@ def files_fingerprint(config: ModelConfig, paths: Sequence[Path]) -> str:
 
 
 def dummy_fingerprint(config: ModelConfig, dtype: np.dtype, seed: int) -> str:
-    """`dummy:` and a hash over what random weights depend on, but for the device that drew them."""
+    """`dummy:` and a hash over everything that random weights depend on, except the device that draws them."""
     total = _start(config)
     total.update(f"{dtype.name} {seed}\n".encode())
     return f"dummy:{total.hexdigest()}"

@@ -186,7 +186,7 @@ class _Rows:
         """Elements `start..stop-1` of the flattened array, from the pieces they lie in."""
         dtype = FLOATING[self.array.dtype]
         result = np.empty(stop - start, dtype)
-        begin = 0  # first element of the piece at hand
+        begin = 0  # first element of the current piece
         for elements, offset in self.array.pieces:
             low, high = max(start, begin), min(stop, begin + elements)
             if low < high:

@@ -68,7 +68,7 @@ def _check_against_model(config: ModelConfig, files: WeightFiles, found: dict[st
         slot = wanted[EMBEDDING_NAME if tied and tensor.name == HEAD_NAME else tensor.name]
         expected = slot.flax_shape if tensor.flax_layout else slot.torch_shape
         if tied and tensor.name == HEAD_NAME and tensor.flax_layout:
-            expected = expected[::-1]  # a kernel [in, out] beside a table [out, in]
+            expected = expected[::-1]  # a kernel is [in, out], a table [out, in]
         if tensor.shape != expected:
             raise CheckpointError(
                 f"{tensor.file}: {tensor.stored_name!r} has shape {tensor.shape}, "

@@ -13,7 +13,7 @@ from apt_jax.checkpoints.placement import Shardings, sharding_of
 from apt_jax.checkpoints.skeleton import Skeleton
 from apt_jax.models.sharding import padded_shape
 
-_CHUNK_BYTES = 64 * 2**20  # a shard reads only the chunks it needs, and no chunk is held beside a whole stack
+_CHUNK_BYTES = 64 * 2**20  # a shard reads only the chunks it needs, and no chunk is read beside a whole stack
 _GROUP_BYTES = 64 * 2**20
 # axes along which models are split over devices and which Orbax, which cuts the longest, would leave whole: the heads
 _HEADS_AXIS = {"q_proj": 2, "k_proj": 2, "v_proj": 2, "out_proj": 1}
@@ -45,7 +45,7 @@ def restore_weights(
 
     A process reads the chunks that its devices' shards need; an axis that does not divide is padded with zeros.
     Large parameters come first and alone, for Orbax holds a second copy of what it is reading: so that copy is
-    never beside all the rest. `progress` is called with the bytes of each parameter or group.
+    never together with all the others. `progress` is called with the bytes of each parameter or group.
 
     Raises:
         CheckpointError: a parameter is missing, extra or of another shape, or its data cannot be read.

@@ -17,7 +17,7 @@ FLOATING: dict[str, np.dtype] = {
 
 @dataclasses.dataclass(frozen=True)
 class StoredTensor:
-    """Where a tensor lies and how to read it; holds no data.
+    """Where a tensor is stored and how to read it; holds no data.
 
     `rows(step)` yields the tensor as consecutive strips of `step` rows of its first axis (the last may be
     shorter), and raises `CheckpointError` when the file ends early or cannot be decoded.

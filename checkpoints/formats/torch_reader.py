@@ -51,7 +51,7 @@ def read_torch(path: Path) -> list[StoredTensor]:
 
 
 class _MappedFile:
-    """A state dict mapped from its file, mapped anew after every `_REOPEN_BYTES` read."""
+    """A state dict mapped from its file, mapped again after every `_REOPEN_BYTES` read."""
 
     def __init__(self, path: Path):
         self.path = path

@@ -1,4 +1,4 @@
-"""A prefill chunk's attention on the accelerator at hand, by the kernels and by XLA.
+"""A prefill chunk's attention on the local accelerator, by the kernels and by XLA.
 
 Among its own tokens: chunks of one row, and of eight rows packed one after the other. Over as many cached tokens: one
 row, KV. Checked against the reference before they are timed.

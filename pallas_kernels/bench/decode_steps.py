@@ -68,7 +68,7 @@ def measure_steps(
     engine: Engine, batches: Iterable[int], contexts: Iterable[int], copy_bytes_per_s: float,
     report: Callable[[StepResult], None],
 ) -> list[StepResult]:  # fmt: skip
-    """Time decode steps of every batch, context and kind; a failure is a result and the rest go on."""
+    """Time decode steps of every batch, context and kind; a failure is recorded as a result and the others continue."""
     results = []
     contexts = sorted(contexts)
     for batch in sorted(batches):

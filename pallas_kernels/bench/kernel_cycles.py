@@ -42,7 +42,7 @@ class Static:
     cycles_per_token: float | None = None
     hbm_cycles_per_token: float | None = None  # that the bytes alone take at the chip's bandwidth
     vmem_bytes: int | None = None
-    spills: int | None = None  # vector registers stored to VMEM for want of registers, in the whole program
+    spills: int | None = None  # vector registers spilled to VMEM, in the whole program
     error: str | None = None
 
     def line(self) -> str:

@@ -1,4 +1,4 @@
-"""Decode attention on the accelerator at hand: each implementation checked against the reference, then timed.
+"""Decode attention on the local accelerator: each implementation checked against the reference, then timed.
 
 One layer's attention is run many times in a program, each time over other blocks of the pool, so that no run finds the
 last one's blocks in a cache on the chip, as no layer does in a model. Implementations:

@@ -75,7 +75,7 @@ def repeated(step: Callable[[jax.Array, Any], Any], iterations: int) -> Callable
     """A program that runs `step(i, arguments)` `iterations` times on the device, one after the other.
 
     The last of the arguments, integers, depends on the step before (by an addition that is always zero), so that no
-    step can be left out, moved out of the loop or run beside another.
+    step can be left out, moved out of the loop or overlapped with another.
     """
 
     def program(*arguments: Any) -> jax.Array:

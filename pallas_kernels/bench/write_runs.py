@@ -1,7 +1,7 @@
-"""Writing a step's keys and values into the cache on the accelerator at hand, by the kernel and by XLA's scatter.
+"""Writing a step's keys and values into the cache on the local accelerator, by the kernel and by XLA's scatter.
 
 A decode step, one token of every row, and a prefill chunk of one row that starts inside a block. The pool has several
-layers, written in turn, as a model does. What was written is compared with the scatter first.
+layers, written one after the other, as a model does. What was written is compared with the scatter first.
 """
 
 from collections.abc import Callable, Iterable

@@ -9,8 +9,9 @@ Scores need all columns, so in every chunk of 64 tokens
 2. the owner adds up what it got and sends the sums to all blocks;
 3. each block computes the same softmax, group by group, and adds weights times vectors to its columns of the result.
 
-No block waits for another but for these data: who has got the sums knows that all partial scores were read, and who
-has got all partial scores knows that the sums before them were. So buffers are single, and nothing else synchronises.
+Blocks wait for each other only through these data: a block that has the sums knows that all partial scores were read,
+and one that has all partial scores knows that the sums before them were. So buffers are single, and nothing else
+synchronises.
 
 Pallas' interpreter has no `st.async`. Interpreted, the same numbers go through global memory in the same order, with
 cluster barriers in place of the counting ones (`_Mail`).
@@ -119,7 +120,7 @@ def _mail_shapes(heads: int, cluster: int) -> list[tuple[int, ...]]:
 
 
 def _slots(heads: int, columns: int, cluster: int) -> int:
-    """Tiles that fit into shared memory beside the rest; a chunk must, and more keep loads in flight."""
+    """Tiles that fit into the rest of shared memory; at least a chunk's, and more keep loads in flight."""
     scores = sum(shape[0] for shape in _mail_shapes(heads, cluster)) * CHUNK_TOKENS * PADDED_HEADS
     fixed_bytes = 2 * heads * (columns + _WORKERS * CHUNK_TOKENS) + 4 * scores
     return min((_SMEM_BYTES - fixed_bytes) // (2 * CHUNK_TOKENS * _TILE), 2 * columns // _TILE + 2)

@@ -111,7 +111,7 @@ def stream_keys_values(
     block_size: int,
     columns: Any,
 ) -> None:
-    """What the memory warpgroup does: keys and values of every chunk, in turn, through `ring [slots, C, E]`.
+    """What the memory warpgroup does: keys and values of every chunk, alternately, through `ring [slots, C, E]`.
 
     Args:
         tables: for keys and for values, the split's part of the row's table in GMEM and its place in shared memory.
@@ -150,7 +150,7 @@ def split_float32(x: jax.Array) -> list[jax.Array]:
 
 
 def part_pairs(parts: int) -> list[tuple[int, int]]:
-    """Which products of parts make up a product: all of them, less those under 2^-21 of it."""
+    """Which products of parts make up a product: all of them except those under 2^-21 of it."""
     return [(i, j) for i in range(parts) for j in range(parts) if i + j < parts]
 
 
@@ -270,7 +270,7 @@ def merge_splits(out: jax.Array, lse: jax.Array, length: jax.Array, split: int, 
 
 
 def store(ref: Any, value: jax.Array) -> None:
-    """`ref[...] = value` to GMEM for a few numbers: jax 0.12 refuses less than whole cache lines unless it is told."""
+    """`ref[...] = value` to GMEM for a few numbers: jax 0.12 refuses less than whole cache lines otherwise."""
     if hasattr(plgpu, "store"):
         plgpu.store(ref, value, optimized=False)
     else:

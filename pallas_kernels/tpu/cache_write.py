@@ -4,8 +4,8 @@ HBM holds the pool in register tiles of 8 tokens, and only whole tiles can be co
 tile for every token. Here tokens that go to the same tile are one item of work: a full tile is written without being
 read, another is read, changed and written, and several are on their way at once.
 
-Slots of tokens come in tiles too, which the grid takes in turn. An item ends where a tile of slots ends, and all writes
-of a step are waited for before the next step, which may change the same tile of the pool.
+Slots of tokens come in tiles too, which the grid visits in order. An item ends where a tile of slots ends, and all
+writes of a step are waited for before the next step, which may change the same tile of the pool.
 
 Shape letters as in `reference.py`; B slots of a tile, I items of work.
 """

@@ -2,7 +2,7 @@
 
 Each chunk of vectors X `[C, D]` is read from HBM once and used twice: scores = q_wide X^T, context += weights X. The
 accumulator is a block `[N, D]`. A float32 query over a bfloat16 pool keeps its precision: it is split into a high and a
-low bfloat16 half, which the matrix unit takes as 2N rows beside the same X.
+low bfloat16 half, which the matrix unit multiplies as 2N rows with the same X.
 """
 
 import functools
@@ -40,7 +40,7 @@ def hidden_decode_attention(
             bfloat16 for both saves the memory traffic of 2N tokens.
         clears: whether `out` is 0 in rows without tokens; without, it holds anything there, and that of N tokens is
             saved.
-        cores: tensor cores of one device; rows are dealt to them.
+        cores: tensor cores of one device; rows are distributed over them.
         interpret: run without a TPU.
 
     Raises:

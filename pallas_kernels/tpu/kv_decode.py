@@ -35,7 +35,7 @@ def kv_decode_attention(
     """As the reference, with queries rounded to the pool's dtype. Pure.
 
     Args:
-        cores: tensor cores of one device; rows are dealt to them.
+        cores: tensor cores of one device; rows are distributed over them.
         interpret: run without a TPU.
 
     Raises:

@@ -42,7 +42,7 @@ def kv_prefix_attention(
     """As the reference, with queries rounded to the pool's dtype. Pure.
 
     Args:
-        cores: tensor cores of one device; groups of heads are dealt to them.
+        cores: tensor cores of one device; groups of heads are distributed over them.
         interpret: run without a TPU.
 
     Raises:

@@ -1,9 +1,9 @@
-"""What the TPU kernels share: dealing rows to cores, and reading a row's pages chunk by chunk from HBM.
+"""What the TPU kernels share: distributing rows over cores, and reading a row's pages chunk by chunk from HBM.
 
 A kernel runs on a grid (cores, steps). A step takes one turn, which serves one row: its pages are copied from the pool
 in HBM to one of two VMEM buffers, a chunk of tokens at a time, while the other buffer is computed on; during a turn's
-last chunk the first chunk of the core's next turn is already on its way, so that only the very first read of a core is
-waited for.
+last chunk the first chunk of the core's next turn is already being copied, so a core waits only for its very first
+read.
 
 Shape letters as in `reference.py`; C is the tokens of a chunk.
 """

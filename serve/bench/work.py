@@ -1,4 +1,4 @@
-"""The requests of a benchmark: lengths from a table, prompts as token ids or as texts of so many tokens."""
+"""The requests of a benchmark: lengths from a table, prompts as token ids or as texts of exactly that many tokens."""
 
 import json
 from collections.abc import Sequence

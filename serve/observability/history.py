@@ -1,8 +1,8 @@
-"""What became of each request, step by step: why it ran, waited, was converted, demoted or preempted.
+"""History of each request by step: why it ran, waited, was converted, demoted or preempted.
 
-Successive steps with the same action and reason are one event with a count, so that a long answer stays short here.
-A request that goes on waiting costs nothing per step: who waits is compared with the step before as a whole, and only
-those who begin or end are looked at.
+Successive steps with the same action and reason are one event with a count, so that a long answer has a short history.
+A request that keeps waiting costs nothing per step: the set of waiting requests is compared with the previous step's,
+and only requests that begin or end waiting are processed.
 """
 
 import threading
@@ -31,7 +31,7 @@ class Event:
     first_s: float
     last_s: float
     count: int = 1
-    since_step: int | None = None  # while it goes on by itself: the step from which on `count` and `last_s` lag behind
+    since_step: int | None = None  # while it continues: the step since which `count` and `last_s` are not updated
 
 
 @dataclass(slots=True)
@@ -62,7 +62,7 @@ class History(Observer):
         self._stories: OrderedDict[str, Story] = OrderedDict()
         self._finished: OrderedDict[str, None] = OrderedDict()
         self._waiting: dict[Reason, tuple[Request, ...]] = {}  # of the last step
-        self._waits: dict[Request, Event] = {}  # that go on
+        self._waits: dict[Request, Event] = {}  # that continue
         self._step, self._step_s = 0, 0.0  # number and time of the last one
 
     def stepped(self, engine: "Engine", step: Stepped) -> None:
@@ -95,7 +95,7 @@ class History(Observer):
             return [self._shown(self._stories[name]) for name in names]
 
     def _end_waits(self, waiting: dict[Reason, tuple[Request, ...]]) -> None:
-        """Those who no longer wait, or for another reason, did so up to the last step."""
+        """End the events of requests that no longer wait, or for another reason; they lasted until the last step."""
         for reason, requests in self._waiting.items():
             for request in set(requests).difference(waiting.get(reason, ())):
                 event = self._waits.pop(request)

@@ -1,4 +1,4 @@
-"""Prometheus metrics of one engine: vLLM's names where vLLM has the figure, `apt:` for ours."""
+"""Prometheus metrics of one engine: vLLM's names where vLLM has the figure, else the prefix `apt:`."""
 
 from apt_jax.serve.observability.engine_metrics import EngineMetrics
 from apt_jax.serve.observability.request_metrics import RequestMetrics

@@ -44,7 +44,7 @@ class Recent(Observer):
                     self._ended.append((now, request.attained))
 
     def refused(self) -> None:
-        """A request was refused for want of room or time."""
+        """A request was refused for lack of room or time."""
         with self._lock:
             self._ended.append((time.monotonic(), False))
 

@@ -1,4 +1,4 @@
-"""One log line per finished request: what it cost and what became of its promise, never what it said."""
+"""One log line per finished request: tokens, times and SLO outcome, never its content."""
 
 import logging
 

@@ -1,4 +1,4 @@
-"""Metrics of requests: latencies, tokens, promises kept, refusals. They need no engine, only what it brought."""
+"""Metrics of requests: latencies, tokens, SLO attainment, rejections. They need only outputs, no engine."""
 
 from collections.abc import Sequence
 
@@ -11,7 +11,7 @@ from apt_jax.serve.runtime.samples import Sample
 FAST_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 0.75, 1.0, 2.5, 5.0, 10.0)
 SLOW_S = (0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 20.0, 40.0, 60.0, 120.0, 300.0)
 TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000)
-MISSES = {"queue_full", "predicted_late", "not_ready", "timeout"}  # rejections that break a promise; bad input does not
+MISSES = {"queue_full", "predicted_late", "not_ready", "timeout"}  # rejections that miss an SLO; bad input does not
 
 
 class RequestMetrics(Instruments):
@@ -31,7 +31,7 @@ class RequestMetrics(Instruments):
         self.queue_time = self._histogram("vllm:request_queue_time_seconds", "Arrival to being scheduled.", SLOW_S)
         self.prompt_lengths = self._histogram("vllm:request_prompt_tokens", "Prompt tokens per request.", TOKENS)
         self.output_lengths = self._histogram("vllm:request_generation_tokens", "Tokens per finished request.", TOKENS)
-        self.attained = self._counter("apt:slo_attained", "Requests that kept their promise.", "slo")
+        self.attained = self._counter("apt:slo_attained", "Requests that attained their SLO.", "slo")
         self.missed = self._counter("apt:slo_missed", "Requests that broke it; refused and failed ones too.", "slo")
         self.rejected = self._counter("apt:requests_rejected", "Requests refused, by reason.", "reason")
         self.tasks = self._gauge("apt:event_loop_tasks", "Tasks of the server's event loop, this reading's own too.")
@@ -82,7 +82,7 @@ class RequestMetrics(Instruments):
             if tokens > 1:
                 self.tpot.observe((latency_s - request.ttft_s) / (tokens - 1))
             self._judge(request.ttft_s <= request.slo.ttft_s, request.p99_gap_s <= request.slo.tbt_s)
-        elif counts:  # one that its client gave up tells nothing
+        elif counts:  # a request that its client cancelled says nothing
             self._judge(ttft=False, tbt=False)
 
     def _judge(self, ttft: bool, tbt: bool) -> None:

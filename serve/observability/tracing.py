@@ -71,5 +71,5 @@ class Tracing(Observer):
             span.end()
 
     def close(self) -> None:
-        """Send what is left."""
+        """Send the remaining spans."""
         self._provider.shutdown()

@@ -39,9 +39,9 @@ def read_template(path: Path) -> str:
 
 
 def render(messages: Sequence[Message], tokenizer: "Tokenizer", template: str | None, *, generate: bool) -> str:
-    """The chat as one text; `template` goes before the tokenizer's own. Runs in Jinja's sandbox.
+    """The chat as one text; `template` overrides the tokenizer's own. Runs in Jinja's sandbox.
 
-    With `generate`, the text ends where the assistant is to go on.
+    With `generate`, the text ends where the assistant's answer begins.
 
     Raises:
         BadRequest: there is no template, or it refuses the messages.

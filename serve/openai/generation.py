@@ -36,7 +36,7 @@ class ServedModel:
 
     engine: EngineFacts
     name: str
-    chat_template: str | None = None  # goes before the tokenizer's own
+    chat_template: str | None = None  # overrides the tokenizer's own
 
 
 @dataclass
@@ -314,7 +314,7 @@ def check_room(prompt_tokens: int, max_tokens: int, max_model_len: int) -> None:
 
 
 def default_slo(engine: EngineFacts) -> Slo:
-    """The server's own promise."""
+    """The server's default SLO."""
     return Slo(engine.config.ttft_slo_ms / 1000, engine.config.tbt_slo_ms / 1000)
 
 

@@ -115,7 +115,7 @@ class Strict(BaseModel):
 
 
 class SloBody(Strict):
-    """Latency promise of one request, in milliseconds; a missing one takes the server's default."""
+    """Latency SLO of one request, in milliseconds; a missing part takes the server's default."""
 
     ttft_ms: float | None = Field(default=None, ge=MIN_SLO_MS, le=MAX_SLO_MS)
     tbt_ms: float | None = Field(default=None, ge=MIN_SLO_MS, le=MAX_SLO_MS)

@@ -1,4 +1,4 @@
-"""What a finished request's latency promise came to, for its response. Source of the terms: DESIGN, "Definitions"."""
+"""The SLO report of a finished request, for its response; the terms are those of docs/api.md."""
 
 from collections.abc import Sequence
 from typing import TypedDict

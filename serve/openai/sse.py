@@ -42,7 +42,7 @@ class SseResponse(Response):
         self.init_headers({"cache-control": "no-cache", "x-accel-buffering": "no"})
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send the events; whoever made `cleanup` watches `receive`."""
+        """Send the events; the caller, which made `cleanup`, watches `receive`."""
         with self._cleanup:
             await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
             async with contextlib.aclosing(self._events) as events:

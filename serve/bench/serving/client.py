@@ -130,7 +130,7 @@ class Answer:
             self._record.error = f"the server ended it: {choice['finish_reason']}"
 
     def finish(self) -> None:
-        """The stream has ended: count tokens, and drop pieces that only told a role or the end."""
+        """The stream has ended: count tokens, and drop pieces that carried only a role or the end."""
         record = self._record
         record.output_tokens = (self._usage or {}).get("completion_tokens") or len(record.piece_s)
         record.prompt_tokens = (self._usage or {}).get("prompt_tokens") or record.prompt_tokens

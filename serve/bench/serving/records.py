@@ -1,6 +1,6 @@
-"""What a client saw of each request, and the figures people compare, in the names of vLLM's benchmark.
+"""What a client saw of each request, and the figures derived from it, in the names of vLLM's benchmark.
 
-Seconds count from the begin of the run. Latencies count from the planned arrival, whenever the request was sent.
+Seconds count from the start of the run. Latencies count from the planned arrival, whenever the request was sent.
 """
 
 from collections import Counter
@@ -58,7 +58,7 @@ class Record:
         return (self.planned_s if self.sent_s is None else self.sent_s) - self.planned_s
 
     def attains(self, slo: Slo) -> bool:
-        """Whether it kept the promise; a failed one did not."""
+        """Whether it attained its SLO; a failed one did not."""
         return not self.has_failed and slo.is_kept(self.ttft_s, self.gaps_s)
 
 
@@ -81,7 +81,7 @@ class Run:
         return max((r.started_s - r.planned_s for r in self.records if r.started_s is not None), default=0.0)
 
     def attainment(self, slo: Slo) -> float:
-        """Share of all requests sent that kept the promise."""
+        """Share of all requests sent that attained their SLO."""
         return _share(record.attains(slo) for record in self.records)
 
 
@@ -155,7 +155,7 @@ def _is_good(record: Record, goodput: Mapping[str, float]) -> bool:
 
 
 def _most_at_once(done: Sequence[Record]) -> int:
-    """Most requests that were sent and not answered at one moment; an end goes before a start at the same time."""
+    """Maximum number of concurrent requests; at equal times an end counts before a start."""
     sent = [(r.planned_s if r.sent_s is None else r.sent_s, 1) for r in done]
     ended = [(r.piece_s[-1], -1) for r in done]
     most = now = 0
