@@ -29,7 +29,7 @@ class Digits(CostModel):
     """Seconds in which every figure of a load has digits of its own."""
 
     def step_s(self, load):
-        figures = (load.prefill_tokens, load.decode_requests, load.kv_tokens, load.hidden_tokens, load.samples)
+        figures = (load.prefill_tokens, load.decode_requests, *load.context_tokens, load.samples)
         return sum(figure * 1000.0**power for power, figure in enumerate(figures))
 
 
