@@ -92,3 +92,41 @@ def test_every_page_can_be_reached_from_the_index(page):
 def test_no_guide_is_longer_than_it_may_be(page):
     words = [word for word in (ROOT / page).read_text("utf-8").split() if any(c.isalnum() for c in word)]
     assert len(words) <= LONGER.get(page, MAX_WORDS)
+
+
+def source_of(target: str) -> str:
+    """Code of the module that a make target runs, and of the package it is in; empty for pytest."""
+    recipe = re.search(rf"^{target}:.*\n((?:\t.*\n)+)", (ROOT / "Makefile").read_text("utf-8"), re.MULTILINE)
+    assert recipe is not None, target
+    module = re.search(r"python -m ((?:experiments|tests)[\w.]*)", recipe[1])
+    if module is None:
+        return ""
+    path = ROOT / module[1].replace(".", "/")
+    files = path.glob("*.py") if path.is_dir() else [path.with_suffix(".py")]
+    return "\n".join(file.read_text("utf-8") for file in files)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_flag_given_to_a_make_target_is_one_of_its_program(page):
+    for target, arguments in re.findall(r'make ([a-z-]+) ARGS="([^"]*)"', (ROOT / page).read_text("utf-8")):
+        if target in ("serve", "test"):  # flags of `apt-jax serve` and pytest
+            continue
+        for flag in re.findall(r"(?<![\w-])--[a-z][a-z0-9-]+", arguments):
+            field = flag.removeprefix("--").replace("-", "_")
+            assert re.search(rf'"{flag}"|^    {field}:', source_of(target), re.MULTILINE), f"{page}: {target} {flag}"
+
+
+def test_the_troubleshooting_page_quotes_messages_of_the_code():
+    """Capitals, `...` and `X` stand for what a message fills in; the words between them must be in the code."""
+    code = "".join(
+        path.read_text("utf-8") for top in ("apt_jax", "serve", "checkpoints") for path in (ROOT / top).rglob("*.py")
+    )
+    code = re.sub(r'"\n\s*f?"', "", code)  # a message that is written on several lines
+    quoted = [
+        fragment.strip(" ,;:'.\"")
+        for message in re.findall(r"^\|[^|]*?`([^`|]* [^`|]*)`[^|]*\|", prose("docs/troubleshooting.md"), re.MULTILINE)
+        for fragment in re.split(r"\b[A-Z]\b|\b[A-Z]{3,}\b|\.\.\.|[\"'()?:;=]", message)
+    ]
+    fragments = [fragment for fragment in quoted if len(fragment.split()) > 2]
+    assert len(fragments) > 20
+    assert [fragment for fragment in fragments if fragment not in code] == []
