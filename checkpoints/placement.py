@@ -1,13 +1,13 @@
 """Serving dtype and the devices that parameters go to."""
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import numpy as np
 
 from apt_jax.checkpoints.errors import CheckpointError
 from apt_jax.checkpoints.formats.stored_tensor import FLOATING
+from apt_jax.execution.platform import Platform
 from apt_jax.model_config import ModelConfig
 
 type Shardings = jax.sharding.Sharding | Callable[[tuple[str, ...], tuple[int, ...]], jax.sharding.Sharding] | None
@@ -24,13 +24,12 @@ def sharding_of(shardings: Shardings, path: tuple[str, ...], shape: tuple[int, .
     return shardings if isinstance(shardings, jax.sharding.Sharding) else shardings(path, shape)
 
 
-def platform_of(shardings: Shardings) -> str:
-    """Platform of the devices that the parameters go to: "cpu", "gpu" or "tpu"."""
-    device: Any = next(iter(sharding_of(shardings, ("embed_positions", "embedding"), (1, 1)).device_set))
-    return device.platform
+def platform_of(shardings: Shardings) -> Platform:
+    """Platform of the devices that the parameters go to."""
+    return Platform.of(next(iter(sharding_of(shardings, ("embed_positions", "embedding"), (1, 1)).device_set)))
 
 
-def serving_dtype(requested: str, config: ModelConfig, platform: str) -> np.dtype:
+def serving_dtype(requested: str, config: ModelConfig, platform: Platform) -> np.dtype:
     """Numbers that the weights are held in: what is asked for, or for "auto" what suits the platform.
 
     "auto" is the checkpoint's own dtype, but float32 on a CPU, whose 16-bit arithmetic is slow, and bfloat16
@@ -40,10 +39,7 @@ def serving_dtype(requested: str, config: ModelConfig, platform: str) -> np.dtyp
         CheckpointError: `requested` is not a known name.
     """
     if requested == "auto":
-        own = config.checkpoint_dtype
-        if platform == "cpu":
-            return FLOATING["float32"]
-        return FLOATING["bfloat16" if platform == "tpu" and own == "float16" else own]
+        return FLOATING[platform.weight_dtype(config.checkpoint_dtype)]
     return stored_dtype(requested, config)
 
 

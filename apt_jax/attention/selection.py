@@ -25,6 +25,7 @@ def select_kernels(
     block_size: int,
     dtype: DTypeLike,
     device: jax.Device,
+    cpp_kernels: bool,
     num_devices: int = 1,
 ) -> Kernels | None:
     """The kernels to attend with, or None for XLA.
@@ -35,15 +36,15 @@ def select_kernels(
 
     Args:
         model_config: of the part of the model that a device has.
+        cpp_kernels: the device's kernels are those in C++, as on a CPU.
         num_devices: that the model is split over.
 
     Raises:
         ValueError: pallas or native was asked for, and the kernels do not work here.
     """
-    on_cpu = device.platform == "cpu"
-    if backend == "xla" or (backend == "auto" and on_cpu and num_devices > 1):
+    if backend == "xla" or (backend == "auto" and cpp_kernels and num_devices > 1):
         return None
-    if backend == "pallas" and on_cpu:
+    if backend == "pallas" and cpp_kernels:
         logger.warning("attention_backend='pallas' on a CPU interprets the TPU kernels: for checks, many times slower")
         return dispatch.kernels_for(device)
 
@@ -52,15 +53,15 @@ def select_kernels(
     def check(kernels: Kernels) -> str | None:
         with jax.default_device(device):
             reason = dispatch.self_check(kernels, heads=heads, head_dim=head_dim, block_size=block_size, dtype=dtype)
-            if reason is None and on_cpu:
+            if reason is None and cpp_kernels:
                 reason = dispatch.check_chunk(kernels, heads=heads, head_dim=head_dim, dtype=dtype)
             return reason
 
     shape = f"{heads}x{head_dim}-{block_size}-{dtype}"
     found: Kernels | str
-    if backend == "native" and (not on_cpu or num_devices > 1):
+    if backend == "native" and (not cpp_kernels or num_devices > 1):
         found = "it is for a model on one CPU"
-    elif on_cpu:
+    elif cpp_kernels:
         found = _cpu_kernels(check, shape)
     else:
         found = _pallas_kernels(check, device)
@@ -68,7 +69,7 @@ def select_kernels(
         logger.info("attention: kernels for %s", found.name)
         if found.hidden_decode is None:
             logger.warning("attention: XLA for hidden rows, because the %r kernels have none for them", found.name)
-        if on_cpu:
+        if cpp_kernels:
             return found
         with jax.default_device(device):
             return _usable(found, heads=heads, head_dim=head_dim, block_size=block_size, dtype=dtype)

@@ -22,6 +22,7 @@ from apt_jax.engine.memory import MemoryPlan, plan_memory
 from apt_jax.engine.prompt_logprobs import PromptLogprobs
 from apt_jax.engine_config import EngineConfig
 from apt_jax.execution.multihost import smallest_of_all
+from apt_jax.execution.platform import Platform
 from apt_jax.execution.pool import block_bytes
 from apt_jax.execution.runner import Runner, Shapes, StepResults, pages_multiple
 from apt_jax.execution.sampling import Sampled
@@ -91,7 +92,7 @@ class Engine:
         self.model_config = model_config
         self.tokenizer = tokenizer
         self._clock = clock
-        platform = next(iter(model.embed_tokens.embedding[...].devices())).platform
+        platform = Platform.of_array(model.embed_tokens.embedding[...])
         self.config = config = resolve(config, model_config, platform)
         assert config.max_model_len is not None
         assert config.max_num_seqs is not None
@@ -425,7 +426,7 @@ class Engine:
         self.policy.finished(request, now)
 
 
-def resolve(config: EngineConfig, model_config: ModelConfig, platform: str) -> EngineConfig:
+def resolve(config: EngineConfig, model_config: ModelConfig, platform: Platform) -> EngineConfig:
     """Fill in the defaults that depend on the model and the device.
 
     Raises:
@@ -436,15 +437,14 @@ def resolve(config: EngineConfig, model_config: ModelConfig, platform: str) -> E
             f"max_model_len={config.max_model_len} is more than the model's max_position_embeddings="
             f"{model_config.max_position_embeddings}; lower --max-model-len"
         )
-    on_cpu = platform == "cpu"
-    max_num_seqs = config.max_num_seqs or (64 if on_cpu else 256)
+    max_num_seqs = config.max_num_seqs or platform.max_num_seqs
     max_model_len = config.max_model_len or model_config.max_position_embeddings
     resolved = replace(
         config,
         max_model_len=max_model_len,
         max_num_seqs=max_num_seqs,
-        max_num_batched_tokens=config.max_num_batched_tokens or max(512 if on_cpu else 2048, max_num_seqs),
-        async_scheduling=(not on_cpu) if config.async_scheduling is None else config.async_scheduling,
+        max_num_batched_tokens=config.max_num_batched_tokens or max(platform.max_num_batched_tokens, max_num_seqs),
+        async_scheduling=platform.async_scheduling if config.async_scheduling is None else config.async_scheduling,
     )
     return resolved
 

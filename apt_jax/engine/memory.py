@@ -7,8 +7,7 @@ import psutil
 
 from apt_jax.cache import CacheKind, blocks_for
 from apt_jax.engine_config import EngineConfig
-
-CPU_CACHE_LIMIT_BYTES = 4 * 2**30  # a default that leaves a workstation usable; --cache-memory-bytes goes past it
+from apt_jax.execution.platform import Platform
 
 
 @dataclass(frozen=True)
@@ -126,8 +125,9 @@ def _room(
         return config.cache_memory_bytes, f"raise --cache-memory-bytes (now {config.cache_memory_bytes})"
     share = config.device_memory_utilization
     room = int(total * share) - (total - free) - activation_bytes
-    if device.platform == "cpu" and room > CPU_CACHE_LIMIT_BYTES // sharers:
-        return CPU_CACHE_LIMIT_BYTES // sharers, "raise --cache-memory-bytes"
+    limit = Platform.of(device).cache_limit_bytes
+    if limit is not None and room > limit // sharers:
+        return limit // sharers, "raise --cache-memory-bytes"
     return room, f"raise --device-memory-utilization (now {share}), lower --max-num-batched-tokens"
 
 

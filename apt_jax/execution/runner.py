@@ -28,6 +28,7 @@ from apt_jax.cpu_kernels.calls import KERNELS as CPU_KERNELS
 from apt_jax.engine_config import AttentionBackend
 from apt_jax.execution.forms.layer_weights import LayerWeights, OuterWeights
 from apt_jax.execution.forms.native import are_native, run_native_step, scratch_bytes
+from apt_jax.execution.platform import Platform
 from apt_jax.execution.pool import convert_blocks, convert_layer, pool_shape
 from apt_jax.execution.program_store import ProgramStore, source_hash
 from apt_jax.execution.sampling import Sampled, Scored, score
@@ -85,7 +86,8 @@ class Runner:
         self._graphdef, state = nnx.split(model)
         self._weights, self._weights_tree = jax.tree.flatten(state)
         self.parallel = Parallel.of(model)
-        if self.device.platform == "tpu" and self.parallel is None:
+        self.platform = Platform.of(self.device)
+        if self.platform.own_layouts and self.parallel is None:
             self._weights = put_for_tpu(jax.tree.leaves_with_path(state))
             nnx.update(model, jax.tree.unflatten(self._weights_tree, self._weights))  # or the old ones would stay
         self.dtype = jnp.dtype(model.embed_tokens.embedding[...].dtype)
@@ -93,10 +95,10 @@ class Runner:
         # layer; the other programs get arrays without elements in the layers' places.
         self._layers: LayerWeights | None = None
         if call_per_layer is None:
-            call_per_layer = self.device.platform == "cpu" and self.parallel is None
+            call_per_layer = self.platform.call_per_layer and self.parallel is None
         self.kernels = select_kernels(
             attention_backend, local_config(model_config, self.num_devices), block_size=shapes.block_size,
-            dtype=self.dtype, device=self.device, num_devices=self.num_devices,
+            dtype=self.dtype, device=self.device, cpp_kernels=self.platform.cpp_kernels, num_devices=self.num_devices,
         )  # fmt: skip
         self._outer: OuterWeights | None = None
         self._all_weights: list[jax.Array] | None = None  # if all layers of a step are one call
@@ -295,9 +297,9 @@ class Runner:
         def step(weights, pool, history, tokens, rows):  # type: ignore[no-untyped-def]
             return run_step(
                 self._model(weights), self.shapes.kinds, num_blocks, bucket.decode_only, self.buckets.max_rows,
-                pool, history, tokens, rows, self.kernels, unroll=bucket.decode_only and self.device.platform == "gpu",
-                by_kind=bucket.decode_only and self.device.platform == "tpu",
-                cut_late=not bucket.decode_only and self.device.platform == "tpu" and self.parallel is None,
+                pool, history, tokens, rows, self.kernels, unroll=bucket.decode_only and self.platform.unrolls_decode,
+                by_kind=bucket.decode_only and self.platform.branches_by_kind,
+                cut_late=not bucket.decode_only and self.platform.slices_lazily and self.parallel is None,
             )  # fmt: skip
 
         outs = (EVERYWHERE, POOL, EVERYWHERE, EVERYWHERE)
@@ -397,9 +399,9 @@ class Runner:
         `weights` are all of the model's unless given; `outs` is how results lie on several devices.
         """
         leaves: list[Any] = self._weights if weights is None else weights
-        on_tpu = self.device.platform == "tpu" and self.parallel is None
+        own_layouts = self.platform.own_layouts and self.parallel is None
         shapes_of = [
-            jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.format if on_tpu else leaf.sharding)
+            jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.format if own_layouts else leaf.sharding)
             for leaf in leaves
         ]
         precision = "highest" if self.dtype == jnp.float32 else None

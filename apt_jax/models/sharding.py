@@ -60,13 +60,10 @@ class Parallel:
         """
         devices = jax.devices()
         if num_devices > len(devices):
-            platform = devices[0].platform
-            cure = (
-                ", or XLA_FLAGS=--xla_force_host_platform_device_count=N makes N of them" if platform == "cpu" else ""
-            )
             raise ValueError(
-                f"tensor_parallel_size={num_devices} is more than the {len(devices)} {platform} device(s) here; "
-                f"lower --tensor-parallel-size{cure}"
+                f"tensor_parallel_size={num_devices} is more than the {len(devices)} {devices[0].platform} device(s) "
+                "here; lower --tensor-parallel-size (XLA_FLAGS=--xla_force_host_platform_device_count=N makes "
+                "N devices of a CPU, for tests)"
             )
         if jax.process_count() > 1 and num_devices != len(devices):
             raise ValueError(

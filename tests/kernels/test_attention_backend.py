@@ -110,7 +110,7 @@ def test_hidden_rows_are_left_to_xla_where_only_kv_has_a_kernel(tmp_path, monkey
 
 
 def test_pallas_on_a_cpu_says_that_it_is_slow_and_auto_takes_xla_for_several(caplog):
-    options = {"block_size": 16, "dtype": jnp.float32, "device": jax.devices("cpu")[0]}
+    options = {"block_size": 16, "dtype": jnp.float32, "device": jax.devices("cpu")[0], "cpp_kernels": True}
     with caplog.at_level(logging.WARNING):
         assert select_kernels("xla", TINY, **options) is None
         assert select_kernels("auto", TINY, **options, num_devices=2) is None
@@ -167,7 +167,7 @@ def test_auto_falls_back_with_a_reason_and_pallas_refuses(cause, monkeypatch, ca
     if cause == "fails":
         monkeypatch.setattr(dispatch, "kernels_for", lambda _: Kernels("broken", broken, broken))
     monkeypatch.setattr(attention_backend.jax, "default_device", lambda _: jax.named_scope("here"))
-    options = {"block_size": 16, "dtype": jnp.float32, "device": device}
+    options = {"block_size": 16, "dtype": jnp.float32, "device": device, "cpp_kernels": False}
     reason = {
         "fails": "kv_decode failed: RuntimeError: no such instruction",
         "lacks": "there are no Pallas kernels for platform 'rocket'; use tpu, gpu or cpu",
@@ -186,7 +186,7 @@ def test_what_is_left_to_xla_is_said(monkeypatch, caplog):
     some_broken = kernels._replace(chunk=broken, hidden_prefix=broken, cache_writer=broken)
     monkeypatch.setattr(dispatch, "kernels_for", lambda _: some_broken)
     monkeypatch.setattr(attention_backend.jax, "default_device", lambda _: jax.named_scope("here"))
-    options = {"block_size": 16, "dtype": jnp.float32, "device": SimpleNamespace(platform="gpu")}
+    options = {"block_size": 16, "dtype": jnp.float32, "device": SimpleNamespace(platform="gpu"), "cpp_kernels": False}
     found = select_kernels("auto", TINY, **options)
     none = {"kv_prefix": None, "hidden_prefix": None, "chunk": None, "cache_writer": None}
     assert found == kernels._replace(name="kv only, prefixes, chunks, writes by xla", **none)

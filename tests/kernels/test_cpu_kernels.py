@@ -136,7 +136,8 @@ def test_what_is_not_finite_stays_so():
 
 
 def select(backend):
-    return select_kernels(backend, TINY, block_size=16, dtype=jnp.dtype("float32"), device=jax.devices("cpu")[0])
+    options = {"block_size": 16, "dtype": jnp.dtype("float32"), "device": jax.devices("cpu")[0]}
+    return select_kernels(backend, TINY, **options, cpp_kernels=True)
 
 
 @pytest.fixture

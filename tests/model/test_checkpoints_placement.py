@@ -16,6 +16,7 @@ from apt_jax.checkpoints.convert import convert
 from apt_jax.checkpoints.load import load_model
 from apt_jax.checkpoints.mapping import export_huggingface
 from apt_jax.checkpoints.placement import serving_dtype
+from apt_jax.execution.platform import PLATFORMS
 from apt_jax.model_config import ModelConfig
 from apt_jax.models.sharding import Parallel
 from experiments.checkpoint_memory import measure, write_folder
@@ -101,4 +102,4 @@ def test_host_memory(tmp_path):
     ],
 )
 def test_serving_dtype(requested, stored, platform, expected):
-    assert serving_dtype(requested, ModelConfig(checkpoint_dtype=stored), platform).name == expected
+    assert serving_dtype(requested, ModelConfig(checkpoint_dtype=stored), PLATFORMS[platform]).name == expected

@@ -8,8 +8,9 @@ import pytest
 
 import apt_jax.engine.memory
 from apt_jax.cache import CacheKind
-from apt_jax.engine.memory import CPU_CACHE_LIMIT_BYTES, device_memory, plan_memory
+from apt_jax.engine.memory import device_memory, plan_memory
 from apt_jax.engine_config import EngineConfig
+from apt_jax.execution.platform import PLATFORMS
 
 MIB = 2**20
 HYBRID = (CacheKind.KV, CacheKind.HIDDEN)
@@ -150,9 +151,10 @@ def test_on_a_cpu_memory_is_what_the_machine_has_available(cpu):
 
 
 def test_on_a_cpu_the_default_pool_is_limited_and_the_error_names_the_right_flag(cpu):
-    limit = CPU_CACHE_LIMIT_BYTES // MIB
+    assert PLATFORMS["cpu"].cache_limit_bytes == 4096 * MIB
+    limit = 4096
     assert plan(cpu(100 * limit * MIB)).num_blocks == limit
-    more = plan(cpu(100 * limit * MIB), cache_memory_bytes=2 * CPU_CACHE_LIMIT_BYTES, max_num_seqs=10_000)
+    more = plan(cpu(100 * limit * MIB), cache_memory_bytes=2 * limit * MIB, max_num_seqs=10_000)
     assert more.num_blocks == 2 * limit
     with pytest.raises(ValueError, match=r"4,096.0 MiB are meant for it.*: raise --cache-memory-bytes, or lower"):
         plan(cpu(100 * limit * MIB), max_model_len=10**6)
