@@ -1,7 +1,7 @@
 """`apt-jax bench kernels --all`: everything there is to measure on an accelerator, unattended, and what came of it.
 
 Each part is a process of its own with a time limit: one that hangs or is killed, as a kernel that no device has run yet
-may be, leaves its table so far and the other parts. The one most likely to do so comes last.
+may be, leaves its table so far and the other parts.
 """
 
 import json
@@ -12,14 +12,11 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-PARTS = {
-    "attention": [], "chunks": ["--chunks"], "writes": ["--writes"], "end-to-end": ["--end-to-end"],
-    "clusters": ["--clusters"],
-}  # fmt: skip
+PARTS = {"attention": [], "chunks": ["--chunks"], "writes": ["--writes"], "end-to-end": ["--end-to-end"]}
 LIMIT_S = 1500
 _MAIN = ("attention", "end-to-end")  # without which the command failed
 _KV_SHARE, _HIDDEN_TO_KV = 0.8, 0.6  # aims
-_AGAINST_KV = (("hidden", "pallas"), ("hidden", "cluster"), ("hidden", "xla"), ("kv", "xla"), ("kv", "jax"))
+_AGAINST_KV = (("hidden", "pallas"), ("hidden", "xla"), ("kv", "xla"), ("kv", "jax"))
 
 
 def run_parts(flags: list[str], folder: Path, *, limit_s: float = LIMIT_S) -> int:
@@ -66,7 +63,7 @@ def _run_part(command: list[str], text: Path, limit_s: float) -> int:
 def summary(found: dict[str, dict[str, Any]]) -> list[str]:
     """What the parts' JSON says of the aims, a line each. Pure."""
     lines = []
-    kernels = found.get("attention", {}).get("kernels", []) + found.get("clusters", {}).get("kernels", [])
+    kernels = found.get("attention", {}).get("kernels", [])
     times = {
         tuple(r[key] for key in ("model", "batch", "context_tokens", "way", "implementation")): r["times"]["median_s"]
         for r in kernels

@@ -105,23 +105,17 @@ def implementations(device: jax.Device) -> list[Implementation]:
     return found
 
 
-def by_clusters() -> Implementation:
-    """Hidden decode in one pass on Hopper GPUs, which the engine does not take yet."""
-    from apt_jax.pallas_kernels.gpu.hidden_cluster import hidden_decode_attention
-
-    return Implementation(
-        "cluster", "hidden", lambda q, pool, first, _, length: hidden_decode_attention(q, pool, first, length)
-    )
-
-
 def run_all(
-    shapes: Iterable[Shape], device: jax.Device, block_size: int, copy_bytes_per_s: float,
-    report: Callable[[Result], None], *, clusters: bool = False,
-) -> list[Result]:  # fmt: skip
-    """Check and time every implementation, or that by clusters, on every shape; one that fails is a result too."""
+    shapes: Iterable[Shape],
+    device: jax.Device,
+    block_size: int,
+    copy_bytes_per_s: float,
+    report: Callable[[Result], None],
+) -> list[Result]:
+    """Check and time every implementation on every shape; one that fails is a result too."""
     results = []
     for shape in shapes:
-        for implementation in [by_clusters()] if clusters else implementations(device):
+        for implementation in implementations(device):
             base = Result(shape.model, shape.batch, shape.context_tokens, implementation.way, implementation.name)
             try:
                 result = _run(base, shape, implementation, block_size, copy_bytes_per_s)

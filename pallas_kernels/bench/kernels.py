@@ -36,8 +36,6 @@ class BenchKernels:
     writes: bool = False
     """Measure how keys and values are written to the cache instead: one token for each row of a --batch, and chunks of
     --context tokens."""
-    clusters: bool = False
-    """Measure hidden decode by clusters of CUDA blocks instead: one pass, on Hopper; no GPU has run it yet."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Data type of --end-to-end; the kernels are measured in bfloat16."""
     all: bool = False
@@ -65,7 +63,7 @@ def run(args: BenchKernels) -> int:
     shapes = [Shape(model, batch, context) for model in models for batch in batches for context in contexts]
     device = _accelerator(args)
     if device is None:
-        if flag := next((flag for flag in ("end_to_end", "chunks", "writes", "clusters") if getattr(args, flag)), None):
+        if flag := next((flag for flag in ("end_to_end", "chunks", "writes") if getattr(args, flag)), None):
             raise ValueError(f"--{flag.replace('_', '-')} needs an accelerator; --allow-cpu tries it on the CPU")
         chips = list(CHIPS) if args.device == "auto" else [args.device]
         print(counted_table(shapes, chips))
@@ -101,9 +99,7 @@ def _measure(args: BenchKernels, device: Any, shapes: list[Any]) -> int:
     copy = _report_copy(device, copy_bytes_per_s(device))
     print("us: median of repeated runs, one layer; GB/s: bytes that must be moved over time; share: of the copy")
     print(HEADER)
-    results = run_all(
-        shapes, device, args.block_size, copy, lambda result: print(result.line(), flush=True), clusters=args.clusters
-    )
+    results = run_all(shapes, device, args.block_size, copy, lambda result: print(result.line(), flush=True))
     _write(args, {"copy_bytes_per_s": copy, "kernels": [asdict(result) for result in results]}, device)
     return int(all(result.times is None for result in results))
 

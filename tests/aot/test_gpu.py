@@ -18,7 +18,6 @@ import pytest
 from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
-from apt_jax.pallas_kernels.gpu import hidden_cluster as gpu_hidden_cluster
 from apt_jax.pallas_kernels.gpu.hidden_decode import hidden_decode_attention
 from apt_jax.pallas_kernels.gpu.kv_decode import kv_decode_attention
 from apt_jax.pallas_kernels.gpu.kv_prefix import kv_prefix_attention
@@ -144,20 +143,6 @@ def test_float32_compiles_without_spills(kind, model, block_size, rows, ptxas):
         queries = (rows, config.num_attention_heads, config.hidden_size)
         compile_kernel(hidden_decode_attention, queries, model, block_size, rows, 1, jnp.float32)
     assert check_report(ptxas(), kernels=1 if kind == "kv" else 2) == {"sm_90a"}
-
-
-@pytest.mark.parametrize(
-    ("model", "block_size", "rows"), [case for case in CASES if case[0] not in ("opt-30b", "opt-66b")]
-)
-def test_hidden_decode_by_clusters_compiles_without_spills(model, block_size, rows, ptxas):
-    """No engine takes it (`dispatch.gpu_kernels`), `bench kernels --clusters` does.
-
-    jax 0.12 has kernels assembled for linking, where `setmaxnreg` is ignored: 168 registers a thread in place of 224.
-    """
-    config = MODELS[model]
-    queries = (rows, config.num_attention_heads, config.hidden_size)
-    compile_kernel(gpu_hidden_cluster.hidden_decode_attention, queries, model, block_size, rows, 1)
-    check_report(ptxas(), kernels=1)
 
 
 def run_for_ampere(*arguments: str, **environment: str) -> str:

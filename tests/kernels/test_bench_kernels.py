@@ -102,13 +102,6 @@ def test_rho_is_the_difference_per_cached_token():
     assert rho_s([result("hidden", 0.008)]) == {}
 
 
-def test_clusters_are_measured_apart(capsys):
-    """Elsewhere than on Hopper a result says why not."""
-    assert run(BenchKernels(model="opt-30b", batch="1", context="64", clusters=True, allow_cpu=True)) == 1
-    line = capsys.readouterr().out.splitlines()[-1]
-    assert "cluster" in line and "NotImplementedError: no cluster of at most 8 CUDA blocks holds 56" in line
-
-
 def test_chunks_are_measured_apart(monkeypatch, capsys, tmp_path):
     """One row and eight rows, and one over cached tokens; checked against the reference first."""
     monkeypatch.setattr(timing, "REPEATS", 1)
@@ -151,7 +144,7 @@ def test_work_of_a_chunk():
     assert ChunkResult("opt-125m", 10, 1, "xla", cached=20).flops == 4 * 768 * 200
 
 
-@pytest.mark.parametrize("flag", ["end_to_end", "chunks", "writes", "clusters"])
+@pytest.mark.parametrize("flag", ["end_to_end", "chunks", "writes"])
 def test_measuring_needs_an_accelerator(flag):
     with pytest.raises(ValueError, match="needs an accelerator"):
         run(BenchKernels(**{flag: True}))
@@ -169,7 +162,7 @@ def test_a_part_that_hangs_is_ended_and_leaves_what_it_said(tmp_path, capsys, mo
     assert "killed by signal 9; a part may take 1 s" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("broken", "code"), [("clusters", 0), ("end-to-end", 1)])
+@pytest.mark.parametrize(("broken", "code"), [("writes", 0), ("end-to-end", 1)])
 def test_parts_run_apart_and_one_that_fails_leaves_the_others(broken, code, tmp_path, capsys, monkeypatch):
     seen = []
 
@@ -180,7 +173,7 @@ def test_parts_run_apart_and_one_that_fails_leaves_the_others(broken, code, tmp_
     monkeypatch.setattr(kernel_parts, "_run_part", run_part)
     flags = {"model": "opt-125m", "batch": "2", "output": tmp_path / "new", "allow_cpu": True, "all": True}
     assert run(BenchKernels(**flags)) == code
-    assert [command[-3] for command in seen] == ["--allow-cpu", "--chunks", "--writes", "--end-to-end", "--clusters"]
+    assert [command[-3] for command in seen] == ["--allow-cpu", "--chunks", "--writes", "--end-to-end"]
     assert all("--all" not in command and "opt-125m" in command for command in seen)
     assert f"{broken} ended with 3" in capsys.readouterr().out
 
@@ -205,7 +198,6 @@ def test_summary_holds_results_against_the_aims():
             kernel("kv", "pallas", 128, 8.0, share=0.9), kernel("hidden", "pallas", 32, 1.0),
             kernel("kv", "jax", 8, None),
         ]},
-        "clusters": {"kernels": [kernel("hidden", "cluster", 32, 1.2)]},
         "chunks": {"chunks": [
             chunk("xla", 2.0), chunk("kernel", 0.5), chunk("xla", 5.0, 512), chunk("kernel", 0.5, 512),
         ]},
@@ -215,7 +207,6 @@ def test_summary_holds_results_against_the_aims():
     assert lines == [
         "opt-13b: KV by the kernel, share of a copy at batch >= 32 (aim 0.8): 0.85 to 0.90",
         "opt-13b: time of hidden by pallas, against KV by the kernel (aim 0.6): 0.50 to 0.50",
-        "opt-13b: time of hidden by cluster, against KV by the kernel (aim 0.6): 0.60 to 0.60",
         "opt-13b: a chunk among itself, time of the kernel against XLA: 0.25 to 0.25",
         "opt-13b: a chunk over a cached prefix, time of the kernel against XLA: 0.10 to 0.10",
         "opt-13b: writing to the cache, time of the kernel against XLA: 0.25 to 0.25",

@@ -4,10 +4,6 @@
 """
 
 import functools
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
@@ -16,7 +12,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from apt_jax.pallas_kernels import dispatch, reference
-from apt_jax.pallas_kernels.gpu import hidden_cluster as gpu_hidden_cluster
 from apt_jax.pallas_kernels.gpu import hidden_decode as gpu_hidden_decode
 from apt_jax.pallas_kernels.gpu import kv_decode as gpu_kv_decode
 from apt_jax.pallas_kernels.gpu import kv_fma as gpu_kv_fma
@@ -46,10 +41,6 @@ def fma_kernel(split: int | None, strides: int = 2):
     return interpreted(gpu_kv_fma.kv_decode_attention, split_tokens=split, strides_at_once=strides)
 
 
-def cluster_kernel():
-    return interpreted(gpu_hidden_cluster.hidden_decode_attention)
-
-
 def check_kv(case: Case, kernel) -> Partial:
     args = (case.q, case.pool, case.first_blocks, case.second_blocks, case.length)
     found = kernel(*args)
@@ -57,9 +48,9 @@ def check_kv(case: Case, kernel) -> Partial:
     return found
 
 
-def check_hidden(case: Case, kernel=None) -> Partial:
+def check_hidden(case: Case) -> Partial:
     args = (case.q_wide, case.pool, case.first_blocks, case.length)
-    found = (kernel or interpreted(gpu_hidden_decode.hidden_decode_attention))(*args)
+    found = interpreted(gpu_hidden_decode.hidden_decode_attention)(*args)
     assert_close(found, reference.hidden_decode_attention(*args), case.pool.dtype)
     return found
 
@@ -143,40 +134,6 @@ def test_kernels_for_any_lengths_in_any_blocks(lengths, seed):
     check_hidden(case_of(lengths, heads=2, head_dim=64, block_size=16, pages=5, seed=seed, dtype=jnp.float32))
 
 
-def check_cluster(*, heads: int, head_dim: int, seed: int) -> None:
-    """Nothing, a chunk and one token, two chunks and a part."""
-    case = case_of([0, 65, 140], heads=heads, head_dim=head_dim, block_size=16, pages=9, seed=seed)
-    found = check_hidden(case, cluster_kernel())
-    assert (found.out[0] == 0).all() and (found.lse[0] == NEVER).all()
-
-
-def test_a_cluster_of_two_matches_the_reference():
-    """Six interpreted warpgroups at once; JAX runs only as many callbacks as it has CPU devices, or it hangs."""
-    assert gpu_hidden_cluster.cluster_size(16, 256) == 2
-    command = "from tests.kernels import test_kernels_gpu as tests; tests.check_cluster(heads=16, head_dim=16, seed=1)"
-    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
-    folder = Path(__file__).parents[2]
-    environment = os.environ | {"XLA_FLAGS": flags, "PYTHONPATH": str(folder)}
-    done = subprocess.run(
-        [sys.executable, "-c", command], env=environment, capture_output=True, text=True, timeout=300, check=False
-    )
-    assert done.returncode == 0, done.stderr
-
-
-@pytest.mark.parametrize(
-    ("heads", "width", "blocks"),
-    [(12, 768, 2), (16, 1024, 2), (32, 2048, 4), (32, 2560, 4), (32, 4096, 8), (40, 5120, 8)],
-)
-def test_opt_sizes_that_a_cluster_holds(heads, width, blocks):
-    assert gpu_hidden_cluster.cluster_size(heads, width) == blocks
-
-
-@pytest.mark.parametrize(("heads", "width"), [(56, 7168), (72, 9216)])
-def test_larger_ones_are_refused(heads, width):
-    with pytest.raises(NotImplementedError, match=f"no cluster of at most 8 .* {heads} absorbed queries of {width}"):
-        gpu_hidden_cluster.cluster_size(heads, width)
-
-
 def test_float32_is_the_sum_of_three_bfloat16():
     x = jnp.asarray(np.random.default_rng(0).standard_normal(4096) * 10.0 ** np.arange(-8, 8).repeat(256), jnp.float32)
     parts = gpu_pages.split_float32(x)
@@ -208,7 +165,7 @@ def test_every_generation_of_gpus_gets_what_it_can_run(capability):
     kernels = dispatch.gpu_kernels(capability)
     if capability == "9.0":
         assert kernels.kv_decode is gpu_kv_decode.kv_decode_attention
-        assert kernels.hidden_decode is gpu_hidden_decode.hidden_decode_attention, "that by clusters has not run yet"
+        assert kernels.hidden_decode is gpu_hidden_decode.hidden_decode_attention
         assert kernels.kv_prefix is not None and kernels.hidden_prefix is not None
     else:
         assert isinstance(kernels.kv_decode, functools.partial) and kernels.hidden_decode is None

@@ -22,7 +22,7 @@ from apt_jax.serve.runtime.compile_cache import use_compile_cache
 
 # a slot that is overwritten before it was read, or read before it was written, is a race
 INTERPRET = plgpu.InterpretGPUParams(detect_races=True)
-_THREADS = 64  # more than warpgroups of the largest cluster
+_THREADS = 64  # more than warpgroups of any kernel here
 
 
 def interpreted(kernel: Callable[..., Partial], **options: Any) -> Callable[..., Partial]:
