@@ -203,27 +203,17 @@ def main() -> int:
     parser.add_argument("--sample", type=int, help="mutations tried in all; default: every one")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--limit-s", type=float, default=60.0, help="a run that takes longer counts as noticed")
-    parser.add_argument("--conftest", action="store_true", help="load tests/conftest.py, and with it jax")
+    parser.add_argument("--preload", nargs="*", default=[], help="packages that the tests load anyway, such as jax")
     args = parser.parse_args()
-    for name in (*PRELOADED, *(("jax", "flax.nnx", "httpx", "pydantic", "starlette.testclient") * args.conftest)):
+    for name in (*PRELOADED, *args.preload):
         importlib.import_module(name)
-    if not args.conftest:
-        from hypothesis import settings
+    from hypothesis import settings
 
-        settings.register_profile("mutations", deadline=None, derandomize=True, database=None)
-        settings.load_profile("mutations")
+    settings.register_profile("mutations", deadline=None, derandomize=True, database=None)
+    settings.load_profile("mutations")
     os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"  # loading them takes longer than the tests
-    quiet = [
-        "-x",
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        "-p",
-        "pytest_timeout",
-        "-W",
-        "ignore::pytest.PytestAssertRewriteWarning",
-    ]
-    options = [*quiet, *([] if args.conftest else ["--noconftest"]), *args.tests]
+    quiet = ["-x", "-q", "-p", "no:cacheprovider", "-p", "pytest_timeout", "--noconftest"]
+    options = [*quiet, "-W", "ignore::pytest.PytestAssertRewriteWarning", *args.tests]
     if is_noticed(None, options, args.limit_s):
         print("the tests fail without any mutation")
         return 1

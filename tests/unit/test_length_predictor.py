@@ -28,11 +28,13 @@ def test_the_mean_of_what_is_left_leans_on_the_prior_by_four_samples():
     """At first the guess is the prior; later it is half of what was generated, at most the prior."""
     predictor = taught([11, 31], prior=100.0)
     assert remaining(predictor, 20, 0) == remaining(predictor, 20, 1) == pytest.approx((10 + 30 + 4 * 100) / 6)
+    assert remaining(predictor, 20, 2) == pytest.approx((9 + 29 + 4 * 1) / 6)
     assert remaining(predictor, 20, 8) == pytest.approx((3 + 23 + 4 * 4) / 6)
     assert remaining(predictor, 20, 16) == pytest.approx((15 + 4 * 8) / 5)  # only one was longer than 16
     assert remaining(predictor, 20, 64) == 32.0  # none was: half of it again
     assert remaining(predictor, 20, 1024) == 100.0  # but no more than the prior
     assert remaining(predictor, 20, 10**9) == 100.0
+    assert remaining(taught([11], prior=1e6), 20, 10**9) == 2**16 / 2, "the table ends at 65,536 tokens"
     assert remaining(taught([2] * 100, prior=1.0), 20, 1) == 1.0, "at least one token is to come"
 
 

@@ -118,6 +118,25 @@ def test_a_victim_frees_all_its_blocks_and_as_few_go_as_needed():
     ]  # fmt: skip
 
 
+def test_as_many_victims_go_as_one_needs():
+    """`a` needs two blocks for a page; each of the others gives back one."""
+    state = make_state(4, mode="hybrid")
+    run(state, "a")
+    run(state, "b", kind=HIDDEN)
+    run(state, "c", kind=HIDDEN)
+    assert fcfs(state) == ["preempt c PREEMPTED_NO_BLOCKS", "preempt b PREEMPTED_NO_BLOCKS", "run a 1 kv DECODES"]
+
+
+def test_nobody_is_preempted_for_one_that_gets_no_token_of_the_budget():
+    state = make_state(100, tokens=16, max_num_seqs=2)
+    run(state, "long", 40, computed=8)
+    run(state, "low", priority=5)
+    wait(state, "high", priority=-1)
+    assert lines(make_policy("priority").schedule(state, 0.0)) == [
+        "run long 16 kv CONTINUES_PREFILL", "wait high WAITS_FOR_TOKENS", "wait low WAITS_FOR_PREFILL",
+    ]  # fmt: skip
+
+
 def test_one_that_is_cut_short_in_its_prompt_is_a_victim_too_and_does_not_decode():
     state = make_state(4)
     run(state, "a")
