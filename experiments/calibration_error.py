@@ -13,8 +13,9 @@ from pathlib import Path
 import numpy as np
 
 from apt_jax.cache import CacheKind
-from apt_jax.engine.calibration import base_model, measure
+from apt_jax.engine.calibration import measure
 from apt_jax.engine.engine import Engine
+from apt_jax.engine.setup import set_up
 from apt_jax.engine_config import EngineConfig
 from apt_jax.request import SamplingParams
 from apt_jax.scheduling.costs.fit import Observation, fit, relative_errors
@@ -34,7 +35,7 @@ def held_out(engine: Engine, num_requests: int, seed: int) -> list[Observation]:
         found.append(Observation(load, seconds))
         return False
 
-    engine.calibration.observe = record  # type: ignore[method-assign]
+    engine.times.calibration.observe = record  # type: ignore[method-assign]
     for i, row in enumerate(rows.tolist()):
         output = min(int(lengths.output_tokens[row]), 400)
         params = SamplingParams(temperature=0, max_tokens=output, ignore_eos=True)
@@ -57,14 +58,14 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         loaded = preset_model(args.model, Path(folder), dtype=args.dtype, seed=args.seed)
     options = EngineConfig(dtype=args.dtype, num_blocks=args.num_blocks, calibrate=False, scheduling_policy="fcfs")
-    engine = Engine(loaded.model, loaded.config, options)
-    engine.learns_times = True  # so that every iteration is timed
+    engine = Engine(set_up(loaded.model, loaded.config, options))
+    engine.times.learns = True  # so that every iteration is timed
     engine.warm_up(progress=True)
     started = time.perf_counter()
-    measured = measure(engine)
+    measured = measure(engine.trials)
     seconds = time.perf_counter() - started
     started = time.perf_counter()
-    model = fit(base_model(engine), measured)
+    model = fit(engine.setup.cost_model, measured)
     print(f"{len(measured)} iterations measured in {seconds:.1f} s, fitted in {time.perf_counter() - started:.2f} s")
     print(f"scales: {model.scales}")
     print(

@@ -24,6 +24,7 @@ from tqdm import tqdm
 from apt_jax.cache import CacheKind
 from apt_jax.checkpoints.load import load_model
 from apt_jax.engine.engine import Engine
+from apt_jax.engine.setup import set_up
 from apt_jax.engine_config import EngineConfig
 from apt_jax.request import FinishReason, Request, SamplingParams, Slo
 from apt_jax.scheduling.costs.step_load import StepLoad
@@ -52,23 +53,30 @@ class Replayed(SchedulerState):
         return request.finish_reason
 
 
-def prepare(model: Any, config: Any, options: EngineConfig, setup: Setup) -> Engine:
-    """A warm engine for one policy and cache mode."""
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+    """A warm engine, and what ends its requests."""
+
+    engine: Engine
+    state: Replayed
+
+
+def prepare(model: Any, config: Any, options: EngineConfig, setup: Setup) -> Prepared:
+    """An engine for one policy and cache mode."""
     policy, mode = setup
     chosen = dataclasses.replace(options, scheduling_policy=policy, cache_mode=mode)  # type: ignore[arg-type]
-    engine = Engine(model, config, chosen)
+    parts = set_up(model, config, chosen)
+    state = Replayed(parts.state.pool, parts.state.limits)
+    engine = Engine(dataclasses.replace(parts, state=state))
     engine.warm_up(progress=True)
-    engine.state.__class__ = Replayed
-    return engine
+    return Prepared(engine, state)
 
 
-def replay(engine: Engine, arrivals: list[Arrival], slo: Slo) -> list[Request]:
+def replay(prepared: Prepared, arrivals: list[Arrival], slo: Slo) -> list[Request]:
     """Serve the arrivals in real time with a fresh policy; returns the finished requests."""
-    state = engine.state
-    assert isinstance(state, Replayed)
-    engine.policy_context = PolicyContext(engine.calibration.model if engine.calibration.is_fitted else None)
-    engine.policy = make_policy(engine.config.scheduling_policy, engine.policy_context)
-    state.lengths = {f"r{i}": a.output_tokens for i, a in enumerate(arrivals)}
+    engine = prepared.engine
+    engine.renew_policy()
+    prepared.state.lengths = {f"r{i}": a.output_tokens for i, a in enumerate(arrivals)}
     params = SamplingParams(temperature=0, max_tokens=None, ignore_eos=True)
     requests: list[Request] = []
     start = time.monotonic()
@@ -86,12 +94,13 @@ def replay(engine: Engine, arrivals: list[Arrival], slo: Slo) -> list[Request]:
     return requests
 
 
-def simulated(engine: Engine, setup: Setup, arrivals: list[Arrival], slo: Slo) -> float:
+def simulated(prepared: Prepared, setup: Setup, arrivals: list[Arrival], slo: Slo) -> float:
     """Attainment that the simulator predicts from the calibrated cost model."""
-    cost_model = engine.calibration.model
+    engine, state = prepared.engine, prepared.state
+    cost_model = engine.times.calibration.model
     outcome = simulate(
         arrivals, make_policy(setup[0], PolicyContext(cost_model)), cost_model=cost_model,
-        num_blocks=engine.state.pool.num_blocks, limits=engine.state.limits, slo=slo,
+        num_blocks=state.pool.num_blocks, limits=state.limits, slo=slo,
         block_size=engine.config.block_size, max_model_len=engine.max_model_len,
     )  # fmt: skip
     return float(np.mean([r.attained for r in outcome.requests]))
@@ -131,9 +140,9 @@ def main() -> None:
     setups: list[Setup] = [("fcfs", "kv"), ("apt", "hybrid")]
     engines = {setup: prepare(loaded.model, loaded.config, options, setup) for setup in setups}
     lengths = load_lengths(args.workload, args.max_model_len)
-    measured = engines["apt", "hybrid"].calibration
+    measured = engines["apt", "hybrid"].engine.times.calibration
     slo = scaled_slo(measured.model, lengths, args.slo_factor)
-    engines["fcfs", "kv"].calibration = measured
+    engines["fcfs", "kv"].engine.times.calibration = measured
     print(
         f"{args.model}, {args.num_blocks} blocks of 16, {args.workload} lengths of at most {args.max_model_len} tokens"
     )

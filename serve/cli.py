@@ -42,7 +42,10 @@ class Serve:
             raise ValueError("--replicas starts its own processes; leave --coordinator-address out")
         if not join(self.distributed):
             return _follow(self.model, self.load, self.engine)
-        return serve(self.model, self.load, self.server, self.engine, self.replicas, self.ray)
+        return serve(
+            *(self.model, self.load, self.server, self.engine, self.replicas, self.ray),
+            leader_host=self.distributed.leader_host,
+        )
 
 
 @dataclass(frozen=True)
@@ -78,7 +81,8 @@ class RunBatch:
         if not join(self.distributed):
             return _follow(self.model, self.load, self.engine)
         return run_batch(
-            *(self.input, self.output, self.model, self.served_model_name, self.load, self.engine, self.chat_template)
+            *(self.input, self.output, self.model, self.served_model_name, self.load, self.engine, self.chat_template),
+            self.distributed.leader_host,
         )
 
 

@@ -40,6 +40,12 @@ class DistributedOptions:
                 if getattr(self, name) is not None:
                     raise ValueError(f"{name}={getattr(self, name)} needs --coordinator-address")
 
+    @property
+    def leader_host(self) -> str | None:
+        """Host of process 0 as the others reach it; None where the options do not name it."""
+        address = self.coordinator_address
+        return None if address in (None, "auto") else address.rpartition(":")[0] or None
+
 
 @dataclass(frozen=True)
 class ServerOptions:

@@ -14,22 +14,16 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import jax
 
-from apt_jax.cache import BlockTable, CacheKind, blocks_for
+from apt_jax.engine.trials import Shape, Trials
 from apt_jax.execution.program_store import source_hash
-from apt_jax.request import Request, SamplingParams
+from apt_jax.execution.runner import Runner
 from apt_jax.scheduling.costs.cost_model import CostModel
 from apt_jax.scheduling.costs.fit import MIN_OBSERVATIONS, Calibration, Observation
 from apt_jax.scheduling.costs.hardware import GIB, HARDWARE, Hardware
-from apt_jax.scheduling.costs.step_load import PaddedSizes, step_load
-from apt_jax.scheduling.plan import Plan
-from apt_jax.scheduling.state import Span
-
-if TYPE_CHECKING:
-    from apt_jax.engine.engine import Engine
+from apt_jax.scheduling.costs.step_load import PaddedSizes
 
 logger = logging.getLogger(__name__)
 
@@ -45,55 +39,50 @@ MAX_SECONDS = 10.0
 _BATCHES = (1, 4, 16, 64, 256)
 _CONTEXTS = (31, 250, 1000)
 _PROMPTS = (16, 64, 256, 1024)
-_PARAMS = SamplingParams(temperature=0, max_tokens=None, ignore_eos=True)
-
-Shape = tuple[CacheKind, int, int]  # kind, cached tokens, new tokens of one request
 
 
-def base_model(engine: "Engine") -> CostModel:
-    """The cost model of the engine's device before any measurement, with the engine's padded sizes."""
-    kind = engine.runner.device.device_kind.lower()
+def base_model(runner: Runner) -> CostModel:
+    """The cost model of the runner's device before any measurement, with the runner's padded sizes."""
+    kind = runner.device.device_kind.lower()
     name = next((preset for part, preset in _DEVICE_NAMES.items() if part in kind), None)
-    buckets, pads = engine.runner.buckets, engine.runner.pads
+    buckets, pads = runner.buckets, runner.pads
     sizes = PaddedSizes(
         tuple(bucket.tokens for bucket in buckets.decode) if pads else (),
         tuple(bucket.tokens for bucket in buckets.prefill) if pads else (),
         tuple(buckets.sample_rows),
     )
     hardware = HARDWARE[name] if name else GENERIC
-    return CostModel(engine.model_config, hardware, devices=engine.runner.num_devices, sizes=sizes)
+    return CostModel(runner.model_config, hardware, devices=runner.num_devices, sizes=sizes)
 
 
-def calibration_path(engine: "Engine") -> Path | None:
+def calibration_path(runner: Runner, model: CostModel) -> Path | None:
     """The file of this device, model, number type, backend and code: beside the compiled programs, if kept."""
     folder = jax.config.jax_compilation_cache_dir
     if not folder:
         return None
     facts = [
-        asdict(engine.model_config), str(engine.runner.dtype), asdict(base_model(engine).sizes),
-        engine.config.block_size, engine.runner.attention, engine.runner.num_devices, source_hash(),
+        asdict(runner.model_config), str(runner.dtype), asdict(model.sizes),
+        runner.shapes.block_size, runner.attention, runner.num_devices, source_hash(),
     ]  # fmt: skip
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]
-    device = engine.runner.device.device_kind.lower().replace(" ", "-").replace("/", "-")
+    device = runner.device.device_kind.lower().replace(" ", "-").replace("/", "-")
     return Path(folder) / "calibration" / f"{device}-{digest}.json"
 
 
-def calibrate(engine: "Engine", *, max_seconds: float = MAX_SECONDS) -> Calibration:
-    """The stored calibration of this device and model, or a new one: measured, fitted and stored.
+def calibrate(
+    trials: Trials, model: CostModel, path: Path | None, *, max_seconds: float = MAX_SECONDS
+) -> Calibration:  # fmt: skip
+    """The calibration stored in `path`, or a new one of `model`: measured, fitted and stored there.
 
-    The engine must be idle and its shapes compiled (`warm_up`); nothing of its state changes but unused cache blocks.
-    Measuring ends after `max_seconds`.
+    The shapes of the engine must be compiled (`warm_up`). Measuring ends after `max_seconds`.
 
     Raises:
         RuntimeError: the engine is not idle.
     """
-    model, path = base_model(engine), calibration_path(engine)
     if path is not None and (stored := Calibration.load(path, model)) is not None:
         return stored
-    if engine.has_unfinished:
-        raise RuntimeError("calibrate an engine before it serves: it has unfinished requests")
     started = time.perf_counter()
-    observations = measure(engine, max_seconds=max_seconds)
+    observations = measure(trials, max_seconds=max_seconds)
     if len(observations) < MIN_OBSERVATIONS:
         return Calibration(model)
     calibration = Calibration(model, observations)
@@ -107,49 +96,29 @@ def calibrate(engine: "Engine", *, max_seconds: float = MAX_SECONDS) -> Calibrat
     return calibration
 
 
-def measure(engine: "Engine", *, max_seconds: float = MAX_SECONDS) -> list[Observation]:
+def measure(trials: Trials, *, max_seconds: float = MAX_SECONDS) -> list[Observation]:
     """Time made-up iterations, the fastest of `REPEATS` runs each, cheap ones first, until time is up."""
     deadline = time.perf_counter() + max_seconds
     found: list[Observation] = []
-    for shapes in _iterations(engine):
-        spans = _spans(engine, shapes)
-        try:
-            load = step_load(Plan(), spans)
+    for shapes in _iterations(trials):
+        with trials.prepared(shapes) as trial:
             best = math.inf
             for _ in range(REPEATS):
                 started = time.perf_counter()
-                batch = engine.builder.build(spans)
-                results = engine.runner.dispatch(batch)
-                assert results.sampled is not None
-                engine.runner.read(results)
+                trial.run()
                 best = min(best, time.perf_counter() - started)
                 if time.perf_counter() > deadline:
                     break
-            found.append(Observation(load, best))
-        finally:
-            for span in spans:
-                assert span.request.table is not None
-                engine.state.pool.release(span.request.table)
-                span.request.table = None
+            found.append(Observation(trial.load, best))
         if time.perf_counter() > deadline:
             break
     return found
 
 
-def _iterations(engine: "Engine") -> Iterator[list[Shape]]:
+def _iterations(trials: Trials) -> Iterator[list[Shape]]:
     """Decodes over a grid of batch and context, prompts, later chunks of prompts, and decodes beside a prompt."""
-    limits, state = engine.state.limits, engine.state
-    longest = engine.max_model_len - 1
-
-    def fits(shapes: list[Shape]) -> bool:
-        blocks = sum(blocks_for(cached + new, kind, state.pool.block_size) for kind, cached, new in shapes)
-        tokens = sum(new for _, _, new in shapes)
-        return (
-            blocks <= state.pool.num_free
-            and tokens <= limits.max_num_batched_tokens
-            and len(shapes) <= limits.max_num_seqs
-        )
-
+    limits = trials.state.limits
+    longest = trials.max_model_len - 1
     candidates: list[list[Shape]] = []
     for kind in limits.kinds:
         contexts = sorted({min(context, longest) for context in _CONTEXTS})
@@ -161,15 +130,4 @@ def _iterations(engine: "Engine") -> Iterator[list[Shape]]:
         chunk = min(64, limits.max_num_batched_tokens)
         candidates += [[(kind, context, min(chunk, longest - context))] for context in contexts if context < longest]
         candidates += [[*[(kind, 200, 1)] * batch, (kind, 0, 64)] for batch in (4, 16) if longest > 200]
-    yield from sorted(filter(fits, candidates), key=lambda shapes: sum(n * (40 + c) for _, c, n in shapes))
-
-
-def _spans(engine: "Engine", shapes: list[Shape]) -> list[Span]:
-    """Requests that look as if `cached` of their tokens had been computed before."""
-    spans = []
-    for kind, cached, new in shapes:
-        request = Request("calibration", [0] * (cached + new), _PARAMS, 0.0, 1)
-        request.table = BlockTable(kind)
-        engine.state.pool.grow(request.table, cached + new)
-        spans.append(Span(request, cached, new, samples=True))
-    return spans
+    yield from sorted(filter(trials.fits, candidates), key=lambda shapes: sum(n * (40 + c) for _, c, n in shapes))

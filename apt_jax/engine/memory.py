@@ -1,13 +1,16 @@
 """How the device's memory is shared at start-up: weights, activations, and the cache pool in what is left."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax
 import psutil
 
 from apt_jax.cache import CacheKind, blocks_for
 from apt_jax.engine_config import EngineConfig
+from apt_jax.execution.multihost import smallest_of_all
 from apt_jax.execution.platform import Platform
+from apt_jax.execution.pool import block_bytes
+from apt_jax.execution.runner import Runner
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,34 @@ class MemoryPlan:
         longest = self.longest_context_tokens
         lines.append(f"  longest context: {longest:,} tokens (max_model_len {self.max_model_len:,})")
         return "\n".join(lines)
+
+
+def share_memory(runner: Runner, config: EngineConfig, kinds: tuple[CacheKind, ...]) -> MemoryPlan:
+    """Measure what the largest programs need, then plan; several processes agree on the smallest pool of all.
+
+    Raises:
+        ValueError: see `plan_memory`.
+    """
+    max_model_len, max_num_seqs, devices = config.max_model_len, config.max_num_seqs, runner.num_devices
+    assert max_model_len is not None and max_num_seqs is not None
+
+    def plan(activation_bytes: int) -> MemoryPlan:
+        return plan_memory(
+            config,
+            device=runner.device,
+            weight_bytes=runner.weight_bytes,
+            activation_bytes=activation_bytes,
+            block_bytes=block_bytes(runner.model_config, config.block_size, runner.dtype) // devices,
+            max_model_len=max_model_len,
+            max_num_seqs=max_num_seqs,
+            kinds=kinds,
+            num_devices=devices,
+            sharers=runner.num_local_devices,
+        )
+
+    guess = plan(activation_bytes=0)
+    found = plan(runner.measure_activations(smallest_of_all(guess.num_blocks)))
+    return replace(found, num_blocks=smallest_of_all(found.num_blocks))
 
 
 def plan_memory(

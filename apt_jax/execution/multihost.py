@@ -32,52 +32,61 @@ from jax.experimental import multihost_utils
 
 from apt_jax.batching.builder import Batch, ScoreChunk
 from apt_jax.cache import BlockTable
-from apt_jax.execution.runner import Runner, StepResults
+from apt_jax.execution.interface import StepResults, StepRunner
 
 logger = logging.getLogger(__name__)
 
 _KEY_BYTES, _HOST_BYTES = 32, 256
 
 
-class LeadingRunner(Runner):
-    """The runner of process 0: tells the followers what it starts, then starts it.
+class LeadingRunner:
+    """The runner of process 0: sends the followers what it starts, then starts it on its own devices.
 
     Args:
-        runner: takes over its programs and arrays; it must not be used any more.
+        runner: that of this process.
         followers: a connection to each of the other processes.
     """
 
-    def __init__(self, runner: Runner, followers: Sequence[Connection]):
-        vars(self).update(vars(runner))
+    def __init__(self, runner: StepRunner, followers: Sequence[Connection]):
+        self._runner = runner
         self._followers = followers
 
+    @property
+    def num_programs(self) -> int:
+        """See `StepRunner`."""
+        return self._runner.num_programs
+
     def compile_all(self, progress: bool = False) -> None:
-        """As `Runner`, in all processes at the same time."""
-        self._tell("compile_all")
-        super().compile_all(progress)
+        """See `StepRunner`; in all processes at the same time."""
+        self._send("compile_all")
+        self._runner.compile_all(progress)
 
     def dispatch(self, batch: Batch) -> StepResults:
-        """As `Runner`."""
-        self._tell("dispatch", without_requests(batch))
-        return super().dispatch(batch)
+        """See `StepRunner`."""
+        self._send("dispatch", without_requests(batch))
+        return self._runner.dispatch(batch)
+
+    def read(self, results: StepResults) -> StepResults:
+        """See `StepRunner`; every process holds all results."""
+        return self._runner.read(results)
 
     def convert(self, tables: Sequence[BlockTable]) -> None:
-        """As `Runner`."""
-        self._tell("convert", list(tables))
-        super().convert(tables)
+        """See `StepRunner`."""
+        self._send("convert", list(tables))
+        self._runner.convert(tables)
 
     def reset(self) -> None:
-        """As `Runner`."""
-        self._tell("reset")
-        super().reset()
+        """See `StepRunner`."""
+        self._send("reset")
+        self._runner.reset()
 
-    def _tell(self, name: str, *args: Any) -> None:
+    def _send(self, name: str, *args: Any) -> None:
         message = pickle.dumps((name, args), protocol=pickle.HIGHEST_PROTOCOL)
         for follower in self._followers:
             follower.send_bytes(message)
 
 
-def lead(runner: Runner, address: str | None = None) -> LeadingRunner:
+def lead(runner: StepRunner, address: str | None = None) -> LeadingRunner:
     """Wait for the other processes, which call `follow`; they are let go when this process ends.
 
     If one of them ends before, this process ends at once with one sentence and exit code 1: a thread that waits for its
@@ -110,7 +119,7 @@ def lead(runner: Runner, address: str | None = None) -> LeadingRunner:
     return LeadingRunner(runner, list(followers))
 
 
-def follow(runner: Runner) -> None:
+def follow(runner: StepRunner) -> None:
     """Run what process 0 runs until it ends; `runner` must be made like its.
 
     SIGINT and SIGTERM often go to all processes of a job: a first one is ignored, since process 0 may still finish

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -28,10 +28,11 @@ from apt_jax.cpu_kernels.calls import KERNELS as CPU_KERNELS
 from apt_jax.engine_config import AttentionBackend
 from apt_jax.execution.forms.layer_weights import LayerWeights, OuterWeights
 from apt_jax.execution.forms.native import are_native, run_native_step, scratch_bytes
+from apt_jax.execution.interface import StepResults
 from apt_jax.execution.platform import Platform
 from apt_jax.execution.pool import convert_blocks, convert_layer, pool_shape
 from apt_jax.execution.program_store import ProgramStore, source_hash
-from apt_jax.execution.sampling import Sampled, Scored, score
+from apt_jax.execution.sampling import score
 from apt_jax.execution.steps import end_step, run_layer, run_sampling, run_step, start_step
 from apt_jax.execution.tpu_layouts import put_for_tpu
 from apt_jax.model_config import ModelConfig
@@ -39,13 +40,6 @@ from apt_jax.models.opt import OPT
 from apt_jax.models.sharding import EVERYWHERE, POOL, Parallel, local_config, zeros
 
 CONVERT_TOKENS = 256  # cached tokens that one call of the conversion program handles
-
-
-class StepResults(NamedTuple):
-    """What one iteration brings back, on the device until `Runner.read`."""
-
-    sampled: Sampled | None  # None if no row samples
-    scores: tuple[Scored, ...]  # of the batch's chunks
 
 
 @dataclass(frozen=True)

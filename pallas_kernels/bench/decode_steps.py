@@ -12,19 +12,16 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 
-from apt_jax.cache import BlockTable, CacheKind, blocks_for
+from apt_jax.cache import CacheKind
 from apt_jax.checkpoints.load import load_model
 from apt_jax.engine.engine import Engine
+from apt_jax.engine.setup import set_up
 from apt_jax.engine_config import EngineConfig
 from apt_jax.model_config import ModelConfig
 from apt_jax.pallas_kernels.bench.timing import Times, reason, time_calls
-from apt_jax.request import Request, SamplingParams
-from apt_jax.scheduling.state import Span
 
 _CALLS = 8  # steps that are started before the last is awaited
-_PARAMS = SamplingParams(temperature=0, max_tokens=None, ignore_eos=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +58,7 @@ def make_engine(config: ModelConfig, *, dtype: str, batch: int, context_tokens: 
         block_size=block_size,
         calibrate=False,
     )
-    return Engine(loaded.model, loaded.config, engine_config, donate_model=True)
+    return Engine(set_up(loaded.model, loaded.config, engine_config, donate_model=True))
 
 
 def measure_steps(
@@ -86,10 +83,9 @@ def measure_steps(
 
 def floor_s(engine: Engine, batch: int, context: int, kind: CacheKind, copy_bytes_per_s: float) -> float:
     """Seconds to read all weights and the cached vectors once at the speed of a copy."""
-    config = engine.model_config
-    vectors = 2 if kind is CacheKind.KV else 1
-    token_bytes = config.num_hidden_layers * vectors * config.hidden_size * jnp.dtype(engine.runner.dtype).itemsize
-    return (engine.runner.weight_bytes + batch * context * token_bytes) / copy_bytes_per_s
+    memory = engine.setup.memory
+    token_bytes = kind.blocks_per_page * memory.block_bytes / memory.block_size
+    return (memory.weight_bytes + batch * context * token_bytes) / copy_bytes_per_s
 
 
 def rho_s(results: Iterable[StepResult]) -> dict[str, float]:
@@ -103,29 +99,12 @@ def rho_s(results: Iterable[StepResult]) -> dict[str, float]:
 
 
 def _time_steps(engine: Engine, batch: int, context: int, kind: CacheKind) -> Times:
-    pool = engine.state.pool
-    needed = batch * blocks_for(context, kind, pool.block_size)
-    if needed > pool.num_free:
-        raise ValueError(f"{needed=} cache blocks > {pool.num_free=}")
-    if context > engine.max_model_len:
-        raise ValueError(f"{context=} > {engine.max_model_len=}")
-    spans = []
-    try:
-        for _ in range(batch):
-            request = Request("bench", [0] * context, _PARAMS, 0.0, 1)
-            request.table = BlockTable(kind)
-            spans.append(Span(request, context - 1, 1, samples=True))
-            pool.grow(request.table, context)
-        prepared = engine.builder.build(spans)
+    with engine.trials.prepared([(kind, context - 1, 1)] * batch) as trial:
+        prepared = trial.build()
 
         def step() -> jax.Array:
-            sampled = engine.runner.dispatch(prepared).sampled
+            sampled = trial.start(prepared).sampled
             assert sampled is not None
             return sampled.token
 
         return time_calls(step, calls=_CALLS)
-    finally:
-        for span in spans:
-            assert span.request.table is not None
-            pool.release(span.request.table)
-            span.request.table = None

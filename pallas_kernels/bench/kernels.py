@@ -152,7 +152,7 @@ def _measure_steps(args: BenchKernels, device: Any, model: str, batches: list[in
     engine = make_engine(
         MODELS[model], dtype=args.dtype, batch=max(batches), context_tokens=max(contexts), block_size=args.block_size
     )
-    backend = "XLA" if engine.runner.kernels is None else f"kernels for {engine.runner.kernels.name}"
+    backend = "XLA" if engine.setup.attention == "xla" else f"kernels for {engine.setup.attention}"
     print(f"{model}, {args.dtype}, attention by {backend}, ready after {time.perf_counter() - started:.0f} s")
     print(HEADER)
     results = measure_steps(engine, batches, contexts, copy, lambda result: print(result.line(), flush=True))

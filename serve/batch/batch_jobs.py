@@ -7,12 +7,13 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 from pydantic import Field, ValidationError
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+from apt_jax.engine.interface import ServingEngine
 from apt_jax.engine_config import EngineConfig
 from apt_jax.output import Output
 from apt_jax.request import OFFLINE_SLO
@@ -24,9 +25,6 @@ from apt_jax.serve.openai.requests import Strict, first_fault, parse_json
 from apt_jax.serve.options import DEMO_NAME, LoadOptions
 from apt_jax.serve.runtime.driver import Driver
 from apt_jax.serve.runtime.samples import Sample
-
-if TYPE_CHECKING:
-    from apt_jax.engine.engine import Engine
 
 MAX_ATTEMPTS = 3  # at a line on which the engine fails
 HOPELESS = 4  # times as many failures in a row as requests run at once mean that the engine is broken
@@ -81,7 +79,7 @@ class BatchJob:
     the error as its answer.
     """
 
-    def __init__(self, engine: "Engine", model: ServedModel, lines: Lines, results: Results, bar: tqdm):
+    def __init__(self, engine: ServingEngine, model: ServedModel, lines: Lines, results: Results, bar: tqdm):
         self._engine = engine
         self._model = model
         self._lines = lines
@@ -114,7 +112,7 @@ class BatchJob:
                     self.counts["tokens"] += len(output.token_ids)
                 if work.ended:
                     rate = self.counts["tokens"] / max(time.monotonic() - began, 1e-9)
-                    running = len(self._engine.state.running)
+                    running = self._engine.num_running
                     self._bar.set_postfix_str(f"{rate:.0f} tokens/s, {running} running", refresh=False)
             if not self._failures:
                 return
@@ -189,7 +187,7 @@ class BatchJob:
         logger.error("line %d, attempt %d of %d: %s", work.line.number, self._attempt, MAX_ATTEMPTS, error)
         self._failures += 1
         self._failures_in_a_row += 1
-        if self._failures_in_a_row >= HOPELESS * self._engine.state.limits.max_num_seqs:
+        if self._failures_in_a_row >= HOPELESS * self._engine.max_num_seqs:
             raise EngineFailure(
                 f"the engine has failed on {self._failures_in_a_row} lines in a row, the last time with: {error}; "
                 "the answers so far are kept, run the same command again to go on"
@@ -250,10 +248,12 @@ def run_batch(
     load: LoadOptions,
     config: EngineConfig,
     chat_template: str | None = None,
+    leader_host: str | None = None,
 ) -> int:
     """Answer `source` into `output`, which may hold results already; returns the exit code.
 
     The model is only loaded if a line is left to answer. Lines that cannot be answered do not fail the job.
+    `leader_host`: see `build_engine`.
 
     Raises:
         ValueError, OSError: files or model cannot be used; one sentence.
@@ -271,7 +271,7 @@ def run_batch(
         from apt_jax.serve.runtime.build import build_engine  # imports jax, which takes seconds
 
         template = None if chat_template is None else read_template(Path(chat_template))
-        engine = build_engine(model, engine_config=config, **dataclasses.asdict(load))
+        engine = build_engine(model, engine_config=config, leader_host=leader_host, **dataclasses.asdict(load))
         engine.warm_up(progress=True)
         with logging_redirect_tqdm(), tqdm(total=total, initial=done, desc=source.name, unit="line") as bar:
             served = ServedModel(engine, model_name or model or DEMO_NAME, template)

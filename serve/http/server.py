@@ -11,11 +11,11 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING
 
 import uvicorn
 from starlette.types import ASGIApp
 
+from apt_jax.engine.interface import ServingEngine
 from apt_jax.engine_config import EngineConfig
 from apt_jax.serve.http.app import create_app
 from apt_jax.serve.http.http_protocol import timed_protocol
@@ -30,9 +30,6 @@ from apt_jax.serve.replicas.options import RayOptions, ReplicaOptions
 from apt_jax.serve.replicas.ray_session import check_ray
 from apt_jax.serve.runtime.engine_thread import EngineThread
 from apt_jax.serve.runtime.start_up import StartUp
-
-if TYPE_CHECKING:
-    from apt_jax.engine.engine import Engine
 
 BACKLOG = 2048  # connections that wait to be accepted
 FLUSH_S = 5.0  # that clients get, after the running requests were ended, to read what is sent
@@ -72,8 +69,11 @@ def serve(
     config: EngineConfig,
     replicas: ReplicaOptions | None = None,
     ray: RayOptions | None = None,
+    leader_host: str | None = None,
 ) -> int:
     """Serve until SIGINT or SIGTERM; returns the exit code. With `replicas` that use Ray, SIGHUP updates them.
+
+    `leader_host`: see `build_engine`.
 
     Listens at once: while the model loads, /health is 200 and /ready 503. A model that cannot be loaded ends the
     server with one sentence and exit code 1.
@@ -104,11 +104,13 @@ def serve(
         else:  # /health says so: whoever watches it decides
             report_failure(error)
 
-    def make_engine() -> "Engine":
+    def make_engine() -> ServingEngine:
         from apt_jax.serve.runtime.build import build_engine  # imports jax, which takes seconds
 
         start_up.ended("imports")
-        engine = build_engine(model, engine_config=config, on_phase=start_up.ended, **dataclasses.asdict(load))
+        engine = build_engine(
+            model, engine_config=config, on_phase=start_up.ended, leader_host=leader_host, **dataclasses.asdict(load)
+        )
         if engine.tokenizer is not None and engine.tokenizer.chat_template is not None:
             renderer()
         return engine
@@ -116,9 +118,10 @@ def serve(
     name, url = options.served_model_name or model or DEMO_NAME, url_of(listener)
 
     def ready(seconds: float) -> None:
-        start_up.ended(
-            "measuring" if isinstance(backend, EngineThread) else "replicas", getattr(backend.engine, "compile_s", 0.0)
-        )
+        if isinstance(backend, EngineThread):
+            start_up.ended("measuring", backend.compile_s)
+        else:
+            start_up.ended("replicas")
         logger.info(
             "ready after %.1f s (%s): %s answers at %s/v1/completions", start_up.total_s, start_up.text(), name, url
         )

@@ -1,14 +1,12 @@
 """Metrics of an engine: its queues and blocks, and what its scheduler does."""
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
 
+from apt_jax.engine.interface import EngineFigures
 from apt_jax.request import Request
 from apt_jax.scheduling.plan import Plan, Reason
 from apt_jax.serve.observability.instruments import Instruments
 from apt_jax.serve.runtime.observer import Stepped
-
-if TYPE_CHECKING:
-    from apt_jax.engine.engine import Engine
 
 SCHEDULE_S = (1e-5, 2.5e-5, 5e-5, 1e-4, 2.5e-4, 5e-4, 1e-3, 2.5e-3, 5e-3, 1e-2, 2.5e-2, 5e-2, 0.1)
 BATCH = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
@@ -21,7 +19,7 @@ class EngineMetrics(Instruments):
         super().__init__(model_name, **labels)
         self._demoted: set[str] = set()
         self._late: tuple[Request, ...] = ()  # of those that waited in the last step
-        self.last_blocks: dict[str, int] = {}
+        self.last_blocks: Mapping[str, int] = {}
         self._failures = self._recompiles = 0  # of the engine, as counted last
         self.running = self._gauge("vllm:num_requests_running", "Requests that hold cache.")
         self.waiting = self._gauge("vllm:num_requests_waiting", "Requests that wait to be scheduled.")
@@ -36,14 +34,14 @@ class EngineMetrics(Instruments):
         self.failures = self._counter("apt:failed_steps", "Steps that failed; the server went on.")
         self.lost_blocks = self._gauge("apt:idle_lost_blocks", "Blocks not free when idle; should be 0.")
 
-    def ready(self, engine: "Engine") -> None:
+    def ready(self, figures: EngineFigures) -> None:
         """Show the empty cache."""
-        self._levels(engine)
+        self._levels(figures)
 
-    def stepped(self, engine: "Engine", step: Stepped) -> None:
+    def stepped(self, figures: EngineFigures, step: Stepped) -> None:
         """Count a step."""
-        plan = engine.last_plan
-        self.schedule.observe(engine.last_schedule_s)
+        plan = figures.plan
+        self.schedule.observe(figures.schedule_s)
         if plan.scheduled:
             self.batch.observe(len(plan.scheduled))
         if plan.preempted:
@@ -54,18 +52,18 @@ class EngineMetrics(Instruments):
         for output in step.outputs:
             if output.finish_reason is not None:
                 self._demoted.discard(output.request.request_id)
-        self._levels(engine)
+        self._levels(figures)
 
-    def failed(self, engine: "Engine") -> None:
+    def failed(self, figures: EngineFigures) -> None:
         """Count a step that raised; it left no request."""
         self._demoted.clear()
         self.failures.inc()
-        self._levels(engine)
+        self._levels(figures)
 
-    def idle(self, engine: "Engine", lost_blocks: int) -> None:
+    def idle(self, figures: EngineFigures, lost_blocks: int) -> None:
         """Show whether blocks are lost."""
         self.lost_blocks.set(lost_blocks)
-        self._levels(engine)
+        self._levels(figures)
 
     def _count_demotions(self, plan: Plan) -> None:
         late = [entry.request for entry in plan.preempted if entry.reason is Reason.PREEMPTED_LATE]
@@ -78,18 +76,16 @@ class EngineMetrics(Instruments):
                 self._demoted.add(request.request_id)
                 self.demotions.inc()
 
-    def _levels(self, engine: "Engine") -> None:
-        state = engine.state
-        self.running.set(len(state.running))
-        self.waiting.set(len(state.waiting))
-        blocks = state.blocks_by_kind()
-        self.usage.set(1 - blocks["free"] / state.pool.num_blocks)
-        self.last_blocks = blocks
-        for kind, count in blocks.items():
+    def _levels(self, figures: EngineFigures) -> None:
+        self.running.set(figures.num_running)
+        self.waiting.set(figures.num_waiting)
+        self.usage.set(figures.num_held_blocks / figures.num_blocks)
+        self.last_blocks = figures.blocks
+        for kind, count in figures.blocks.items():
             self.blocks.labels(**self._labels, kind=kind).set(count)
-        if engine.num_failed_steps > self._failures:
-            self.failures.inc(engine.num_failed_steps - self._failures)
-            self._failures = engine.num_failed_steps
-        if engine.num_recompiles > self._recompiles:
-            self.recompiles.inc(engine.num_recompiles - self._recompiles)
-            self._recompiles = engine.num_recompiles
+        if figures.num_failed_steps > self._failures:
+            self.failures.inc(figures.num_failed_steps - self._failures)
+            self._failures = figures.num_failed_steps
+        if figures.num_recompiles > self._recompiles:
+            self.recompiles.inc(figures.num_recompiles - self._recompiles)
+            self._recompiles = figures.num_recompiles

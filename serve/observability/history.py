@@ -8,15 +8,13 @@ and only requests that begin or end waiting are processed.
 import threading
 from collections import OrderedDict
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from apt_jax.engine.interface import EngineFigures
 from apt_jax.request import Request
 from apt_jax.scheduling.plan import Reason
 from apt_jax.serve.openai.slo_report import slo_report
 from apt_jax.serve.runtime.observer import Observer, Stepped
-
-if TYPE_CHECKING:
-    from apt_jax.engine.engine import Engine
 
 KEPT_REQUESTS = 2000  # finished ones; the oldest is forgotten
 KEPT_EVENTS = 200  # per request; the oldest is forgotten
@@ -65,10 +63,10 @@ class History(Observer):
         self._waits: dict[Request, Event] = {}  # that continue
         self._step, self._step_s = 0, 0.0  # number and time of the last one
 
-    def stepped(self, engine: "Engine", step: Stepped) -> None:
+    def stepped(self, figures: EngineFigures, step: Stepped) -> None:
         """Take in the step's plan."""
         with self._lock:
-            plan = engine.last_plan
+            plan = figures.plan
             waiting: dict[Reason, tuple[Request, ...]] = {}
             for waited in plan.waited:
                 waiting[waited.reason] = waiting.get(waited.reason, ()) + waited.requests

@@ -4,12 +4,10 @@ import threading
 import time
 from collections import deque
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from apt_jax.engine.interface import EngineFigures
 from apt_jax.serve.runtime.observer import Observer, Stepped
-
-if TYPE_CHECKING:
-    from apt_jax.engine.engine import Engine
 
 WINDOW_S = 60.0
 MOST = 20_000  # entries of each kind
@@ -25,10 +23,10 @@ class Recent(Observer):
         self._gaps: deque[tuple[float, float]] = deque(maxlen=MOST)
         self._batches: deque[tuple[float, int]] = deque(maxlen=MOST)
 
-    def stepped(self, engine: "Engine", step: Stepped) -> None:
+    def stepped(self, figures: EngineFigures, step: Stepped) -> None:
         """Take in a step's plan."""
         with self._lock:
-            self._batches.append((time.monotonic(), len(engine.last_plan.scheduled)))
+            self._batches.append((time.monotonic(), len(figures.plan.scheduled)))
 
     def brought(self, step: Stepped) -> None:
         """Take in a step's outputs."""

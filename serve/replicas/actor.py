@@ -10,8 +10,8 @@ import os
 import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from apt_jax.engine.interface import ServingEngine
 from apt_jax.serve.errors import NotReady
 from apt_jax.serve.logs import set_up_logs
 from apt_jax.serve.observability.engine_metrics import EngineMetrics
@@ -21,9 +21,6 @@ from apt_jax.serve.replicas.messages import Abort, Answer, Command, EngineSpec, 
 from apt_jax.serve.replicas.relay import LoadReporter, Relay, RelayedGroup
 from apt_jax.serve.runtime.engine_thread import EngineThread
 
-if TYPE_CHECKING:
-    from apt_jax.engine.engine import Engine
-
 SHOWN_PLANS = 64
 
 logger = logging.getLogger("apt_jax.serve")
@@ -32,13 +29,12 @@ logger = logging.getLogger("apt_jax.serve")
 class EngineActor:
     """The engine of `spec` and its traffic; `make_engine` stands in for loading it."""
 
-    def __init__(self, name: str, spec: EngineSpec, make_engine: "Callable[[], Engine] | None" = None):
+    def __init__(self, name: str, spec: EngineSpec, make_engine: Callable[[], ServingEngine] | None = None):
         if make_engine is None:
             set_up_logs(spec.log_format)
         self._spec = spec
         self._history = History()
         self._metrics = EngineMetrics(spec.model_name, replica=name)
-        self._loads = LoadReporter()
         self._make_engine = make_engine or self._build
         self._thread: EngineThread | None = None
         self._relay: Relay | None = None
@@ -53,10 +49,11 @@ class EngineActor:
         Raises:
             Exception: what it failed with.
         """
-        self._relay = Relay(self._loads)
         self._ready = asyncio.get_running_loop().create_future()
         self._thread = thread = EngineThread(self._make_engine, self._ready.set_result, self._fail)
-        thread.observers += [self._metrics, self._history, self._loads]
+        loads = LoadReporter(thread.load)
+        self._relay = Relay(loads)
+        thread.observers += [self._metrics, self._history, loads]
         if self._spec.refuses_late:
             thread.refuse_late()
         thread.start()
@@ -97,7 +94,7 @@ class EngineActor:
                 return await asyncio.to_thread(self._history.of, argument)
             case "plans":
                 engine = None if self._thread is None else self._thread.engine
-                return [] if engine is None else (await asyncio.to_thread(engine.state.plans.as_dicts))[-SHOWN_PLANS:]
+                return [] if engine is None else (await asyncio.to_thread(engine.recent_plans))[-SHOWN_PLANS:]
             case "record":
                 seconds, _, folder = argument.partition(" ")
                 return str(await asyncio.to_thread(record, Path(folder), float(seconds)))
@@ -132,7 +129,7 @@ class EngineActor:
             self._ready.set_exception(error)
         self._relay.fail(error)
 
-    def _build(self) -> "Engine":
+    def _build(self) -> ServingEngine:
         from apt_jax.serve.runtime.build import build_engine  # imports jax, which takes seconds
 
         spec = self._spec

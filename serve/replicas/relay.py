@@ -4,17 +4,14 @@ import asyncio
 import contextlib
 import time
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
 
+from apt_jax.engine.interface import EngineFigures
 from apt_jax.output import Output
-from apt_jax.routing.instance import InstanceLoad, instance_load
+from apt_jax.routing.instance import InstanceLoad
 from apt_jax.serve.replicas.messages import Accepted, Brought, Ending, Event, Refused, Report
 from apt_jax.serve.runtime.group import Group
 from apt_jax.serve.runtime.observer import Observer, Stepped
 from apt_jax.serve.runtime.samples import Sample
-
-if TYPE_CHECKING:
-    from apt_jax.engine.engine import Engine
 
 HEARTBEAT_S = 1.0  # a report is made at least so often
 LOOK_EVERY_S = 0.1  # at the load, while no event comes
@@ -115,9 +112,10 @@ class RelayedGroup(Group):
 
 
 class LoadReporter(Observer):
-    """Counts the engine's load after its steps, in its thread."""
+    """Counts the engine's load after its steps, in its thread; `load` gives it at a time."""
 
-    def __init__(self) -> None:
+    def __init__(self, load: Callable[[float], InstanceLoad]):
+        self._load = load
         self._newest: tuple[InstanceLoad, dict[str, int]] | None = None
         self._counted_s = 0.0
 
@@ -126,26 +124,24 @@ class LoadReporter(Observer):
         """Whether there is a count that was not taken."""
         return self._newest is not None
 
-    def ready(self, engine: "Engine") -> None:
+    def ready(self, figures: EngineFigures) -> None:
         """Count the empty engine."""
-        self._count(engine, time.monotonic())
+        self._count(figures, time.monotonic())
 
-    def stepped(self, engine: "Engine", step: Stepped) -> None:
+    def stepped(self, figures: EngineFigures, step: Stepped) -> None:
         """Count; what came while the step ran is not in it, so it is as old as the step's begin."""
         if step.began_s - self._counted_s >= LOAD_EVERY_S:
-            self._count(engine, step.began_s)
+            self._count(figures, step.began_s)
 
-    def idle(self, engine: "Engine", lost_blocks: int) -> None:
+    def idle(self, figures: EngineFigures, lost_blocks: int) -> None:
         """Count the empty engine."""
-        self._count(engine, time.monotonic())
+        self._count(figures, time.monotonic())
 
     def take(self) -> tuple[InstanceLoad | None, dict[str, int]]:
         """The newest count, once, and blocks by kind."""
         newest, self._newest = self._newest, None
         return (None, {}) if newest is None else newest
 
-    def _count(self, engine: "Engine", now: float) -> None:
+    def _count(self, figures: EngineFigures, now: float) -> None:
         self._counted_s = now
-        context = engine.policy_context
-        load = instance_load(engine.state, context.cost_model, now, predictor=context.predictor)
-        self._newest = load, engine.state.blocks_by_kind()
+        self._newest = self._load(now), dict(figures.blocks)

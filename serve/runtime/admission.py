@@ -7,15 +7,12 @@ been prefilled while requests waited. That rate falls when seats or blocks are w
 import math
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
+from apt_jax.engine.interface import EngineFigures, ServingEngine
 from apt_jax.scheduling.plan import Reason
 from apt_jax.serve.errors import PredictedLate
 from apt_jax.serve.runtime.observer import Observer, Stepped
 from apt_jax.serve.runtime.samples import Sample
-
-if TYPE_CHECKING:
-    from apt_jax.engine.engine import Engine
 
 MEMORY_S = 10.0  # of busy time, after which a step counts 1/e
 ENOUGH_S = 0.5  # of busy time before anything is predicted
@@ -33,11 +30,11 @@ class Admission(Observer):
         """Prompt tokens prefilled per second while requests waited; None before enough was seen."""
         return self._tokens / self._seconds if self._seconds >= ENOUGH_S else None
 
-    def stepped(self, engine: "Engine", step: Stepped) -> None:
+    def stepped(self, figures: EngineFigures, step: Stepped) -> None:
         """Learn from a step in which prompts ran or waited."""
-        scheduled = engine.last_plan.scheduled
+        scheduled = figures.plan.scheduled
         prefilled = sum(entry.num_tokens for entry in scheduled if entry.reason is not Reason.DECODES)
-        if prefilled or engine.state.waiting:
+        if prefilled or figures.num_waiting:
             self.learn(prefilled, time.monotonic() - step.began_s)
 
     def learn(self, tokens: int, seconds: float) -> None:
@@ -46,25 +43,23 @@ class Admission(Observer):
         self._tokens = keep * self._tokens + tokens
         self._seconds = keep * self._seconds + seconds
 
-    def predicted_ttft_s(self, engine: "Engine", samples: Sequence[Sample]) -> float | None:
+    def predicted_ttft_s(self, engine: ServingEngine, samples: Sequence[Sample]) -> float | None:
         """Seconds until all of `samples` have a first token if they are queued now; None where nothing is known."""
         rate = self.tokens_per_s
         if rate is None:
             return None
-        state = engine.state
-        ahead = sum(r.num_uncomputed_tokens for r in state.waiting)
-        ahead += sum(r.num_uncomputed_tokens for r in state.running if not r.is_decoding)
+        ahead = engine.load(time.monotonic()).queued_tokens
         own = sum(len(sample.prompt_token_ids) for sample in samples)
         return (ahead + own) / max(rate, 1e-9)
 
-    def check(self, engine: "Engine", samples: Sequence[Sample]) -> None:
+    def check(self, engine: ServingEngine, samples: Sequence[Sample]) -> None:
         """Whether they may be queued; always, if nobody waits, so that what was learnt can be learnt anew.
 
         Raises:
             PredictedLate: they would miss their SLO.
         """
         slo, arrival_s = samples[0].slo, samples[0].arrival_s
-        if not engine.state.waiting or slo is None:
+        if not engine.num_waiting or slo is None:
             return
         predicted_s = self.predicted_ttft_s(engine, samples)
         if predicted_s is None:

@@ -1,7 +1,7 @@
 """From a model's name to an engine: compile cache, checkpoint, tokenizer, engine, in that order."""
 
+import dataclasses
 import logging
-import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +11,7 @@ from apt_jax.checkpoints.formats.weight_files import LoadFormat
 from apt_jax.checkpoints.load import load_model
 from apt_jax.checkpoints.source import resolve
 from apt_jax.engine.engine import Engine
+from apt_jax.engine.setup import set_up
 from apt_jax.engine_config import EngineConfig
 from apt_jax.execution.multihost import follow, lead
 from apt_jax.models.sharding import Parallel
@@ -29,12 +30,14 @@ def build_engine(
     tokenizer: str | None = None,
     revision: str | None = None,
     on_phase: Callable[[str], None] = lambda phase: None,
+    leader_host: str | None = None,
 ) -> Engine:
     """Load a model (None: the bundled demo) and its tokenizer and put an engine around them; compiles nothing.
 
     A model folder without a tokenizer gives an engine that takes token ids only. `on_phase` is told what has ended:
     "weights", "tokenizer", "memory". Of several processes (`jax.distributed`) only process 0 gets an engine; in the
-    others this runs what process 0 runs, and exits when that ends.
+    others this runs what process 0 runs, and exits when that ends. `leader_host` is where they reach process 0;
+    default: the address of its route to other machines.
 
     Raises:
         ValueError: what was named cannot be loaded, or does not fit; one sentence with the file, value or flag.
@@ -51,15 +54,14 @@ def build_engine(
     on_phase("weights")
     text = load_tokenizer(loaded.folder, tokenizer, revision, TokenizerStore(cache / "tokenizers"))
     on_phase("tokenizer")
-    engine = Engine(loaded.model, loaded.config, engine_config, text, donate_model=True)
+    setup = set_up(loaded.model, loaded.config, engine_config, donate_model=True)
     on_phase("memory")
     if processes > 1:
         if jax.process_index() > 0:
-            follow(engine.runner)
+            follow(setup.runner)
             raise SystemExit(0)
-        host = os.environ.get("JAX_COORDINATOR_ADDRESS", "").rpartition(":")[0]
-        engine.runner = lead(engine.runner, host or None)
-    return engine
+        setup = dataclasses.replace(setup, runner=lead(setup.runner, leader_host))
+    return Engine(setup, text)
 
 
 def load_tokenizer(folder: Path, name: str | None, revision: str | None, store: TokenizerStore) -> Tokenizer | None:

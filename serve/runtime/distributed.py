@@ -1,7 +1,5 @@
 """Several processes that serve one model: joining them, and what each of them is for."""
 
-import os
-
 from apt_jax.serve.options import DistributedOptions
 
 
@@ -30,6 +28,4 @@ def join(options: DistributedOptions) -> bool:
             f"cannot join the processes at coordinator_address={address} ({reason}); give --num-processes and "
             "--process-id, the same address everywhere, and start all of them"
         ) from error
-    if address != "auto":
-        os.environ["JAX_COORDINATOR_ADDRESS"] = address  # where `build_engine` finds it
     return jax.process_index() == 0

@@ -2,14 +2,11 @@
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
+from apt_jax.engine.interface import ServingEngine
 from apt_jax.output import Output
 from apt_jax.request import OFFLINE_SLO
 from apt_jax.serve.runtime.samples import Sample
-
-if TYPE_CHECKING:
-    from apt_jax.engine.engine import Engine
 
 
 class Driver:
@@ -19,11 +16,11 @@ class Driver:
     it costs throughput.
     """
 
-    def __init__(self, engine: "Engine", on_step: Callable[[], None] | None = None):
+    def __init__(self, engine: ServingEngine, on_step: Callable[[], None] | None = None):
         self.engine = engine
         self._on_step = on_step
         self._active: dict[str, Sample] = {}
-        self._waiting_target = min(engine.state.limits.max_num_seqs, engine.config.max_num_queued_reqs)
+        self._waiting_target = min(engine.max_num_seqs, engine.config.max_num_queued_reqs)
 
     def run(self, samples: Iterable[Sample]) -> Iterator[tuple[Sample, Output | ValueError]]:
         """Yield every output of every sample as it comes, or the ValueError with which the engine refused the sample.
@@ -64,7 +61,7 @@ class Driver:
 
     def _fill(self, source: Iterator[Sample]) -> tuple[Sample | None, ValueError | None]:
         """Add samples until enough wait or none is left; stops at the first that is refused and returns it."""
-        while len(self.engine.state.waiting) < self._waiting_target:
+        while self.engine.num_waiting < self._waiting_target:
             sample = next(source, None)
             if sample is None:
                 break

@@ -13,10 +13,11 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
 
+from apt_jax.engine.interface import ServingEngine
 from apt_jax.output import DeviceLost, Output, QueueFull
 from apt_jax.request import FinishReason
+from apt_jax.routing.instance import InstanceLoad
 from apt_jax.serve.errors import EngineFailure, NotReady, PredictedLate
 from apt_jax.serve.runtime.admission import Admission
 from apt_jax.serve.runtime.engine_view import EngineView
@@ -24,9 +25,6 @@ from apt_jax.serve.runtime.group import Group
 from apt_jax.serve.runtime.observer import Observer, Stepped
 from apt_jax.serve.runtime.samples import Sample
 from apt_jax.serve.runtime.status import EngineStatus
-
-if TYPE_CHECKING:
-    from apt_jax.engine.engine import Engine
 
 logger = logging.getLogger("apt_jax.serve")
 
@@ -62,14 +60,15 @@ class EngineThread:
 
     def __init__(
         self,
-        make_engine: Callable[[], "Engine"],
+        make_engine: Callable[[], ServingEngine],
         on_ready: Callable[[float], None] = lambda seconds: None,
         on_failure: Callable[[Exception], None] = lambda error: None,
     ):
         self.status = EngineStatus.LOADING
         self.observers: list[Observer] = []
         self.admission: Admission | None = None
-        self.engine: Engine | None = None
+        self.engine: ServingEngine | None = None
+        self.compile_s = 0.0  # that warming the engine took to compile
         self._make_engine = make_engine
         self._on_ready = on_ready
         self._on_failure = on_failure
@@ -98,7 +97,12 @@ class EngineThread:
     @property
     def num_waiting_running(self) -> tuple[int, int]:
         """Requests that wait and that hold cache."""
-        return (0, 0) if self.engine is None else (len(self.engine.state.waiting), len(self.engine.state.running))
+        return (0, 0) if self.engine is None else (self.engine.num_waiting, self.engine.num_running)
+
+    def load(self, now: float) -> InstanceLoad:
+        """What a router is told at `now`; in the engine's thread, which observers are called in."""
+        assert self.engine is not None
+        return self.engine.load(now)
 
     def submit(self, samples: Sequence[Sample]) -> Group:
         """Hand samples to the engine, all or none; call it on the loop, then await `Group.accepted`.
@@ -124,7 +128,7 @@ class EngineThread:
         """End what is unfinished of a group; nothing more comes for it."""
         self._inbox.put(_Abort(group))
 
-    def ready_engine(self) -> "Engine":
+    def ready_engine(self) -> ServingEngine:
         """The engine, for its configuration and tokenizer.
 
         Raises:
@@ -153,8 +157,10 @@ class EngineThread:
             logger.info("model loaded after %.1f s, preparing its programs", time.monotonic() - began)
             engine.warm_up(progress=True)
             self.engine = engine
+            figures = engine.figures()
+            self.compile_s = figures.compile_s
             for observer in self.observers:
-                observer.ready(engine)
+                observer.ready(figures)
             self.status = EngineStatus.READY
             self._mail.append(partial(self._on_ready, time.monotonic() - began))
             self._post()
@@ -165,7 +171,7 @@ class EngineThread:
             self._mail.append(partial(self._on_failure, error))
         self._post()
 
-    def _serve(self, engine: "Engine") -> None:
+    def _serve(self, engine: ServingEngine) -> None:
         while not (self._stopping and not engine.has_unfinished):
             self._read_inbox(engine)
             self._post()  # who was accepted or refused need not wait for the step
@@ -173,7 +179,7 @@ class EngineThread:
                 self._step(engine)
                 self._post()
 
-    def _step(self, engine: "Engine") -> None:
+    def _step(self, engine: ServingEngine) -> None:
         began = time.monotonic()
         try:
             outputs = engine.step()
@@ -182,21 +188,23 @@ class EngineThread:
         else:
             stepped = Stepped(outputs, {o.request.request_id for o in outputs} - self._active.keys(), began)
             self._deliver(outputs)
+            figures = engine.figures()
             for observer in self.observers:
                 observer.brought(stepped)
-                observer.stepped(engine, stepped)
+                observer.stepped(figures, stepped)
         if not engine.has_unfinished:
             self._check_idle(engine)
 
-    def _check_idle(self, engine: "Engine") -> None:
+    def _check_idle(self, engine: ServingEngine) -> None:
         """Whenever nothing is left to do, every block must be free."""
-        lost = engine.state.pool.num_blocks - engine.state.pool.num_free
+        figures = engine.figures()
+        lost = figures.num_held_blocks
         if lost:
             logger.error("the engine is idle but %d blocks are not free; this is a bug, please report it", lost)
         for observer in self.observers:
-            observer.idle(engine, lost)
+            observer.idle(figures, lost)
 
-    def _read_inbox(self, engine: "Engine") -> None:
+    def _read_inbox(self, engine: ServingEngine) -> None:
         """Carry out what is in the inbox, waiting for something when idle."""
         block = not engine.has_unfinished
         while True:
@@ -218,7 +226,7 @@ class EngineThread:
                     for request_id in self._active:
                         engine.abort(request_id)  # the next step reports it
 
-    def _admit(self, engine: "Engine", group: Group) -> None:
+    def _admit(self, engine: ServingEngine, group: Group) -> None:
         added: list[str] = []
         try:
             if self.admission is not None:
@@ -252,7 +260,7 @@ class EngineThread:
             delivered.append((active, output))
         self._mail.append(partial(_hand_out, delivered))
 
-    def _recover(self, engine: "Engine", error: Exception) -> None:
+    def _recover(self, engine: ServingEngine, error: Exception) -> None:
         """A step raised: end the requests that the engine holds, and go on without them.
 
         Raises:
@@ -265,12 +273,12 @@ class EngineThread:
         logger.error("a step failed; ending its %d requests", len(self._active), exc_info=error)
         for observer in self.observers:
             observer.lost([active.sample for active in self._active.values()])
-            observer.failed(engine)
+            observer.failed(engine.figures())
         self._fail_groups(EngineFailure(f"the engine failed while it worked on this request; {SEE_LOG}"))
         for request_id in list(self._active):
             del self._active[request_id]
             engine.abort(request_id)
-        if engine.state.num_unfinished:
+        if engine.num_waiting or engine.num_running:
             raise EngineFailure("the engine holds requests that it cannot end") from error
 
     def _end(self, status: EngineStatus, error: Exception) -> None:

@@ -57,7 +57,7 @@ class EngineView:
     async def plans(self) -> list[dict[str, Any]]:
         """From the scheduler's log."""
         engine = self._thread.engine
-        return [] if engine is None else await run_in_threadpool(engine.state.plans.as_dicts)
+        return [] if engine is None else await run_in_threadpool(engine.recent_plans)
 
     async def levels(self) -> dict[str, Any]:
         """From the scheduler's state and the metrics."""

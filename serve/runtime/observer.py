@@ -6,14 +6,11 @@ loop; the others where an engine is.
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
+from apt_jax.engine.interface import EngineFigures
 from apt_jax.output import Output
 from apt_jax.request import FinishReason
 from apt_jax.serve.runtime.samples import Sample
-
-if TYPE_CHECKING:
-    from apt_jax.engine.engine import Engine
 
 
 @dataclass(frozen=True)
@@ -34,7 +31,7 @@ class Stepped:
 class Observer:
     """Its caller waits: be quick, and raise nothing. Methods do nothing by default."""
 
-    def ready(self, engine: "Engine") -> None:
+    def ready(self, figures: EngineFigures) -> None:
         """The engine is compiled."""
 
     def brought(self, step: Stepped) -> None:
@@ -43,11 +40,11 @@ class Observer:
     def lost(self, samples: Sequence[Sample]) -> None:
         """These end with an error, without an output."""
 
-    def stepped(self, engine: "Engine", step: Stepped) -> None:
-        """The engine's view of a step, after `brought`; `engine.last_plan` is its plan."""
+    def stepped(self, figures: EngineFigures, step: Stepped) -> None:
+        """The engine's view of a step, after `brought`; `figures.plan` is its plan."""
 
-    def failed(self, engine: "Engine") -> None:
+    def failed(self, figures: EngineFigures) -> None:
         """A step raised; its requests were `lost` before."""
 
-    def idle(self, engine: "Engine", lost_blocks: int) -> None:
+    def idle(self, figures: EngineFigures, lost_blocks: int) -> None:
         """Nothing is left to do; `lost_blocks` should be 0."""

@@ -4,12 +4,9 @@ import dataclasses
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
+from apt_jax.engine.interface import ServingEngine
 from apt_jax.request import Request, SamplingParams, Slo
-
-if TYPE_CHECKING:
-    from apt_jax.engine.engine import Engine
 
 
 @dataclass(frozen=True)
@@ -28,7 +25,7 @@ class Sample:
     arrival_s: float | None = None
     output_token_ids: Sequence[int] = ()  # generated before
 
-    def add_to(self, engine: "Engine") -> Request:
+    def add_to(self, engine: ServingEngine) -> Request:
         """Give it to the engine.
 
         Raises:

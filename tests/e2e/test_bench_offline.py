@@ -9,7 +9,7 @@ from apt_jax.serve.bench.offline.throughput import token_works
 from apt_jax.serve.bench.work import Work
 from apt_jax.serve.bench.work_options import WorkOptions
 from apt_jax.serve.cli import main
-from tests.support.fake_engine import CharTokenizer, fake_engine
+from tests.support.fake_engine import CharTokenizer, FakeEngine
 from tests.support.served_model import flags, write_folder
 
 FLAGS = ["--load-format", "dummy", "--scheduling-policy", "fcfs"]  # shares its programs with other tests
@@ -47,7 +47,7 @@ def test_texts_of_a_dataset_become_token_ids(tmp_path):
     path = tmp_path / "chats.json"
     path.write_text(json.dumps([{"conversations": [{"value": "abcd"}, {"value": "efghi"}]}]))
     args = BenchThroughput(work=WorkOptions(dataset=str(path), num_prompts=2))
-    works = token_works(args, fake_engine(tokenizer=CharTokenizer()))
+    works = token_works(args, FakeEngine(tokenizer=CharTokenizer()))
     assert works == [Work([2, *b"abcd"], 5, 6)] * 2
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from apt_jax.cache import CacheKind
-from apt_jax.engine.calibration import calibrate, calibration_path, measure
+from apt_jax.engine.calibration import calibrate, measure
 from apt_jax.model_config import ModelConfig
 from apt_jax.scheduling.costs.fit import MIN_OBSERVATIONS, relative_errors
 from tests.support.checkpoint_folders import random_model
@@ -27,13 +27,17 @@ def model():
 def folder(tmp_path, monkeypatch):
     """Calibrations kept in a folder of this test."""
     path = tmp_path / "cost.json"
-    monkeypatch.setattr("apt_jax.engine.calibration.calibration_path", lambda engine: path)
+    monkeypatch.setattr("apt_jax.engine.setup.calibration_path", lambda runner, model: path)
     return path
+
+
+def calibrated(engine):
+    return calibrate(engine.trials, engine.setup.cost_model, engine.setup.calibration_file)
 
 
 def test_decodes_and_prompts_of_every_kind_are_measured(model):
     engine = make_engine(model, CONFIG)
-    loads = [o.load for o in measure(engine, max_seconds=60)]
+    loads = [o.load for o in measure(engine.trials, max_seconds=60)]
     assert len(loads) >= 12
     for seen in (
         lambda x: x.context_tokens[KV] and not x.prefill_tokens,
@@ -48,15 +52,15 @@ def test_decodes_and_prompts_of_every_kind_are_measured(model):
 def test_an_engine_gives_the_same_tokens_with_and_without(model, folder):
     prompts = [[5, 6, 7], list(range(3, 30))]
     plain, measured = make_engine(model, CONFIG), make_engine(model, CONFIG)
-    calibrate(measured)
+    calibrated(measured)
     expected = [r.output_token_ids for r in run(plain, prompts)]
     assert [r.output_token_ids for r in run(measured, prompts)] == expected
 
 
 def test_the_second_start_reads_what_the_first_measured(model, folder, monkeypatch):
-    first = calibrate(make_engine(model, CONFIG))
-    monkeypatch.setattr("apt_jax.engine.calibration.measure", lambda engine, max_seconds: pytest.fail("measured again"))
-    assert calibrate(make_engine(model, CONFIG)).model == first.model
+    first = calibrated(make_engine(model, CONFIG))
+    monkeypatch.setattr("apt_jax.engine.calibration.measure", lambda trials, max_seconds: pytest.fail("measured again"))
+    assert calibrated(make_engine(model, CONFIG)).model == first.model
     assert first.num_observations >= MIN_OBSERVATIONS
 
 
@@ -66,8 +70,8 @@ def test_another_model_has_another_file(model, tmp_path):
         num_attention_heads=2, word_embed_proj_dim=48, eos_token_ids=(2,),
     )  # fmt: skip
     paths = {
-        calibration_path(make_engine(model, CONFIG)),
-        calibration_path(make_engine(random_model(wide, seed=3), wide)),
+        make_engine(model, CONFIG).setup.calibration_file,
+        make_engine(random_model(wide, seed=3), wide).setup.calibration_file,
     }
     assert len(paths) == 2 and None not in paths
 
@@ -76,7 +80,7 @@ def test_a_busy_engine_is_refused(model, folder):
     engine = make_engine(model, CONFIG)
     engine.add([4, 5], params=run.__defaults__[0], request_id="busy")
     with pytest.raises(RuntimeError, match="unfinished"):
-        calibrate(engine)
+        calibrated(engine)
 
 
 def test_policies_that_predict_get_the_measured_model_and_others_measure_nothing(model, folder):
@@ -84,10 +88,10 @@ def test_policies_that_predict_get_the_measured_model_and_others_measure_nothing
     engine.warm_up()
     run(engine, [[5, 6, 7]] * 3)
     assert not folder.exists() and engine.policy_context.cost_model is None
-    assert not engine.calibration.num_observations
+    assert not engine.times.calibration.num_observations
     engine = make_engine(model, CONFIG, scheduling_policy="apt")
     engine.warm_up()
-    assert folder.exists() and engine.policy_context.cost_model == engine.calibration.model
+    assert folder.exists() and engine.policy_context.cost_model == engine.times.calibration.model
     assert engine.policy_context.cost_model.sizes.decode == tuple(b.tokens for b in engine.runner.buckets.decode)
 
 
@@ -97,12 +101,12 @@ def test_real_iterations_refine_the_model(model, async_scheduling):
     ticks = iter(range(10**6))
     engine = make_engine(model, CONFIG, async_scheduling=async_scheduling)
     engine._clock = lambda: float(next(ticks))
-    engine.learns_times = True
+    engine.times.learns = True
     run(engine, [[5, 6, 7]] * 3)
-    recent = list(engine.calibration._recent)
+    recent = list(engine.times.calibration._recent)
     assert len(recent) > 50
     seconds = np.array([o.seconds for o in recent])
     assert (seconds > 0).all() and np.median(seconds) in (1.0, 2.0, 3.0)  # it reads the clock up to three times
-    engine.calibration._since_fit = 10**6
-    assert engine.calibration.observe(recent[0].load, recent[0].seconds)
-    assert np.median(relative_errors(engine.calibration.model, recent)) < 0.15
+    engine.times.calibration._since_fit = 10**6
+    assert engine.times.calibration.observe(recent[0].load, recent[0].seconds)
+    assert np.median(relative_errors(engine.times.calibration.model, recent)) < 0.15

@@ -14,6 +14,7 @@ from apt_jax.batching.buckets import Buckets
 from apt_jax.batching.builder import BatchBuilder, table_pages
 from apt_jax.cache import BlockPool, CacheKind
 from apt_jax.engine.engine import Engine
+from apt_jax.engine.setup import set_up
 from apt_jax.engine_config import EngineConfig
 from apt_jax.execution.pool import pool_shape
 from apt_jax.execution.runner import Runner, Shapes, pages_multiple, temporary_bytes
@@ -348,9 +349,9 @@ def test_asynchronous_scheduling_reads_a_step_while_the_next_runs(model, monkeyp
 
 def test_too_little_memory_names_bytes_and_flag(model):
     with pytest.raises(ValueError, match=r"max_model_len=64 needs .* MiB of cache.*raise --cache-memory-bytes"):
-        Engine(model, CONFIG, EngineConfig(cache_memory_bytes=10_000))
+        set_up(model, CONFIG, EngineConfig(cache_memory_bytes=10_000))
     with pytest.raises(ValueError, match=r"max_model_len=65 is more than the model's max_position_embeddings=64"):
-        Engine(model, CONFIG, EngineConfig(max_model_len=65))
+        set_up(model, CONFIG, EngineConfig(max_model_len=65))
 
 
 def test_logprobs_follow_the_request(engine):
@@ -379,7 +380,7 @@ def test_a_device_that_takes_no_cache_after_a_failed_step_is_lost(model, monkeyp
     monkeypatch.setattr(engine.runner, "reset", fail)
     with pytest.raises(DeviceLost, match="does not work any more after a failed step: the device is gone"):
         engine.step()
-    assert engine.num_failed_steps == 1
+    assert engine.figures().num_failed_steps == 1
 
 
 def test_a_request_goes_on_from_tokens_of_an_earlier_run(model):

@@ -13,7 +13,6 @@ from apt_jax.batching.builder import Rows, Tokens
 from apt_jax.cache import CacheKind
 from apt_jax.cpu_kernels import library
 from apt_jax.cpu_kernels.large_pages import LargePages
-from apt_jax.engine.calibration import base_model
 from apt_jax.execution.forms.layer_weights import LayerWeights, OuterWeights
 from apt_jax.execution.forms.native import are_native, run_native_step, scratch_bytes
 from apt_jax.execution.runner import LayeredStep, NativeStep, temporary_bytes
@@ -250,7 +249,7 @@ def test_every_cache_kind_gives_the_tokens_of_xla():
         steps = {type(step) for step in engine.runner._steps.values()}
         most = max(map(temporary_bytes, engine.runner._steps.values()))
         assert backend == "xla" or most >= scratch_bytes(PLAIN, 16, 16)  # the C++ call's own memory
-        sizes = base_model(engine).sizes
+        sizes = engine.setup.cost_model.sizes
         assert bool(sizes.decode) == bool(sizes.prefill) == (backend == "xla")  # padding takes no time in one call
         assert steps == {NativeStep if backend == "native" else LayeredStep}
     assert found["native"] == found["xla"]

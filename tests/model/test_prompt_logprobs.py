@@ -163,7 +163,7 @@ def test_aborts_leave_nothing_and_an_id_may_be_used_again(engine, expected, monk
     engine.add(prompts[1], replace(SHORT, prompt_logprobs=2), request_id="r")
     found = by_request(finish(engine))
     check(found["r"], prompts[1], expected(prompts[1]), 2)
-    assert not engine._prompt_logprobs._asked and not engine._prompt_logprobs._found
+    assert not engine.prompt_logprobs._asked and not engine.prompt_logprobs._found
 
 
 def test_a_failed_iteration_loses_no_position_of_those_that_wait(engine, expected, monkeypatch):
@@ -212,7 +212,7 @@ def test_nothing_compiles_and_who_asks_for_none_pays_nothing(model, monkeypatch)
     for number, length in enumerate(LENGTHS):
         engine.add(prompt_of(length), replace(SHORT, prompt_logprobs=number % 3), request_id=str(number))
     finish(engine)
-    assert compilations() == 0 and engine.num_recompiles == 0
+    assert compilations() == 0 and engine.figures().num_recompiles == 0
 
     dispatch = engine.runner.dispatch
 

@@ -16,7 +16,7 @@ from apt_jax.serve.cli import main
 from apt_jax.serve.http.service import Service
 from apt_jax.serve.options import ServerOptions
 from apt_jax.serve.runtime.engine_thread import EngineThread
-from tests.support.fake_engine import CharTokenizer, FakeEngine, fake_engine
+from tests.support.fake_engine import CharTokenizer, FakeEngine
 from tests.support.live_server import live
 from tests.support.scripted_server import DONE, Scripted, piece, tokens, usage
 
@@ -31,7 +31,7 @@ def bench(*arguments):
 
 
 def apt_jax_server(engine=None, **options):
-    made = engine or fake_engine(tokenizer=CharTokenizer(CHAT_TEMPLATE))
+    made = engine or FakeEngine(tokenizer=CharTokenizer(CHAT_TEMPLATE))
     return live(Service(EngineThread(lambda: made), "tiny", ServerOptions(**options)))
 
 
@@ -286,7 +286,7 @@ def test_several_rates_are_one_run_each_and_recorded_arrivals_are_kept(tmp_path,
     trace = tmp_path / "trace.csv"
     trace.write_text("arrival_s,prompt_tokens,output_tokens\n0,3,2\n0.1,4,3\n0.2,5,4\n")
     output = tmp_path / "result.json"
-    engine = fake_engine(config=EngineConfig(max_num_seqs=2, max_num_batched_tokens=64, scheduling_policy="fcfs"))
+    engine = FakeEngine(config=EngineConfig(max_num_seqs=2, max_num_batched_tokens=64, scheduling_policy="fcfs"))
     flags = ["--dataset", trace, "--num-prompts", 3, "--dataset-arrivals", "--request-rate", "15,30", "--save-detailed"]
     with apt_jax_server(engine) as url:
         assert bench("--base-url", url, *flags, "--output", output) == 0

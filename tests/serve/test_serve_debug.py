@@ -77,7 +77,7 @@ def test_histories_are_bounded():
     for number in range(KEPT_REQUESTS + 10):
         request = engine.add([1], SamplingParams(max_tokens=1), request_id=str(number))
         engine.state.waiting.clear()
-        history.stepped(engine, Stepped([Output(request, "", (), (), FinishReason.ABORT)], (), 0.0))
+        history.stepped(engine.figures(), Stepped([Output(request, "", (), (), FinishReason.ABORT)], (), 0.0))
         engine._requests.clear()
     assert history.of("0") == [] and len(history._stories) == KEPT_REQUESTS
     story = Story(request)
@@ -91,7 +91,7 @@ def told(plans) -> History:
     engine, history = FakeEngine(), History()
     for number, plan in enumerate(plans):
         engine.last_plan = plan
-        history.stepped(engine, Stepped([], (), float(number)))
+        history.stepped(engine.figures(), Stepped([], (), float(number)))
     return history
 
 

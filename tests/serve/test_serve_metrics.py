@@ -171,7 +171,7 @@ def test_conversions_preemptions_and_demotions_come_from_the_plans():
     )
     engine.num_recompiles = engine.num_failed_steps = 2
     for _ in range(3):
-        metrics.stepped(engine, Step)
+        metrics.stepped(engine.figures(), Step)
     found = samples(metrics.text().decode())
     assert found["vllm:num_preemptions_total",] == 3 and found["apt:late_demotions_total",] == 1
     assert found["apt:recompiles_after_warmup_total",] == 2 and found["apt:failed_steps_total",] == 2

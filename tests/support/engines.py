@@ -7,10 +7,12 @@ import jax
 import pytest
 
 from apt_jax.cache import CacheKind
-from apt_jax.engine.engine import Engine, Output
+from apt_jax.engine.engine import Engine
+from apt_jax.engine.setup import set_up
 from apt_jax.engine_config import EngineConfig
 from apt_jax.model_config import ModelConfig
 from apt_jax.models.opt import OPT
+from apt_jax.output import Output
 from apt_jax.request import Request, SamplingParams
 from apt_jax.scheduling.plan import Converted, Plan, Preempted, Reason, Scheduled
 from apt_jax.scheduling.state import SchedulerState
@@ -24,7 +26,7 @@ def make_engine(model: OPT, config: ModelConfig, **options) -> Engine:
         "max_num_seqs": 8, "max_num_batched_tokens": 16, "block_size": 8, "num_blocks": 40,
         "scheduling_policy": "fcfs", **options,
     }  # fmt: skip
-    return Engine(model, config, EngineConfig(**options))
+    return Engine(set_up(model, config, EngineConfig(**options)))
 
 
 def run(

@@ -6,14 +6,15 @@ With `CharTokenizer` a token is a character, so the completion of "a" is "bcd...
 import threading
 import time
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any
 
 from apt_jax.cache import BlockPool
-from apt_jax.engine.engine import Engine
+from apt_jax.engine.interface import EngineFigures
 from apt_jax.engine_config import EngineConfig
 from apt_jax.model_config import ModelConfig
 from apt_jax.output import Output, QueueFull, TokenLogprobs
 from apt_jax.request import FinishReason, Request, SamplingParams, Slo
+from apt_jax.routing.instance import InstanceLoad, instance_load
 from apt_jax.scheduling.plan import Plan
 from apt_jax.scheduling.policies.catalogue import make_policy
 from apt_jax.scheduling.policies.interface import PolicyContext
@@ -45,7 +46,7 @@ class CharTokenizer:
 
 
 class FakeEngine:
-    """`Engine`'s interface. With `paced`, a step waits for `allow_step()`; `fail_with` makes the next one raise."""
+    """A `ServingEngine`. With `paced`, a step waits for `allow_step()`; `fail_with` makes the next one raise."""
 
     def __init__(
         self, config: EngineConfig | None = None, tokenizer: Any = None, *, num_blocks: int = 64, paced: bool = False
@@ -64,8 +65,8 @@ class FakeEngine:
         self.num_failed_steps = 0
         self.num_recompiles = 0
         self.last_plan = Plan()
-        self.last_schedule_s = 0.0
-        self.policy_context = PolicyContext()
+        self.schedule_s = 0.0
+        self.predictor = PolicyContext().predictor
         self._policy = make_policy("fcfs")
         self._requests: dict[str, Request] = {}
         self._ended: list[Output] = []
@@ -81,6 +82,18 @@ class FakeEngine:
 
     def warm_up(self, progress: bool = False) -> None:
         self.warmed = True
+
+    @property
+    def max_num_seqs(self) -> int:
+        return self.state.limits.max_num_seqs
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self.state.waiting)
+
+    @property
+    def num_running(self) -> int:
+        return len(self.state.running)
 
     @property
     def has_unfinished(self) -> bool:
@@ -138,11 +151,32 @@ class FakeEngine:
             raise error
         now = time.monotonic()
         self.last_plan = self._policy.schedule(self.state, now)
-        self.last_schedule_s = time.monotonic() - now
+        self.schedule_s = time.monotonic() - now
         spans = self.state.apply(self.last_plan, now)
         outputs = [*self._ended, *(self._sample(span.request, now) for span in spans if span.samples)]
         self._ended = []
         return outputs
+
+    def figures(self) -> EngineFigures:
+        return EngineFigures(
+            num_waiting=self.num_waiting,
+            num_running=self.num_running,
+            num_blocks=self.state.pool.num_blocks,
+            blocks=self.state.blocks_by_kind(),
+            plan=self.last_plan,
+            schedule_s=self.schedule_s,
+            padded_tokens=self.last_plan.num_tokens,
+            num_failed_steps=self.num_failed_steps,
+            num_recompiles=self.num_recompiles,
+            compile_s=0.0,
+            cost_model=None,
+        )
+
+    def recent_plans(self) -> list[dict[str, Any]]:
+        return self.state.plans.as_dicts()
+
+    def load(self, now: float) -> InstanceLoad:
+        return instance_load(self.state, None, now, predictor=self.predictor)
 
     @property
     def is_idle(self) -> bool:
@@ -172,8 +206,3 @@ class FakeEngine:
                 for i in request.prompt_token_ids[1:]
             )
         return Output(request, text, (token,), logprobs, finish_reason, prompt_logprobs=prompt_logprobs)
-
-
-def fake_engine(**options: Any) -> Engine:
-    """A `FakeEngine`, for code that asks for an `Engine`."""
-    return cast(Engine, FakeEngine(**options))

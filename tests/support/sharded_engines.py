@@ -77,7 +77,7 @@ def check_memory(engine: Engine) -> None:
     assert runner._pool.sharding.spec == POOL
     assert {shard.data.shape for shard in runner._pool.addressable_shards} == {(*shape[:2], shape[2] // devices)}
     pool_bytes = int(np.prod(shape)) * 4 // devices
-    assert engine.memory.pool_bytes == pool_bytes
+    assert engine.setup.memory.pool_bytes == pool_bytes
     full = sum(leaf.nbytes for leaf in runner._weights)
     assert full / devices < runner.weight_bytes < full / devices + 40_000  # norms, biases and positions are everywhere
     for program in (*runner._steps.values(), *filter(None, [runner._convert])):

@@ -70,7 +70,7 @@ def main(folder: str, address: str, number: str) -> None:
     engine = make_engine(folder, 2)
     assert is_first
     engine.warm_up()
-    print(json.dumps({"tokens": generate(engine), "recompiles": engine.num_recompiles}), flush=True)
+    print(json.dumps({"tokens": generate(engine), "recompiles": engine.figures().num_recompiles}), flush=True)
 
 
 if __name__ == "__main__":

@@ -201,7 +201,6 @@ EXCEPTIONS: dict[Callable[[], Breaches], dict[str, str]] = {
 }
 OWED: dict[Callable[[], Breaches], dict[str, str]] = {
     no_import_circle: {
-        "apt_jax/engine/": "engine: calibration takes the engine's parts instead of the engine",
         "apt_jax/routing/": "caches: the interface leaves the catalogue of routers",
         "apt_jax/scheduling/policies/": "apt: the interface leaves the catalogue of policies",
         "serve/replicas/": "serving engine: replica and route",
@@ -215,21 +214,12 @@ OWED: dict[Callable[[], Breaches], dict[str, str]] = {
         "apt_jax/attention/selection.py": "model: Platform",
         "apt_jax/cpu_kernels/calls.py": "model: Platform",
         "apt_jax/cpu_kernels/library.py": "model: Platform",
-        "apt_jax/engine/engine.py": "model: Platform",
         "apt_jax/engine/memory.py": "model: Platform",
         "apt_jax/models/sharding.py": "model: Platform",
         "checkpoints/convert.py": "model: Platform",
         "checkpoints/placement.py": "model: WeightLayout",
     },
-    serve_does_not_reach_into_the_engine: {
-        "serve/batch/": "serving engine: the ServingEngine protocol",
-        "serve/bench/offline/": "http: the ServingEngine protocol",
-        "serve/observability/": "serving engine: the ServingEngine protocol",
-        "serve/replicas/": "serving engine: the ServingEngine protocol",
-        "serve/runtime/": "serving engine: the ServingEngine protocol",
-    },
     files_are_short: {
-        "apt_jax/engine/engine.py": "engine: set-up, validation, memory plan and calibration leave it",
         "apt_jax/execution/runner.py": "model: forms",
         "apt_jax/models/opt.py": "model: linear",
         "apt_jax/scheduling/policies/apt/iteration.py": "apt: a file for each decision",

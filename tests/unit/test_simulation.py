@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from apt_jax.execution.interface import StepResults
 from apt_jax.model_config import ModelConfig
 from apt_jax.request import SamplingParams
 from apt_jax.scheduling.costs.cost_model import CostModel
@@ -195,12 +196,12 @@ class FakeRunner:
 
     def dispatch(self, batch):
         self.now += self._model.step_s(self._load)
-        return batch if any(span.samples for span in self._spans) else None
+        return StepResults(batch if any(span.samples for span in self._spans) else None, ())
 
     def read(self, results):
-        batch, scores = results
+        batch = results.sampled
         last = [len(r.output_token_ids) + 1 >= self._lengths[r.request_id] for r in batch.requests]
-        return SimpleNamespace(token=np.where(last, 2, 5), is_finite=np.ones(len(last), bool)), scores
+        return StepResults(SimpleNamespace(token=np.where(last, 2, 5), is_finite=np.ones(len(last), bool)), ())
 
 
 @pytest.mark.parametrize("policy", ["fcfs", "apt", "apt-paper", "sarathi"])

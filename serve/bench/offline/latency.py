@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from apt_jax.engine.engine import Engine
+from apt_jax.engine.interface import ServingEngine
 from apt_jax.serve.bench.offline.measure import checked, open_engine, samples_of, write_result
 from apt_jax.serve.bench.offline.options import BenchLatency
 from apt_jax.serve.bench.work import LOWEST_ID, Work
@@ -33,10 +33,9 @@ def run(args: BenchLatency) -> int:
         ValueError: a flag has a bad value, or the batch does not fit; one sentence.
     """
     engine = open_engine(args.model, args.load, args.engine)
-    if args.batch_size > engine.state.limits.max_num_seqs:
+    if args.batch_size > engine.max_num_seqs:
         raise ValueError(
-            f"batch_size={args.batch_size} is more than max_num_seqs={engine.state.limits.max_num_seqs}; raise "
-            "--max-num-seqs"
+            f"batch_size={args.batch_size} is more than max_num_seqs={engine.max_num_seqs}; raise --max-num-seqs"
         )
     if (longest := args.input_len + args.output_len) > engine.max_model_len:
         raise ValueError(
@@ -63,7 +62,7 @@ def run(args: BenchLatency) -> int:
     return 0
 
 
-def measure(engine: Engine, works: list[Work]) -> Iteration:
+def measure(engine: ServingEngine, works: list[Work]) -> Iteration:
     """Serve one batch to the end.
 
     Raises:

@@ -10,7 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from apt_jax.engine.engine import Engine
+from apt_jax.engine.interface import ServingEngine
 from apt_jax.engine_config import EngineConfig
 from apt_jax.output import Output
 from apt_jax.request import FinishReason, SamplingParams
@@ -20,7 +20,7 @@ from apt_jax.serve.runtime.build import build_engine
 from apt_jax.serve.runtime.samples import Sample
 
 
-def open_engine(model: str | None, load: LoadOptions, config: EngineConfig) -> Engine:
+def open_engine(model: str | None, load: LoadOptions, config: EngineConfig) -> ServingEngine:
     """The engine; nothing is compiled yet.
 
     Raises:
@@ -61,7 +61,7 @@ def checked(output: Output | ValueError) -> Output:
 class Tally:
     """Sums over iterations. Token slots are what the device computed, padding included; blocks are those in use."""
 
-    engine: Engine
+    engine: ServingEngine
     steps: int = 0
     tokens: int = 0
     slots: int = 0
@@ -74,7 +74,8 @@ class Tally:
 
     def add(self) -> None:
         """Count the engine's last iteration."""
-        plan, state = self.engine.last_plan, self.engine.state
+        figures = self.engine.figures()
+        plan = figures.plan
         self.preemptions += len(plan.preempted)
         self.conversions += len(plan.converted)
         if not plan.scheduled:
@@ -83,15 +84,14 @@ class Tally:
         self.steps += 1
         self.tokens += tokens
         self.rows += rows
-        self.slots += self.engine.builder.buckets.choose(tokens, rows, decode_only=tokens == rows).tokens
-        kinds = state.blocks_by_kind()
-        self.kv_blocks += kinds["kv"]
-        self.hidden_blocks += kinds["hidden"]
-        self.peak_blocks = max(self.peak_blocks, kinds["kv"] + kinds["hidden"])
+        self.slots += figures.padded_tokens
+        self.kv_blocks += figures.blocks["kv"]
+        self.hidden_blocks += figures.blocks["hidden"]
+        self.peak_blocks = max(self.peak_blocks, figures.num_held_blocks)
 
     def figures(self) -> dict[str, Any]:
         """Plain data; shares of token slots and of the pool."""
-        steps, blocks = max(self.steps, 1), self.engine.state.pool.num_blocks
+        steps, blocks = max(self.steps, 1), self.engine.figures().num_blocks
         return {
             "iterations": self.steps,
             "mean_batch": self.rows / steps,

@@ -6,7 +6,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from apt_jax.engine.engine import Engine
+from apt_jax.engine.interface import ServingEngine
 from apt_jax.serve.bench.offline.measure import Tally, checked, open_engine, samples_of, write_result
 from apt_jax.serve.bench.offline.options import BenchThroughput
 from apt_jax.serve.bench.work import Work, load_dataset, make_work
@@ -40,7 +40,7 @@ def run(args: BenchThroughput) -> int:
     return 0
 
 
-def token_works(args: BenchThroughput, engine: Engine) -> list[Work]:
+def token_works(args: BenchThroughput, engine: ServingEngine) -> list[Work]:
     """The requests, with token ids as prompts.
 
     Raises:
@@ -58,7 +58,7 @@ def token_works(args: BenchThroughput, engine: Engine) -> list[Work]:
     ]
 
 
-def measure(engine: Engine, works: list[Work], *, temperature: float = 0.0) -> dict[str, Any]:
+def measure(engine: ServingEngine, works: list[Work], *, temperature: float = 0.0) -> dict[str, Any]:
     """Serve `works` (prompts as token ids) to the end; vLLM's names where it has the figure.
 
     Raises:

@@ -1,0 +1,127 @@
+"""What a server, a batch job or a benchmark needs of an engine. Without jax, so that those who import it stay light."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+from apt_jax.engine_config import EngineConfig
+from apt_jax.model_config import ModelConfig
+from apt_jax.output import Output
+from apt_jax.request import Request, SamplingParams, Slo
+from apt_jax.routing.instance import InstanceLoad
+from apt_jax.scheduling.costs.cost_model import CostModel
+from apt_jax.scheduling.plan import Plan
+
+if TYPE_CHECKING:
+    from apt_jax.tokenization.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class EngineFigures:
+    """Figures of an engine between two steps.
+
+    Attributes:
+        num_waiting: requests without blocks.
+        num_running: requests with blocks.
+        num_blocks: size of the cache pool.
+        blocks: blocks by use: kv, hidden, free.
+        plan: of the last step.
+        schedule_s: seconds that the policy took for it.
+        padded_tokens: tokens that the last iteration computed, padding included.
+        num_failed_steps: since the start; the engine went on after each.
+        num_recompiles: programs compiled since `warm_up`; should stay 0.
+        compile_s: seconds that `warm_up` took to compile, or to load what was compiled.
+        cost_model: as measured on the device; None if it was not.
+    """
+
+    num_waiting: int
+    num_running: int
+    num_blocks: int
+    blocks: Mapping[str, int]
+    plan: Plan
+    schedule_s: float
+    padded_tokens: int
+    num_failed_steps: int
+    num_recompiles: int
+    compile_s: float
+    cost_model: CostModel | None
+
+    @property
+    def num_held_blocks(self) -> int:
+        """Blocks that are not free; 0 when no request is unfinished."""
+        return self.num_blocks - self.blocks["free"]
+
+
+class ServingEngine(Protocol):
+    """Generates for many requests at once. Synchronous; only the counts may be read from other threads."""
+
+    @property
+    def config(self) -> EngineConfig:
+        """With every default filled in."""
+
+    @property
+    def model_config(self) -> ModelConfig:
+        """The model's shape."""
+
+    @property
+    def tokenizer(self) -> "Tokenizer | None":
+        """None takes token ids only."""
+
+    @property
+    def max_model_len(self) -> int:
+        """Tokens of prompt and answer together."""
+
+    @property
+    def max_num_seqs(self) -> int:
+        """Most requests in one iteration."""
+
+    @property
+    def has_unfinished(self) -> bool:
+        """Whether `step` has anything to do or to report."""
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests without blocks."""
+
+    @property
+    def num_running(self) -> int:
+        """Requests with blocks."""
+
+    def warm_up(self, progress: bool = False) -> None:
+        """Compile every shape, and measure the device if the policy uses that; afterwards nothing compiles."""
+
+    def add(
+        self,
+        prompt_token_ids: Sequence[int],
+        params: SamplingParams,
+        *,
+        request_id: str,
+        slo: Slo | None = None,
+        priority: int = 0,
+        arrival_s: float | None = None,
+        output_token_ids: Sequence[int] = (),
+    ) -> Request:
+        """Queue one request (one sample).
+
+        `output_token_ids` were generated before, by this engine or another, and are gone on from: with the same seed
+        the same tokens follow. The first output then brings all of their text.
+
+        Raises:
+            ValueError: the request can never be served; one sentence with the value, the limit and the cure.
+            QueueFull: as many wait as may.
+        """
+
+    def abort(self, request_id: str) -> None:
+        """End a request; its blocks are free at once. Unknown or ended ids change nothing."""
+
+    def step(self) -> list[Output]:
+        """One iteration; what it brought, and the last outputs of requests that ended since the one before."""
+
+    def figures(self) -> EngineFigures:
+        """Figures after the last step; in the thread that steps."""
+
+    def recent_plans(self) -> list[dict[str, Any]]:
+        """The newest plans with their reasons, oldest first, as JSON-ready dicts. From any thread."""
+
+    def load(self, now: float) -> InstanceLoad:
+        """What a router is told about this engine at `now`; walks over all unfinished requests."""

@@ -1,0 +1,129 @@
+"""The unfinished requests of an engine: how they come, what a new token means to them, how they end."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from apt_jax.engine.prompt_logprobs import PromptLogprobs
+from apt_jax.engine.text import OutputTexts
+from apt_jax.engine.validation import RequestRules
+from apt_jax.engine_config import EngineConfig
+from apt_jax.execution.sampling import Sampled
+from apt_jax.output import Output, QueueFull, TokenLogprobs
+from apt_jax.request import FinishReason, Request, SamplingParams, Slo
+from apt_jax.scheduling.state import SchedulerState
+
+
+class Requests:
+    """By id. Queues and blocks are `state`'s; `prompt_logprobs` are those of the prompts that want them."""
+
+    def __init__(
+        self,
+        state: SchedulerState,
+        config: EngineConfig,
+        rules: RequestRules,
+        texts: OutputTexts,
+        prompt_logprobs: PromptLogprobs,
+    ):
+        self.prompt_logprobs = prompt_logprobs
+        self._state = state
+        self._config = config
+        self._rules = rules
+        self._texts = texts
+        self._unfinished: dict[str, Request] = {}
+        self._ended: list[Output] = []  # of requests that ended outside the normal course
+        self._seeds = np.random.default_rng(config.seed)
+
+    def __bool__(self) -> bool:
+        """Whether one is unfinished, or has ended and was not reported."""
+        return bool(self._unfinished or self._ended)
+
+    def add(
+        self,
+        prompt_token_ids: Sequence[int],
+        params: SamplingParams,
+        *,
+        request_id: str,
+        slo: Slo | None,
+        priority: int,
+        arrival_s: float,
+        output_token_ids: Sequence[int],
+    ) -> Request:
+        """Queue one; see `ServingEngine.add`."""
+        config = self._config
+        if request_id in self._unfinished:
+            raise ValueError(f"request_id {request_id!r} is in use by an unfinished request")
+        self._rules.check(prompt_token_ids, params)
+        waiting = len(self._state.waiting)
+        if waiting >= config.max_num_queued_reqs:
+            raise QueueFull(
+                f"{waiting} requests are waiting, max_num_queued_reqs={config.max_num_queued_reqs}; try again later"
+            )
+        if params.seed is None:
+            params = replace(params, seed=int(self._seeds.integers(2**63)))
+        request = Request(
+            request_id=request_id,
+            prompt_token_ids=list(prompt_token_ids),
+            params=params,
+            arrival_s=arrival_s,
+            max_new_tokens=self._rules.max_new_tokens(len(prompt_token_ids), params),
+            eos_token_ids=frozenset(self._rules.model_config.eos_token_ids),
+            slo=slo or Slo(config.ttft_slo_ms / 1e3, config.tbt_slo_ms / 1e3),
+            priority=priority,
+            output_token_ids=list(output_token_ids),
+        )
+        if len(output_token_ids) >= request.max_new_tokens:
+            raise ValueError(f"output_token_ids has all {request.max_new_tokens} tokens that may be generated")
+        self._state.add(request)
+        self._unfinished[request_id] = request
+        self.prompt_logprobs.add(request)
+        self._texts.add(request)
+        return request
+
+    def get(self, request_id: str) -> Request | None:
+        """The unfinished request with this id."""
+        return self._unfinished.get(request_id)
+
+    def accept(self, request: Request, row: int, host: Sampled, now: float) -> Output:
+        """Take in the token that was sampled in `row` of an iteration; it may be the request's last."""
+        token = int(host.token[row])
+        reason = self._state.commit(request, token, now)
+        shown, stop = self._texts.push(request, token)
+        if stop is not None:
+            self._state.finish(request, FinishReason.STOP)
+            request.stop_reason = stop
+            request.finish_reason = reason = FinishReason.STOP  # also where this token was the last allowed
+        elif reason is not None:
+            shown += self._texts.flush(request)
+        prompt_logprobs = self.prompt_logprobs.pop(request)
+        if reason is not None:
+            self._forget(request)
+        logprobs = _token_logprobs(request, token, row, host)
+        return Output(request, shown, (token,), logprobs, reason, prompt_logprobs=prompt_logprobs)
+
+    def end(self, request: Request, reason: FinishReason, error: str | None = None) -> None:
+        """End an unfinished request outside the normal course; `take_ended` reports it."""
+        self._state.finish(request, reason)
+        shown = self._texts.flush(request)
+        self._forget(request)
+        self._ended.append(Output(request, shown, (), (), reason, error))
+
+    def take_ended(self) -> list[Output]:
+        """The last outputs of requests that were ended, once."""
+        ended, self._ended = self._ended, []
+        return ended
+
+    def _forget(self, request: Request) -> None:
+        self._unfinished.pop(request.request_id, None)
+        self._texts.forget(request.request_id)
+        self.prompt_logprobs.forget(request.request_id)
+
+
+def _token_logprobs(request: Request, token: int, row: int, host: Sampled) -> tuple[TokenLogprobs, ...]:
+    count = request.params.logprobs
+    if count is None:
+        return ()
+    ids, values = host.top_ids[row, :count].tolist(), host.top_logprobs[row, :count].tolist()
+    top = tuple(zip(ids, values, strict=True))
+    return (TokenLogprobs(token, float(host.logprob[row]), int(host.rank[row]), top),)

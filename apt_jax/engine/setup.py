@@ -1,0 +1,134 @@
+"""What an engine works with, made before it: options without gaps, programs, cache pool, queues."""
+
+import logging
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from apt_jax.attention.paged import Kinds
+from apt_jax.batching.buckets import Buckets
+from apt_jax.batching.builder import BatchBuilder, table_pages
+from apt_jax.cache import BlockPool, CacheKind
+from apt_jax.engine.calibration import base_model, calibration_path
+from apt_jax.engine.memory import MemoryPlan, share_memory
+from apt_jax.engine_config import EngineConfig
+from apt_jax.execution.interface import StepRunner
+from apt_jax.execution.platform import Platform
+from apt_jax.execution.runner import Runner, Shapes, pages_multiple
+from apt_jax.model_config import ModelConfig
+from apt_jax.models.opt import OPT
+from apt_jax.scheduling.costs.cost_model import CostModel
+from apt_jax.scheduling.state import Limits, SchedulerState
+
+logger = logging.getLogger(__name__)
+
+WATERMARK = 0.01  # share of the pool kept free on admission, as vLLM
+
+
+@dataclass(frozen=True)
+class EngineSetup:
+    """The parts of one engine.
+
+    Attributes:
+        config: every default that depends on model and device is filled in.
+        runner: with its cache pool in place; nothing else is compiled.
+        cost_model: of the device, before any measurement.
+        calibration_file: where this device's measured times are kept, None for nowhere.
+        attention: which implementation of attention runs: the kernels' name, or xla.
+    """
+
+    model_config: ModelConfig
+    config: EngineConfig
+    runner: StepRunner
+    builder: BatchBuilder
+    state: SchedulerState
+    memory: MemoryPlan
+    cost_model: CostModel
+    calibration_file: Path | None
+    attention: str
+
+
+def set_up(model: OPT, model_config: ModelConfig, config: EngineConfig, *, donate_model: bool = False) -> EngineSetup:
+    """Make the parts of an engine. Of several processes that run one, all call it at the same time.
+
+    Args:
+        model: weights on the device; for `tensor_parallel_size` > 1 split by `sharding.Parallel`.
+        donate_model: the model's arrays may be taken apart, which saves memory on a CPU; it cannot be used afterwards.
+
+    Raises:
+        ValueError: the configuration cannot be served (context, memory, backend); one sentence with the cure.
+    """
+    platform = Platform.of_array(model.embed_tokens.embedding[...])
+    config = without_gaps(config, model_config, platform)
+    assert config.max_num_seqs is not None and config.max_num_batched_tokens is not None
+    limits = Limits(config.max_num_seqs, config.max_num_batched_tokens, config.cache_mode)
+    runner = _make_runner(model, model_config, config, limits, donate_model)
+    _check_devices(runner, config)
+    memory = share_memory(runner, config, limits.kinds)
+    logger.info("device memory\n%s", memory.table())
+    runner.allocate(memory.num_blocks)
+    limits = replace(limits, watermark_blocks=int(WATERMARK * memory.num_blocks))
+    cost_model = base_model(runner)
+    return EngineSetup(
+        model_config=model_config,
+        config=config,
+        runner=runner,
+        builder=BatchBuilder(
+            runner.buckets, num_slots=limits.max_num_seqs, table_pages=runner.shapes.table_pages
+        ),
+        state=SchedulerState(BlockPool(memory.num_blocks, config.block_size), limits),
+        memory=memory,
+        cost_model=cost_model,
+        calibration_file=calibration_path(runner, cost_model),
+        attention=runner.attention,
+    )  # fmt: skip
+
+
+def without_gaps(config: EngineConfig, model_config: ModelConfig, platform: Platform) -> EngineConfig:
+    """Fill in the defaults that depend on the model and the device.
+
+    Raises:
+        ValueError: an option asks for what this model or this version cannot do.
+    """
+    if config.max_model_len is not None and config.max_model_len > model_config.max_position_embeddings:
+        raise ValueError(
+            f"max_model_len={config.max_model_len} is more than the model's max_position_embeddings="
+            f"{model_config.max_position_embeddings}; lower --max-model-len"
+        )
+    max_num_seqs = config.max_num_seqs or platform.max_num_seqs
+    return replace(
+        config,
+        max_model_len=config.max_model_len or model_config.max_position_embeddings,
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=config.max_num_batched_tokens or max(platform.max_num_batched_tokens, max_num_seqs),
+        async_scheduling=platform.async_scheduling if config.async_scheduling is None else config.async_scheduling,
+    )
+
+
+def _make_runner(
+    model: OPT, model_config: ModelConfig, config: EngineConfig, limits: Limits, donate_model: bool
+) -> Runner:
+    assert config.max_model_len is not None
+    kinds = Kinds(kv=CacheKind.KV in limits.kinds, hidden=CacheKind.HIDDEN in limits.kinds)
+    pages = table_pages(config.max_model_len, config.block_size, pages_multiple(config.block_size))
+    shapes = Shapes(limits.max_num_seqs, config.max_model_len, pages, config.block_size, kinds)
+    buckets = Buckets(max_num_seqs=limits.max_num_seqs, max_num_batched_tokens=limits.max_num_batched_tokens)
+    return Runner(model, model_config, shapes, buckets, config.attention_backend, donate_model=donate_model)
+
+
+def _check_devices(runner: Runner, config: EngineConfig) -> None:
+    """Refuse weights that do not lie as the configuration says.
+
+    Raises:
+        ValueError: they are on another number of devices, or not split for the kinds of cache.
+    """
+    if runner.num_devices != config.tensor_parallel_size:
+        raise ValueError(
+            f"tensor_parallel_size={config.tensor_parallel_size}, but the weights lie on {runner.num_devices} "
+            "device(s); load them with the same number"
+        )
+    parallel = runner.parallel
+    if parallel is not None and runner.num_devices > 1 and runner.shapes.kinds.hidden and not parallel.hidden:
+        raise ValueError(
+            f"cache_mode={config.cache_mode!r} needs k and v split by inputs, and these weights are split by heads; "
+            "load them for that mode, or use --cache-mode kv"
+        )

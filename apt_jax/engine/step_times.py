@@ -1,0 +1,42 @@
+"""Seconds of real iterations, which refine the cost model that start-up measured."""
+
+from collections.abc import Sequence
+
+from apt_jax.scheduling.costs.cost_model import CostModel
+from apt_jax.scheduling.costs.fit import Calibration
+from apt_jax.scheduling.costs.step_load import StepLoad, step_load
+from apt_jax.scheduling.plan import Plan
+from apt_jax.scheduling.state import Span
+
+
+class StepTimes:
+    """Learns from iterations as they end, if `learns`: only some policies look at predicted times."""
+
+    def __init__(self, base: CostModel, learns: bool):
+        self.calibration = Calibration(base)
+        self.learns = learns
+        self._device_free_s: float | None = None  # when the last iteration ended, if that is known
+
+    @property
+    def fitted_model(self) -> CostModel | None:
+        """The cost model as measured; None before that."""
+        return self.calibration.model if self.calibration.is_fitted else None
+
+    def load(self, plan: Plan, spans: Sequence[Span]) -> StepLoad | None:
+        """What an iteration works through; None if nobody learns from its time."""
+        return step_load(plan, spans) if self.learns else None
+
+    def ended(self, load: StepLoad | None, started_s: float, now: float) -> bool:
+        """An iteration ended `now`: it began when the one before had ended. Whether the cost model has changed.
+
+        `load` is None for one whose time says nothing about others.
+        """
+        changed = False
+        if load is not None and self._device_free_s is not None:
+            changed = self.calibration.observe(load, now - max(started_s, self._device_free_s))
+        self._device_free_s = now
+        return changed
+
+    def forget_end(self) -> None:
+        """Nobody knows when the device will be free: nothing was read back, or a step failed."""
+        self._device_free_s = None

@@ -1,0 +1,38 @@
+"""What an engine asks of the devices: `StepRunner`, which one process implements, or several that work together."""
+
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
+
+from apt_jax.batching.builder import Batch
+from apt_jax.cache import BlockTable
+from apt_jax.execution.sampling import Sampled, Scored
+
+
+class StepResults(NamedTuple):
+    """What one iteration brings back, on the device until `StepRunner.read`."""
+
+    sampled: Sampled | None  # None if no row samples
+    scores: tuple[Scored, ...]  # of the batch's chunks
+
+
+class StepRunner(Protocol):
+    """Runs iterations, one after the other, on a cache pool that it owns."""
+
+    @property
+    def num_programs(self) -> int:
+        """Compiled programs at hand."""
+
+    def compile_all(self, progress: bool = False) -> None:
+        """Compile every shape; afterwards nothing compiles."""
+
+    def dispatch(self, batch: Batch) -> StepResults:
+        """Start one iteration; returns at once with arrays still being computed."""
+
+    def read(self, results: StepResults) -> StepResults:
+        """Wait for an iteration and bring its results to the host as numpy arrays."""
+
+    def convert(self, tables: Sequence[BlockTable]) -> None:
+        """Compute keys and values for tables that have just become KV."""
+
+    def reset(self) -> None:
+        """Fresh pool and history, after a step failed; waits for the device, so that a lost one raises here."""
