@@ -1,4 +1,4 @@
-"""How well the cost model predicts iterations it was not fitted to: `python -m experiments.calibration_error`.
+"""Error of the cost model on iterations that it was not fitted to: `python -m experiments.calibration_error`.
 
 An engine with random weights of a preset's shape is measured as at start-up. Then it serves requests with ShareGPT's
 lengths under `fcfs` in hybrid mode, a pool small enough to use both cache kinds, and every iteration's time is compared

@@ -39,12 +39,12 @@ class Measurement:
 
     @property
     def ratio(self) -> float:
-        """Peak over the weights' size, the interpreter not counted."""
+        """Peak divided by the weights' size, without the interpreter's share."""
         return (self.peak_bytes - self.before_bytes) / self.weight_bytes
 
 
 def write_folder(config: ModelConfig, folder: Path, file_format: str) -> None:
-    """Write a float16 checkpoint of `config` with made-up numbers, and its config.json."""
+    """Write a float16 checkpoint of `config` with synthetic numbers, and its config.json."""
     folder.mkdir(parents=True)
     fields = {
         name: getattr(config, name)
@@ -156,7 +156,7 @@ def main() -> None:
 
 
 def _convert(source: Path, destination: Path) -> None:
-    """Convert in a process of its own, so that its memory is given back."""
+    """Convert in a separate process, so that its memory is freed."""
     code = "import sys, pathlib, apt_jax.checkpoints.convert as c; c.convert(sys.argv[1], pathlib.Path(sys.argv[2]))"
     subprocess.run([sys.executable, "-c", code, str(source), str(destination)], check=True)
 

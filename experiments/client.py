@@ -1,4 +1,4 @@
-"""`apt-jax bench serve` as a process of its own, so that the client does not share an interpreter with the server."""
+"""`apt-jax bench serve` in a separate process, so that the client does not share an interpreter with the server."""
 
 import json
 import subprocess

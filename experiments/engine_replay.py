@@ -1,10 +1,10 @@
 """Attainment of the real engine under load, several policies in one run: `python -m experiments.engine_replay`.
 
 One model, one pool small enough to hurt. A trace of request lengths is replayed in real time at several rates, for
-`fcfs` with KV cache and `apt` with the hybrid cache in turn (the same arrivals, rates interleaved, so that a change of
-the machine's speed hits both), and attainment is printed side by side. Promises are scaled to the machine: multiples
-of what an idle engine needs for the median prompt and for one token. The simulator's answer for the same arrivals,
-pool and measured cost model stands beside each figure.
+`fcfs` with KV cache and `apt` with the hybrid cache alternately (the same arrivals, rates interleaved, so that a
+change of the machine's speed hits both), and attainment is printed side by side. Promises are scaled to the machine:
+multiples of what an idle engine needs for the median prompt and for one token. The simulator's answer for the same
+arrivals, pool and measured cost model is printed next to each figure.
 
 Output lengths are the trace's: `ignore_eos` with `max_tokens`, which a policy that knows `max_tokens` could exploit;
 so every request asks for all the context holds and the replay ends it, as a stop token would.
@@ -46,7 +46,7 @@ class Replayed(SchedulerState):
     lengths: dict[str, int]
 
     def commit(self, request: Request, token_id: int, now: float) -> FinishReason | None:
-        """As always; a request that has reached its length stops."""
+        """The usual decision, except that a request that has reached its length stops."""
         reason = super().commit(request, token_id, now)
         if reason is None and len(request.output_token_ids) >= self.lengths[request.request_id]:
             self.finish(request, FinishReason.STOP)
@@ -172,7 +172,7 @@ def main() -> None:
 
 
 def scaled_slo(model: Any, lengths: Lengths, factor: float) -> Slo:
-    """`factor` times what the measured model says of the median prompt alone, and of one token of one request."""
+    """`factor` times the measured model's prediction for the median prompt alone, and for one token of one request."""
     prompt = int(np.median(lengths.prompt_tokens))
     prefill = model.step_s(StepLoad(prefill_tokens=prompt, prefill_pairs=prompt * (prompt + 1) // 2, samples=1))
     decode = model.step_s(StepLoad(decode_requests=1, context_tokens=(prompt, 0), samples=1))

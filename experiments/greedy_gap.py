@@ -20,7 +20,7 @@ from apt_jax.simulation.experiment import Experiment
 
 
 def contested_problems(policy: str, attention: str, rate: float, num_requests: int) -> list[Problem]:
-    """Problems of a run in which the greedy solver leaves someone out."""
+    """Problems of a run in which the greedy solver leaves a request out."""
     found: list[Problem] = []
 
     def recording(problem: Problem) -> Solution:

@@ -29,7 +29,7 @@ from experiments.client import bench_serve
 
 @dataclass(frozen=True)
 class Args:
-    """What is run."""
+    """Options of the comparison."""
 
     replicas: int = 2
     routers: tuple[str, ...] = ("round-robin", "least-requests", "power-of-two", "pending-time")

@@ -1,4 +1,4 @@
-"""What one scheduling decision costs on this machine, by number of candidates: `python -m experiments.schedule_cost`.
+"""Time of one scheduling decision on this machine, by number of candidates: `python -m experiments.schedule_cost`.
 
 The candidates are ShareGPT lengths in a full pool: as many run as memory and `max_num_seqs` = 256 allow, the others
 wait. Each call is a real iteration (plan, apply, commit), with one new arrival before it; only `schedule` is timed.

@@ -42,7 +42,7 @@ class Count:
     token_bytes: int  # of cache that a cached token takes
 
     def seconds(self, model: CostModel) -> float:
-        """Estimate on the model's hardware; matrix products of the projections are left out, they are the same."""
+        """Estimate on the model's hardware, without the projections' matrix products, which are the same for all."""
         h = model.hardware
         read = self.weight_bytes / (h.bytes_per_s * h.bandwidth_efficiency)
         attention = max(
@@ -89,7 +89,7 @@ def cases() -> Iterator[tuple[str, int, int, int]]:
 
 
 def bytes_table() -> Iterator[str]:
-    """A Markdown line a case: MB read and sent and collectives by form."""
+    """One Markdown line per case: MB read, MB sent and collectives, by form."""
     yield "| model | batch | context | " + " | ".join(f"{form}: cache + sent MB, collectives" for form in FORMS) + " |"
     yield "|---|---:|---:|" + "---:|" * len(FORMS)
     for name, devices, batch, context in cases():
@@ -102,7 +102,7 @@ def bytes_table() -> Iterator[str]:
 
 
 def constants_table() -> Iterator[str]:
-    """A Markdown line a model: MB of weights a step reads and KB of cache a token takes, by form."""
+    """One Markdown line per model: MB of weights read per step and KB of cache per token, by form."""
     yield "| model | " + " | ".join(f"{form}: weights GB, KB a token" for form in FORMS) + " |"
     yield "|---|" + "---:|" * len(FORMS)
     for name, devices in SPLITS:
@@ -115,7 +115,7 @@ def constants_table() -> Iterator[str]:
 
 
 def room_table() -> Iterator[str]:
-    """A Markdown line a model and device: tokens that fit into what weights leave of 90% of the memory, by form."""
+    """One Markdown line per model and device: tokens that fit beside the weights into 90% of the memory, by form."""
     yield "| model | device | " + " | ".join(f"{form}: tokens" for form in FORMS) + " |"
     yield "|---|---|" + "---:|" * len(FORMS)
     for name, devices in SPLITS:
@@ -129,7 +129,7 @@ def room_table() -> Iterator[str]:
 
 
 def times_table() -> Iterator[str]:
-    """A Markdown line a case: estimated ms of the KV step, and the other forms as multiples of it, by device."""
+    """One Markdown line per case: estimated ms of the KV step, and the other forms as multiples of it, by device."""
     yield (
         "| model | batch | context | " + " | ".join(f"{name}: kv ms, {', '.join(FORMS[1:])}" for name in DEVICES) + " |"
     )

@@ -1,1 +1,1 @@
-"""Speed beside other engines on the same machine, weights and work: `make bench-peers`."""
+"""Speed compared with other engines on the same machine, weights and work: `make bench-peers`."""

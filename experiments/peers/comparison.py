@@ -1,4 +1,4 @@
-"""The work that every peer does, whether they agree, and how they compare. Pure."""
+"""The tasks of every peer, the agreement of their tokens, and the table of ratios. Pure."""
 
 import statistics
 from collections.abc import Mapping, Sequence
@@ -14,7 +14,7 @@ LOWEST_ID = 10
 
 @dataclass(frozen=True)
 class Task:
-    """So many equal requests at once. `is_rate`: told as new tokens per second, else as milliseconds."""
+    """A number of equal requests at once. `is_rate`: reported as new tokens per second, else as milliseconds."""
 
     name: str
     title: str
@@ -24,7 +24,7 @@ class Task:
     is_rate: bool
 
     def prompts(self, seed: int) -> list[list[int]]:
-        """Random token ids; another seed gives others, so that nothing is cached."""
+        """Random token ids; another seed gives other ids, so that nothing is cached."""
         shape = (self.num_prompts, self.prompt_tokens)
         return np.random.default_rng([seed, self.prompt_tokens]).integers(LOWEST_ID, VOCABULARY, shape).tolist()
 
@@ -52,7 +52,7 @@ class Agreement:
 
 
 def agreement(ours: Sequence[Sequence[int]], theirs: Sequence[Sequence[int]]) -> Agreement:
-    """Compare `[request][token]`. After the first difference the texts go their own ways, which says little."""
+    """Compare `[request][token]`. After the first difference the texts diverge, which says little."""
     same = np.array(ours) == np.array(theirs)
     prefix = np.cumprod(same, axis=1)
     return Agreement(float(same.mean()), float(prefix.mean()))
@@ -64,12 +64,12 @@ def medians(seconds: Mapping[tuple[str, str], Sequence[float]]) -> dict[tuple[st
 
 
 def ratio(task: str, ours: float, theirs: float) -> float:
-    """How many times as fast as the peer we are."""
+    """Speed of apt-jax divided by the peer's."""
     return ours / theirs if TASKS[task].is_rate else theirs / ours
 
 
 def markdown(dtype: str, found: Mapping[tuple[str, str], float], reference: str, agreements: Mapping[str, Any]) -> str:
-    """A table: one row per peer, figure and our ratio to it per task, and agreement in the greedy tokens."""
+    """A table: one row per peer, with figure and ratio per task, and agreement of the greedy tokens."""
     peers = list(dict.fromkeys([*(peer for peer, _ in found), *agreements]))
     tasks = [name for name in TASKS if any(task == name for _, task in found)]
     head = "".join(f" {TASKS[task].title} | {reference} / it |" for task in tasks)

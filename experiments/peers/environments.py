@@ -22,10 +22,10 @@ class NotInstalled(ValueError):
 
 
 def python_of(peer: Peer) -> Path:
-    """The peer's interpreter, its environment made and filled if need be.
+    """The peer's interpreter; its environment is created and filled if necessary.
 
     Raises:
-        NotInstalled: why not; the whole output of pip is in a file beside the environment.
+        NotInstalled: why not; the whole output of pip is in a file next to the environment.
     """
     if not peer.requirements:
         return Path(PYTHON)
@@ -54,7 +54,7 @@ def python_of(peer: Peer) -> Path:
 
 
 def versions_of(peer: Peer, python: Path) -> dict[str, str]:
-    """Versions of what matters in the peer's environment, and of its Python."""
+    """Versions of the peer's distributions, and of its Python."""
     code = (
         "import importlib.metadata as m, json, platform, sys\n"
         "found = {d: m.version(d) for d in sys.argv[1:]}\n"

@@ -20,7 +20,7 @@ def write_folder(folder: Path, *, model: str = "opt-125m", dummy: bool = False, 
 
     Args:
         model: an OPT size by name, with its embeddings as wide as its layers.
-        dummy: write no weights; whoever loads it draws some.
+        dummy: write no weights; the engine that loads it draws them.
         seed: of the weights.
     """
     weights_file, config = folder / "model.safetensors", by_name(MODELS, model, "model")
@@ -33,7 +33,7 @@ def write_folder(folder: Path, *, model: str = "opt-125m", dummy: bool = False, 
 
 
 def without_tokenizer(folder: Path) -> Path:
-    """A folder beside it with the same model and no tokenizer, for engines that are given token ids only."""
+    """A sibling folder with the same model and no tokenizer, for engines that are given token ids only."""
     bare = folder.with_name(folder.name + "-ids")
     bare.mkdir(exist_ok=True)
     for name in ("config.json", "model.safetensors"):

@@ -3,9 +3,10 @@
     make bench-gpu ARGS="--model opt-6.7b --parts steps,offline"
 
 Three parts, each in a process of its own that is ended after --part-minutes; one that fails does not stop the others.
-steps: decode steps against their floor, by both cache kinds. offline: the engine beside transformers' `generate` and
-its continuous batching. serving: this server with a capped cache, `apt` on the hybrid cache and `fcfs` on keys and
-values, under the same load. Weights are random and not written down. Tables go to standard output, JSON to --results.
+steps: decode steps against their floor, by both cache kinds. offline: the engine compared with transformers'
+`generate` and its continuous batching. serving: this server with a capped cache, `apt` on the hybrid cache and `fcfs`
+on keys and values, under the same load. Weights are random and not written down. Tables go to standard output, JSON to
+--results.
 """
 
 import contextlib
@@ -31,19 +32,19 @@ class Args:
     model: str = "opt-13b"
     """OPT size by name."""
     parts: str = "steps,offline,serving"
-    """Which, separated by commas."""
+    """Parts to run, separated by commas."""
     results: Path = Path("gpu-results")
     """Folder for JSON and the plot."""
     rates: str = "1,2,4,6,8,12"
     """Requests per second offered to the servers."""
     num_prompts: int = 300
-    """Requests of a run of a server."""
+    """Number of requests per run of a server."""
     cache_bytes: int = 10_000_000_000
-    """Of the servers' cache: what OPT-13B leaves on the paper's GPU of 40 GB."""
+    """Bytes of each server's cache: what OPT-13B leaves free on the paper's GPU of 40 GB."""
     part_minutes: float = 60.0
-    """Time limit of a part."""
+    """Time limit of a part, in minutes."""
     platform: Literal["gpu", "cpu"] = "gpu"
-    """cpu only shows that it runs."""
+    """cpu: only to show that it runs."""
 
 
 def commands(args: Args) -> dict[str, list[str]]:

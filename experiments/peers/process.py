@@ -1,4 +1,4 @@
-"""A peer in a process of its own, spoken to by lines of JSON."""
+"""A peer in a separate process, driven by lines of JSON."""
 
 import json
 import os

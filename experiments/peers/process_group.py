@@ -1,6 +1,6 @@
 """A process, and all that it starts, which is stopped (SIGSTOP) except while it is measured.
 
-Threads that wait by looking again and again would take time from whoever is measured.
+Threads that poll while they wait would take time from the engine that is measured.
 """
 
 import contextlib
@@ -23,7 +23,7 @@ class ProcessGroup:
 
     @contextlib.contextmanager
     def awake(self) -> Iterator[None]:
-        """It runs inside only."""
+        """The process runs only inside this context."""
         self.signal(signal.SIGCONT)
         try:
             yield

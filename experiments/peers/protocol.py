@@ -1,4 +1,4 @@
-"""How a worker is spoken to: a JSON object a line. Needs nothing but Python, since every peer's environment reads it.
+"""The protocol of a worker: one JSON object per line. Needs only Python, since it runs in every peer's environment.
 
 A worker module ends with `serve(open_peer)`; `open_peer(folder, dtype, options)` loads the model and returns a function
 from prompts (token ids) and a number of new tokens to the new token ids of each prompt, greedy and past any end.

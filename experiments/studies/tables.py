@@ -49,7 +49,7 @@ def place(study: Study, row: dict[str, Any]) -> float:
 
 
 def routing_table(study: Study, rows: Sequence[dict[str, Any]]) -> str:
-    """Attainment for each policy: one line per router, one column per place; and what it costs those that miss."""
+    """Attainment, and longest waits of requests that miss, for each policy: a line per router, a column per place."""
     parts = [
         f"{study.question} Attainment, and the longest that a request went without a token, over {OVER[study.over]}."
     ]
