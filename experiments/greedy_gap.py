@@ -12,7 +12,7 @@ from dataclasses import replace
 import numpy as np
 from tqdm import tqdm
 
-from apt_jax.scheduling.policies.apt import iteration as apt_iteration
+from apt_jax.scheduling.policies.apt import admission, eviction
 from apt_jax.scheduling.policies.apt.exact import solve_exact
 from apt_jax.scheduling.policies.apt.greedy import solve_greedy
 from apt_jax.scheduling.policies.apt.problem import Problem, Solution
@@ -29,12 +29,12 @@ def contested_problems(policy: str, attention: str, rate: float, num_requests: i
             found.append(problem)
         return solution
 
-    original, apt_iteration.solve_greedy = apt_iteration.solve_greedy, recording
+    admission.solve_greedy = eviction.solve_greedy = recording
     try:
         experiment = replace(Experiment(), num_requests=num_requests)
         experiment.run(policy, "hybrid", attention, rate)  # type: ignore[arg-type]
     finally:
-        apt_iteration.solve_greedy = original
+        admission.solve_greedy = eviction.solve_greedy = solve_greedy
     return found
 
 

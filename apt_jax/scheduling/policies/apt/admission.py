@@ -1,0 +1,151 @@
+"""Which waiting requests get memory, and as which cache kind: those of the lane first, then by value per block."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import repeat
+from typing import NamedTuple
+
+import numpy as np
+
+from apt_jax.cache import CacheKind
+from apt_jax.scheduling.plan import Reason
+from apt_jax.scheduling.policies.apt.draft import Admission, Draft
+from apt_jax.scheduling.policies.apt.eviction import late_victims
+from apt_jax.scheduling.policies.apt.greedy import solve_greedy
+from apt_jax.scheduling.policies.apt.lane import admit_lane
+from apt_jax.scheduling.policies.apt.problem import Bools, Floats, Ints, Problem
+from apt_jax.scheduling.policies.apt.view import View
+
+UNKNOWN_RHO_S = 1e-9  # without a cost model KV is taken to be faster by next to nothing: first choice while it fits
+OFFERS = 64  # waiting requests looked at in one go
+
+
+def admit(view: View, draft: Draft) -> Draft:
+    """`draft` with waiting requests admitted; late running ones make room for those that can be served in time."""
+    if not len(view.waiting):
+        return draft
+    draft = admit_lane(view, draft)
+    spare = view.state.limits.watermark_blocks if draft.runs_any else 0
+    victims = late_victims(view, draft)
+    capacity = draft.free_blocks - spare + int(draft.claims[victims].sum())
+    if capacity < min(kind.blocks_per_page for kind in view.kinds):
+        return draft
+    order, is_hidden = _solve(view, capacity)
+    return _take(view, draft, order, is_hidden, spare, victims)
+
+
+def _solve(view: View, capacity: int) -> tuple[Ints, Bools]:
+    """Waiting requests to admit into `capacity` blocks, best first, and whether as hidden."""
+    candidates = np.flatnonzero(~view.lane_w)
+    rho_s = view.context.rho_s or UNKNOWN_RHO_S
+    problem = Problem(
+        pending_s=view.values_w[candidates],
+        kv_blocks=2 * view.pages_w[candidates],
+        may_be_kv=np.full(len(candidates), CacheKind.KV in view.kinds),
+        may_be_hidden=_may_be_hidden(view, candidates),
+        capacity_blocks=capacity,
+        num_requests=view.num_counted,
+        rho_s=rho_s * view.block_size / 2 if len(view.kinds) == 2 else 0.0,  # per KV block; no choice, no penalty
+    )
+    solution = solve_greedy(problem)
+    return candidates[solution.order], solution.is_hidden[solution.order]
+
+
+def _may_be_hidden(view: View, candidates: Ints) -> Bools:
+    """Whether each may be hidden: where hidden is slower than KV, only if the batch gains from one more like it.
+
+    The formulation counts a hidden request's delay for one iteration, but it lasts as long as the request. R
+    requests in T seconds become R + 1 in T + d: more tokens per second only if R d < T.
+    """
+    model = view.context.cost_model
+    allowed = np.full(len(candidates), CacheKind.HIDDEN in view.kinds)
+    if len(view.kinds) < 2 or model is None or model.rho_s <= 0 or not view.options.sustained:
+        return allowed
+    running = np.flatnonzero(view.running.decoding)
+    tokens = view.waiting.tokens[candidates].astype(np.float64)
+    if view.remaining_w is not None:
+        tokens = tokens + view.remaining_w[candidates] / 2
+    delay_s = len(running) * model.attention_s[CacheKind.HIDDEN.index] * tokens
+    return allowed & (delay_s <= view.decode_s(running))
+
+
+class _Offer(NamedTuple):
+    """A waiting request that the solver would admit.
+
+    `least_blocks` is the fewest that it or any later offer needs, `any_in_time` whether one of them is not late;
+    `expected` are its `[horizons]` expected blocks, None without prediction.
+    """
+
+    position: int
+    is_hidden: bool
+    blocks: int
+    least_blocks: int
+    is_late: bool
+    any_in_time: bool
+    expected: Floats | None
+
+
+def _take(view: View, draft: Draft, order: Ints, is_hidden: Bools, spare: int, late_running: Ints) -> Draft:
+    """Admit in order while seats, blocks and the forecast allow; late running requests make room."""
+    forecast = _forecast(view, draft)
+    victims = late_running.tolist()
+    preempted, admitted = dict(draft.preempted), list(draft.admitted)
+    room, seats = draft.free_blocks - spare, draft.seats
+    for offer in _offers(view, order, is_hidden):
+        if (seats <= 0 or room < offer.least_blocks) and not (victims and offer.any_in_time):
+            break
+        while (offer.blocks > room or seats <= 0) and victims and not offer.is_late:
+            victim = victims.pop(0)
+            preempted[victim] = Reason.PREEMPTED_LATE
+            room += int(draft.claims[victim])
+            seats += 1
+            if forecast is not None:
+                forecast += view.expected_r(np.array([victim]))[0]
+        if offer.blocks > room or seats <= 0:
+            continue
+        if forecast is not None and offer.expected is not None:
+            others = bool(admitted) or len(view.running) > len(preempted)
+            if others and (forecast < offer.expected).any():
+                continue
+            forecast -= offer.expected
+        room -= offer.blocks
+        seats -= 1
+        kind = CacheKind.HIDDEN if offer.is_hidden else CacheKind.KV
+        admitted.append(Admission(offer.position, kind, _reason(view, kind, offer.is_late)))
+    return replace(draft, preempted=preempted, admitted=tuple(admitted), free_blocks=room + spare, seats=seats)
+
+
+def _offers(view: View, order: Ints, is_hidden: Bools) -> Iterator[_Offer]:
+    """What `_take` must know of each waiting request, computed in slices: it seldom gets far."""
+    per_page = np.where(is_hidden, 1, 2)
+    blocks, late = view.pages_w[order] * per_page, view.late_w[order]
+    least = np.minimum.accumulate(blocks[::-1])[::-1]
+    any_in_time = np.logical_or.accumulate(~late[::-1])[::-1]
+    for first in range(0, len(order), OFFERS):
+        part = slice(first, first + OFFERS)
+        columns = [column[part].tolist() for column in (order, is_hidden, blocks, least, late, any_in_time)]
+        predicted = view.remaining_w is not None
+        expected = view.expected_w(order[part], per_page[part]) if predicted else repeat(None)
+        yield from map(_Offer._make, zip(*columns, expected, strict=False))
+
+
+def _forecast(view: View, draft: Draft) -> Floats | None:
+    """`[horizons]` blocks expected to be free, the watermark kept; None without prediction."""
+    if view.remaining_r is None:
+        return None
+    expected = view.expected_r(np.flatnonzero(draft.stays)).sum(axis=0)
+    if draft.admitted:
+        index = np.array([entry.position for entry in draft.admitted])
+        per_page = np.array([entry.kind.blocks_per_page for entry in draft.admitted])
+        expected = expected + view.expected_w(index, per_page).sum(axis=0)
+    return np.asarray(view.state.pool.num_blocks - view.state.limits.watermark_blocks - expected)
+
+
+def _reason(view: View, kind: CacheKind, late: bool) -> Reason:
+    if late:
+        return Reason.ADMITTED_LATE
+    if kind is CacheKind.KV:
+        return Reason.ADMITTED_KV
+    if len(view.kinds) == 1:
+        return Reason.ADMITTED_HIDDEN
+    return Reason.ADMITTED_HIDDEN_FASTER if view.context.rho_s < 0 else Reason.ADMITTED_HIDDEN_SERVES_MORE

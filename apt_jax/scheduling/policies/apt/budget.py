@@ -1,0 +1,21 @@
+"""How many prompt tokens an iteration may compute."""
+
+from apt_jax.scheduling.policies.apt.draft import Draft
+from apt_jax.scheduling.policies.apt.view import View
+
+STEP_SHARE = 0.25  # of the tightest gap promise that one iteration may last
+MIN_PREFILL_TOKENS = 16
+
+
+def prefill_budget(view: View, draft: Draft) -> int:
+    """Prompt tokens that fit beside the draft's decodes: the token limit, and no gap promise put at risk."""
+    index = draft.decode_index
+    budget = view.state.limits.max_num_batched_tokens - len(index)
+    model = view.context.cost_model
+    if model is None or not len(index):
+        return max(budget, 0)
+    limit_s = STEP_SHARE * float(view.running.tbt_slo_s[index].min())
+    per_token_s = max(model.token_s * model.scales.compute * model.scales.dense, 1e-12)
+    free = max(0, model.free_tokens - len(index))  # computed while the weights are read
+    affordable = free + int(max(0.0, limit_s - view.decode_s(index)) / per_token_s)
+    return max(min(budget, max(affordable, MIN_PREFILL_TOKENS)), 0)

@@ -1,0 +1,65 @@
+"""What one attempt at an iteration has decided so far. A value: each step takes a draft and returns a new one.
+
+An attempt that turns out badly is dropped and the next one starts afresh.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import NamedTuple
+
+import numpy as np
+
+from apt_jax.cache import CacheKind
+from apt_jax.scheduling.plan import Reason
+from apt_jax.scheduling.policies.apt.problem import Bools, Ints
+
+
+class Admission(NamedTuple):
+    """A waiting request, by its position in the queue, that gets memory as `kind`."""
+
+    position: int
+    kind: CacheKind
+    reason: Reason
+
+
+@dataclass(frozen=True)
+class Draft:
+    """An attempt. Arrays are `[running]`.
+
+    Attributes:
+        decodes: whether it computes a token, unless it is preempted.
+        prefills: whether it goes on with its prefill, unless it is preempted.
+        mixes: whether decodes and prompt chunks share the iteration.
+        claims: blocks that preempting it gives back: those it holds and those set aside for its growth.
+        free_blocks: blocks that nobody holds or has been promised.
+        seats: requests that may still be admitted under `max_num_seqs`.
+        preempted: why, by index in the running queue, in the order decided.
+        admitted: in the order decided.
+    """
+
+    decodes: Bools
+    prefills: Bools
+    mixes: bool
+    claims: Ints
+    free_blocks: int
+    seats: int
+    preempted: Mapping[int, Reason] = field(default_factory=dict)
+    admitted: tuple[Admission, ...] = ()
+
+    @cached_property
+    def stays(self) -> Bools:
+        """Whether it is not preempted."""
+        stays = np.ones(len(self.claims), np.bool_)
+        stays[list(self.preempted)] = False
+        return stays
+
+    @cached_property
+    def decode_index(self) -> Ints:
+        """Indices of the running requests that decode."""
+        return np.flatnonzero(self.decodes & self.stays)
+
+    @property
+    def runs_any(self) -> bool:
+        """Whether any request holds memory under this draft."""
+        return bool(self.admitted) or len(self.preempted) < len(self.claims)

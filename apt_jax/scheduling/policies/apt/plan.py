@@ -1,0 +1,80 @@
+"""Turns the chosen draft into a `Plan`: what each request computes, and why the others wait."""
+
+from itertools import compress, repeat
+
+import numpy as np
+
+from apt_jax.cache import CacheKind
+from apt_jax.request import Request
+from apt_jax.scheduling.plan import Converted, Plan, Preempted, Reason, Scheduled, Waited
+from apt_jax.scheduling.policies.apt.budget import prefill_budget
+from apt_jax.scheduling.policies.apt.conversion import conversions
+from apt_jax.scheduling.policies.apt.draft import Admission, Draft
+from apt_jax.scheduling.policies.apt.ledger import Queue, kind_of
+from apt_jax.scheduling.policies.apt.problem import Bools
+from apt_jax.scheduling.policies.apt.view import View
+
+
+def build_plan(view: View, draft: Draft) -> Plan:
+    """The plan that carries `draft` out. Requests admitted last wait on if the prefill budget does not reach them."""
+    running = view.running.requests
+    converted = conversions(view, draft)
+    scheduled = _decodes(view, draft, converted)
+    admitted = draft.admitted
+    if admitted or draft.prefills.any():
+        chunks = _chunks(view, draft)
+        scheduled += chunks
+        admitted = admitted[: sum(entry.reason is not Reason.CONTINUES_PREFILL for entry in chunks)]
+    return Plan(
+        scheduled=tuple(scheduled),
+        preempted=tuple(Preempted(running[i], reason) for i, reason in draft.preempted.items()),
+        converted=tuple(Converted(running[i], Reason.CONVERTED_MEMORY_FREE) for i in converted),
+        waited=_waited(view, draft, admitted),
+    )
+
+
+def _decodes(view: View, draft: Draft, converted: list[int]) -> list[Scheduled]:
+    as_kv = view.running.blocks_per_page == 2
+    as_kv[converted] = True
+    kinds = [CacheKind.KV if kv else CacheKind.HIDDEN for kv in as_kv[draft.decode_index].tolist()]
+    requests = _pick(view.running, draft.decodes & draft.stays)
+    return list(map(Scheduled._make, zip(requests, repeat(1), kinds, repeat(Reason.DECODES))))
+
+
+def _chunks(view: View, draft: Draft) -> list[Scheduled]:
+    """Prompt chunks within the budget: prefills under way first, then the admitted, both in order."""
+    running, waiting = view.running, view.waiting
+    wanted = [
+        (
+            running.requests[i],
+            int(running.uncomputed[i]),
+            kind_of(int(running.blocks_per_page[i])),
+            Reason.CONTINUES_PREFILL,
+        )
+        for i in np.flatnonzero(draft.prefills & draft.stays).tolist()
+    ]
+    wanted += [(waiting.requests[i], int(waiting.uncomputed[i]), kind, reason) for i, kind, reason in draft.admitted]
+    budget, chunks = prefill_budget(view, draft), []
+    for request, uncomputed, kind, reason in wanted:
+        if budget <= 0:
+            break
+        chunks.append(Scheduled(request, min(uncomputed, budget), kind, reason))
+        budget -= uncomputed
+    return chunks
+
+
+def _waited(view: View, draft: Draft, admitted: tuple[Admission, ...]) -> tuple[Waited, ...]:
+    found = []
+    if len(view.waiting) > len(admitted):
+        left = np.ones(len(view.waiting), np.bool_)
+        left[[entry.position for entry in admitted]] = False
+        in_time = Reason.WAITS_FOR_BLOCKS if admitted or draft.mixes else Reason.WAITS_FOR_DECODE
+        groups = ((left & view.late_w, Reason.WAITS_LATE), (left & ~view.late_w, in_time))
+        found += [Waited(_pick(view.waiting, mask), reason) for mask, reason in groups if mask.any()]
+    if not draft.decodes.any() and (resting := view.running.decoding & draft.stays).any():
+        found.append(Waited(_pick(view.running, resting), Reason.WAITS_FOR_PREFILL))
+    return tuple(found)
+
+
+def _pick(queue: Queue, mask: Bools) -> tuple[Request, ...]:
+    return tuple(compress(queue.requests, mask.tolist()))

@@ -1,0 +1,51 @@
+"""Whether decodes and prompt chunks share an iteration, and whose turn it is if they do not."""
+
+from apt_jax.scheduling.costs.step_load import StepLoad
+from apt_jax.scheduling.policies.apt.admission import admit
+from apt_jax.scheduling.policies.apt.budget import prefill_budget
+from apt_jax.scheduling.policies.apt.draft import Draft
+from apt_jax.scheduling.policies.apt.eviction import start_draft
+from apt_jax.scheduling.policies.apt.lane import admit_lane
+from apt_jax.scheduling.policies.apt.view import View
+
+
+def choose_draft(view: View) -> Draft:
+    """The attempt to carry out: decodes and prefills together where that is faster, else one of the two."""
+    if view.options.mixed and view.context.cost_model is not None:
+        draft = admit(view, start_draft(view, view.decodes_r, view.prefills_r, mixes=True))
+        if _gains_by_mixing(view, draft):
+            return draft
+    return _alternate(view)
+
+
+def _gains_by_mixing(view: View, draft: Draft) -> bool:
+    """Whether decodes and prompt chunks take no longer together than one after the other.
+
+    Together the weights are read once, but the tokens are padded to another program's size. Attention costs the
+    same.
+    """
+    model = view.context.cost_model
+    assert model is not None
+    decodes = len(draft.decode_index)
+    wanted = int(view.running.uncomputed[draft.prefills & draft.stays].sum())
+    wanted += int(view.waiting.uncomputed[[entry.position for entry in draft.admitted]].sum())
+    if not decodes or not wanted:
+        return True
+    tokens = min(wanted, max(prefill_budget(view, draft), 1))
+    decode, prefill = StepLoad(decode_requests=decodes, samples=decodes), StepLoad(tokens, samples=1)
+    both = StepLoad(tokens, decode_requests=decodes, samples=decodes + 1)
+    return model.step_s(both) <= model.step_s(decode) + model.step_s(prefill)
+
+
+def _alternate(view: View) -> Draft:
+    """Prefill or decode, by cumulative pending time. Those in the lane run in either case, so that its bound holds."""
+    decodes, prefills = view.decodes_r, view.prefills_r
+    pending_w = (view.now + view.tick_s - view.waiting.since_s)[~view.late_w]
+    pending_r = view.now + view.tick_s - view.running.since_s
+    urgent_w = float(pending_w.sum()) + float(pending_r[prefills & ~view.late_r].sum())
+    urgent_r = float(pending_r[decodes & ~view.late_r].sum())
+    if urgent_w >= urgent_r or not decodes.any():
+        draft = admit(view, start_draft(view, decodes & view.lane_r, prefills, mixes=False))
+        if draft.admitted or prefills.any():
+            return draft
+    return admit_lane(view, start_draft(view, decodes, prefills & view.lane_r, mixes=False))

@@ -1,0 +1,186 @@
+"""What one iteration knows before it decides: queues, needs, lateness and values. Read only.
+
+Columns that end in `_w` are `[waiting]`, those in `_r` `[running]`, both in order of arrival. What is needed only when
+someone waits or memory is short is computed when it is first read, so that a quiet iteration costs little.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from apt_jax.cache import CacheKind
+from apt_jax.scheduling.costs.step_load import StepLoad
+from apt_jax.scheduling.policies.apt.forecast import expected_blocks
+from apt_jax.scheduling.policies.apt.lateness import DEMOTED_VALUE, is_late, is_overdue, lane
+from apt_jax.scheduling.policies.apt.ledger import Queue
+from apt_jax.scheduling.policies.apt.options import AptOptions
+from apt_jax.scheduling.policies.apt.problem import Bools, Floats, Ints
+from apt_jax.scheduling.policies.interface import PolicyContext
+from apt_jax.scheduling.state import SchedulerState
+
+LEAST_SLACK_S = 0.01
+
+
+@dataclass(frozen=True)
+class View:
+    """One iteration at `now`; `tick_s` is what it is expected to last. Both in seconds."""
+
+    context: PolicyContext
+    options: AptOptions
+    state: SchedulerState
+    waiting: Queue
+    running: Queue
+    now: float
+    tick_s: float
+
+    @property
+    def kinds(self) -> tuple[CacheKind, ...]:
+        """Cache kinds that a request may be admitted with, the preferred one first."""
+        return self.state.limits.kinds
+
+    @property
+    def block_size(self) -> int:
+        """Tokens per block."""
+        return self.state.pool.block_size
+
+    # -- who may compute ----------------------------------------------------------------------------------------
+
+    @cached_property
+    def decodes_r(self) -> Bools:
+        """Whether it could compute its newest token and sample the next."""
+        return self.running.decoding & self.running.may_sample
+
+    @cached_property
+    def prefills_r(self) -> Bools:
+        """Whether it is in the middle of its prefill."""
+        return (self.running.uncomputed > 0) & ~self.running.decoding
+
+    # -- blocks -------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def pages_w(self) -> Ints:
+        """Pages that all known tokens take."""
+        return self.waiting.pages(self.block_size)
+
+    @cached_property
+    def pages_r(self) -> Ints:
+        """Pages that all known tokens take."""
+        return self.running.pages(self.block_size)
+
+    @cached_property
+    def held_r(self) -> Ints:
+        """Blocks held."""
+        return self.running.pages_held * self.running.blocks_per_page
+
+    @cached_property
+    def need_r(self) -> Ints:
+        """Blocks held once all known tokens are computed."""
+        return np.maximum(self.held_r, self.pages_r * self.running.blocks_per_page)
+
+    def expected_w(self, index: Ints, blocks_per_page: Ints) -> Floats:
+        """`[len(index), horizons]` blocks that these waiting requests are expected to hold; needs prediction."""
+        assert self.remaining_w is not None
+        return expected_blocks(self.waiting.tokens[index], blocks_per_page, self.remaining_w[index], self.block_size)
+
+    def expected_r(self, index: Ints) -> Floats:
+        """`[len(index), horizons]` blocks that these running requests are expected to hold; needs prediction."""
+        assert self.remaining_r is not None
+        running = self.running
+        return expected_blocks(
+            running.tokens[index], running.blocks_per_page[index], self.remaining_r[index], self.block_size
+        )
+
+    # -- time ---------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def remaining_w(self) -> Floats | None:
+        """Predicted tokens to come; None without prediction."""
+        return self._remaining(self.waiting)
+
+    @cached_property
+    def remaining_r(self) -> Floats | None:
+        """Predicted tokens to come; None without prediction."""
+        return self._remaining(self.running)
+
+    @cached_property
+    def late_w(self) -> Bools:
+        """Whether it can no longer keep its SLO."""
+        return self._late(self.waiting, self.remaining_w)
+
+    @cached_property
+    def late_r(self) -> Bools:
+        """Whether it can no longer keep its SLO."""
+        return self._late(self.running, self.remaining_r)
+
+    @property
+    def lane_w(self) -> Bools:
+        """Whether it is in the lane (`lateness.py`)."""
+        return self._lanes[0]
+
+    @property
+    def lane_r(self) -> Bools:
+        """Whether it is in the lane (`lateness.py`)."""
+        return self._lanes[1]
+
+    @cached_property
+    def num_counted(self) -> int:
+        """U of the formulation: requests whose delay counts."""
+        return max(1, len(self.waiting) + len(self.running) - int(self.late_w.sum()) - int(self.late_r.sum()))
+
+    @cached_property
+    def values_w(self) -> Floats:
+        """Seconds of value of serving it now, greater than 0."""
+        return self._values(self.waiting, self.late_w, self.remaining_w)
+
+    @cached_property
+    def values_r(self) -> Floats:
+        """Seconds of value of serving it now, greater than 0."""
+        return self._values(self.running, self.late_r, self.remaining_r)
+
+    def decode_s(self, index: Ints) -> float:
+        """Seconds of an iteration in which these running requests decode and nothing else runs; needs a cost model."""
+        assert self.context.cost_model is not None
+        tokens, as_kv = self.running.tokens[index], self.running.blocks_per_page[index] == 2
+        context_tokens = int(tokens[as_kv].sum()), int(tokens[~as_kv].sum())
+        return self.context.cost_model.step_s(StepLoad(decode_requests=len(index), context_tokens=context_tokens))
+
+    def _remaining(self, queue: Queue) -> Floats | None:
+        if not self.options.prediction:
+            return None
+        return self.context.predictor.remaining_tokens(queue.prompt_tokens, queue.generated)
+
+    def _late(self, queue: Queue, remaining: Floats | None) -> Bools:
+        pending_s = self.now - queue.since_s
+        if self.options.fallback == "none":
+            return np.zeros(len(queue), np.bool_)
+        if self.options.fallback == "constant" and not self.options.prediction:
+            return is_overdue(queue, pending_s)
+        return is_late(queue, pending_s, remaining)
+
+    @cached_property
+    def _lanes(self) -> tuple[Bools, Bools]:
+        if self.options.fallback != "aging":
+            return np.zeros(len(self.waiting), np.bool_), np.zeros(len(self.running), np.bool_)
+        smallest = min(kind.blocks_per_page for kind in self.kinds)
+        return lane(
+            self.waiting, self.running, self.late_w, self.late_r, now=self.now, patience_s=self.options.patience_s,
+            blocks_waiting=self.pages_w * smallest, blocks_running=self.need_r,
+            share_blocks=int(self.options.lane_share * self.state.pool.num_blocks),
+        )  # fmt: skip
+
+    def _values(self, queue: Queue, late: Bools, remaining: Floats | None) -> Floats:
+        pending_s = self.now + self.tick_s - queue.since_s
+        slo_s = queue.slo_s()
+        if self.options.value == "slack":
+            value = 1.0 / np.maximum(slo_s - pending_s, LEAST_SLACK_S)
+        elif self.options.value == "absolute":
+            value = pending_s
+        else:
+            value = pending_s / slo_s
+        if self.options.value == "footprint" and remaining is not None:
+            # mean context over the rest of its life, times that life, against the context now
+            value = value * queue.tokens / ((queue.tokens + remaining / 2) * remaining)
+        elif self.options.value == "longest":
+            value = value * queue.pages(self.block_size)  # the solver divides by blocks
+        return np.where(late, value * DEMOTED_VALUE, value)
