@@ -13,9 +13,9 @@ import numpy as np
 from tqdm import tqdm
 
 from apt_jax.scheduling.policies.apt import admission, eviction
-from apt_jax.scheduling.policies.apt.exact import solve_exact
-from apt_jax.scheduling.policies.apt.greedy import solve_greedy
-from apt_jax.scheduling.policies.apt.problem import Problem, Solution
+from apt_jax.scheduling.policies.apt.knapsack.exact import solve_exact
+from apt_jax.scheduling.policies.apt.knapsack.greedy import solve_greedy
+from apt_jax.scheduling.policies.apt.knapsack.problem import Problem, Solution
 from apt_jax.simulation.experiment import Experiment
 
 

@@ -202,7 +202,6 @@ EXCEPTIONS: dict[Callable[[], Breaches], dict[str, str]] = {
 OWED: dict[Callable[[], Breaches], dict[str, str]] = {
     no_import_circle: {
         "apt_jax/routing/": "caches: the interface leaves the catalogue of routers",
-        "apt_jax/scheduling/policies/": "apt: the interface leaves the catalogue of policies",
         "serve/replicas/": "serving engine: replica and route",
         "serve/runtime/": "serving engine: engine_thread and engine_view",
     },
@@ -222,7 +221,6 @@ OWED: dict[Callable[[], Breaches], dict[str, str]] = {
     files_are_short: {
         "apt_jax/execution/runner.py": "model: forms",
         "apt_jax/models/opt.py": "model: linear",
-        "apt_jax/scheduling/policies/apt/iteration.py": "apt: a file for each decision",
         "tests/serve/test_serve_app.py": "http",
     },
     folders_are_small: {

@@ -14,7 +14,7 @@ from apt_jax.scheduling.costs.hardware import HARDWARE, MODELS
 from apt_jax.scheduling.costs.step_load import PaddedSizes
 from apt_jax.scheduling.length import LengthPredictor
 from apt_jax.scheduling.plan import Reason
-from apt_jax.scheduling.policies.apt.ledger import Ledger
+from apt_jax.scheduling.policies.apt.facts.ledger import Ledger
 from apt_jax.scheduling.policies.catalogue import make_policy
 from apt_jax.scheduling.policies.interface import PolicyContext
 from tests.support.scheduling_loop import TINY, make_state, request, serve, step

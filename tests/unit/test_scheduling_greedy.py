@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from apt_jax.scheduling.policies.apt.exact import solve_exact
-from apt_jax.scheduling.policies.apt.greedy import FILL_ROUNDS, offer, solve_greedy
-from apt_jax.scheduling.policies.apt.problem import Problem, Solution
+from apt_jax.scheduling.policies.apt.knapsack.exact import solve_exact
+from apt_jax.scheduling.policies.apt.knapsack.greedy import FILL_ROUNDS, offer, solve_greedy
+from apt_jax.scheduling.policies.apt.knapsack.problem import Problem, Solution
 
 
 def make(pending, blocks, capacity, rho=0.0, kv=None, hidden=None, num_requests=None):

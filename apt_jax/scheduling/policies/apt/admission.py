@@ -11,10 +11,10 @@ from apt_jax.cache import CacheKind
 from apt_jax.scheduling.plan import Reason
 from apt_jax.scheduling.policies.apt.draft import Admission, Draft
 from apt_jax.scheduling.policies.apt.eviction import late_victims
-from apt_jax.scheduling.policies.apt.greedy import solve_greedy
+from apt_jax.scheduling.policies.apt.facts.view import View
+from apt_jax.scheduling.policies.apt.knapsack.greedy import solve_greedy
+from apt_jax.scheduling.policies.apt.knapsack.problem import Bools, Floats, Ints, Problem
 from apt_jax.scheduling.policies.apt.lane import admit_lane
-from apt_jax.scheduling.policies.apt.problem import Bools, Floats, Ints, Problem
-from apt_jax.scheduling.policies.apt.view import View
 
 UNKNOWN_RHO_S = 1e-9  # without a cost model KV is taken to be faster by next to nothing: first choice while it fits
 OFFERS = 64  # waiting requests looked at in one go

@@ -1,7 +1,7 @@
 """How many prompt tokens an iteration may compute."""
 
 from apt_jax.scheduling.policies.apt.draft import Draft
-from apt_jax.scheduling.policies.apt.view import View
+from apt_jax.scheduling.policies.apt.facts.view import View
 
 STEP_SHARE = 0.25  # of the tightest gap promise that one iteration may last
 MIN_PREFILL_TOKENS = 16

@@ -1,7 +1,7 @@
 """Which hidden requests are converted to KV: where KV is faster and memory would stay free for everyone's growth."""
 
 from apt_jax.scheduling.policies.apt.draft import Draft
-from apt_jax.scheduling.policies.apt.view import View
+from apt_jax.scheduling.policies.apt.facts.view import View
 
 RESERVE_SHARE = 4  # a quarter of the pool stays free
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from apt_jax.cache import CacheKind
 from apt_jax.scheduling.plan import Reason
-from apt_jax.scheduling.policies.apt.problem import Bools, Ints
+from apt_jax.scheduling.policies.apt.knapsack.problem import Bools, Ints
 
 
 class Admission(NamedTuple):

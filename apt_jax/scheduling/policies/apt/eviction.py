@@ -4,9 +4,9 @@ import numpy as np
 
 from apt_jax.scheduling.plan import Reason
 from apt_jax.scheduling.policies.apt.draft import Draft
-from apt_jax.scheduling.policies.apt.greedy import solve_greedy
-from apt_jax.scheduling.policies.apt.problem import Bools, Ints, Problem
-from apt_jax.scheduling.policies.apt.view import View
+from apt_jax.scheduling.policies.apt.facts.view import View
+from apt_jax.scheduling.policies.apt.knapsack.greedy import solve_greedy
+from apt_jax.scheduling.policies.apt.knapsack.problem import Bools, Ints, Problem
 
 
 def start_draft(view: View, decodes: Bools, prefills: Bools, *, mixes: bool) -> Draft:

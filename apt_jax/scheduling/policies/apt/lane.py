@@ -1,4 +1,4 @@
-"""Admits the late requests whose turn in the lane has come, whatever it takes. `lateness.py` says who is in it."""
+"""Admits late requests whose turn in the lane has come, whatever it takes (who is in it: `facts/lateness.py`)."""
 
 from dataclasses import replace
 
@@ -6,7 +6,7 @@ import numpy as np
 
 from apt_jax.scheduling.plan import Reason
 from apt_jax.scheduling.policies.apt.draft import Admission, Draft
-from apt_jax.scheduling.policies.apt.view import View
+from apt_jax.scheduling.policies.apt.facts.view import View
 
 
 def admit_lane(view: View, draft: Draft) -> Draft:

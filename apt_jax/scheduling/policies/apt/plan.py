@@ -10,9 +10,9 @@ from apt_jax.scheduling.plan import Converted, Plan, Preempted, Reason, Schedule
 from apt_jax.scheduling.policies.apt.budget import prefill_budget
 from apt_jax.scheduling.policies.apt.conversion import conversions
 from apt_jax.scheduling.policies.apt.draft import Admission, Draft
-from apt_jax.scheduling.policies.apt.ledger import Queue, kind_of
-from apt_jax.scheduling.policies.apt.problem import Bools
-from apt_jax.scheduling.policies.apt.view import View
+from apt_jax.scheduling.policies.apt.facts.ledger import Queue, kind_of
+from apt_jax.scheduling.policies.apt.facts.view import View
+from apt_jax.scheduling.policies.apt.knapsack.problem import Bools
 
 
 def build_plan(view: View, draft: Draft) -> Plan:

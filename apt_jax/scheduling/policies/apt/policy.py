@@ -4,9 +4,9 @@ Each iteration: (1) if blocks run short for the running requests, those worth le
 waiting requests worth most per block are admitted into what is free, as KV or hidden, whichever the greedy solver
 chooses; (3) decode and prefill run together where the cost model says that is faster, else the side with the larger
 cumulative pending time runs; (4) hidden requests are converted to KV where memory stays free and KV is faster.
-Requests that can no longer keep their SLO are demoted, with a bound on their wait (`lateness.py`).
+Requests that can no longer keep their SLO are demoted, with a bound on their wait (`facts/lateness.py`).
 
-`view.py` holds what is known, `draft.py` what an attempt decides (`eviction.py`, `lane.py`, `admission.py`),
+`facts/` holds what is known, `draft.py` what an attempt decides (`eviction.py`, `lane.py`, `admission.py`),
 `turns.py` which attempt is carried out, `plan.py` the plan made of it.
 `apt-paper` is the original without what is added here. Source: Apt-Serve, arXiv 2504.07494, sections 4 and 5.
 """
@@ -15,11 +15,11 @@ import numpy as np
 
 from apt_jax.request import Request
 from apt_jax.scheduling.plan import Plan
-from apt_jax.scheduling.policies.apt.ledger import Ledger
+from apt_jax.scheduling.policies.apt.facts.ledger import Ledger
+from apt_jax.scheduling.policies.apt.facts.view import View
 from apt_jax.scheduling.policies.apt.options import AptOptions, PaperOptions
 from apt_jax.scheduling.policies.apt.plan import build_plan
 from apt_jax.scheduling.policies.apt.turns import choose_draft
-from apt_jax.scheduling.policies.apt.view import View
 from apt_jax.scheduling.policies.interface import PolicyContext
 from apt_jax.scheduling.state import SchedulerState
 

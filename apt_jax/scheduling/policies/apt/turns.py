@@ -5,8 +5,8 @@ from apt_jax.scheduling.policies.apt.admission import admit
 from apt_jax.scheduling.policies.apt.budget import prefill_budget
 from apt_jax.scheduling.policies.apt.draft import Draft
 from apt_jax.scheduling.policies.apt.eviction import start_draft
+from apt_jax.scheduling.policies.apt.facts.view import View
 from apt_jax.scheduling.policies.apt.lane import admit_lane
-from apt_jax.scheduling.policies.apt.view import View
 
 
 def choose_draft(view: View) -> Draft:

@@ -10,7 +10,7 @@ import numpy as np
 
 from apt_jax.cache import CacheKind
 from apt_jax.request import Request, Status
-from apt_jax.scheduling.policies.apt.problem import Bools, Floats, Ints
+from apt_jax.scheduling.policies.apt.knapsack.problem import Bools, Floats, Ints
 from apt_jax.scheduling.state import SchedulerState
 
 

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from apt_jax.scheduling.policies.apt.problem import Problem, Solution
+from apt_jax.scheduling.policies.apt.knapsack.problem import Problem, Solution
 
 _SKIP, _KV, _HIDDEN = 0, 1, 2
 

@@ -9,7 +9,7 @@ Source: the test itself is Gong et al., "Past-Future Scheduler" (ASPLOS 2025), w
 import numpy as np
 from numpy.typing import NDArray
 
-from apt_jax.scheduling.policies.apt.problem import Floats, Ints
+from apt_jax.scheduling.policies.apt.knapsack.problem import Floats, Ints
 
 HORIZONS = np.array([0.0, 16.0, 32.0, 64.0, 128.0, 256.0, 512.0])  # tokens
 

@@ -11,11 +11,11 @@ import numpy as np
 
 from apt_jax.cache import CacheKind
 from apt_jax.scheduling.costs.step_load import StepLoad
-from apt_jax.scheduling.policies.apt.forecast import expected_blocks
-from apt_jax.scheduling.policies.apt.lateness import DEMOTED_VALUE, is_late, is_overdue, lane
-from apt_jax.scheduling.policies.apt.ledger import Queue
+from apt_jax.scheduling.policies.apt.facts.forecast import expected_blocks
+from apt_jax.scheduling.policies.apt.facts.lateness import DEMOTED_VALUE, is_late, is_overdue, lane
+from apt_jax.scheduling.policies.apt.facts.ledger import Queue
+from apt_jax.scheduling.policies.apt.knapsack.problem import Bools, Floats, Ints
 from apt_jax.scheduling.policies.apt.options import AptOptions
-from apt_jax.scheduling.policies.apt.problem import Bools, Floats, Ints
 from apt_jax.scheduling.policies.interface import PolicyContext
 from apt_jax.scheduling.state import SchedulerState
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from apt_jax.scheduling.policies.apt.problem import Bools, Floats, Ints, Problem, Solution
+from apt_jax.scheduling.policies.apt.knapsack.problem import Bools, Floats, Ints, Problem, Solution
 
 FILL_ROUNDS = 24  # each is one vectorised pass; the rest would be crumbs
 

@@ -15,8 +15,8 @@ from typing import Literal
 
 import numpy as np
 
-from apt_jax.scheduling.policies.apt.ledger import Queue
-from apt_jax.scheduling.policies.apt.problem import Bools, Floats, Ints
+from apt_jax.scheduling.policies.apt.facts.ledger import Queue
+from apt_jax.scheduling.policies.apt.knapsack.problem import Bools, Floats, Ints
 
 Fallback = Literal["aging", "constant", "none"]
 DEMOTED_VALUE = 1e-4  # of the paper's released code
