@@ -4,10 +4,25 @@
 #include "layers.h"
 #include "matmul.h"
 
+#include <algorithm>
+#include <atomic>
+#include <limits>
+#include <utility>
+
+#include "xla/ffi/api/ffi.h"
+
 namespace ffi = xla::ffi;
 using ffi::DataType;
 
 namespace {
+
+// XLA makes a pool of a thread for each core of the host; a process may be allowed fewer.
+std::atomic<int> most_threads{std::numeric_limits<int>::max()};
+
+apt::Team team_of(ffi::ThreadPool& pool) {
+  const int threads = std::min(int(pool.num_threads()), most_threads.load(std::memory_order_relaxed));
+  return apt::Team(threads, [&pool](apt::Team::Task task) { pool.Schedule(std::move(task)); });
+}
 
 template <class Use>
 void with_numbers_of(const ffi::AnyBuffer& array, const Use& use) {
@@ -27,7 +42,7 @@ auto tables(const Numbers& blocks) {
 
 ffi::Error kv_decode(ffi::ThreadPool threads, Floats q, ffi::AnyBuffer pool, Numbers key_blocks, Numbers value_blocks,
                      Numbers length, ffi::Result<Floats> out, ffi::Result<Floats> lse) {
-  apt::Team team(threads);
+  apt::Team team = team_of(threads);
   const auto sizes = q.dimensions();
   const apt::Shape shape{int(sizes[0]), int(sizes[1]), int(pool.dimensions()[2]), int(pool.dimensions()[1])};
   with_numbers_of(pool, [&](auto* numbers) {
@@ -39,7 +54,7 @@ ffi::Error kv_decode(ffi::ThreadPool threads, Floats q, ffi::AnyBuffer pool, Num
 
 ffi::Error hidden_decode(ffi::ThreadPool threads, Floats q, ffi::AnyBuffer pool, Numbers blocks, Numbers length,
                          ffi::Result<Floats> out, ffi::Result<Floats> lse) {
-  apt::Team team(threads);
+  apt::Team team = team_of(threads);
   const auto sizes = q.dimensions();
   const apt::Shape shape{int(sizes[0]), int(sizes[1]), int(sizes[2]), int(pool.dimensions()[1])};
   with_numbers_of(pool, [&](auto* numbers) {
@@ -50,7 +65,7 @@ ffi::Error hidden_decode(ffi::ThreadPool threads, Floats q, ffi::AnyBuffer pool,
 }
 
 ffi::Error matmul(ffi::ThreadPool threads, ffi::AnyBuffer x, ffi::AnyBuffer panels, ffi::Result<Floats> out) {
-  apt::Team team(threads);
+  apt::Team team = team_of(threads);
   const auto sizes = x.dimensions();
   with_numbers_of(panels, [&](auto* numbers) {
     with_numbers_of(x, [&](auto* rows) {
@@ -62,7 +77,7 @@ ffi::Error matmul(ffi::ThreadPool threads, ffi::AnyBuffer x, ffi::AnyBuffer pane
 
 ffi::Error chunk(ffi::ThreadPool threads, Floats q, Floats k, Floats v, Numbers row, ffi::Result<Floats> out,
                  ffi::Result<Floats> lse) {
-  apt::Team team(threads);
+  apt::Team team = team_of(threads);
   const auto sizes = q.dimensions();
   const int tokens = sizes[0], heads = sizes[1], size = sizes[2];
   const auto chunks = apt::chunks_of(row.typed_data(), tokens);
@@ -95,7 +110,7 @@ ffi::Error all_layers(ffi::ThreadPool threads, ffi::AnyBuffer x, ffi::AnyBuffer 
   const apt::StepRows rows{start.typed_data(),  length.typed_data(),       last.typed_data(),
                            wanted.typed_data(), first_blocks.typed_data(), second_blocks.typed_data(),
                            is_hidden.typed_data()};
-  apt::Team team(threads);
+  apt::Team team = team_of(threads);
   with_numbers_of(pool, [&](auto* numbers) {
     using Number = std::remove_const_t<std::remove_pointer_t<decltype(numbers)>>;
     std::vector<apt::Layer<Number>> layers(parameters.size() / kOfLayer);
@@ -111,6 +126,9 @@ ffi::Error all_layers(ffi::ThreadPool threads, ffi::AnyBuffer x, ffi::AnyBuffer 
 }
 
 }  // namespace
+
+// Of a call's threads, the caller included, at most so many work.
+extern "C" void apt_limit_threads(int threads) { most_threads.store(threads, std::memory_order_relaxed); }
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(apt_kv_decode, kv_decode,
                               ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<Floats>().Arg<ffi::AnyBuffer>().Arg<Numbers>()

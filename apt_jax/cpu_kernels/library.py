@@ -20,6 +20,7 @@ import jax
 from filelock import FileLock
 
 from apt_jax.cpu_kernels.features import cpu_features
+from apt_jax.host_limits import usable_processors
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +46,7 @@ def register() -> Path:
     path = built()
     try:
         library = ctypes.CDLL(str(path))
+        library.apt_limit_threads(usable_processors())
         for target in TARGETS:
             jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(getattr(library, target)), platform="cpu")
     except (OSError, AttributeError) as error:

@@ -11,6 +11,7 @@ from apt_jax.execution.multihost import smallest_of_all
 from apt_jax.execution.platform import Platform
 from apt_jax.execution.pool import block_bytes
 from apt_jax.execution.runner import Runner
+from apt_jax.host_limits import unused_memory_bytes
 
 
 @dataclass(frozen=True)
@@ -165,13 +166,16 @@ def _room(
 def device_memory(device: jax.Device, weight_bytes: int, sharers: int = 1) -> tuple[int, int]:
     """Bytes of `device` that count as its memory, and those free now.
 
-    A GPU or TPU says so itself; on a CPU it is the machine's available memory, weights already loaded added, in equal
-    parts for the `sharers` devices that one model is split over there.
+    A GPU or TPU says so itself; on a CPU it is what the machine has available and the process' control groups
+    allow, weights already loaded added, in equal parts for the `sharers` devices that one model is split over there.
     """
     stats = device.memory_stats()
     if stats and "bytes_limit" in stats:
         return stats["bytes_limit"], stats["bytes_limit"] - stats["bytes_in_use"]
+    allowed = unused_memory_bytes()
     available = psutil.virtual_memory().available
+    if allowed is not None:
+        available = min(available, allowed)
     return available // sharers + weight_bytes, available // sharers
 
 

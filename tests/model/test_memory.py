@@ -137,8 +137,9 @@ def test_following_the_cure_is_enough():
 def cpu(monkeypatch):
     """The real CPU device, on a machine said to have so many bytes available."""
 
-    def with_available(count):
+    def with_available(count, allowed=None):
         monkeypatch.setattr(apt_jax.engine.memory.psutil, "virtual_memory", lambda: SimpleNamespace(available=count))
+        monkeypatch.setattr(apt_jax.engine.memory, "unused_memory_bytes", lambda: allowed)
         return jax.devices("cpu")[0]
 
     return with_available
@@ -148,6 +149,12 @@ def test_on_a_cpu_memory_is_what_the_machine_has_available(cpu):
     assert device_memory(cpu(700 * MIB), weight_bytes=300 * MIB) == (1000 * MIB, 700 * MIB)
     found = plan(cpu(700 * MIB), device_memory_utilization=0.9)
     assert (found.num_blocks, found.device) == (500, "cpu: cpu")
+
+
+def test_on_a_cpu_the_control_groups_limit_counts_where_it_is_tighter(cpu):
+    assert device_memory(cpu(9000 * MIB, allowed=700 * MIB), weight_bytes=300 * MIB) == (1000 * MIB, 700 * MIB)
+    assert device_memory(cpu(700 * MIB, allowed=9000 * MIB), weight_bytes=300 * MIB) == (1000 * MIB, 700 * MIB)
+    assert device_memory(cpu(9000 * MIB, allowed=700 * MIB), 0, sharers=2) == (350 * MIB, 350 * MIB)
 
 
 def test_on_a_cpu_the_default_pool_is_limited_and_the_error_names_the_right_flag(cpu):
