@@ -194,6 +194,7 @@ EXCEPTIONS: dict[Callable[[], Breaches], dict[str, str]] = {
     only_execution_names_platforms: {
         "pallas_kernels/dispatch.py": "which kernels exist for which platform",
         "checkpoints/formats/torch_reader.py": "torch's name of the host",
+        "apt_jax/host_limits.py": "a controller of Linux control groups has that name",
     },
     folders_are_small: {
         "tests/": "a tier's folder is flat: a file for each thing tested, found by its name",
