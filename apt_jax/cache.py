@@ -1,7 +1,7 @@
 """What requests keep of their past tokens, and host accounting of the unified pool that holds it.
 
 A block holds one D-vector for each of `block_size` tokens, in every layer. A page (the same tokens) takes one block
-for each vector that its cache kind keeps of a token. Source: DESIGN, "The hybrid cache".
+for each vector that its cache kind keeps of a token. Source: docs/hybrid_cache.md.
 
 A new cache kind is a `CacheSpec` and a member of `CacheKind`, and a mode in which requests may have it.
 """

@@ -17,7 +17,7 @@ MAX_SAMPLES = 128
 
 @dataclass(frozen=True)
 class Slo:
-    """Latency promise of one request, in seconds. Source: DESIGN, "Definitions"."""
+    """Latency SLO of one request, in seconds."""
 
     ttft_s: float = 1.0
     tbt_s: float = 1.0
@@ -282,7 +282,7 @@ class Request:
 
     @property
     def attained(self) -> bool:
-        """Whether it finished by itself within its SLO. Source: DESIGN, "Definitions"."""
+        """Whether it finished within its SLO, without an error or abort."""
         if self.finish_reason not in (FinishReason.STOP, FinishReason.LENGTH) or self.ttft_s is None:
             return False
         return self.slo.is_kept(self.ttft_s, self.gaps_s)

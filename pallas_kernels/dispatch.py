@@ -1,4 +1,4 @@
-"""Which attention kernels a platform has, and whether they compute what they should on this very device."""
+"""Which attention kernels a platform has, and whether they compute correctly on this device."""
 
 import functools
 from collections.abc import Callable
@@ -18,10 +18,10 @@ _TOLERANCE = {2: 2e-2, 4: 1e-3}  # by bytes of a number; float32 kernels may mul
 class Kernels(NamedTuple):
     """The kernels of a platform, with the signatures of `reference.py`; either both of prefix attention or none.
 
-    Looser than there: `hidden_decode` and `hidden_prefix` may give `out` in the pool's dtype, and `hidden_decode`
-    anything in rows of length 0. `hidden_decode` is None where there is no kernel for hidden rows and XLA attends to
-    them. Prefix attention, `chunk` (a prefill chunk's own tokens) and `cache_writer` may be None too; they may not
-    handle every dtype.
+    Differences from the references: `hidden_decode` and `hidden_prefix` may give `out` in the pool's dtype, and
+    `hidden_decode` anything in rows of length 0. `hidden_decode` is None where there is no kernel for hidden rows and
+    XLA attends to them. Prefix attention, `chunk` (a prefill chunk's own tokens) and `cache_writer` may be None too;
+    they may not handle every dtype.
     """
 
     name: str
@@ -65,7 +65,7 @@ def gpu_kernels(compute_capability: str) -> Kernels:
     """The GPU kernels: Hopper (9.0) has all; later and Ampere and Ada (8.0 and up) KV decode, without tensor cores.
 
     Raises:
-        NotImplementedError: an older GPU, or one of another make.
+        NotImplementedError: an older GPU, or one of another maker.
     """
     from apt_jax.pallas_kernels.gpu import chunk as gpu_chunk
     from apt_jax.pallas_kernels.gpu import hidden_decode, hidden_prefix, kv_decode, kv_fma, kv_prefix
@@ -90,7 +90,7 @@ def gpu_kernels(compute_capability: str) -> Kernels:
 
 
 def tpu_kernels(name: str, *, cores: int, interpret: Any) -> Kernels:
-    """The TPU kernels, with options as they have them."""
+    """The TPU kernels with these options."""
     from apt_jax.pallas_kernels.tpu import cache_write as tpu_cache_write
     from apt_jax.pallas_kernels.tpu import chunk as tpu_chunk
     from apt_jax.pallas_kernels.tpu import hidden_decode as tpu_hidden_decode
@@ -120,10 +120,10 @@ def tpu_kernels(name: str, *, cores: int, interpret: Any) -> Kernels:
 
 
 def self_check(kernels: Kernels, *, heads: int, head_dim: int, block_size: int, dtype: DTypeLike) -> str | None:
-    """Run decode attention on a few rows against the references, on the default device; why it cannot be used, or None.
+    """Compare decode attention with the references on a few rows; the reason not to use the kernels, or None.
 
-    Rows have no token, one, a block and one more, and several hundred; blocks are shuffled and NaN beyond a row's
-    length. Takes some seconds, most of it compiling.
+    On the default device. Rows have no token, one, a block and one more, and several hundred; blocks are shuffled and
+    NaN beyond a row's length. Takes some seconds, most of it compiling.
     """
     case = _Case(heads, head_dim, block_size, dtype)
     args = case.normal(4, head_dim), case.pool, *case.tables, case.lengths
@@ -135,7 +135,7 @@ def self_check(kernels: Kernels, *, heads: int, head_dim: int, block_size: int, 
 
 
 def check_prefix(kernels: Kernels, *, heads: int, head_dim: int, block_size: int, dtype: DTypeLike) -> str | None:
-    """Run prefix attention, which must be there, as `self_check` does decode attention; rows have a few queries."""
+    """Compare prefix attention, which must exist, as `self_check` does decode attention; rows have a few queries."""
     case = _Case(heads, head_dim, block_size, dtype)
     count = np.array([5, 2, 1, 7], np.int32)
     rows = case.lengths, np.cumsum(count) - count, count  # one slot is left over
@@ -168,7 +168,7 @@ class _Case:
 
 
 def check_chunk(kernels: Kernels, *, heads: int, head_dim: int, dtype: DTypeLike) -> str | None:
-    """Run `chunk`, which must be there, on a few packed rows as `self_check` does decode attention."""
+    """Compare `chunk`, which must exist, on a few packed rows as `self_check` does decode attention."""
     rng = np.random.default_rng(0)
     row = np.repeat(np.arange(5, dtype=np.int32), [130, 1, 2, 63, 60])
     q, k, v = (jnp.asarray(rng.standard_normal((len(row), heads, head_dim), np.float32), dtype) for _ in range(3))
@@ -178,7 +178,7 @@ def check_chunk(kernels: Kernels, *, heads: int, head_dim: int, dtype: DTypeLike
 
 
 def check_cache_writer(kernels: Kernels, *, heads: int, head_dim: int, block_size: int, dtype: DTypeLike) -> str | None:
-    """Write tokens of three rows, one of them hidden, by `cache_writer`, which must be there, and by the reference.
+    """Write tokens of three rows, one of them hidden, by `cache_writer`, which must exist, and by the reference.
 
     Rows begin and end inside blocks; some slots are of no row. Nothing else in the pool may change.
     """
@@ -214,7 +214,7 @@ def _failed(name: str, error: Exception) -> str:
 
 
 def _differs(kernels: Kernels, name: str, args: tuple[Any, ...], counted: Any = slice(None)) -> str | None:
-    """Why the kernel `name` cannot be used; None if it agrees with its reference in the rows `counted`."""
+    """The reason not to use the kernel `name`; None if it agrees with its reference in the rows `counted`."""
     run = getattr(kernels, name), jax.jit(getattr(REFERENCES, name))  # each of a reference's operations would compile
     try:
         found, expected = (jax.device_get(function(*map(jnp.asarray, args))) for function in run)

@@ -3,7 +3,7 @@
 Shape letters: R rows (requests), T tokens, N heads, H head_dim, D = N*H, L layers, P blocks, S block_size, W pages per
 table. Decode attention has one query per row; prefix attention has the queries of all rows' chunks packed into T slots.
 The pool is flat, `[L*P, S, D]`; tables hold rows of it (block + layer*P). Pages past a row's length and positions past
-it may hold anything, NaN too. Rows of length 0 give out 0 and lse `NEVER`; a batch of KV and hidden rows runs both
+it may hold anything, NaN too. Rows of length 0 give `out` 0 and lse `NEVER`; a batch of KV and hidden rows runs both
 functions, each with length 0 for the other's rows.
 
 Attention here gathers every page of every row, so it is for checks, not for speed.
@@ -84,7 +84,7 @@ def kv_decode_attention(
 
 
 def hidden_decode_attention(q_wide: jax.Array, pool: jax.Array, blocks: jax.Array, length: jax.Array) -> Partial:
-    """One absorbed query per row and head over the row's cached hidden vectors. Pure. Source: DESIGN 2.1.
+    """One absorbed query per row and head over the row's cached hidden vectors. Pure. Source: docs/hybrid_cache.md.
 
     Args:
         q_wide: `[R, N, D]`, bfloat16 or float32: q Wk^T of scaled q. Any width D that the pool has.
@@ -146,7 +146,7 @@ def hidden_prefix_attention(
     first_query: jax.Array,
     num_queries: jax.Array,
 ) -> Partial:
-    """Each packed absorbed query over all of its own row's cached hidden vectors. Pure. Source: DESIGN 2.1.
+    """Each packed absorbed query over all of its own row's cached hidden vectors. Pure. Source: docs/hybrid_cache.md.
 
     Rows and queries as in `kv_prefix_attention`, the rest as in `hidden_decode_attention`.
 

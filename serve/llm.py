@@ -65,7 +65,7 @@ class CompletionOutput:
 
 @dataclass
 class RequestOutput:
-    """What one prompt brought; `prompt` is None if it was given as token ids.
+    """Outputs of one prompt; `prompt` is None if it was given as token ids.
 
     `prompt_logprobs` has per prompt token id -> `Logprob` of the token itself and the most likely, None for the first
     token; it is None unless asked for.

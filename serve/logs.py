@@ -1,4 +1,4 @@
-"""Logs for people or for programs, on standard error. What was asked and answered is never in them unless wanted."""
+"""Logs for people or for programs, on standard error. Content of requests is in them only with --log-requests."""
 
 import json
 import logging
@@ -9,7 +9,7 @@ LogFormat = Literal["text", "json"]
 
 
 class JsonFormatter(logging.Formatter):
-    """One JSON object a line: time, level, logger, message, and the record's `fields`."""
+    """One JSON object per line: time, level, logger, message, and the record's `fields`."""
 
     def format(self, record: logging.LogRecord) -> str:
         """Render a record."""

@@ -1,6 +1,7 @@
 """Attention to cached hidden vectors without keys and values: the projections are absorbed into query and output.
 
-Shape letters as in `attention.py`. Source: DESIGN 2.1; the same step in multi-head latent attention, arXiv 2405.04434.
+Shape letters as in `attention.py`. Source: docs/hybrid_cache.md; the same step in multi-head latent attention, arXiv
+2405.04434.
 """
 
 from typing import Any
@@ -13,7 +14,7 @@ from apt_jax.models.opt import KeysValues, SelfAttention, own_product, scatter_h
 
 
 def absorb_query(projections: SelfAttention | KeysValues, q: jax.Array) -> jax.Array:
-    """q' = q Wk^T, `[T, N, H] -> [T, N, D]` in float32. Source: DESIGN 2.1.
+    """q' = q Wk^T, `[T, N, H] -> [T, N, D]` in float32. Source: docs/hybrid_cache.md.
 
     Split over devices, N are a device's heads in q and all heads in q', of which it has its slice of D.
     """
@@ -29,7 +30,7 @@ def absorb_query(projections: SelfAttention | KeysValues, q: jax.Array) -> jax.A
 
 
 def key_bias_score(projections: SelfAttention | KeysValues, q: jax.Array) -> jax.Array:
-    """q . bk `[T, N]`: constant over positions, but counts when parts of a context are merged. Source: DESIGN 2.1."""
+    """q . bk `[T, N]`: constant over positions, but counts when parts of a context are merged."""
     if projections.k_proj.bias is None:
         return jnp.zeros(q.shape[:2], jnp.float32)
     return jnp.einsum("TNH,NH->TN", q, projections.k_proj.bias[...], preferred_element_type=jnp.float32)

@@ -4,7 +4,7 @@ Shape letters: T token slots, R rows, N heads, H head_dim, D = N*H, L layers, P 
 cached tokens that one loop step reads. The pool is flat, `[L*P, S, D]`; block b of layer l is row `l*P + b`.
 
 KV rows attend head by head; hidden rows take queries `q_wide = q Wk^T` of D numbers for each head over the vectors
-themselves, and multiply the context by Wv (DESIGN 2.1, `absorption.py`).
+themselves, and multiply the context by Wv (docs/hybrid_cache.md, `absorption.py`).
 
 Loops over rows and chunks have trip counts from the data, so a request costs what its own context costs.
 """

@@ -2,8 +2,9 @@
 
 Shape letters as in `attention.py`; T token slots in which the rows' chunks lie one after the other.
 
-Over cached hidden vectors a row is attended to in one of two ways (DESIGN 2.1), by counted cost: with few queries they
-are absorbed; with many the row's prefix is projected to keys and values once, into a small pool of its own.
+Over cached hidden vectors a row is attended to in one of two ways (docs/hybrid_cache.md), by counted cost: with few
+queries they are absorbed; with many the row's prefix is projected to keys and values once, into a small pool of its
+own.
 """
 
 from collections.abc import Callable

@@ -317,7 +317,7 @@ class Step {
               [&](int r) { return tokens_[first + r].second; }, context_.data() + first, attended_ + at, lse_);
   }
 
-  // Source: DESIGN 2.1: queries of D numbers for each head, over the vectors themselves.
+  // Source: docs/hybrid_cache.md: queries of D numbers for each head, over the vectors themselves.
   void attend_hidden(const Layer<Number>& own, const Number* pool) {
     const int count = num_hidden_, D = shape_.width, N = shape_.heads, H = shape_.head_dim();
     if (!count) return;

@@ -1,7 +1,7 @@
 """The cache pool on the device: making it, writing a step's tokens, converting hidden blocks to KV in place.
 
 The pool is one flat array `[L*P, S, D]`; block b of layer l is row `l*P + b`. Flat, because a pool carried through
-`lax.scan` and donated stays in place only when no layer's slice of it is taken (DESIGN, "The hybrid cache"). Where it
+`lax.scan` and donated stays in place only when no layer's slice of it is taken (docs/hybrid_cache.md). Where it
 is split over devices, D is a device's slice and N are its heads.
 """
 
@@ -65,7 +65,7 @@ def convert_blocks(
 ) -> jax.Array:
     """hidden -> KV in place: keys replace the hidden vectors in their blocks, values go to new blocks.
 
-    One matrix product over the cached hidden vectors per layer, no new prefill. Source: DESIGN, "The hybrid cache".
+    One matrix product over the cached hidden vectors per layer, no new prefill. Source: docs/hybrid_cache.md.
 
     Args:
         hidden_blocks, value_blocks: int32 `[K]` blocks of the pages to convert; padding is `num_blocks`.

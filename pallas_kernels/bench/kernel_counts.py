@@ -1,4 +1,4 @@
-"""What decode attention of one layer computes and moves, counted, and how fast a chip's sheet lets it be.
+"""Counted work of one layer's decode attention, and the time it needs by a chip's data sheet.
 
 Counted per layer and step for B requests of L cached tokens, D wide, N heads, 2 bytes a number. Three ways:
 

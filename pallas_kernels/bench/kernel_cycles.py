@@ -64,7 +64,7 @@ HEADER = (
 
 
 def compile_static(chip: str, model: str, way: str, block_size: int) -> Static:
-    """Compile one kernel in bfloat16 in another process and read what libtpu wrote; never raises for what fails there.
+    """Compile one kernel in bfloat16 in another process and read libtpu's output; failures there are in the result.
 
     Args:
         chip: a TPU of `kernel_counts.CHIPS`.
@@ -166,7 +166,7 @@ def used_vmem_bytes(program: str) -> int | None:
 
 
 def _compile(chip: str, model: str, way: str, block_size: int) -> None:
-    """In the other process: compile, and print what can be known there."""
+    """In the other process: compile, and print the figures."""
     import jax
     import jax.numpy as jnp
 

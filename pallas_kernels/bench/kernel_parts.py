@@ -1,4 +1,4 @@
-"""`apt-jax bench kernels --all`: everything there is to measure on an accelerator, unattended, and what came of it.
+"""`apt-jax bench kernels --all`: all measurements on an accelerator, unattended, with a summary.
 
 Each part is a process of its own with a time limit: one that hangs or is killed, as a kernel that no device has run yet
 may be, leaves its table so far and the other parts.
@@ -61,7 +61,7 @@ def _run_part(command: list[str], text: Path, limit_s: float) -> int:
 
 
 def summary(found: dict[str, dict[str, Any]]) -> list[str]:
-    """What the parts' JSON says of the aims, a line each. Pure."""
+    """The parts' results compared with the aims, one line each. Pure."""
     lines = []
     kernels = found.get("attention", {}).get("kernels", [])
     times = {

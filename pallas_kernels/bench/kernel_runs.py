@@ -1,11 +1,11 @@
 """Decode attention on the local accelerator: each implementation checked against the reference, then timed.
 
 One layer's attention is run many times in a program, each time over other blocks of the pool, so that no run finds the
-last one's blocks in a cache on the chip, as no layer does in a model. Implementations:
+previous one's blocks in an on-chip cache, as in a model. Implementations:
 
 * pallas: the kernels that the engine takes on this device.
-* xla: gathers every page of the table, then plain products; what one writes without a kernel.
-* jax: jax's own paged attention for this platform, where it runs; its pool is laid out by head.
+* xla: gathers every page of the table, then plain products: the form without a kernel.
+* jax: JAX's paged attention for this platform, where it runs; its pool is laid out by head.
 """
 
 from collections.abc import Callable, Iterable

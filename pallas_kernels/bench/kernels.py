@@ -47,7 +47,7 @@ class BenchKernels:
 
 
 def run(args: BenchKernels) -> int:
-    """Run the command; 1 if something was to be measured and nothing could be.
+    """Run the command; 1 if nothing could be measured that should be.
 
     Raises:
         ValueError: a flag has an unknown or impossible value.
@@ -79,7 +79,7 @@ def run(args: BenchKernels) -> int:
 
 
 def _report_static(args: BenchKernels, chips: list[str], models: list[str]) -> list[Any]:
-    """Print what the compiler makes of the TPU kernels, one line each: half a minute each where there is a compiler."""
+    """Print the compiler's figures for the TPU kernels, one line and half a minute each, where there is a compiler."""
     from apt_jax.pallas_kernels.bench.kernel_cycles import HEADER, WAYS, compile_static
 
     if chips:
@@ -132,7 +132,7 @@ def _measure_writes(args: BenchKernels, device: Any, models: list[str], batches:
 
 
 def _run_parts(args: BenchKernels) -> int:
-    """This process must leave the accelerator to the others."""
+    """Run the parts; this process must not hold the accelerator."""
     from apt_jax.pallas_kernels.bench.kernel_parts import run_parts
 
     if args.output is None:

@@ -26,12 +26,12 @@ class Times:
         return (self.slowest_s - self.fastest_s) / self.median_s
 
     def of_one(self, iterations: int) -> "Times":
-        """Those of one of as many iterations, where these are of all."""
+        """Times of one iteration, where these are of all."""
         return Times(self.median_s / iterations, self.fastest_s / iterations, self.slowest_s / iterations)
 
 
 def reason(error: Exception) -> str:
-    """Why there is no time, for a line of a table."""
+    """The reason why there is no time, for a line of a table."""
     text = (str(error).strip().splitlines() or [""])[0]
     return f"{type(error).__name__}: {text}"[:200]
 

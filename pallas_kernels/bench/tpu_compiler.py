@@ -1,4 +1,4 @@
-"""Compiling for TPUs that are not there: libtpu brings the whole compiler, and reports what a real chip would.
+"""Compiling for TPUs that are not present: libtpu contains the whole compiler, and reports what a real chip would.
 
 Compiling in a process that has no TPU needs no device, only its description (a topology).
 """

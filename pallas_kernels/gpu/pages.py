@@ -27,7 +27,7 @@ _WGMMA = plgpu.Layout.WGMMA
 
 
 def compiler(dtype: jnp.dtype) -> plgpu.CompilerParams:
-    """Exponentials and logarithms as exact as the pool's numbers."""
+    """Compiler parameters: exponentials and logarithms as exact as the pool's numbers."""
     return dataclasses.replace(COMPILER, approx_math=dtype != jnp.float32)
 
 

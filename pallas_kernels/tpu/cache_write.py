@@ -2,7 +2,7 @@
 
 HBM holds the pool in register tiles of 8 tokens, and only whole tiles can be copied. XLA's scatter reads and writes one
 tile for every token. Here tokens that go to the same tile are one item of work: a full tile is written without being
-read, another is read, changed and written, and several are on their way at once.
+read, another is read, changed and written, and several are in flight at once.
 
 Slots of tokens come in tiles too, which the grid visits in order. An item ends where a tile of slots ends, and all
 writes of a step are waited for before the next step, which may change the same tile of the pool.
@@ -43,7 +43,7 @@ class Work(NamedTuple):
 def cache_writer(
     first: jax.Array, second: jax.Array, offset: jax.Array, *, cores: int = 1, interpret: bool = False
 ) -> Callable[..., jax.Array]:
-    """As the reference. Tokens of a block must lie in slots one after the other, in the order of their places.
+    """As the reference. Tokens of a block must be in consecutive slots, in the order of their places.
 
     Args:
         cores: of a chip that share its memory: each takes its part of the columns.

@@ -1,4 +1,4 @@
-"""What `bench serve` prints."""
+"""Tables that `bench serve` prints."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -58,7 +58,7 @@ def print_points(points: Sequence[Mapping[str, Any]], found: Mapping[float, floa
 
 
 def warnings_of(figures: Mapping[str, Any]) -> list[str]:
-    """Sentences about what makes the figures doubtful."""
+    """Sentences about conditions that make the figures doubtful."""
     lines = []
     lag = max(figures["max_client_lag_ms"], figures["client_loop_lag_ms"])
     if lag > MAX_LAG_MS or figures["client_cpu_share"] > MAX_CPU_SHARE:

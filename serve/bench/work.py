@@ -56,7 +56,7 @@ class Dataset:
 def load_dataset(
     options: WorkOptions, *, seed: int, tokenizer: "Tokenizer | None", max_model_len: int | None = None
 ) -> Dataset:
-    """What `options.dataset` names. Requests longer than `max_model_len` are left out.
+    """The dataset that `options.dataset` names. Requests longer than `max_model_len` are left out.
 
     Raises:
         ValueError: it cannot be read, needs a tokenizer, or has no request that fits.
@@ -72,7 +72,7 @@ def load_dataset(
 def make_work(
     dataset: Dataset, rows: Sequence[int], *, vocab_size: int, tokenizer: "Tokenizer | None", seed: Sequence[int]
 ) -> list[Work]:
-    """The requests of these rows. Prompts are random but for a dataset's own texts; equal seeds give equal prompts."""
+    """Requests of these rows. Prompts are random except for a dataset's own texts; equal seeds give equal prompts."""
     generator = np.random.default_rng(seed)
     made = []
     for row in rows:
@@ -91,7 +91,7 @@ def make_work(
 
 
 def text_of_length(tokenizer: "Tokenizer", tokens: int, generator: np.random.Generator) -> tuple[str, int]:
-    """A random text of `tokens` tokens, special ones included, and how many it has: seldom fewer, never more.
+    """A random text of `tokens` tokens, special ones included, and its number of tokens: seldom fewer, never more.
 
     Raises:
         ValueError: no text is so short.

@@ -1,7 +1,7 @@
-"""HTTP over a connection, with a limit on the time in which a request must have come in.
+"""HTTP over a connection, with a limit on the time in which a request must arrive.
 
-uvicorn limits how long a connection may be idle between requests, but not how long a client may take over one: a client
-that sends a byte now and then would hold its connection, and a task, for as long as it likes.
+uvicorn limits how long a connection may be idle between requests, but not how long a client may take to send one: a
+client that sends a byte now and then would hold its connection, and a task, for as long as it likes.
 """
 
 import asyncio
@@ -30,17 +30,17 @@ class TimedProtocol(H11Protocol):
         self._deadline: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """The time for the first request runs."""
+        """Start the time limit of the first request."""
         super().connection_made(transport)
         self._start_clock()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """No more time to keep."""
+        """Cancel the time limit."""
         self._stop_clock()
         super().connection_lost(exc)
 
     def handle_events(self) -> None:
-        """After what has come in: is a request only half here?"""
+        """Start or stop the time limit, depending on whether a request is incomplete."""
         super().handle_events()
         if self._is_receiving:
             self._start_clock()

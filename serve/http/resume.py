@@ -1,4 +1,4 @@
-"""Finish what an earlier run of the server had to leave: `--resume-from FILE`."""
+"""Finish the requests that an earlier run of the server left unfinished: `--resume-from FILE`."""
 
 import asyncio
 import json

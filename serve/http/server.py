@@ -1,4 +1,4 @@
-"""`apt-jax serve`: uvicorn around the application, from the first byte listened to to the last byte answered."""
+"""`apt-jax serve`: runs the application in uvicorn, from opening the port to the end of shutdown."""
 
 import asyncio
 import dataclasses
@@ -79,7 +79,7 @@ def serve(
     server with one sentence and exit code 1.
 
     Raises:
-        ValueError: the chat template is none, or Ray is needed and not installed.
+        ValueError: the chat template is not one, or Ray is needed and not installed.
         OSError: the chat template cannot be read.
     """
     if replicas is not None and replicas.uses_ray:
@@ -215,7 +215,7 @@ def report_failure(error: Exception) -> None:
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A listening TCP socket; who connects before it is served waits.
+    """A listening TCP socket; clients that connect before the server runs wait.
 
     Raises:
         OSError: the address is unknown or taken.

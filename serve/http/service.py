@@ -1,4 +1,4 @@
-"""What the routes share: the engine or engines, the model's public name, the options, how a body is read."""
+"""State shared by the routes: engine or engines, the model's public name, options; and the reading of bodies."""
 
 import contextlib
 import threading
@@ -21,7 +21,7 @@ from apt_jax.serve.runtime.group import Group
 
 
 class Service:
-    """What generates, as it is seen over HTTP. `chat_template` goes before the tokenizer's own."""
+    """The backend as seen over HTTP. `chat_template` overrides the tokenizer's own."""
 
     def __init__(self, backend: Backend, model_name: str, options: ServerOptions):
         self.backend = backend

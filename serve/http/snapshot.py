@@ -1,7 +1,7 @@
-"""What was unfinished when the server had to stop, in a file, so that the next start can go on with the same tokens.
+"""Snapshot file of requests unfinished at shutdown, which the next start can finish with the same tokens.
 
-One JSON object a line: the body as it was sent, and for each sample its prompt, its sampling parameters with the seed
-that was really used, and the tokens so far.
+One JSON object per line: the body as it was sent, and for each sample its prompt, its sampling parameters with the seed
+that was used, and the tokens so far.
 """
 
 import dataclasses
@@ -61,7 +61,7 @@ def read_snapshot(path: Path) -> list[dict[str, Any]]:
 
 
 def restore(record: dict[str, Any], model: ServedModel) -> tuple[Generation[Any], list[Sample]]:
-    """The generation, what was finished of it in place, and the samples that are still to be run.
+    """The generation with its finished parts, and the samples that remain to be run.
 
     Raises:
         ValueError: the record is damaged.

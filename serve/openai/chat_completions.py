@@ -26,7 +26,7 @@ class ChatCompletion(Generation[ChatRequest]):
         return [tokenizer.encode(text, add_special_tokens=False)]  # the template writes the special ones
 
     def response(self) -> dict[str, Any]:
-        """The whole object; `prompt_logprobs` is beside the choices, which share their prompt, as in vLLM."""
+        """The whole object; `prompt_logprobs` is a field next to the choices, which share their prompt, as in vLLM."""
         found = self._prompt_logprobs(self.choices[0])
         return {**super().response(), **({} if found is None else {"prompt_logprobs": found})}
 
@@ -65,7 +65,7 @@ class ChatCompletion(Generation[ChatRequest]):
         }
 
     def _logprobs(self, entries: Sequence[TokenLogprobs]) -> dict[str, Any]:
-        """OpenAI's list of tokens, each with its likely rivals."""
+        """OpenAI's list of tokens, each with the most likely alternatives."""
         content = [
             {
                 **self._token(entry.token_id, entry.logprob),

@@ -45,7 +45,7 @@ class ChatRequest(GenerationRequest):
 
     @property
     def asked_max_tokens(self) -> int | None:
-        """`max_completion_tokens`, OpenAI's newer name, goes first."""
+        """`max_completion_tokens`, OpenAI's newer name, takes precedence."""
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
 
     @property

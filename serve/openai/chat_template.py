@@ -70,7 +70,7 @@ def render(messages: Sequence[Message], tokenizer: "Tokenizer", template: str | 
 
 @cache
 def renderer() -> Callable[..., Any]:
-    """The function of transformers, whose import takes seconds: call this before the first chat waits for it."""
+    """transformers' rendering function; its import takes seconds, so call this before the first chat."""
     with no_advice():
         from transformers.utils.chat_template_utils import render_jinja_template
     return render_jinja_template

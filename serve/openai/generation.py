@@ -1,4 +1,4 @@
-"""From a body to engine samples, and from engine outputs to OpenAI's objects: what both kinds of completion share.
+"""From a body to engine samples, and from engine outputs to OpenAI's objects, for both kinds of completion.
 
 HTTP, streamed or not, and batch jobs go through the same two steps: `Generation.prepare`, then `chunk` per output or
 `collect` for all. How the objects look is up to `Completion` and `ChatCompletion`.
@@ -32,7 +32,7 @@ LOWEST_LOGPROB = -9999.0  # JSON has no minus infinity
 
 @dataclass(frozen=True)
 class ServedModel:
-    """What bodies are checked against."""
+    """The served model, which bodies are checked against."""
 
     engine: EngineFacts
     name: str
@@ -41,7 +41,7 @@ class ServedModel:
 
 @dataclass
 class Choice:
-    """What one sample has brought so far."""
+    """Output of one sample so far."""
 
     text: list[str] = field(default_factory=list)
     token_ids: list[int] = field(default_factory=list)
@@ -55,7 +55,7 @@ class Choice:
 
 
 class Generation[Body: GenerationRequest]:
-    """One request on its way: its samples for the engine, and its response as outputs come in."""
+    """One unfinished API request: its samples for the engine, and its response as outputs come in."""
 
     ID_PREFIX: ClassVar[str]
 
@@ -93,8 +93,8 @@ class Generation[Body: GenerationRequest]:
     ) -> Self:
         """Check a body against the model that is served and fan it out into samples. Tokenises; touches no state.
 
-        `headers` (names in lower case) may carry the SLO, which is else `otherwise_slo` or the engine's. Token ids are
-        the engine's to check.
+        `headers` (names in lower case) may carry the SLO, which otherwise is `otherwise_slo` or the engine's. Token
+        ids are the engine's to check.
 
         Raises:
             ModelNotFound: the body names another model.
@@ -137,7 +137,7 @@ class Generation[Body: GenerationRequest]:
 
     @property
     def is_whole(self) -> bool:
-        """Whether every sample has ended by itself."""
+        """Whether every sample has ended without an abort."""
         return all(choice.finish_reason in (FinishReason.STOP, FinishReason.LENGTH) for choice in self.choices)
 
     def usage(self) -> dict[str, int]:
@@ -172,7 +172,7 @@ class Generation[Body: GenerationRequest]:
         return chunk
 
     def streamed(self, sample: Sample, output: Output) -> bytes:
-        """Take in an output and render it as one server-sent event. Most differ from the last in their text only.
+        """Take in an output and render it as one server-sent event. Most differ from the previous one only in text.
 
         Raises:
             EngineFailure: the engine ended the sample with an error.
@@ -319,7 +319,7 @@ def default_slo(engine: EngineFacts) -> Slo:
 
 
 def as_bad_request(error: ValueError, body: GenerationRequest) -> BadRequest:
-    """What the engine refused, as the client's error."""
+    """The engine's refusal as the client's error."""
     if isinstance(error, BadRequest):
         return error
     refused = bad_request(error, [*type(body).model_fields, "prompt"])

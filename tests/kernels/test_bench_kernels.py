@@ -28,7 +28,7 @@ def test_counts_are_those_of_the_formulas():
 
 
 def test_absorbed_is_memory_bound_and_faster_than_kv_on_an_h200():
-    """The main claim of DESIGN 2.1, for long contexts; recomputing is compute-bound and many times slower."""
+    """The main claim of docs/hybrid_cache.md, for long contexts; recomputing is compute-bound and many times slower."""
     chip = HARDWARE["h200"]
     shape = Shape("opt-13b", 32, 2048)
     kv, hidden, recompute = (count(shape, way) for way in ("kv", "hidden", "recompute"))

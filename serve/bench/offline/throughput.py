@@ -1,4 +1,4 @@
-"""`apt-jax bench throughput`: many requests through the engine, without HTTP, as fast as it goes."""
+"""`apt-jax bench throughput`: many requests through the engine, without HTTP, as fast as possible."""
 
 import time
 from dataclasses import replace

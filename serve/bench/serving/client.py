@@ -1,4 +1,4 @@
-"""One streamed request to an OpenAI server, costing the client little: a body made beforehand, one pass over events."""
+"""One streamed request to an OpenAI server at little cost: bodies are made beforehand, events parsed in one pass."""
 
 import asyncio
 import json
@@ -18,7 +18,7 @@ IDLE_CONNECTION_S = 2.0  # shorter than servers keep them: none is used just whe
 
 
 class Refused(ValueError):
-    """The server cannot be asked what the benchmark needs to know."""
+    """The server does not answer a question that the benchmark depends on."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ def plain_base(base_url: str) -> str:
 
 
 def open_session() -> aiohttp.ClientSession:
-    """Connections without a limit of their number; call it in a running loop."""
+    """A session with any number of connections; call it in a running loop."""
     connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=IDLE_CONNECTION_S)
     return aiohttp.ClientSession(connector=connector, timeout=aiohttp.ClientTimeout(total=None))
 
@@ -88,7 +88,7 @@ async def first_model(session: aiohttp.ClientSession, base_url: str, headers: di
 
 
 class Events:
-    """Splits a stream of server-sent events into their data, however the bytes come."""
+    """Splits a stream of server-sent events into their data, however the bytes are cut."""
 
     def __init__(self) -> None:
         self._rest = b""
@@ -100,7 +100,7 @@ class Events:
 
 
 class Answer:
-    """Takes in a stream's events for a record."""
+    """Collects a stream's events into a record."""
 
     def __init__(self, record: Record):
         self._record = record
@@ -177,7 +177,7 @@ def _refusal(status: int, text: bytes) -> str:
 
 
 def _message(value: Any) -> str:
-    """The message of an OpenAI error object, or what there is."""
+    """The message of an OpenAI error object, or the start of the body."""
     error = value.get("error", value) if isinstance(value, dict) else value
     return str(error.get("message", error) if isinstance(error, dict) else error)
 

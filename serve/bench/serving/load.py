@@ -1,4 +1,4 @@
-"""Open-loop load: every request is sent at its planned time, whatever became of those before."""
+"""Open-loop load: every request is sent at its planned time, whatever happened to earlier ones."""
 
 import asyncio
 import contextlib
@@ -24,7 +24,7 @@ async def load(
     max_concurrency: int | None = None,
     on_done: Callable[[Record], None] = lambda record: None,
 ) -> Run:
-    """Send `works` at `planned_s`, in seconds after the begin and in order; returns once every one has ended.
+    """Send `works` at `planned_s`, in seconds after the start and in order; returns once every one has ended.
 
     With `max_concurrency`, due requests wait in the client for their turn. Bodies are made before the clock starts.
     """

@@ -74,7 +74,7 @@ class Serving:
         return make_work(self.dataset, rows, vocab_size=self.args.work.vocab_size, tokenizer=self.tokenizer, seed=seed)
 
     def planned_s(self, rate: float) -> list[float]:
-        """Arrival of each request of a run, seconds after its begin; the last one arrives at about num_prompts/rate.
+        """Arrival of each request of a run, seconds after its start; the last one arrives at about num_prompts/rate.
 
         Gaps are stretched so that exactly `rate` is offered, whatever the seed.
         """

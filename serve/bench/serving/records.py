@@ -29,7 +29,7 @@ class Record:
 
     @property
     def has_failed(self) -> bool:
-        """Whether it brought no whole answer."""
+        """Whether it got no complete answer."""
         return self.error is not None
 
     @property

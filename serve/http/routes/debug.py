@@ -32,7 +32,7 @@ async def plans(service: Service, http: Request) -> Response:
 
 
 async def story(service: Service, http: Request) -> Response:
-    """GET /debug/requests/ID: what became of a completion, or of one of its samples."""
+    """GET /debug/requests/ID: the history of a completion, or of one of its samples."""
     request_id = http.path_params["id"]
     found = await service.view.story(request_id)
     if not found:

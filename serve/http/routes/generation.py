@@ -1,4 +1,4 @@
-"""POST /v1/completions and /v1/chat/completions: one way through the engine, whole or streamed."""
+"""POST /v1/completions and /v1/chat/completions: both run through the engine the same way, whole or streamed."""
 
 import asyncio
 import contextlib

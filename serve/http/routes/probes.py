@@ -1,4 +1,4 @@
-"""What watches the server asks: /health, /ready, /version, /load, /metrics."""
+"""Routes for monitoring: /health, /ready, /version, /load, /metrics."""
 
 import asyncio
 import importlib.metadata
@@ -14,7 +14,7 @@ VERSION = importlib.metadata.version("apt-jax")
 
 
 async def health(service: Service, http: Request) -> Response:
-    """GET /health: 200 while the process can still come to serve or serves."""
+    """GET /health: 200 while the process serves or may still come to serve."""
     status = service.backend.status
     return JSONResponse({"status": status.value}, 503 if status is EngineStatus.FAILED else 200)
 
@@ -34,7 +34,7 @@ async def version(service: Service, http: Request) -> Response:
 
 
 async def load(service: Service, http: Request) -> Response:
-    """GET /load: what load balancers ask. `server_load` counts the HTTP requests for completions under way."""
+    """GET /load: for load balancers. `server_load` counts the unfinished HTTP requests for completions."""
     waiting, running = service.backend.num_waiting_running
     return JSONResponse({"server_load": service.num_generating, "waiting": waiting, "running": running})
 

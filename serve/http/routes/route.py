@@ -1,4 +1,4 @@
-"""What a route declares about itself: the application, the middleware and the OpenAPI document all read it."""
+"""The declaration of a route, which the application, the middleware and the OpenAPI document read."""
 
 from collections.abc import Awaitable, Callable
 from dataclasses import KW_ONLY, dataclass
