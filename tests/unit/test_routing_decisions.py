@@ -208,6 +208,9 @@ def test_recent_attainment_at_the_edges_of_its_window():
     assert recent.share(40.0) == 0.5 and recent.per_s(40.0) == 2 / 30
     assert recent.share(40.25) is None and recent.per_s(40.25) == 1 / 30
     recent.add(41.0, True)
+    other = RecentAttainment(enough=1)
+    other.add(10.0, True)
+    assert other.per_s(40.25) == 0.0, "the rate forgets too"
     recent.clear()
     recent.add(41.5, True)
     assert recent.share(41.5) is None, "only one of them is judged"
@@ -287,6 +290,12 @@ def too_much(loads, num_instances, ended_per_s, later_s):
 )  # fmt: skip
 def test_which_load_broke_promises_is_remembered_for_a_while(num_instances, ended_per_s, later_s, answer):
     assert too_much(occupied(num_instances, 10), num_instances, ended_per_s, later_s) == answer
+
+
+def test_a_slow_load_that_broke_promises_is_remembered_too():
+    scaler = Autoscaler(AutoscalerOptions(1, 9, up_delay_s=0.0, down_delay_s=1.0))
+    assert scaler.desired(occupied(1, 50), 1, 100.0, 0.5, 0.5) == 2
+    assert [scaler.desired(occupied(2, 10), 2, now, 1.0, 1.0) for now in (101.0, 102.0, 103.0)] == [2, 2, 2]
 
 
 def test_a_shortage_of_memory_alone_is_not_remembered():
