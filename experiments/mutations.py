@@ -92,7 +92,7 @@ class Mutator:
                 yield from self._set(node, "id", NAMES[name])
             case ast.Attribute(attr=name) if name in NAMES:
                 yield from self._set(node, "attr", NAMES[name])
-        if isinstance(node, ast.If | ast.IfExp | ast.While):
+        if isinstance(node, ast.If | ast.IfExp | ast.While) and ast.unparse(node.test) != "TYPE_CHECKING":
             yield from self._set(node, "test", ast.UnaryOp(ast.Not(), node.test))
         if isinstance(node, ast.comprehension):
             for index, test in enumerate(node.ifs):

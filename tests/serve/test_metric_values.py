@@ -1,7 +1,5 @@
 """What each metric counts, after outputs and plans made by hand."""
 
-from types import SimpleNamespace
-
 import pytest
 
 from apt_jax.cache import CacheKind
@@ -11,6 +9,7 @@ from apt_jax.scheduling.plan import Converted, Plan, Preempted, Reason, Schedule
 from apt_jax.serve.observability.engine_metrics import EngineMetrics
 from apt_jax.serve.observability.request_metrics import RequestMetrics
 from apt_jax.serve.runtime.observer import Stepped
+from tests.support.engine_figures import figures_of
 from tests.support.scheduling_loop import make_state, request
 from tests.support.tiny_states import run, wait
 
@@ -127,16 +126,8 @@ def test_samples_that_were_lost_are_errors_and_missed():
     assert judged(value) == dict.fromkeys(("ttft", "tbt", "both"), (0.0, 2.0))
 
 
-def engine_of(state, plan=None, **figures):
-    return SimpleNamespace(
-        state=state,
-        last_plan=plan or Plan(),
-        **{"last_schedule_s": 0.25, "num_failed_steps": 0, "num_recompiles": 0, **figures},
-    )
-
-
 def step(metrics, state, plan=None, outputs=(), **figures):
-    metrics.stepped(engine_of(state, plan, **figures), Stepped(outputs, (), 0.0))
+    metrics.stepped(figures_of(state, plan, **figures), Stepped(outputs, (), 0.0))
 
 
 def test_levels_of_queues_and_blocks():
@@ -149,9 +140,9 @@ def test_levels_of_queues_and_blocks():
     assert (value("vllm:num_requests_running"), value("vllm:num_requests_waiting")) == (2, 1)
     assert value("vllm:kv_cache_usage_perc") == pytest.approx(4 / 20)
     assert [value("apt:cache_blocks", kind=kind) for kind in ("kv", "hidden", "free")] == [2, 2, 16]
-    metrics.idle(engine_of(make_state(20)), lost_blocks=3)
+    metrics.idle(figures_of(make_state(20)), lost_blocks=3)
     assert (value("apt:idle_lost_blocks"), value("vllm:num_requests_running")) == (3, 0)
-    metrics.ready(engine_of(make_state(20)))
+    metrics.ready(figures_of(make_state(20)))
     assert value("apt:cache_blocks", kind="free") == 20
 
 
@@ -187,7 +178,7 @@ def test_a_late_request_is_demoted_once_until_it_ends():
     step(metrics, state, late)
     step(metrics, state, Plan(preempted=(Preempted(b, Reason.PREEMPTED_LATE),)))
     assert value("apt:late_demotions_total") == 4, "b ended, and another of its name is late"
-    metrics.failed(engine_of(state))
+    metrics.failed(figures_of(state))
     step(metrics, state, late)
     assert value("apt:late_demotions_total") == 5
 
@@ -198,5 +189,5 @@ def test_failures_and_compilations_of_the_engine_are_counted_by_what_is_new():
     for failed, compiled in ((0, 0), (2, 1), (2, 1), (3, 4)):
         step(metrics, state, num_failed_steps=failed, num_recompiles=compiled)
     assert (value("apt:failed_steps_total"), value("apt:recompiles_after_warmup_total")) == (3, 4)
-    metrics.failed(engine_of(state, num_failed_steps=3, num_recompiles=4))
+    metrics.failed(figures_of(state, num_failed_steps=3, num_recompiles=4))
     assert value("apt:failed_steps_total") == 4, "a step that raised"

@@ -17,6 +17,7 @@ from apt_jax.serve.runtime import admission as admission_module
 from apt_jax.serve.runtime.admission import Admission
 from apt_jax.serve.runtime.observer import Stepped
 from apt_jax.serve.runtime.samples import fan_out
+from tests.support.engine_figures import engine_of, figures_of
 from tests.support.scheduling_loop import make_state, request
 from tests.support.tiny_states import run, wait
 
@@ -51,7 +52,7 @@ def brought(figures, *outputs, abandoned=()):
 
 def stepped(figures, num_scheduled):
     plan = Plan(tuple(Scheduled(request(), 1, KV, Reason.DECODES) for _ in range(num_scheduled)))
-    figures.stepped(SimpleNamespace(last_plan=plan), Stepped((), (), 0.0))
+    figures.stepped(figures_of(make_state(), plan), Stepped((), (), 0.0))
 
 
 def test_nothing_has_happened():
@@ -153,10 +154,6 @@ def test_the_rate_of_prefill_fades_by_a_third_in_ten_busy_seconds():
     assert admission.tokens_per_s == pytest.approx((100 / math.e + 30) / (1 / math.e + 10))
 
 
-def engine_of(state, plan=None):
-    return SimpleNamespace(state=state, last_plan=plan or Plan())
-
-
 def test_it_learns_from_prompts_while_anybody_waits(clock):
     admission, state = Admission(), make_state(100)
     entries = (
@@ -164,13 +161,13 @@ def test_it_learns_from_prompts_while_anybody_waits(clock):
         Scheduled(request(), 1, KV, Reason.DECODES),
     )  # fmt: skip
     clock.now = 102.0
-    admission.stepped(engine_of(state, Plan(entries[2:])), Stepped((), (), 90.0))
+    admission.stepped(figures_of(state, Plan(entries[2:])), Stepped((), (), 90.0))
     assert admission.tokens_per_s is None, "a step of decodes while nobody waits tells nothing"
-    admission.stepped(engine_of(state, Plan(entries)), Stepped((), (), 100.0))
+    admission.stepped(figures_of(state, Plan(entries)), Stepped((), (), 100.0))
     assert admission.tokens_per_s == pytest.approx(250.0)
     wait(state, "waits")
     clock.now = 104.0
-    admission.stepped(engine_of(state, Plan(entries[2:])), Stepped((), (), 102.0))
+    admission.stepped(figures_of(state, Plan(entries[2:])), Stepped((), (), 102.0))
     kept = math.exp(-0.2)
     assert admission.tokens_per_s == pytest.approx(500 * kept / (2 * kept + 2))
 
