@@ -55,7 +55,7 @@ def main(args: Args) -> None:
     )  # fmt: skip
     spec = EngineSpec(None, LoadOptions(), config, DEMO_NAME)
     backend = ReplicaBackend(spec, ReplicaOptions(replicas=args.replicas), RayOptions())
-    service = Service(backend, DEMO_NAME, ServerOptions(snapshot_file=None))
+    service = Service(backend, backend.view(DEMO_NAME), DEMO_NAME, ServerOptions(snapshot_file=None))
     listener = listen("127.0.0.1", 0)
     http = uvicorn.Server(http_config(create_app(service), service.options))
     thread = threading.Thread(target=http.run, kwargs={"sockets": [listener]})

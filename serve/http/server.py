@@ -130,9 +130,10 @@ def serve(
     if replicas is not None and replicas.uses_ray:
         spec = EngineSpec(model, load, config, name, log_format=options.log_format)
         backend = ReplicaBackend(spec, replicas, ray or RayOptions(), ready, fail)
+        service = Service(backend, backend.view(name), name, with_environment(options))
     else:
         backend = EngineThread(make_engine, ready, fail)
-    service = Service(backend, name, with_environment(options))
+        service = Service.of_engine(backend, name, with_environment(options))
     service.chat_template = template
     resumption = None if options.resume_from is None else Resumption(Path(options.resume_from))
     app = create_app(service, resumption)

@@ -10,6 +10,7 @@ from starlette.requests import Request
 
 from apt_jax.serve.errors import BodyTooLarge, EngineFailure, NotReady
 from apt_jax.serve.http.snapshot import record_of
+from apt_jax.serve.observability.engine_view import EngineView, View
 from apt_jax.serve.observability.recent import Recent
 from apt_jax.serve.observability.request_log import RequestLog
 from apt_jax.serve.observability.request_metrics import MISSES
@@ -17,20 +18,21 @@ from apt_jax.serve.observability.tracing import Tracing
 from apt_jax.serve.openai.generation import Generation, ServedModel
 from apt_jax.serve.options import ServerOptions
 from apt_jax.serve.runtime.backend import Backend
+from apt_jax.serve.runtime.engine_thread import EngineThread
 from apt_jax.serve.runtime.group import Group
 
 
 class Service:
     """The backend as seen over HTTP. `chat_template` overrides the tokenizer's own."""
 
-    def __init__(self, backend: Backend, model_name: str, options: ServerOptions):
+    def __init__(self, backend: Backend, view: View, model_name: str, options: ServerOptions):
         self.backend = backend
         self.model_name = model_name
         self.options = options
         self.chat_template: str | None = None
         self.created = int(time.time())
-        self.view = backend.view(model_name)
-        self.metrics, self.recent = self.view.metrics, Recent()
+        self.view = view
+        self.metrics, self.recent = view.metrics, Recent()
         backend.observers.extend([self.recent, RequestLog()])
         self.tracing: Tracing | None = None
         if options.otlp_traces_endpoint is not None:
@@ -42,6 +44,11 @@ class Service:
         self.is_stopping = False
         self.profiling = threading.Lock()  # held while the device is recorded
         self.unfinished_records: list[dict[str, Any]] = []  # for the snapshot
+
+    @classmethod
+    def of_engine(cls, thread: EngineThread, model_name: str, options: ServerOptions) -> "Service":
+        """Over one engine in a thread of this process."""
+        return cls(thread, EngineView(thread, model_name), model_name, options)
 
     def served_model(self) -> ServedModel:
         """What bodies are checked against.

@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import numpy as np
 
@@ -11,13 +11,10 @@ from apt_jax.cache import CacheKind
 from apt_jax.output import Output
 from apt_jax.request import FinishReason, Request, Slo
 from apt_jax.routing.catalogue import RouteRequest
-from apt_jax.serve.replicas.messages import Brought, Submit
+from apt_jax.serve.replicas.messages import Brought, Command, Submit
 from apt_jax.serve.runtime.backend import EngineFacts
 from apt_jax.serve.runtime.group import Group
 from apt_jax.serve.runtime.samples import Sample
-
-if TYPE_CHECKING:
-    from apt_jax.serve.replicas.replica import Replica
 
 
 @dataclass(eq=False)
@@ -86,13 +83,23 @@ class Progress:
         return Output(self.request, "", (), (), FinishReason.ABORT)
 
 
+class Place(Protocol):
+    """Where a group is sent to: a replica. `routes` are the groups there, by ticket."""
+
+    name: str
+    routes: dict[int, "Route"]
+
+    def send(self, command: Command) -> None:
+        """Send a message, after those sent before."""
+
+
 @dataclass(eq=False)
 class Route:
     """A group, and where it is. `refused_by` are the replicas whose queues were full for it."""
 
     group: Group
     unfinished: dict[int, Progress]  # by the sample's index
-    replica: "Replica | None" = None
+    replica: Place | None = None
     ticket: int = -1
     sent_s: float = 0.0
     is_accepted: bool = False  # by any replica; its client knows

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol
 
 from apt_jax.engine_config import EngineConfig
-from apt_jax.serve.runtime.engine_view import View
 from apt_jax.serve.runtime.group import Group
 from apt_jax.serve.runtime.observer import Observer
 from apt_jax.serve.runtime.samples import Sample
@@ -48,9 +47,6 @@ class Backend(Protocol):
     @property
     def num_waiting_running(self) -> tuple[int, int]:
         """Requests that wait and that hold cache."""
-
-    def view(self, model_name: str) -> View:
-        """What can be seen of it, from now on."""
 
     def refuse_late(self) -> None:
         """From now on refuse what would miss its SLO. Before `start`."""

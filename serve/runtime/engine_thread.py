@@ -20,7 +20,6 @@ from apt_jax.request import FinishReason
 from apt_jax.routing.instance import InstanceLoad
 from apt_jax.serve.errors import EngineFailure, NotReady, PredictedLate
 from apt_jax.serve.runtime.admission import Admission
-from apt_jax.serve.runtime.engine_view import EngineView
 from apt_jax.serve.runtime.group import Group
 from apt_jax.serve.runtime.observer import Observer, Stepped
 from apt_jax.serve.runtime.samples import Sample
@@ -79,10 +78,6 @@ class EngineThread:
         self._mail: list[Callable[[], None]] = []  # what the loop is to be told, in order
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
-
-    def view(self, model_name: str) -> EngineView:
-        """What can be seen of the engine, from now on."""
-        return EngineView(self, model_name)
 
     def refuse_late(self) -> None:
         """From now on refuse what would miss its SLO. Before `start`."""

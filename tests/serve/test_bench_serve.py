@@ -32,7 +32,7 @@ def bench(*arguments):
 
 def apt_jax_server(engine=None, **options):
     made = engine or FakeEngine(tokenizer=CharTokenizer(CHAT_TEMPLATE))
-    return live(Service(EngineThread(lambda: made), "tiny", ServerOptions(**options)))
+    return live(Service.of_engine(EngineThread(lambda: made), "tiny", ServerOptions(**options)))
 
 
 CHAT_TEMPLATE = "{% for m in messages %}{{ m.content }}{% endfor %}"

@@ -29,7 +29,7 @@ async def echo(service, http):
 
 
 def service_of(**options) -> Service:
-    return Service(EngineThread(lambda: FakeEngine()), "tiny", ServerOptions(api_key=("secret",), **options))
+    return Service.of_engine(EngineThread(lambda: FakeEngine()), "tiny", ServerOptions(api_key=("secret",), **options))
 
 
 def client_of(service: Service, *rows: RouteSpec) -> httpx.AsyncClient:

@@ -25,7 +25,7 @@ def engine():
 @pytest.fixture(scope="module")
 def url(engine):
     options = ServerOptions(api_key=("letmein",))
-    with live(Service(EngineThread(lambda: engine), "tiny", options)) as address:
+    with live(Service.of_engine(EngineThread(lambda: engine), "tiny", options)) as address:
         yield address
 
 

@@ -27,7 +27,7 @@ def engine():
 
 @pytest.fixture(scope="module")
 def service(engine):
-    return Service(EngineThread(lambda: engine), "tiny", ServerOptions(request_read_timeout=LIMIT_S))
+    return Service.of_engine(EngineThread(lambda: engine), "tiny", ServerOptions(request_read_timeout=LIMIT_S))
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +115,7 @@ def test_a_body_that_trickles_on_after_its_answer_is_cut_off(address):
 
 def test_an_answer_may_take_longer_than_its_request():
     engine = FakeEngine(tokenizer=CharTokenizer(), paced=True)
-    service = Service(EngineThread(lambda: engine), "tiny", ServerOptions(request_read_timeout=LIMIT_S))
+    service = Service.of_engine(EngineThread(lambda: engine), "tiny", ServerOptions(request_read_timeout=LIMIT_S))
     with live(service) as url, httpx.Client(base_url=url) as client:
         body = {"prompt": "a", "max_tokens": 4, "stream": True}
         with client.stream("POST", "/v1/completions", json=body) as reply:

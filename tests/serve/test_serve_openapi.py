@@ -28,7 +28,7 @@ CHECKS = [
 @pytest.fixture(scope="module")
 def api():
     engine = FakeEngine(tokenizer=CharTokenizer(TEMPLATE), num_blocks=512)
-    with live(Service(EngineThread(lambda: engine), "tiny", ServerOptions())) as url:
+    with live(Service.of_engine(EngineThread(lambda: engine), "tiny", ServerOptions())) as url:
         yield schemathesis.openapi.from_url(f"{url}/openapi.json")
     assert engine.is_idle
 

@@ -63,7 +63,7 @@ class FreeEngine(FakeEngine):
 
 def serve_free(streams: int, steps_per_s: float, port: Any) -> None:
     """The server's process."""
-    service = Service(EngineThread(lambda: FreeEngine(streams, steps_per_s)), "free", ServerOptions())
+    service = Service.of_engine(EngineThread(lambda: FreeEngine(streams, steps_per_s)), "free", ServerOptions())
     listener = listen("127.0.0.1", 0)
     port.put(url_of(listener))
     uvicorn.Server(http_config(create_app(service), service.options)).run(sockets=[listener])

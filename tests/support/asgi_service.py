@@ -31,7 +31,7 @@ async def until(condition: Callable[[], bool]) -> None:
 async def serving(engine, *, wait=True, template=None, resumption=None, **options):
     """A client of an application around `engine`; `options` are the server's."""
     thread = EngineThread(lambda: engine)
-    service = Service(thread, "tiny", ServerOptions(max_body_bytes=MAX_BODY_BYTES, **options))
+    service = Service.of_engine(thread, "tiny", ServerOptions(max_body_bytes=MAX_BODY_BYTES, **options))
     service.chat_template = template
     app = create_app(service, resumption)
     async with app.router.lifespan_context(app):

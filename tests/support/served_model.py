@@ -82,7 +82,7 @@ def serving(
     """The real application, engine and uvicorn on a free port, in threads of this process."""
     config = EngineConfig(**engine_options())
     thread = EngineThread(lambda: build_engine(str(folder), engine_config=config, load_format="dummy"))
-    service = Service(thread, NAME, options or ServerOptions())
+    service = Service.of_engine(thread, NAME, options or ServerOptions())
     with live(service, resumption) as url:
         yield Server(url, thread, service)
 

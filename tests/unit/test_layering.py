@@ -203,12 +203,9 @@ EXCEPTIONS: dict[Callable[[], Breaches], dict[str, str]] = {
 OWED: dict[Callable[[], Breaches], dict[str, str]] = {
     no_import_circle: {
         "apt_jax/routing/": "caches: the interface leaves the catalogue of routers",
-        "serve/replicas/": "serving engine: replica and route",
-        "serve/runtime/": "serving engine: engine_thread and engine_view",
     },
     imports_only_lower_layers: {
         "apt_jax/attention/paged.py": "caches: the pool's layout",
-        "serve/runtime/engine_view.py": "serving engine: a view takes its instruments",
     },
     only_execution_names_platforms: {
         "apt_jax/attention/selection.py": "model: Platform",
@@ -223,9 +220,6 @@ OWED: dict[Callable[[], Breaches], dict[str, str]] = {
         "apt_jax/execution/runner.py": "model: forms",
         "apt_jax/models/opt.py": "model: linear",
         "tests/serve/test_serve_app.py": "http",
-    },
-    folders_are_small: {
-        "serve/runtime/": "serving engine",
     },
 }
 RULES = [

@@ -1,7 +1,7 @@
 """What can be seen of an engine at work: metrics, stories of requests, plans. In front of replicas, of all of them."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 from starlette.concurrency import run_in_threadpool
 
@@ -9,9 +9,7 @@ from apt_jax.serve.observability.history import History
 from apt_jax.serve.observability.metrics import Metrics
 from apt_jax.serve.observability.profile import record
 from apt_jax.serve.observability.request_metrics import RequestMetrics
-
-if TYPE_CHECKING:
-    from apt_jax.serve.runtime.engine_thread import EngineThread
+from apt_jax.serve.runtime.engine_thread import EngineThread
 
 
 class View(Protocol):
@@ -40,7 +38,7 @@ class View(Protocol):
 class EngineView:
     """The view of one engine in its thread."""
 
-    def __init__(self, thread: "EngineThread", model_name: str):
+    def __init__(self, thread: EngineThread, model_name: str):
         self.metrics = Metrics(model_name)
         self.history = History()
         self._thread = thread
