@@ -126,7 +126,9 @@ def main() -> None:
     parser.add_argument("--duration-s", type=float, default=30.0, help="of arrivals, at each rate")
     parser.add_argument("--num-blocks", type=int, default=160)
     parser.add_argument("--max-model-len", type=int, default=1024)
-    parser.add_argument("--slo-factor", type=float, default=20.0, help="promise, in times an idle engine")
+    parser.add_argument(
+        "--slo-factor", type=float, default=20.0, help="SLO, as a multiple of what an idle engine needs"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
@@ -148,7 +150,7 @@ def main() -> None:
     )
     kv_s = measured.model.attention_s[CacheKind.KV.index]
     print(
-        f"promise: first token {1e3 * slo.ttft_s:.0f} ms, gaps {1e3 * slo.tbt_s:.0f} ms, {args.slo_factor:g} x idle;"
+        f"SLO: first token {1e3 * slo.ttft_s:.0f} ms, gaps {1e3 * slo.tbt_s:.0f} ms, {args.slo_factor:g} x idle;"
         f" rho {1e6 * measured.model.rho_s:+.2f} us per hidden token (KV {1e6 * kv_s:.2f})"
     )
     rates = [float(rate) for rate in args.rates.split(",")]

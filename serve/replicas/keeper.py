@@ -225,7 +225,7 @@ class Endings(Observer):
                 self._attainment.add(step.began_s, output.request.attained)
 
     def lost(self, samples: Sequence[Sample]) -> None:
-        """They broke their promise."""
+        """They missed their SLO."""
         now = time.monotonic()
         for _ in samples:
             self._attainment.add(now, False)

@@ -67,7 +67,7 @@ class Admission(Observer):
         predicted_s += 0.0 if arrival_s is None else time.monotonic() - arrival_s
         if predicted_s > slo.ttft_s:
             raise PredictedLate(
-                f"the first token would take about {predicted_s:.1f} s, the promise is {slo.ttft_s:g} s; try again "
+                f"the first token would take about {predicted_s:.1f} s, its SLO is {slo.ttft_s:g} s; try again "
                 "later, or send a longer slo.ttft_ms",
                 predicted_s - slo.ttft_s,
             )

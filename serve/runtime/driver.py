@@ -12,7 +12,7 @@ from apt_jax.serve.runtime.samples import Sample
 class Driver:
     """Steps `engine` and keeps its queue filled; `on_step` is called after every step.
 
-    A sample without an SLO gets `OFFLINE_SLO`: the engine's own is a promise to those who wait for tokens, and keeping
+    A sample without an SLO gets `OFFLINE_SLO`: the engine's own is for clients that wait for tokens, and keeping
     it costs throughput.
     """
 

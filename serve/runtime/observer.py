@@ -22,7 +22,7 @@ class Stepped:
     began_s: float
 
     def counts(self, output: Output) -> bool:
-        """Whether a request ends with this output and so kept or broke its promise; not if its client gave it up."""
+        """Whether a request ends with this output and so attained or missed its SLO; not if its client cancelled it."""
         if output.finish_reason is FinishReason.ABORT:
             return output.request.request_id not in self.abandoned
         return output.finish_reason is not None

@@ -201,7 +201,7 @@ def test_who_is_refused_as_late(clock, ttft_s, waited_s, late_s):
     if late_s is None:
         admission.check(engine_of(busy_state()), samples)
         return
-    with pytest.raises(PredictedLate, match=rf"about {7.5 + waited_s:.1f} s, the promise is {ttft_s:g} s") as caught:
+    with pytest.raises(PredictedLate, match=rf"about {7.5 + waited_s:.1f} s, its SLO is {ttft_s:g} s") as caught:
         admission.check(engine_of(busy_state()), samples)
     assert caught.value.late_s == pytest.approx(late_s)
 

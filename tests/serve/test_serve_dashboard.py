@@ -93,7 +93,7 @@ def test_a_prompt_streams_its_answer_and_reports_its_promise(page):
     page.click("#send")
     shows(page, "report", "finished")
     assert text(page, "answer") == "BCDEFGHIJK"
-    assert "finished: length" in text(page, "report") and "promise kept, cache kv" in text(page, "report")
+    assert "finished: length" in text(page, "report") and "SLO attained, cache kv" in text(page, "report")
     page.fill("#max-tokens", "5000")
     page.press("#prompt", "Control+Enter")
     shows(page, "report", "the context holds")

@@ -58,7 +58,7 @@ def test_what_would_be_late_is_refused_with_how_long_to_wait():
     admission.learn(100, 1.0)
     engine.add([1] * 100, SamplingParams(), request_id="ahead")
     hurried, patient = (fan_out("r", [[1] * 50], SamplingParams(), slo=Slo(ttft_s, 1)) for ttft_s in (0.5, 2.0))
-    with pytest.raises(PredictedLate, match=r"about 1\.5 s, the promise is 0\.5 s") as caught:
+    with pytest.raises(PredictedLate, match=r"about 1\.5 s, its SLO is 0\.5 s") as caught:
         admission.check(engine, hurried)
     admission.check(engine, patient)
     status, body, headers = error_reply(caught.value)

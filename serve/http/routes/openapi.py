@@ -34,7 +34,7 @@ def document(routes: Iterable[RouteSpec]) -> dict[str, Any]:
         paths.setdefault(path, {})[route.method.lower()] = _operation(route, found)
     return {
         "openapi": "3.1.0",
-        "info": {"title": "apt-jax", "version": VERSION, "summary": "OPT models under latency promises"},
+        "info": {"title": "apt-jax", "version": VERSION, "summary": "OPT models under latency SLOs"},
         "paths": paths,
         "components": {"schemas": definitions.get("$defs", {})},
     }

@@ -25,10 +25,13 @@ SLO_HEADERS: tuple[dict[str, Any], ...] = tuple(
         "name": f"x-slo-{name}-ms",
         "in": "header",
         "required": False,
-        "description": f"{meaning}; the body's slo goes before it",
+        "description": f"{meaning}; the body's slo overrides it",
         "schema": {"type": "number", "minimum": MIN_SLO_MS, "maximum": MAX_SLO_MS},
     }
-    for name, meaning in (("ttft", "promise for the time to the first token"), ("tbt", "promise for the P99 gap"))
+    for name, meaning in (
+        ("ttft", "SLO for the time to the first token, in ms"),
+        ("tbt", "SLO for the 99th percentile of the gaps, in ms"),
+    )
 )
 POST_STATUSES = (400, 404, 413, 500, 503)
 
