@@ -1,12 +1,14 @@
 """Fanning a request out into engine samples."""
 
 from apt_jax.request import SamplingParams, Slo
-from apt_jax.serve.runtime.samples import fan_out, sample_seed
+from apt_jax.serve.runtime.samples import Sample, fan_out, sample_seed
 
 
 def test_one_prompt_and_one_sample_keep_id_and_seed():
     (sample,) = fan_out("r", [[1, 2]], SamplingParams(seed=7))
     assert (sample.request_id, sample.index, sample.prompt_token_ids, sample.params.seed) == ("r", 0, [1, 2], 7)
+    assert (sample.slo, sample.priority, sample.arrival_s, sample.output_token_ids) == (None, 0, None, ())
+    assert sample == Sample("r", 0, [1, 2], SamplingParams(seed=7))
 
 
 def test_every_prompt_gets_n_samples_with_ids_indices_and_seeds():
