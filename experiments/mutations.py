@@ -3,8 +3,8 @@
 `python -m experiments.mutations apt_jax/routing/*.py --tests tests/unit/test_routing.py --sample 100` changes one
 comparison, operator, constant, branch or statement at a time and runs the tests in a forked process in which an import
 hook gives out the changed module; no file is written. A mutation that no test notices is printed: the tests lack a
-case, the code lacks a need for what was changed, or both versions mean the same. Messages, annotations and assertions
-are left alone.
+case, the code lacks a need for what was changed, or both versions mean the same. Messages, annotations, assertions and
+long tables of numbers are left alone.
 """
 
 import argparse
@@ -67,7 +67,7 @@ class Mutator:
             if field in ("annotation", "returns", "type_params", "decorator_list"):
                 continue
             for child in value if isinstance(value, list) else [value]:
-                if isinstance(child, ast.AST) and not isinstance(child, ast.JoinedStr | ast.Raise | ast.Assert):
+                if isinstance(child, ast.AST) and not _is_left_alone(child):
                     yield from self._of(child)
                     yield from self._within(child)
             if field in ("body", "orelse", "finalbody") and isinstance(value, list):
@@ -133,6 +133,13 @@ class Mutator:
             undo()
         line = getattr(node, "lineno", 0) or getattr(getattr(node, "target", None), "lineno", 0)
         yield Mutation(self._path, line, f"{what}{_head(before)}{after}", code)
+
+
+def _is_left_alone(node: ast.AST) -> bool:
+    """Messages, assertions, and edges of histograms: tables of many numbers."""
+    if isinstance(node, ast.Tuple):
+        return len(node.elts) > 4 and all(isinstance(element, ast.Constant) for element in node.elts)
+    return isinstance(node, ast.JoinedStr | ast.Raise | ast.Assert)
 
 
 def _head(text: str) -> str:

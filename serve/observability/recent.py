@@ -69,4 +69,4 @@ def _percentiles(seconds: Sequence[float]) -> dict[str, float] | None:
     if not seconds:
         return None
     ranked = sorted(seconds)
-    return {f"p{p}": round(1000 * ranked[min(len(ranked) - 1, len(ranked) * p // 100)], 3) for p in (50, 90, 99)}
+    return {f"p{p}": round(1000 * ranked[len(ranked) * p // 100], 3) for p in (50, 90, 99)}
