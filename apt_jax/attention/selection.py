@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -77,6 +78,13 @@ def select_kernels(
         raise ValueError(f"attention_backend={backend!r} cannot be used here ({found}); use auto or xla")
     logger.warning("attention: XLA, because the kernels cannot be used here (%s)", found)
     return None
+
+
+def compile_kernels(backend: AttentionBackend, *, cpp_kernels: bool, num_devices: int = 1) -> None:
+    """Compile the C++ kernels now if `select_kernels` will want them; if that fails, it says so then."""
+    if cpp_kernels and num_devices == 1 and backend in ("auto", "native"):
+        with suppress(library.Unavailable):
+            library.register()
 
 
 def _pallas_kernels(check: Callable[[Kernels], str | None], device: jax.Device) -> Kernels | str:

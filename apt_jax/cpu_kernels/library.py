@@ -12,14 +12,17 @@ import platform
 import shutil
 import subprocess
 import tempfile
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from functools import cache
 from pathlib import Path
 
 import jax
+import jaxlib
 from filelock import FileLock
+from tqdm import tqdm
 
 from apt_jax.cpu_kernels.features import cpu_features
+from apt_jax.files import kept_folder, temporary_folder
 from apt_jax.host_limits import usable_processors
 
 logger = logging.getLogger(__name__)
@@ -29,6 +32,7 @@ _FOLDER = "apt-jax/cpu_kernels"  # in the user's cache folder
 _FLAGS = ("-O3", "-std=c++20", "-fPIC")
 _WIDE = "-mprefer-vector-width=512"  # GCC and Clang would use half of AVX-512's registers
 _COMPILE_TIMEOUT_S = 300
+_BUILD = "build-"  # begin of the names of folders in which it is compiled
 _SOURCES = Path(__file__).parent
 
 
@@ -58,45 +62,56 @@ def built() -> Path:
     """The library in the user's cache folder, compiled if it is not there.
 
     Its name is of all that decides what it computes but not of the compiler, so that a host without one can use what
-    another has built for the same processor; headers are JAX's, of its version.
+    another has built for the same processor; headers are jaxlib's, of its version.
 
     Raises:
         Unavailable: it is not there, and there is no C++ compiler, or it fails.
     """
     sources = sorted(path for path in _SOURCES.iterdir() if path.suffix in (".h", ".cc"))
     flags = (*_FLAGS, *_flags_for_host())
-    digest = hashlib.sha256(repr((flags, jax.__version__, platform.machine(), cpu_features())).encode())
+    digest = hashlib.sha256(repr((flags, jaxlib.__version__, platform.machine(), cpu_features())).encode())
     for path in sources:
         digest.update(path.read_bytes())
     name = f"{digest.hexdigest()[:32]}.so"
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / _FOLDER
+    folder = kept_folder(Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", _FOLDER), "the CPU kernels")
     if (folder / name).exists():
         return folder / name
     command = [_compiler(), *flags, f"-isystem{jax.ffi.include_dir()}"]
     try:
-        folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder / "lock"):
             if not (folder / name).exists():
+                _remove_abandoned(folder)
                 _compile(command, folder / name)
-        return folder / name
     except OSError as error:
-        folder = Path(tempfile.mkdtemp(prefix="apt-jax-"))
-        logger.warning("the CPU kernels are not kept (%s); this process compiles them in %s", error, folder)
+        folder = temporary_folder("the CPU kernels", str(error))
         _compile(command, folder / name)
-        return folder / name
+    return folder / name
 
 
 def _compile(command: list[str], library: Path) -> None:
+    """Compile the sources, two or more at once; on a terminal a bar shows how far it is."""
     logger.info("compiling the CPU kernels with %s, once", command[0])
     sources = sorted(_SOURCES.glob("*.cc"))
-    with tempfile.TemporaryDirectory(dir=library.parent) as folder, ThreadPoolExecutor(len(sources)) as threads:
+    with (
+        tempfile.TemporaryDirectory(prefix=_BUILD, dir=library.parent) as folder,
+        ThreadPoolExecutor(len(sources)) as threads,
+        tqdm(total=len(sources) + 1, desc="compiling the CPU kernels", unit="file", disable=None) as bar,
+    ):
         objects = [str(Path(folder, source.stem + ".o")) for source in sources]
         jobs = [[*command, "-c", "-o", to, str(source)] for to, source in zip(objects, sources, strict=True)]
-        for _ in threads.map(_run, jobs):
-            pass
+        for job in as_completed([threads.submit(_run, job) for job in jobs]):
+            job.result()
+            bar.update()
         new = Path(folder, "new.so")
         _run([*command, "-shared", "-o", str(new), *objects])
+        bar.update()
         os.replace(new, library)
+
+
+def _remove_abandoned(folder: Path) -> None:
+    """Remove what compilations that were killed have left; the caller has the folder's lock."""
+    for abandoned in folder.glob(f"{_BUILD}*"):
+        shutil.rmtree(abandoned, ignore_errors=True)
 
 
 def _run(command: list[str]) -> None:

@@ -92,7 +92,10 @@ def calibrate(
         1e6 * calibration.model.rho_s,
     )  # fmt: skip
     if path is not None:
-        calibration.save(path)
+        try:
+            calibration.save(path)
+        except OSError as error:
+            logger.warning("cannot keep the cost model at %s (%s); the next start measures again", path, error)
     return calibration
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import jax
 
+from apt_jax.attention.selection import compile_kernels
 from apt_jax.checkpoints.formats.weight_files import LoadFormat
 from apt_jax.checkpoints.load import load_model
 from apt_jax.checkpoints.source import resolve
@@ -14,6 +15,7 @@ from apt_jax.engine.engine import Engine
 from apt_jax.engine.setup import set_up
 from apt_jax.engine_config import EngineConfig
 from apt_jax.execution.multihost import follow, lead
+from apt_jax.execution.platform import Platform
 from apt_jax.models.sharding import Parallel
 from apt_jax.serve.runtime.compile_cache import use_compile_cache
 from apt_jax.tokenization.tokenizer import Tokenizer, TokenizerNotFound
@@ -35,8 +37,8 @@ def build_engine(
     """Load a model (None: the bundled demo) and its tokenizer and put an engine around them; compiles nothing.
 
     A model folder without a tokenizer gives an engine that takes token ids only. `on_phase` is told what has ended:
-    "weights", "tokenizer", "memory". Of several processes (`jax.distributed`) only process 0 gets an engine; in the
-    others this runs what process 0 runs, and exits when that ends. `leader_host` is where they reach process 0;
+    "weights", "tokenizer", "kernels", "memory". Of several processes (`jax.distributed`) only process 0 gets an engine;
+    in the others this runs what process 0 runs, and exits when that ends. `leader_host` is where they reach process 0;
     default: the address of its route to other machines.
 
     Raises:
@@ -54,6 +56,9 @@ def build_engine(
     on_phase("weights")
     text = load_tokenizer(loaded.folder, tokenizer, revision, TokenizerStore(cache / "tokenizers"))
     on_phase("tokenizer")
+    platform = Platform.of(jax.local_devices()[0])
+    compile_kernels(engine_config.attention_backend, cpp_kernels=platform.cpp_kernels, num_devices=devices)
+    on_phase("kernels")
     setup = set_up(loaded.model, loaded.config, engine_config, donate_model=True)
     on_phase("memory")
     if processes > 1:

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from apt_jax.attention.selection import select_kernels
-from apt_jax.cpu_kernels import calls, library
+from apt_jax.cpu_kernels import calls, features, library
 from apt_jax.execution.forms.layer_weights import OuterWeights
 from apt_jax.model_config import ModelConfig
 from apt_jax.models.opt import OPT
@@ -178,6 +178,49 @@ def test_a_compiler_that_fails_is_named_with_its_error(fresh, tmp_path):
     fresh.setenv("CXX", str(compiler))
     with pytest.raises(ValueError, match=r"c\+\+ failed: x.cc:1: error: no such thing"):
         select("native")
+
+
+def test_the_library_is_jaxlib_s_and_the_processor_s(fresh, tmp_path):
+    compiler = tmp_path / "c++"
+    compiler.write_text('#!/bin/sh\nwhile [ "$1" != -o ]; do shift; done\ntouch "$2"\n')
+    compiler.chmod(0o755)
+    fresh.setenv("CXX", str(compiler))
+    first = library.built()
+    assert library.built() == first
+    fresh.setattr("jaxlib.__version__", "another")
+    second = library.built()
+    fresh.setattr(library, "cpu_features", lambda: "Apple M9")
+    third = library.built()
+    assert len({first, second, third}) == 3
+    assert {path.name for path in first.parent.iterdir()} == {"lock", first.name, second.name, third.name}
+
+
+def test_what_failed_or_killed_compilations_leave_is_removed(fresh, tmp_path):
+    compiler = tmp_path / "c++"
+    compiler.write_text("#!/bin/sh\nexit 1\n")
+    compiler.chmod(0o755)
+    fresh.setenv("CXX", str(compiler))
+    folder = tmp_path / LIBRARY.parent.relative_to(LIBRARY.parents[2])
+    (folder / "build-killed").mkdir(parents=True)
+    (folder / "build-killed/layers.o").touch()
+    with pytest.raises(library.Unavailable, match=r"c\+\+ failed"):
+        library.built()
+    assert [path.name for path in folder.iterdir()] == ["lock"]
+
+
+def test_a_mac_is_known_by_its_processor(monkeypatch, tmp_path):
+    monkeypatch.setattr(features, "Path", lambda name: tmp_path / "none")
+    monkeypatch.setattr(features.platform, "processor", lambda: "arm")
+    program = tmp_path / "sysctl"
+    monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
+    names = []
+    for brand in ("Apple M1", "Apple M2 Pro"):
+        program.write_text(f'#!/bin/sh\n[ "$*" = "-n machdep.cpu.brand_string" ] && echo "{brand}"\n')
+        program.chmod(0o755)
+        names.append(features.cpu_features.__wrapped__())
+    assert names == ["Apple M1", "Apple M2 Pro"]
+    program.write_text("#!/bin/sh\nexit 1\n")
+    assert features.cpu_features.__wrapped__() == "arm"
 
 
 def test_kernels_that_compute_something_else_are_not_used(monkeypatch, caplog, tmp_path):
