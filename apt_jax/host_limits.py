@@ -1,4 +1,4 @@
-"""What this process may use of its host: processors by affinity and quota, memory by its control groups.
+"""Limits of this process on its host: processors by affinity and quota, memory by its control groups.
 
 A container sees the host's cores and memory; its limits are those of the Linux control groups that it is in. A group
 lies in others, and each may have a limit of its own, so the tightest one counts.

@@ -1,4 +1,4 @@
-"""What a step brings a request. Without jax, so that those who only pass it on stay light."""
+"""The output of a step for one request. Without jax, so that modules that only pass it on stay light."""
 
 from dataclasses import dataclass
 
@@ -6,11 +6,11 @@ from apt_jax.request import FinishReason, Request
 
 
 class QueueFull(RuntimeError):
-    """As many requests are waiting as may; try again later."""
+    """The maximum number of requests is waiting; try again later."""
 
 
 class DeviceLost(RuntimeError):
-    """After a failed step the device could not even take an empty cache: nothing can be served any more."""
+    """After a failed step not even an empty cache could be put on the device: nothing can be served any more."""
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class TokenLogprobs:
 
 @dataclass(frozen=True)
 class Output:
-    """What one step brought one request. `finish_reason` is set exactly once, on the request's last Output.
+    """The output of one step for one request. `finish_reason` is set exactly once, on the request's last Output.
 
     `prompt_logprobs`, of every prompt token but the first, come with the first token if they were asked for.
     """

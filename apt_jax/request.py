@@ -1,4 +1,4 @@
-"""A request: what was asked (prompt, sampling, SLO) and how far it has come."""
+"""A request: its input (prompt, sampling, SLO) and its progress."""
 
 import enum
 import math
@@ -60,11 +60,11 @@ class SamplingParams:
         frequency_penalty: subtracted once per occurrence in the output.
         logit_bias: token id -> value added to its logit, at most 300 entries.
         seed: same seed, same tokens, whatever else runs; None draws one per request.
-        max_tokens: most tokens to generate; None is up to the context length.
+        max_tokens: maximum number of tokens to generate; None: up to the context length.
         min_tokens: no end-of-sequence or stop token id before this many.
         stop: strings that end the text (left out of it unless include_stop_str_in_output).
         stop_token_ids: token ids that end the output; at most 64.
-        ignore_eos: go on past the end-of-sequence token.
+        ignore_eos: continue past the end-of-sequence token.
         logprobs: report the chosen token's log-probability and those of this many most likely tokens (0 to 20).
         prompt_logprobs: the same for every token of the prompt but its first.
         skip_special_tokens: leave special tokens such as </s> out of the text.
@@ -199,7 +199,7 @@ class Request:
     """One sample of one prompt, and its progress. Mutated only by `SchedulerState`.
 
     Times are in seconds of the caller's clock. `max_new_tokens` is `max_tokens` cut to the context length.
-    `num_inflight_tokens` counts tokens that the device has been told to produce and the host has not read yet;
+    `num_inflight_tokens` counts tokens that the device is producing and the host has not read yet;
     `num_computed_tokens` counts tokens whose keys and values, or hidden vectors, are (or are being) cached.
     """
 

@@ -1,7 +1,7 @@
 """Output length learned online from finished requests, given the prompt's length and the tokens generated so far.
 
 Prompts fall into classes by powers of 4. Each class keeps its newest finished output lengths; a query asks for the
-mean and spread of what is left, among past outputs longer than what this request has generated already. With few
+mean and spread of the remainder, among past outputs longer than what this request has generated already. With few
 samples in a class all classes answer together; before anything has finished there is a prior.
 
 Source: the idea of scheduling by the history's distribution is Gong et al., "Past-Future Scheduler for LLM Serving
@@ -74,7 +74,7 @@ def _classes(prompt_tokens: ArrayLike) -> NDArray[np.int64]:
 def _residual_life(ordered: NDArray[np.float64], prior: float) -> NDArray[np.float64]:
     """`[grid]` mean of length - generated over `ordered` lengths beyond each grid point; few ones lean on the prior.
 
-    Beyond the longest length seen, half of what was generated is expected to follow: long answers go on.
+    Beyond the longest length seen, half of what was generated is expected to follow: long answers continue.
     """
     suffix = np.append(np.cumsum(ordered[::-1])[::-1], 0.0)
     first = np.searchsorted(ordered, _GRID, side="right")

@@ -1,4 +1,4 @@
-"""The last plans with their reasons, to answer "why was my request not scheduled" of a running engine."""
+"""The last plans with their reasons, which answer "why was my request not scheduled"."""
 
 from collections import deque
 from typing import Any
@@ -7,7 +7,7 @@ from apt_jax.scheduling.plan import Plan
 
 
 class PlanLog:
-    """A ring buffer of the newest plans. Recording costs next to nothing; reading builds plain dicts."""
+    """A ring buffer of the newest plans. Recording is cheap; reading builds plain dicts."""
 
     def __init__(self, capacity: int = 64):
         self._entries: deque[tuple[int, float, Plan]] = deque(maxlen=capacity)

@@ -33,7 +33,7 @@ class StopText:
         return shown, None
 
     def flush(self) -> str:
-        """What was held back, once no more text comes."""
+        """The text held back, when no more text comes."""
         held, self._held = self._held, ""
         return held
 

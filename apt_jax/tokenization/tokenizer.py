@@ -27,8 +27,8 @@ class TokenizerNotFound(FileNotFoundError, ValueError):
 class IncrementalDetokenizer(Protocol):
     """Text of one request's tokens as they come; never half a character.
 
-    All pushes and the flush joined are what `Tokenizer.decode` makes of all ids at once (with a vocabulary that is
-    not byte-level, if that is valid text). A token costs the same however many came before.
+    All pushes and the flush joined equal what `Tokenizer.decode` makes of all ids at once (with a vocabulary that is
+    not byte-level, if that is valid text). The cost of a token does not depend on the number before it.
     """
 
     def push(self, ids: Sequence[int]) -> str:
@@ -36,7 +36,7 @@ class IncrementalDetokenizer(Protocol):
         ...
 
     def flush(self) -> str:
-        """What is left at the end: U+FFFD for an unfinished character."""
+        """The rest at the end: U+FFFD for an unfinished character."""
         ...
 
 
@@ -71,7 +71,7 @@ class Tokenizer:
     def from_folder(cls, folder: Path, store: TokenizerStore | None = None) -> "Tokenizer":
         """Read the tokenizer files in `folder`; nothing is fetched and no code in it is run.
 
-        What is in `store` is taken from there, much faster; what is not, is put there.
+        It is taken from `store` if it is there, which is much faster, and put there otherwise.
 
         Raises:
             TokenizerNotFound: there is none.
@@ -129,7 +129,7 @@ class Tokenizer:
         return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
-        """Text of `ids`; bytes that are no UTF-8 become U+FFFD, and ids without a token nothing."""
+        """Text of `ids`; bytes that are not UTF-8 become U+FFFD, ids without a token become nothing."""
         return self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
 
     def token_text(self, token_id: int) -> str:
@@ -193,7 +193,7 @@ class _ByteDetokenizer:
 class _WindowDetokenizer:
     """Decodes the last few tokens again with each new one: for vocabularies that are not byte-level.
 
-    The text of the tokens before the window is out already; inside it, a token's text may depend on the token
+    The text of the tokens before the window is already delivered; inside it, a token's text may depend on the token
     before it (a space between words), so the difference of two decodings is what is new.
     """
 
@@ -229,7 +229,7 @@ _LONGEST_CHARACTER = 4  # tokens: a byte each at worst
 
 @contextlib.contextmanager
 def no_advice() -> Iterator[None]:
-    """Keep transformers from advising, when it is first imported, to install torch."""
+    """Keep transformers from advising to install torch when it is first imported."""
     name = "TRANSFORMERS_NO_ADVISORY_WARNINGS"
     before = os.environ.get(name)
     os.environ[name] = "1"

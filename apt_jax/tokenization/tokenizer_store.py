@@ -1,7 +1,7 @@
-"""Tokenizers on disk as they are after transformers has read them, so that a second start need not import it.
+"""Tokenizers on disk in the form that transformers has read, so that a second start need not import it.
 
-That import takes seconds. A file is found by a hash of all that decides it: the folder's files and the versions of both
-libraries. The folder is trusted as that of compiled programs is.
+That import takes seconds. The key is a hash of the folder's files and the versions of both libraries. The
+folder is trusted like that of compiled programs.
 """
 
 import hashlib
@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 
 
 class TokenizerStore:
-    """A folder of tokenizers. Reading and writing never fail a start: what cannot be used is read from its source."""
+    """A folder of tokenizers. Reading and writing never fail a start: an unusable one is read from its source."""
 
     def __init__(self, folder: Path):
         self._folder = folder

@@ -1,7 +1,7 @@
-"""The two files of a batch job: requests in, one JSON object a line, and results out, appended as they come.
+"""The two files of a batch job: requests in, one JSON object per line, and results out, appended as they come.
 
-A result's id holds the number of its line and a hash of it, so that the results themselves say what is done: a job
-that was killed at any moment goes on where it was, and every line is answered exactly once.
+A result's id holds the number of its line and a hash of it, so the results themselves say which lines are done: a
+job that was killed at any moment resumes there, and every line is answered exactly once.
 """
 
 import contextlib
@@ -99,7 +99,7 @@ class ResultFile:
         """Whether `line` is answered.
 
         Raises:
-            ValueError: the line of that number was another one when it was answered.
+            ValueError: the line with that number was different when it was answered.
         """
         digest = self._done.get(line.number)
         if digest not in (None, line.digest):

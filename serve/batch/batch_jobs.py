@@ -1,4 +1,4 @@
-"""`apt-jax run-batch`: a file of OpenAI batch lines through the engine, to be killed and run again at any time."""
+"""`apt-jax run-batch`: a file of OpenAI batch lines through the engine; it may be killed and run again at any time."""
 
 import dataclasses
 import logging
@@ -54,7 +54,7 @@ class BatchLine(Strict):
 
 
 class LineError(ValueError):
-    """A line that is no request; `code` says in which way."""
+    """A line that is not a request; `code` says why."""
 
     def __init__(self, message: str, code: str, custom_id: str | None = None):
         super().__init__(message)
@@ -63,7 +63,7 @@ class LineError(ValueError):
 
 
 class Work:
-    """A line on its way through the engine."""
+    """A line that the engine is working on."""
 
     def __init__(self, line: Line, custom_id: str, completion: Generation[Any]):
         self.line = line
@@ -75,7 +75,7 @@ class Work:
 class BatchJob:
     """Answers those of `lines`, which is called for each attempt, that `results` has not answered; `bar` counts them.
 
-    A line on which the engine fails is tried again once the others are through; what is left after MAX_ATTEMPTS gets
+    A line on which the engine fails is tried again after the others; a line that still fails after MAX_ATTEMPTS gets
     the error as its answer.
     """
 
@@ -118,7 +118,7 @@ class BatchJob:
                 return
 
     def _samples(self) -> Iterator[Sample]:
-        """The samples of the lines still to be answered; lines that are no requests are answered here."""
+        """The samples of the lines still to be answered; lines that are not requests are answered here."""
         for line in self._lines():
             custom_id = None
             try:
@@ -176,7 +176,7 @@ class BatchJob:
             self._write(work.line, work.custom_id, reply, None)
 
     def _refuse(self, work: Work, error: Exception) -> None:
-        """End a line with an error and give up its other samples."""
+        """End a line with an error and cancel its other samples."""
         work.ended = True
         for sample in work.completion.samples:
             self._driver.abort(sample.request_id)
@@ -210,7 +210,7 @@ def parse_line(line: Line) -> BatchLine:
     """Read a line.
 
     Raises:
-        LineError: it is no request that can be answered here.
+        LineError: it is not a request that can be answered here.
     """
     if line.data is None:
         raise LineError(f"the line is longer than {MAX_LINE_BYTES} bytes", "line_too_long")

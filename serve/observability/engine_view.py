@@ -1,4 +1,4 @@
-"""What can be seen of an engine at work: metrics, stories of requests, plans. In front of replicas, of all of them."""
+"""A view of a working engine: metrics, histories of requests, plans. In front of replicas, of all of them."""
 
 from pathlib import Path
 from typing import Any, Protocol
@@ -23,7 +23,7 @@ class View(Protocol):
         """For Prometheus."""
 
     async def story(self, request_id: str) -> list[dict[str, Any]]:
-        """What became of the request with this id, or of the samples of the completion with this id."""
+        """The history of the request with this id, or of the samples of the completion with this id."""
 
     async def plans(self) -> list[dict[str, Any]]:
         """The newest plans, oldest first."""

@@ -1,6 +1,6 @@
 """A replica: one engine in its thread, in a process of its own. Ray makes it an actor; without Ray it is plain asyncio.
 
-The front numbers its messages, because Ray does not promise an asynchronous actor's calls in order.
+The front numbers its messages, because Ray does not guarantee the order of calls to an asynchronous actor.
 """
 
 import asyncio
@@ -27,7 +27,7 @@ logger = logging.getLogger("apt_jax.serve")
 
 
 class EngineActor:
-    """The engine of `spec` and its traffic; `make_engine` stands in for loading it."""
+    """The engine of `spec` and its messages; `make_engine` replaces loading it (in tests)."""
 
     def __init__(self, name: str, spec: EngineSpec, make_engine: Callable[[], ServingEngine] | None = None):
         if make_engine is None:
@@ -44,7 +44,7 @@ class EngineActor:
         self._early: dict[int, list[Command]] = {}  # messages that came before it
 
     async def start(self) -> Facts:
-        """Load, compile, and take requests from then on.
+        """Load and compile; requests are accepted when this returns.
 
         Raises:
             Exception: what it failed with.
@@ -62,17 +62,17 @@ class EngineActor:
         return Facts(engine.config, engine.tokenizer, engine.max_model_len, time.monotonic(), os.getpid(), start_s)
 
     async def reports(self) -> AsyncIterator[Report]:
-        """What the front is to know, until the engine stops.
+        """Reports to the front, until the engine stops.
 
         Raises:
-            Exception: what the engine was lost by.
+            Exception: the error by which the engine was lost.
         """
         assert self._relay is not None
         while True:
             yield await self._relay.report()
 
     async def command(self, number: int, commands: list[Command]) -> None:
-        """Carry out a message; those before it come first."""
+        """Process a message, after all earlier ones."""
         self._early[number] = commands
         while self._next in self._early:
             for command in self._early.pop(self._next):

@@ -24,7 +24,7 @@ logger = logging.getLogger("apt_jax.serve")
 
 
 class ReplicaBackend:
-    """Engines of `spec` in processes that Ray starts; see `Backend`.
+    """Engines of `spec` in processes started by Ray; see `Backend`.
 
     `on_ready` and `on_failure` are called as by `EngineThread`.
     """
@@ -54,7 +54,7 @@ class ReplicaBackend:
 
     @property
     def observers(self) -> list[Observer]:
-        """Told what replicas bring."""
+        """Notified of the replicas' outputs."""
         return self.fleet.observers
 
     @property
@@ -64,7 +64,7 @@ class ReplicaBackend:
 
     @property
     def engine(self) -> EngineFacts | None:
-        """As the newest replica told."""
+        """As reported by the newest replica."""
         return self.fleet.facts
 
     @property
@@ -73,7 +73,7 @@ class ReplicaBackend:
         return self.fleet.num_waiting_running
 
     def view(self, model_name: str) -> FleetView:
-        """What can be seen of them, from now on."""
+        """A view of all replicas, for the routes."""
         return FleetView(self.fleet, self.keeper, model_name)
 
     def refuse_late(self) -> None:
@@ -81,7 +81,7 @@ class ReplicaBackend:
         self.spec = dataclasses.replace(self.spec, refuses_late=True)
 
     def start(self) -> None:
-        """Connect to Ray, and keep replicas from then on."""
+        """Connect to Ray and start keeping replicas."""
         self._loop = asyncio.get_running_loop()
         self._task = self._loop.create_task(self._run())
 
@@ -96,7 +96,7 @@ class ReplicaBackend:
         return self.fleet.facts
 
     def update(self) -> None:
-        """Replace every replica, without a request being dropped. From any thread, and from a signal's handler."""
+        """Replace every replica without dropping a request. From any thread, and from a signal's handler."""
         if self._loop is not None:
             self._loop.call_soon_threadsafe(self.keeper.update)
 

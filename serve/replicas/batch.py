@@ -1,7 +1,7 @@
-"""`apt-jax run-batch --ray`: a batch file over several engines by Ray Data, to be killed and run again at any time.
+"""`apt-jax run-batch --ray`: a batch file over engines of Ray Data; it may be killed and run again any time.
 
-Ray Data gives pieces of the file to a pool of engines, and starts an engine and its piece again if its process dies.
-Only this process writes results, and only for lines that have none: what is done twice is answered once.
+Ray Data gives parts of the file to a pool of engines, and restarts an engine with its part if its process dies.
+Only this process writes results, and only for lines without one: work that is done twice is answered once.
 """
 
 import dataclasses
@@ -33,7 +33,7 @@ logger = logging.getLogger("apt_jax.serve")
 
 
 class LineWorker:
-    """An engine in a process of Ray Data's; called with a piece, it returns the results."""
+    """An engine in a process of Ray Data's; called with a part, it returns the results."""
 
     def __init__(self, spec: EngineSpec, template: str | None):
         from apt_jax.serve.runtime.build import build_engine  # imports jax, which takes seconds
@@ -108,7 +108,7 @@ def run_batch_on_ray(
 
 
 def _unanswered(source: Path, results: ResultFile, bar: tqdm) -> Iterator[Line]:
-    """Lines for the engines; those that are no requests are answered here, where all `custom_id`s are known."""
+    """Lines for the engines; lines that are not requests are answered here, where all `custom_id`s are known."""
     first_line: dict[str, int] = {}
     for line in read_lines(source):
         try:

@@ -1,7 +1,7 @@
-"""The backend of replicas: routes groups to them, and goes on elsewhere with what a lost one leaves.
+"""The backend of replicas: routes groups to them, and continues a lost replica's groups on other replicas.
 
-Nothing is answered twice: what a replica says counts only under the ticket of its present attempt, and the front keeps
-every token that it has delivered. A group goes on from there, with the seed that it began with.
+Nothing is answered twice: a replica's outputs count only under the ticket of the current attempt, and the front keeps
+every token that it has delivered. A group continues from there, with the seed that it began with.
 """
 
 import logging
@@ -28,7 +28,7 @@ logger = logging.getLogger("apt_jax.serve")
 
 
 class Fleet:
-    """Replicas that take requests, and who is where. Everything runs on one event loop."""
+    """Replicas that accept requests, and where each group is. Everything runs on one event loop."""
 
     def __init__(self, router: Router, seed: int, clock: Callable[[], float] = time.monotonic):
         self.observers: list[Observer] = []
@@ -53,20 +53,20 @@ class Fleet:
 
     @property
     def num_waiting_running(self) -> tuple[int, int]:
-        """Of all replicas, as they reported last; what is nowhere waits."""
+        """Of all replicas, as they reported last; groups without a replica count as waiting."""
         loads = [replica.load for replica in self.replicas if replica.load is not None]
         waiting = len(self._parked) + sum(load.num_waiting for load in loads)
         return waiting, sum(load.num_running for load in loads)
 
     def ready(self) -> list[Replica]:
-        """Those that take requests."""
+        """Replicas that accept requests."""
         return [r for r in self.replicas if r.status is ReplicaStatus.READY and r.load is not None]
 
     def submit(self, samples: Sequence[Sample]) -> Group:
-        """Send samples to a replica, all to the same.
+        """Send samples to a replica, all to the same one.
 
         Raises:
-            NotReady: none takes requests.
+            NotReady: no replica accepts requests.
         """
         if self.status is not EngineStatus.READY or self.facts is None:
             raise NotReady(f"the server is not ready: its replicas are {self.status.value}; try again soon")
@@ -77,7 +77,7 @@ class Fleet:
         return group
 
     def take(self, replica: Replica, report: Report) -> None:
-        """What a replica reports."""
+        """Process a replica's report."""
         replica.note(report)
         now, outputs = self._clock(), []
         for event in report.events:
@@ -90,7 +90,7 @@ class Fleet:
                 observer.brought(stepped)
 
     def lost(self, replica: Replica) -> None:
-        """A replica has died: its groups go on elsewhere."""
+        """A replica has died: its groups continue on other replicas."""
         routes = list(replica.routes.values())
         for route in routes:
             self._leave(route)
@@ -105,7 +105,7 @@ class Fleet:
             logger.warning("%d requests of replica %s go on elsewhere", len(routes), replica.name)
 
     def place_parked(self) -> None:
-        """Try again with those that are nowhere."""
+        """Try again to place groups without a replica."""
         parked, self._parked = self._parked, []
         for route in parked:
             route.refused_by.clear()
@@ -160,7 +160,7 @@ class Fleet:
             self._fail(route, error)
 
     def _place(self, route: Route, error: Exception | None = None) -> None:
-        """Send a group to a replica; where none can take it now, it waits, or fails with `error` if it is new."""
+        """Send a group to a replica; if none accepts it now, it waits, or fails with `error` if it is new."""
         candidates = [replica for replica in self.ready() if replica.name not in route.refused_by]
         if not candidates:
             if error is not None and not route.is_accepted:
@@ -177,14 +177,14 @@ class Fleet:
         replica.send(route.submission(now))
 
     def _leave(self, route: Route) -> None:
-        """It is nowhere."""
+        """Take the group from its replica."""
         self._routes.pop(route.ticket, None)
         if route.replica is not None:
             route.replica.routes.pop(route.ticket, None)
         route.replica = None
 
     def _forget(self, route: Route, abort: bool = True) -> None:
-        """Nothing more is to come of it."""
+        """No more outputs of the group are expected."""
         if abort and route.replica is not None:
             route.replica.send(Abort(route.ticket))
         if route in self._parked:

@@ -1,4 +1,4 @@
-"""What can be seen of all replicas: their own metrics beside those of the front, stories and plans from each."""
+"""A view of all replicas: their metrics together with the front's, histories and plans from each."""
 
 import asyncio
 import logging
@@ -22,7 +22,7 @@ logger = logging.getLogger("apt_jax.serve")
 
 
 class FleetMetrics(RequestMetrics):
-    """Metrics of requests as clients see them, and of the replicas as the front does."""
+    """Metrics of requests as clients see them, and of replicas as the front sees them."""
 
     def __init__(self, model_name: str):
         super().__init__(model_name)
@@ -59,7 +59,7 @@ class FleetView:
         return await asyncio.to_thread(merged, [self.metrics.text(), *(text for _, text in found)])
 
     async def story(self, request_id: str) -> list[dict[str, Any]]:
-        """From whoever knows it: several, if the request moved."""
+        """From every replica that knows the request: several, if it moved."""
         return [{**story, "replica": r.name} for r, found in await self._ask("story", request_id) for story in found]
 
     async def plans(self) -> list[dict[str, Any]]:

@@ -1,7 +1,7 @@
-"""Keeps as many replicas as there should be: starts them, replaces lost ones, autoscales, updates them one by one.
+"""Keeps the wanted number of replicas: starts them, replaces lost ones, autoscales, updates them one by one.
 
-One rule does all of it. Wanted are `target` replicas of the newest generation. Those that lack are started; a replica
-too many, one of an older generation first, takes no new requests and ends once it has none. An update only makes a
+One rule does all of it. Wanted are `target` replicas of the newest generation. Missing ones are started; a surplus
+replica, one of an older generation first, takes no new requests and ends once it has none. An update only starts a
 new generation: the old replicas stay until as many new ones are ready.
 """
 
@@ -33,7 +33,7 @@ class Keeper:
     Args:
         at_once: start all missing ones at once; else the first alone, which leaves its compiled programs to the others.
         on_ready: called when the first one is ready, with the seconds that it took.
-        on_failure: called with what none of them could be started by.
+        on_failure: called with the error if no replica could be started.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class Keeper:
         fleet.observers.append(Endings(self._attainment))
 
     async def run(self) -> None:
-        """Keep them, until cancelled."""
+        """Keep the replicas until cancelled."""
         while True:
             self._adjust()
             self._wake.clear()
@@ -77,7 +77,7 @@ class Keeper:
                 self._check()
 
     def update(self) -> None:
-        """Replace every replica by one that is started now, without a request being dropped."""
+        """Replace every replica by one that is started now, without dropping a request."""
         self._newest_generation += 1
         self.generation = self._newest_generation
         logger.info("updating %d replicas, one after the other", len(self._of(ReplicaStatus.READY)))
@@ -99,7 +99,7 @@ class Keeper:
         return [replica for replica in self._fleet.replicas if replica.status in statuses]
 
     def _adjust(self) -> None:
-        """Start what lacks, drain what is too many, end what is drained. `_check` and every change lead here."""
+        """Start missing replicas, drain surplus ones, end drained ones. `_check` and every change lead here."""
         serving = self._of(ReplicaStatus.STARTING, ReplicaStatus.READY)
         current = [replica for replica in serving if replica.generation == self.generation]
         starting = sum(replica.status is ReplicaStatus.STARTING for replica in current)
@@ -122,7 +122,7 @@ class Keeper:
         self._fleet.place_parked()
 
     def _check(self) -> None:
-        """What changes with time alone."""
+        """Handle what changes with time alone."""
         for replica in self._of(ReplicaStatus.READY, ReplicaStatus.DRAINING):
             replica.quiet_checks += 1
             if replica.quiet_checks > MOST_QUIET_CHECKS:
@@ -154,7 +154,7 @@ class Keeper:
         task.add_done_callback(self._tasks.discard)
 
     async def _live(self, replica: Replica) -> None:
-        """From its start to its end."""
+        """Run one replica from its start to its end."""
         try:
             facts = await replica.start()
             async for report in replica.handle.reports():
@@ -213,7 +213,7 @@ class Keeper:
 
 
 class Endings(Observer):
-    """Tells how requests end to `attainment`."""
+    """Reports ended requests to `attainment`."""
 
     def __init__(self, attainment: RecentAttainment):
         self._attainment = attainment

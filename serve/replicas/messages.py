@@ -1,7 +1,7 @@
-"""What a front and its replicas tell each other. Plain data that pickles quickly; a report holds what a step brought.
+"""Messages between a front and its replicas. Plain data that pickles quickly; a report holds the outputs of a step.
 
-A ticket is one attempt at one group of samples: a group that moves to another replica gets a new one, so that what an
-old replica still says of it is not taken for news.
+A ticket is one attempt at one group of samples: a group that moves to another replica gets a new one, so that late
+outputs of the old replica are ignored.
 """
 
 from dataclasses import dataclass, field
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class EngineSpec:
-    """What a replica makes its engine from."""
+    """Arguments from which a replica makes its engine."""
 
     model: str | None
     load: LoadOptions
@@ -53,7 +53,7 @@ class Submit:
 
 @dataclass(frozen=True, slots=True)
 class Abort:
-    """Give them up; nothing more is to be told."""
+    """Cancel them; no more outputs are wanted."""
 
     ticket: int
 
@@ -67,7 +67,7 @@ class Accepted:
 
 @dataclass(frozen=True, slots=True)
 class Refused:
-    """None is queued, or, after `Accepted`, none will be finished."""
+    """No sample is queued, or, after `Accepted`, none will be finished."""
 
     ticket: int
     error: Exception
@@ -75,7 +75,7 @@ class Refused:
 
 @dataclass(frozen=True, slots=True)
 class Brought:
-    """What a step brought sample number `index` of a ticket. With `ending`, it is the last."""
+    """The output of a step for sample number `index` of a ticket. With `ending`, it is the last."""
 
     ticket: int
     index: int
@@ -89,7 +89,7 @@ class Brought:
 
 @dataclass(frozen=True, slots=True)
 class Ending:
-    """How a sample ended, and what its replica did with it."""
+    """How a sample ended, and what its replica did with it (cache kinds, preemptions)."""
 
     finish_reason: FinishReason
     error: str | None

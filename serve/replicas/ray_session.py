@@ -1,4 +1,4 @@
-"""The only place that talks to Ray's core: a session of it, and an `EngineActor` in an actor of it."""
+"""The only file that uses Ray's core: a session, and an `EngineActor` in a Ray actor."""
 
 import importlib.util
 import logging
@@ -44,7 +44,7 @@ def import_ray() -> Any:
 
 
 def connect(address: str | None, **options: Any) -> None:
-    """Join the cluster at `address`, or start a Ray of this machine alone, which ends with this process.
+    """Join the cluster at `address`, or start a local Ray, which ends with this process.
 
     Raises:
         ValueError: Ray is not installed.

@@ -1,4 +1,4 @@
-"""A replica's side of the traffic: outputs of its engine thread become events, gathered until the front takes them."""
+"""A replica's outgoing messages: outputs of its engine thread become events, gathered until the front takes them."""
 
 import asyncio
 import contextlib
@@ -19,7 +19,7 @@ LOAD_EVERY_S = 0.01  # a load is counted at most so often
 
 
 class Relay:
-    """Gathers events, on the replica's event loop. Who is slow gets several steps' events in one report."""
+    """Gathers events, on the replica's event loop. A slow front gets several steps' events in one report."""
 
     def __init__(self, loads: "LoadReporter"):
         self._loads = loads
@@ -38,7 +38,7 @@ class Relay:
         self._changed.set()
 
     async def report(self) -> Report:
-        """What has come since the last one; waits for something, but not for long.
+        """Events since the last report; waits for some, but not for long.
 
         Raises:
             Exception: what the engine was lost by.
@@ -77,7 +77,7 @@ class RelayedGroup(Group):
         self._relay.add(Accepted(self._ticket))
 
     def fail(self, error: Exception) -> None:
-        """Nothing more will come; if the engine is lost, the front goes on elsewhere."""
+        """Nothing more will come; if the engine is lost, the front continues on another replica."""
         self._on_end(self._ticket)
         if self._relay.failure is None:
             self._relay.add(Refused(self._ticket, error))
@@ -129,7 +129,7 @@ class LoadReporter(Observer):
         self._count(figures, time.monotonic())
 
     def stepped(self, figures: EngineFigures, step: Stepped) -> None:
-        """Count; what came while the step ran is not in it, so it is as old as the step's begin."""
+        """Count; requests that came during the step are not in it, so it is as old as the step's start."""
         if step.began_s - self._counted_s >= LOAD_EVERY_S:
             self._count(figures, step.began_s)
 

@@ -1,4 +1,4 @@
-"""Requests on their way, as the front of the replicas knows them: enough of each to go on with it elsewhere."""
+"""Unfinished requests as the front of the replicas knows them: enough to continue each on another replica."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -29,7 +29,7 @@ class Progress:
 
     @classmethod
     def of(cls, sample: Sample, facts: EngineFacts, seed: int, now: float) -> "Progress":
-        """A new one. A sample without seed gets `seed`, so that it can be gone on with elsewhere."""
+        """A new one. A sample without a seed gets `seed`, so that it can be continued on another replica."""
         params = sample.params if sample.params.seed is not None else dataclasses.replace(sample.params, seed=seed)
         slo = sample.slo or Slo(facts.config.ttft_slo_ms / 1e3, facts.config.tbt_slo_ms / 1e3)
         room = max(facts.max_model_len - len(sample.prompt_token_ids), 0)
@@ -46,14 +46,14 @@ class Progress:
         return cls(sample, request)
 
     def remainder(self) -> Sample:
-        """What is still to be done: the sample, with every token that came."""
+        """The remaining work: the sample, with every token that came."""
         request = self.request
         return dataclasses.replace(
             self.sample, params=request.params, slo=request.slo, output_token_ids=tuple(request.output_token_ids)
         )
 
     def take(self, brought: Brought, now: float) -> Output:
-        """What a replica brought, without what was delivered before."""
+        """A replica's output, without what was delivered before."""
         request, tokens = self.request, brought.token_ids
         text, self.skip_chars = brought.text[self.skip_chars :], 0
         self.num_chars += len(text)
@@ -78,7 +78,7 @@ class Progress:
         return Output(request, text, tokens, brought.logprobs, reason, error, prompt_logprobs)
 
     def aborted(self) -> Output:
-        """The last output of what nobody goes on with."""
+        """The last output of a sample that is not continued."""
         self.request.finish_reason = FinishReason.ABORT
         return Output(self.request, "", (), (), FinishReason.ABORT)
 
@@ -111,12 +111,12 @@ class Route:
     def of(
         cls, group: Group, samples: Sequence[Sample], facts: EngineFacts, seeds: np.random.Generator, now: float
     ) -> "Route":
-        """A new one, nowhere yet."""
+        """A new one, without a replica yet."""
         made = {s.index: Progress.of(s, facts, int(seeds.integers(2**63)), now) for s in samples}
         return cls(group, made)
 
     def asked(self, now: float) -> RouteRequest:
-        """What a router is told."""
+        """The request as a router sees it."""
         requests = [progress.request for progress in self.unfinished.values()]
         return RouteRequest(
             prompt_tokens=sum(len(r.prompt_token_ids) + len(r.output_token_ids) for r in requests),
@@ -127,7 +127,7 @@ class Route:
         )
 
     def submission(self, now: float) -> Submit:
-        """What a replica is sent. One that goes on counts from its last token, not from its arrival."""
+        """The message to a replica. A continued request counts from its last token, not from its arrival."""
         samples, waited_s = [], []
         for progress in self.unfinished.values():
             request = progress.request

@@ -1,7 +1,7 @@
-"""Refuse at once what cannot meet its SLO, instead of letting it wait for nothing and delay others.
+"""Refuses requests at once that cannot meet their SLO, instead of letting them wait in vain and delay others.
 
 The wait for a first token is predicted as prompt tokens ahead and its own, over the rate at which prompts have lately
-been prefilled while requests waited. That rate falls when seats or blocks are what is short, so it covers them too.
+been prefilled while requests waited. That rate falls when seats or blocks are short, so it covers these too.
 """
 
 import math
@@ -44,7 +44,7 @@ class Admission(Observer):
         self._seconds = keep * self._seconds + seconds
 
     def predicted_ttft_s(self, engine: ServingEngine, samples: Sequence[Sample]) -> float | None:
-        """Seconds until all of `samples` have a first token if they are queued now; None where nothing is known."""
+        """Seconds until all of `samples` have a first token if they are queued now; None if nothing is known yet."""
         rate = self.tokens_per_s
         if rate is None:
             return None
@@ -53,7 +53,7 @@ class Admission(Observer):
         return (ahead + own) / max(rate, 1e-9)
 
     def check(self, engine: ServingEngine, samples: Sequence[Sample]) -> None:
-        """Whether they may be queued; always, if nobody waits, so that what was learnt can be learnt anew.
+        """Whether they may be queued; always, if nobody waits, so that the rate can be learned again.
 
         Raises:
             PredictedLate: they would miss their SLO.

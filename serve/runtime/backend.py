@@ -1,4 +1,4 @@
-"""What HTTP needs of what generates: one engine in a thread of this process, or several behind a router."""
+"""The interface between HTTP and generation: one engine in a thread of this process, or several behind a router."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class EngineFacts(Protocol):
-    """What requests are checked against. `Engine` has it, and so has what a replica tells about its engine."""
+    """Facts that requests are checked against. `Engine` has them, and so has a replica's report about its engine."""
 
     @property
     def config(self) -> EngineConfig:
@@ -30,15 +30,15 @@ class EngineFacts(Protocol):
 
 
 class Backend(Protocol):
-    """Takes samples and brings their outputs. All but `stop` belong to the asyncio loop on which it was started."""
+    """Takes samples and delivers their outputs. All but `stop` belong to the asyncio loop on which it was started."""
 
     @property
     def observers(self) -> list[Observer]:
-        """Told about its work; add to it."""
+        """Notified of its work; add to the list."""
 
     @property
     def status(self) -> EngineStatus:
-        """How far it is."""
+        """State of the engine or engines."""
 
     @property
     def engine(self) -> EngineFacts | None:
@@ -49,7 +49,7 @@ class Backend(Protocol):
         """Requests that wait and that hold cache."""
 
     def refuse_late(self) -> None:
-        """From now on refuse what would miss its SLO. Before `start`."""
+        """From now on refuse requests that would miss their SLO. Call it before `start`."""
 
     def start(self) -> None:
         """Begin."""
@@ -58,14 +58,14 @@ class Backend(Protocol):
         """Take samples, all or none; await `Group.accepted` of what it returns.
 
         Raises:
-            NotReady: it takes none now.
+            NotReady: no requests are accepted now.
         """
 
     def ready_engine(self) -> EngineFacts:
         """The facts.
 
         Raises:
-            NotReady: it takes no requests now.
+            NotReady: no requests are accepted now.
         """
 
     def abort_all(self) -> None:

@@ -1,4 +1,4 @@
-"""Several processes that serve one model: joining them, and what each of them is for."""
+"""Several processes that serve one model: how they join, and the role of each."""
 
 from apt_jax.serve.options import DistributedOptions
 

@@ -1,4 +1,4 @@
-"""Run samples through an engine in the calling thread; for offline use, where nobody else steps the engine."""
+"""Runs samples through an engine in the calling thread; for offline use, where nothing else steps the engine."""
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
@@ -55,7 +55,7 @@ class Driver:
                 self.abort(request_id)
 
     def abort(self, request_id: str) -> None:
-        """Give a sample up; nothing more is yielded for it."""
+        """Cancel a sample; nothing more is yielded for it."""
         if self._active.pop(request_id, None) is not None:
             self.engine.abort(request_id)
 

@@ -1,7 +1,7 @@
-"""The engine in its thread, and its traffic with an asyncio loop.
+"""The engine in its thread, and its communication with an asyncio loop.
 
 The engine is synchronous and belongs to one thread. Requests and aborts reach it through an inbox that it empties
-between steps; what a step brings goes back with one `call_soon_threadsafe` per step, however many requests it serves.
+between steps; the outputs of a step go back with one `call_soon_threadsafe` per step, however many requests it serves.
 """
 
 import asyncio
@@ -53,7 +53,7 @@ class EngineThread:
 
     Args:
         make_engine: loads the engine; runs in the thread.
-        on_ready: called on the loop once requests are taken, with the seconds that it took.
+        on_ready: called on the loop once requests are taken, with the seconds that the start took.
         on_failure: called on the loop if the engine cannot be made or does not recover from a failure.
     """
 
@@ -95,7 +95,7 @@ class EngineThread:
         return (0, 0) if self.engine is None else (self.engine.num_waiting, self.engine.num_running)
 
     def load(self, now: float) -> InstanceLoad:
-        """What a router is told at `now`; in the engine's thread, which observers are called in."""
+        """The report to a router at `now`; call it in the engine's thread, as observers are."""
         assert self.engine is not None
         return self.engine.load(now)
 
@@ -110,7 +110,7 @@ class EngineThread:
         return group
 
     def enter(self, group: Group) -> None:
-        """`submit` for who has made a group.
+        """`submit` for a caller that has made the group.
 
         Raises:
             NotReady: the engine is not (or no longer) ready.
@@ -200,7 +200,7 @@ class EngineThread:
             observer.idle(figures, lost)
 
     def _read_inbox(self, engine: ServingEngine) -> None:
-        """Carry out what is in the inbox, waiting for something when idle."""
+        """Process the inbox; waits for a message when idle."""
         block = not engine.has_unfinished
         while True:
             try:
@@ -259,7 +259,7 @@ class EngineThread:
         """A step raised: end the requests that the engine holds, and go on without them.
 
         Raises:
-            EngineFailure: there is none to blame, or they cannot be ended either.
+            EngineFailure: the engine holds no requests, or they cannot be ended either.
         """
         if not self._active:
             raise EngineFailure("a step without requests failed") from error

@@ -11,7 +11,7 @@ from apt_jax.serve.runtime.samples import Sample
 class Group:
     """Outputs as they come.
 
-    Iterating yields lists of (sample, output), each list all that has come since the last, until every sample has
+    Iterating yields lists of (sample, output), each list everything since the last, until every sample has
     ended or the group is closed. `accept`, `fail` and `receive` are for the engine's side; all run on the loop.
     """
 
@@ -28,7 +28,7 @@ class Group:
 
     @property
     def is_wanted(self) -> bool:
-        """Whether somebody still waits for what the engine has accepted, unless the engine stopped."""
+        """Whether a client still waits for the accepted samples and the engine has not stopped."""
         return self._accepted and not self.abandoned and isinstance(self._error, NotReady | None)
 
     async def accepted(self) -> None:
@@ -61,7 +61,7 @@ class Group:
             self._on_close(self)
 
     def abandon(self) -> None:
-        """The client has gone: nobody wants the rest."""
+        """The client has disconnected: the rest is not wanted."""
         self.abandoned = True
         self.close()
 
@@ -71,7 +71,7 @@ class Group:
         self._on_close(self)
 
     def take_pending(self) -> list[tuple[Sample, Output]]:
-        """What has come and was not iterated over."""
+        """Outputs that arrived and were not iterated over."""
         pending, self._pending = self._pending, []
         return pending
 

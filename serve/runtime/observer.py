@@ -1,4 +1,4 @@
-"""What the engine's thread tells about its work: to metrics, logs, histories and traces, which never steer it.
+"""Notifications of the engine's thread to metrics, logs, histories and traces, which never influence it.
 
 `brought` and `lost` are about requests only: in front of replicas they are called where the clients are, on the event
 loop; the others where an engine is.
@@ -15,7 +15,7 @@ from apt_jax.serve.runtime.samples import Sample
 
 @dataclass(frozen=True)
 class Stepped:
-    """One step: what it brought, ids of those requests that their client had given up, and when it began."""
+    """One step: its outputs, ids of requests that their client had cancelled, and when it began."""
 
     outputs: Sequence[Output]
     abandoned: Collection[str]
@@ -29,13 +29,13 @@ class Stepped:
 
 
 class Observer:
-    """Its caller waits: be quick, and raise nothing. Methods do nothing by default."""
+    """Its caller waits: methods must be quick and raise nothing. Methods do nothing by default."""
 
     def ready(self, figures: EngineFigures) -> None:
         """The engine is compiled."""
 
     def brought(self, step: Stepped) -> None:
-        """What a step brought, wherever it was done."""
+        """The outputs of a step, wherever it ran."""
 
     def lost(self, samples: Sequence[Sample]) -> None:
         """These end with an error, without an output."""

@@ -1,4 +1,4 @@
-"""A sample: one engine request among those that a client's request (or prompt of it) is fanned out into."""
+"""A sample: one engine request among those that a client's request (or one of its prompts) is split into."""
 
 import dataclasses
 import hashlib
@@ -11,7 +11,7 @@ from apt_jax.request import Request, SamplingParams, Slo
 
 @dataclass(frozen=True)
 class Sample:
-    """What the engine is asked for: one sample (`params.n` is 1) of one prompt.
+    """One request to the engine: one sample (`params.n` is 1) of one prompt.
 
     `index` is the sample's place in the client's response; `arrival_s` is on the engine's clock, None means now.
     """

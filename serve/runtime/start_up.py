@@ -1,4 +1,4 @@
-"""Where the time of a start goes, phase by phase, from the begin of the process to the first request taken."""
+"""Time of a start by phase, from the start of the process to the first accepted request."""
 
 import time
 
@@ -23,7 +23,7 @@ class StartUp:
         return sum(self.phases.values())
 
     def ended(self, phase: str, compiling_s: float = 0.0) -> None:
-        """A phase has ended now; `compiling_s` of it is told as a phase of its own, "programs"."""
+        """A phase has ended now; `compiling_s` of it is reported as a phase of its own, "programs"."""
         now = time.monotonic()
         if compiling_s:
             self.phases["programs"] = compiling_s

@@ -1,4 +1,4 @@
-"""How far an engine is."""
+"""State of an engine between start and stop."""
 
 import enum
 

@@ -1,4 +1,4 @@
-"""Random order: what scheduling is worth shows against not scheduling. Admissions and victims are drawn by lot.
+"""Random order, a baseline for other policies. Admissions and victims are drawn at random.
 
 Source: the baseline of Apt-Serve's ablation (arXiv 2504.07494, section 6).
 """
