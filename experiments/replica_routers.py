@@ -48,10 +48,10 @@ class Args:
 def main(args: Args) -> None:
     """Run and print a table: medians over the rounds."""
     set_up_logs()
-    promises = {"ttft_slo_ms": args.ttft_slo_ms, "tbt_slo_ms": args.tbt_slo_ms}
     config = EngineConfig(
         max_num_seqs=args.max_num_seqs, max_num_batched_tokens=128, num_blocks=args.num_blocks, max_model_len=256,
-        compilation_cache_dir=str(Path(".cache/replica_routers").absolute()), **promises,
+        compilation_cache_dir=str(Path(".cache/replica_routers").absolute()),
+        ttft_slo_ms=args.ttft_slo_ms, tbt_slo_ms=args.tbt_slo_ms,
     )  # fmt: skip
     spec = EngineSpec(None, LoadOptions(), config, DEMO_NAME)
     backend = ReplicaBackend(spec, ReplicaOptions(replicas=args.replicas), RayOptions())

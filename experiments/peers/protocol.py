@@ -11,14 +11,18 @@ import os
 import sys
 import time
 import traceback
+from collections.abc import Callable, Iterable
+from typing import Any
+
+Generate = Callable[[list[list[int]], int], Iterable[Iterable[int]]]  # of prompts and a number of new tokens
 
 
-def serve(open_peer):
+def serve(open_peer: Callable[[str, str, dict[str, Any]], Generate]) -> None:
     """Answer on what was standard output; whatever the peer prints goes to standard error."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
 
-    def say(**fields):
+    def say(**fields: Any) -> None:
         print(json.dumps(fields), file=answers, flush=True)
 
     folder, dtype, options = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])

@@ -1,9 +1,11 @@
 """apt-jax itself: the engine, without HTTP."""
 
-from protocol import serve
+from typing import Any
+
+from protocol import Generate, serve
 
 
-def open_peer(folder, dtype, options):
+def open_peer(folder: str, dtype: str, options: dict[str, Any]) -> Generate:
     """See `protocol`."""
     from apt_jax.engine_config import EngineConfig
     from apt_jax.serve.bench.offline.measure import checked, open_engine, samples_of
@@ -15,10 +17,10 @@ def open_peer(folder, dtype, options):
     engine = open_engine(folder, LoadOptions(load_format="dummy" if options["dummy"] else "auto"), config)
     engine.warm_up()
 
-    def generate(prompts, new_tokens):
+    def generate(prompts: list[list[int]], new_tokens: int) -> list[Any]:
         works = [Work(prompt, len(prompt), new_tokens) for prompt in prompts]
         samples = samples_of(works, temperature=0.0, prefix="")
-        found = {sample.request_id: [] for sample in samples}
+        found: dict[str, list[int]] = {sample.request_id: [] for sample in samples}
         for sample, output in Driver(engine).run(samples):
             found[sample.request_id].extend(checked(output).token_ids)
         return list(found.values())

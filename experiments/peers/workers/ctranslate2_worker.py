@@ -1,11 +1,12 @@
 """CTranslate2: converted once with its own converter; prompts and answers are names of tokens."""
 
 import os
+from typing import Any
 
-from protocol import serve
+from protocol import Generate, serve
 
 
-def open_peer(folder, dtype, options):
+def open_peer(folder: str, dtype: str, options: dict[str, Any]) -> Generate:
     """See `protocol`."""
     import ctranslate2
     from ctranslate2.converters import TransformersConverter
@@ -17,7 +18,7 @@ def open_peer(folder, dtype, options):
     generator = ctranslate2.Generator(target, device="cpu", compute_type=dtype, intra_threads=threads)
     names = _names(folder)
 
-    def generate(prompts, new_tokens):
+    def generate(prompts: list[list[int]], new_tokens: int) -> list[Any]:
         results = generator.generate_batch(
             [[names[token] for token in prompt] for prompt in prompts], max_length=new_tokens, min_length=new_tokens,
             sampling_topk=1, beam_size=1, include_prompt_in_result=False, max_batch_size=0,
@@ -27,11 +28,11 @@ def open_peer(folder, dtype, options):
     return generate
 
 
-def _names(folder):
+def _names(folder: str) -> list[str]:
     from transformers import AutoTokenizer
 
     vocabulary = AutoTokenizer.from_pretrained(folder).get_vocab()
-    return sorted(vocabulary, key=vocabulary.get)
+    return sorted(vocabulary, key=vocabulary.__getitem__)
 
 
 if __name__ == "__main__":

@@ -3,11 +3,12 @@
 import os
 import subprocess
 import sys
+from typing import Any
 
-from protocol import serve
+from protocol import Generate, serve
 
 
-def open_peer(folder, dtype, options):
+def open_peer(folder: str, dtype: str, options: dict[str, Any]) -> Generate:
     """See `protocol`."""
     import numpy
     import openvino
@@ -26,7 +27,7 @@ def open_peer(folder, dtype, options):
     properties = {"INFERENCE_PRECISION_HINT": hint, "KV_CACHE_PRECISION": hint}
     pipeline = openvino_genai.ContinuousBatchingPipeline(target, scheduler, "CPU", properties)
 
-    def generate(prompts, new_tokens):
+    def generate(prompts: list[list[int]], new_tokens: int) -> list[Any]:
         config = openvino_genai.GenerationConfig(max_new_tokens=new_tokens, min_new_tokens=new_tokens)
         config.ignore_eos, config.do_sample = True, False
         tensors = [openvino.Tensor(numpy.array([prompt], numpy.int64)) for prompt in prompts]

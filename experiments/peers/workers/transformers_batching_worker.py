@@ -1,16 +1,18 @@
 """transformers on torch: its continuous batching, over a paged cache."""
 
-from protocol import serve
+from typing import Any
+
+from protocol import Generate, serve
 from transformers_worker import load
 
 
-def open_peer(folder, dtype, options):
+def open_peer(folder: str, dtype: str, options: dict[str, Any]) -> Generate:
     """See `protocol`."""
     from transformers import GenerationConfig
 
     model, _ = load(folder, dtype, options)
 
-    def generate(prompts, new_tokens):
+    def generate(prompts: list[list[int]], new_tokens: int) -> list[Any]:
         config = GenerationConfig(do_sample=False, max_new_tokens=new_tokens, eos_token_id=-1, pad_token_id=1)
         found = model.generate_batch(inputs=prompts, generation_config=config)
         by_prompt = {tuple(output.prompt_ids): output for output in found.values()}

@@ -1,9 +1,11 @@
 """transformers on torch: `generate` with its default attention, all prompts as one batch."""
 
-from protocol import serve
+from typing import Any
+
+from protocol import Generate, serve
 
 
-def load(folder, dtype, options):
+def load(folder: str, dtype: str, options: dict[str, Any]) -> tuple[Any, Any]:
     """The model, and the device that it is on."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -17,13 +19,13 @@ def load(folder, dtype, options):
         ).eval(), device
 
 
-def open_peer(folder, dtype, options):
+def open_peer(folder: str, dtype: str, options: dict[str, Any]) -> Generate:
     """See `protocol`."""
     import torch
 
     model, device = load(folder, dtype, options)
 
-    def generate(prompts, new_tokens):
+    def generate(prompts: list[list[int]], new_tokens: int) -> list[Any]:
         ids = torch.tensor(prompts, device=device)
         with torch.inference_mode():
             found = model.generate(
