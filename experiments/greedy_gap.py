@@ -23,8 +23,8 @@ def contested_problems(policy: str, attention: str, rate: float, num_requests: i
     """Problems of a run in which the greedy solver leaves a request out."""
     found: list[Problem] = []
 
-    def recording(problem: Problem) -> Solution:
-        solution = solve_greedy(problem)
+    def recording(problem: Problem, *, fill: bool = True) -> Solution:
+        solution = solve_greedy(problem, fill=fill)
         if 0 < solution.is_scheduled.sum() < problem.size:
             found.append(problem)
         return solution
