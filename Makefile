@@ -2,6 +2,7 @@
 #
 #   make serve                         the bundled demo model on http://127.0.0.1:8000
 #   make serve ARGS="FOLDER --port N"  another model, any flag of `apt-jax serve`
+#   make test-fast                     lint and the quick tests, for every save: under 90 s on two cores
 #   make test                          lint, types and tests
 #   make test ARGS="tests/unit"        some of the tests, any argument of pytest
 #   make soak                          load and faults on a running server; ARGS="--scale 0.1" for a short one
@@ -26,7 +27,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 # Bytecode is written where Python runs, once, instead of for all packages when they are installed.
 export PYTHONDONTWRITEBYTECODE =
 
-.PHONY: serve test lint parity test-devices test-aot test-ray soak overhead bench-peers bench-servers bench-gpu clean
+.PHONY: serve test test-fast lint parity test-devices test-aot test-ray soak overhead bench-peers bench-servers bench-gpu clean
 .NOTPARALLEL:
 
 serve: $(VENV)/.installed
@@ -34,6 +35,13 @@ serve: $(VENV)/.installed
 
 test: lint
 	JAX_PLATFORMS=cpu $(BIN)/python -m pytest --numprocesses=auto --maxprocesses=4 --dist=loadfile $(ARGS)
+
+# The tiers that compile next to nothing, and what says first that a kernel's reference or the model is wrong.
+FAST := tests/unit tests/serve tests/kernels/test_kernels_reference.py tests/model/test_opt.py tests/e2e/test_makefile.py
+
+test-fast: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	JAX_PLATFORMS=cpu $(BIN)/python -m pytest --numprocesses=auto --maxprocesses=4 --dist=loadfile $(FAST) $(ARGS)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -118,3 +118,10 @@ def test_an_interrupted_installation_is_done_again(machine):
     (machine.folder / ".venv/bin/python").write_text(script)
     assert machine.make("serve").returncode == 0
     assert machine.did() == ["-m pip --disable-pip-version-check install --no-compile -e .", "apt-jax serve"]
+
+
+def test_the_quick_tests_are_there():
+    said = subprocess.run(["make", "-n", "test-fast"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    (command,) = (line for line in said.splitlines() if " pytest " in line)
+    named = [word for word in command.split() if word.startswith("tests/")]
+    assert "tests/unit" in named and all((ROOT / name).exists() for name in named)

@@ -15,7 +15,7 @@ from apt_jax.serve.http.service import Service
 from apt_jax.serve.openai.replies import Version
 from apt_jax.serve.options import ServerOptions
 from apt_jax.serve.runtime.engine_thread import EngineThread
-from tests.support.asgi_service import run
+from tests.support.asgi_service import run, serving
 from tests.support.fake_engine import FakeEngine
 
 KEY = {"authorization": "Bearer secret"}
@@ -109,3 +109,16 @@ def test_what_can_be_asked_without_a_key_and_without_a_line_in_the_log():
 def test_every_path_has_one_row():
     paths = [(route.method, route.path) for route in ROUTES]
     assert len(paths) == len(set(paths))
+
+
+def test_models_and_unknown_routes():
+    async def main():
+        async with serving(FakeEngine()) as client:
+            listed = (await client.get("/v1/models")).json()
+            assert [(m["id"], m["object"], m["max_model_len"]) for m in listed["data"]] == [("tiny", "model", 128)]
+            assert (await client.get("/v1/models/tiny")).json() == listed["data"][0]
+            for path, status in (("/v1/models/gpt-4", 404), ("/nothing", 404), ("/v1/completions", 405)):
+                reply = await client.get(path)
+                assert reply.status_code == status and reply.json()["error"]["type"] == "invalid_request_error"
+
+    run(main)

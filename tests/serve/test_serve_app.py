@@ -346,19 +346,6 @@ def test_probes_tell_loading_from_ready():
     run(main)
 
 
-def test_models_and_unknown_routes():
-    async def main():
-        async with serving(FakeEngine()) as client:
-            listed = (await client.get("/v1/models")).json()
-            assert [(m["id"], m["object"], m["max_model_len"]) for m in listed["data"]] == [("tiny", "model", 128)]
-            assert (await client.get("/v1/models/tiny")).json() == listed["data"][0]
-            for path, status in (("/v1/models/gpt-4", 404), ("/nothing", 404), ("/v1/completions", 405)):
-                reply = await client.get(path)
-                assert reply.status_code == status and reply.json()["error"]["type"] == "invalid_request_error"
-
-    run(main)
-
-
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("steps", [0, 3])
 def test_a_disconnect_frees_the_blocks_at_once(stream, steps):

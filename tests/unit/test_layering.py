@@ -208,18 +208,13 @@ OWED: dict[Callable[[], Breaches], dict[str, str]] = {
         "apt_jax/attention/paged.py": "caches: the pool's layout",
     },
     only_execution_names_platforms: {
-        "apt_jax/attention/selection.py": "model: Platform",
         "apt_jax/cpu_kernels/calls.py": "model: Platform",
         "apt_jax/cpu_kernels/library.py": "model: Platform",
-        "apt_jax/engine/memory.py": "model: Platform",
-        "apt_jax/models/sharding.py": "model: Platform",
         "checkpoints/convert.py": "model: Platform",
-        "checkpoints/placement.py": "model: WeightLayout",
     },
     files_are_short: {
         "apt_jax/execution/runner.py": "model: forms",
         "apt_jax/models/opt.py": "model: linear",
-        "tests/serve/test_serve_app.py": "http",
     },
 }
 RULES = [
