@@ -4,22 +4,20 @@ Shape letters as in `attention.py`. Source: docs/hybrid_cache.md; the same step 
 2405.04434.
 """
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 
-from apt_jax.models.collectives import join
-from apt_jax.models.opt import KeysValues, SelfAttention, own_product, scatter_heads
+from apt_jax.models.collectives import all_gather
+from apt_jax.models.linear import KeyValueProjections, scatter_heads
 
 
-def absorb_query(projections: SelfAttention | KeysValues, q: jax.Array) -> jax.Array:
+def absorb_query(projections: KeyValueProjections, q: jax.Array) -> jax.Array:
     """q' = q Wk^T, `[T, N, H] -> [T, N, D]` in float32. Source: docs/hybrid_cache.md.
 
     Split over devices, N are a device's heads in q and all heads in q', of which it has its slice of D.
     """
-    kernel = _by_head(projections.k_proj.kernel)
-    q = join(q, axis=1)
+    kernel = projections.key.by_head()
+    q = all_gather(q, axis=1)
     T, N, _ = q.shape
     P, D, _ = kernel.shape
     parts = q.reshape(T, P, -1).swapaxes(0, 1)
@@ -29,33 +27,24 @@ def absorb_query(projections: SelfAttention | KeysValues, q: jax.Array) -> jax.A
     return wide.swapaxes(0, 1)
 
 
-def key_bias_score(projections: SelfAttention | KeysValues, q: jax.Array) -> jax.Array:
+def key_bias_score(projections: KeyValueProjections, q: jax.Array) -> jax.Array:
     """q . bk `[T, N]`: constant over positions, but counts when parts of a context are merged."""
-    if projections.k_proj.bias is None:
+    if projections.key_bias is None:
         return jnp.zeros(q.shape[:2], jnp.float32)
-    return jnp.einsum("TNH,NH->TN", q, projections.k_proj.bias[...], preferred_element_type=jnp.float32)
+    return jnp.einsum("TNH,NH->TN", q, projections.key_bias, preferred_element_type=jnp.float32)
 
 
-def absorbed_values(projections: SelfAttention | KeysValues, context: jax.Array) -> jax.Array:
+def absorbed_values(projections: KeyValueProjections, context: jax.Array) -> jax.Array:
     """`context Wv + bv`, `[T, N, D] -> [T, N, H]` in float32: the weights sum to 1, so bv counts once.
 
     Split over devices, a slice of D of all heads goes in, and the device's own heads come out.
     """
-    kernel = _by_head(projections.v_proj.kernel).astype(context.dtype)
+    kernel = projections.value.by_head().astype(context.dtype)
     T, N, _ = context.shape
     of_parts = context.swapaxes(0, 1)
     if len(kernel) > N:
         of_parts = jnp.repeat(of_parts, len(kernel) // N, axis=0)
     by_part = jnp.einsum("PTD,PDH->PTH", of_parts, kernel, preferred_element_type=jnp.float32)
     out = scatter_heads(by_part.swapaxes(0, 1).reshape(T, N, -1))
-    bias = projections.v_proj.bias
-    return out if bias is None else out + bias[...].astype(jnp.float32)
-
-
-def _by_head(kernel: Any) -> jax.Array:
-    """`[D, N, H] -> [N, D, H]`: as it lies in memory on a TPU (`weight_formats.py`); else XLA copies it there.
-
-    Or parts of heads as they lie, `[P, D, N H / P]`.
-    """
-    own = own_product(kernel)
-    return kernel[...].swapaxes(0, 1) if own is None else own.parts
+    bias = projections.value_bias
+    return out if bias is None else out + bias.astype(jnp.float32)

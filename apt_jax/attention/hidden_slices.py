@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from apt_jax.model_config import GROUP_BYTES
-from apt_jax.models.collectives import sum_over_devices
+from apt_jax.models.collectives import all_reduce
 from apt_jax.pallas_kernels.reference import NEVER, Partial
 
 _SHORTEST = 256
@@ -84,7 +84,7 @@ def _attend(wide: jax.Array, pool: jax.Array, blocks: jax.Array, length: jax.Arr
     vectors = pool[blocks].reshape(R, -1, D)
     valid = jnp.arange(vectors.shape[1]) < length[:, None]
     scores = jnp.einsum("RND,RCD->RNC", wide, vectors, preferred_element_type=jnp.float32)
-    scores = jnp.where(valid[:, None], sum_over_devices(scores), NEVER)
+    scores = jnp.where(valid[:, None], all_reduce(scores), NEVER)
     top = scores.max(-1, keepdims=True)
     weights = jnp.where(valid[:, None], jnp.exp(scores - top), 0)
     total = weights.sum(-1)

@@ -31,8 +31,9 @@ from apt_jax.attention.xla import (
 )
 from apt_jax.batching.builder import Rows, Tokens
 from apt_jax.execution.pool import token_writer
-from apt_jax.models.collectives import own_slice
-from apt_jax.models.opt import Attend, SelfAttention
+from apt_jax.models.collectives import local_slice
+from apt_jax.models.interface import Attend
+from apt_jax.models.linear import AttentionProjections, KeyValueProjections
 from apt_jax.pallas_kernels.dispatch import Kernels
 from apt_jax.pallas_kernels.reference import NEVER, Partial, merge
 
@@ -79,33 +80,33 @@ def paged_attention(
     write = token_writer(tokens, rows, block_size, kv=kinds.kv, hidden=kinds.hidden, kernels=kernels)
 
     def attend(
-        projections: SelfAttention, h: jax.Array, pool: jax.Array, layer: jax.Array
+        projections: AttentionProjections, h: jax.Array, pool: jax.Array, layer: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
-        q = projections.query(h)
-        if projections.splits_inputs:
-            h = own_slice(h, axis=1)
+        q, kv = projections.query(h), projections.kv
+        if kv.splits_inputs:
+            h = local_slice(h, axis=1)
         if decode_only and not kinds.kv:
             k = v = jnp.zeros_like(q)  # a hidden row never uses its own k and v
         elif decode_only and kinds.maybe_one:
             k, v = jax.lax.cond(
                 jnp.any(~rows.is_hidden & (rows.length > 0)),
-                lambda: projections.cut_late().keys_values(h),
+                lambda: kv.keys_values(h),
                 lambda: (jnp.zeros_like(q), jnp.zeros_like(q)),
             )
         else:
-            k, v = projections.cut_late().keys_values(h)
+            k, v = kv.keys_values(h)
         pool = write(pool, layer * num_blocks, h=h, k=k, v=v)
         shifted = rows._replace(
             first_blocks=rows.first_blocks + layer * num_blocks, second_blocks=rows.second_blocks + layer * num_blocks
         )
         if decode_only:
             context = shifted.start + shifted.length
-            return _decode(projections, q, pool, shifted, kinds, context, kernels).astype(q.dtype), pool
-        out = _chunks(projections, q, k, v, pool, tokens, shifted, kinds, kernels)
+            return _decode(kv, q, pool, shifted, kinds, context, kernels).astype(q.dtype), pool
+        out = _chunks(kv, q, k, v, pool, tokens, shifted, kinds, kernels)
         # rows with a single token (decodes of a mixed iteration) attend like a decode step
         single = rows.length == 1
         context = jnp.where(single, rows.start + 1, 0)
-        by_row = _decode(projections, q[rows.last], pool, shifted, kinds, context, kernels)
+        by_row = _decode(kv, q[rows.last], pool, shifted, kinds, context, kernels)
         row = jnp.minimum(tokens.row, rows.length.shape[0] - 1)
         out = jnp.where(single[row][:, None, None], by_row[row], out)
         return out.astype(q.dtype), pool
@@ -114,7 +115,7 @@ def paged_attention(
 
 
 def _decode(
-    projections: SelfAttention,
+    projections: KeyValueProjections,
     q: jax.Array,
     pool: jax.Array,
     rows: Rows,
@@ -127,8 +128,7 @@ def _decode(
     hidden = (rows.is_hidden & (context > 0))[:, None, None]
 
     def of_hidden(otherwise: jax.Array) -> jax.Array:
-        late = projections.cut_late() if kinds.maybe_one else projections
-        wide = absorb_query(late, q)
+        wide = absorb_query(projections, q)
         length = jnp.where(rows.is_hidden, context, 0)
         if slices:  # a kernel cannot sum the devices' scores before its softmax
             found = hidden_decode_slices(wide.astype(pool.dtype), pool, rows.first_blocks, length).out
@@ -136,7 +136,7 @@ def _decode(
             found = kernels.hidden_decode(wide.astype(pool.dtype), pool, rows.first_blocks, length).out
         else:
             found = hidden_decode(wide, pool, rows.first_blocks, length).out
-        return jnp.where(hidden, absorbed_values(late, found), otherwise)
+        return jnp.where(hidden, absorbed_values(projections, found), otherwise)
 
     if not kinds.kv:
         return of_hidden(jnp.zeros(q.shape, jnp.float32))
@@ -151,7 +151,7 @@ def _decode(
 
 
 def _chunks(
-    projections: SelfAttention,
+    projections: KeyValueProjections,
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
@@ -190,7 +190,7 @@ def _chunks(
     def absorbed(r: jax.Array) -> Partial:
         wide = absorb_query(projections, q)
         part = attend_wide(wide.reshape(-1, wide.shape[-1]), pool, rows.first_blocks[r], prefix[r])
-        lse = own_slice(part.lse.reshape(wide.shape[:2]), axis=1) + key_bias_score(projections, q)
+        lse = local_slice(part.lse.reshape(wide.shape[:2]), axis=1) + key_bias_score(projections, q)
         return Partial(absorbed_values(projections, part.out.reshape(wide.shape)), lse)
 
     def one_row(r: jax.Array, found: Partial) -> Partial:

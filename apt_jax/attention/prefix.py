@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from apt_jax.attention.absorption import absorb_query, absorbed_values, key_bias_score
 from apt_jax.batching.builder import Rows
-from apt_jax.models.opt import KeysValues, SelfAttention
+from apt_jax.models.linear import KeyValueProjections
 from apt_jax.pallas_kernels.dispatch import Kernels
 from apt_jax.pallas_kernels.reference import Partial, merge
 
@@ -27,7 +27,7 @@ PROJECTED_TOKENS = (
 
 def merge_prefix(
     own: Partial,
-    projections: SelfAttention,
+    projections: KeyValueProjections,
     q: jax.Array,
     pool: jax.Array,
     rows: Rows,
@@ -48,7 +48,6 @@ def merge_prefix(
         kv, hidden: cache kinds that can occur.
     """
     assert kernels.kv_prefix is not None
-    late = projections.cut_late()
     first = rows.last - rows.length + 1
     if kv:
         length = jnp.where(rows.is_hidden, 0, prefix)
@@ -63,8 +62,8 @@ def merge_prefix(
         absorbs = absorbing_is_cheaper(
             rows.length, length, heads=q.shape[1], head_dim=q.shape[2], reads=kernels.hidden_prefix_reads
         )
-        own = _over_absorbed(own, late, q, pool, rows, jnp.where(absorbs, length, 0), first, kernels)
-        own = _over_projected(own, late, q, pool, rows, jnp.where(absorbs, 0, length), first, kernels)
+        own = _over_absorbed(own, projections, q, pool, rows, jnp.where(absorbs, length, 0), first, kernels)
+        own = _over_projected(own, projections, q, pool, rows, jnp.where(absorbs, 0, length), first, kernels)
     return own
 
 
@@ -90,7 +89,7 @@ def _if(condition: jax.Array, function: Callable[[Partial], Partial], own: Parti
 
 
 def _over_absorbed(
-    own: Partial, projections: KeysValues, q: jax.Array, pool: jax.Array, rows: Rows, length: jax.Array,
+    own: Partial, projections: KeyValueProjections, q: jax.Array, pool: jax.Array, rows: Rows, length: jax.Array,
     first: jax.Array, kernels: Kernels,
 ) -> Partial:  # fmt: skip
     """`own` merged with attention over hidden vectors, absorbed `ABSORBED_TOKENS` at a time where there are any."""
@@ -104,12 +103,12 @@ def _over_absorbed(
         def work(own: Partial) -> Partial:
             assert kernels.hidden_prefix is not None
             queries = jax.lax.dynamic_slice_in_dim(q, at, size)
-            late = projections.within(i)
-            wide = absorb_query(late, queries).astype(pool.dtype)
+            sliced_here = projections.after(i)
+            wide = absorb_query(sliced_here, queries).astype(pool.dtype)
             part = kernels.hidden_prefix(
                 wide, pool, rows.first_blocks, length, start - at, jnp.maximum(stop - start, 0)
             )
-            part = Partial(absorbed_values(late, part.out), part.lse + key_bias_score(projections, queries))
+            part = Partial(absorbed_values(sliced_here, part.out), part.lse + key_bias_score(projections, queries))
             merged = merge(Partial(*(jax.lax.dynamic_slice_in_dim(a, at, size) for a in own)), part)
             return Partial(
                 *(jax.lax.dynamic_update_slice_in_dim(a, b, at, 0) for a, b in zip(own, merged, strict=True))
@@ -121,7 +120,7 @@ def _over_absorbed(
 
 
 def _over_projected(
-    own: Partial, projections: KeysValues, q: jax.Array, pool: jax.Array, rows: Rows, length: jax.Array,
+    own: Partial, projections: KeyValueProjections, q: jax.Array, pool: jax.Array, rows: Rows, length: jax.Array,
     first: jax.Array, kernels: Kernels,
 ) -> Partial:  # fmt: skip
     """`own` merged with attention over hidden vectors, row by row projected to keys and values."""
@@ -131,14 +130,14 @@ def _over_projected(
     pages = -(-W // step) * step
     slot = jnp.arange(q.shape[0])[:, None]
 
-    def one_row(turn: jax.Array, carry: tuple[Partial, jax.Array]) -> tuple[Partial, jax.Array]:
+    def one_row(number: jax.Array, carry: tuple[Partial, jax.Array]) -> tuple[Partial, jax.Array]:
         own, keys_values = carry
-        r = order[turn]
+        r = order[number]
 
         def project(piece: jax.Array, keys_values: jax.Array) -> jax.Array:
             page = jnp.minimum(piece * step + jnp.arange(step), W - 1)
             h = pool[rows.first_blocks[r][page]]
-            both = [a.reshape(h.shape).astype(pool.dtype) for a in projections.within(piece).keys_values(h)]
+            both = [a.reshape(h.shape).astype(pool.dtype) for a in projections.after(piece).keys_values(h)]
             return jax.lax.dynamic_update_slice(keys_values, jnp.stack(both), (0, piece * step, 0, 0))
 
         keys_values = jax.lax.fori_loop(0, -(-length[r] // (step * S)), project, keys_values)

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from apt_jax.models.collectives import sum_over_devices
+from apt_jax.models.collectives import all_reduce
 from apt_jax.pallas_kernels.reference import NEVER, Partial
 
 CHUNK_TOKENS = 128  # cached tokens of one row that a loop step reads
@@ -90,7 +90,7 @@ def attend_wide(q_wide: jax.Array, pool: jax.Array, blocks: jax.Array, length: j
     def body(chunk: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         valid = chunk_positions(chunk) < length
         x = read_chunk(pool, blocks, chunk, valid)
-        scores = jnp.where(valid, sum_over_devices(jnp.einsum("QD,CD->QC", q_wide, x)), NEVER)
+        scores = jnp.where(valid, all_reduce(jnp.einsum("QD,CD->QC", q_wide, x)), NEVER)
         return online_softmax(carry, scores, lambda p: jnp.einsum("QC,CD->QD", p, x), valid)
 
     return finish_softmax(jax.lax.fori_loop(0, num_chunks(length), body, start_softmax((Q,), (Q, D))))

@@ -14,6 +14,7 @@ from jax.typing import DTypeLike
 
 from apt_jax.batching.builder import Rows, Tokens
 from apt_jax.model_config import ModelConfig
+from apt_jax.models.interface import num_layers
 from apt_jax.models.opt import OPT, DecoderLayer
 from apt_jax.pallas_kernels import reference
 from apt_jax.pallas_kernels.dispatch import Kernels
@@ -76,7 +77,7 @@ def convert_blocks(
         layer, state = xs
         return convert_layer(nnx.merge(graphdef, state), pool, layer, hidden_blocks, value_blocks, num_blocks), None
 
-    pool, _ = jax.lax.scan(one_layer, pool, (jnp.arange(model.num_layers, dtype=jnp.int32), stacked))
+    pool, _ = jax.lax.scan(one_layer, pool, (jnp.arange(num_layers(model.layers), dtype=jnp.int32), stacked))
     return pool
 
 

@@ -97,9 +97,9 @@ class Runner:
         self._outer: OuterWeights | None = None
         self._all_weights: list[jax.Array] | None = None  # if all layers of a step are one call
         if call_per_layer:
-            own_products = self.kernels is CPU_KERNELS
-            self._layers = LayerWeights.of(model, donate=donate_model, own_products=own_products)
-            self._outer = OuterWeights.of(model, donate=donate_model, own_products=own_products)
+            packs = self.kernels is CPU_KERNELS
+            self._layers = LayerWeights.of(model, donate=donate_model, packs=packs)
+            self._outer = OuterWeights.of(model, donate=donate_model, packs=packs)
             self._weights = self._outer.arrays
             if are_native(model, self._layers):
                 self._all_weights = [*self._weights, *(array for own in self._layers.arrays for array in own)]
@@ -293,7 +293,7 @@ class Runner:
                 self._model(weights), self.shapes.kinds, num_blocks, bucket.decode_only, self.buckets.max_rows,
                 pool, history, tokens, rows, self.kernels, unroll=bucket.decode_only and self.platform.unrolls_decode,
                 by_kind=bucket.decode_only and self.platform.branches_by_kind,
-                cut_late=not bucket.decode_only and self.platform.slices_lazily and self.parallel is None,
+                slice_lazily=not bucket.decode_only and self.platform.slices_lazily and self.parallel is None,
             )  # fmt: skip
 
         outs = (EVERYWHERE, POOL, EVERYWHERE, EVERYWHERE)

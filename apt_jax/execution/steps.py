@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from apt_jax.attention.paged import Kinds, paged_attention
 from apt_jax.batching.builder import Rows, Sampling, Tokens
 from apt_jax.execution.sampling import Sampled, sample
+from apt_jax.models.interface import run_layers
 from apt_jax.models.opt import OPT, DecoderLayer
 from apt_jax.pallas_kernels.dispatch import Kernels
 
@@ -30,11 +31,11 @@ def run_step(
     *,
     unroll: bool = False,
     by_kind: bool = False,
-    cut_late: bool = False,
+    slice_lazily: bool = False,
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]:
     """One iteration of the model: tokens in, cache written. Pure; jitted by `Runner`.
 
-    `unroll` and `cut_late` are the model's.
+    `unroll` and `slice_lazily` are those of `run_layers`.
 
     `by_kind` compiles the layers for each mix of cache kinds and chooses among them before the first layer, where
     otherwise each layer would ask which kinds occur. On a TPU a condition inside the loop copies the weights that it
@@ -51,7 +52,9 @@ def run_step(
         attend = paged_attention(
             tokens, rows, kinds, num_blocks, pool.shape[1], decode_only=decode_only, kernels=kernels
         )
-        return model(ids, tokens.position, attend, pool, unroll=unroll, cut_late=cut_late)
+        x = model.embed(ids, tokens.position)
+        x, pool = run_layers(model.layers, x, attend, pool, unroll=unroll, slice_lazily=slice_lazily)
+        return model.finish(x), pool
 
     if by_kind and kinds.maybe_one:
         has_kv, has_hidden = (jnp.any((rows.length > 0) & is_kind) for is_kind in (~rows.is_hidden, rows.is_hidden))

@@ -15,30 +15,30 @@ def num_devices() -> int:
     return mesh.shape[AXIS] if AXIS in mesh.manual_axes else 1
 
 
-def sum_over_devices(x: jax.Array) -> jax.Array:
-    """The sum of all devices' `x`, on each of them: an all-reduce."""
+def all_reduce(x: jax.Array) -> jax.Array:
+    """The sum of all devices' `x`, on each of them."""
     return x if num_devices() == 1 else jax.lax.psum(x, AXIS)
 
 
-def sum_and_scatter(x: jax.Array, axis: int) -> jax.Array:
-    """This device's slice along `axis` of the sum of all devices' `x`: a reduce-scatter."""
+def reduce_scatter(x: jax.Array, axis: int) -> jax.Array:
+    """This device's slice along `axis` of the sum of all devices' `x`."""
     return x if num_devices() == 1 else jax.lax.psum_scatter(x, AXIS, scatter_dimension=axis, tiled=True)
 
 
-def join(x: jax.Array, axis: int) -> jax.Array:
-    """All devices' slices side by side along `axis`, on each device: an all-gather."""
+def all_gather(x: jax.Array, axis: int) -> jax.Array:
+    """All devices' slices side by side along `axis`, on each device."""
     return x if num_devices() == 1 else jax.lax.all_gather(x, AXIS, axis=axis, tiled=True)
 
 
-def own_slice(x: jax.Array, axis: int) -> jax.Array:
+def local_slice(x: jax.Array, axis: int) -> jax.Array:
     """This device's slice along `axis` of an `x` that every device has: nothing is exchanged."""
     devices = num_devices()
     if devices == 1:
         return x
     width = x.shape[axis] // devices
-    return jax.lax.dynamic_slice_in_dim(x, own_number() * width, width, axis)
+    return jax.lax.dynamic_slice_in_dim(x, device_index() * width, width, axis)
 
 
-def own_number() -> jax.Array | int:
+def device_index() -> jax.Array | int:
     """Which of the devices this is, from 0."""
     return 0 if num_devices() == 1 else jax.lax.axis_index(AXIS)

@@ -18,7 +18,8 @@ from tokenizers import Tokenizer
 from apt_jax.checkpoints.load import load_model
 from apt_jax.checkpoints.source import DEMO_FOLDER
 from apt_jax.model_config import ModelConfig
-from apt_jax.models.opt import OPT, SelfAttention
+from apt_jax.models.linear import AttentionProjections
+from apt_jax.models.opt import OPT
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +80,7 @@ def _roll_out(
 
 
 def _attend(
-    position: jax.Array, projections: SelfAttention, h: jax.Array, cache: jax.Array, layer: jax.Array
+    position: jax.Array, projections: AttentionProjections, h: jax.Array, cache: jax.Array, layer: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """Attention of the one token `h [1, D]` over all tokens up to its position."""
     cache = cache.at[0, layer, position].set(projections.k_proj(h)[0])

@@ -15,7 +15,8 @@ import optax.contrib
 from flax import nnx
 
 from apt_jax.checkpoints.demo_training.batches import TokenStream, every_window
-from apt_jax.models.opt import OPT, causal_attention
+from apt_jax.models.interface import causal_attention
+from apt_jax.models.opt import OPT
 
 
 def make_optimizer(weight_decay: float) -> optax.GradientTransformationExtraArgs:

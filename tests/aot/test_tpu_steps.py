@@ -68,7 +68,7 @@ def compile_step(model: Model, chip: str, kinds: Kinds, *, num_tokens: int | Non
     def step(weights, pool, history, tokens, rows):
         return run_step(
             nnx.merge(model.graphdef, weights), kinds, model.num_blocks, decode_only, ROWS, pool, history, tokens, rows,
-            kernels, by_kind=decode_only, cut_late=not decode_only,
+            kernels, by_kind=decode_only, slice_lazily=not decode_only,
         )  # fmt: skip
 
     number, flag = functools.partial(shape, dtype=jnp.int32), functools.partial(shape, dtype=jnp.bool_)

@@ -11,7 +11,8 @@ import numpy as np
 from flax import nnx
 
 from apt_jax.checkpoints.load import load_model
-from apt_jax.models.opt import OPT, causal_attention
+from apt_jax.models.interface import causal_attention
+from apt_jax.models.opt import OPT
 from tests.golden import Golden, write_checkpoint
 
 LOGITS_TOLERANCE = 1e-4

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from apt_jax.attention.selection import select_kernels
-from apt_jax.cpu_kernels import calls, features, library
+from apt_jax.cpu_kernels import calls, features, library, packed
 from apt_jax.execution.forms.layer_weights import OuterWeights
 from apt_jax.model_config import ModelConfig
 from apt_jax.models.opt import OPT
@@ -89,34 +89,36 @@ def test_products_are_those_of_numpy(rows, inputs, outputs, of_rows, of_kernel):
     x = jnp.asarray(rng.standard_normal((rows, inputs), np.float32), of_rows)
     kernel = np.asarray(jnp.asarray(rng.standard_normal((inputs, outputs), np.float32) * inputs**-0.5, of_kernel))
     if inputs % 2 and of_kernel == jnp.bfloat16:
-        assert not calls.takes(inputs, of_kernel)
+        assert not packed.can_pack(inputs, of_kernel)
         return
-    panels = calls.panels_of(kernel)
-    assert panels.nbytes == kernel.itemsize * inputs * -(-outputs // calls.PANEL) * calls.PANEL
-    found = calls.matmul(x, jnp.asarray(panels), outputs)
+    stored = packed.pack(kernel)
+    assert stored.nbytes == kernel.itemsize * inputs * -(-outputs // packed.PACKED_OUTPUTS) * packed.PACKED_OUTPUTS
+    found = calls.matmul(x, jnp.asarray(stored), outputs)
     expected = np.asarray(x, np.float64) @ kernel.astype(np.float64)
     assert found.dtype == jnp.float32
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
-    by_inputs = np.asarray(calls.inputs_first(jnp.asarray(panels)))
+    own = packed.PackedKernel(jnp.asarray(stored), (inputs, outputs))
+    by_inputs = np.asarray(own.by_head())
     np.testing.assert_array_equal(np.concatenate(by_inputs, axis=1)[:, :outputs], kernel)
-    np.testing.assert_array_equal(calls.outputs_at(jnp.asarray(panels), jnp.arange(outputs)), kernel.T)
+    np.testing.assert_array_equal(own.array, kernel)
+    np.testing.assert_array_equal(own.columns(jnp.arange(outputs)), kernel.T)
 
 
 @pytest.mark.parametrize(("of_rows", "of_kernel"), KINDS)
 def test_a_rows_products_do_not_depend_on_the_other_rows(of_rows, of_kernel):
     rng = np.random.default_rng(0)
     x = jnp.asarray(rng.standard_normal((300, 1600), np.float32), of_rows)
-    panels = calls.panels_of(np.asarray(jnp.asarray(rng.standard_normal((1600, 100), np.float32), of_kernel)))
-    every = np.asarray(calls.matmul(x, panels, 100))
+    stored = packed.pack(np.asarray(jnp.asarray(rng.standard_normal((1600, 100), np.float32), of_kernel)))
+    every = np.asarray(calls.matmul(x, stored, 100))
     for rows in (1, 5, 16, 33):
-        np.testing.assert_array_equal(calls.matmul(x[:rows], panels, 100), every[:rows])
+        np.testing.assert_array_equal(calls.matmul(x[:rows], stored, 100), every[:rows])
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_logits_of_any_number_of_rows_with_the_models_own_table(dtype):
     model = OPT(TINY, dtype=dtype, rngs=nnx.Rngs(0))
     graphdef, state = nnx.split(model)
-    weights = OuterWeights.of(model, own_products=True)
+    weights = OuterWeights.of(model, packs=True)
     own = nnx.merge(graphdef, jax.tree.unflatten(jax.tree.structure(state), weights.leaves(weights.arrays)))
     ids = jnp.arange(TINY.vocab_size)
     np.testing.assert_array_equal(own.embed(ids, ids), model.embed(ids, ids))
@@ -128,7 +130,7 @@ def test_logits_of_any_number_of_rows_with_the_models_own_table(dtype):
 
 def test_what_is_not_finite_stays_so():
     x = jnp.asarray([[jnp.nan, 1.0], [jnp.inf, 1.0], [1.0, 1.0]])
-    found = calls.matmul(x, calls.panels_of(np.ones((2, 3), np.float32)), 3)
+    found = calls.matmul(x, packed.pack(np.ones((2, 3), np.float32)), 3)
     assert np.isnan(found[0]).all() and np.isinf(found[1]).all() and np.isfinite(found[2]).all()
     pool = jnp.ones((1, 8, 4)).at[0, 2].set(jnp.nan)
     one = jnp.zeros((1, 1), jnp.int32)

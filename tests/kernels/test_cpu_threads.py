@@ -42,9 +42,9 @@ def test_a_team_of_threads(program, check):
 # Prints the milliseconds of processor time that six products take, one row each.
 PRODUCTS = """
 import time, jax, jax.numpy as jnp, numpy as np
-from apt_jax.cpu_kernels import calls, library
+from apt_jax.cpu_kernels import calls, library, packed
 library.register()
-kernels = [jnp.asarray(calls.panels_of(np.ones(shape, np.float32))) for shape in ((768, 3072), (3072, 768))]
+kernels = [jnp.asarray(packed.pack(np.ones(shape, np.float32))) for shape in ((768, 3072), (3072, 768))]
 
 @jax.jit
 def products(x):

@@ -11,7 +11,7 @@ from apt_jax.attention.absorption import absorb_query, absorbed_values, key_bias
 from apt_jax.attention.paged import Kinds
 from apt_jax.batching.builder import Rows
 from apt_jax.model_config import ModelConfig
-from apt_jax.models.opt import SelfAttention
+from apt_jax.models.linear import AttentionProjections
 from apt_jax.pallas_kernels.reference import (
     NEVER,
     Partial,
@@ -34,9 +34,9 @@ def case() -> Case:
 
 
 @pytest.fixture(scope="module")
-def projections() -> SelfAttention:
+def projections() -> AttentionProjections:
     """Projections with biases that matter."""
-    made = SelfAttention(CONFIG, dtype=jnp.float32, rngs=nnx.Rngs(0))
+    made = AttentionProjections(CONFIG.hidden_size, N, H, dtype=jnp.float32, rngs=nnx.Rngs(0))
     keys = jax.random.split(jax.random.key(1), 4)
     for key, projection in zip(keys, (made.k_proj, made.v_proj), strict=False):
         assert projection.bias is not None
@@ -78,11 +78,11 @@ def test_hidden_reference_is_the_kv_reference_of_wide_heads(case):
 def test_references_agree_with_the_engines_attention(case, projections, kind):
     is_hidden = kind == "hidden"
     rows = rows_of(case, [is_hidden] * len(LENGTHS))
-    engine = attention._decode(projections, case.q, case.pool, rows, Kinds(not is_hidden, is_hidden), case.length)
+    engine = attention._decode(projections.kv, case.q, case.pool, rows, Kinds(not is_hidden, is_hidden), case.length)
     if is_hidden:
-        wide = absorb_query(projections, case.q)
+        wide = absorb_query(projections.kv, case.q)
         part = hidden_decode_attention(wide, case.pool, case.first_blocks, case.length)
-        found = absorbed_values(projections, part.out)
+        found = absorbed_values(projections.kv, part.out)
         found = jnp.where((case.length > 0)[:, None, None], found, 0)  # a row without tokens has no value bias either
     else:
         found = kv_decode_attention(case.q, case.pool, case.first_blocks, case.second_blocks, case.length).out
@@ -102,8 +102,8 @@ def test_a_context_that_is_part_kv_and_part_hidden_merges_to_the_whole(projectio
     table = jnp.arange(3)[None]
     whole = kv_decode_attention(q, pool, table, table + 3, jnp.array([37]))
     kv_part = kv_decode_attention(q, pool, table, table + 3, jnp.array([21]))
-    part = hidden_decode_attention(absorb_query(projections, q), pool, table + 6, jnp.array([16]))
-    hidden_part = Partial(absorbed_values(projections, part.out), part.lse + key_bias_score(projections, q))
+    part = hidden_decode_attention(absorb_query(projections.kv, q), pool, table + 6, jnp.array([16]))
+    hidden_part = Partial(absorbed_values(projections.kv, part.out), part.lse + key_bias_score(projections.kv, q))
     assert_close(merge(kv_part, hidden_part), whole, jnp.float32)
     without_bias = merge(kv_part, Partial(hidden_part.out, part.lse))
     assert np.abs(without_bias.out - whole.out).max() > 1e-2, "the bias of the keys does not matter in this test"

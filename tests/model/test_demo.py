@@ -16,7 +16,7 @@ from tokenizers import Tokenizer
 from apt_jax.checkpoints.demo_training.demo_sample import generate
 from apt_jax.checkpoints.load import Loaded, load_model
 from apt_jax.checkpoints.source import DEMO_FOLDER
-from apt_jax.models.opt import causal_attention
+from apt_jax.models.interface import causal_attention
 
 LARGEST_FOLDER = 12 * 2**20  # bytes
 

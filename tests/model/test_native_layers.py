@@ -97,9 +97,9 @@ class Step:
                     pool[:, table[r, page], offset] = rng.normal(size=(config.num_hidden_layers, config.hidden_size))
         self.pool = jnp.asarray(pool.reshape(-1, BLOCK_SIZE, config.hidden_size), dtype)
         self.history = jnp.zeros((R, PAGES * BLOCK_SIZE), jnp.int32)
-        layers = LayerWeights.of(self.model, own_products=True)
+        layers = LayerWeights.of(self.model, packs=True)
         assert are_native(self.model, layers)
-        outer = OuterWeights.of(self.model, own_products=True)
+        outer = OuterWeights.of(self.model, packs=True)
         graphdef, state = nnx.split(self.model)
         tree = jax.tree.structure(state)
 
@@ -217,7 +217,7 @@ def few_shapes(monkeypatch):
 @pytest.mark.usefixtures("few_shapes")
 def test_other_layers_are_left_to_a_program_each():
     model = OPT(replace(PLAIN, activation_function="gelu"), rngs=nnx.Rngs(0))
-    assert not are_native(model, LayerWeights.of(model, own_products=True))
+    assert not are_native(model, LayerWeights.of(model, packs=True))
     config = replace(PLAIN, num_attention_heads=6)  # of 16: two in a panel
     engine = make_engine(OPT(config, rngs=nnx.Rngs(0)), config, attention_backend="native", calibrate=False)
     prompt = engine.add([5, 6, 7], GREEDY, request_id="a")

@@ -10,7 +10,9 @@ import pytest
 from flax import nnx
 
 from apt_jax.model_config import ACTIVATIONS, ModelConfig
-from apt_jax.models.opt import ACTIVATION_FUNCTIONS, OPT, causal_attention
+from apt_jax.models.activations import ACTIVATION_FUNCTIONS
+from apt_jax.models.interface import causal_attention
+from apt_jax.models.opt import OPT
 from tests.golden import ACTIVATIONS_FILE, DATA, golden_names, load_golden, write_checkpoint
 from tests.golden.compare import compare, greedy, load_golden_model, whole_sequences
 from tests.golden.configs import FIXED, GREEDY_TOKENS

@@ -12,7 +12,7 @@ from apt_jax.attention.paged import Kinds
 from apt_jax.attention.prefix import absorbing_is_cheaper
 from apt_jax.batching.builder import Rows, Tokens
 from apt_jax.model_config import ModelConfig
-from apt_jax.models.opt import SelfAttention
+from apt_jax.models.linear import AttentionProjections
 from apt_jax.pallas_kernels.dispatch import REFERENCES
 
 N, H, S, W = 2, 8, 8, 32
@@ -26,9 +26,9 @@ ROWS = [
 
 
 @pytest.fixture(scope="module")
-def projections() -> SelfAttention:
+def projections() -> AttentionProjections:
     """Projections with biases that matter."""
-    made = SelfAttention(CONFIG, dtype=jnp.float32, rngs=nnx.Rngs(0))
+    made = AttentionProjections(CONFIG.hidden_size, N, H, dtype=jnp.float32, rngs=nnx.Rngs(0))
     for key, projection in zip(jax.random.split(jax.random.key(1)), (made.k_proj, made.v_proj), strict=True):
         assert projection.bias is not None
         projection.bias[...] = jax.random.normal(key, projection.bias.shape)
@@ -69,7 +69,7 @@ def test_kernels_give_what_xla_gives(kinds, projections, monkeypatch):
     context = jnp.arange(W * S).reshape(W, S) < rows.start[:, None, None]  # NaN beyond each row's cached tokens
     for table in (rows.first_blocks, rows.second_blocks):
         pool = pool.at[table].set(jnp.where(context[..., None], pool[table], jnp.nan))
-    arguments = projections, q, k, v, pool, tokens, rows, kinds
+    arguments = projections.kv, q, k, v, pool, tokens, rows, kinds
     expected, found = (attention._chunks(*arguments, kernels) for kernels in (None, REFERENCES))
     real = np.asarray(tokens.row) < len(ROWS)
     np.testing.assert_allclose(found[real], expected[real], rtol=1e-4, atol=1e-5)

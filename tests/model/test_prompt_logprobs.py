@@ -10,7 +10,8 @@ import pytest
 from apt_jax.cache import CacheKind
 from apt_jax.engine.engine import Engine
 from apt_jax.model_config import ModelConfig
-from apt_jax.models.opt import OPT, causal_attention
+from apt_jax.models.interface import causal_attention
+from apt_jax.models.opt import OPT
 from apt_jax.output import Output, TokenLogprobs
 from apt_jax.request import FinishReason, SamplingParams
 from apt_jax.scheduling.plan import Plan, Preempted, Reason, Scheduled

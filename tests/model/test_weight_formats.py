@@ -85,7 +85,7 @@ def test_layers_for_a_mix_of_kinds_do_what_all_layers_do(steps, hidden):
     assert some.any() == bool((np.asarray(found[1]) != np.asarray(pool)).any())
 
 
-def test_kernels_cut_late_are_the_same_kernels(model):
+def test_kernels_sliced_lazily_are_the_same_kernels(model):
     """A prefill step of rows over cached prefixes, hidden ones absorbed and projected, KV ones, and a decode."""
     graphdef, state = model
     length, start = jnp.array([2, 6, 5, 1]), jnp.array([17, 5, 9, 4])
@@ -97,11 +97,11 @@ def test_kernels_cut_late_are_the_same_kernels(model):
     pool = jax.random.normal(jax.random.key(0), (MODEL.num_hidden_layers * P, S, MODEL.hidden_size))
 
     @functools.partial(jax.jit, static_argnums=0, compiler_options=QUICK)
-    def step(cut_late: bool, state, pool):
+    def step(slice_lazily: bool, state, pool):
         history = jnp.zeros((R, W * S), jnp.int32)
         return run_step(
             nnx.merge(graphdef, state), Kinds(True, True), P, False, R, pool, history, tokens, rows, REFERENCES,
-            cut_late=cut_late,
+            slice_lazily=slice_lazily,
         )[:2]  # fmt: skip
 
     early, late = step(False, state, pool), step(True, state, pool)

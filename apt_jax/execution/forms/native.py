@@ -4,25 +4,26 @@ Between the products of one layer XLA runs small programs and wakes its threads 
 the products of one row (docs/log/2026-11-30-performance.md).
 """
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from apt_jax.batching.builder import Rows, Tokens
 from apt_jax.cpu_kernels.calls import all_layers
-from apt_jax.execution.forms.layer_weights import LayerWeights, PanelKernel
+from apt_jax.cpu_kernels.packed import PackedKernel
+from apt_jax.execution.forms.layer_weights import LayerWeights
 from apt_jax.execution.steps import end_step, start_step
 from apt_jax.model_config import ModelConfig
-from apt_jax.models.opt import OPT, DecoderLayer, own_product
+from apt_jax.models.kernels import kernel_of
+from apt_jax.models.linear import Linear
+from apt_jax.models.opt import OPT, DecoderLayer
 
 _KEYS_PACKED = 4096  # as kKeysPacked in layers.h
 
 
 def are_native(model: OPT, layers: LayerWeights) -> bool:
     """Whether the C++ call knows layers of this kind, and has their kernels as it takes them."""
-    return model.layers.activation == "relu" and layers.all_in_panels
+    return model.layers.activation == "relu" and layers.all_packed
 
 
 def scratch_bytes(config: ModelConfig, tokens: int, rows: int) -> int:
@@ -54,7 +55,7 @@ def run_native_step(
     first = layers[0]
     x, pool = all_layers(
         x, pool, rows, [array for layer in layers for array in _parameters(layer)],
-        heads=first.self_attn.q_proj.kernel.shape[1], ffn_dim=first.fc1.kernel.shape[1], num_blocks=num_blocks,
+        heads=first.self_attn.q_proj.outputs[0], ffn_dim=first.fc1.outputs[0], num_blocks=num_blocks,
         norm_first=first.norm_first,
     )  # fmt: skip
     last, every = end_step(model, decode_only, max_rows, x, rows)
@@ -65,8 +66,8 @@ def _parameters(layer: DecoderLayer) -> list[jax.Array]:
     """In the order of `Layer` in layers.h."""
     attention = layer.self_attn
 
-    def of(*linears: nnx.Linear | nnx.LinearGeneral) -> list[jax.Array]:
-        return [array for linear in linears for array in (_panels(linear.kernel), _or_nothing(linear.bias))]
+    def of(*linears: Linear) -> list[jax.Array]:
+        return [array for linear in linears for array in (_packed(linear.kernel), _or_nothing(linear.bias))]
 
     def of_norm(norm: nnx.LayerNorm) -> list[jax.Array]:
         return [_or_nothing(norm.scale), _or_nothing(norm.bias)]
@@ -79,11 +80,11 @@ def _parameters(layer: DecoderLayer) -> list[jax.Array]:
     ]
 
 
-def _panels(kernel: Any) -> jax.Array:
-    own = own_product(kernel)
-    assert isinstance(own, PanelKernel)
-    return own.array
+def _packed(parameter: nnx.Param) -> jax.Array:
+    kernel = kernel_of(parameter)
+    assert isinstance(kernel, PackedKernel)
+    return kernel.stored
 
 
-def _or_nothing(parameter: Any) -> jax.Array:
+def _or_nothing(parameter: nnx.Param | None) -> jax.Array:
     return jnp.zeros(0) if parameter is None else parameter[...]

@@ -1,0 +1,84 @@
+"""Kernels as the C++ products read them: packed in groups of outputs, from large pages of memory."""
+
+import math
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+
+from apt_jax.cpu_kernels.calls import matmul
+from apt_jax.cpu_kernels.large_pages import LargePages, aligned
+from apt_jax.models.kernels import Kernel
+
+PACKED_OUTPUTS = 32  # side by side; as kPanel in matmul.h
+
+
+@dataclass(frozen=True)
+class PackedKernel(Kernel):
+    """A kernel that is multiplied by `cpu_kernels`."""
+
+    stored: jax.Array  # from `pack`
+    shape: tuple[int, ...]
+
+    @property
+    def array(self) -> jax.Array:
+        """Unpacked here, which copies it: for what no step does."""
+        outputs = math.prod(self.shape) // self._inputs
+        return self.by_head().swapaxes(0, 1).reshape(self._inputs, -1)[:, :outputs].reshape(self.shape)
+
+    def matmul(self, x: jax.Array, axes: int = 1, dtype: DTypeLike | None = None) -> jax.Array:
+        """See `Kernel`; the sums are float32."""
+        inputs = math.prod(self.shape[:axes])
+        rows = matmul(x.reshape(-1, inputs), self.stored, math.prod(self.shape) // inputs)
+        return rows.reshape(*x.shape[: x.ndim - axes], *self.shape[axes:]).astype(dtype or x.dtype)
+
+    def columns(self, index: jax.Array) -> jax.Array:
+        """See `Kernel`."""
+        found = self.stored[index // PACKED_OUTPUTS, :, index % PACKED_OUTPUTS]
+        return found.reshape(*index.shape, -1)
+
+    def by_head(self) -> jax.Array:
+        """See `Kernel`: parts of `PACKED_OUTPUTS`, as they lie."""
+        if self.stored.ndim == 3:
+            return self.stored
+        return self.stored.swapaxes(2, 3).reshape(len(self.stored), -1, PACKED_OUTPUTS)
+
+    @property
+    def _inputs(self) -> int:
+        return self.stored.shape[1] * (self.stored.shape[3] if self.stored.ndim == 4 else 1)
+
+
+def can_pack(inputs: int, dtype: DTypeLike) -> bool:
+    """Whether there are products with such kernels: of bfloat16 two inputs lie side by side."""
+    return dtype == jnp.float32 or (dtype == jnp.bfloat16 and inputs % 2 == 0)
+
+
+def packed_bytes(inputs: int, outputs: int, dtype: DTypeLike) -> int:
+    """What a packed kernel takes of `LargePages`."""
+    return aligned(-(-outputs // PACKED_OUTPUTS) * inputs * PACKED_OUTPUTS * np.dtype(dtype).itemsize)
+
+
+def pack(kernel: np.ndarray, memory: LargePages | None = None) -> np.ndarray:
+    """A kernel `[inputs, outputs]` as `calls.matmul` takes it; zeros complete the last group of outputs.
+
+    Args:
+        kernel: one that `can_pack`.
+        memory: where it is to be: from large pages it is read up to a quarter faster. None takes any.
+
+    Returns:
+        `[groups, inputs, PACKED_OUTPUTS]`, of bfloat16 `[groups, inputs / 2, PACKED_OUTPUTS, 2]`.
+    """
+    inputs, outputs = kernel.shape
+    wide = 2 if kernel.dtype == jnp.bfloat16 else 1  # as kInStep in matmul.h
+    groups, whole = -(-outputs // PACKED_OUTPUTS), outputs // PACKED_OUTPUTS
+    shape = (groups, inputs // wide, PACKED_OUTPUTS, wide)
+    found = np.empty(shape, kernel.dtype) if memory is None else memory.empty(shape, kernel.dtype)
+    steps = kernel.reshape(inputs // wide, wide, outputs)
+    in_groups = steps[:, :, : whole * PACKED_OUTPUTS].reshape(*steps.shape[:2], whole, PACKED_OUTPUTS)
+    found[:whole] = in_groups.transpose(2, 0, 3, 1)
+    if whole < groups:
+        found[whole] = 0
+        found[whole, :, : outputs - whole * PACKED_OUTPUTS] = steps[:, :, whole * PACKED_OUTPUTS :].swapaxes(1, 2)
+    return found if wide > 1 else found[..., 0]
