@@ -25,6 +25,7 @@ from apt_jax.simulation.workload import (
     recorded_times,
     shuffled_rows,
 )
+from tests.support.scheduling_loop import request
 
 ARRIVALS = [Arrival(1.0, 4, 3), Arrival(1.5, 4, 2), Arrival(2.0, 4, 1)]
 # a prefills 1..2, b 2..3, c 3..4 and ends; a and b decode 4..4.25, where b ends; a decodes 4.25..4.5 and ends
@@ -92,10 +93,20 @@ def test_the_report_over_them(mode):
 def test_a_first_token_may_be_the_longest_wait_and_preemptions_are_summed():
     outcome = timeline()
     outcome.requests[2].arrival_s = 0.5
-    for count, request in enumerate(outcome.requests):
-        request.num_preemptions, request.num_conversions = count, 2 * count
+    for count, done in enumerate(outcome.requests):
+        done.num_preemptions, done.num_conversions = count, 2 * count
     report = summarise(outcome, policy="", cache_mode="kv", hidden_attention="", rate=1.0, num_blocks=20, instances=2)
     assert (report.longest_wait_s, report.preemptions, report.conversions, report.instances) == (3.5, 3, 6, 2)
+
+
+def test_percentiles_are_the_value_above_that_share_of_each_figure():
+    outcome = timeline()
+    outcome.requests = [request(arrival_s=8.0) for _ in range(200)]
+    for k, done in enumerate(outcome.requests):
+        done.first_scheduled_s, done.first_token_s, done.gaps_s = 8.0 + k / 16, 8.0 + k / 8, [k / 4]
+    report = summarise(outcome, policy="", cache_mode="kv", hidden_attention="", rate=1.0, num_blocks=20)
+    assert (report.p50_queue_s, report.p50_ttft_s, report.p50_tbt_s) == (100 / 16, 100 / 8, 100 / 4)
+    assert (report.p99_queue_s, report.p99_ttft_s, report.p99_tbt_s) == (198 / 16, 198 / 8, 198 / 4)
 
 
 def test_nobody_decodes_so_nobody_has_a_gap():
