@@ -14,7 +14,7 @@ from apt_jax.scheduling.state import Limits
 from apt_jax.simulation.experiment import Experiment
 from apt_jax.simulation.instance import Sample
 from apt_jax.simulation.report import CacheMix, summarise
-from apt_jax.simulation.search import effective_throughput
+from apt_jax.simulation.search import effective_throughput, interpolated_throughput
 from apt_jax.simulation.simulator import simulate
 from apt_jax.simulation.workload import (
     Arrival,
@@ -187,6 +187,17 @@ def test_the_search_begins_for_a_lower_target_above_the_rate_of_the_higher():
     assert [target for target, _ in asked] == sorted((target for target, _ in asked), reverse=True)
     assert next(rate for target, rate in asked if target == 0.7) == pytest.approx(1.25 * found[0.9])
     assert list(found) == [0.9, 0.7]
+
+
+@pytest.mark.parametrize(
+    ("points", "rate"),
+    [
+        ([], 0.0), ([(1, 0.875)], 0.0), ([(1, 0.9)], 1.0), ([(1, 1.0), (3, 0.8)], 2.0),
+        ([(1, 1.0), (2, 0.9), (4, 0.5)], 2.0), ([(2, 1.0), (4, 0.95), (8, 0.75)], 5.0),
+    ],
+)  # fmt: skip
+def test_the_rate_between_measured_ones(points, rate):
+    assert interpolated_throughput(points, 0.9) == pytest.approx(rate)
 
 
 class Fixed(Experiment):
