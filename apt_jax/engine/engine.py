@@ -52,6 +52,16 @@ class _Flight:
     started_s: float
 
 
+@dataclass
+class _Counts:
+    """What `figures` shows beside the state; counts are since the start, the others of the last step."""
+
+    schedule_s: float = 0.0
+    padded_tokens: int = 0
+    num_failed_steps: int = 0
+    compile_s: float = 0.0
+
+
 class Engine:
     """Serves one model from one device, or from several that it is split over; see `ServingEngine`.
 
@@ -79,8 +89,7 @@ class Engine:
         self.prompt_logprobs = PromptLogprobs(setup.builder.buckets.score_rows)
         self.requests = Requests(self.state, self.config, rules, OutputTexts(tokenizer), self.prompt_logprobs)
         self.last_plan = Plan()
-        self._schedule_s = self._compile_s = 0.0
-        self._padded_tokens = self._num_failed_steps = 0
+        self._counts = _Counts()
         self._clock = clock
         self._depth = 1 if self.config.async_scheduling else 0
         self._inflight: deque[_Flight] = deque()
@@ -115,8 +124,8 @@ class Engine:
         """Compile every shape, and measure the device if the policy uses that; afterwards nothing compiles."""
         started = time.perf_counter()
         self.runner.compile_all(progress)
-        self._compile_s = time.perf_counter() - started
-        logger.info("compiled %d programs in %.1f s", self.runner.num_programs, self._compile_s)
+        self._counts.compile_s = time.perf_counter() - started
+        logger.info("compiled %d programs in %.1f s", self.runner.num_programs, self._counts.compile_s)
         if self.times.learns:
             self.times.calibration = calibrate(self.trials, self.setup.cost_model, self.setup.calibration_file)
             self._use_cost_model()
@@ -162,7 +171,7 @@ class Engine:
         """
         now = self._clock()
         self.last_plan = plan = self.policy.schedule(self.state, now)
-        self._schedule_s = self._clock() - now
+        self._counts.schedule_s = self._clock() - now
         if plan.scheduled or plan.preempted or plan.converted:
             self._dispatch(plan, now)
         elif not self._inflight and self.state.num_unfinished:
@@ -180,11 +189,11 @@ class Engine:
             num_blocks=self.state.pool.num_blocks,
             blocks=self.state.blocks_by_kind(),
             plan=self.last_plan,
-            schedule_s=self._schedule_s,
-            padded_tokens=self._padded_tokens,
-            num_failed_steps=self._num_failed_steps,
+            schedule_s=self._counts.schedule_s,
+            padded_tokens=self._counts.padded_tokens,
+            num_failed_steps=self._counts.num_failed_steps,
             num_recompiles=self._compilations.count,
-            compile_s=self._compile_s,
+            compile_s=self._counts.compile_s,
             cost_model=self.times.fitted_model,
         )
 
@@ -205,7 +214,7 @@ class Engine:
                 self.runner.convert([c.request.table for c in plan.converted if c.request.table is not None])
             if spans:
                 batch, programs = self._build(spans), self.runner.num_programs
-                self._padded_tokens = batch.bucket.tokens
+                self._counts.padded_tokens = batch.bucket.tokens
                 results = self.runner.dispatch(batch)
                 usual = programs == self.runner.num_programs and not results.scores
                 self._inflight.append(_Flight(batch, results, self.times.load(plan, spans) if usual else None, now))
@@ -221,7 +230,7 @@ class Engine:
 
     def _recover(self, message: str) -> None:
         """After a failed device step nothing in the cache can be trusted: end all that runs, start afresh."""
-        self._num_failed_steps += 1
+        self._counts.num_failed_steps += 1
         self._inflight.clear()
         self.prompt_logprobs.rewind()
         self.times.forget_end()

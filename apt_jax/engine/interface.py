@@ -39,12 +39,12 @@ class EngineFigures:
     num_blocks: int
     blocks: Mapping[str, int]
     plan: Plan
-    schedule_s: float
-    padded_tokens: int
-    num_failed_steps: int
-    num_recompiles: int
-    compile_s: float
-    cost_model: CostModel | None
+    schedule_s: float = 0.0
+    padded_tokens: int = 0
+    num_failed_steps: int = 0
+    num_recompiles: int = 0
+    compile_s: float = 0.0
+    cost_model: CostModel | None = None
 
     @property
     def num_held_blocks(self) -> int:

@@ -113,27 +113,23 @@ def plan_memory(
         f"weights ({_mib(weight_bytes)}) and activations ({_mib(activation_bytes)}) leave {_mib(max(left, 0))} "
         f"of {_mib(total)}"
     )
-    if config.num_blocks is not None:
-        num_blocks = config.num_blocks
-        if num_blocks * block_bytes > left:
-            raise ValueError(
-                f"num_blocks={num_blocks} takes {_mib(num_blocks * block_bytes)}, but {used}; lower --num-blocks"
-            )
-    else:
-        room, flag = _room(config, device, total, free, activation_bytes, sharers)
-        num_blocks = min(max(room, 0) // block_bytes, useful)
-        if num_blocks < needed:
-            fits = max(room, 0) // block_bytes // cheapest.blocks_per_page * config.block_size
-            shorter = f", or lower --max-model-len to at most {fits}" if fits else ""
-            raise ValueError(
-                f"max_model_len={max_model_len} needs {_mib(needed * block_bytes)} of cache, {_mib(max(room, 0))} are "
-                f"meant for it; {used}: {flag}{shorter}"
-            )
-        if num_blocks * block_bytes > left:
-            raise ValueError(
-                f"cache_memory_bytes={config.cache_memory_bytes} would take {_mib(num_blocks * block_bytes)}, but "
-                f"{used}; lower --cache-memory-bytes"
-            )
+    room, flag = _room(config, device, total, free, activation_bytes, sharers)
+    fitting = max(room, 0) // block_bytes
+    num_blocks = min(fitting, useful) if config.num_blocks is None else config.num_blocks
+    if config.num_blocks is None and num_blocks < needed:
+        fits = fitting // cheapest.blocks_per_page * config.block_size
+        shorter = f", or lower --max-model-len to at most {fits}" if fits else ""
+        raise ValueError(
+            f"max_model_len={max_model_len} needs {_mib(needed * block_bytes)} of cache, {_mib(max(room, 0))} are "
+            f"meant for it; {used}: {flag}{shorter}"
+        )
+    if num_blocks * block_bytes > left:
+        taken = _mib(num_blocks * block_bytes)
+        if config.num_blocks is not None:
+            raise ValueError(f"num_blocks={num_blocks} takes {taken}, but {used}; lower --num-blocks")
+        raise ValueError(
+            f"cache_memory_bytes={config.cache_memory_bytes} would take {taken}, but {used}; lower --cache-memory-bytes"
+        )
     longest = min(max_model_len, num_blocks // cheapest.blocks_per_page * config.block_size)
     return MemoryPlan(
         device=f"{device.platform}: {device.device_kind}",

@@ -168,8 +168,6 @@ class FakeEngine:
             padded_tokens=self.last_plan.num_tokens,
             num_failed_steps=self.num_failed_steps,
             num_recompiles=self.num_recompiles,
-            compile_s=0.0,
-            cost_model=None,
         )
 
     def recent_plans(self) -> list[dict[str, Any]]:
