@@ -295,7 +295,7 @@ def test_a_failing_step_also_ends_the_preempted_one_whose_token_is_lost_with_it(
     assert all("out of memory" in output.error for output in ended.values())
 
 
-def test_stop_strings_before_min_tokens_are_text_like_any_other(engine, monkeypatch):
+def test_stop_strings_before_min_tokens_are_text_like_any_other(engine):
     class Letters:
         """One character per token."""
 
@@ -308,7 +308,7 @@ def test_stop_strings_before_min_tokens_are_text_like_any_other(engine, monkeypa
         def flush(self):
             return ""
 
-    monkeypatch.setattr(engine, "tokenizer", Letters())
+    engine = Engine(engine.setup, Letters())  # the same programs; no other engine is at work
     params = SamplingParams(temperature=0, max_tokens=20, logit_bias={ord("A"): 100}, stop="AA")
     for min_tokens, text in ((0, ""), (2, "A"), (5, "AAAA")):
         request = engine.add([5], replace(params, min_tokens=min_tokens), request_id=text)
