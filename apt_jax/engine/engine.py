@@ -66,7 +66,7 @@ class Engine:
     """Serves one model from one device, or from several that it is split over; see `ServingEngine`.
 
     Args:
-        setup: its parts, which belong to it from now on.
+        setup: its parts, which it owns from now on.
         tokenizer: None serves token ids only.
         clock: seconds; replaced in tests.
     """
@@ -97,7 +97,7 @@ class Engine:
 
     @property
     def max_num_seqs(self) -> int:
-        """Most requests in one iteration."""
+        """Maximum number of requests in one iteration."""
         return self.state.limits.max_num_seqs
 
     @property
@@ -117,7 +117,7 @@ class Engine:
 
     @property
     def trials(self) -> Trials:
-        """Made-up iterations on this engine, while it is idle."""
+        """Synthetic iterations on this engine, while it is idle."""
         return Trials(self.state, self.builder, self.runner, self.max_model_len)
 
     def warm_up(self, progress: bool = False) -> None:
@@ -132,7 +132,7 @@ class Engine:
         self._compilations.reset()
 
     def renew_policy(self) -> None:
-        """Go on with a fresh policy, which knows the device's times and nothing else. The engine must be idle."""
+        """Continue with a fresh policy, which knows the device's times and nothing else. The engine must be idle."""
         self.policy_context = PolicyContext(self.times.fitted_model, seed=self.config.seed)
         self.policy = make_policy(self.config.scheduling_policy, self.policy_context)
 
@@ -165,9 +165,9 @@ class Engine:
             self._end(request, FinishReason.ABORT)
 
     def step(self) -> list[Output]:
-        """One iteration: plan, start it on the device, commit what has come back.
+        """One iteration: plan, start it on the device, commit results.
 
-        A request whose part of the iteration fails ends with FinishReason.ERROR; the engine goes on.
+        A request whose part of the iteration fails ends with FinishReason.ERROR; the engine continues.
         """
         now = self._clock()
         self.last_plan = plan = self.policy.schedule(self.state, now)
@@ -202,7 +202,7 @@ class Engine:
         return self.state.plans.as_dicts()
 
     def load(self, now: float) -> InstanceLoad:
-        """What a router is told about this engine."""
+        """The report of this engine to a router."""
         context = self.policy_context
         return instance_load(self.state, context.cost_model, now, predictor=context.predictor)
 
@@ -229,7 +229,7 @@ class Engine:
         return self.prompt_logprobs.ask(batch)
 
     def _recover(self, message: str) -> None:
-        """After a failed device step nothing in the cache can be trusted: end all that runs, start afresh."""
+        """After a failed device step the cache cannot be trusted: end all running requests, start with an empty one."""
         self._counts.num_failed_steps += 1
         self._inflight.clear()
         self.prompt_logprobs.rewind()

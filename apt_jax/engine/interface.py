@@ -1,4 +1,4 @@
-"""What a server, a batch job or a benchmark needs of an engine. Without jax, so that those who import it stay light."""
+"""The interface of an engine to servers, batch jobs and benchmarks. Without jax, so that importing it stays light."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -28,9 +28,9 @@ class EngineFigures:
         plan: of the last step.
         schedule_s: seconds that the policy took for it.
         padded_tokens: tokens that the last iteration computed, padding included.
-        num_failed_steps: since the start; the engine went on after each.
+        num_failed_steps: since the start; the engine continued after each.
         num_recompiles: programs compiled since `warm_up`; should stay 0.
-        compile_s: seconds that `warm_up` took to compile, or to load what was compiled.
+        compile_s: seconds that `warm_up` took to compile programs, or to load compiled ones.
         cost_model: as measured on the device; None if it was not.
     """
 
@@ -73,7 +73,7 @@ class ServingEngine(Protocol):
 
     @property
     def max_num_seqs(self) -> int:
-        """Most requests in one iteration."""
+        """Maximum number of requests in one iteration."""
 
     @property
     def has_unfinished(self) -> bool:
@@ -103,19 +103,19 @@ class ServingEngine(Protocol):
     ) -> Request:
         """Queue one request (one sample).
 
-        `output_token_ids` were generated before, by this engine or another, and are gone on from: with the same seed
+        `output_token_ids` were generated before, by this engine or another, and are continued: with the same seed
         the same tokens follow. The first output then brings all of their text.
 
         Raises:
             ValueError: the request can never be served; one sentence with the value, the limit and the cure.
-            QueueFull: as many wait as may.
+            QueueFull: the maximum number of requests waits.
         """
 
     def abort(self, request_id: str) -> None:
         """End a request; its blocks are free at once. Unknown or ended ids change nothing."""
 
     def step(self) -> list[Output]:
-        """One iteration; what it brought, and the last outputs of requests that ended since the one before."""
+        """One iteration; returns its outputs, and the last outputs of requests that ended since the previous one."""
 
     def figures(self) -> EngineFigures:
         """Figures after the last step; in the thread that steps."""
@@ -124,4 +124,4 @@ class ServingEngine(Protocol):
         """The newest plans with their reasons, oldest first, as JSON-ready dicts. From any thread."""
 
     def load(self, now: float) -> InstanceLoad:
-        """What a router is told about this engine at `now`; walks over all unfinished requests."""
+        """The report of this engine to a router at `now`; walks over all unfinished requests."""

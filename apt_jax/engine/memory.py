@@ -1,4 +1,4 @@
-"""How the device's memory is shared at start-up: weights, activations, and the cache pool in what is left."""
+"""How the device's memory is divided at start-up: weights, activations, and the cache pool in the rest."""
 
 from dataclasses import dataclass, replace
 
@@ -56,7 +56,7 @@ class MemoryPlan:
 
 
 def share_memory(runner: Runner, config: EngineConfig, kinds: tuple[CacheKind, ...]) -> MemoryPlan:
-    """Measure what the largest programs need, then plan; several processes agree on the smallest pool of all.
+    """Measure the memory of the largest programs, then plan; several processes agree on the smallest pool of all.
 
     Raises:
         ValueError: see `plan_memory`.
@@ -162,8 +162,8 @@ def _room(
 def device_memory(device: jax.Device, weight_bytes: int, sharers: int = 1) -> tuple[int, int]:
     """Bytes of `device` that count as its memory, and those free now.
 
-    A GPU or TPU says so itself; on a CPU it is what the machine has available and the process' control groups
-    allow, weights already loaded added, in equal parts for the `sharers` devices that one model is split over there.
+    A GPU or TPU reports it; on a CPU it is what is available on the machine and within the process's control groups,
+    weights already loaded added, in equal parts for the `sharers` devices that one model is split over there.
     """
     stats = device.memory_stats()
     if stats and "bytes_limit" in stats:

@@ -1,8 +1,8 @@
-"""Log-probabilities of prompts: which positions the device is asked for, chunk by chunk, and what has come back.
+"""Log-probabilities of prompts: the positions requested from the device, chunk by chunk, and the results.
 
 The hidden state after prompt token p gives the distribution of token p + 1, so a prompt of P tokens has P - 1 of them.
 A prompt may be prefilled in several iterations, lose its cache in between and be run again: each position is asked for
-once. Iterations in which nobody wants any cost nothing.
+once. Iterations in which no request wants any cost nothing.
 """
 
 import math
@@ -95,7 +95,7 @@ class PromptLogprobs:
         self._found.pop(request_id, None)
 
     def rewind(self) -> None:
-        """What is on its way will never come: ask for it again when those prompts are run again."""
+        """Results in flight are lost: request them again when those prompts are run again."""
         for request_id, found in self._found.items():
             self._asked[request_id] = len(found)
 

@@ -1,4 +1,4 @@
-"""The unfinished requests of an engine: how they come, what a new token means to them, how they end."""
+"""The unfinished requests of an engine: adding, accepting tokens, ending."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -103,7 +103,7 @@ class Requests:
         return Output(request, shown, (token,), logprobs, reason, prompt_logprobs=prompt_logprobs)
 
     def end(self, request: Request, reason: FinishReason, error: str | None = None) -> None:
-        """End an unfinished request outside the normal course; `take_ended` reports it."""
+        """End an unfinished request early (abort or error); `take_ended` reports it."""
         self._state.finish(request, reason)
         shown = self._texts.flush(request)
         self._forget(request)

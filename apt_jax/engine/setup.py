@@ -1,4 +1,4 @@
-"""What an engine works with, made before it: options without gaps, programs, cache pool, queues."""
+"""The parts of an engine, made before it: complete options, programs, cache pool, queues."""
 
 import logging
 from dataclasses import dataclass, replace
@@ -32,7 +32,7 @@ class EngineSetup:
         config: every default that depends on model and device is filled in.
         runner: with its cache pool in place; nothing else is compiled.
         cost_model: of the device, before any measurement.
-        calibration_file: where this device's measured times are kept, None for nowhere.
+        calibration_file: where this device's measured times are kept; None: nowhere.
         attention: which implementation of attention runs: the kernels' name, or xla.
     """
 
@@ -52,7 +52,7 @@ def set_up(model: OPT, model_config: ModelConfig, config: EngineConfig, *, donat
 
     Args:
         model: weights on the device; for `tensor_parallel_size` > 1 split by `sharding.Parallel`.
-        donate_model: the model's arrays may be taken apart, which saves memory on a CPU; it cannot be used afterwards.
+        donate_model: the model's arrays may be consumed, which saves memory on a CPU; it cannot be used afterwards.
 
     Raises:
         ValueError: the configuration cannot be served (context, memory, backend); one sentence with the cure.

@@ -23,7 +23,7 @@ class StepTimes:
         return self.calibration.model if self.calibration.is_fitted else None
 
     def load(self, plan: Plan, spans: Sequence[Span]) -> StepLoad | None:
-        """What an iteration works through; None if nobody learns from its time."""
+        """What an iteration works through; None if its time is not learned from."""
         return step_load(plan, spans) if self.learns else None
 
     def ended(self, load: StepLoad | None, started_s: float, now: float) -> bool:
@@ -38,5 +38,5 @@ class StepTimes:
         return changed
 
     def forget_end(self) -> None:
-        """Nobody knows when the device will be free: nothing was read back, or a step failed."""
+        """Forget the end of the last iteration: nothing was read back, or a step failed."""
         self._device_free_s = None

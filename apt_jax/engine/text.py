@@ -1,4 +1,4 @@
-"""Output text: tokens become text as far as it is complete, and stop strings are searched in it."""
+"""Output text: tokens become text as soon as it is complete, and it is searched for stop strings."""
 
 from dataclasses import dataclass
 

@@ -1,4 +1,4 @@
-"""Made-up iterations, to measure the device without computing the context that they look back on."""
+"""Synthetic iterations, to measure the device without computing the context that they attend to."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -19,7 +19,7 @@ _PARAMS = SamplingParams(temperature=0, max_tokens=None, ignore_eos=True)
 
 @dataclass(frozen=True)
 class Trial:
-    """One made-up iteration; every request in it samples."""
+    """One synthetic iteration; every request in it samples."""
 
     spans: Sequence[Span]
     builder: BatchBuilder
@@ -47,7 +47,7 @@ class Trial:
 
 @dataclass(frozen=True)
 class Trials:
-    """Runs made-up iterations on an idle engine's own builder, runner and pool; they change unused blocks only."""
+    """Runs synthetic iterations on an idle engine's own builder, runner and pool; they change unused blocks only."""
 
     state: SchedulerState
     builder: BatchBuilder
@@ -65,7 +65,7 @@ class Trials:
 
     @contextmanager
     def prepared(self, shapes: Sequence[Shape]) -> Iterator[Trial]:
-        """An iteration of requests that look as if their cached tokens had been computed; they hold blocks meanwhile.
+        """An iteration of requests set up as if their cached tokens had been computed; they hold blocks meanwhile.
 
         Raises:
             RuntimeError: the engine is not idle.

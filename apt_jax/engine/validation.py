@@ -1,4 +1,4 @@
-"""What a request must fulfil to be served by an engine; each refusal is one sentence with value, limit and cure."""
+"""Checks of a request before an engine accepts it; each refusal is one sentence with value, limit and cure."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

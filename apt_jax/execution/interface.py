@@ -1,4 +1,4 @@
-"""What an engine asks of the devices: `StepRunner`, which one process implements, or several that work together."""
+"""The interface between engine and devices: `StepRunner`, implemented by one process, or by several together."""
 
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
@@ -9,7 +9,7 @@ from apt_jax.execution.sampling import Sampled, Scored
 
 
 class StepResults(NamedTuple):
-    """What one iteration brings back, on the device until `StepRunner.read`."""
+    """Results of one iteration, on the device until `StepRunner.read`."""
 
     sampled: Sampled | None  # None if no row samples
     scores: tuple[Scored, ...]  # of the batch's chunks
@@ -20,7 +20,7 @@ class StepRunner(Protocol):
 
     @property
     def num_programs(self) -> int:
-        """Compiled programs at hand."""
+        """Number of compiled programs."""
 
     def compile_all(self, progress: bool = False) -> None:
         """Compile every shape; afterwards nothing compiles."""

@@ -1,14 +1,14 @@
 """Several processes, one engine: process 0 schedules, the others run the same programs on their devices.
 
 Programs over devices of several processes (multi-host TPU slices, GPU nodes) must be started by every process, in the
-same order. Only process 0 has a scheduler, requests and a clock. It tells the others what it is about to start, over
+same order. Only process 0 has a scheduler, requests and a clock. It sends the others what it is about to start, over
 one TCP connection each: the padded arrays of a batch, or the block tables to convert. So nothing has to be
 deterministic, and everything above the runner is as on one process.
 
-Messages are pickles: each connection is authenticated with a random key that process 0 hands out over JAX's own
+Messages are pickles: each connection is authenticated with a random key that process 0 distributes over JAX's own
 collectives when they start. Processes of a job trust each other, as they do for those collectives.
 
-A process that is lost takes the engine with it, since every program needs all of them. The others do not wait in a
+A lost process ends the engine, since every program needs all processes. The others do not wait in a
 collective that never ends: process 0 sees the connection end and ends too, and so do the others then.
 """
 
@@ -126,7 +126,7 @@ def follow(runner: StepRunner) -> None:
     requests, and a second one ends this process at once.
 
     Raises:
-        Exception: what `runner` raises. This process is then lost to the others, which JAX tells them.
+        Exception: what `runner` raises. This process is then lost to the others, of which JAX informs them.
     """
     host, port, key = _exchange()
     with Client((host, port), authkey=key) as leader:
@@ -180,7 +180,7 @@ def smallest_of_all(count: int) -> int:
 
 
 def without_requests(batch: Batch) -> Batch:
-    """What a runner needs of a batch: its arrays, and whether any row samples."""
+    """The part of a batch that a runner needs: its arrays, and whether any row samples."""
     return batch._replace(
         requests=(None,) * len(batch.requests),  # type: ignore[arg-type] # their number is what counts
         spans=(),

@@ -1,4 +1,4 @@
-"""What differs between the platforms that JAX runs on: the only file of `apt_jax` that asks for a platform's name."""
+"""Differences between the platforms that JAX runs on; the only file of `apt_jax` that compares platform names."""
 
 from dataclasses import dataclass
 
@@ -44,12 +44,12 @@ class Platform:
 
     @classmethod
     def of(cls, device: jax.Device) -> "Platform":
-        """That of a device. Unknown ones are served with the plainest programs."""
+        """The platform of a device; unknown ones get the plainest programs."""
         return PLATFORMS.get(device.platform, cls(device.platform))
 
     @classmethod
     def of_array(cls, array: jax.Array) -> "Platform":
-        """That of the devices that hold `array`."""
+        """The platform of the devices that hold `array`."""
         return cls.of(next(iter(array.sharding.device_set)))
 
     def weight_dtype(self, stored: str) -> str:

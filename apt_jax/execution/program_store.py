@@ -1,7 +1,7 @@
 """Compiled programs on disk, so that a second start neither traces nor compiles.
 
 JAX's own compilation cache saves the compiler's work but still traces and lowers every program, several seconds for
-all shapes. Here the whole executable is kept under a key of everything that decides it: versions, device, source
+all shapes. Here the whole executable is kept under a key of everything it depends on: versions, device, source
 code of this package, and the program's shapes. The files are pickles: the folder is trusted like JAX's own cache.
 
 An executable that JAX took from its own cache is not kept: on a CPU, XLA writes it without its functions, and it
@@ -36,7 +36,7 @@ logger = logging.getLogger(__name__)
 
 
 class ProgramStore:
-    """A folder of executables. Reading and writing never fail a start: what cannot be used is compiled again."""
+    """A folder of executables. Reading and writing never fail a start: an unusable program is compiled again."""
 
     def __init__(self, folder: Path | None, device: jax.Device):
         """Keep programs for `device` in `folder`; None keeps nothing."""
@@ -53,7 +53,7 @@ class ProgramStore:
         """The stored program, else that of `compile_program`, which is stored.
 
         Args:
-            description: tells the program apart from all others of this package: name, shapes, static arguments.
+            description: identifies the program among all of this package: name, shapes, static arguments.
         """
         if self._folder is None:
             return compile_program()
@@ -89,7 +89,7 @@ _hits = threading.local()
 
 
 def _count_hit(event: str, **_: str | int) -> None:
-    """Told by jax, in the thread that compiles."""
+    """Called by jax, in the thread that compiles."""
     if event == "/jax/compilation_cache/cache_hits":
         _hits.count = _jax_cache_hits() + 1
 
@@ -103,7 +103,7 @@ jax.monitoring.register_event_listener(_count_hit)
 
 
 def _environment(device: jax.Device) -> str:
-    """What decides a program besides its description."""
+    """What a program depends on besides its description."""
     versions = (jax.__version__, jaxlib.__version__, flax.__version__, device.client.platform_version)
     flags = (os.environ.get("XLA_FLAGS"), os.environ.get("LIBTPU_INIT_ARGS"), jax.config.jax_enable_x64)
     place = (device.platform, device.device_kind, device.id, len(jax.devices()), platform.machine(), cpu_features())
@@ -112,7 +112,7 @@ def _environment(device: jax.Device) -> str:
 
 @cache
 def source_hash() -> str:
-    """Hash of the source code that programs are made of (scheduling is not): any change makes all of them new."""
+    """Hash of the source code that programs are made of (scheduling is not): any change invalidates all of them."""
     digest = hashlib.sha256()
     for package in (apt_jax.__path__[0], pallas_kernels.__path__[0]):
         root = Path(package)

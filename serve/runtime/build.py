@@ -34,15 +34,16 @@ def build_engine(
     on_phase: Callable[[str], None] = lambda phase: None,
     leader_host: str | None = None,
 ) -> Engine:
-    """Load a model (None: the bundled demo) and its tokenizer and put an engine around them; compiles nothing.
+    """Load a model (None: the bundled demo) and its tokenizer and make an engine of them; compiles nothing.
 
-    A model folder without a tokenizer gives an engine that takes token ids only. `on_phase` is told what has ended:
-    "weights", "tokenizer", "kernels", "memory". Of several processes (`jax.distributed`) only process 0 gets an engine;
-    in the others this runs what process 0 runs, and exits when that ends. `leader_host` is where they reach process 0;
+    A model folder without a tokenizer gives an engine that takes token ids only. `on_phase` is called with each phase
+    that has ended: "weights", "tokenizer", "kernels", "memory". Of several processes (`jax.distributed`) only process
+    0 gets an engine; in the others this runs what process 0 runs, and exits when that ends. `leader_host` is where
+    they reach process 0;
     default: the address of its route to other machines.
 
     Raises:
-        ValueError: what was named cannot be loaded, or does not fit; one sentence with the file, value or flag.
+        ValueError: model or tokenizer cannot be loaded, or do not fit; one sentence with the file, value or flag.
     """
     cache = use_compile_cache(engine_config.compilation_cache_dir)
     devices, processes = engine_config.tensor_parallel_size, jax.process_count()
