@@ -28,7 +28,7 @@ def admit(view: View, draft: Draft) -> Draft:
     spare = view.state.limits.watermark_blocks if draft.runs_any else 0
     victims = late_victims(view, draft)
     capacity = draft.free_blocks - spare + int(draft.claims[victims].sum())
-    if capacity < min(kind.blocks_per_page for kind in view.kinds):
+    if capacity < view.least_blocks_per_page:
         return draft
     order, is_hidden = _solve(view, capacity)
     return _take(view, draft, order, is_hidden, spare, victims)
@@ -37,15 +37,15 @@ def admit(view: View, draft: Draft) -> Draft:
 def _solve(view: View, capacity: int) -> tuple[Ints, Bools]:
     """Waiting requests to admit into `capacity` blocks, best first, and whether as hidden."""
     candidates = np.flatnonzero(~view.lane_w)
-    rho_s = view.context.rho_s or UNKNOWN_RHO_S
+    kv_block_s = (view.context.rho_s or UNKNOWN_RHO_S) * view.block_size / CacheKind.KV.blocks_per_page
     problem = Problem(
         pending_s=view.values_w[candidates],
-        kv_blocks=2 * view.pages_w[candidates],
+        kv_blocks=CacheKind.KV.blocks_per_page * view.pages_w[candidates],
         may_be_kv=np.full(len(candidates), CacheKind.KV in view.kinds),
         may_be_hidden=_may_be_hidden(view, candidates),
         capacity_blocks=capacity,
         num_requests=view.num_counted,
-        rho_s=rho_s * view.block_size / 2 if len(view.kinds) == 2 else 0.0,  # per KV block; no choice, no penalty
+        rho_s=kv_block_s if view.is_hybrid else 0.0,  # no choice, no penalty
     )
     solution = solve_greedy(problem)
     return candidates[solution.order], solution.is_hidden[solution.order]
@@ -59,7 +59,7 @@ def _may_be_hidden(view: View, candidates: Ints) -> Bools:
     """
     model = view.context.cost_model
     allowed = np.full(len(candidates), CacheKind.HIDDEN in view.kinds)
-    if len(view.kinds) < 2 or model is None or model.rho_s <= 0 or not view.options.sustained:
+    if not view.is_hybrid or model is None or model.rho_s <= 0 or not view.options.sustained:
         return allowed
     running = np.flatnonzero(view.running.decoding)
     tokens = view.waiting.tokens[candidates].astype(np.float64)
@@ -117,7 +117,7 @@ def _take(view: View, draft: Draft, order: Ints, is_hidden: Bools, spare: int, l
 
 def _offers(view: View, order: Ints, is_hidden: Bools) -> Iterator[_Offer]:
     """What `_take` must know of each waiting request, computed in slices: it seldom gets far."""
-    per_page = np.where(is_hidden, 1, 2)
+    per_page = np.where(is_hidden, CacheKind.HIDDEN.blocks_per_page, CacheKind.KV.blocks_per_page)
     blocks, late = view.pages_w[order] * per_page, view.late_w[order]
     least = np.minimum.accumulate(blocks[::-1])[::-1]
     any_in_time = np.logical_or.accumulate(~late[::-1])[::-1]
@@ -146,6 +146,6 @@ def _reason(view: View, kind: CacheKind, late: bool) -> Reason:
         return Reason.ADMITTED_LATE
     if kind is CacheKind.KV:
         return Reason.ADMITTED_KV
-    if len(view.kinds) == 1:
+    if not view.is_hybrid:
         return Reason.ADMITTED_HIDDEN
     return Reason.ADMITTED_HIDDEN_FASTER if view.context.rho_s < 0 else Reason.ADMITTED_HIDDEN_SERVES_MORE

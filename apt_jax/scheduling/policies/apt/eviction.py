@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from apt_jax.cache import CacheKind
 from apt_jax.scheduling.plan import Reason
 from apt_jax.scheduling.policies.apt.draft import Draft
 from apt_jax.scheduling.policies.apt.facts.view import View
@@ -32,10 +33,10 @@ def _least_valuable(view: View, need: Ints) -> Ints:
     """Indices of the running requests that the solver leaves out if each takes `need` blocks of the whole pool."""
     capacity = view.state.pool.num_blocks - int(need[view.lane_r].sum())
     rest = np.flatnonzero(~view.lane_r)
-    as_kv = view.running.blocks_per_page[rest] == 2
+    as_kv = view.running.kind[rest] == CacheKind.KV.index
     problem = Problem(
         pending_s=view.values_r[rest],
-        kv_blocks=np.where(as_kv, need[rest], 2 * need[rest]),
+        kv_blocks=need[rest] // view.running.blocks_per_page[rest] * CacheKind.KV.blocks_per_page,
         may_be_kv=as_kv,
         may_be_hidden=~as_kv,
         capacity_blocks=capacity,

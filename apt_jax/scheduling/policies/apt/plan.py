@@ -4,13 +4,13 @@ from itertools import compress, repeat
 
 import numpy as np
 
-from apt_jax.cache import CacheKind
+from apt_jax.cache import KINDS, CacheKind
 from apt_jax.request import Request
 from apt_jax.scheduling.plan import Converted, Plan, Preempted, Reason, Scheduled, Waited
 from apt_jax.scheduling.policies.apt.budget import prefill_budget
 from apt_jax.scheduling.policies.apt.conversion import conversions
 from apt_jax.scheduling.policies.apt.draft import Admission, Draft
-from apt_jax.scheduling.policies.apt.facts.ledger import Queue, kind_of
+from apt_jax.scheduling.policies.apt.facts.ledger import Queue
 from apt_jax.scheduling.policies.apt.facts.view import View
 from apt_jax.scheduling.policies.apt.knapsack.problem import Bools
 
@@ -34,9 +34,9 @@ def build_plan(view: View, draft: Draft) -> Plan:
 
 
 def _decodes(view: View, draft: Draft, converted: list[int]) -> list[Scheduled]:
-    as_kv = view.running.blocks_per_page == 2
-    as_kv[converted] = True
-    kinds = [CacheKind.KV if kv else CacheKind.HIDDEN for kv in as_kv[draft.decode_index].tolist()]
+    kind = view.running.kind.copy()
+    kind[converted] = CacheKind.KV.index
+    kinds = [KINDS[k] for k in kind[draft.decode_index].tolist()]
     requests = _pick(view.running, draft.decodes & draft.stays)
     return list(map(Scheduled._make, zip(requests, repeat(1), kinds, repeat(Reason.DECODES))))
 
@@ -48,7 +48,7 @@ def _chunks(view: View, draft: Draft) -> list[Scheduled]:
         (
             running.requests[i],
             int(running.uncomputed[i]),
-            kind_of(int(running.blocks_per_page[i])),
+            KINDS[running.kind[i]],
             Reason.CONTINUES_PREFILL,
         )
         for i in np.flatnonzero(draft.prefills & draft.stays).tolist()

@@ -8,10 +8,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from apt_jax.cache import CacheKind
+from apt_jax.cache import per_kind
 from apt_jax.request import Request, Status
 from apt_jax.scheduling.policies.apt.knapsack.problem import Bools, Floats, Ints
 from apt_jax.scheduling.state import SchedulerState
+
+_BLOCKS_PER_PAGE = np.array(per_kind(lambda kind: kind.blocks_per_page), np.int64)
 
 
 @dataclass(frozen=True)
@@ -20,7 +22,7 @@ class Queue:
 
     `since_s` is the last token or arrival; `tokens` are all known tokens; `uncomputed` those not cached yet;
     `late_gaps` counts gaps over the SLO; `started` says that the first token is out, `missed_first` that it was late;
-    `pages_held` and `blocks_per_page` are 0 for a waiting request.
+    `kind` is the `CacheKind.index`; `kind`, `pages_held` and `blocks_per_page` are 0 for a waiting request.
     """
 
     requests: Sequence[Request]
@@ -36,6 +38,7 @@ class Queue:
     started: Bools
     missed_first: Bools
     pages_held: Ints
+    kind: Ints
     blocks_per_page: Ints
 
     def __len__(self) -> int:
@@ -113,7 +116,7 @@ class Ledger:
         nothing = np.zeros_like(tokens)
         return Queue(
             requests, since_s, arrival_s, ttft_slo_s, tbt_slo_s, prompt, most_new, tokens, uncomputed, late_gaps,
-            started > 0, missed > 0, nothing, nothing,
+            started > 0, missed > 0, nothing, nothing, nothing,
         )  # fmt: skip
 
     def _running_queue(self) -> Queue:
@@ -123,10 +126,10 @@ class Ledger:
         since_s, tokens, uncomputed, late_gaps, started, missed = _progress(running, times, prompt)
         tables = [r.table for r in running]
         pages = np.array([len(table.blocks[0]) for table in tables], np.int64)  # type: ignore[union-attr]
-        per_page = np.array([table.kind.blocks_per_page for table in tables], np.int64)  # type: ignore[union-attr]
+        kind = np.array([table.kind.index for table in tables], np.int64)  # type: ignore[union-attr]
         return Queue(
             running, since_s, arrival_s, ttft_slo_s, tbt_slo_s, prompt, most_new, tokens, uncomputed, late_gaps,
-            started, missed, pages, per_page,
+            started, missed, pages, kind, _BLOCKS_PER_PAGE[kind],
         )  # fmt: skip
 
     def _make_room(self, oldest: int, newest: int) -> None:
@@ -178,8 +181,3 @@ def _progress(
     tokens = prompt_tokens + generated
     missed = started & (first_s - arrival_s > ttft_slo_s)
     return np.where(started, last_s, arrival_s), tokens, tokens - computed, late_gaps, started, missed
-
-
-def kind_of(blocks_per_page: int) -> CacheKind:
-    """The kind with that many blocks per page."""
-    return CacheKind.KV if blocks_per_page == 2 else CacheKind.HIDDEN

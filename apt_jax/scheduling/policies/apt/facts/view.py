@@ -9,7 +9,7 @@ from functools import cached_property
 
 import numpy as np
 
-from apt_jax.cache import CacheKind
+from apt_jax.cache import KINDS, CacheKind
 from apt_jax.scheduling.costs.step_load import StepLoad
 from apt_jax.scheduling.policies.apt.facts.forecast import expected_blocks
 from apt_jax.scheduling.policies.apt.facts.lateness import DEMOTED_VALUE, is_late, is_overdue, lane
@@ -38,6 +38,16 @@ class View:
     def kinds(self) -> tuple[CacheKind, ...]:
         """Cache kinds that a request may be admitted with, the preferred one first."""
         return self.state.limits.kinds
+
+    @property
+    def is_hybrid(self) -> bool:
+        """Whether a request may be admitted as KV or as hidden."""
+        return CacheKind.KV in self.kinds and CacheKind.HIDDEN in self.kinds
+
+    @property
+    def least_blocks_per_page(self) -> int:
+        """Blocks of a page in the smallest kind."""
+        return min(kind.blocks_per_page for kind in self.kinds)
 
     @property
     def block_size(self) -> int:
@@ -141,8 +151,8 @@ class View:
     def decode_s(self, index: Ints) -> float:
         """Seconds of an iteration in which these running requests decode and nothing else runs; needs a cost model."""
         assert self.context.cost_model is not None
-        tokens, as_kv = self.running.tokens[index], self.running.blocks_per_page[index] == 2
-        context_tokens = int(tokens[as_kv].sum()), int(tokens[~as_kv].sum())
+        tokens, kind = self.running.tokens[index], self.running.kind[index]
+        context_tokens = tuple(int(tokens[kind == k.index].sum()) for k in KINDS)
         return self.context.cost_model.step_s(StepLoad(decode_requests=len(index), context_tokens=context_tokens))
 
     def _remaining(self, queue: Queue) -> Floats | None:
@@ -162,10 +172,9 @@ class View:
     def _lanes(self) -> tuple[Bools, Bools]:
         if self.options.fallback != "aging":
             return np.zeros(len(self.waiting), np.bool_), np.zeros(len(self.running), np.bool_)
-        smallest = min(kind.blocks_per_page for kind in self.kinds)
         return lane(
             self.waiting, self.running, self.late_w, self.late_r, now=self.now, patience_s=self.options.patience_s,
-            blocks_waiting=self.pages_w * smallest, blocks_running=self.need_r,
+            blocks_waiting=self.pages_w * self.least_blocks_per_page, blocks_running=self.need_r,
             share_blocks=int(self.options.lane_share * self.state.pool.num_blocks),
         )  # fmt: skip
 

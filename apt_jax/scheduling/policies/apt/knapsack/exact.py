@@ -16,11 +16,11 @@ def solve_exact(problem: Problem) -> Solution:
     best = np.zeros(capacity + 1)
     choices = np.zeros((problem.size, capacity + 1), np.int8)
     for i in range(problem.size):
-        blocks, pending = int(problem.kv_blocks[i]), float(problem.pending_s[i])
+        pending = float(problem.pending_s[i])
         improved = best.copy()
         for choice, allowed, cost, gain in (
-            (_KV, problem.may_be_kv[i], blocks, pending),
-            (_HIDDEN, problem.may_be_hidden[i], blocks // 2, pending - float(problem.penalty_s[i])),
+            (_KV, problem.may_be_kv[i], int(problem.kv_blocks[i]), pending),
+            (_HIDDEN, problem.may_be_hidden[i], int(problem.hidden_blocks[i]), pending - float(problem.penalty_s[i])),
         ):
             if not allowed or cost > capacity:
                 continue
@@ -36,5 +36,5 @@ def solve_exact(problem: Problem) -> Solution:
         choice = choices[i, room]
         is_scheduled[i] = choice != _SKIP
         is_hidden[i] = choice == _HIDDEN
-        room -= {_SKIP: 0, _KV: int(problem.kv_blocks[i]), _HIDDEN: int(problem.kv_blocks[i]) // 2}[int(choice)]
+        room -= {_SKIP: 0, _KV: int(problem.kv_blocks[i]), _HIDDEN: int(problem.hidden_blocks[i])}[int(choice)]
     return Solution(is_scheduled, is_hidden, np.flatnonzero(is_scheduled))

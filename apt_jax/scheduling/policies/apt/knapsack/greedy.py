@@ -17,7 +17,7 @@ import numpy as np
 
 from apt_jax.scheduling.policies.apt.knapsack.problem import Bools, Floats, Ints, Problem, Solution
 
-FILL_ROUNDS = 24  # each is one vectorised pass; the rest would be crumbs
+FILL_ROUNDS = 24  # each is one vectorised pass; later ones would add next to nothing
 
 
 @dataclass(frozen=True)
@@ -60,9 +60,10 @@ def solve_greedy(problem: Problem, *, fill: bool = True) -> Solution:
 
 def offer(problem: Problem) -> Items:
     """The items of all requests, sorted. Items without gain, or larger than the whole capacity, are left out."""
-    pending, penalty, kv_blocks = problem.pending_s, problem.penalty_s, problem.kv_blocks
+    pending, penalty = problem.pending_s, problem.penalty_s
+    kv_blocks, hidden_blocks = problem.kv_blocks, problem.hidden_blocks
     kv = problem.may_be_kv & (kv_blocks <= problem.capacity_blocks)
-    hidden = problem.may_be_hidden & (kv_blocks <= 2 * problem.capacity_blocks)
+    hidden = problem.may_be_hidden & (hidden_blocks <= problem.capacity_blocks)
     # KV in one piece where hidden is impossible or worth less than its upgrade
     whole = kv & (~hidden | (pending - penalty < penalty))
     halves = hidden & ~whole
@@ -70,7 +71,8 @@ def offer(problem: Problem) -> Items:
     first = np.flatnonzero(whole | halves)
     second = np.flatnonzero(upgrade)
     request = np.concatenate([first, second])
-    blocks = np.concatenate([np.where(whole[first], kv_blocks[first], kv_blocks[first] // 2), kv_blocks[second] // 2])
+    least = np.where(whole[first], kv_blocks[first], hidden_blocks[first])
+    blocks = np.concatenate([least, kv_blocks[second] - hidden_blocks[second]])
     gain = np.concatenate([np.where(whole[first], pending[first], pending[first] - penalty[first]), penalty[second]])
     is_hidden = np.concatenate([halves[first], np.zeros(len(second), np.bool_)])
     is_upgrade = np.arange(len(request)) >= len(first)

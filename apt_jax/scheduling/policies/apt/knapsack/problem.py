@@ -17,9 +17,13 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
+from apt_jax.cache import CacheKind
+
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 Bools = NDArray[np.bool_]
+
+_KV, _HIDDEN = CacheKind.KV.blocks_per_page, CacheKind.HIDDEN.blocks_per_page  # the formulation takes them as 2 : 1
 
 
 @dataclass(frozen=True)
@@ -28,15 +32,15 @@ class Problem:
 
     Attributes:
         pending_s: value of serving the request now, in seconds; at least 0.
-        kv_blocks: blocks that it takes as KV; even, at least 2.
+        kv_blocks: blocks that it takes as KV; whole pages, at least one.
         may_be_kv: whether it can hold KV blocks.
-        may_be_hidden: whether it can hold hidden blocks (half as many).
+        may_be_hidden: whether it can hold hidden blocks (`hidden_blocks`, half as many).
         capacity_blocks: blocks to hand out.
         num_requests: requests that a slower iteration delays (U of the paper).
         rho_s: extra seconds of an iteration per KV block held as hidden instead; may be negative.
 
     Raises:
-        ValueError: lengths differ, a value is out of range, or blocks are odd.
+        ValueError: lengths differ, a value is out of range, or blocks are not whole pages.
     """
 
     pending_s: Floats
@@ -52,8 +56,8 @@ class Problem:
         for name in ("kv_blocks", "may_be_kv", "may_be_hidden"):
             if len(getattr(self, name)) != n:
                 raise ValueError(f"{name} has {len(getattr(self, name))} entries, pending_s has {n}")
-        if n and (self.kv_blocks.min() < 2 or (self.kv_blocks & 1).any()):
-            raise ValueError("kv_blocks must be even and at least 2: a KV page takes two blocks")
+        if n and (self.kv_blocks.min() < _KV or (self.kv_blocks % _KV).any()):
+            raise ValueError(f"kv_blocks must be positive and evenly divisible by {_KV}, the blocks of a KV page")
         if n and not self.pending_s.min() >= 0:
             raise ValueError(f"pending_s has {self.pending_s.min()}, every value must be at least 0")
 
@@ -61,6 +65,11 @@ class Problem:
     def size(self) -> int:
         """Requests, n."""
         return len(self.pending_s)
+
+    @cached_property
+    def hidden_blocks(self) -> Ints:
+        """`[n]` blocks that each takes as hidden vectors."""
+        return self.kv_blocks // _KV * _HIDDEN
 
     @cached_property
     def penalty_s(self) -> Floats:
@@ -71,7 +80,7 @@ class Problem:
     def is_guaranteed(self) -> bool:
         """Whether each request fits alone in every kind it may have: the premise of the factor-2 guarantee."""
         as_kv = bool((self.kv_blocks[self.may_be_kv] <= self.capacity_blocks).all())
-        as_hidden = bool((self.kv_blocks[self.may_be_hidden] <= 2 * self.capacity_blocks).all())
+        as_hidden = bool((self.hidden_blocks[self.may_be_hidden] <= self.capacity_blocks).all())
         return as_kv and as_hidden
 
     def value_s(self, solution: "Solution") -> float:
@@ -84,7 +93,7 @@ class Problem:
     def blocks(self, solution: "Solution") -> int:
         """Blocks that `solution` hands out."""
         as_kv = self.kv_blocks[solution.is_scheduled & ~solution.is_hidden].sum()
-        return int(as_kv + self.kv_blocks[solution.is_scheduled & solution.is_hidden].sum() // 2)
+        return int(as_kv + self.hidden_blocks[solution.is_scheduled & solution.is_hidden].sum())
 
 
 @dataclass(frozen=True)
