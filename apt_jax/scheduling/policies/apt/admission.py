@@ -86,7 +86,7 @@ class _Offer(NamedTuple):
 
 
 def _take(view: View, draft: Draft, order: Ints, is_hidden: Bools, spare: int, late_running: Ints) -> Draft:
-    """Admit in order while seats, blocks and the forecast allow; late running requests make room."""
+    """Admit in order while seats, blocks and the forecast allow; late running requests make room if it is used."""
     forecast = _forecast(view, draft)
     victims = late_running.tolist()
     preempted, admitted = dict(draft.preempted), list(draft.admitted)
@@ -94,24 +94,24 @@ def _take(view: View, draft: Draft, order: Ints, is_hidden: Bools, spare: int, l
     for offer in _offers(view, order, is_hidden):
         if (seats <= 0 or room < offer.least_blocks) and not (victims and offer.any_in_time):
             break
-        while (offer.blocks > room or seats <= 0) and victims and not offer.is_late:
-            victim = victims.pop(0)
-            preempted[victim] = Reason.PREEMPTED_LATE
-            room += int(draft.claims[victim])
-            seats += 1
-            if forecast is not None:
-                forecast += view.expected_r(np.array([victim]))[0]
-        if offer.blocks > room or seats <= 0:
+        gained, given = 0, 0  # victims that this one needs, and their blocks
+        while (offer.blocks > room + given or seats + gained <= 0) and gained < len(victims) and not offer.is_late:
+            given += int(draft.claims[victims[gained]])
+            gained += 1
+        if offer.blocks > room + given or seats + gained <= 0:
             continue
         if forecast is not None and offer.expected is not None:
-            others = bool(admitted) or len(view.running) > len(preempted)
-            if others and (forecast < offer.expected).any():
+            left = forecast + view.expected_r(np.array(victims[:gained])).sum(axis=0) if gained else forecast
+            others = bool(admitted) or len(view.running) > len(preempted) + gained
+            if others and (left < offer.expected).any():
                 continue
-            forecast -= offer.expected
-        room -= offer.blocks
-        seats -= 1
+            forecast = left - offer.expected
+        chosen, victims = tuple(victims[:gained]), victims[gained:]
+        preempted.update(dict.fromkeys(chosen, Reason.PREEMPTED_LATE))
+        room += given - offer.blocks
+        seats += gained - 1
         kind = CacheKind.HIDDEN if offer.is_hidden else CacheKind.KV
-        admitted.append(Admission(offer.position, kind, _reason(view, kind, offer.is_late)))
+        admitted.append(Admission(offer.position, kind, _reason(view, kind, offer.is_late), offer.blocks, chosen))
     return replace(draft, preempted=preempted, admitted=tuple(admitted), free_blocks=room + spare, seats=seats)
 
 

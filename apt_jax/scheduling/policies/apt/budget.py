@@ -1,4 +1,6 @@
-"""How many prompt tokens an iteration may compute."""
+"""How many prompt tokens an iteration may compute, and whom they reach."""
+
+import numpy as np
 
 from apt_jax.scheduling.policies.apt.draft import Draft
 from apt_jax.scheduling.policies.apt.facts.view import View
@@ -19,3 +21,18 @@ def prefill_budget(view: View, draft: Draft) -> int:
     free = max(0, model.free_tokens - len(index))  # computed while the weights are read
     affordable = free + int(max(0.0, limit_s - view.decode_s(index)) / per_token_s)
     return max(min(budget, max(affordable, MIN_PREFILL_TOKENS)), 0)
+
+
+def within_budget(view: View, draft: Draft) -> Draft:
+    """`draft` without the last admissions that the prefill budget does not reach.
+
+    Those preempted for them stay, which takes tokens of the budget: hence the loop.
+    """
+    while draft.admitted:
+        budget = prefill_budget(view, draft) - int(view.running.uncomputed[draft.prefills & draft.stays].sum())
+        wanted = view.waiting.uncomputed[[entry.position for entry in draft.admitted]]
+        beyond = int((np.cumsum(wanted) - wanted >= budget).sum())
+        if not beyond:
+            break
+        draft = draft.without_last(beyond)
+    return draft

@@ -4,7 +4,7 @@ An attempt that turns out badly is dropped and the next one starts afresh.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import NamedTuple
 
@@ -16,11 +16,16 @@ from apt_jax.scheduling.policies.apt.knapsack.problem import Bools, Ints
 
 
 class Admission(NamedTuple):
-    """A waiting request, by its position in the queue, that gets memory as `kind`."""
+    """A waiting request, by its position in the queue, that gets `blocks` as `kind`.
+
+    `victims` are the running requests, by position, that are preempted for it and for no other.
+    """
 
     position: int
     kind: CacheKind
     reason: Reason
+    blocks: int
+    victims: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -58,6 +63,16 @@ class Draft:
     def decode_index(self) -> Ints:
         """Indices of the running requests that decode."""
         return np.flatnonzero(self.decodes & self.stays)
+
+    def without_last(self, count: int) -> "Draft":
+        """This draft without its last `count` admissions: those preempted for them stay."""
+        kept, dropped = self.admitted[: len(self.admitted) - count], self.admitted[len(self.admitted) - count :]
+        spared = {victim for entry in dropped for victim in entry.victims}
+        freed = sum(entry.blocks for entry in dropped) - int(self.claims[list(spared)].sum())
+        return replace(
+            self, admitted=kept, free_blocks=self.free_blocks + freed, seats=self.seats + count - len(spared),
+            preempted={i: reason for i, reason in self.preempted.items() if i not in spared},
+        )  # fmt: skip
 
     @property
     def runs_any(self) -> bool:

@@ -14,28 +14,34 @@ def admit_lane(view: View, draft: Draft) -> Draft:
     kind = view.kinds[-1]
     for i in np.flatnonzero(view.lane_w).tolist():
         need = int(view.pages_w[i]) * kind.blocks_per_page
-        draft = _make_room(view, draft, need)
-        if draft.seats > 0 and need <= draft.free_blocks:
-            draft = replace(
-                draft,
-                admitted=(*draft.admitted, Admission(i, kind, Reason.ADMITTED_LONGEST_LATE)),
-                free_blocks=draft.free_blocks - need,
-                seats=draft.seats - 1,
-            )
+        victims = _victims(view, draft, need)
+        if victims is None:
+            continue
+        draft = replace(
+            draft,
+            preempted={**draft.preempted, **dict.fromkeys(victims, Reason.PREEMPTED_FOR_LONGEST_LATE)},
+            admitted=(*draft.admitted, Admission(i, kind, Reason.ADMITTED_LONGEST_LATE, need, victims)),
+            free_blocks=draft.free_blocks - need + int(draft.claims[list(victims)].sum()),
+            seats=draft.seats - 1 + len(victims),
+        )
     return draft
 
 
-def _make_room(view: View, draft: Draft, need: int) -> Draft:
-    """Preempt running requests outside the lane, the least value per block first, until a seat and `need` are free."""
-    if draft.seats > 0 and need <= draft.free_blocks:
-        return draft
-    free, seats, preempted = draft.free_blocks, draft.seats, dict(draft.preempted)
+def _victims(view: View, draft: Draft, need: int) -> tuple[int, ...] | None:
+    """Whom to preempt, outside the lane and the least value per block first, so that a seat and `need` blocks are free.
+
+    None if that cannot be had.
+    """
+    free, seats = draft.free_blocks, draft.seats
+    if seats > 0 and need <= free:
+        return ()
+    victims: list[int] = []
     for victim in np.argsort(view.values_r / np.maximum(view.need_r, 1), kind="stable").tolist():
-        if victim in preempted or view.lane_r[victim]:
+        if victim in draft.preempted or view.lane_r[victim]:
             continue
-        preempted[victim] = Reason.PREEMPTED_FOR_LONGEST_LATE
+        victims.append(victim)
         free += int(draft.claims[victim])
         seats += 1
         if seats > 0 and need <= free:
-            break
-    return replace(draft, preempted=preempted, free_blocks=free, seats=seats)
+            return tuple(victims)
+    return None

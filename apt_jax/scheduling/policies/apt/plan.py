@@ -7,29 +7,27 @@ import numpy as np
 from apt_jax.cache import KINDS, CacheKind
 from apt_jax.request import Request
 from apt_jax.scheduling.plan import Converted, Plan, Preempted, Reason, Scheduled, Waited
-from apt_jax.scheduling.policies.apt.budget import prefill_budget
+from apt_jax.scheduling.policies.apt.budget import prefill_budget, within_budget
 from apt_jax.scheduling.policies.apt.conversion import conversions
-from apt_jax.scheduling.policies.apt.draft import Admission, Draft
+from apt_jax.scheduling.policies.apt.draft import Draft
 from apt_jax.scheduling.policies.apt.facts.ledger import Queue
 from apt_jax.scheduling.policies.apt.facts.view import View
 from apt_jax.scheduling.policies.apt.knapsack.problem import Bools
 
 
 def build_plan(view: View, draft: Draft) -> Plan:
-    """The plan that carries `draft` out. Requests admitted last wait on if the prefill budget does not reach them."""
+    """The plan that carries `draft` out, as far as the prefill budget reaches."""
     running = view.running.requests
     converted = conversions(view, draft)
+    draft = within_budget(view, draft)
     scheduled = _decodes(view, draft, converted)
-    admitted = draft.admitted
-    if admitted or draft.prefills.any():
-        chunks = _chunks(view, draft)
-        scheduled += chunks
-        admitted = admitted[: sum(entry.reason is not Reason.CONTINUES_PREFILL for entry in chunks)]
+    if draft.admitted or draft.prefills.any():
+        scheduled += _chunks(view, draft)
     return Plan(
         scheduled=tuple(scheduled),
         preempted=tuple(Preempted(running[i], reason) for i, reason in draft.preempted.items()),
         converted=tuple(Converted(running[i], Reason.CONVERTED_MEMORY_FREE) for i in converted),
-        waited=_waited(view, draft, admitted),
+        waited=_waited(view, draft),
     )
 
 
@@ -45,15 +43,13 @@ def _chunks(view: View, draft: Draft) -> list[Scheduled]:
     """Prompt chunks within the budget: prefills under way first, then the admitted, both in order."""
     running, waiting = view.running, view.waiting
     wanted = [
-        (
-            running.requests[i],
-            int(running.uncomputed[i]),
-            KINDS[running.kind[i]],
-            Reason.CONTINUES_PREFILL,
-        )
+        (running.requests[i], int(running.uncomputed[i]), KINDS[running.kind[i]], Reason.CONTINUES_PREFILL)
         for i in np.flatnonzero(draft.prefills & draft.stays).tolist()
     ]
-    wanted += [(waiting.requests[i], int(waiting.uncomputed[i]), kind, reason) for i, kind, reason in draft.admitted]
+    wanted += [
+        (waiting.requests[entry.position], int(waiting.uncomputed[entry.position]), entry.kind, entry.reason)
+        for entry in draft.admitted
+    ]
     budget, chunks = prefill_budget(view, draft), []
     for request, uncomputed, kind, reason in wanted:
         if budget <= 0:
@@ -63,8 +59,8 @@ def _chunks(view: View, draft: Draft) -> list[Scheduled]:
     return chunks
 
 
-def _waited(view: View, draft: Draft, admitted: tuple[Admission, ...]) -> tuple[Waited, ...]:
-    found = []
+def _waited(view: View, draft: Draft) -> tuple[Waited, ...]:
+    found, admitted = [], draft.admitted
     if len(view.waiting) > len(admitted):
         left = np.ones(len(view.waiting), np.bool_)
         left[[entry.position for entry in admitted]] = False
