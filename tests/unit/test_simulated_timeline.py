@@ -1,11 +1,12 @@
 """Three requests through the simulator, second by second, and the report over them; search and arrivals by hand."""
 
 import math
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import numpy as np
 import pytest
 
+from apt_jax.engine_config import EngineConfig
 from apt_jax.request import FinishReason, Slo
 from apt_jax.scheduling.costs.cost_model import CostModel
 from apt_jax.scheduling.costs.hardware import HARDWARE, MODELS
@@ -13,6 +14,7 @@ from apt_jax.scheduling.policies.catalogue import make_policy
 from apt_jax.scheduling.state import Limits
 from apt_jax.simulation.experiment import Experiment
 from apt_jax.simulation.instance import Sample
+from apt_jax.simulation.options import SimulateArgs
 from apt_jax.simulation.report import CacheMix, summarise
 from apt_jax.simulation.search import effective_throughput, interpolated_throughput
 from apt_jax.simulation.simulator import simulate
@@ -237,6 +239,14 @@ def test_an_experiment_gives_a_hundredth_of_the_pool_as_watermark_and_a_seed_to_
     assert not Experiment().is_routed and Experiment(max_instances=2).is_routed
     arrivals, rate = replace(experiment, num_requests=1, duration_s=1.0).arrivals(None)
     assert rate == experiment.lengths.recorded_rate and arrivals[0].arrival_s == 0.0
+
+
+def test_an_experiment_s_defaults_are_those_of_the_command():
+    defaults = {field.name: field.default for field in fields(Experiment)}
+    flags = {field.name: field.default for field in fields(SimulateArgs) if field.name in defaults}
+    assert {name: defaults[name] for name in flags} == flags and len(flags) == len(defaults) - 1
+    assert defaults["device_memory_utilization"] == EngineConfig().device_memory_utilization
+    assert (defaults["ttft_slo_ms"], defaults["tbt_slo_ms"]) == (1000.0, 1000.0)
 
 
 TABLE = Lengths("t", np.array([1, 2, 3]), np.array([4, 5, 6]), np.array([0.0, 1.0, 3.0]))
