@@ -97,6 +97,8 @@ def test_a_single_token_has_no_time_between_tokens_and_text_without_a_token_is_n
     assert value("vllm:request_time_per_output_token_seconds_count") == 0
     assert (value("vllm:e2e_request_latency_seconds_count"), value("vllm:generation_tokens_total")) == (1, 1)
     assert value("vllm:time_to_first_token_seconds_count") == 1
+    metrics.brought(Stepped((output(done(0.5, [0.25]), reason=FinishReason.STOP),), (), 0.0))
+    assert value("vllm:request_time_per_output_token_seconds_sum") == 0.25, "two tokens have one"
 
 
 @pytest.mark.parametrize(
