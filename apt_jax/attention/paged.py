@@ -10,14 +10,15 @@ Loops over rows and chunks have trip counts from the data, so a request costs wh
 """
 
 import math
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from apt_jax.attention.absorption import absorb_query, absorbed_values, key_bias_score
 from apt_jax.attention.hidden_slices import hidden_decode_slices
+from apt_jax.attention.kinds import KindMix
 from apt_jax.attention.prefix import merge_prefix
+from apt_jax.attention.write import token_writer
 from apt_jax.attention.xla import (
     attend_by_head,
     attend_wide,
@@ -29,8 +30,8 @@ from apt_jax.attention.xla import (
     read_keys_values,
     start_softmax,
 )
-from apt_jax.batching.builder import Rows, Tokens
-from apt_jax.execution.pool import token_writer
+from apt_jax.batching.arrays import Rows, Tokens
+from apt_jax.cache import CacheKind
 from apt_jax.models.collectives import local_slice
 from apt_jax.models.interface import Attend
 from apt_jax.models.linear import AttentionProjections, KeyValueProjections
@@ -41,23 +42,10 @@ _TILE = 128  # queries, and keys, of a prefill chunk's own attention at a time
 _SMALLEST_TILE = 16
 
 
-class Kinds(NamedTuple):
-    """Which cache kinds a program must handle; fixed when it is traced."""
-
-    kv: bool
-    hidden: bool
-    certain: bool = False  # each of them does occur, so that nothing asks for it when the program runs
-
-    @property
-    def maybe_one(self) -> bool:
-        """Whether it pays to ask at run time if a kind occurs."""
-        return self.kv and self.hidden and not self.certain
-
-
 def paged_attention(
     tokens: Tokens,
     rows: Rows,
-    kinds: Kinds,
+    kinds: KindMix,
     num_blocks: int,
     block_size: int,
     *,
@@ -67,7 +55,7 @@ def paged_attention(
     """The attention of one iteration over the pool: writes the new tokens' vectors, then attends.
 
     Args:
-        tokens, rows: the iteration's arrays, see `apt_jax/batching/builder.py`.
+        tokens, rows: the iteration's arrays, see `apt_jax/batching/arrays.py`.
         kinds: cache kinds that can occur.
         num_blocks, block_size: P and S.
         decode_only: every row has one token, and token r belongs to row r.
@@ -77,7 +65,7 @@ def paged_attention(
         An `Attend` whose cache is the pool.
     """
 
-    write = token_writer(tokens, rows, block_size, kv=kinds.kv, hidden=kinds.hidden, kernels=kernels)
+    write = token_writer(tokens, rows, block_size, kinds=kinds, kernels=kernels)
 
     def attend(
         projections: AttentionProjections, h: jax.Array, pool: jax.Array, layer: jax.Array
@@ -85,20 +73,18 @@ def paged_attention(
         q, kv = projections.query(h), projections.kv
         if kv.splits_inputs:
             h = local_slice(h, axis=1)
-        if decode_only and not kinds.kv:
+        if decode_only and CacheKind.KV not in kinds:
             k = v = jnp.zeros_like(q)  # a hidden row never uses its own k and v
-        elif decode_only and kinds.maybe_one:
+        elif decode_only and kinds.asks:
             k, v = jax.lax.cond(
-                jnp.any(~rows.is_hidden & (rows.length > 0)),
+                jnp.any(rows.of_kind(CacheKind.KV) & (rows.length > 0)),
                 lambda: kv.keys_values(h),
                 lambda: (jnp.zeros_like(q), jnp.zeros_like(q)),
             )
         else:
             k, v = kv.keys_values(h)
         pool = write(pool, layer * num_blocks, h=h, k=k, v=v)
-        shifted = rows._replace(
-            first_blocks=rows.first_blocks + layer * num_blocks, second_blocks=rows.second_blocks + layer * num_blocks
-        )
+        shifted = rows.from_block(layer * num_blocks)
         if decode_only:
             context = shifted.start + shifted.length
             return _decode(kv, q, pool, shifted, kinds, context, kernels).astype(q.dtype), pool
@@ -119,33 +105,36 @@ def _decode(
     q: jax.Array,
     pool: jax.Array,
     rows: Rows,
-    kinds: Kinds,
+    kinds: KindMix,
     context: jax.Array,
     kernels: Kernels | None = None,
 ) -> jax.Array:
     """One query per row `[R, N, H]` over the row's first `context [R]` cached tokens; float32 `[R, N, H]`."""
     slices = projections.splits_inputs
-    hidden = (rows.is_hidden & (context > 0))[:, None, None]
+    is_hidden = rows.of_kind(CacheKind.HIDDEN)
+    hidden = (is_hidden & (context > 0))[:, None, None]
 
     def of_hidden(otherwise: jax.Array) -> jax.Array:
         wide = absorb_query(projections, q)
-        length = jnp.where(rows.is_hidden, context, 0)
+        (blocks,) = rows.tables_of(CacheKind.HIDDEN)
+        length = jnp.where(is_hidden, context, 0)
         if slices:  # a kernel cannot sum the devices' scores before its softmax
-            found = hidden_decode_slices(wide.astype(pool.dtype), pool, rows.first_blocks, length).out
+            found = hidden_decode_slices(wide.astype(pool.dtype), pool, blocks, length).out
         elif kernels is not None and kernels.hidden_decode is not None:
-            found = kernels.hidden_decode(wide.astype(pool.dtype), pool, rows.first_blocks, length).out
+            found = kernels.hidden_decode(wide.astype(pool.dtype), pool, blocks, length).out
         else:
-            found = hidden_decode(wide, pool, rows.first_blocks, length).out
+            found = hidden_decode(wide, pool, blocks, length).out
         return jnp.where(hidden, absorbed_values(projections, found), otherwise)
 
-    if not kinds.kv:
+    if CacheKind.KV not in kinds:
         return of_hidden(jnp.zeros(q.shape, jnp.float32))
-    length = jnp.where(rows.is_hidden, 0, context)
+    length = jnp.where(is_hidden, 0, context)
     decode = kv_decode if kernels is None else kernels.kv_decode
-    out = decode(q, pool, rows.first_blocks, rows.second_blocks, length).out
-    if not kinds.hidden:
+    key_blocks, value_blocks = rows.tables_of(CacheKind.KV)
+    out = decode(q, pool, key_blocks, value_blocks, length).out
+    if CacheKind.HIDDEN not in kinds:
         return out
-    if not kinds.maybe_one:
+    if not kinds.asks:
         return of_hidden(out)
     return jax.lax.cond(jnp.any(hidden), of_hidden, lambda out: out, out)
 
@@ -158,7 +147,7 @@ def _chunks(
     pool: jax.Array,
     tokens: Tokens,
     rows: Rows,
-    kinds: Kinds,
+    kinds: KindMix,
     kernels: Kernels | None = None,
 ) -> jax.Array:
     """Prefill chunks `[T, N, H]`: causal among the chunk's own tokens, and over the row's cached prefix."""
@@ -168,28 +157,31 @@ def _chunks(
     prefix = jnp.where(rows.length > 1, rows.start, 0)
     # kernels cannot sum the devices' scores before their softmax
     if kernels is not None and kernels.kv_prefix is not None and not projections.splits_inputs:
-        return merge_prefix(own, projections, q, pool, rows, prefix, kernels, kv=kinds.kv, hidden=kinds.hidden).out
+        return merge_prefix(own, projections, q, pool, rows, prefix, kernels, kinds).out
     # with few queries absorbing (T*N*D per cached token) is cheaper than re-projecting (D*D)
-    absorbs = kinds.hidden and T <= H
+    absorbs = CacheKind.HIDDEN in kinds and T <= H
+    is_hidden = rows.of_kind(CacheKind.HIDDEN)
+    key_blocks, value_blocks = rows.tables_of(CacheKind.KV)
+    (hidden_blocks,) = rows.tables_of(CacheKind.HIDDEN)
 
     def keys_values(r: jax.Array, chunk: jax.Array, valid: jax.Array) -> tuple[jax.Array, jax.Array]:
         def cached() -> tuple[jax.Array, jax.Array]:
-            return read_keys_values(q, pool, rows.first_blocks[r], rows.second_blocks[r], chunk, valid)
+            return read_keys_values(q, pool, key_blocks[r], value_blocks[r], chunk, valid)
 
         def projected() -> tuple[jax.Array, jax.Array]:
-            h = read_chunk(pool, rows.first_blocks[r], chunk, valid, dtype=q.dtype)
+            h = read_chunk(pool, hidden_blocks[r], chunk, valid, dtype=q.dtype)
             return projections.keys_values(h)
 
-        if kinds.kv and kinds.hidden and not absorbs:
-            return jax.lax.cond(rows.is_hidden[r], projected, cached)
-        return cached() if kinds.kv else projected()
+        if CacheKind.KV in kinds and CacheKind.HIDDEN in kinds and not absorbs:
+            return jax.lax.cond(is_hidden[r], projected, cached)
+        return cached() if CacheKind.KV in kinds else projected()
 
     def by_head(r: jax.Array) -> Partial:
         return attend_by_head(q, prefix[r], lambda chunk, valid: keys_values(r, chunk, valid))
 
     def absorbed(r: jax.Array) -> Partial:
         wide = absorb_query(projections, q)
-        part = attend_wide(wide.reshape(-1, wide.shape[-1]), pool, rows.first_blocks[r], prefix[r])
+        part = attend_wide(wide.reshape(-1, wide.shape[-1]), pool, hidden_blocks[r], prefix[r])
         lse = local_slice(part.lse.reshape(wide.shape[:2]), axis=1) + key_bias_score(projections, q)
         return Partial(absorbed_values(projections, part.out.reshape(wide.shape)), lse)
 
@@ -197,8 +189,8 @@ def _chunks(
         def with_prefix() -> Partial:
             if not absorbs:
                 part = by_head(r)
-            elif kinds.kv:
-                part = jax.lax.cond(rows.is_hidden[r], absorbed, by_head, r)
+            elif CacheKind.KV in kinds:
+                part = jax.lax.cond(is_hidden[r], absorbed, by_head, r)
             else:
                 part = absorbed(r)
             mine = (tokens.row == r)[:, None]

@@ -13,7 +13,9 @@ import jax
 import jax.numpy as jnp
 
 from apt_jax.attention.absorption import absorb_query, absorbed_values, key_bias_score
-from apt_jax.batching.builder import Rows
+from apt_jax.attention.kinds import KindMix
+from apt_jax.batching.arrays import Rows
+from apt_jax.cache import CacheKind
 from apt_jax.models.linear import KeyValueProjections
 from apt_jax.pallas_kernels.dispatch import Kernels
 from apt_jax.pallas_kernels.reference import Partial, merge
@@ -33,9 +35,7 @@ def merge_prefix(
     rows: Rows,
     prefix: jax.Array,
     kernels: Kernels,
-    *,
-    kv: bool,
-    hidden: bool,
+    kinds: KindMix,
 ) -> Partial:
     """Attention over the chunks' own tokens and over cached ones. Pure.
 
@@ -45,20 +45,21 @@ def merge_prefix(
         rows: tables hold rows of the pool.
         prefix: int32 `[R]`, cached tokens that row r's chunk attends to; 0 leaves the row out.
         kernels: with prefix attention.
-        kv, hidden: cache kinds that can occur.
+        kinds: cache kinds that can occur.
     """
     assert kernels.kv_prefix is not None
     first = rows.last - rows.length + 1
-    if kv:
-        length = jnp.where(rows.is_hidden, 0, prefix)
+    is_hidden = rows.of_kind(CacheKind.HIDDEN)
+    if CacheKind.KV in kinds:
+        length = jnp.where(is_hidden, 0, prefix)
 
         def over_kv(own: Partial) -> Partial:
-            tables = rows.first_blocks, rows.second_blocks
+            tables = rows.tables_of(CacheKind.KV)
             return merge(own, kernels.kv_prefix(q, pool, *tables, length, first, rows.length))  # type: ignore[misc]
 
         own = _if(jnp.any(length > 0), over_kv, own)
-    if hidden:
-        length = jnp.where(rows.is_hidden, prefix, 0)
+    if CacheKind.HIDDEN in kinds:
+        length = jnp.where(is_hidden, prefix, 0)
         absorbs = absorbing_is_cheaper(
             rows.length, length, heads=q.shape[1], head_dim=q.shape[2], reads=kernels.hidden_prefix_reads
         )
@@ -94,6 +95,7 @@ def _over_absorbed(
 ) -> Partial:  # fmt: skip
     """`own` merged with attention over hidden vectors, absorbed `ABSORBED_TOKENS` at a time where there are any."""
     T = q.shape[0]
+    (blocks,) = rows.tables_of(CacheKind.HIDDEN)
     size = min(ABSORBED_TOKENS, T)
 
     def one_tile(i: jax.Array, own: Partial) -> Partial:
@@ -105,9 +107,7 @@ def _over_absorbed(
             queries = jax.lax.dynamic_slice_in_dim(q, at, size)
             sliced_here = projections.after(i)
             wide = absorb_query(sliced_here, queries).astype(pool.dtype)
-            part = kernels.hidden_prefix(
-                wide, pool, rows.first_blocks, length, start - at, jnp.maximum(stop - start, 0)
-            )
+            part = kernels.hidden_prefix(wide, pool, blocks, length, start - at, jnp.maximum(stop - start, 0))
             part = Partial(absorbed_values(sliced_here, part.out), part.lse + key_bias_score(projections, queries))
             merged = merge(Partial(*(jax.lax.dynamic_slice_in_dim(a, at, size) for a in own)), part)
             return Partial(
@@ -125,7 +125,8 @@ def _over_projected(
 ) -> Partial:  # fmt: skip
     """`own` merged with attention over hidden vectors, row by row projected to keys and values."""
     S, D = pool.shape[1:]
-    W = rows.first_blocks.shape[1]
+    (blocks,) = rows.tables_of(CacheKind.HIDDEN)
+    W = blocks.shape[1]
     step = max(PROJECTED_TOKENS // S, 1)  # pages
     pages = -(-W // step) * step
     slot = jnp.arange(q.shape[0])[:, None]
@@ -136,7 +137,7 @@ def _over_projected(
 
         def project(piece: jax.Array, keys_values: jax.Array) -> jax.Array:
             page = jnp.minimum(piece * step + jnp.arange(step), W - 1)
-            h = pool[rows.first_blocks[r][page]]
+            h = pool[blocks[r][page]]
             both = [a.reshape(h.shape).astype(pool.dtype) for a in projections.after(piece).keys_values(h)]
             return jax.lax.dynamic_update_slice(keys_values, jnp.stack(both), (0, piece * step, 0, 0))
 

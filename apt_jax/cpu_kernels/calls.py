@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from apt_jax.batching.builder import Rows
+from apt_jax.batching.arrays import Rows
+from apt_jax.cache import CacheKind
 from apt_jax.pallas_kernels.dispatch import Kernels
 from apt_jax.pallas_kernels.reference import Partial
 
@@ -61,7 +62,7 @@ def all_layers(
 
     Args:
         x: `[T, D]`. Tokens after which hidden states are not wanted get anything finite, padding stays as it is.
-        rows: see `apt_jax/batching/builder.py`.
+        rows: see `apt_jax/batching/arrays.py`.
         parameters: layer by layer in the order of `Layer` in layers.h, kernels from `packed.pack`, all of x's dtype;
             one that the model does not have is an array without elements.
         num_blocks: P, the pool's blocks of a layer.
@@ -69,7 +70,8 @@ def all_layers(
     shapes = (jax.ShapeDtypeStruct(x.shape, x.dtype), jax.ShapeDtypeStruct(pool.shape, pool.dtype))
     call = jax.ffi.ffi_call("apt_all_layers", shapes, input_output_aliases={0: 0, 1: 1})
     new_x, new_pool = call(
-        x, pool, rows.start, rows.length, rows.last, rows.wanted, rows.is_hidden, rows.first_blocks, rows.second_blocks,
+        x, pool, rows.start, rows.length, rows.last, rows.wanted, rows.of_kind(CacheKind.HIDDEN),
+        *rows.tables_of(CacheKind.KV),
         *parameters,
         heads=np.int64(heads), ffn=np.int64(ffn_dim), blocks=np.int64(num_blocks), norm_first=norm_first,
     )  # fmt: skip

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from apt_jax.batching.builder import Batch
+from apt_jax.batching.arrays import Batch
 from apt_jax.engine.calibration import calibrate
 from apt_jax.engine.compilations import Compilations
 from apt_jax.engine.interface import EngineFigures

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from apt_jax.batching.builder import Batch, ScoreChunk
+from apt_jax.batching.arrays import Batch, ScoreChunk
 from apt_jax.execution.sampling import Scored
 from apt_jax.output import TokenLogprobs
 from apt_jax.request import Request, Status

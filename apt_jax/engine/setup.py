@@ -4,7 +4,7 @@ import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from apt_jax.attention.paged import Kinds
+from apt_jax.attention.kinds import KindMix
 from apt_jax.batching.buckets import Buckets
 from apt_jax.batching.builder import BatchBuilder, table_pages
 from apt_jax.cache import BlockPool, CacheKind
@@ -108,9 +108,8 @@ def _make_runner(
     model: OPT, model_config: ModelConfig, config: EngineConfig, limits: Limits, donate_model: bool
 ) -> Runner:
     assert config.max_model_len is not None
-    kinds = Kinds(kv=CacheKind.KV in limits.kinds, hidden=CacheKind.HIDDEN in limits.kinds)
     pages = table_pages(config.max_model_len, config.block_size, pages_multiple(config.block_size))
-    shapes = Shapes(limits.max_num_seqs, config.max_model_len, pages, config.block_size, kinds)
+    shapes = Shapes(limits.max_num_seqs, config.max_model_len, pages, config.block_size, KindMix(limits.kinds))
     buckets = Buckets(max_num_seqs=limits.max_num_seqs, max_num_batched_tokens=limits.max_num_batched_tokens)
     return Runner(model, model_config, shapes, buckets, config.attention_backend, donate_model=donate_model)
 
@@ -127,7 +126,8 @@ def _check_devices(runner: Runner, config: EngineConfig) -> None:
             "device(s); load them with the same number"
         )
     parallel = runner.parallel
-    if parallel is not None and runner.num_devices > 1 and runner.shapes.kinds.hidden and not parallel.hidden:
+    keeps_hidden = CacheKind.HIDDEN in runner.shapes.kinds
+    if parallel is not None and runner.num_devices > 1 and keeps_hidden and not parallel.hidden:
         raise ValueError(
             f"cache_mode={config.cache_mode!r} needs k and v split by inputs, and these weights are split by heads; "
             "load them for that mode, or use --cache-mode kv"

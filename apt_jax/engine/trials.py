@@ -4,7 +4,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from apt_jax.batching.builder import Batch, BatchBuilder
+from apt_jax.batching.arrays import Batch
+from apt_jax.batching.builder import BatchBuilder
 from apt_jax.cache import BlockTable, CacheKind, blocks_for
 from apt_jax.execution.interface import StepResults, StepRunner
 from apt_jax.request import Request, SamplingParams

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from apt_jax.batching.builder import MAX_END_IDS
+from apt_jax.batching.sampling_rows import MAX_END_IDS
 from apt_jax.model_config import ModelConfig
 from apt_jax.request import SamplingParams
 from apt_jax.scheduling.state import SchedulerState

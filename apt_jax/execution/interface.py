@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
-from apt_jax.batching.builder import Batch
+from apt_jax.batching.arrays import Batch
 from apt_jax.cache import BlockTable
 from apt_jax.execution.sampling import Sampled, Scored
 

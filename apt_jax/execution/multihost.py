@@ -30,7 +30,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from apt_jax.batching.builder import Batch, ScoreChunk
+from apt_jax.batching.arrays import Batch, ScoreChunk
 from apt_jax.cache import BlockTable
 from apt_jax.execution.interface import StepResults, StepRunner
 

@@ -1,23 +1,18 @@
-"""The cache pool on the device: making it, writing a step's tokens, converting hidden blocks to KV in place.
+"""The cache pool on the device: its shape and bytes, and converting hidden blocks to KV in place.
 
 The pool is one flat array `[L*P, S, D]`; block b of layer l is row `l*P + b`. Flat, because a pool carried through
 `lax.scan` and donated stays in place only when no layer's slice of it is taken (docs/hybrid_cache.md). Where it
 is split over devices, D is a device's slice and N are its heads.
 """
 
-from collections.abc import Callable
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from apt_jax.batching.builder import Rows, Tokens
 from apt_jax.model_config import ModelConfig
 from apt_jax.models.interface import num_layers
 from apt_jax.models.opt import OPT, DecoderLayer
-from apt_jax.pallas_kernels import reference
-from apt_jax.pallas_kernels.dispatch import Kernels
 
 
 def pool_shape(config: ModelConfig, num_blocks: int, block_size: int) -> tuple[int, int, int]:
@@ -28,37 +23,6 @@ def pool_shape(config: ModelConfig, num_blocks: int, block_size: int) -> tuple[i
 def block_bytes(config: ModelConfig, block_size: int, dtype: DTypeLike) -> int:
     """Bytes of one block over all layers."""
     return config.num_hidden_layers * block_size * config.hidden_size * jnp.dtype(dtype).itemsize
-
-
-def token_writer(
-    tokens: Tokens, rows: Rows, block_size: int, *, kv: bool, hidden: bool, kernels: Kernels | None = None
-) -> Callable[..., jax.Array]:
-    """How this step writes vectors into their blocks, in place when donated: k and v for KV rows, h for hidden rows.
-
-    Args:
-        kv, hidden: whether such rows can occur.
-        kernels: without a `cache_writer`, or None: XLA's scatter.
-
-    Returns:
-        `write(pool, base, *, h, k, v)`: the pool `[L*P, S, D]` with attention inputs `h [T, D]`, or `k` and `v`
-        `[T, N, H]`, in the layer whose first block is `base`.
-    """
-    R = rows.length.shape[0]
-    row = jnp.minimum(tokens.row, R - 1)
-    page, offset = tokens.position // block_size, tokens.position % block_size
-    is_hidden, real = rows.is_hidden[row], tokens.row < R
-    first = jnp.where(real, rows.first_blocks[row, page], -1)
-    second = jnp.where(real & ~is_hidden, rows.second_blocks[row, page], -1)
-    kernel = None if kernels is None else kernels.cache_writer
-    write_vectors = (kernel or reference.cache_writer)(first, second, offset)
-
-    def write(pool: jax.Array, base: jax.Array, *, h: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-        if not kv:
-            return write_vectors(pool, base, h, None)
-        k, v = k.reshape(-1, pool.shape[2]), v.reshape(-1, pool.shape[2])
-        return write_vectors(pool, base, jnp.where(is_hidden[:, None], h, k) if hidden else k, v)
-
-    return write
 
 
 def convert_blocks(

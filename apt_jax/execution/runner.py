@@ -19,10 +19,11 @@ from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSha
 from tqdm import tqdm
 
 from apt_jax.attention import xla as xla_attention
-from apt_jax.attention.paged import Kinds
+from apt_jax.attention.kinds import KindMix
 from apt_jax.attention.selection import select_kernels
+from apt_jax.batching.arrays import NUM_TABLES, Batch, Rows, Tokens
 from apt_jax.batching.buckets import Bucket, Buckets
-from apt_jax.batching.builder import Batch, Rows, Sampling, Tokens, empty_sampling
+from apt_jax.batching.sampling_rows import Sampling, empty_sampling
 from apt_jax.cache import BlockTable
 from apt_jax.cpu_kernels.calls import KERNELS as CPU_KERNELS
 from apt_jax.engine_config import AttentionBackend
@@ -50,7 +51,7 @@ class Shapes:
     max_model_len: int
     table_pages: int
     block_size: int
-    kinds: Kinds
+    kinds: KindMix
 
 
 class Runner:
@@ -204,7 +205,7 @@ class Runner:
                 jobs[threads.submit(self._compile_gather, bucket)] = keep(self._gathers, bucket)
             if self._scorer is None:
                 jobs[threads.submit(self._compile_scorer)] = partial(setattr, self, "_scorer")
-            if self.shapes.kinds.kv and self.shapes.kinds.hidden and self._convert is None:
+            if self.shapes.kinds.converts and self._convert is None:
                 jobs[threads.submit(self._compile_convert, self.num_blocks)] = partial(setattr, self, "_convert")
             for job in tqdm(as_completed(jobs), total=len(jobs), desc="compiling", disable=not progress):
                 jobs[job](job.result())
@@ -276,9 +277,9 @@ class Runner:
     def _compile_step(self, bucket: Bucket, num_blocks: int) -> Any:
         T, R = bucket.tokens, bucket.rows
         tokens = Tokens(*(_abstract((T,), dtype) for dtype in (np.int32, np.bool_, np.int32, np.int32)))
-        number, flag = _abstract((R,), np.int32), _abstract((R,), np.bool_)
+        number = _abstract((R,), np.int32)
         table = _abstract((R, self.shapes.table_pages), np.int32)
-        rows = Rows(number, number, number, number, number, flag, table, table)
+        rows = Rows(number, number, number, number, number, number, (table,) * NUM_TABLES)
         name = f"{bucket} {num_blocks}"
         pool, history = self._abstract_pool(num_blocks), self._abstract_history()
         if self._layers is not None and self._all_weights is not None:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from apt_jax.batching.builder import Sampling
+from apt_jax.batching.sampling_rows import Sampling
 from apt_jax.request import MAX_LOGPROBS
 
 _MASKED = -jnp.inf

@@ -9,8 +9,10 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from apt_jax.attention.paged import Kinds, paged_attention
-from apt_jax.batching.builder import Rows, Sampling, Tokens
+from apt_jax.attention.kinds import KindMix
+from apt_jax.attention.paged import paged_attention
+from apt_jax.batching.arrays import Rows, Tokens
+from apt_jax.batching.sampling_rows import Sampling
 from apt_jax.execution.sampling import Sampled, sample
 from apt_jax.models.interface import run_layers
 from apt_jax.models.opt import OPT, DecoderLayer
@@ -19,7 +21,7 @@ from apt_jax.pallas_kernels.dispatch import Kernels
 
 def run_step(
     model: OPT,
-    kinds: Kinds,
+    kinds: KindMix,
     num_blocks: int,
     decode_only: bool,
     max_rows: int,
@@ -48,7 +50,7 @@ def run_step(
     """
     ids, history = _token_ids(history, tokens, rows)
 
-    def all_layers(pool: jax.Array, kinds: Kinds) -> tuple[jax.Array, jax.Array]:
+    def all_layers(pool: jax.Array, kinds: KindMix) -> tuple[jax.Array, jax.Array]:
         attend = paged_attention(
             tokens, rows, kinds, num_blocks, pool.shape[1], decode_only=decode_only, kernels=kernels
         )
@@ -56,11 +58,9 @@ def run_step(
         x, pool = run_layers(model.layers, x, attend, pool, unroll=unroll, slice_lazily=slice_lazily)
         return model.finish(x), pool
 
-    if by_kind and kinds.maybe_one:
-        has_kv, has_hidden = (jnp.any((rows.length > 0) & is_kind) for is_kind in (~rows.is_hidden, rows.is_hidden))
-        mixes = [Kinds(kv=True, hidden=False), Kinds(kv=False, hidden=True), Kinds(kv=True, hidden=True, certain=True)]
-        mix = jnp.where(has_hidden, 1 + has_kv.astype(jnp.int32), 0)
-        hidden, pool = jax.lax.switch(mix, [partial(all_layers, kinds=kinds) for kinds in mixes], pool)
+    if by_kind and kinds.asks:
+        branches = [partial(all_layers, kinds=part) for part in kinds.parts()]
+        hidden, pool = jax.lax.switch(kinds.part_of(rows), branches, pool)
     else:
         hidden, pool = all_layers(pool, kinds)
     last, every = _last_states(hidden, decode_only, max_rows, rows)
@@ -75,7 +75,7 @@ def start_step(model: OPT, history: jax.Array, tokens: Tokens, rows: Rows) -> tu
 
 def run_layer(
     layer: DecoderLayer,
-    kinds: Kinds,
+    kinds: KindMix,
     num_blocks: int,
     decode_only: bool,
     pool: jax.Array,

@@ -13,7 +13,7 @@ import numpy as np
 
 from apt_jax.attention.paged import causal_tiles
 from apt_jax.attention.xla import CHUNK_TOKENS, attend_by_head, read_keys_values
-from apt_jax.batching.builder import Tokens
+from apt_jax.batching.arrays import Tokens
 from apt_jax.pallas_kernels import dispatch, reference
 from apt_jax.pallas_kernels.bench.kernel_runs import TOLERANCE
 from apt_jax.pallas_kernels.bench.timing import Times, reason, repeated, time_calls

@@ -15,8 +15,9 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
-from apt_jax.attention.paged import Kinds
-from apt_jax.batching.builder import Rows, Tokens
+from apt_jax.attention.kinds import KindMix
+from apt_jax.batching.arrays import Rows, Tokens
+from apt_jax.cache import CacheKind
 from apt_jax.execution.pool import convert_blocks, pool_shape
 from apt_jax.execution.steps import run_step
 from apt_jax.models.collectives import AXIS
@@ -79,7 +80,7 @@ class Compiled:
 def compile_split(
     devices: list[Any],
     model: str,
-    kinds: Kinds,
+    kinds: KindMix,
     *,
     rows: int = 32,
     tokens: int | None = None,
@@ -89,7 +90,7 @@ def compile_split(
 ) -> Compiled:
     """A decode step of `rows` requests (or a prefill step of `tokens`, or the conversion) of two layers of `model`."""
     config = dataclasses.replace(MODELS[model], num_hidden_layers=LAYERS)
-    parallel = Parallel(Mesh(np.array(devices), (AXIS,)), kinds.hidden)
+    parallel = Parallel(Mesh(np.array(devices), (AXIS,)), CacheKind.HIDDEN in kinds)
     parallel.check(config)
     count = parallel.num_devices
     num_blocks = 8192 * count
@@ -125,11 +126,10 @@ def compile_split(
 
         R, T, decode_only = rows, tokens or rows, tokens is None
         table = shape(R, CONTEXT_TOKENS // BLOCK_SIZE)
-        flag = shape(R, dtype=jnp.bool_)
         args = (
             pool, shape(R, CONTEXT_TOKENS),
             Tokens(shape(T), shape(T, dtype=jnp.bool_), shape(T), shape(T)),
-            Rows(*(shape(R) for _ in range(5)), flag, table, table),
+            Rows(*(shape(R) for _ in range(6)), (table, table)),
         )  # fmt: skip
         outs, donate = (EVERYWHERE, POOL, EVERYWHERE, EVERYWHERE), (1, 2)
     split, args = parallel.split_program(program, weights, args, outs)

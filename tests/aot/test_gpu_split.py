@@ -8,14 +8,15 @@ from pathlib import Path
 import pytest
 from jax.experimental import topologies
 
-from apt_jax.attention.paged import Kinds
+from apt_jax.attention.kinds import KindMix
+from apt_jax.cache import CacheKind
 from apt_jax.pallas_kernels.dispatch import Kernels
 from apt_jax.pallas_kernels.gpu.hidden_decode import hidden_decode_attention
 from apt_jax.pallas_kernels.gpu.kv_decode import kv_decode_attention
 from tests.aot.split_steps import compile_split
 from tests.aot.test_gpu import pytestmark  # noqa: F401
 
-KV, HIDDEN, BOTH = Kinds(True, False), Kinds(False, True), Kinds(True, True)
+KV, HIDDEN, BOTH = KindMix((CacheKind.KV,)), KindMix((CacheKind.HIDDEN,)), KindMix((CacheKind.KV, CacheKind.HIDDEN))
 DECODE, PREFILL, CONVERT = {"unroll": True}, {"tokens": 256}, {"convert": True}
 
 
@@ -39,6 +40,8 @@ def test_no_split_step_copies_or_gathers_the_pool(model, count, kinds, step):
     # in a loop XLA copies a layer's weights out of their stack: 616 MB of OPT-30B's on each of two
     done.check(temporaries=800e6 if step is PREFILL else 250e6)
     if step is DECODE:
-        assert done.program.as_text().count("mosaic_gpu") >= kinds.kv, "KV requests decode with the kernel"
-    if not kinds.hidden:
+        assert done.program.as_text().count("mosaic_gpu") >= (CacheKind.KV in kinds), (
+            "KV requests decode with the kernel"
+        )
+    if CacheKind.HIDDEN not in kinds:
         assert {kind for kind, _ in done.collectives()} == {"all-reduce"}

@@ -10,8 +10,9 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
-from apt_jax.attention.paged import Kinds
-from apt_jax.batching.builder import Rows, Tokens
+from apt_jax.attention.kinds import KindMix
+from apt_jax.batching.arrays import Rows, Tokens
+from apt_jax.cache import CacheKind
 from apt_jax.execution.pool import convert_blocks
 from apt_jax.execution.steps import run_step
 from apt_jax.model_config import ModelConfig
@@ -53,9 +54,9 @@ def compile_step(kinds, generation, num_tokens=None):
         )
 
     T, pool = num_tokens or ROWS, make_pool()
-    number, flag, table = shape(ROWS), shape(ROWS, dtype=jnp.bool_), shape(ROWS, CONTEXT_TOKENS // BLOCK_SIZE)
+    number, table = shape(ROWS), shape(ROWS, CONTEXT_TOKENS // BLOCK_SIZE)
     tokens = Tokens(shape(T), shape(T, dtype=jnp.bool_), shape(T), shape(T))
-    rows = Rows(number, number, number, number, number, flag, table, table)
+    rows = Rows(number, number, number, number, number, number, (table, table))
     program = jax.jit(step, donate_argnums=(1, 2)).lower(weights, pool, shape(ROWS, CONTEXT_TOKENS), tokens, rows)
     program = program.compile()
     in_place(program, pool)
@@ -75,16 +76,16 @@ def in_place(program, pool: jax.ShapeDtypeStruct) -> None:
 @pytest.mark.parametrize(
     ("kinds", "generation"),
     [
-        (Kinds(kv=True, hidden=True), "9.0"),
-        (Kinds(kv=True, hidden=False), "9.0"),
-        (Kinds(kv=False, hidden=True), "9.0"),
-        (Kinds(kv=True, hidden=False), "8.0"),  # its kernel compiled for an H200: it reads the pool in another shape
+        (KindMix((CacheKind.KV, CacheKind.HIDDEN)), "9.0"),
+        (KindMix((CacheKind.KV,)), "9.0"),
+        (KindMix((CacheKind.HIDDEN,)), "9.0"),
+        (KindMix((CacheKind.KV,)), "8.0"),  # its kernel compiled for an H200: it reads the pool in another shape
     ],
 )
 def test_no_decode_step_copies_the_pool_or_the_weights(kinds, generation):
     """Writing a step's tokens and attending, over all layers, unrolled as `Runner` has it on GPUs."""
     program = compile_step(kinds, generation)
-    assert program.as_text().count("mosaic_gpu") >= kinds.kv + kinds.hidden
+    assert program.as_text().count("mosaic_gpu") >= len(kinds.kinds)
     temporaries, layer_bytes = program.memory_analysis().temp_size_in_bytes, 2 * 12 * CONFIG.hidden_size**2
     assert temporaries < layer_bytes / 2, f"{temporaries=}, a layer has {layer_bytes}"
 
@@ -104,13 +105,13 @@ def test_conversion_does_not_copy_the_pool():
 
 def test_a_prefill_step_attends_to_cached_prefixes_by_kernels():
     """KV rows by one, beside that of rows with a single token."""
-    text = compile_step(Kinds(kv=True, hidden=False), "9.0", num_tokens=512).as_text()
+    text = compile_step(KindMix((CacheKind.KV,)), "9.0", num_tokens=512).as_text()
     assert text.count('custom_call_target="mosaic_gpu') == 2, "once each, in the loop over layers"
 
 
 def test_a_prefill_step_attends_among_a_chunks_own_tokens_by_cudnn():
     """As XLA calls it; cuDNN plans where there is a GPU, so that is not seen here."""
-    text = compile_step(Kinds(kv=True, hidden=True), "9.0", num_tokens=512).as_text()
+    text = compile_step(KindMix((CacheKind.KV, CacheKind.HIDDEN)), "9.0", num_tokens=512).as_text()
     calls = [line for line in text.splitlines() if '"__cudnn$fmhaScaleBiasSoftmax"' in line]
     assert len(calls) == 1, "once, in the loop over layers"
     assert "bf16[1,40,512,128]" in calls[0] and "f32[1,40,512]" in calls[0], "out, and log-sum-exp in float32"

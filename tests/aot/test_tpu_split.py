@@ -8,7 +8,8 @@ import re
 import pytest
 from jax.experimental import topologies
 
-from apt_jax.attention.paged import Kinds
+from apt_jax.attention.kinds import KindMix
+from apt_jax.cache import CacheKind
 from apt_jax.pallas_kernels import dispatch
 from tests.aot.split_steps import compile_split
 from tests.aot.tpu_compiler import MISSING, TOPOLOGIES
@@ -16,7 +17,7 @@ from tests.aot.tpu_compiler import MISSING, TOPOLOGIES
 if MISSING:
     pytest.skip(MISSING, allow_module_level=True)
 
-KV, HIDDEN, BOTH = Kinds(True, False), Kinds(False, True), Kinds(True, True)
+KV, HIDDEN, BOTH = KindMix((CacheKind.KV,)), KindMix((CacheKind.HIDDEN,)), KindMix((CacheKind.KV, CacheKind.HIDDEN))
 DECODE, PREFILL, CONVERT = {}, {"tokens": 256}, {"convert": True}
 
 
@@ -43,11 +44,13 @@ def test_no_split_step_copies_or_gathers_the_pool(chip, model, count, kinds, ste
     found = done.collectives()
     if step is DECODE:
         text = done.program.as_text()
-        assert text.count("tpu_custom_call") >= kinds.kv, "KV requests decode with the kernel, each device its heads"
-        if kinds.hidden:
+        assert text.count("tpu_custom_call") >= (CacheKind.KV in kinds), (
+            "KV requests decode with the kernel, each device its heads"
+        )
+        if CacheKind.HIDDEN in kinds:
             slices = re.findall(r"gather_fusion[.\d]* = bf16\[\d+,16,\d+\]\S*", text)
             assert slices and all("S(1)" in line for line in slices), "hidden slices go into VMEM, and are read once"
-    if not kinds.hidden:
+    if CacheKind.HIDDEN not in kinds:
         assert {kind for kind, _ in found} == {"all-reduce"}
-    if kinds.hidden and step is not CONVERT:
+    if CacheKind.HIDDEN in kinds and step is not CONVERT:
         assert "reduce-scatter" in {kind for kind, _ in found}

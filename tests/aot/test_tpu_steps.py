@@ -12,8 +12,9 @@ import pytest
 from flax import nnx
 from jax.sharding import SingleDeviceSharding
 
-from apt_jax.attention.paged import Kinds
-from apt_jax.batching.builder import Rows, Tokens
+from apt_jax.attention.kinds import KindMix
+from apt_jax.batching.arrays import Rows, Tokens
+from apt_jax.cache import CacheKind
 from apt_jax.execution.pool import convert_blocks
 from apt_jax.execution.steps import run_step
 from apt_jax.execution.tpu_layouts import tpu_format
@@ -60,7 +61,7 @@ class Model:
         return jax.tree.map_with_path(place, self.weights)
 
 
-def compile_step(model: Model, chip: str, kinds: Kinds, *, num_tokens: int | None = None):
+def compile_step(model: Model, chip: str, kinds: KindMix, *, num_tokens: int | None = None):
     """As `Runner` compiles it; a decode step without `num_tokens`."""
     decode_only, num_tokens = num_tokens is None, num_tokens or ROWS
     kernels = dispatch.tpu_kernels("tpu", cores=device(chip).num_cores, interpret=False)
@@ -74,7 +75,7 @@ def compile_step(model: Model, chip: str, kinds: Kinds, *, num_tokens: int | Non
     number, flag = functools.partial(shape, dtype=jnp.int32), functools.partial(shape, dtype=jnp.bool_)
     tokens = Tokens(number(num_tokens), flag(num_tokens), number(num_tokens), number(num_tokens))
     table = number(ROWS, CONTEXT // BLOCK_SIZE)
-    rows = Rows(*(number(ROWS) for _ in range(5)), flag(ROWS), table, table)
+    rows = Rows(*(number(ROWS) for _ in range(6)), (table, table))
     history = number(ROWS, CONTEXT)
     return compile_for(chip, step, model.placed(chip), model.pool, history, tokens, rows, donate=(1, 2))
 
@@ -122,7 +123,7 @@ def test_no_step_copies_the_pool_or_a_weight(chip, size, num_tokens):
     than the smallest matrix of a layer; of the keys and values of a prefix projected anew a step may keep one row's.
     """
     model = Model(size, num_layers=3)
-    program = compile_step(model, chip, Kinds(True, True), num_tokens=num_tokens)
+    program = compile_step(model, chip, KindMix((CacheKind.KV, CacheKind.HIDDEN)), num_tokens=num_tokens)
     in_place(program, model)
     text, matrix = program.as_text(), model.width**2
     kept = f"[{model.pool.shape[0]},", f"[2,{CONTEXT // BLOCK_SIZE},{BLOCK_SIZE},"

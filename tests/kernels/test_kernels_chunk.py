@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from apt_jax.attention import paged as attention
-from apt_jax.batching.builder import Tokens
+from apt_jax.batching.arrays import Tokens
 from apt_jax.pallas_kernels import reference
 from apt_jax.pallas_kernels.dispatch import REFERENCES, check_chunk
 from apt_jax.pallas_kernels.gpu import chunk as gpu_chunk

@@ -8,8 +8,9 @@ from flax import nnx
 
 from apt_jax.attention import paged as attention
 from apt_jax.attention.absorption import absorb_query, absorbed_values, key_bias_score
-from apt_jax.attention.paged import Kinds
-from apt_jax.batching.builder import Rows
+from apt_jax.attention.kinds import KindMix
+from apt_jax.batching.arrays import Rows
+from apt_jax.cache import CacheKind
 from apt_jax.model_config import ModelConfig
 from apt_jax.models.linear import AttentionProjections
 from apt_jax.pallas_kernels.reference import (
@@ -45,9 +46,10 @@ def projections() -> AttentionProjections:
     return made
 
 
-def rows_of(case: Case, is_hidden: list[bool]) -> Rows:
+def rows_of(case: Case, kinds: list[CacheKind]) -> Rows:
     number = jnp.zeros_like(case.length)
-    return Rows(number, number, number, number, number, jnp.asarray(is_hidden), case.first_blocks, case.second_blocks)
+    kind = jnp.array([kind.index for kind in kinds])
+    return Rows(number, number, number, number, number, kind, (case.first_blocks, case.second_blocks))
 
 
 def test_kv_reference_is_softmax_row_by_row(case):
@@ -74,12 +76,11 @@ def test_hidden_reference_is_the_kv_reference_of_wide_heads(case):
     assert_close(Partial(diagonal, found.lse), expected, jnp.float32)
 
 
-@pytest.mark.parametrize("kind", ["kv", "hidden"])
+@pytest.mark.parametrize("kind", CacheKind)
 def test_references_agree_with_the_engines_attention(case, projections, kind):
-    is_hidden = kind == "hidden"
-    rows = rows_of(case, [is_hidden] * len(LENGTHS))
-    engine = attention._decode(projections.kv, case.q, case.pool, rows, Kinds(not is_hidden, is_hidden), case.length)
-    if is_hidden:
+    rows = rows_of(case, [kind] * len(LENGTHS))
+    engine = attention._decode(projections.kv, case.q, case.pool, rows, KindMix((kind,)), case.length)
+    if kind is CacheKind.HIDDEN:
         wide = absorb_query(projections.kv, case.q)
         part = hidden_decode_attention(wide, case.pool, case.first_blocks, case.length)
         found = absorbed_values(projections.kv, part.out)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from apt_jax.attention.paged import Kinds
+from apt_jax.attention.kinds import KindMix
 from apt_jax.batching.buckets import Buckets
 from apt_jax.batching.builder import BatchBuilder, table_pages
 from apt_jax.cache import BlockPool, CacheKind
@@ -51,7 +51,7 @@ def test_steps_update_the_pool_in_place():
     graphdef, state = nnx.split(nnx.eval_shape(lambda: OPT(config, rngs=nnx.Rngs(0))))
     model = nnx.merge(graphdef, jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), state))
     buckets = Buckets(max_num_seqs=8, max_num_batched_tokens=16)
-    shapes = Shapes(8, 64, 8, 16, Kinds(kv=True, hidden=True))
+    shapes = Shapes(8, 64, 8, 16, KindMix((CacheKind.KV, CacheKind.HIDDEN)))
     num_blocks = 2048
     pool_bytes = np.prod(pool_shape(config, num_blocks, 16)) * 4
     for call_per_layer in (True, False):  # as on a CPU and on an accelerator
@@ -133,7 +133,7 @@ def last_logits(model: OPT, config: ModelConfig, prompts: list[list[int]], kind:
     buckets = Buckets(max_num_seqs=rows, max_num_batched_tokens=length)
     state = SchedulerState(BlockPool(rows * 32, 8), Limits(rows, length))
     builder = BatchBuilder(buckets, num_slots=rows, table_pages=table_pages(length, 8, pages_multiple(8)))
-    kinds = Kinds(kv=kind is CacheKind.KV, hidden=kind is CacheKind.HIDDEN)
+    kinds = KindMix((kind,))
     graphdef, weights = nnx.split(model)
     dtype = model.embed_tokens.embedding[...].dtype
     device = jnp.zeros(pool_shape(config, rows * 32, 8), dtype), jnp.zeros((rows, length), jnp.int32)

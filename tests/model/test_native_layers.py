@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from apt_jax.attention.paged import Kinds
-from apt_jax.batching.builder import Rows, Tokens
+from apt_jax.attention.kinds import KindMix
+from apt_jax.batching.arrays import Rows, Tokens
 from apt_jax.cache import CacheKind
 from apt_jax.cpu_kernels import library
 from apt_jax.cpu_kernels.large_pages import LargePages
@@ -68,7 +68,8 @@ def step_of(requests, rng):
         row = np.append(np.repeat(np.arange(R), length), [R, R]).astype(np.int32)
         position = np.concatenate([*(range(c, c + n) for c, n, _ in requests), [0, 0]]).astype(np.int32)
     ids = rng.integers(0, 96, len(row)).astype(np.int32)
-    rows = Rows(slot, start, length, last, length, hidden, first, second)
+    kind = np.where(hidden, HIDDEN.index, KV.index)
+    rows = Rows(slot, start, length, last, length, kind, (first, second))
     return Tokens(ids, np.zeros(len(row), bool), row, position), rows
 
 
@@ -93,7 +94,7 @@ class Step:
         for r, (cached, now, hidden) in enumerate(requests):
             for position in range(cached if now else 0):
                 page, offset = divmod(position, BLOCK_SIZE)
-                for table in (self.rows.first_blocks, self.rows.second_blocks)[: 1 if hidden else 2]:
+                for table in self.rows.tables_of(HIDDEN if hidden else KV):
                     pool[:, table[r, page], offset] = rng.normal(size=(config.num_hidden_layers, config.hidden_size))
         self.pool = jnp.asarray(pool.reshape(-1, BLOCK_SIZE, config.hidden_size), dtype)
         self.history = jnp.zeros((R, PAGES * BLOCK_SIZE), jnp.int32)
@@ -116,12 +117,11 @@ class Step:
 
     def in_xla(self, tokens, rows):
         """As `in_one_call`."""
-        is_hidden = rows.is_hidden.tolist()
-        kinds = Kinds(kv=not all(is_hidden), hidden=any(is_hidden))
+        kinds = KindMix(tuple(kind for kind in (KV, HIDDEN) if rows.of_kind(kind).any()))
         tokens, rows = jax.tree.map(jnp.asarray, (tokens, rows))
         return self._found(
             run_step(
-                self.model, kinds, self._blocks, self._decodes, len(is_hidden), self.pool, self.history, tokens, rows
+                self.model, kinds, self._blocks, self._decodes, len(rows.slot), self.pool, self.history, tokens, rows
             )
         )
 

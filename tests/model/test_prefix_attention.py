@@ -8,9 +8,10 @@ from flax import nnx
 
 from apt_jax.attention import paged as attention
 from apt_jax.attention import prefix as prefix_attention
-from apt_jax.attention.paged import Kinds
+from apt_jax.attention.kinds import KindMix
 from apt_jax.attention.prefix import absorbing_is_cheaper
-from apt_jax.batching.builder import Rows, Tokens
+from apt_jax.batching.arrays import Rows, Tokens
+from apt_jax.cache import MODE_KINDS, CacheKind
 from apt_jax.model_config import ModelConfig
 from apt_jax.models.linear import AttentionProjections
 from apt_jax.pallas_kernels.dispatch import REFERENCES
@@ -48,18 +49,19 @@ def batch(slots: int) -> tuple[Tokens, Rows]:
     tables = np.random.default_rng(0).permutation(2 * R * W).reshape(2, R, W)
     zeros = np.zeros(slots, int)
     tokens = Tokens(zeros, zeros, np.pad(row, (0, padding), constant_values=R), np.pad(position, (0, padding)))
-    rows = Rows(np.arange(R), start, length, last, length, hidden, *tables)
+    kind = np.where(hidden, CacheKind.HIDDEN.index, CacheKind.KV.index)
+    rows = Rows(np.arange(R), start, length, last, length, kind, tuple(tables))
     return jax.tree.map(jnp.asarray, (tokens, rows))
 
 
-@pytest.mark.parametrize("kinds", [Kinds(True, True), Kinds(True, False), Kinds(False, True)], ids=str)
+@pytest.mark.parametrize("kinds", [KindMix(kinds) for kinds in MODE_KINDS.values()], ids=str)
 def test_kernels_give_what_xla_gives(kinds, projections, monkeypatch):
     """More slots than are absorbed at a time, and no multiple of it; rows of more pages than are projected at once."""
     monkeypatch.setattr(prefix_attention, "BALANCE_FLOPS_PER_BYTE", 0)  # so that few queries are absorbed at this H
     monkeypatch.setattr(prefix_attention, "PROJECTED_TOKENS", 7 * S)
     tokens, rows = batch(slots=145)
-    if not (kinds.kv and kinds.hidden):
-        rows = rows._replace(is_hidden=jnp.full_like(rows.is_hidden, kinds.hidden))
+    if len(kinds.kinds) == 1:
+        rows = rows._replace(kind=jnp.full_like(rows.kind, kinds.kinds[0].index))
     absorbs = np.asarray(absorbing_is_cheaper(rows.length, rows.start, heads=N, head_dim=H))[np.asarray(rows.start) > 0]
     assert {True, False} == set(absorbs.tolist())
     keys = jax.random.split(jax.random.key(2), 5)
@@ -67,7 +69,7 @@ def test_kernels_give_what_xla_gives(kinds, projections, monkeypatch):
     q *= H**-0.5
     pool = jax.random.normal(keys[3], (2 * len(ROWS) * W, S, D))
     context = jnp.arange(W * S).reshape(W, S) < rows.start[:, None, None]  # NaN beyond each row's cached tokens
-    for table in (rows.first_blocks, rows.second_blocks):
+    for table in rows.tables:
         pool = pool.at[table].set(jnp.where(context[..., None], pool[table], jnp.nan))
     arguments = projections.kv, q, k, v, pool, tokens, rows, kinds
     expected, found = (attention._chunks(*arguments, kernels) for kernels in (None, REFERENCES))

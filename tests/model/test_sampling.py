@@ -15,7 +15,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as numpy_st
 
-from apt_jax.batching.builder import Sampling, empty_sampling, write_sampling
+from apt_jax.batching.sampling_rows import Sampling, empty_sampling, write_sampling
 from apt_jax.execution.sampling import largest_where, sample
 from apt_jax.request import MAX_LOGPROBS
 from tests.support.host_loop import EOS, make_request

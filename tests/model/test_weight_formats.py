@@ -8,13 +8,16 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from apt_jax.attention.paged import Kinds
-from apt_jax.batching.builder import Rows, Tokens
+from apt_jax.attention.kinds import KindMix
+from apt_jax.batching.arrays import Rows, Tokens
+from apt_jax.cache import CacheKind
 from apt_jax.execution.steps import run_step
 from apt_jax.execution.tpu_layouts import put_for_tpu
 from apt_jax.model_config import ModelConfig
 from apt_jax.models.opt import OPT
 from apt_jax.pallas_kernels.dispatch import REFERENCES
+
+BOTH = KindMix((CacheKind.KV, CacheKind.HIDDEN))
 
 QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}  # compiles in half the time
 P, S, R, W = 24, 8, 4, 3
@@ -58,9 +61,7 @@ def steps(model):
         def run(state, pool, tokens, rows):
             history = jnp.zeros((R, W * S), jnp.int32)
             model = nnx.merge(graphdef, state)
-            return run_step(
-                model, Kinds(True, True), P, True, R, pool, history, tokens, rows, REFERENCES, by_kind=by_kind
-            )[:2]
+            return run_step(model, BOTH, P, True, R, pool, history, tokens, rows, REFERENCES, by_kind=by_kind)[:2]
 
         return jax.jit(run, compiler_options=QUICK)
 
@@ -72,11 +73,12 @@ def test_layers_for_a_mix_of_kinds_do_what_all_layers_do(steps, hidden):
     """Rows in KV for 0, hidden for 1; the last row is padding."""
     state, asking, choosing = steps
     is_hidden = jnp.array([kind == "1" for kind in (hidden * 3)[:3]] + [False] * (R - min(3, 3 * len(hidden))))
+    kind = jnp.where(is_hidden, CacheKind.HIDDEN.index, CacheKind.KV.index)
     length = jnp.array([1] * min(3, 3 * len(hidden)) + [0] * (R - min(3, 3 * len(hidden))))
     start = jnp.array([0, 9, 17, 0]) * length
     tables = jnp.asarray(np.random.default_rng(0).permutation(P).reshape(2, R, W))
     tokens = Tokens(jnp.arange(R), jnp.zeros(R, bool), jnp.where(length > 0, jnp.arange(R), R), start)
-    rows = Rows(jnp.arange(R), start, length, jnp.arange(R), length, is_hidden, *tables)
+    rows = Rows(jnp.arange(R), start, length, jnp.arange(R), length, kind, tuple(tables))
     pool = jax.random.normal(jax.random.key(0), (MODEL.num_hidden_layers * P, S, MODEL.hidden_size))
     expected, found = (step(state, pool, tokens, rows) for step in (asking, choosing))
     some = np.asarray(length) > 0
@@ -93,14 +95,15 @@ def test_kernels_sliced_lazily_are_the_same_kernels(model):
     position = jnp.concatenate([jnp.arange(s, s + n) for s, n in zip(start.tolist(), length.tolist(), strict=True)])
     tables = jnp.asarray(np.random.default_rng(0).permutation(P).reshape(2, R, W))
     tokens = Tokens(jnp.arange(T), jnp.zeros(T, bool), row, position)
-    rows = Rows(jnp.arange(R), start, length, jnp.cumsum(length) - 1, length, jnp.array([1, 1, 0, 1], bool), *tables)
+    kind = jnp.array([kind.index for kind in (CacheKind.HIDDEN, CacheKind.HIDDEN, CacheKind.KV, CacheKind.HIDDEN)])
+    rows = Rows(jnp.arange(R), start, length, jnp.cumsum(length) - 1, length, kind, tuple(tables))
     pool = jax.random.normal(jax.random.key(0), (MODEL.num_hidden_layers * P, S, MODEL.hidden_size))
 
     @functools.partial(jax.jit, static_argnums=0, compiler_options=QUICK)
     def step(slice_lazily: bool, state, pool):
         history = jnp.zeros((R, W * S), jnp.int32)
         return run_step(
-            nnx.merge(graphdef, state), Kinds(True, True), P, False, R, pool, history, tokens, rows, REFERENCES,
+            nnx.merge(graphdef, state), BOTH, P, False, R, pool, history, tokens, rows, REFERENCES,
             slice_lazily=slice_lazily,
         )[:2]  # fmt: skip
 

@@ -9,15 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from apt_jax.batching.buckets import Buckets
-from apt_jax.batching.builder import (
-    MAX_END_IDS,
-    NO_TOKEN,
-    BatchBuilder,
-    empty_sampling,
-    known_tokens,
-    table_pages,
-    write_sampling,
-)
+from apt_jax.batching.builder import BatchBuilder, known_tokens, table_pages
+from apt_jax.batching.sampling_rows import MAX_END_IDS, NO_TOKEN, empty_sampling, write_sampling
 from apt_jax.cache import CacheKind, pages_for
 from apt_jax.request import Status
 from apt_jax.scheduling.plan import Plan, Preempted, Reason, Scheduled
@@ -63,7 +56,9 @@ class NumpyDevice:
     def check_shapes(self, batch, spans):
         T, R, slots = batch.bucket.tokens, batch.bucket.rows, self.builder.num_slots
         assert all(array.shape == (T,) for array in batch.tokens)
-        assert all(array.shape == (R, self.table_pages)[: array.ndim] for array in batch.rows)
+        assert all(
+            array.shape == (R, self.table_pages)[: array.ndim] for array in (*batch.rows[:-1], *batch.rows.tables)
+        )
         assert all(len(array) == len(batch.sample_slot) for array in (*batch.sampling, batch.sample_length))
         assert batch.bucket in self.builder.buckets.all
         assert len(batch.sample_slot) in self.builder.buckets.sample_rows
@@ -83,9 +78,10 @@ class NumpyDevice:
             slot, page, offset = rows.slot[row], position // size, position % size
             token = self.history[slot, position] if tokens.on_device[t] else tokens.ids[t]
             self.history[slot, position] = token
-            self.pool[rows.first_blocks[row, page], offset] = token + (HIDDEN if rows.is_hidden[row] else KEY)
-            if not rows.is_hidden[row]:
-                self.pool[rows.second_blocks[row, page], offset] = token + VALUE
+            is_hidden = rows.of_kind(CacheKind.HIDDEN)[row]
+            self.pool[rows.tables[0][row, page], offset] = token + (HIDDEN if is_hidden else KEY)
+            if not is_hidden:
+                self.pool[rows.tables[1][row, page], offset] = token + VALUE
 
     def check_rows(self, batch, spans):
         """Each row is one span, and all its context is found through its slot and its table."""
@@ -101,11 +97,12 @@ class NumpyDevice:
             number, prompt = request.params.seed, request.num_prompt_tokens
             expected = np.array([number * 1000 + i if i < prompt else true_token(number, i) for i in range(context)])
             assert (self.history[rows.slot[row], :context] == expected).all()
-            first = self.pool[rows.first_blocks[row, pages], offsets][:context]
-            assert rows.is_hidden[row] == (request.cache_kind is CacheKind.HIDDEN)
-            assert (first - expected == (HIDDEN if rows.is_hidden[row] else KEY)).all()
-            if not rows.is_hidden[row]:
-                assert (self.pool[rows.second_blocks[row, pages], offsets][:context] - expected == VALUE).all()
+            first = self.pool[rows.tables[0][row, pages], offsets][:context]
+            is_hidden = rows.of_kind(CacheKind.HIDDEN)[row]
+            assert is_hidden == (request.cache_kind is CacheKind.HIDDEN)
+            assert (first - expected == (HIDDEN if is_hidden else KEY)).all()
+            if not is_hidden:
+                assert (self.pool[rows.tables[1][row, pages], offsets][:context] - expected == VALUE).all()
             assert (request in batch.requests) == span.samples
         assert not left
 
@@ -254,7 +251,7 @@ def test_the_slot_of_one_that_ended_is_used_again_with_the_new_one_s_parameters(
     assert batch.sampling.temperature[0] == np.float32(2 / 7)
     assert (batch.sampling.bias_ids[0] == NO_TOKEN).all() and not batch.sampling.bias_values[0].any()
     assert set(batch.sampling.end_ids[0].tolist()) == {7, EOS, int(NO_TOKEN)}
-    assert batch.rows.first_blocks[0, :3].tolist() == new.table.blocks[0]
+    assert batch.rows.tables[0][0, :3].tolist() == new.table.blocks[0]
 
 
 def test_a_preempted_request_gives_up_its_slot_and_takes_a_free_one_when_it_comes_back():
@@ -268,7 +265,7 @@ def test_a_preempted_request_gives_up_its_slot_and_takes_a_free_one_when_it_come
     finish_any(state, late)
     again = builder.build(state.apply(Plan((Scheduled(early, 5, CacheKind.HIDDEN, Reason.ADMITTED_HIDDEN),)), 0.0))
     assert again.sample_slot[0] == 1 and again.sampling.seed[0].tolist() == [0, 1]
-    assert again.rows.is_hidden[0] and again.rows.first_blocks[0, :2].tolist() == early.table.blocks[0]
+    assert again.rows.of_kind(CacheKind.HIDDEN)[0] and again.rows.tables[0][0, :2].tolist() == early.table.blocks[0]
     (span,) = state.apply(Plan((Scheduled(new, 1, CacheKind.KV, Reason.DECODES),)), 0.0)
     assert builder.build([span]).sample_slot[0] == 0
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from apt_jax.batching.builder import Rows, Tokens
+from apt_jax.batching.arrays import Rows, Tokens
 from apt_jax.cpu_kernels.calls import all_layers
 from apt_jax.cpu_kernels.packed import PackedKernel
 from apt_jax.execution.forms.layer_weights import LayerWeights

@@ -1,0 +1,71 @@
+"""What the device sees of an iteration: arrays of a bucket's shape. `builder.py` fills them.
+
+Shape letters: T token slots of the bucket, R row slots, W pages per table.
+"""
+
+from typing import Any, NamedTuple
+
+from apt_jax.batching.buckets import Bucket
+from apt_jax.batching.sampling_rows import Sampling
+from apt_jax.cache import KINDS, CacheKind
+from apt_jax.request import Request
+from apt_jax.scheduling.state import Span
+
+NUM_TABLES = max(kind.blocks_per_page for kind in KINDS)
+
+type Array = Any  # numpy on the host, jax inside a compiled step
+
+
+class Tokens(NamedTuple):
+    """Tokens that run in this iteration, packed; a padding token has row R."""
+
+    ids: Array  # int32 [T]
+    on_device: Array  # bool [T]: the id is in the device's history, not in `ids`
+    row: Array  # int32 [T]
+    position: Array  # int32 [T]
+
+
+class Rows(NamedTuple):
+    """The requests of this iteration; a padding row has slot max_num_seqs and length 0."""
+
+    slot: Array  # int32 [R]
+    start: Array  # int32 [R]: tokens already cached
+    length: Array  # int32 [R]: tokens that run now
+    last: Array  # int32 [R]: index in Tokens of the row's last token
+    wanted: Array  # int32 [R]: of its tokens, the last ones after which hidden states are wanted
+    kind: Array  # int32 [R]: `CacheKind.index`
+    tables: tuple[Array, ...]  # NUM_TABLES of int32 [R, W]: number v has the blocks of vector v of the row's kind
+
+    def of_kind(self, kind: CacheKind) -> Array:
+        """bool `[R]`: rows of that kind."""
+        return self.kind == kind.index
+
+    def tables_of(self, kind: CacheKind) -> tuple[Array, ...]:
+        """Block tables that rows of `kind` have, one for each of its vectors."""
+        return self.tables[: kind.blocks_per_page]
+
+    def from_block(self, base: Array) -> "Rows":
+        """The same with block `base` of the pool as the tables' block 0: a layer's."""
+        return self._replace(tables=tuple(table + base for table in self.tables))
+
+
+class ScoreChunk(NamedTuple):
+    """Prompt positions after which the log-probability of the token that followed is wanted."""
+
+    index: Array  # int32 [C]: index in Tokens; padding 0
+    target: Array  # int32 [C]: the token that followed; padding 0
+    requests: tuple[Request, ...]  # whose positions these are, without padding
+
+
+class Batch(NamedTuple):
+    """One iteration's device input, and which request each row that samples is; these rows come first."""
+
+    bucket: Bucket
+    tokens: Tokens
+    rows: Rows
+    sampling: Sampling  # of sample_rows rows
+    sample_slot: Array  # int32 [sample_rows]: padding is max_num_seqs
+    sample_length: Array  # int32 [sample_rows]: tokens before the one to sample
+    requests: tuple[Request, ...]
+    spans: tuple[Span, ...]  # row by row
+    chunks: tuple[ScoreChunk, ...] = ()
