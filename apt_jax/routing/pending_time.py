@@ -13,14 +13,13 @@
 import random
 from collections.abc import Sequence
 
-from apt_jax.routing.catalogue import RouteRequest, check_loads, register
 from apt_jax.routing.instance import InstanceLoad
+from apt_jax.routing.interface import RouteRequest, check_loads
 from apt_jax.routing.sent import Sent, Since
 
 WAIT_SHARE = 0.1  # of the time left that a request may wait for blocks; when they come is not known well
 
 
-@register("pending-time")
 class PendingTime:
     """The least occupied instance that can meet the SLO; if none can, the fullest. Ties are broken at random."""
 

@@ -2,12 +2,9 @@
 
 from collections import deque
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from apt_jax.routing.instance import InstanceLoad
-
-if TYPE_CHECKING:
-    from apt_jax.routing.catalogue import RouteRequest
+from apt_jax.routing.interface import RouteRequest
 
 
 @dataclass(slots=True)
@@ -29,7 +26,7 @@ class Sent:
         self._requests: dict[str, deque[tuple[float, int, float]]] = {}
         self._sums: dict[str, Since] = {}
 
-    def add(self, load: InstanceLoad, request: "RouteRequest") -> None:
+    def add(self, load: InstanceLoad, request: RouteRequest) -> None:
         """`request` goes to the instance of `load`."""
         entry = request.time_s, request.prompt_tokens, load.blocks_for(request.prompt_tokens)
         self._requests.setdefault(load.instance, deque()).append(entry)

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from apt_jax.request import Request
 from apt_jax.routing.attainment import RecentAttainment
 from apt_jax.routing.autoscaler import Autoscaler
-from apt_jax.routing.catalogue import Router, RouteRequest
 from apt_jax.routing.instance import InstanceLoad
+from apt_jax.routing.interface import Router, RouteRequest
 from apt_jax.scheduling.length import LengthPredictor
 from apt_jax.simulation.instance import Instance
 

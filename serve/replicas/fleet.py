@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from apt_jax.output import Output, QueueFull
-from apt_jax.routing.catalogue import Router
+from apt_jax.routing.interface import Router
 from apt_jax.serve.errors import EngineFailure, NotReady
 from apt_jax.serve.replicas.messages import Abort, Accepted, Brought, Event, Refused, Report
 from apt_jax.serve.replicas.replica import Replica, ReplicaStatus

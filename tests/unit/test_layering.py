@@ -201,12 +201,6 @@ EXCEPTIONS: dict[Callable[[], Breaches], dict[str, str]] = {
     },
 }
 OWED: dict[Callable[[], Breaches], dict[str, str]] = {
-    no_import_circle: {
-        "apt_jax/routing/": "caches: the interface leaves the catalogue of routers",
-    },
-    imports_only_lower_layers: {
-        "apt_jax/attention/paged.py": "caches: the pool's layout",
-    },
     only_execution_names_platforms: {
         "apt_jax/cpu_kernels/calls.py": "model: Platform",
         "apt_jax/cpu_kernels/library.py": "model: Platform",

@@ -10,8 +10,9 @@ from apt_jax.cache import BlockPool
 from apt_jax.request import Request, SamplingParams, Slo
 from apt_jax.routing.attainment import RecentAttainment
 from apt_jax.routing.autoscaler import Autoscaler, AutoscalerOptions
-from apt_jax.routing.catalogue import RouteRequest, make_router, router_names
+from apt_jax.routing.catalogue import make_router, router_names
 from apt_jax.routing.instance import InstanceLoad, instance_load
+from apt_jax.routing.interface import RouteRequest
 from apt_jax.routing.sent import Sent, Since
 from apt_jax.scheduling.costs.cost_model import CostModel
 from apt_jax.scheduling.costs.hardware import HARDWARE, MODELS

@@ -12,8 +12,9 @@ from apt_jax.cache import CacheKind
 from apt_jax.request import Slo
 from apt_jax.routing.attainment import RecentAttainment
 from apt_jax.routing.autoscaler import Autoscaler, AutoscalerOptions
-from apt_jax.routing.catalogue import RouteRequest, make_router
+from apt_jax.routing.catalogue import make_router
 from apt_jax.routing.instance import InstanceLoad, instance_load
+from apt_jax.routing.interface import RouteRequest
 from apt_jax.routing.pending_time import first_token_s, has_room, occupancy
 from apt_jax.routing.sent import Sent, Since
 from apt_jax.scheduling.costs.cost_model import CostModel, Scales
