@@ -5,12 +5,12 @@ import numpy as np
 from apt_jax.scheduling.policies.apt.draft import Draft
 from apt_jax.scheduling.policies.apt.facts.view import View
 
-STEP_SHARE = 0.25  # of the tightest gap promise that one iteration may last
+STEP_SHARE = 0.25  # of the tightest gap SLO that one iteration may last
 MIN_PREFILL_TOKENS = 16
 
 
 def prefill_budget(view: View, draft: Draft) -> int:
-    """Prompt tokens that fit beside the draft's decodes: the token limit, and no gap promise put at risk."""
+    """Prompt tokens that fit together with the draft's decodes: within the token limit and every gap SLO."""
     index = draft.decode_index
     budget = view.state.limits.max_num_batched_tokens - len(index)
     model = view.context.cost_model

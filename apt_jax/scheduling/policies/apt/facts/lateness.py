@@ -1,9 +1,9 @@
-"""Which requests can no longer keep their SLO, what becomes of them, and the bound on how long they wait.
+"""Which requests can no longer attain their SLO, how they are demoted, and the bound on their wait.
 
 A late request is demoted: its value shrinks to 1/10,000, so it never takes memory from a request that can still be
 served in time (Apt-Serve, section 5). Alone that starves it for as long as others keep coming. The aging fallback
 bounds the wait: late requests that have been in the system for `patience_s` queue, in order of arrival, for a lane.
-Whoever is in the lane is scheduled in every iteration, cannot be preempted, and leaves only when finished.
+A request in the lane is scheduled in every iteration, cannot be preempted, and leaves only when finished.
 
 Bound: let a late request have k older unfinished requests when its patience ends. No later arrival ever enters the
 lane before it. The lane always holds its oldest eligible request, which computes at least one prefill chunk or one

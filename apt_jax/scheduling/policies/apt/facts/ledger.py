@@ -1,4 +1,4 @@
-"""Arrays over the unfinished requests, kept up to date from plan to plan instead of gathered anew.
+"""Arrays over the unfinished requests, kept up to date from plan to plan instead of gathered again.
 
 A waiting request does not change, so per plan only new arrivals and running requests are read; the rest is numpy.
 """
@@ -64,7 +64,7 @@ class Queue:
         return -(-self.tokens // block_size)
 
     def slo_s(self) -> Floats:
-        """The promise for the next token: time to first token, or gap."""
+        """The SLO of the next token: time to first token, or gap."""
         return np.where(self.started, self.tbt_slo_s, self.ttft_slo_s)
 
 

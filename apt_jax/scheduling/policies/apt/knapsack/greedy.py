@@ -36,7 +36,7 @@ def solve_greedy(problem: Problem, *, fill: bool = True) -> Solution:
 
     Args:
         problem: the instance.
-        fill: go on with what still fits after the first misfit; False is the paper's Algorithm 1 to the letter.
+        fill: continue with what still fits after the first misfit; False is the paper's Algorithm 1 to the letter.
     """
     items = offer(problem)
     room = problem.capacity_blocks
