@@ -49,6 +49,17 @@ def cache_writer(
         cores: of a chip that share its memory: each takes its part of the columns.
         interpret: run without a TPU.
     """
+    tokens, at_once = first.shape[0], max(tpu_paging.TABLE_BYTES // (len(Work._fields) * 4) // _SLOTS, 1) * _SLOTS
+    if tokens > at_once:  # what is known of all of them does not fit in SMEM
+        parts = [slice(at, at + at_once) for at in range(0, tokens, at_once)]
+        own = [cache_writer(first[p], second[p], offset[p], cores=cores, interpret=interpret) for p in parts]
+
+        def write_parts(pool: jax.Array, base: jax.Array, keys: jax.Array, values: jax.Array | None) -> jax.Array:
+            for part, write in zip(parts, own, strict=True):
+                pool = write(pool, base, keys[part], None if values is None else values[part])
+            return pool
+
+        return write_parts
     work = find_work(first, second, offset)
 
     def write(pool: jax.Array, base: jax.Array, keys: jax.Array, values: jax.Array | None) -> jax.Array:

@@ -48,6 +48,11 @@ def hidden_decode_attention(
     """
     R, N, D = q_wide.shape
     S = pool.shape[1]
+    groups = tpu_paging.row_groups(R, blocks.shape[1], 1)
+    if len(groups) > 1:
+        options = {"out_dtype": out_dtype, "clears": clears, "cores": cores, "interpret": interpret}
+        parts = [hidden_decode_attention(q_wide[g], pool, blocks[g], length[g], **options) for g in groups]
+        return Partial(*map(jnp.concatenate, zip(*parts, strict=True)))
     tpu_paging.check_shapes(q_wide, pool, D, interpret)
     chunk = tpu_paging.chunk_tokens(D, S, pool.dtype.itemsize, num_sources=1)
     dealt = tpu_paging.deal(length)

@@ -5,6 +5,8 @@ VMEM holds a tile of them and its sums whatever the number of tokens; each chunk
 tile, and used twice. One turn is a tile and one row's prefix.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -45,6 +47,11 @@ def hidden_prefix_attention(
     """
     T, N, D = q_wide.shape
     S = pool.shape[1]
+    rows = blocks, length, first_query, num_queries
+    row_groups = tpu_paging.row_groups(len(length), blocks.shape[1], 1)
+    if len(row_groups) > 1:
+        own = functools.partial(hidden_prefix_attention, q_wide, pool, out_dtype=out_dtype, interpret=interpret)
+        return tpu_query_tiles.together([own(*(of_rows[g] for of_rows in rows)) for g in row_groups])
     tpu_paging.check_shapes(q_wide, pool, D, interpret)
     tile = min(tile_queries(D), T * N)
     chunk = tpu_paging.chunk_tokens(D, S, pool.dtype.itemsize, num_sources=1)

@@ -50,6 +50,11 @@ def kv_prefix_attention(
     """
     T, N, H = q.shape
     S, D = pool.shape[1:]
+    rows = key_blocks, value_blocks, length, first_query, num_queries
+    row_groups = tpu_paging.row_groups(len(length), key_blocks.shape[1], 2)
+    if len(row_groups) > 1:
+        own = functools.partial(kv_prefix_attention, q, pool, cores=cores, interpret=interpret)
+        return tpu_query_tiles.together([own(*(of_rows[g] for of_rows in rows)) for g in row_groups])
     G = _heads_of_a_group(N, H)
     columns, tile = G * H, min(TILE, T)
     tpu_paging.check_shapes(q, pool, columns, interpret)

@@ -23,6 +23,7 @@ from jax.typing import DTypeLike
 SCOPED_VMEM_BYTES = 16 * 2**20  # what a kernel gets without asking, on v5e and v5p
 BUFFER_BYTES = 6 * 2**20  # VMEM for page buffers
 MAX_CHUNK_TOKENS = 256
+TABLE_BYTES = 2**19  # of SMEM, half of what every chip has, for the block tables of the rows of one call
 LANES = 128
 
 type Ref = Any
@@ -58,6 +59,17 @@ def chunk_tokens(width: int, block_size: int, itemsize: int, num_sources: int) -
     while tokens > block_size and 2 * num_sources * tokens * width * itemsize > BUFFER_BYTES:
         tokens //= 2
     return tokens
+
+
+def row_groups(num_rows: int, pages: int, num_tables: int) -> list[slice]:
+    """Rows for each call of a kernel: all of them, or groups of about the same size whose block tables fit in SMEM.
+
+    Args:
+        num_tables: `[rows, pages]` each; a row of one fills whole lines of `LANES` numbers.
+    """
+    most = max(TABLE_BYTES // (num_tables * -(-pages // LANES) * LANES * 4), 1)
+    groups = -(-num_rows // most)
+    return [slice(i * num_rows // groups, (i + 1) * num_rows // groups) for i in range(groups)]
 
 
 def check_shapes(query: jax.Array, pool: jax.Array, columns: int, interpret: object) -> None:

@@ -5,10 +5,14 @@ queries of several rows is an item of work for each of them, and each item write
 in the order of tiles, so that a tile's output stays in VMEM until all its items are done.
 """
 
+import functools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+
+from apt_jax.pallas_kernels.reference import Partial
 
 SPARE_BYTES = 16 * 2**20  # of VMEM: scores and weights of a tile, several times in float32
 
@@ -42,6 +46,12 @@ def find_work(
     slot = jnp.arange(num_slots)[:, None]
     work = Work(item // R, item % R, jnp.sum(meets, dtype=jnp.int32)[None], first, stop)
     return work, jnp.any((slot >= first) & (slot < stop), axis=1)
+
+
+def together(parts: Sequence[Partial]) -> Partial:
+    """Results of calls for different rows, which share no slot: each is 0, and `NEVER`, in the others' slots. Pure."""
+    outs, sums = zip(*parts, strict=True)
+    return Partial(functools.reduce(jnp.add, outs), functools.reduce(jnp.maximum, sums))
 
 
 def own_queries(work: Work, item: jax.Array, tile: int, shape: tuple[int, int]) -> jax.Array:
