@@ -15,7 +15,7 @@ from apt_jax.checkpoints.formats.fingerprint import dummy_fingerprint, files_fin
 from apt_jax.checkpoints.formats.inventory import take_inventory
 from apt_jax.checkpoints.formats.manifest import Manifest
 from apt_jax.checkpoints.formats.weight_files import ORBAX_WEIGHTS, LoadFormat, choose_format, find_weight_files
-from apt_jax.checkpoints.placement import Shardings, platform_of, serving_dtype
+from apt_jax.checkpoints.placement import Shardings, check_room, platform_of, serving_dtype
 from apt_jax.checkpoints.skeleton import Skeleton
 from apt_jax.checkpoints.source import resolve
 from apt_jax.model_config import ModelConfig
@@ -56,7 +56,7 @@ def load_model(
     Raises:
         ValueError: the model cannot be split as `parallel` says.
         CheckpointError: a file or key is missing, extra, truncated, corrupt or of the wrong shape, or the config
-            is not supported; the message names it.
+            is not supported; the message names it. Or the devices have too little memory, see `check_room`.
     """
     started = time.perf_counter()
     requested = parse_format(load_format)
@@ -67,6 +67,7 @@ def load_model(
         shardings = parallel.weight_sharding
     chosen = choose_format([path.name for path in folder.iterdir()], requested, str(folder))
     skeleton = Skeleton.of(config, serving_dtype(dtype, config, platform_of(shardings)))
+    check_room(skeleton.nbytes, shardings, parallel)
     parameters, fingerprint = read_parameters(folder, config, skeleton, chosen, seed=seed, shardings=shardings)
     return Loaded(
         config=config,

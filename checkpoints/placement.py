@@ -7,8 +7,10 @@ import numpy as np
 
 from apt_jax.checkpoints.errors import CheckpointError
 from apt_jax.checkpoints.formats.stored_tensor import FLOATING
+from apt_jax.engine.memory import device_memory
 from apt_jax.execution.platform import Platform
 from apt_jax.model_config import ModelConfig
+from apt_jax.models.sharding import Parallel
 
 type Shardings = jax.sharding.Sharding | Callable[[tuple[str, ...], tuple[int, ...]], jax.sharding.Sharding] | None
 """One sharding for all parameters, a function of (NNX path, shape), or None for the default device."""
@@ -27,6 +29,28 @@ def sharding_of(shardings: Shardings, path: tuple[str, ...], shape: tuple[int, .
 def platform_of(shardings: Shardings) -> Platform:
     """Platform of the devices that the parameters go to."""
     return Platform.of(next(iter(sharding_of(shardings, ("embed_positions", "embedding"), (1, 1)).device_set)))
+
+
+def check_room(weight_bytes: int, shardings: Shardings, parallel: Parallel | None) -> None:
+    """Refuse weights that the devices' memory cannot hold, before any of them is read.
+
+    Args:
+        weight_bytes: of all parameters together; `parallel` splits them over its devices.
+
+    Raises:
+        CheckpointError: with the bytes that are needed and free on a device, and what to do.
+    """
+    devices: set[jax.Device] = sharding_of(shardings, ("embed_positions", "embedding"), (1, 1)).addressable_devices
+    device: jax.Device = min(devices, key=lambda device: device.id)
+    parts, sharers = (1, 1) if parallel is None else (parallel.num_devices, len(devices))
+    total, free = device_memory(device, 0, sharers)
+    needed = weight_bytes // parts
+    if needed > free:
+        raise CheckpointError(
+            f"the weights need {needed / 2**20:,.1f} MiB on each of {parts} device(s), but {free / 2**20:,.1f} MiB of "
+            f"{total / 2**20:,.1f} MiB are free on {device.device_kind}; free memory, take a smaller model or a 16-bit "
+            "--dtype, or split the model with --tensor-parallel-size"
+        )
 
 
 def serving_dtype(requested: str, config: ModelConfig, platform: Platform) -> np.dtype:

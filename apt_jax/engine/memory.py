@@ -12,6 +12,7 @@ from apt_jax.execution.platform import Platform
 from apt_jax.execution.pool import block_bytes
 from apt_jax.execution.runner import Runner
 from apt_jax.host_limits import unused_memory_bytes
+from apt_jax.model_config import ModelConfig
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,26 @@ def share_memory(runner: Runner, config: EngineConfig, kinds: tuple[CacheKind, .
     guess = plan(activation_bytes=0)
     found = plan(runner.measure_activations(smallest_of_all(guess.num_blocks)))
     return replace(found, num_blocks=smallest_of_all(found.num_blocks))
+
+
+def check_longest_request(config: EngineConfig, model_config: ModelConfig) -> None:
+    """Refuse a number of blocks in which a request of the longest context does not fit, whatever it caches.
+
+    Raises:
+        ValueError: with the number that is needed, and the context that would fit.
+    """
+    if config.num_blocks is None:
+        return
+    max_model_len = config.max_model_len or model_config.max_position_embeddings
+    kind = CacheKind.KV if config.cache_mode == "kv" else CacheKind.HIDDEN
+    needed = blocks_for(max_model_len, kind, config.block_size)
+    if config.num_blocks < needed:
+        fits = config.num_blocks // kind.blocks_per_page * config.block_size
+        shorter = f", or lower --max-model-len to at most {fits}" if fits else ""
+        raise ValueError(
+            f"num_blocks={config.num_blocks} cannot hold one request of max_model_len={max_model_len}, which takes "
+            f"{needed} blocks of {config.block_size} tokens; raise --num-blocks{shorter}"
+        )
 
 
 def plan_memory(

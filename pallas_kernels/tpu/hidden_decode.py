@@ -50,8 +50,10 @@ def hidden_decode_attention(
     S = pool.shape[1]
     groups = tpu_paging.row_groups(R, blocks.shape[1], 1)
     if len(groups) > 1:
-        options = {"out_dtype": out_dtype, "clears": clears, "cores": cores, "interpret": interpret}
-        parts = [hidden_decode_attention(q_wide[g], pool, blocks[g], length[g], **options) for g in groups]
+        own = functools.partial(
+            hidden_decode_attention, out_dtype=out_dtype, clears=clears, cores=cores, interpret=interpret
+        )
+        parts = [own(q_wide[g], pool, blocks[g], length[g]) for g in groups]
         return Partial(*map(jnp.concatenate, zip(*parts, strict=True)))
     tpu_paging.check_shapes(q_wide, pool, D, interpret)
     chunk = tpu_paging.chunk_tokens(D, S, pool.dtype.itemsize, num_sources=1)

@@ -45,9 +45,8 @@ def kv_decode_attention(
     S, D = pool.shape[1:]
     groups = tpu_paging.row_groups(R, key_blocks.shape[1], 2)
     if len(groups) > 1:
-        options = {"cores": cores, "interpret": interpret}
-        tables = key_blocks, value_blocks
-        parts = [kv_decode_attention(q[g], pool, *(t[g] for t in tables), length[g], **options) for g in groups]
+        own = functools.partial(kv_decode_attention, cores=cores, interpret=interpret)
+        parts = [own(q[g], pool, key_blocks[g], value_blocks[g], length[g]) for g in groups]
         return Partial(*map(jnp.concatenate, zip(*parts, strict=True)))
     tpu_paging.check_shapes(q, pool, GROUP * H, interpret)
     chunk = tpu_paging.chunk_tokens(D, S, pool.dtype.itemsize, num_sources=2)

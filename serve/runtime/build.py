@@ -9,9 +9,10 @@ import jax
 
 from apt_jax.attention.selection import compile_kernels
 from apt_jax.checkpoints.formats.weight_files import LoadFormat
-from apt_jax.checkpoints.load import load_model
+from apt_jax.checkpoints.load import load_model, parse_format, read_config
 from apt_jax.checkpoints.source import resolve
 from apt_jax.engine.engine import Engine
+from apt_jax.engine.memory import check_longest_request
 from apt_jax.engine.setup import set_up
 from apt_jax.engine_config import EngineConfig
 from apt_jax.execution.multihost import follow, lead
@@ -49,8 +50,10 @@ def build_engine(
     devices, processes = engine_config.tensor_parallel_size, jax.process_count()
     split = devices > 1 or processes > 1
     parallel = Parallel.over(devices, hidden=engine_config.cache_mode != "kv") if split else None
+    folder = resolve(model, revision=revision, load_format=parse_format(load_format))
+    check_longest_request(engine_config, read_config(folder))
     loaded = load_model(
-        model, load_format=load_format, dtype=engine_config.dtype, revision=revision, seed=engine_config.seed,
+        str(folder), load_format=load_format, dtype=engine_config.dtype, revision=revision, seed=engine_config.seed,
         parallel=parallel,
     )  # fmt: skip
     logger.info("%s: %s weights from %s", model or "demo model", loaded.dtype.name, loaded.folder)

@@ -39,7 +39,7 @@ def test_phases_follow_each_other_and_add_up():
 
 def test_the_server_tells_where_its_start_went(tmp_path):
     folder = write_folder(tmp_path / "tiny")
-    few = "--max-num-seqs 1 --max-num-batched-tokens 16 --num-blocks 8 --cache-mode kv --scheduling-policy fcfs"
+    few = "--max-num-seqs 1 --max-num-batched-tokens 16 --num-blocks 16 --cache-mode kv --scheduling-policy fcfs"
     command = [sys.executable, "-m", "apt_jax.serve.cli", "serve", folder, "--port", "0", "--load-format", "dummy"]
     cache = ["--compilation-cache-dir", str(jax.config.jax_compilation_cache_dir)]
     process = subprocess.Popen([*command, *cache, *few.split()], stderr=subprocess.PIPE, text=True)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from apt_jax.checkpoints.convert import convert
+from apt_jax.checkpoints.errors import CheckpointError
 from apt_jax.checkpoints.load import load_model
 from apt_jax.checkpoints.mapping import export_huggingface
 from apt_jax.checkpoints.placement import serving_dtype
@@ -24,6 +26,20 @@ from tests.support.checkpoint_folders import TINY, assert_same_parameters, rando
 
 DEVICES = 4
 CONFIG = dataclasses.replace(TINY, vocab_size=62)  # which four devices do not divide
+
+
+def test_weights_larger_than_memory_are_refused_before_any_is_read(tmp_path, monkeypatch):
+    write_config(tmp_path, CONFIG)
+    needed = load_model(str(tmp_path), load_format="dummy").weight_bytes
+    for free in (needed, needed - 1):
+        monkeypatch.setattr("apt_jax.checkpoints.placement.device_memory", lambda *args, free=free: (2 * free, free))
+        if free == needed:
+            load_model(str(tmp_path), load_format="dummy")
+    monkeypatch.setattr("apt_jax.checkpoints.load.read_parameters", lambda *args, **options: pytest.fail("read"))
+    with pytest.raises(CheckpointError) as error:
+        load_model(str(tmp_path), load_format="dummy")
+    sizes = rf"need {needed / 2**20:.1f} MiB .*{free / 2**20:.1f} MiB of {2 * free / 2**20:.1f} MiB are free"
+    assert re.search(sizes, str(error.value)) and "--tensor-parallel-size" in str(error.value)
 
 
 def test_shards_on_several_devices(tmp_path):

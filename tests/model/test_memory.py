@@ -8,9 +8,11 @@ import pytest
 
 import apt_jax.engine.memory
 from apt_jax.cache import CacheKind
-from apt_jax.engine.memory import device_memory, plan_memory
+from apt_jax.engine.memory import check_longest_request, device_memory, plan_memory
 from apt_jax.engine_config import EngineConfig
 from apt_jax.execution.platform import PLATFORMS
+from apt_jax.model_config import ModelConfig
+from apt_jax.serve.runtime.build import build_engine
 
 MIB = 2**20
 HYBRID = (CacheKind.KV, CacheKind.HIDDEN)
@@ -167,3 +169,29 @@ def test_on_a_cpu_the_default_pool_is_limited_and_the_error_names_the_right_flag
         plan(cpu(100 * limit * MIB), max_model_len=10**6)
     with pytest.raises(ValueError, match=r" 2.0 MiB are meant for it.*: raise --device-memory-utilization"):
         plan(cpu(200 * MIB), activation_mib=148)
+
+
+@pytest.mark.parametrize(
+    ("mode", "needed", "fits"), [("kv", 8, 32), ("hidden", 4, 64), ("hybrid", 4, 64)], ids=["kv", "hidden", "hybrid"]
+)
+def test_blocks_that_hold_no_request_of_the_longest_context_are_refused(mode, needed, fits):
+    model = ModelConfig(max_position_embeddings=64)
+    for options in ({}, {"max_model_len": 64}):
+        check_longest_request(EngineConfig(num_blocks=needed, cache_mode=mode, **options), model)
+        with pytest.raises(ValueError) as error:  # noqa: PT011  (compared whole below)
+            check_longest_request(EngineConfig(num_blocks=needed - 1, cache_mode=mode, **options), model)
+        assert str(error.value) == (
+            f"num_blocks={needed - 1} cannot hold one request of max_model_len=64, which takes {needed} blocks of 16 "
+            f"tokens; raise --num-blocks, or lower --max-model-len to at most 48"
+        )
+    four = EngineConfig(num_blocks=4, cache_mode=mode, max_model_len=fits)
+    check_longest_request(four, ModelConfig(max_position_embeddings=2048))
+    with pytest.raises(ValueError, match=f"num_blocks=4 .*max_model_len=2048.*to at most {fits}$"):
+        check_longest_request(EngineConfig(num_blocks=4, cache_mode=mode), ModelConfig(max_position_embeddings=2048))
+    check_longest_request(EngineConfig(cache_mode=mode), model)
+
+
+def test_they_are_refused_before_weights_are_read(monkeypatch):
+    monkeypatch.setattr("apt_jax.serve.runtime.build.load_model", lambda *args, **options: pytest.fail("read"))
+    with pytest.raises(ValueError, match=r"num_blocks=4 cannot hold one request of max_model_len=1024.*--num-blocks"):
+        build_engine(None, engine_config=EngineConfig(num_blocks=4))
