@@ -137,6 +137,18 @@ def test_nobody_is_preempted_for_one_that_gets_no_token_of_the_budget():
     ]  # fmt: skip
 
 
+def test_nobody_is_preempted_for_one_that_does_not_fit_even_so():
+    """2 of 12 blocks are free and 4 could be taken from `low`, but `high` needs 8; `long` goes on in the meantime."""
+    state = make_state(12)
+    run(state, "long", 12, computed=4)
+    run(state, "low", 8, priority=5)
+    policy = make_policy("priority")
+    wait(state, "high", 16, priority=-1)
+    assert lines(policy.schedule(state, 0.0)) == [
+        "run long 8 kv CONTINUES_PREFILL", "wait high WAITS_FOR_BLOCKS", "wait low WAITS_FOR_PREFILL",
+    ]  # fmt: skip
+
+
 def test_one_that_is_cut_short_in_its_prompt_is_a_victim_too_and_does_not_decode():
     state = make_state(4)
     run(state, "a")

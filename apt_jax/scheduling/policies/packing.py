@@ -67,13 +67,14 @@ def plan_prefill(
     for position, request in enumerate(waiting):
         blocked: Reason | None = None
         choice: tuple[CacheKind, Reason] | None = None
+        taken: list[Preempted] = []  # for this request: they keep their blocks if even those are too few
         while budget > 0:
             choice = choose_kind(state, request, free - spare) if seats > 0 else None
             if choice or not (victims and may_preempt and may_preempt(request, victims[-1])):
                 break
             victim = victims.pop()
             assert victim.table is not None
-            preempted.append(Preempted(victim, Reason.PREEMPTED_FOR_EARLIER))
+            taken.append(Preempted(victim, Reason.PREEMPTED_FOR_EARLIER))
             free, seats = free + victim.table.num_blocks, seats + 1
         if budget <= 0:
             blocked = Reason.WAITS_FOR_TOKENS
@@ -86,6 +87,7 @@ def plan_prefill(
             first = Waited((request,), blocked or Reason.WAITS_FOR_BLOCKS)
             return scheduled, preempted, (first, *((Waited(behind, Reason.WAITS_BEHIND),) if behind else ()))
         kind, reason = choice
+        preempted += taken
         tokens = min(request.num_uncomputed_tokens, budget)
         scheduled.append(Scheduled(request, tokens, kind, reason))
         free -= state.blocks_needed(request, kind)
