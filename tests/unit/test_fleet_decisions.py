@@ -108,6 +108,15 @@ def test_an_instance_takes_requests_when_it_is_ready_and_decisions_are_a_second_
     assert (member.asked_s, member.ready_s, member.instance.name) == (0.0, 30.0, "1")
 
 
+def test_a_new_instance_reports_at_half_past():
+    router = First()
+    fleet = Fleet(start, 1, router, report_interval_s=1.0, autoscaler=Scripted(2), start_s=10.0)
+    for now in (0.0, 10.25, 10.75):
+        fleet.route(a_request(0, now), now)
+        fleet.instances[-1].add(a_request(0, now), 1)
+    assert [loads[-1].time_s for _, loads in router.seen[1:]] == [10.0, 10.5]
+
+
 def test_an_instance_takes_half_a_minute_to_start_where_nothing_is_said():
     fleet = Fleet(start, 1, First(), autoscaler=Scripted(3))
     fleet.route(a_request(0, 2.0), 2.0)
@@ -162,6 +171,14 @@ def test_the_autoscaler_is_told_the_attainment_of_twenty_and_forgets_it_when_an_
     assert scaler.asked[-1][-1] == pytest.approx(20 / 1.0)
     fleet.route(a_request(0, 30.0), 30.0)
     assert scaler.asked[-1][3] is None and scaler.asked[-1][-1] == pytest.approx(20 / 28.0)
+    for number in range(20):
+        fleet.instances[1].add(a_request(number, 31.0), 1)
+    now = 31.0
+    while (end_s := fleet.instances[1].begin(now)) is not None:
+        now = end_s
+        fleet.end(1, now)
+    fleet.route(a_request(0, now + 1.0), now + 1.0)
+    assert scaler.asked[-1][3] is not None, "it is forgotten once, when the instance is ready"
 
 
 @pytest.mark.parametrize(("count", "router"), [(0, First()), (2, None)])
