@@ -8,6 +8,8 @@ import pytest
 
 from apt_jax.output import Output, TokenLogprobs
 from apt_jax.request import FinishReason, Request, SamplingParams
+from apt_jax.serve.openai.chat_completions import ChatCompletion
+from apt_jax.serve.openai.chat_requests import parse_chat
 from apt_jax.serve.openai.completions import Completion
 from apt_jax.serve.openai.generation import ServedModel
 from apt_jax.serve.openai.requests import parse_completion
@@ -152,3 +154,19 @@ def test_log_probabilities_of_tokens_and_of_the_prompt():
     plain = prepared(max_tokens=9)
     plain.collect(*output(plain, 0, "b", FinishReason.STOP))
     assert "prompt_logprobs" not in plain.response()["choices"][0]
+
+
+def test_every_event_of_a_chat_is_a_chunk_and_its_first_has_the_role():
+    model = ServedModel(FakeEngine(tokenizer=CharTokenizer("{{ messages[0].content }}")), "tiny")
+    body = parse_chat({"messages": [{"role": "user", "content": "x"}], "stream": True})
+    framed, plain = (ChatCompletion.prepare(body, model, request_id="chatcmpl-1") for _ in range(2))
+    framed.created = plain.created = 1000
+    events = []
+    for text, reason in (("y", None), ("z", None), ("!", None), ("?", FinishReason.STOP)):
+        events.append(json.loads(framed.streamed(*output(framed, 0, text, reason)).removeprefix(b"data: ")))
+        assert events[-1] == json.loads(json.dumps(plain.chunk(*output(plain, 0, text, reason))))
+    assert {event["object"] for event in (*events, framed.usage_chunk())} == {"chat.completion.chunk"}
+    deltas = [event["choices"][0]["delta"] for event in events]
+    assert deltas == [{"role": "assistant", "content": "y"}, {"content": "z"}, {"content": "!"}, {"content": "?"}]
+    whole = framed.response()
+    assert whole["object"] == "chat.completion" and whole["choices"][0]["message"]["content"] == "yz!?"
