@@ -10,7 +10,7 @@ from apt_jax.request import FinishReason, Request, SamplingParams, Slo
 from apt_jax.serve.errors import BadRequest, EngineFailure, ModelNotFound
 from apt_jax.serve.openai.chat_requests import parse_chat
 from apt_jax.serve.openai.completions import Completion
-from apt_jax.serve.openai.generation import ServedModel, check_room
+from apt_jax.serve.openai.generation import ServedModel, as_bad_request, check_room
 from apt_jax.serve.openai.requests import parse_completion, slo_of
 from tests.support.fake_engine import CharTokenizer, FakeEngine
 
@@ -162,3 +162,14 @@ def test_another_model_is_not_found():
     assert prepare(model="tiny").model_name == prepare(model=None).model_name == "tiny"
     with pytest.raises(ModelNotFound, match="the model 'other' is not served here; use 'tiny'"):
         prepare(model="other")
+
+
+def test_what_the_engine_refuses_is_the_client_s_field():
+    chat = parse_chat({"messages": [{"role": "user", "content": "x"}]})
+    completion = parse_completion({"prompt": "x"})
+    for body, of_prompt in ((chat, "messages"), (completion, "prompt")):
+        assert as_bad_request(ValueError("the prompt has 200 tokens"), body).param == of_prompt
+        assert as_bad_request(ValueError("seed=7 is taken"), body).param == "seed"
+        assert as_bad_request(ValueError("something else"), body).param is None
+    already = BadRequest("as it is", "stop")
+    assert as_bad_request(already, chat) is already
