@@ -259,6 +259,12 @@ def test_eight_observations_are_enough_and_errors_are_shares_of_what_was_measure
     assert relative_errors(ONE, [Observation(o.load, o.seconds / 4) for o in observed[:1]]).tolist() == [3.0]
 
 
+def test_one_iteration_that_took_no_time_is_refused():
+    observed = [Observation(load, ONE.step_s(load)) for load in loads(9)]
+    with pytest.raises(ValueError, match=r"an observation took 0\.0 s"):
+        fit(ONE, [*observed, replace(observed[0], seconds=0.0)])
+
+
 def test_a_calibration_is_fitted_again_after_so_many_steps():
     twice = ONE.with_scales(Scales(overhead=2.0, dense=2.0, attention=(2.0, 2.0), pairs=2.0))
     steps = [(load, twice.step_s(load)) for load in loads(30)]
