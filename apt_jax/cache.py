@@ -103,20 +103,17 @@ class BlockTable:
 
     kind: CacheKind
     blocks: list[list[int]] = field(default_factory=list)
+    num_pages: int = field(init=False)  # kept here: read for every request in every iteration
 
     def __post_init__(self) -> None:
         if not self.blocks:
             self.blocks = [[] for _ in range(self.kind.blocks_per_page)]
-
-    @property
-    def num_pages(self) -> int:
-        """Pages held."""
-        return len(self.blocks[0])
+        self.num_pages = len(self.blocks[0])
 
     @property
     def num_blocks(self) -> int:
         """Blocks held."""
-        return len(self.blocks[0]) * self.kind.blocks_per_page
+        return self.num_pages * self.kind.blocks_per_page
 
 
 class BlockPool:
@@ -153,6 +150,7 @@ class BlockPool:
         self._held[kind.index] += len(taken)
         for v, blocks in enumerate(table.blocks):
             blocks.extend(taken[v * pages : (v + 1) * pages])
+        table.num_pages += pages
 
     def convert(self, table: BlockTable) -> None:
         """Turn a table into one of the kind that its own converts to, in place.
@@ -178,10 +176,12 @@ class BlockPool:
         for blocks in reversed(table.blocks):
             self._free.extend(reversed(blocks))
             blocks.clear()
+        table.num_pages = 0
 
     def check(self, tables: Iterable[BlockTable]) -> None:
         """Assert that free blocks and `tables` together are exactly the pool's blocks, each once, and counted right."""
         tables = list(tables)
+        assert all(len(blocks) == table.num_pages for table in tables for blocks in table.blocks)
         held = [block for table in tables for blocks in table.blocks for block in blocks]
         everything = sorted([*self._free, *held])
         assert everything == list(range(self.num_blocks)), (

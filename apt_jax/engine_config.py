@@ -3,6 +3,8 @@
 import dataclasses
 from typing import Literal
 
+from apt_jax.cache import CacheMode
+
 AttentionBackend = Literal["auto", "xla", "pallas", "native"]
 
 
@@ -26,7 +28,7 @@ class EngineConfig:
     """Bytes of cache on each device; default: the memory that weights and activations leave free."""
     device_memory_utilization: float = 0.9
     """Share of the device's memory (on a CPU: of the free memory) that the engine may use."""
-    cache_mode: Literal["hybrid", "kv", "hidden"] = "hybrid"
+    cache_mode: CacheMode = "hybrid"
     """What requests cache: keys and values (kv), hidden vectors at half the memory (hidden), or either (hybrid)."""
     scheduling_policy: str = "apt"
     """Scheduling policy, with options as NAME:option=value; docs/scheduling describes them."""

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 import jax
 import psutil
 
-from apt_jax.cache import CacheKind, blocks_for
+from apt_jax.cache import KINDS, CacheKind, blocks_for
 from apt_jax.engine_config import EngineConfig
 from apt_jax.execution.multihost import smallest_of_all
 from apt_jax.execution.platform import Platform
@@ -49,8 +49,8 @@ class MemoryPlan:
             ("cache pool", self.pool_bytes, f"{self.num_blocks} blocks of {self.block_size} tokens"),
         )
         lines = [f"  {name:<12}{value / 2**20:>12,.1f} MiB  {note}".rstrip() for name, value, note in rows]
-        kv, hidden = self.tokens(CacheKind.KV), self.tokens(CacheKind.HIDDEN)
-        lines.append(f"  the pool holds {kv:,} tokens as KV or {hidden:,} as hidden vectors")
+        held = " or ".join(f"{self.tokens(kind):,} as {kind.spec.label}" for kind in KINDS)
+        lines.append(f"  the pool holds {held.replace(' as', ' tokens as', 1)}")
         longest = self.longest_context_tokens
         lines.append(f"  longest context: {longest:,} tokens (max_model_len {self.max_model_len:,})")
         return "\n".join(lines)

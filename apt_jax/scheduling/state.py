@@ -65,7 +65,7 @@ class SchedulerState:
         """Blocks that a running request lacks to compute all its known tokens."""
         table = request.table
         assert table is not None
-        pages = -(-request.num_tokens // self.pool.block_size) - len(table.blocks[0])
+        pages = -(-request.num_tokens // self.pool.block_size) - table.num_pages
         return pages * table.kind.blocks_per_page if pages > 0 else 0
 
     def fits_alone(self, total_tokens: int) -> bool:
@@ -164,7 +164,7 @@ class SchedulerState:
             self._admit(request, kind, known_tokens, now)
         else:
             assert table.kind is kind
-            if known_tokens > len(table.blocks[0]) * self.pool.block_size:
+            if known_tokens > table.num_pages * self.pool.block_size:
                 self.pool.grow(table, known_tokens)
         request.num_computed_tokens = end
         samples = end == known_tokens

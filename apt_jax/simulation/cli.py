@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
-from apt_jax.cache import CacheMode
+from apt_jax.cache import CacheKind, CacheMode
 from apt_jax.routing.catalogue import make_router
 from apt_jax.scheduling.costs.cost_model import HiddenMode
 from apt_jax.scheduling.policies.catalogue import make_policy
@@ -108,7 +108,7 @@ def _search(chosen: list[tuple[Experiment, Configuration]], targets: list[float]
 
 
 def _print(console: Console, experiment: Experiment, reports: list[Report], found: list[dict[str, Any]]) -> None:
-    tokens = experiment.pool_blocks // 2 * experiment.block_size
+    tokens = experiment.pool_blocks // CacheKind.KV.blocks_per_page * experiment.block_size
     console.print(
         f"{experiment.model} on {experiment.tensor_parallel_size} x {experiment.hardware}, {experiment.workload}: "
         f"{experiment.pool_blocks} blocks, {tokens} tokens as KV{_instances(experiment)}"

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from apt_jax.cache import BlockPool
+from apt_jax.cache import BlockPool, per_kind
 from apt_jax.request import Request
 from apt_jax.routing.instance import InstanceLoad, instance_load
 from apt_jax.scheduling.costs.cost_model import CostModel
@@ -25,8 +25,7 @@ class Sample:
     scheduled: int
     running: int
     waiting: int
-    kv_blocks: int
-    hidden_blocks: int
+    held_blocks: tuple[int, ...]  # by `CacheKind.index`
 
 
 class Instance:
@@ -86,9 +85,9 @@ class Instance:
             if state.commit(request, EOS if is_last else TOKEN, now) is not None:
                 self._policy.finished(request, now)
                 finished.append(request)
-        by_kind = state.blocks_by_kind()
+        held_blocks = per_kind(state.pool.num_held)
         running, waiting = len(state.running), len(state.waiting)
-        sample = Sample(self._start_s, now, len(self._spans), running, waiting, by_kind["kv"], by_kind["hidden"])
+        sample = Sample(self._start_s, now, len(self._spans), running, waiting, held_blocks)
         self.samples.append(sample)
         self._report, self.is_busy = None, False
         return finished

@@ -1,13 +1,17 @@
 """The plots that people expect of a serving study: the cliff, first-token times, batch size and cache mix."""
 
 from collections.abc import Mapping, Sequence
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from apt_jax.cache import KINDS
 from apt_jax.simulation.report import Report
 from apt_jax.simulation.simulator import Sample
+
+LINES = {"solid": "-", "dotted": ":", "dashed": "--"}  # of the cache kinds, by index
 
 
 def draw(
@@ -46,16 +50,17 @@ def draw(
         times = np.sort(first_tokens[key])
         share = np.linspace(0, 100, len(times))
         ttft.plot(np.maximum(times, 1e-3), share, color=color, label=f"{label} at {last.rate:g}/s")
-        start, size, kv, hidden = _timeline(timelines[key])
+        start, size, *held = _timeline(timelines[key])
         batch.plot(start, size, color=color, lw=0.8)
-        mix.plot(start, 100 * kv / num_blocks, color=color, lw=0.8)
-        mix.plot(start, 100 * hidden / num_blocks, color=color, lw=0.8, ls=":")
+        for blocks, line in zip(held, cycle(LINES.values()), strict=False):
+            mix.plot(start, 100 * blocks / num_blocks, color=color, lw=0.8, ls=line)
+    kinds = ", ".join(f"{line} {kind.spec.label}" for kind, line in zip(KINDS, cycle(LINES), strict=False))
     first = ", first instance" if any(r.router for r in reports) else ""
     for axes, title, x, y in (
         (cliff, "SLO attainment", "requests/s", "%"),
         (ttft, "time to first token, cumulative", "s", "% of requests"),
         (batch, "requests per iteration" + first, "s", ""),
-        (mix, "pool used (solid KV, dotted hidden)" + first, "s", "%"),
+        (mix, f"pool used ({kinds}){first}", "s", "%"),
     ):
         axes.set(title=title, xlabel=x, ylabel=y)
         axes.grid(alpha=0.3)
@@ -73,7 +78,7 @@ def _label(report: Report) -> str:
 
 
 def _timeline(samples: Sequence[Sample], points: int = 300) -> tuple[np.ndarray, ...]:
-    """Time, batch, KV and hidden blocks at about `points` iterations."""
+    """Time, batch, and blocks of each cache kind at about `points` iterations."""
     step = max(1, len(samples) // points)
-    rows = np.array([(s.start_s, s.scheduled, s.kv_blocks, s.hidden_blocks) for s in samples[::step]], np.float64)
+    rows = np.array([(s.start_s, s.scheduled, *s.held_blocks) for s in samples[::step]], np.float64)
     return tuple(rows.T)

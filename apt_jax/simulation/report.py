@@ -5,17 +5,9 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 
+from apt_jax.cache import KINDS
 from apt_jax.request import Request
 from apt_jax.simulation.simulator import Outcome
-
-
-@dataclass(frozen=True)
-class CacheMix:
-    """Time-weighted shares of the pool; they sum to 1."""
-
-    kv: float
-    hidden: float
-    free: float
 
 
 @dataclass(frozen=True)
@@ -44,7 +36,7 @@ class Report:
     preemptions: int
     conversions: int
     mean_batch: float
-    cache_mix: CacheMix
+    cache_mix: dict[str, float]
     arrivals_s: float
     makespan_s: float
     iterations: int
@@ -77,8 +69,11 @@ def summarise(
     samples = outcome.samples
     seconds = np.array([s.end_s - s.start_s for s in samples])
     busy = max(float(seconds.sum()), 1e-12)
-    kv = float((seconds * [s.kv_blocks for s in samples]).sum()) / busy / num_blocks
-    hidden = float((seconds * [s.hidden_blocks for s in samples]).sum()) / busy / num_blocks
+    cache_mix = {
+        kind.spec.name: float((seconds * [s.held_blocks[kind.index] for s in samples]).sum()) / busy / num_blocks
+        for kind in KINDS
+    }
+    cache_mix["free"] = 1 - sum(cache_mix.values())
     return Report(
         policy=policy,
         cache_mode=cache_mode,
@@ -97,7 +92,7 @@ def summarise(
         preemptions=sum(r.num_preemptions for r in requests),
         conversions=sum(r.num_conversions for r in requests),
         mean_batch=float((seconds * [s.scheduled for s in samples]).sum()) / busy,
-        cache_mix=CacheMix(kv, hidden, 1 - kv - hidden),
+        cache_mix=cache_mix,
         arrivals_s=requests[-1].arrival_s,
         makespan_s=outcome.makespan_s,
         iterations=len(samples),

@@ -15,7 +15,7 @@ from apt_jax.scheduling.state import Limits
 from apt_jax.simulation.experiment import Experiment
 from apt_jax.simulation.instance import Sample
 from apt_jax.simulation.options import SimulateArgs
-from apt_jax.simulation.report import CacheMix, summarise
+from apt_jax.simulation.report import summarise
 from apt_jax.simulation.search import effective_throughput, interpolated_throughput
 from apt_jax.simulation.simulator import simulate
 from apt_jax.simulation.workload import (
@@ -62,11 +62,11 @@ def test_the_timeline_of_three_requests():
     assert (outcome.makespan_s, outcome.backlog, outcome.instance_s, outcome.by_instance) == (4.5, 3, 4.5, [3])
     assert outcome.samples == [
         # seconds, requests of the iteration, running and waiting after it, blocks
-        Sample(1.0, 2.0, 1, 1, 2, 2, 0),
-        Sample(2.0, 3.0, 1, 2, 1, 4, 0),
-        Sample(3.0, 4.0, 1, 2, 0, 4, 0),
-        Sample(4.0, 4.25, 2, 1, 0, 4, 0),
-        Sample(4.25, 4.5, 1, 0, 0, 0, 0),
+        Sample(1.0, 2.0, 1, 1, 2, (2, 0)),
+        Sample(2.0, 3.0, 1, 2, 1, (4, 0)),
+        Sample(3.0, 4.0, 1, 2, 0, (4, 0)),
+        Sample(4.0, 4.25, 2, 1, 0, (4, 0)),
+        Sample(4.25, 4.5, 1, 0, 0, (0, 0)),
     ]
 
 
@@ -77,9 +77,9 @@ def test_the_report_over_them(mode):
         timeline(mode, slo), policy="fcfs", cache_mode=mode, hidden_attention="absorbed", rate=2.0, num_blocks=20
     )
     blocks = (2 * 1 + 4 * 1 + 4 * 1 + 4 * 0.25) / 3.5 / 20  # blocks x seconds of the 3.5 that are busy
-    mix = CacheMix(blocks, 0.0, 1 - blocks) if mode == "kv" else CacheMix(0.0, blocks / 2, 1 - blocks / 2)
+    held = {"kv": blocks, "hidden": 0.0} if mode == "kv" else {"kv": 0.0, "hidden": blocks / 2}
     found = report.as_dict()
-    assert found.pop("cache_mix") == pytest.approx(vars(mix), rel=1e-5)
+    assert found.pop("cache_mix") == pytest.approx({**held, "free": 1 - sum(held.values())}, rel=1e-5)
     assert found == {
         "policy": "fcfs", "cache_mode": mode, "hidden_attention": "absorbed", "rate": 2.0, "num_requests": 3,
         "attainment": 0.333333,  # b alone: a has a gap of 2.25 s, c waits 2 s

@@ -102,9 +102,9 @@ def choose_kind(state: SchedulerState, request: Request, free_blocks: int) -> tu
     kinds = state.limits.kinds
     for kind in kinds:
         if state.blocks_needed(request, kind) <= free_blocks:
-            if kind is CacheKind.KV:
+            if not kind.is_projected:
                 return kind, Reason.ADMITTED_KV
-            return kind, Reason.ADMITTED_HIDDEN if len(kinds) == 1 else Reason.ADMITTED_HIDDEN_KV_DOES_NOT_FIT
+            return kind, Reason.ADMITTED_HIDDEN if kind is kinds[0] else Reason.ADMITTED_HIDDEN_KV_DOES_NOT_FIT
     return None
 
 
@@ -138,15 +138,16 @@ def plan_decode(state: SchedulerState, running: Sequence[Request], waited: tuple
 
 
 def plan_conversion(state: SchedulerState, free: int) -> tuple[Converted, ...]:
-    """The oldest hidden request, if after its conversion every running request can still grow by a page."""
-    if state.limits.cache_mode != "hybrid":
+    """The oldest request that can be converted, if every running one can then still grow by a page of the new kind."""
+    if not any(kind.converts_to in state.limits.kinds for kind in state.limits.kinds):
         return ()
     for request in state.running:
-        if request.cache_kind is CacheKind.HIDDEN and request.is_decoding and not request.is_exhausted:
-            assert request.table is not None
-            # the new page that this step may add costs one block more as KV than counted in `free`
-            extra = state.blocks_needed(request, CacheKind.KV) - request.table.num_blocks
-            if free - extra >= state.limits.watermark_blocks + 2 * len(state.running):
+        assert request.table is not None
+        kind = request.table.kind.converts_to
+        if kind is not None and request.is_decoding and not request.is_exhausted:
+            # the new page that this step may add costs more blocks of the new kind than counted in `free`
+            extra = state.blocks_needed(request, kind) - request.table.num_blocks
+            if free - extra >= state.limits.watermark_blocks + kind.blocks_per_page * len(state.running):
                 return (Converted(request, Reason.CONVERTED_MEMORY_FREE),)
             return ()
     return ()

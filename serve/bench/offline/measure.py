@@ -4,12 +4,14 @@ import dataclasses
 import json
 import platform
 import sys
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from apt_jax.cache import KINDS
 from apt_jax.engine.interface import ServingEngine
 from apt_jax.engine_config import EngineConfig
 from apt_jax.output import Output
@@ -68,8 +70,7 @@ class Tally:
     rows: int = 0
     preemptions: int = 0
     conversions: int = 0
-    kv_blocks: int = 0
-    hidden_blocks: int = 0
+    held_blocks: Counter[str] = field(default_factory=Counter)  # by name of the cache kind, summed over iterations
     peak_blocks: int = 0
 
     def add(self) -> None:
@@ -85,8 +86,7 @@ class Tally:
         self.tokens += tokens
         self.rows += rows
         self.slots += figures.padded_tokens
-        self.kv_blocks += figures.blocks["kv"]
-        self.hidden_blocks += figures.blocks["hidden"]
+        self.held_blocks.update(figures.blocks)
         self.peak_blocks = max(self.peak_blocks, figures.num_held_blocks)
 
     def figures(self) -> dict[str, Any]:
@@ -99,8 +99,7 @@ class Tally:
             "preemptions": self.preemptions,
             "conversions": self.conversions,
             "num_blocks": blocks,
-            "mean_kv_usage": self.kv_blocks / steps / blocks,
-            "mean_hidden_usage": self.hidden_blocks / steps / blocks,
+            **{f"mean_{kind.spec.name}_usage": self.held_blocks[kind.spec.name] / steps / blocks for kind in KINDS},
             "peak_cache_usage": self.peak_blocks / blocks,
         }
 

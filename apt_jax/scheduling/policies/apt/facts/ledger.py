@@ -125,7 +125,7 @@ class Ledger:
         arrival_s, ttft_slo_s, tbt_slo_s, _ = times
         since_s, tokens, uncomputed, late_gaps, started, missed = _progress(running, times, prompt)
         tables = [r.table for r in running]
-        pages = np.array([len(table.blocks[0]) for table in tables], np.int64)  # type: ignore[union-attr]
+        pages = np.array([table.num_pages for table in tables], np.int64)  # type: ignore[union-attr]
         kind = np.array([table.kind.index for table in tables], np.int64)  # type: ignore[union-attr]
         return Queue(
             running, since_s, arrival_s, ttft_slo_s, tbt_slo_s, prompt, most_new, tokens, uncomputed, late_gaps,
