@@ -121,11 +121,15 @@ class Engine:
         return Trials(self.state, self.builder, self.runner, self.max_model_len)
 
     def warm_up(self, progress: bool = False) -> None:
-        """Compile every shape, and measure the device if the policy uses that; afterwards nothing compiles."""
+        """Compile every shape, run a step of each kind, and measure the device if the policy uses that.
+
+        Afterwards nothing compiles.
+        """
         started = time.perf_counter()
         self.runner.compile_all(progress)
         self._counts.compile_s = time.perf_counter() - started
         logger.info("compiled %d programs in %.1f s", self.runner.num_programs, self._counts.compile_s)
+        self.trials.rehearse()
         if self.times.learns:
             self.times.calibration = calibrate(self.trials, self.setup.cost_model, self.setup.calibration_file)
             self._use_cost_model()

@@ -94,5 +94,16 @@ class Trials:
                 pool.release(span.request.table)
                 span.request.table = None
 
+    def rehearse(self) -> None:
+        """Run a whole prompt and a decode step of each kind, so that what the backend sets up once is set up now.
+
+        A request would bring it about at a worse time: where no file can be opened then, XLA fails on every later step.
+        """
+        for kind in self.state.limits.kinds:
+            for shapes in ([(kind, 0, 1)], [(kind, 1, 1)]):
+                if self.fits(shapes) and sum(shapes[0][1:]) <= self.max_model_len:
+                    with self.prepared(shapes) as trial:
+                        trial.run()
+
     def _blocks(self, shapes: Sequence[Shape]) -> int:
         return sum(blocks_for(cached + new, kind, self.state.pool.block_size) for kind, cached, new in shapes)

@@ -67,8 +67,9 @@ def compile_kernel(
     out_bytes = queries * N * width * 4 * {"kv": 8, "kv_prefix": 4}.get(kernel, 1)
     tables = len(tpu_paging.row_groups(rows, CONTEXT // block_size, 1 if kernel.startswith("hidden") else 2))
     assert program.memory_analysis().temp_size_in_bytes <= (2 + tables) * out_bytes
-    vmem = used_vmem_bytes(program.as_text())
-    assert vmem is not None and vmem <= VMEM_BYTES, f"{vmem=}"
+    calls = [line for line in program.as_text().splitlines() if "tpu_custom_call" in line]
+    vmem = max(used_vmem_bytes(call) or VMEM_BYTES + 1 for call in calls)
+    assert vmem <= VMEM_BYTES, f"{vmem=}"
     print(f"{kernel} {chip} {size} blocks of {block_size} {jnp.dtype(dtype)}: {vmem / 2**20:.1f} MiB of VMEM")
 
 
