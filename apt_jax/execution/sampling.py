@@ -70,7 +70,8 @@ def _choose(
 
     def draw() -> jax.Array:
         below_best = logits - logits.max(-1, keepdims=True)  # so that a tiny temperature cannot overflow to +inf
-        scaled = below_best / jnp.where(random, sampling.temperature, 1.0)[:, None]
+        divisor = jnp.maximum(sampling.temperature, jnp.finfo(jnp.float32).tiny)  # a subnormal one may count as zero
+        scaled = below_best / jnp.where(random, divisor, 1.0)[:, None]
         scaled = _truncate(scaled, sampling)
 
         def gumbel(seed: jax.Array, position: jax.Array) -> jax.Array:
@@ -127,7 +128,7 @@ def _penalise(logits: jax.Array, history: jax.Array, num_tokens: jax.Array, samp
 
 
 def _truncate(logits: jax.Array, sampling: Sampling) -> jax.Array:
-    """Mask tokens outside min_p, top_k and top_p. Ties at the edge are kept."""
+    """Mask tokens outside min_p, top_k and top_p. Ties at the edge are kept, and the most likely token always is."""
 
     def min_p() -> jax.Array:
         probs = jax.nn.softmax(logits, axis=-1)
@@ -149,6 +150,7 @@ def _truncate(logits: jax.Array, sampling: Sampling) -> jax.Array:
         probs = jax.nn.softmax(before_p, axis=-1)
         wanted = jnp.minimum(sampling.top_p, 1.0)
         edge = largest_where(probs, lambda kept: jnp.where(kept, probs, 0).sum(-1) >= wanted)
+        edge = jnp.minimum(edge, probs.max(-1, keepdims=True))  # a subnormal top_p counts as 0: no token would be left
         return jnp.where((probs < edge) & (sampling.top_p < 1)[:, None], _MASKED, before_p)
 
     return jax.lax.cond(jnp.any(sampling.top_p < 1), top_p, lambda: before_p)
