@@ -4,6 +4,7 @@ import dataclasses
 from typing import Literal
 
 from apt_jax.cache import CacheMode
+from apt_jax.ranges import check_at_least, check_finite, check_greater
 
 AttentionBackend = Literal["auto", "xla", "pallas", "native"]
 
@@ -53,18 +54,14 @@ class EngineConfig:
     """Seed for requests without one, and for dummy weights."""
 
     def __post_init__(self) -> None:
-        for name in ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "num_blocks", "cache_memory_bytes"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name}={value} must be at least 1")
-        for name in ("block_size", "tensor_parallel_size", "max_num_queued_reqs"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        check_finite(self)
+        check_at_least(
+            *(self, 1, ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "num_blocks", "cache_memory_bytes"))
+        )
+        check_at_least(self, 1, ("block_size", "tensor_parallel_size", "max_num_queued_reqs"))
         if self.block_size & (self.block_size - 1) or self.block_size > 128:
             raise ValueError(f"block_size={self.block_size} must be a power of two, at most 128")
-        for name in ("ttft_slo_ms", "tbt_slo_ms"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name}={getattr(self, name)} must be greater than 0")
+        check_greater(self, 0, ("ttft_slo_ms", "tbt_slo_ms"))
         if not 0 < self.device_memory_utilization <= 1:
             raise ValueError(
                 f"device_memory_utilization={self.device_memory_utilization} must be greater than 0 and at most 1"

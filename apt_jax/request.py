@@ -25,7 +25,7 @@ class Slo:
     def __post_init__(self) -> None:
         for name in ("ttft_s", "tbt_s"):
             value = getattr(self, name)
-            if not value > 0:
+            if not 0 < value < math.inf:
                 raise ValueError(f"slo {name}={value} must be > 0 seconds")
 
     def is_kept(self, ttft_s: float, gaps_s: Sequence[float]) -> bool:

@@ -5,6 +5,8 @@ from typing import Annotated, Literal
 
 from tyro.conf import Positional, arg
 
+from apt_jax.ranges import check_finite
+
 DEMO_NAME = "apt-jax-demo"  # of the bundled model in the API
 DEFAULT_MAX_BODY_BYTES = 4 * 2**20
 
@@ -93,6 +95,7 @@ class ServerOptions:
     """Format of log lines: plain text, or one JSON object per line."""
 
     def __post_init__(self) -> None:
+        check_finite(self)
         if not 0 <= self.port <= 65535:
             raise ValueError(f"port={self.port} must be between 0 and 65535")
         if self.max_body_bytes < 1:

@@ -8,6 +8,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from apt_jax.ranges import check_finite
 from apt_jax.routing.instance import InstanceLoad
 
 REMEMBERED_DELAYS = 10  # of `down_delay_s`: for this long the load at which SLOs were missed is remembered
@@ -36,6 +37,7 @@ class AutoscalerOptions:
     down_delay_s: float = 60.0
 
     def __post_init__(self) -> None:
+        check_finite(self)
         if not 1 <= self.min_instances <= self.max_instances:
             raise ValueError(
                 f"min_instances={self.min_instances} and max_instances={self.max_instances} must be 1 <= min <= max"

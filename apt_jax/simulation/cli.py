@@ -2,6 +2,7 @@
 
 import itertools
 import json as json_format
+import math
 from dataclasses import fields, replace
 from typing import Any, cast
 
@@ -164,6 +165,6 @@ def _numbers(text: str, flag: str) -> list[float]:
         numbers = [float(part) for part in text.split(",") if part.strip()]
     except ValueError as error:
         raise ValueError(f"{flag}={text!r} must be numbers separated by commas") from error
-    if any(not number > 0 for number in numbers):
+    if any(not 0 < number < math.inf for number in numbers):
         raise ValueError(f"{flag}={text!r} must be numbers greater than 0")
     return numbers

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from apt_jax.ranges import check_at_least, check_cv, check_finite, check_greater
+
 
 @dataclass(frozen=True)
 class SimulateArgs:
@@ -59,3 +61,12 @@ class SimulateArgs:
     """JSON file for all results."""
     plot: Path | None = None
     """Plot of attainment, time to first token, batch size and cache mix (PNG, PDF or SVG; needs matplotlib)."""
+
+    def __post_init__(self) -> None:
+        check_finite(self)
+        check_greater(self, 0, ("cv", "ttft_slo_ms", "tbt_slo_ms"))
+        check_at_least(self, 0, ("duration_s", "report_interval_s", "seed"))
+        check_at_least(self, 1, ("tensor_parallel_size", "num_requests", "max_num_seqs", "max_num_batched_tokens"))
+        check_at_least(self, 1, ("block_size", "num_blocks", "instances", "max_instances"))
+        if self.cv is not None:
+            check_cv(self.cv)

@@ -1,6 +1,7 @@
 """Workloads: request lengths from a table, arrival times from a Gamma process or a recorded trace."""
 
 import csv
+import io
 import math
 from dataclasses import dataclass
 from importlib import resources
@@ -11,6 +12,8 @@ from numpy.typing import NDArray
 
 NAMED = ("sharegpt", "humaneval", "longbench", "azure")
 MIN_DURATION_S = 300.0  # shorter traces flatter policies that starve
+MOST_TOKENS = 10**9  # in a cell
+MOST_ARRIVALS = 10**7  # of one run
 
 
 @dataclass(frozen=True)
@@ -27,11 +30,15 @@ class Lengths:
         """Requests per second of the recorded arrivals.
 
         Raises:
-            ValueError: arrivals were not recorded.
+            ValueError: arrivals were not recorded, or are all at one time.
         """
         if self.arrival_s is None:
             raise ValueError(f"workload {self.name} has no recorded arrivals; give --rate")
-        return len(self.arrival_s) / max(float(self.arrival_s[-1]), 1e-9)
+        if not self.arrival_s[-1] > 0:
+            raise ValueError(
+                f"the arrivals of workload {self.name} are all at one time and have no rate; leave them out"
+            )
+        return len(self.arrival_s) / float(self.arrival_s[-1])
 
 
 @dataclass(frozen=True)
@@ -48,10 +55,11 @@ def load_lengths(workload: str, max_model_len: int = 2048) -> Lengths:
 
     Several, joined by `+`, are mixed: as many requests of each, recorded arrivals left out.
 
-    Requests longer than `max_model_len`, or without a prompt or output token, are left out.
+    Requests longer than `max_model_len` are left out.
 
     Raises:
-        ValueError: no such name or file, a column is missing, a cell is no number, or no request is left.
+        ValueError: no such name or file, a column is missing, a cell is no number of tokens or seconds, or no request
+            is left.
     """
     if "+" in workload:
         return _mixed([load_lengths(part, max_model_len) for part in workload.split("+")])
@@ -61,27 +69,47 @@ def load_lengths(workload: str, max_model_len: int = 2048) -> Lengths:
         path = Path(workload)
         if not path.is_file():
             raise ValueError(f"workload {workload!r} is neither a file nor one of {', '.join(NAMED)}")
-        text = path.read_text("utf-8")
-    reader = csv.DictReader(text.splitlines())
+        text = path.read_text("utf-8-sig")
+    rows = _rows(workload, text)
+    rows = rows[rows[:, -2] + rows[:, -1] <= max_model_len]
+    if not len(rows):
+        raise ValueError(f"workload {workload} has no request of at most {max_model_len} tokens")
+    arrival = None
+    if rows.shape[1] == 3:
+        rows = rows[np.argsort(rows[:, 0], kind="stable")]
+        arrival = rows[:, 0] - rows[0, 0]
+    return Lengths(workload, rows[:, -2].astype(np.int64), rows[:, -1].astype(np.int64), arrival)
+
+
+def _rows(workload: str, text: str) -> NDArray[np.float64]:
+    """`[n, 2 or 3]` cells of a table: arrival_s if it has them, prompt_tokens, output_tokens."""
+    reader = csv.DictReader(io.StringIO(text, newline=""))
     columns = reader.fieldnames or []
     for column in ("prompt_tokens", "output_tokens"):
         if column not in columns:
             raise ValueError(f"workload {workload} has no column {column}; it has {', '.join(columns)}")
     wanted = [c for c in ("arrival_s", "prompt_tokens", "output_tokens") if c in columns]
+    rows = []
     try:
-        rows = np.array([[float(row[c]) for c in wanted] for row in reader], np.float64).reshape(-1, len(wanted))
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"workload {workload}: {error}; every cell must be a number") from error
-    prompt, output = rows[:, -2], rows[:, -1]
-    keep = (prompt >= 1) & (output >= 1) & (prompt + output <= max_model_len)
-    if not keep.any():
-        raise ValueError(f"workload {workload} has no request of at most {max_model_len} tokens")
-    rows = rows[keep]
-    arrival = None
-    if len(wanted) == 3:
-        rows = rows[np.argsort(rows[:, 0], kind="stable")]
-        arrival = rows[:, 0] - rows[0, 0]
-    return Lengths(workload, rows[:, -2].astype(np.int64), rows[:, -1].astype(np.int64), arrival)
+        for row in reader:
+            rows.append([_cell(column, row[column]) for column in wanted])
+    except (ValueError, csv.Error) as error:
+        raise ValueError(f"workload {workload}, line {reader.line_num}: {error}") from error
+    return np.array(rows, np.float64).reshape(-1, len(wanted))
+
+
+def _cell(column: str, text: str | None) -> float:
+    """A cell's number; ValueError says what it must be."""
+    try:
+        value = float(text or "")
+    except ValueError as error:
+        raise ValueError(f"{column}={text!r} must be a number") from error
+    if column == "arrival_s":
+        if not 0 <= value < math.inf:
+            raise ValueError(f"arrival_s={text} must be seconds, at least 0")
+    elif not 1 <= value <= MOST_TOKENS or value % 1:
+        raise ValueError(f"{column}={text} must be a whole number of tokens, at least 1")
+    return value
 
 
 def _mixed(tables: list[Lengths]) -> Lengths:
@@ -104,8 +132,13 @@ def make_arrivals(
     stretched to `rate`, repeated end to end if they are too few, in their order. Times scale with 1/rate for a
     fixed seed: two rates see the same pattern.
     """
-    if not rate > 0 or num_requests < 1 or (cv is not None and not cv > 0):
-        raise ValueError(f"{rate=}, {num_requests=} and {cv=} must all be greater than 0")
+    numbers = (rate, num_requests, *(() if cv is None else (cv,)))
+    if not all(0 < number < math.inf for number in numbers) or not 0 <= duration_s < math.inf:
+        raise ValueError(f"{rate=}, {num_requests=} and {cv=} must all be greater than 0, and {duration_s=} at least 0")
+    if max(num_requests, rate * duration_s) > MOST_ARRIVALS:
+        raise ValueError(
+            f"{rate=:g} for {duration_s=:g} or {num_requests=} are more than {MOST_ARRIVALS:,} requests; lower one"
+        )
     count = max(num_requests, math.ceil(rate * duration_s))
     rows = len(lengths.prompt_tokens)
     if cv is None:

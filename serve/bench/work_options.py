@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from apt_jax.ranges import check_at_least
+
 
 @dataclass(frozen=True)
 class WorkOptions:
@@ -22,9 +24,7 @@ class WorkOptions:
     """Without --tokenizer, prompts are token ids from 10 up to this, which must not exceed the model's vocabulary."""
 
     def __post_init__(self) -> None:
-        for name in ("num_prompts", "random_input_len", "random_output_len"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        check_at_least(self, 1, ("num_prompts", "random_input_len", "random_output_len"))
         if not 0 <= self.random_range_ratio < 1:
             raise ValueError(f"random_range_ratio={self.random_range_ratio} must be at least 0 and less than 1")
         if self.vocab_size < 11:

@@ -1,7 +1,10 @@
 """Flags of a service with replicas. Light, for the help: what they mean is imported when they are used."""
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+
+from apt_jax.ranges import check_at_least, check_finite
 
 if TYPE_CHECKING:
     from apt_jax.routing.autoscaler import AutoscalerOptions
@@ -54,7 +57,7 @@ def parse_resources(entries: tuple[str, ...]) -> dict[str, float]:
             found[name] = float(amount)
         except ValueError:
             found[name] = -1.0
-        if not name or found[name] < 0:
+        if not name or not 0 <= found[name] < math.inf:
             raise ValueError(f"replica_resources has {entry!r}, must be NAME=NUMBER such as GPU=1")
     return found
 
@@ -83,6 +86,8 @@ class ReplicaOptions:
     """Seconds for which fewer replicas must suffice before one is removed."""
 
     def __post_init__(self) -> None:
+        check_finite(self)
+        check_at_least(self, 0, ("target_attainment", "scale_up_delay", "scale_down_delay"))
         if self.replicas < 1:
             raise ValueError(f"replicas={self.replicas} must be at least 1")
         if self.max_replicas is not None and self.max_replicas < self.replicas:

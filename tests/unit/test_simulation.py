@@ -1,6 +1,7 @@
 """The simulator: workloads, the search, deterministic results, and the very plans of the engine."""
 
 import json
+import math
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -81,7 +82,15 @@ def test_a_csv_is_read_sorted_and_filtered(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [("prompt_tokens\n3\n", "no column output_tokens"), ("prompt_tokens,output_tokens\n3,x\n", "must be a number"),
-     ("prompt_tokens,output_tokens\n3000,5\n", "at most 2048")],
+     ("prompt_tokens,output_tokens\n3000,5\n", "at most 2048"),
+     *((f"arrival_s,prompt_tokens,output_tokens\n0,1,1\n\n1,{cell},3\n", f"line 4: prompt_tokens={cell} must be")
+       for cell in ("nan", "inf", "-inf", "0", "-3", "1.5", "1e300", "1e-9")),
+     *((f"arrival_s,prompt_tokens,output_tokens\n0,1,1\n1,3,{cell}\n", f"line 3: output_tokens={cell} must be")
+       for cell in ("NaN", "Infinity", "0.0", "-1", "0.5")),
+     *((f"arrival_s,prompt_tokens,output_tokens\n{cell},1,1\n1,3,4\n", f"line 2: arrival_s={cell} must be")
+       for cell in ("nan", "inf", "-1", "-1e-9")),
+     ("arrival_s,prompt_tokens,output_tokens\n1,3\n", "line 2: output_tokens=None must be"),
+     ("prompt_tokens,output_tokens\n3,4\n" + "9" * 200_000 + ",4\n", "line [23]: field larger than")],
 )  # fmt: skip
 def test_a_bad_csv_is_refused(tmp_path, text, message):
     path = tmp_path / "bad.csv"
@@ -90,6 +99,28 @@ def test_a_bad_csv_is_refused(tmp_path, text, message):
         load_lengths(str(path))
     with pytest.raises(ValueError, match="neither a file nor one of"):
         load_lengths("sharegtp")
+
+
+def test_a_byte_order_mark_is_no_part_of_a_column(tmp_path):
+    path = tmp_path / "mine.csv"
+    path.write_text("\ufeffprompt_tokens,output_tokens\n10,4\n", encoding="utf-8")
+    assert list(load_lengths(str(path)).prompt_tokens) == [10]
+
+
+@pytest.mark.parametrize("arrivals", [(0.0,), (7.0, 7.0, 7.0)])
+def test_arrivals_all_at_one_time_have_no_rate(tmp_path, arrivals):
+    path = tmp_path / "mine.csv"
+    path.write_text("arrival_s,prompt_tokens,output_tokens\n" + "".join(f"{at},10,4\n" for at in arrivals))
+    with pytest.raises(ValueError, match="all at one time"):
+        make_arrivals(load_lengths(str(path)), rate=1.0, num_requests=5, cv=None, seed=0)
+
+
+@pytest.mark.parametrize(
+    "numbers", [{"rate": math.nan}, {"rate": math.inf}, {"cv": math.nan}, {"duration_s": math.nan}, {"rate": 1e12}]
+)
+def test_arrivals_of_numbers_that_are_none_are_refused(numbers):
+    with pytest.raises(ValueError, match=r"must all be greater than 0|lower one"):
+        make_arrivals(load_lengths("sharegpt"), **{"rate": 1.0, "num_requests": 5, "cv": 1.0, "seed": 0, **numbers})
 
 
 def test_search_finds_the_cliff_of_each_target():

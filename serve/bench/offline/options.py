@@ -6,6 +6,7 @@ from pathlib import Path
 from tyro.conf import OmitArgPrefixes
 
 from apt_jax.engine_config import EngineConfig
+from apt_jax.ranges import check_at_least, check_finite
 from apt_jax.serve.bench.work_options import WorkOptions
 from apt_jax.serve.options import LoadOptions, Model
 
@@ -23,6 +24,10 @@ class BenchThroughput:
     """JSON file for the results."""
     load: OmitArgPrefixes[LoadOptions] = field(default_factory=LoadOptions)
     engine: OmitArgPrefixes[EngineConfig] = field(default_factory=EngineConfig)
+
+    def __post_init__(self) -> None:
+        check_finite(self)
+        check_at_least(self, 0, ("temperature",))
 
 
 @dataclass(frozen=True)
@@ -47,8 +52,5 @@ class BenchLatency:
     engine: OmitArgPrefixes[EngineConfig] = field(default_factory=EngineConfig)
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "input_len", "output_len", "num_iters"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
-        if self.num_iters_warmup < 0:
-            raise ValueError(f"num_iters_warmup={self.num_iters_warmup} must be at least 0")
+        check_at_least(self, 1, ("batch_size", "input_len", "output_len", "num_iters"))
+        check_at_least(self, 0, ("num_iters_warmup",))

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from pydantic_core import from_json
 from tqdm import tqdm
 
 from apt_jax.request import Slo
@@ -84,7 +85,7 @@ class Serving:
         if math.isinf(rate):
             return [0.0] * count
         times = gamma_times(count, rate=1.0, cv=self.cv, seed=self.args.seed)
-        return (times * (count / (times[-1] * rate))).tolist()
+        return (times / (times[-1] or 1.0) * (count / rate)).tolist()
 
     def warm_up(self) -> None:
         """Send the first requests.
@@ -257,8 +258,8 @@ async def _find_endpoint(args: BenchServe) -> tuple[Endpoint, int | None]:
 
 def _extra_fields(text: str) -> dict[str, Any]:
     try:
-        fields = json.loads(text or "{}")
-    except json.JSONDecodeError:
+        fields = from_json(text or "{}", allow_inf_nan=False)
+    except ValueError:
         fields = None
     if not isinstance(fields, dict):
         raise ValueError(f"extra_body={text!r} must be a JSON object")

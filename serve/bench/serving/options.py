@@ -6,6 +6,7 @@ from typing import Literal
 
 from tyro.conf import OmitArgPrefixes
 
+from apt_jax.ranges import check_at_least, check_cv, check_finite, check_greater
 from apt_jax.serve.bench.work_options import WorkOptions
 
 METRICS = ("ttft", "tpot", "itl", "e2el")
@@ -83,16 +84,12 @@ class BenchServe:
     def __post_init__(self) -> None:
         if self.burstiness is not None and self.cv is not None:
             raise ValueError(f"burstiness={self.burstiness} and cv={self.cv} say the same thing; give one of them")
-        if self.burstiness is not None and not self.burstiness > 0:
-            raise ValueError(f"burstiness={self.burstiness} must be greater than 0")
-        if self.cv is not None and not 0 <= self.cv < float("inf"):
-            raise ValueError(f"cv={self.cv} must be at least 0")
-        for name in ("ttft_slo_ms", "tbt_slo_ms", "request_timeout", "sweep_tolerance"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name}={getattr(self, name)} must be greater than 0")
-        if self.num_warmups < 0:
-            raise ValueError(f"num_warmups={self.num_warmups} must be at least 0")
-        for name in ("max_concurrency", "max_model_len"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name}={value} must be at least 1")
+        check_finite(self, may_be_infinite=("burstiness",))
+        check_greater(self, 0, ("burstiness", "ttft_slo_ms", "tbt_slo_ms", "request_timeout"))
+        check_at_least(self, 1e-3, ("sweep_tolerance",))  # rates have four digits
+        check_at_least(self, 0, ("cv", "temperature", "num_warmups"))
+        check_at_least(self, 1, ("max_concurrency", "max_model_len"))
+        if self.cv is not None:
+            check_cv(self.cv)
+        elif self.burstiness is not None:
+            check_cv(self.burstiness**-0.5, f"burstiness={self.burstiness}")

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from apt_jax.ranges import check_finite
+
 VALUES = ("pending", "absolute", "slack", "footprint", "longest")
 FALLBACKS = ("aging", "constant", "none")
 
@@ -37,6 +39,7 @@ class AptOptions:
     lane_share: float = 0.05
 
     def __post_init__(self) -> None:
+        check_finite(self)
         for name, known in (("value", VALUES), ("fallback", FALLBACKS)):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name}={getattr(self, name)!r} must be one of {', '.join(known)}")

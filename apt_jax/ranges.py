@@ -1,0 +1,41 @@
+"""Checks of the numbers in a dataclass of options: a value that is not a number must not pass as one."""
+
+import dataclasses
+import math
+from collections.abc import Collection, Iterable
+from typing import Any
+
+MIN_CV, MAX_CV = 0.01, 100.0  # beyond, arrival gaps are regular, or all but one of them are 0
+
+
+def check_cv(cv: float, what: str | None = None) -> None:
+    """Raise ValueError if `cv` is no coefficient of variation of arrival gaps; 0 is. `what` is the flag as given."""
+    if cv != 0 and not MIN_CV <= cv <= MAX_CV:
+        given = f"cv={cv}" if what is None else f"{what} (cv={cv:.3g})"
+        raise ValueError(f"{given} must be a coefficient of variation between {MIN_CV} and {MAX_CV:g}")
+
+
+def check_finite(options: Any, may_be_infinite: Collection[str] = ()) -> None:
+    """Raise ValueError if a field of the dataclass `options` is NaN, or infinite where that means nothing."""
+    for field in dataclasses.fields(options):
+        value = getattr(options, field.name)
+        if not isinstance(value, float) or math.isfinite(value):
+            continue
+        if math.isnan(value) or field.name not in may_be_infinite:
+            raise ValueError(f"{field.name}={value} must be a finite number")
+
+
+def check_at_least(options: Any, low: float, names: Iterable[str]) -> None:
+    """Raise ValueError if a field is less than `low`; None passes."""
+    for name in names:
+        value = getattr(options, name)
+        if value is not None and not value >= low:
+            raise ValueError(f"{name}={value} must be at least {low:g}")
+
+
+def check_greater(options: Any, low: float, names: Iterable[str]) -> None:
+    """Raise ValueError if a field is not greater than `low`; None passes."""
+    for name in names:
+        value = getattr(options, name)
+        if value is not None and not value > low:
+            raise ValueError(f"{name}={value} must be greater than {low:g}")
