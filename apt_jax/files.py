@@ -1,29 +1,88 @@
 """Files that others read while they are replaced, and folders that are kept from start to start."""
 
 import atexit
+import contextlib
+import errno
 import logging
 import os
 import shutil
+import stat
 import tempfile
 from pathlib import Path
 
 logger = logging.getLogger(__name__)
 
+OWNER_ONLY, EVERYBODY = 0o600, 0o666  # modes of new files; the process's umask takes bits away
+_CANNOT_SYNC = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP}
 
-def replace_file(path: Path, data: bytes) -> None:
+
+def replace_file(path: Path, data: bytes, *, mode: int = OWNER_ONLY, durable: bool = False) -> None:
     """Write `data` to `path`, whose folder is made if need be; a reader sees the old file or the new one.
+
+    A link stays one, and what is no file on disk (/dev/stdout, a pipe) is simply written to. With a `mode` for others
+    too, a file that was there keeps its own. `durable`: it is on the disk when this returns, also if power fails.
 
     Raises:
         OSError: it cannot be written; `path` is as it was.
     """
+    path = Path(os.path.realpath(path))
+    before = path.stat().st_mode if path.exists() else None
+    if before is not None and not stat.S_ISREG(before):
+        path.write_bytes(data)
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
+    if mode != OWNER_ONLY:
+        mode = mode & ~_umask() if before is None else stat.S_IMODE(before)
+    draft, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[:100]}.", suffix=".draft")
+    try:
         try:
-            file.write(data)
-        except OSError:
-            os.unlink(file.name)
+            write_all(draft, data)
+            if mode != OWNER_ONLY:
+                os.fchmod(draft, mode)
+            if durable:
+                sync(draft)
+        finally:
+            os.close(draft)
+        os.replace(name, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(name)
+        raise
+    if durable:
+        sync_folder(path.parent)
+
+
+def write_all(file: int, data: bytes) -> None:
+    """Write all of `data` to an open file descriptor.
+
+    Raises:
+        OSError: only a part of it, or nothing, was written.
+    """
+    rest = memoryview(data)
+    while rest:
+        rest = rest[os.write(file, rest) :]
+
+
+def sync(file: int) -> None:
+    """Wait until what was written to a descriptor is on the disk, where that kind of file can be waited for.
+
+    Raises:
+        OSError: it could not be written.
+    """
+    try:
+        os.fsync(file)
+    except OSError as error:
+        if error.errno not in _CANNOT_SYNC:
             raise
-    os.replace(file.name, path)
+
+
+def sync_folder(folder: Path) -> None:
+    """`sync` of the names in a folder."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        sync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def kept_folder(path: Path, what: str) -> Path:
@@ -47,3 +106,10 @@ def temporary_folder(what: str, reason: str) -> Path:
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     logger.warning("%s are not kept for the next start: %s; they are in %s until this one ends", what, reason, folder)
     return folder
+
+
+def _umask() -> int:
+    """The process's, which can only be read by setting it."""
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask

@@ -33,7 +33,7 @@ def save_weights(folder: Path, parameters: Mapping[tuple[str, ...], jax.Array]) 
     context.memory.write_concurrent_bytes = max(array.nbytes for array in parameters.values()) + _CHUNK_BYTES
     try:
         with context:
-            ocp.save(folder, traverse_util.unflatten_dict(dict(parameters)))
+            ocp.save(folder.absolute(), traverse_util.unflatten_dict(dict(parameters)))
     except Exception as error:  # Orbax and TensorStore raise many kinds, a full disk among them
         raise CheckpointError(f"{folder} cannot be written: {first_line(error)}") from error
 
@@ -50,6 +50,7 @@ def restore_weights(
     Raises:
         CheckpointError: a parameter is missing, extra or of another shape, or its data cannot be read.
     """
+    folder = folder.absolute()  # Orbax takes no other
     _check_shapes(folder, skeleton)
     context = ocp.Context()
     context.pytree.loading.partial_load = True

@@ -17,7 +17,14 @@ from apt_jax.engine.interface import ServingEngine
 from apt_jax.engine_config import EngineConfig
 from apt_jax.output import Output
 from apt_jax.request import OFFLINE_SLO
-from apt_jax.serve.batch.batch_file import MAX_LINE_BYTES, Line, ResultFile, count_lines, read_lines
+from apt_jax.serve.batch.batch_file import (
+    MAX_LINE_BYTES,
+    Line,
+    ResultFile,
+    count_lines,
+    read_lines,
+    readable_twice,
+)
 from apt_jax.serve.errors import BadRequest, EngineFailure, error_reply
 from apt_jax.serve.openai.endpoints import ENDPOINTS
 from apt_jax.serve.openai.generation import Generation, ServedModel, as_bad_request
@@ -259,10 +266,9 @@ def run_batch(
         ValueError, OSError: files or model cannot be used; one sentence.
     """
     check_files(source, output)
-    total = count_lines(source)
-    with ResultFile(output) as results:
-        done = results.num_done
-        if all(results.is_done(line) for line in read_lines(source)):
+    with readable_twice(source) as text, ResultFile(output) as results:
+        total, done = count_lines(text), results.num_done
+        if all(results.is_done(line) for line in read_lines(text)):
             logger.info("all %d lines of %s are answered in %s", total, source, output)
             return 0
         if done:
@@ -275,7 +281,7 @@ def run_batch(
         engine.warm_up(progress=True)
         with logging_redirect_tqdm(), tqdm(total=total, initial=done, desc=source.name, unit="line") as bar:
             served = ServedModel(engine, model_name or model or DEMO_NAME, template)
-            job = BatchJob(engine, served, partial(read_lines, source), results, bar)
+            job = BatchJob(engine, served, partial(read_lines, text), results, bar)
             job.run()
         logger.info(
             "%d lines answered and %d refused in this run, %d tokens; results in %s",

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from apt_jax.serve.batch.batch_file import Line, ResultFile, count_lines, read_lines
+from apt_jax.serve.batch.batch_file import Line, ResultFile, count_lines, read_lines, readable_twice
 from apt_jax.serve.batch.batch_jobs import BatchJob, LineError, check_files, parse_line
 from apt_jax.serve.errors import EngineFailure
 from apt_jax.serve.logs import set_up_logs
@@ -90,15 +90,14 @@ def run_batch_on_ray(
     check_ray()
     check_files(source, output)
     template = None if chat_template is None else read_template(Path(chat_template))
-    total = count_lines(source)
-    with ResultFile(output) as results, logging_redirect_tqdm():
-        done = results.num_done
+    with readable_twice(source) as text, ResultFile(output) as results, logging_redirect_tqdm():
+        total, done = count_lines(text), results.num_done
         with tqdm(total=total, initial=done, desc=source.name, unit="line") as bar:
-            missing = sum(1 for _ in _unanswered(source, results, bar))
+            missing = sum(1 for _ in _unanswered(text, results, bar))
             if missing:
                 connect(None if options.ray == "local" else options.ray)
                 try:
-                    _answer(source, results, bar, spec, template, options, missing)
+                    _answer(text, results, bar, spec, template, options, missing)
                 finally:
                     disconnect()
         if results.num_done < total:
