@@ -2,7 +2,10 @@
 
 import contextlib
 import dataclasses
+import fcntl
+import glob
 import json
+import os
 import secrets
 import shutil
 from collections.abc import Iterator
@@ -20,6 +23,7 @@ from apt_jax.checkpoints.load import parse_format, read_config, read_parameters
 from apt_jax.checkpoints.placement import stored_dtype
 from apt_jax.checkpoints.skeleton import Skeleton
 from apt_jax.checkpoints.source import COMPANION_FILES, resolve
+from apt_jax.files import sync_folder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,13 +46,14 @@ def convert(
 ) -> Conversion:
     """Write `source` (as in `load_model`) to the new folder `destination`, with config, tokenizer and fingerprint.
 
-    `dtype` None keeps the checkpoint's own. Everything is written next to `destination`, moved there, and only
-    then made loadable by its manifest: a conversion that is interrupted leaves nothing that loads.
+    `dtype` None keeps the checkpoint's own. Everything is written next to `destination` and then moved there in one
+    step: a conversion that is interrupted leaves nothing that loads, and what it left is removed by the next one.
 
     Raises:
         CheckpointError: `destination` exists, or `source` cannot be loaded.
     """
     destination = destination.expanduser().absolute()
+    _remove_abandoned(destination)
     _check_absent(destination)
     requested = parse_format(load_format)
     folder = resolve(source, revision=revision, load_format=requested)
@@ -60,9 +65,10 @@ def convert(
     with _beside(destination) as partial:
         save_weights(partial / ORBAX_WEIGHTS, parameters)
         _copy_companions(folder, partial, skeleton.dtype)
+        Manifest.of(partial, fingerprint=fingerprint, dtype=skeleton.dtype.name).write(partial)
         _check_absent(destination)
         partial.rename(destination)
-    Manifest.of(destination, fingerprint=fingerprint, dtype=skeleton.dtype.name).write(destination)
+        sync_folder(destination.parent)
     return Conversion(destination, fingerprint, skeleton.dtype, skeleton.nbytes)
 
 
@@ -89,13 +95,34 @@ def _check_absent(destination: Path) -> None:
 
 @contextlib.contextmanager
 def _beside(destination: Path) -> Iterator[Path]:
-    """A new folder next to `destination`, removed at the end unless it was moved away."""
-    partial = destination.with_name(f".{destination.name}.partial-{secrets.token_hex(4)}")
+    """A new folder in one next to `destination`, which is removed at the end; a lock tells that it is in use."""
+    outer = destination.with_name(f"{_partial(destination)}{secrets.token_hex(4)}")
+    outer.mkdir(parents=True)
+    lock = os.open(outer, os.O_RDONLY)
     try:
-        partial.mkdir(parents=True)
-        yield partial
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        (outer / destination.name).mkdir()
+        yield outer / destination.name
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(outer, ignore_errors=True)
+        os.close(lock)
+
+
+def _partial(destination: Path) -> str:
+    """How the names of the folders begin in which conversions to `destination` write."""
+    return f".{destination.name}.partial-"
+
+
+def _remove_abandoned(destination: Path) -> None:
+    """Remove the folders of conversions to `destination` that were killed; nobody holds their locks."""
+    for folder in destination.parent.glob(f"{glob.escape(_partial(destination))}*"):
+        with contextlib.suppress(OSError):  # BlockingIOError: it is in use
+            lock = os.open(folder, os.O_RDONLY)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(folder, ignore_errors=True)
+            finally:
+                os.close(lock)
 
 
 def _copy_companions(source: Path, target: Path, dtype: np.dtype) -> None:

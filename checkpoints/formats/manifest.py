@@ -6,12 +6,12 @@ A folder without it does not load, so a conversion that was killed leaves nothin
 import dataclasses
 import hashlib
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 from apt_jax.checkpoints.errors import CheckpointError
 from apt_jax.checkpoints.formats.weight_files import MANIFEST
+from apt_jax.files import EVERYBODY, replace_file
 
 _VERSION = 1
 
@@ -32,12 +32,9 @@ class Manifest:
 
     def write(self, folder: Path) -> None:
         """Put the manifest into `folder` in one step, after everything before it is on disk."""
-        temporary = folder / f".{MANIFEST}.partial"
-        with temporary.open("w", encoding="utf-8") as file:
-            json.dump({"version": _VERSION, **dataclasses.asdict(self)}, file, indent=1, sort_keys=True)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(folder / MANIFEST)
+        fields = {"version": _VERSION, **dataclasses.asdict(self)}
+        text = json.dumps(fields, indent=1, sort_keys=True)
+        replace_file(folder / MANIFEST, text.encode(), mode=EVERYBODY, durable=True)
 
     @classmethod
     def read(cls, folder: Path) -> "Manifest":

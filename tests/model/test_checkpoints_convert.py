@@ -125,7 +125,7 @@ def test_existing_destination_is_left_alone(tmp_path, source, converted):
         (convert_module, "_copy_companions"),
         (Path, "rename"),
         (Manifest, "write"),
-        (Path, "replace"),  # of the manifest into its place
+        (os, "replace"),  # of the manifest into its place
     ],
 )
 def test_interrupted_conversion_leaves_nothing_that_loads(tmp_path, source, monkeypatch, module, step, error):
@@ -143,17 +143,36 @@ def test_interrupted_conversion_leaves_nothing_that_loads(tmp_path, source, monk
         with pytest.raises(error, match="interrupted"):
             convert(str(source), tmp_path / "converted")
     assert interrupted
-    left = [path for path in tmp_path.iterdir() if path != source]
-    for path in left:
-        with pytest.raises(CheckpointError):
-            load_model(str(path))
-    if left:
-        assert left == [tmp_path / "converted"]
-        with pytest.raises(CheckpointError, match="left from an interrupted conversion; delete it"):
-            convert(str(source), tmp_path / "converted")
-        shutil.rmtree(tmp_path / "converted")
+    assert list(tmp_path.iterdir()) == [source]
     convert(str(source), tmp_path / "converted")
     verify(tmp_path / "converted")
+
+
+def test_a_folder_without_its_manifest_is_called_an_interrupted_conversion(source, converted):
+    (converted / MANIFEST).unlink()
+    with pytest.raises(CheckpointError, match="left from an interrupted conversion; delete it"):
+        convert(str(source), converted)
+
+
+def test_what_a_killed_conversion_left_is_removed_by_the_next_one_and_what_another_writes_is_not(tmp_path, source):
+    with convert_module._beside(tmp_path / "converted") as in_use:
+        killed = in_use.parent.with_name(".converted.partial-killed")
+        other = in_use.parent.with_name(".another.partial-killed")
+        (killed / "converted").mkdir(parents=True)
+        other.mkdir()
+        convert(str(source), tmp_path / "converted")
+        assert in_use.is_dir() and other.is_dir() and not killed.exists()
+    assert not in_use.parent.exists()
+
+
+@pytest.mark.parametrize("name", ["converted", "./converted", "../{}/converted"])
+def test_a_relative_path_loads(tmp_path, source, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    name = name.format(tmp_path.name)
+    convert("source", Path(name))
+    assert load_model(name).load_format is LoadFormat.ORBAX
+    verify(Path(name))
+    convert(name, Path("again"))
 
 
 KEEP_CONVERTING = """
