@@ -14,7 +14,7 @@ import numpy as np
 from apt_jax.checkpoints.errors import CheckpointError
 from apt_jax.checkpoints.formats.stored_tensor import StoredTensor
 from apt_jax.checkpoints.mapping import EMBEDDING_NAME, HEAD_NAME, Layout, Slot, slots
-from apt_jax.checkpoints.placement import Shardings, sharding_of
+from apt_jax.execution.weights import Placed, WeightLayout
 from apt_jax.model_config import ModelConfig
 from apt_jax.models.sharding import padded_shape
 
@@ -26,10 +26,10 @@ def assemble(
     config: ModelConfig,
     inventory: Mapping[str, StoredTensor],
     dtype: np.dtype,
-    shardings: Shardings,
+    layout: WeightLayout,
     progress: Callable[[int], Any],
-) -> dict[tuple[str, ...], jax.Array]:
-    """Read every tensor of `inventory`, cast it to `dtype` and place it; NNX path to parameter.
+) -> dict[tuple[str, ...], Placed]:
+    """Read every tensor of `inventory`, cast it to `dtype` and lay it out; NNX path to parameter.
 
     `progress` is called with the stored bytes read since the last call.
 
@@ -42,7 +42,7 @@ def assemble(
     by_path: dict[tuple[str, ...], list[Slot]] = {}
     for slot in slots(config).values():
         by_path.setdefault(slot.path, []).append(slot)
-    result: dict[tuple[str, ...], jax.Array] = {}
+    result: dict[tuple[str, ...], Placed] = {}
     for path, parts in by_path.items():
         stacked = parts[0].layer is not None
         shape = (len(parts), *parts[0].shape) if stacked else parts[0].shape
@@ -50,8 +50,10 @@ def assemble(
         for slot in parts:
             target = host if slot.layer is None else host[slot.layer]
             _fill(target, slot, inventory[slot.name], progress)
-        result[path] = jax.block_until_ready(_put(host, sharding_of(shardings, path, shape)))
+        array = jax.block_until_ready(_put(host, layout.sharding(path, shape)))
         del host
+        result[path] = layout.place(path, array)
+        del array
     return result
 
 

@@ -20,7 +20,7 @@ from apt_jax.checkpoints.formats.manifest import Manifest
 from apt_jax.checkpoints.formats.orbax_store import save_weights
 from apt_jax.checkpoints.formats.weight_files import MANIFEST, ORBAX_WEIGHTS, LoadFormat, choose_format
 from apt_jax.checkpoints.load import parse_format, read_config, read_parameters
-from apt_jax.checkpoints.placement import stored_dtype
+from apt_jax.checkpoints.placement import PlainLayout, stored_dtype
 from apt_jax.checkpoints.skeleton import Skeleton
 from apt_jax.checkpoints.source import COMPANION_FILES, resolve
 from apt_jax.files import sync_folder
@@ -60,7 +60,8 @@ def convert(
     config = read_config(folder)
     chosen = choose_format([path.name for path in folder.iterdir()], requested, str(folder))
     skeleton = Skeleton.of(config, stored_dtype(dtype, config))
-    parameters, _ = read_parameters(folder, config, skeleton, chosen, shardings=_host())
+    placed, _ = read_parameters(folder, config, skeleton, chosen, PlainLayout.of(_host()))
+    parameters = {path: one.arrays[0] for path, one in placed.items()}
     fingerprint = weights_fingerprint(config, parameters)
     with _beside(destination) as partial:
         save_weights(partial / ORBAX_WEIGHTS, parameters)
@@ -80,7 +81,8 @@ def verify(folder: Path) -> None:
     """
     config, manifest = read_config(folder), Manifest.read(folder)
     skeleton = Skeleton.of(config, stored_dtype(manifest.dtype, config))
-    parameters, _ = read_parameters(folder, config, skeleton, LoadFormat.ORBAX, shardings=_host())
+    placed, _ = read_parameters(folder, config, skeleton, LoadFormat.ORBAX, PlainLayout.of(_host()))
+    parameters = {path: one.arrays[0] for path, one in placed.items()}
     if (found := weights_fingerprint(config, parameters)) != manifest.fingerprint:
         raise CheckpointError(f"{folder} was written as {manifest.fingerprint} and now is {found}; convert again")
 

@@ -3,9 +3,11 @@
 import dataclasses
 import time
 from pathlib import Path
+from typing import Protocol
 
 import jax
 import numpy as np
+from flax import nnx
 from tqdm import tqdm
 
 from apt_jax.checkpoints.assemble import assemble
@@ -15,12 +17,22 @@ from apt_jax.checkpoints.formats.fingerprint import dummy_fingerprint, files_fin
 from apt_jax.checkpoints.formats.inventory import take_inventory
 from apt_jax.checkpoints.formats.manifest import Manifest
 from apt_jax.checkpoints.formats.weight_files import ORBAX_WEIGHTS, LoadFormat, choose_format, find_weight_files
-from apt_jax.checkpoints.placement import Shardings, check_room, platform_of, serving_dtype
+from apt_jax.checkpoints.placement import PlainLayout, Shardings, check_room, device_of, platform_of, serving_dtype
 from apt_jax.checkpoints.skeleton import Skeleton
 from apt_jax.checkpoints.source import resolve
+from apt_jax.execution.weights import Placed, WeightLayout, Weights
 from apt_jax.model_config import ModelConfig
 from apt_jax.models.opt import OPT
 from apt_jax.models.sharding import Parallel
+
+
+class LayoutChoice(Protocol):
+    """How to lay out the weights of a model, such as `execution.layouts.serving_layout` with its options."""
+
+    def __call__(
+        self, model: nnx.Module, config: ModelConfig, dtype: np.dtype, *, device: jax.Device, parallel: Parallel | None
+    ) -> WeightLayout:
+        """That for a model of shapes, on `device` or split over several."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,13 +40,20 @@ class Loaded:
     """A model ready to serve, and what it was made from."""
 
     config: ModelConfig
-    model: OPT
+    weights: Weights
     folder: Path  # holds config.json, and the tokenizer if there is one
     fingerprint: str  # `weights:`, `files:` or `dummy:` and a hash, see `apt_jax.checkpoints.formats.fingerprint`
     dtype: np.dtype
     load_format: LoadFormat  # never AUTO
     weight_bytes: int  # of all parameters at `dtype`, on all devices together if nothing is replicated
     load_seconds: float
+
+    @property
+    def model(self) -> OPT:
+        """The model as a module, of weights that were left in stacks."""
+        assert self.weights.layers is None
+        model: OPT = self.weights.outer.module(self.weights.outer.arrays)
+        return model
 
 
 def load_model(
@@ -46,12 +65,14 @@ def load_model(
     seed: int = 0,
     shardings: Shardings = None,
     parallel: Parallel | None = None,
+    layout: LayoutChoice | None = None,
 ) -> Loaded:
     """Load `model`: a hub id, a Hugging Face folder, a converted folder, or None for the bundled demo.
 
     `dtype` is "auto" or a name, see `placement.serving_dtype`. `seed` is for `load_format="dummy"`, which needs
     nothing but config.json. A progress bar is shown on a terminal. `parallel` splits the model over devices, its
-    vocabulary padded where it does not divide, and takes the place of `shardings`.
+    vocabulary padded where it does not divide, and takes the place of `shardings`. `layout` chooses how
+    the weights lie; None leaves stacks, of which `Loaded.model` is made.
 
     Raises:
         ValueError: the model cannot be split as `parallel` says.
@@ -68,10 +89,13 @@ def load_model(
     chosen = choose_format([path.name for path in folder.iterdir()], requested, str(folder))
     skeleton = Skeleton.of(config, serving_dtype(dtype, config, platform_of(shardings)))
     check_room(skeleton.nbytes, shardings, parallel)
-    parameters, fingerprint = read_parameters(folder, config, skeleton, chosen, seed=seed, shardings=shardings)
+    chosen_layout: WeightLayout = PlainLayout.of(shardings, parallel)
+    if layout is not None:
+        chosen_layout = layout(skeleton.model, config, skeleton.dtype, device=device_of(shardings), parallel=parallel)
+    placed, fingerprint = read_parameters(folder, config, skeleton, chosen, chosen_layout, seed=seed)
     return Loaded(
         config=config,
-        model=skeleton.fill(parameters),
+        weights=chosen_layout.weights(skeleton.model, placed),
         folder=folder,
         fingerprint=fingerprint,
         dtype=skeleton.dtype,
@@ -86,28 +110,28 @@ def read_parameters(
     config: ModelConfig,
     skeleton: Skeleton,
     load_format: LoadFormat,
+    layout: WeightLayout,
     *,
     seed: int = 0,
-    shardings: Shardings = None,
-) -> tuple[dict[tuple[str, ...], jax.Array], str]:
-    """Read the parameters of `skeleton` (NNX path to array) from `folder`; also a fingerprint of them.
+) -> tuple[dict[tuple[str, ...], Placed], str]:
+    """Read the parameters of `skeleton` (by NNX path) from `folder`; also a fingerprint of them.
 
     Raises:
         CheckpointError: see `load_model`.
     """
     if load_format is LoadFormat.DUMMY:
         fingerprint = dummy_fingerprint(config, skeleton.dtype, seed)
-        return random_parameters(skeleton, seed, shardings), fingerprint
+        return random_parameters(skeleton, seed, layout), fingerprint
     if load_format is LoadFormat.ORBAX:
         from apt_jax.checkpoints.formats.orbax_store import restore_weights  # the import takes most of a second
 
         manifest = Manifest.read(folder)
         with _progress(skeleton.nbytes) as bar:
-            return restore_weights(folder / ORBAX_WEIGHTS, skeleton, shardings, bar.update), manifest.fingerprint
+            return restore_weights(folder / ORBAX_WEIGHTS, skeleton, layout, bar.update), manifest.fingerprint
     files = find_weight_files(folder, load_format)
     inventory = take_inventory(config, files)
     with _progress(sum(tensor.nbytes for tensor in inventory.values())) as bar:
-        parameters = assemble(config, inventory, skeleton.dtype, shardings, bar.update)
+        parameters = assemble(config, inventory, skeleton.dtype, layout, bar.update)
     return parameters, files_fingerprint(config, files.paths)
 
 

@@ -1,5 +1,6 @@
-"""Serving dtype and the devices that parameters go to."""
+"""Serving dtype, and the devices that parameters go to."""
 
+import dataclasses
 from collections.abc import Callable
 
 import jax
@@ -9,6 +10,7 @@ from apt_jax.checkpoints.errors import CheckpointError
 from apt_jax.checkpoints.formats.stored_tensor import FLOATING
 from apt_jax.engine.memory import device_memory
 from apt_jax.execution.platform import Platform
+from apt_jax.execution.weights import StackedLayout
 from apt_jax.model_config import ModelConfig
 from apt_jax.models.sharding import Parallel
 
@@ -26,9 +28,32 @@ def sharding_of(shardings: Shardings, path: tuple[str, ...], shape: tuple[int, .
     return shardings if isinstance(shardings, jax.sharding.Sharding) else shardings(path, shape)
 
 
+@dataclasses.dataclass(frozen=True)
+class PlainLayout(StackedLayout):
+    """Stacks on whatever devices `shardings` names."""
+
+    shardings: Shardings = None
+
+    @classmethod
+    def of(cls, shardings: Shardings, parallel: Parallel | None = None) -> "PlainLayout":
+        """For a model of any family; `parallel` takes the place of `shardings`."""
+        return cls(
+            device_of(shardings), parallel, shardings=shardings if parallel is None else parallel.weight_sharding
+        )
+
+    def sharding(self, path: tuple[str, ...], shape: tuple[int, ...]) -> jax.sharding.Sharding:
+        """See `WeightLayout`."""
+        return sharding_of(self.shardings, path, shape)
+
+
+def device_of(shardings: Shardings) -> jax.Device:
+    """One of the devices that the parameters go to."""
+    return next(iter(sharding_of(shardings, ("embed_positions", "embedding"), (1, 1)).device_set))
+
+
 def platform_of(shardings: Shardings) -> Platform:
     """Platform of the devices that the parameters go to."""
-    return Platform.of(next(iter(sharding_of(shardings, ("embed_positions", "embedding"), (1, 1)).device_set)))
+    return Platform.of(device_of(shardings))
 
 
 def check_room(weight_bytes: int, shardings: Shardings, parallel: Parallel | None) -> None:

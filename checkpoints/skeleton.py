@@ -38,6 +38,12 @@ class Skeleton:
         shapes = {tuple(map(str, path)): leaf.get_value() for path, leaf in nnx.to_flat_state(state)}
         return cls(graphdef, state, shapes)
 
+    @property
+    def model(self) -> OPT:
+        """The model, of shapes."""
+        model: OPT = nnx.merge(self.graphdef, self.state)
+        return model
+
     def fill(self, parameters: Mapping[tuple[str, ...], jax.Array]) -> OPT:
         """The model with `parameters`, which must be those of `shapes`."""
         assert parameters.keys() == self.shapes.keys()

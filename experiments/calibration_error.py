@@ -17,6 +17,7 @@ from apt_jax.engine.calibration import measure
 from apt_jax.engine.engine import Engine
 from apt_jax.engine.setup import set_up
 from apt_jax.engine_config import EngineConfig
+from apt_jax.execution.layouts import laid_out
 from apt_jax.request import SamplingParams
 from apt_jax.scheduling.costs.fit import Observation, fit, relative_errors
 from apt_jax.scheduling.costs.step_load import StepLoad
@@ -58,7 +59,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         loaded = preset_model(args.model, Path(folder), dtype=args.dtype, seed=args.seed)
     options = EngineConfig(dtype=args.dtype, num_blocks=args.num_blocks, calibrate=False, scheduling_policy="fcfs")
-    engine = Engine(set_up(loaded.model, loaded.config, options))
+    engine = Engine(set_up(laid_out(loaded.model, loaded.config, options), loaded.config, options))
     engine.times.learns = True  # so that every iteration is timed
     engine.warm_up(progress=True)
     started = time.perf_counter()

@@ -26,6 +26,7 @@ from apt_jax.checkpoints.load import load_model
 from apt_jax.engine.engine import Engine
 from apt_jax.engine.setup import set_up
 from apt_jax.engine_config import EngineConfig
+from apt_jax.execution.layouts import laid_out
 from apt_jax.request import FinishReason, Request, SamplingParams, Slo
 from apt_jax.scheduling.costs.step_load import StepLoad
 from apt_jax.scheduling.policies.catalogue import make_policy
@@ -65,7 +66,7 @@ def prepare(model: Any, config: Any, options: EngineConfig, setup: Setup) -> Pre
     """An engine for one policy and cache mode."""
     policy, mode = setup
     chosen = dataclasses.replace(options, scheduling_policy=policy, cache_mode=mode)  # type: ignore[arg-type]
-    parts = set_up(model, config, chosen)
+    parts = set_up(laid_out(model, config, chosen), config, chosen)
     state = Replayed(parts.state.pool, parts.state.limits)
     engine = Engine(dataclasses.replace(parts, state=state))
     engine.warm_up(progress=True)

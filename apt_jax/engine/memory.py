@@ -69,7 +69,7 @@ def share_memory(runner: Runner, config: EngineConfig, kinds: tuple[CacheKind, .
         return plan_memory(
             config,
             device=runner.device,
-            weight_bytes=runner.weight_bytes,
+            weight_bytes=runner.weights.nbytes,
             activation_bytes=activation_bytes,
             block_bytes=block_bytes(runner.model_config, config.block_size, runner.dtype) // devices,
             max_model_len=max_model_len,

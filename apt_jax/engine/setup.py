@@ -11,11 +11,12 @@ from apt_jax.cache import BlockPool, CacheKind
 from apt_jax.engine.calibration import base_model, calibration_path
 from apt_jax.engine.memory import MemoryPlan, share_memory
 from apt_jax.engine_config import EngineConfig
+from apt_jax.execution.arguments import Shapes, pages_multiple
 from apt_jax.execution.interface import StepRunner
 from apt_jax.execution.platform import Platform
-from apt_jax.execution.runner import Runner, Shapes, pages_multiple
+from apt_jax.execution.runner import Runner
+from apt_jax.execution.weights import Weights
 from apt_jax.model_config import ModelConfig
-from apt_jax.models.opt import OPT
 from apt_jax.scheduling.costs.cost_model import CostModel
 from apt_jax.scheduling.state import Limits, SchedulerState
 
@@ -47,21 +48,19 @@ class EngineSetup:
     attention: str
 
 
-def set_up(model: OPT, model_config: ModelConfig, config: EngineConfig, *, donate_model: bool = False) -> EngineSetup:
+def set_up(weights: Weights, model_config: ModelConfig, config: EngineConfig) -> EngineSetup:
     """Make the parts of an engine. Of several processes that run one, all call it at the same time.
 
     Args:
-        model: weights on the device; for `tensor_parallel_size` > 1 split by `sharding.Parallel`.
-        donate_model: the model's arrays may be consumed, which saves memory on a CPU; it cannot be used afterwards.
+        weights: on the devices, laid out for the attention backend of `config` (`execution/layouts.py`).
 
     Raises:
         ValueError: the configuration cannot be served (context, memory, backend); one sentence with the cure.
     """
-    platform = Platform.of_array(model.embed_tokens.embedding[...])
-    config = without_gaps(config, model_config, platform)
+    config = without_gaps(config, model_config, Platform.of(weights.device))
     assert config.max_num_seqs is not None and config.max_num_batched_tokens is not None
     limits = Limits(config.max_num_seqs, config.max_num_batched_tokens, config.cache_mode)
-    runner = _make_runner(model, model_config, config, limits, donate_model)
+    runner = _make_runner(weights, model_config, config, limits)
     _check_devices(runner, config)
     memory = share_memory(runner, config, limits.kinds)
     logger.info("device memory\n%s", memory.table())
@@ -104,14 +103,12 @@ def without_gaps(config: EngineConfig, model_config: ModelConfig, platform: Plat
     )
 
 
-def _make_runner(
-    model: OPT, model_config: ModelConfig, config: EngineConfig, limits: Limits, donate_model: bool
-) -> Runner:
+def _make_runner(weights: Weights, model_config: ModelConfig, config: EngineConfig, limits: Limits) -> Runner:
     assert config.max_model_len is not None
     pages = table_pages(config.max_model_len, config.block_size, pages_multiple(config.block_size))
     shapes = Shapes(limits.max_num_seqs, config.max_model_len, pages, config.block_size, KindMix(limits.kinds))
     buckets = Buckets(max_num_seqs=limits.max_num_seqs, max_num_batched_tokens=limits.max_num_batched_tokens)
-    return Runner(model, model_config, shapes, buckets, config.attention_backend, donate_model=donate_model)
+    return Runner(weights, model_config, shapes, buckets, config.attention_backend)
 
 
 def _check_devices(runner: Runner, config: EngineConfig) -> None:
@@ -125,7 +122,7 @@ def _check_devices(runner: Runner, config: EngineConfig) -> None:
             f"tensor_parallel_size={config.tensor_parallel_size}, but the weights lie on {runner.num_devices} "
             "device(s); load them with the same number"
         )
-    parallel = runner.parallel
+    parallel = runner.weights.parallel
     keeps_hidden = CacheKind.HIDDEN in runner.shapes.kinds
     if parallel is not None and runner.num_devices > 1 and keeps_hidden and not parallel.hidden:
         raise ValueError(

@@ -11,8 +11,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from apt_jax.model_config import ModelConfig
-from apt_jax.models.interface import num_layers
-from apt_jax.models.opt import OPT, DecoderLayer
+from apt_jax.models.interface import Layer, Model, num_layers
 
 
 def pool_shape(config: ModelConfig, num_blocks: int, block_size: int) -> tuple[int, int, int]:
@@ -26,7 +25,7 @@ def block_bytes(config: ModelConfig, block_size: int, dtype: DTypeLike) -> int:
 
 
 def convert_blocks(
-    model: OPT, pool: jax.Array, hidden_blocks: jax.Array, value_blocks: jax.Array, num_blocks: int
+    model: Model, pool: jax.Array, hidden_blocks: jax.Array, value_blocks: jax.Array, num_blocks: int
 ) -> jax.Array:
     """hidden -> KV in place: keys replace the hidden vectors in their blocks, values go to new blocks.
 
@@ -46,7 +45,7 @@ def convert_blocks(
 
 
 def convert_layer(
-    layer: DecoderLayer,
+    layer: Layer,
     pool: jax.Array,
     index: jax.Array,
     hidden_blocks: jax.Array,

@@ -1,10 +1,11 @@
-"""What one iteration computes, as pure functions of arrays; `runner.py` compiles them.
+"""What one iteration computes, as pure functions of arrays; `forms/` compile them.
 
 `run_step` is the whole model in one program. Where that copies weights, `start_step`, `run_layer` once per layer, and
 `end_step` do the same in several.
 """
 
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,13 +15,21 @@ from apt_jax.attention.paged import paged_attention
 from apt_jax.batching.arrays import Rows, Tokens
 from apt_jax.batching.sampling_rows import Sampling
 from apt_jax.execution.sampling import Sampled, sample
-from apt_jax.models.interface import run_layers
-from apt_jax.models.opt import OPT, DecoderLayer
+from apt_jax.models.interface import Layer, Model, run_layers
 from apt_jax.pallas_kernels.dispatch import Kernels
 
 
+class StepOutput[Array](NamedTuple):
+    """What a step returns."""
+
+    last: Array  # [max_rows, E]: hidden states after each row's last token, padded: sampling has one input shape
+    pool: Array
+    history: Array  # with this step's tokens
+    every: Array | None  # [T, E]: after every token; None in a decode step, where they are the first
+
+
 def run_step(
-    model: OPT,
+    model: Model,
     kinds: KindMix,
     num_blocks: int,
     decode_only: bool,
@@ -34,19 +43,14 @@ def run_step(
     unroll: bool = False,
     by_kind: bool = False,
     slice_lazily: bool = False,
-) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]:
-    """One iteration of the model: tokens in, cache written. Pure; jitted by `Runner`.
+) -> StepOutput[jax.Array]:
+    """One iteration of the model: tokens in, cache written. Pure; compiled by the forms.
 
     `unroll` and `slice_lazily` are those of `run_layers`.
 
     `by_kind` compiles the layers for each mix of cache kinds and chooses among them before the first layer, where
     otherwise each layer would ask which kinds occur. On a TPU a condition inside the loop copies the weights that it
     needs out of the stack, in every layer.
-
-    Returns:
-        Hidden states `[max_rows, E]` after each row's last token (padded, so that sampling has one input shape),
-        the pool, the history with this step's tokens, and hidden states `[T, E]` after every token (None if
-        `decode_only`: they are the first).
     """
     ids, history = _token_ids(history, tokens, rows)
 
@@ -64,17 +68,17 @@ def run_step(
     else:
         hidden, pool = all_layers(pool, kinds)
     last, every = _last_states(hidden, decode_only, max_rows, rows)
-    return last, pool, history, every
+    return StepOutput(last, pool, history, every)
 
 
-def start_step(model: OPT, history: jax.Array, tokens: Tokens, rows: Rows) -> tuple[jax.Array, jax.Array]:
+def start_step(model: Model, history: jax.Array, tokens: Tokens, rows: Rows) -> tuple[jax.Array, jax.Array]:
     """What `run_step` does before the first layer: the residual stream `[T, D]` and the history. Pure."""
     ids, history = _token_ids(history, tokens, rows)
     return model.embed(ids, tokens.position), history
 
 
 def run_layer(
-    layer: DecoderLayer,
+    layer: Layer,
     kinds: KindMix,
     num_blocks: int,
     decode_only: bool,
@@ -91,16 +95,16 @@ def run_layer(
 
 
 def end_step(
-    model: OPT, decode_only: bool, max_rows: int, x: jax.Array, rows: Rows
+    model: Model, decode_only: bool, max_rows: int, x: jax.Array, rows: Rows
 ) -> tuple[jax.Array, jax.Array | None]:
     """What `run_step` does after the last layer; returns its first and last result. Pure."""
     return _last_states(model.finish(x), decode_only, max_rows, rows)
 
 
 def run_sampling(
-    model: OPT, history: jax.Array, hidden: jax.Array, sampling: Sampling, slot: jax.Array, length: jax.Array
+    model: Model, history: jax.Array, hidden: jax.Array, sampling: Sampling, slot: jax.Array, length: jax.Array
 ) -> tuple[Sampled, jax.Array]:
-    """Sample after the first rows of `hidden`, as many as `slot` has. Pure; jitted by `Runner`.
+    """Sample after the first rows of `hidden`, as many as `slot` has. Pure.
 
     Args:
         slot: int32 `[R]`, out of range for padding rows.

@@ -42,8 +42,3 @@ def tpu_format(path: tuple[Any, ...], leaf: jax.Array | jax.ShapeDtypeStruct) ->
     if "7x" in kind and leaf.dtype == jnp.bfloat16:
         return Format(Layout(order, tiling=_TALL_TILES), leaf.sharding)
     return Format(Layout(order), leaf.sharding) if is_projection else leaf.sharding
-
-
-def put_for_tpu(paths_and_weights: list[tuple[tuple[Any, ...], jax.Array]]) -> list[jax.Array]:
-    """The weights, each copied once to where and how it should lie."""
-    return [jax.device_put(weight, tpu_format(path, weight)) for path, weight in paths_and_weights]

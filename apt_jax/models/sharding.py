@@ -20,7 +20,6 @@ from jax.typing import DTypeLike
 
 from apt_jax.model_config import ModelConfig
 from apt_jax.models.collectives import AXIS
-from apt_jax.models.opt import OPT
 
 POOL = PartitionSpec(None, None, AXIS)  # [L*P, S, D]
 EVERYWHERE = PartitionSpec()
@@ -74,14 +73,18 @@ class Parallel:
         return cls(jax.make_mesh((num_devices,), (AXIS,), types, devices=devices[:num_devices]), hidden)
 
     @classmethod
-    def of(cls, model: OPT) -> "Parallel | None":
+    def of(cls, model: nnx.Module) -> "Parallel | None":
         """How `model` lies on its devices; None on one device."""
-        sharding = model.embed_tokens.embedding[...].sharding
-        if not isinstance(sharding, NamedSharding) or AXIS not in sharding.mesh.axis_names:
+        mesh, hidden = None, False
+        for path, leaf in nnx.to_flat_state(nnx.state(model)):
+            sharding = leaf[...].sharding
+            if isinstance(sharding, NamedSharding) and AXIS in sharding.mesh.axis_names:
+                mesh = sharding.mesh
+                hidden |= path[-2:] == ("k_proj", "kernel") and sharding.spec == _SLICE_OF_D
+        if mesh is None:
             return None
-        assert isinstance(sharding.mesh, Mesh)
-        kernel = model.layers.self_attn.k_proj.kernel[...].sharding
-        return cls(sharding.mesh, hidden=isinstance(kernel, NamedSharding) and kernel.spec == _SLICE_OF_D)
+        assert isinstance(mesh, Mesh)
+        return cls(mesh, hidden)
 
     @property
     def num_devices(self) -> int:
@@ -115,7 +118,7 @@ class Parallel:
             spec = _BY_OUTPUT.get(key) or _BY_INPUT.get(key) or EVERYWHERE
         return NamedSharding(self.mesh, spec)
 
-    def place(self, model: OPT) -> OPT:
+    def place[Model: nnx.Module](self, model: Model) -> Model:
         """A model that lies on one device, split over the mesh; vocabulary padded.
 
         For models that are in memory already; `apt_jax.checkpoints.load` never has all of one on a device.
@@ -128,7 +131,8 @@ class Parallel:
             value = np.zeros(padded, leaf[...].dtype)
             value[tuple(map(slice, leaf[...].shape))] = leaf[...]
             flat.append((path, leaf.replace(jax.make_array_from_callback(padded, sharding, value.__getitem__))))
-        return nnx.merge(graphdef, nnx.from_flat_state(flat))
+        placed: Model = nnx.merge(graphdef, nnx.from_flat_state(flat))
+        return placed
 
     def split_program(
         self, program: Callable[..., Any], weights: list[jax.ShapeDtypeStruct], args: tuple[Any, ...], outs: Any

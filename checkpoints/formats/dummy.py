@@ -4,21 +4,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from apt_jax.checkpoints.placement import Shardings, sharding_of
 from apt_jax.checkpoints.skeleton import Skeleton
+from apt_jax.execution.weights import Placed, WeightLayout
 from apt_jax.models.sharding import padded_shape
 
 _STDDEV = 0.02  # of the model's own initialisers
 _DRAWN_AT_ONCE = 2**22  # numbers; keeps the scratch memory of the draw small compared with the weights
 
 
-def random_parameters(skeleton: Skeleton, seed: int, shardings: Shardings) -> dict[tuple[str, ...], jax.Array]:
+def random_parameters(skeleton: Skeleton, seed: int, layout: WeightLayout) -> dict[tuple[str, ...], Placed]:
     """Draw kernels and embeddings from a normal distribution in one jitted program; scales are 1 and biases 0.
 
     The device's own generator is used: the numbers depend on the seed and on the kind of device.
     """
     entropy = np.random.SeedSequence(seed)
-    placed = [sharding_of(shardings, path, a.shape) for path, a in skeleton.shapes.items()]
+    placed = [layout.sharding(path, a.shape) for path, a in skeleton.shapes.items()]
     shapes = [padded_shape(a.shape, place) for a, place in zip(skeleton.shapes.values(), placed, strict=True)]
     # Key data from the host, one key a block: splitting keys inside the program triples its compile time.
     keys = [
@@ -27,8 +27,8 @@ def random_parameters(skeleton: Skeleton, seed: int, shardings: Shardings) -> di
     ]
     leaves = tuple((path[-1], shape) for path, shape in zip(skeleton.shapes, shapes, strict=True))
     draw = jax.jit(_draw_all, static_argnums=(1, 2), out_shardings=placed)
-    arrays = draw(keys, leaves, skeleton.dtype)
-    return dict(zip(skeleton.shapes, jax.block_until_ready(arrays), strict=True))
+    drawn = dict(zip(skeleton.shapes, jax.block_until_ready(draw(keys, leaves, skeleton.dtype)), strict=True))
+    return {path: layout.place(path, drawn.pop(path)) for path in skeleton.shapes}
 
 
 def _blocks(shape: tuple[int, ...]) -> int:

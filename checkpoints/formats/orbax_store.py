@@ -9,8 +9,8 @@ from flax import traverse_util
 from orbax.checkpoint import v1 as ocp
 
 from apt_jax.checkpoints.errors import CheckpointError, first_line, some
-from apt_jax.checkpoints.placement import Shardings, sharding_of
 from apt_jax.checkpoints.skeleton import Skeleton
+from apt_jax.execution.weights import Placed, WeightLayout
 from apt_jax.models.sharding import padded_shape
 
 _CHUNK_BYTES = 64 * 2**20  # a shard reads only the chunks it needs, and no chunk is read beside a whole stack
@@ -39,8 +39,8 @@ def save_weights(folder: Path, parameters: Mapping[tuple[str, ...], jax.Array]) 
 
 
 def restore_weights(
-    folder: Path, skeleton: Skeleton, shardings: Shardings, progress: Callable[[int], Any]
-) -> dict[tuple[str, ...], jax.Array]:
+    folder: Path, skeleton: Skeleton, layout: WeightLayout, progress: Callable[[int], Any]
+) -> dict[tuple[str, ...], Placed]:
     """Restore what `save_weights` wrote, cast to the skeleton's dtype, each parameter into its shards.
 
     A process reads the chunks that its devices' shards need; an axis that does not divide is padded with zeros.
@@ -55,19 +55,19 @@ def restore_weights(
     context = ocp.Context()
     context.pytree.loading.partial_load = True
     context.array.loading.enable_padding_and_truncation = True  # shapes are checked above; only padding is left
-    result: dict[tuple[str, ...], jax.Array] = {}
+    result: dict[tuple[str, ...], Placed] = {}
     with context:
         for group in _groups(skeleton):
-            targets = {path: _target(path, skeleton, shardings) for path in group}
+            targets = {path: _target(path, skeleton, layout) for path in group}
             restored = traverse_util.flatten_dict(_load(folder, traverse_util.unflatten_dict(targets)))
-            result |= {path: jax.block_until_ready(restored[path]) for path in group}
-            progress(sum(result[path].nbytes for path in group))
+            progress(sum(jax.block_until_ready(restored[path]).nbytes for path in group))
+            result |= {path: layout.place(path, restored.pop(path)) for path in group}
     return result
 
 
-def _target(path: tuple[str, ...], skeleton: Skeleton, shardings: Shardings) -> jax.ShapeDtypeStruct:
+def _target(path: tuple[str, ...], skeleton: Skeleton, layout: WeightLayout) -> jax.ShapeDtypeStruct:
     shape = skeleton.shapes[path].shape
-    sharding = sharding_of(shardings, path, shape)
+    sharding = layout.sharding(path, shape)
     return jax.ShapeDtypeStruct(padded_shape(shape, sharding), skeleton.dtype, sharding=sharding)
 
 

@@ -9,6 +9,7 @@ import dataclasses
 import json
 import tempfile
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -18,6 +19,7 @@ from apt_jax.checkpoints.load import load_model
 from apt_jax.engine.engine import Engine
 from apt_jax.engine.setup import set_up
 from apt_jax.engine_config import EngineConfig
+from apt_jax.execution.layouts import serving_layout
 from apt_jax.model_config import ModelConfig
 from apt_jax.pallas_kernels.bench.timing import Times, reason, time_calls
 
@@ -48,9 +50,10 @@ HEADER = f"{'batch':>5} {'context':>7} {'kind':<7} {'floor ms':>9} {'step ms':>9
 
 def make_engine(config: ModelConfig, *, dtype: str, batch: int, context_tokens: int, block_size: int) -> Engine:
     """An engine with random weights, in which `batch` requests of `context_tokens` fit if memory allows."""
+    layout = partial(serving_layout, backend="auto", block_size=block_size)
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(config.to_hf()), encoding="utf-8")
-        loaded = load_model(folder, load_format="dummy", dtype=dtype)
+        loaded = load_model(folder, load_format="dummy", dtype=dtype, layout=layout)
     engine_config = EngineConfig(
         dtype=dtype,  # type: ignore[arg-type]
         max_model_len=min(config.max_position_embeddings, context_tokens + 1),
@@ -58,7 +61,7 @@ def make_engine(config: ModelConfig, *, dtype: str, batch: int, context_tokens: 
         block_size=block_size,
         calibrate=False,
     )
-    return Engine(set_up(loaded.model, loaded.config, engine_config, donate_model=True))
+    return Engine(set_up(loaded.weights, loaded.config, engine_config))
 
 
 def measure_steps(

@@ -3,6 +3,7 @@
 import dataclasses
 import logging
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -15,6 +16,7 @@ from apt_jax.engine.engine import Engine
 from apt_jax.engine.memory import check_longest_request
 from apt_jax.engine.setup import set_up
 from apt_jax.engine_config import EngineConfig
+from apt_jax.execution.layouts import serving_layout
 from apt_jax.execution.multihost import follow, lead
 from apt_jax.execution.platform import Platform
 from apt_jax.models.sharding import Parallel
@@ -55,6 +57,9 @@ def build_engine(
     loaded = load_model(
         str(folder), load_format=load_format, dtype=engine_config.dtype, revision=revision, seed=engine_config.seed,
         parallel=parallel,
+        layout=partial(
+            serving_layout, backend=engine_config.attention_backend, block_size=engine_config.block_size
+        ),
     )  # fmt: skip
     logger.info("%s: %s weights from %s", model or "demo model", loaded.dtype.name, loaded.folder)
     on_phase("weights")
@@ -63,7 +68,7 @@ def build_engine(
     platform = Platform.of(jax.local_devices()[0])
     compile_kernels(engine_config.attention_backend, cpp_kernels=platform.cpp_kernels, num_devices=devices)
     on_phase("kernels")
-    setup = set_up(loaded.model, loaded.config, engine_config, donate_model=True)
+    setup = set_up(loaded.weights, loaded.config, engine_config)
     on_phase("memory")
     if processes > 1:
         if jax.process_index() > 0:

@@ -19,7 +19,7 @@ from apt_jax.attention.kinds import KindMix
 from apt_jax.batching.arrays import Rows, Tokens
 from apt_jax.cache import CacheKind
 from apt_jax.execution.pool import convert_blocks, pool_shape
-from apt_jax.execution.steps import run_step
+from apt_jax.execution.steps import StepOutput, run_step
 from apt_jax.models.collectives import AXIS
 from apt_jax.models.opt import OPT
 from apt_jax.models.sharding import EVERYWHERE, POOL, Parallel
@@ -131,7 +131,7 @@ def compile_split(
             Tokens(shape(T), shape(T, dtype=jnp.bool_), shape(T), shape(T)),
             Rows(*(shape(R) for _ in range(6)), (table, table)),
         )  # fmt: skip
-        outs, donate = (EVERYWHERE, POOL, EVERYWHERE, EVERYWHERE), (1, 2)
+        outs, donate = StepOutput(EVERYWHERE, POOL, EVERYWHERE, EVERYWHERE), (1, 2)
     split, args = parallel.split_program(program, weights, args, outs)
     compiled = jax.jit(split, donate_argnums=donate).lower(weights, *args).compile()
     weight_bytes = sum(int(np.prod(w.sharding.shard_shape(w.shape))) * 2 for w in weights)

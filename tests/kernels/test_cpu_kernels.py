@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from apt_jax.attention.selection import select_kernels
 from apt_jax.cpu_kernels import calls, features, library, packed
-from apt_jax.execution.forms.layer_weights import OuterWeights
+from apt_jax.execution.forms.layer_weights import LayerLayout
 from apt_jax.model_config import ModelConfig
 from apt_jax.models.opt import OPT
 from apt_jax.pallas_kernels import dispatch
@@ -117,9 +117,8 @@ def test_a_rows_products_do_not_depend_on_the_other_rows(of_rows, of_kernel):
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_logits_of_any_number_of_rows_with_the_models_own_table(dtype):
     model = OPT(TINY, dtype=dtype, rngs=nnx.Rngs(0))
-    graphdef, state = nnx.split(model)
-    weights = OuterWeights.of(model, packs=True)
-    own = nnx.merge(graphdef, jax.tree.unflatten(jax.tree.structure(state), weights.leaves(weights.arrays)))
+    weights = LayerLayout.of(model, jax.devices("cpu")[0], packs=True).lay_out(model)
+    own = weights.model(weights.outer.arrays)
     ids = jnp.arange(TINY.vocab_size)
     np.testing.assert_array_equal(own.embed(ids, ids), model.embed(ids, ids))
     for rows in (1, 32, 33, 200):

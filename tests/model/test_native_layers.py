@@ -13,9 +13,10 @@ from apt_jax.batching.arrays import Rows, Tokens
 from apt_jax.cache import CacheKind
 from apt_jax.cpu_kernels import library
 from apt_jax.cpu_kernels.large_pages import LargePages
-from apt_jax.execution.forms.layer_weights import LayerWeights, OuterWeights
-from apt_jax.execution.forms.native import are_native, run_native_step, scratch_bytes
-from apt_jax.execution.runner import LayeredStep, NativeStep, temporary_bytes
+from apt_jax.execution.forms.interface import WholeStep
+from apt_jax.execution.forms.layer_weights import LayerLayout
+from apt_jax.execution.forms.layered import LayeredStep
+from apt_jax.execution.forms.native import NativeForm, run_native_step, scratch_bytes
 from apt_jax.execution.steps import run_step
 from apt_jax.model_config import ModelConfig
 from apt_jax.models.opt import OPT
@@ -83,6 +84,11 @@ def blocks_of(requests):
     return sum(2 * -(-(cached + now) // BLOCK_SIZE) for cached, now, _ in requests) + 3
 
 
+def packed_weights(model):
+    """A copy of a model's weights as the C++ kernels take them."""
+    return LayerLayout.of(model, jax.devices("cpu")[0], packs=True).lay_out(model)
+
+
 class Step:
     """A step: its model, arrays, and a pool with NaN where nothing is cached."""
 
@@ -98,21 +104,18 @@ class Step:
                     pool[:, table[r, page], offset] = rng.normal(size=(config.num_hidden_layers, config.hidden_size))
         self.pool = jnp.asarray(pool.reshape(-1, BLOCK_SIZE, config.hidden_size), dtype)
         self.history = jnp.zeros((R, PAGES * BLOCK_SIZE), jnp.int32)
-        layers = LayerWeights.of(self.model, packs=True)
-        assert are_native(self.model, layers)
-        outer = OuterWeights.of(self.model, packs=True)
-        graphdef, state = nnx.split(self.model)
-        tree = jax.tree.structure(state)
+        weights = packed_weights(self.model)
+        assert NativeForm.takes(weights)
 
         @jax.jit
         def native(outer_arrays, layer_arrays, pool, tokens, rows):
-            own = nnx.merge(graphdef, jax.tree.unflatten(tree, outer.leaves(outer_arrays)))
-            modules = [layers.layer(arrays) for arrays in layer_arrays]
+            own = weights.model(outer_arrays)
+            modules = [weights.layers[0].module(arrays) for arrays in layer_arrays]
             return run_native_step(own, modules, self._blocks, self._decodes, R, pool, self.history, tokens, rows)
 
         # these return the rows' last hidden states, the pool, and the hidden states after every token
         self.in_one_call = lambda tokens, rows: self._found(
-            native(outer.arrays, layers.arrays, self.pool, tokens, rows)
+            native(weights.outer.arrays, [layer.arrays for layer in weights.layers], self.pool, tokens, rows)
         )
 
     def in_xla(self, tokens, rows):
@@ -217,13 +220,13 @@ def few_shapes(monkeypatch):
 @pytest.mark.usefixtures("few_shapes")
 def test_other_layers_are_left_to_a_program_each():
     model = OPT(replace(PLAIN, activation_function="gelu"), rngs=nnx.Rngs(0))
-    assert not are_native(model, LayerWeights.of(model, packs=True))
+    assert not NativeForm.takes(packed_weights(model))
     config = replace(PLAIN, num_attention_heads=6)  # of 16: two in a panel
     engine = make_engine(OPT(config, rngs=nnx.Rngs(0)), config, attention_backend="native", calibrate=False)
     prompt = engine.add([5, 6, 7], GREEDY, request_id="a")
     finish(engine)
     assert len(prompt.output_token_ids) == 64
-    assert all(isinstance(step, LayeredStep) for step in engine.runner._steps.values())
+    assert all(isinstance(step, LayeredStep) for step in engine.runner.programs.steps)
 
 
 @pytest.mark.usefixtures("few_shapes")
@@ -246,12 +249,12 @@ def test_every_cache_kind_gives_the_tokens_of_xla():
         requests = {i: engine.add(prompts[prompt], GREEDY, request_id=i) for i, (prompt, _) in ids.items()}
         finish(engine)
         found[backend] = {i: request.output_token_ids for i, request in requests.items()}
-        steps = {type(step) for step in engine.runner._steps.values()}
-        most = max(map(temporary_bytes, engine.runner._steps.values()))
+        steps = {type(step) for step in engine.runner.programs.steps}
+        most = max(step.temporary_bytes for step in engine.runner.programs.steps)
         assert backend == "xla" or most >= scratch_bytes(PLAIN, 16, 16)  # the C++ call's own memory
         sizes = engine.setup.cost_model.sizes
         assert bool(sizes.decode) == bool(sizes.prefill) == (backend == "xla")  # padding takes no time in one call
-        assert steps == {NativeStep if backend == "native" else LayeredStep}
+        assert steps == {WholeStep if backend == "native" else LayeredStep}
     assert found["native"] == found["xla"]
     by_prompt = [{tuple(found["native"][i]) for i, (own, _) in ids.items() if own == prompt} for prompt in range(3)]
     assert all(len(tokens) == 1 for tokens in by_prompt)

@@ -12,7 +12,7 @@ from apt_jax.attention.kinds import KindMix
 from apt_jax.batching.arrays import Rows, Tokens
 from apt_jax.cache import CacheKind
 from apt_jax.execution.steps import run_step
-from apt_jax.execution.tpu_layouts import put_for_tpu
+from apt_jax.execution.weights import StackedLayout, path_of
 from apt_jax.model_config import ModelConfig
 from apt_jax.models.opt import OPT
 from apt_jax.pallas_kernels.dispatch import REFERENCES
@@ -36,9 +36,14 @@ def order(array: jax.Array) -> tuple[int, ...]:
     return array.format.layout.major_to_minor
 
 
+def put_for_tpu(path, array: jax.Array) -> jax.Array:
+    """As a loader puts it."""
+    return StackedLayout(jax.devices()[0], own_layouts=True).place(path_of(path), array).arrays[0]
+
+
 def test_only_the_projections_are_laid_out_anew_and_hold_the_same_numbers(model):
     state = model[1]
-    placed = jax.tree.unflatten(jax.tree.structure(state), put_for_tpu(jax.tree.leaves_with_path(state)))
+    placed = jax.tree.map_with_path(put_for_tpu, state)
     attention = placed["layers"]["self_attn"]
     for name in ("q_proj", "k_proj", "v_proj"):
         assert order(attention[name]["kernel"][...]) == (0, 2, 3, 1), "heads of 16 columns would be padded to 128"
@@ -49,7 +54,7 @@ def test_only_the_projections_are_laid_out_anew_and_hold_the_same_numbers(model)
 
 def test_heads_of_whole_register_tiles_keep_their_columns_last():
     state = nnx.state(nnx.Dict(q_proj=nnx.Dict(kernel=nnx.Param(jnp.ones((2, 8, 3, 128))))))
-    assert order(put_for_tpu(jax.tree.leaves_with_path(state))[0]) == (0, 2, 1, 3)
+    assert order(jax.tree.leaves(jax.tree.map_with_path(put_for_tpu, state))[0]) == (0, 2, 1, 3)
 
 
 @pytest.fixture(scope="module")

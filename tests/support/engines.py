@@ -10,6 +10,7 @@ from apt_jax.cache import CacheKind
 from apt_jax.engine.engine import Engine
 from apt_jax.engine.setup import set_up
 from apt_jax.engine_config import EngineConfig
+from apt_jax.execution.layouts import laid_out
 from apt_jax.model_config import ModelConfig
 from apt_jax.models.opt import OPT
 from apt_jax.output import Output
@@ -26,7 +27,8 @@ def make_engine(model: OPT, config: ModelConfig, **options) -> Engine:
         "max_num_seqs": 8, "max_num_batched_tokens": 16, "block_size": 8, "num_blocks": 40,
         "scheduling_policy": "fcfs", **options,
     }  # fmt: skip
-    return Engine(set_up(model, config, EngineConfig(**options)))
+    chosen = EngineConfig(**options)
+    return Engine(set_up(laid_out(model, config, chosen), config, chosen))
 
 
 def run(

@@ -23,8 +23,9 @@ import apt_jax.batching.buckets
 from apt_jax.batching.buckets import Buckets
 from apt_jax.cache import CacheKind
 from apt_jax.engine.engine import Engine
+from apt_jax.execution.compiler import temporary_bytes
 from apt_jax.execution.pool import pool_shape
-from apt_jax.execution.runner import temporary_bytes
+from apt_jax.execution.programs import ConversionKey, StepKey
 from apt_jax.model_config import ModelConfig
 from apt_jax.models.sharding import POOL, Parallel
 from apt_jax.request import SamplingParams
@@ -78,9 +79,12 @@ def check_memory(engine: Engine) -> None:
     assert {shard.data.shape for shard in runner._pool.addressable_shards} == {(*shape[:2], shape[2] // devices)}
     pool_bytes = int(np.prod(shape)) * 4 // devices
     assert engine.setup.memory.pool_bytes == pool_bytes
-    full = sum(leaf.nbytes for leaf in runner._weights)
-    assert full / devices < runner.weight_bytes < full / devices + 40_000  # norms, biases and positions are everywhere
-    for program in (*runner._steps.values(), *filter(None, [runner._convert])):
+    full = sum(leaf.nbytes for leaf in runner.weights.outer.arrays)
+    assert (
+        full / devices < runner.weights.nbytes < full / devices + 40_000
+    )  # norms, biases and positions are everywhere
+    keys = [key for key in runner.programs if isinstance(key, StepKey | ConversionKey)]
+    for program in (program for key in keys for program in runner.programs[key].programs):
         assert program.memory_analysis().alias_size_in_bytes >= pool_bytes, "the pool was not donated"
         assert temporary_bytes(program) < pool_bytes / 2, f"{temporary_bytes(program)=} beside {pool_bytes=}"
         gathers = [line for line in program.as_text().splitlines() if "all-gather" in line and f"[{shape[0]}," in line]

@@ -1,12 +1,12 @@
-"""A model's weights as a CPU likes them: an array per layer and parameter.
+"""A model's weights as a CPU likes them: an array for each layer and parameter.
 
 `cpu_kernels` multiply packed kernels. XLA's CPU backend copies a layer's part of stacked weights before it
 multiplies, multiplies few rows fastest with a kernel `[outputs, inputs]`, and bfloat16 by converting both sides to
-float32 at every call: so where XLA multiplies they are kept converted (docs/log/2026-11-30-performance.md).
+float32 at every call: so where XLA multiplies they are kept converted (docs/performance.md).
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -18,130 +18,91 @@ from flax import nnx
 
 from apt_jax.cpu_kernels.large_pages import LargePages
 from apt_jax.cpu_kernels.packed import PACKED_OUTPUTS, PackedKernel, can_pack, pack, packed_bytes
-from apt_jax.execution.tpu_layouts import names_in
-from apt_jax.models.interface import num_layers
-from apt_jax.models.kernels import Kernel, TransposedKernel
-from apt_jax.models.opt import OPT, DecoderLayer
+from apt_jax.execution.weights import InModule, ModuleArrays, Path, Placed, WeightLayout, Weights, paths_of
+from apt_jax.models.kernels import TransposedKernel
+from apt_jax.models.linear import Head, Linear
+
+_LAYERS, _TABLE = "layers", "embedding"
 
 
 @dataclass(frozen=True)
-class LayerWeights:
-    """All layers' arrays, and how a layer is put together from its own."""
+class LayerLayout(WeightLayout):
+    """Every layer has arrays of its own, on a CPU; the vocabulary lies as logits want it.
 
-    arrays: list[list[jax.Array]]  # per layer; kernels are packed or `[outputs, inputs]`
-    numbers: list[jax.Array]  # per layer its number, int32
-    _graphdef: nnx.GraphDef
-    _tree: jax.tree_util.PyTreeDef
-    _kernels: list[Callable[[jax.Array], Kernel] | None]  # per parameter what it is in the module; None is an array
-    all_packed: bool  # every kernel is multiplied by `cpu_kernels`
+    Attributes:
+        inputs: axes of a kernel's inputs, by its path.
+        head: path of what logits are made with: the table of embeddings, or a kernel of its own.
+        packs: kernels are multiplied by `cpu_kernels`, packed in their own dtype; else by XLA, as float32. So are those
+            of keys and values if heads are not whole groups of outputs: attention reads them by heads.
+    """
+
+    device: jax.Device
+    inputs: Mapping[Path, int]
+    head: Path
+    packs: bool = False
 
     @classmethod
-    def of(cls, model: OPT, *, donate: bool = False, packs: bool = False) -> "LayerWeights":
-        """Copies of a model's weights on a CPU.
+    def of(cls, model: nnx.Module, device: jax.Device, *, packs: bool) -> "LayerLayout":
+        """That of a model, of which only shapes are looked at."""
+        inputs = {
+            (*map(str, path), "kernel"): len(module.inputs)
+            for path, module in nnx.iter_modules(model)
+            if isinstance(module, Linear)
+        }
+        heads = [(*map(str, path), "kernel") for path, m in nnx.iter_modules(model) if isinstance(m, Head)]
+        return cls(device, inputs, heads[0] if heads else ("embed_tokens", _TABLE), packs)
 
-        Args:
-            donate: each stacked array is deleted once it is copied, so that little memory is needed twice; the model
-                cannot be used any more.
-            packs: kernels are multiplied by `cpu_kernels`, packed in their own dtype; else by XLA, as float32. So are
-                those of keys and values if heads are not whole groups of outputs: attention reads them by heads.
-        """
-        graphdef, state = nnx.split(model.layers)
-        layers = num_layers(model.layers)
-        with_path, tree = jax.tree.flatten_with_path(state)
-        device = next(iter(with_path[0][1].devices()))
-        plans = [_Plan.of(path, stacked, packs) for path, stacked in with_path]
-        memory = LargePages(layers * sum(plan.packed_bytes for plan in plans))
-        arrays: list[list[jax.Array]] = [[] for _ in range(layers)]
-        for plan, (_, stacked) in zip(plans, with_path, strict=True):
-            for of_layer, array in zip(arrays, np.asarray(stacked), strict=True):
-                of_layer.append(jax.device_put(plan.stored(array, memory), device, may_alias=True))
-            if donate:
-                stacked.delete()
-        numbers = [jnp.int32(i) for i in range(layers)]
-        all_packed = all(plan.packed_bytes for plan in plans if plan.matrix)
-        return cls(arrays, numbers, graphdef, tree, [plan.in_module for plan in plans], all_packed)
+    def sharding(self, path: Path, shape: tuple[int, ...]) -> jax.sharding.Sharding:
+        """See `WeightLayout`."""
+        return jax.sharding.SingleDeviceSharding(self.device)
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all layers."""
-        return sum(array.nbytes for of_layer in self.arrays for array in of_layer)
+    def place(self, path: Path, array: jax.Array) -> Placed:
+        """See `WeightLayout`."""
+        if path == self.head:
+            return self._place_head(path, array)
+        if path[0] != _LAYERS:
+            return Placed([array])
+        host, shape = np.asarray(array), array.shape[1:]
+        if path not in self.inputs:
+            return Placed([self._put(np.array(one)) for one in host])
+        inputs = math.prod(shape[: self.inputs[path]])
+        matrices = host.reshape(len(host), inputs, -1)
+        by_heads = path[-2] in ("k_proj", "v_proj")
+        if self.packs and can_pack(inputs, array.dtype) and (not by_heads or shape[-1] % PACKED_OUTPUTS == 0):
+            memory = LargePages(len(host) * packed_bytes(*matrices.shape[1:], array.dtype))
+            return Placed([self._put(pack(one, memory)) for one in matrices], partial(PackedKernel, shape=shape))
+        transposed = [self._put(np.array(one.T, np.float32, order="C")) for one in matrices]
+        return Placed(transposed, partial(TransposedKernel, shape=shape))
 
-    def layer(self, arrays: list[jax.Array]) -> DecoderLayer:
-        """The module of one layer's `arrays`, inside a compiled function."""
-        leaves = [
-            array if kernel is None else kernel(array) for array, kernel in zip(arrays, self._kernels, strict=True)
+    def weights(self, model: Any, placed: Mapping[Path, Placed]) -> Weights:
+        """See `WeightLayout`."""
+        outer: list[tuple[jax.Array, InModule]] = []
+        of_layers: list[Placed] = []
+        dtype = next(np.dtype(one.arrays[0].dtype) for path, one in placed.items() if path[-2] == "embed_positions")
+        for path in paths_of(model):
+            one = placed[path]
+            if path[0] == _LAYERS:
+                of_layers.append(one)
+                outer.append((jnp.zeros(0, dtype, device=self.device), None))
+            else:
+                outer.append((one.arrays[0], one.in_module))
+        layers = [
+            ModuleArrays.of(model.layers, [(one.arrays[i], one.in_module) for one in of_layers])
+            for i in range(len(of_layers[0].arrays))
         ]
-        return nnx.merge(self._graphdef, jax.tree.unflatten(self._tree, leaves))
+        return Weights(ModuleArrays.of(model, outer), layers, dtype, self.packs)
 
+    def _place_head(self, path: Path, array: jax.Array) -> Placed:
+        """A table `[V, E]` or a kernel `[E, V]` that logits are made with."""
+        is_table = path[-1] == _TABLE
+        host = np.asarray(array)
+        outputs_first = host if is_table else host.T
+        outputs, inputs = shape = outputs_first.shape
+        if self.packs and is_table and can_pack(inputs, array.dtype):
+            memory = LargePages(packed_bytes(inputs, outputs, array.dtype))
+            return Placed([self._put(pack(host.T, memory))], partial(PackedKernel, shape=shape[::-1]))
+        transposed = np.array(outputs_first, np.float32, order="C")
+        return Placed([self._put(transposed)], partial(TransposedKernel, shape=shape[::-1]))
 
-@dataclass(frozen=True)
-class _Plan:
-    """How one parameter of all layers is stored."""
-
-    matrix: tuple[int, int] | None  # inputs and outputs of a kernel
-    in_module: Callable[[jax.Array], Kernel] | None  # see `LayerWeights`
-    packed_bytes: int  # of a layer; 0 if it is not packed
-
-    @classmethod
-    def of(cls, path: tuple[Any, ...], stacked: jax.Array, packs: bool) -> "_Plan":
-        names, shape = names_in(path), stacked.shape[1:]
-        if "kernel" not in names:
-            return cls(None, None, 0)
-        inputs = math.prod(shape[: 2 if "out_proj" in names else 1])
-        matrix = (inputs, math.prod(shape) // inputs)
-        by_heads = "k_proj" in names or "v_proj" in names
-        if packs and can_pack(inputs, stacked.dtype) and (not by_heads or shape[-1] % PACKED_OUTPUTS == 0):
-            return cls(matrix, partial(PackedKernel, shape=shape), packed_bytes(*matrix, stacked.dtype))
-        return cls(matrix, partial(TransposedKernel, shape=shape), 0)
-
-    def stored(self, array: np.ndarray, memory: LargePages) -> np.ndarray:
-        """A copy of one layer's array as it is to be stored."""
-        if self.matrix is None:
-            return np.array(array)
-        array = array.reshape(self.matrix)
-        return pack(array, memory) if self.packed_bytes else np.array(array.T, np.float32, order="C")
-
-
-@dataclass(frozen=True)
-class OuterWeights:
-    """A model's weights as programs outside the layers take them, without those of the layers."""
-
-    arrays: list[jax.Array]
-    _kernels: list[Callable[[jax.Array], Kernel] | None]  # what an array is in the module; None is an array
-
-    @classmethod
-    def of(cls, model: OPT, *, donate: bool = False, packs: bool = False) -> "OuterWeights":
-        """The model's own arrays, and a copy of the vocabulary for logits.
-
-        Args:
-            donate: see `LayerWeights.of`; of what is copied.
-            packs: a vocabulary that is tied to the embeddings is multiplied by `cpu_kernels`; else by XLA, as float32.
-        """
-        arrays: list[jax.Array] = []
-        kernels: list[Callable[[jax.Array], Kernel] | None] = []
-        for path, leaf in jax.tree.leaves_with_path(nnx.state(model)):
-            array = leaf
-            kernel: Callable[[jax.Array], Kernel] | None = None
-            if path[0].key == "layers":
-                array = jnp.zeros(0, leaf.dtype)
-            elif path[0].key == "embed_tokens" and model.lm_head is None:
-                outputs, inputs = leaf.shape
-                if packs and can_pack(inputs, leaf.dtype):
-                    packed = pack(np.asarray(leaf).T, LargePages(packed_bytes(inputs, outputs, leaf.dtype)))
-                    array = jax.device_put(packed, next(iter(leaf.devices())), may_alias=True)
-                    kernel = partial(PackedKernel, shape=(inputs, outputs))
-                    if donate:
-                        leaf.delete()
-                else:
-                    array = leaf.astype(jnp.float32)
-                    kernel = partial(TransposedKernel, shape=(inputs, outputs))
-            elif path[0].key == "lm_head":
-                array = leaf.T.astype(jnp.float32)
-                kernel = partial(TransposedKernel, shape=leaf.shape)
-            arrays.append(array)
-            kernels.append(kernel)
-        return cls(arrays, kernels)
-
-    def leaves(self, arrays: list[jax.Array]) -> list[Any]:
-        """The leaves of the model's state of `arrays`, inside a compiled function."""
-        return [array if kernel is None else kernel(array) for array, kernel in zip(arrays, self._kernels, strict=True)]
+    def _put(self, array: np.ndarray) -> jax.Array:
+        return jax.device_put(array, self.device, may_alias=True)

@@ -4,26 +4,68 @@ Between the products of one layer XLA runs small programs and wakes its threads 
 the products of one row (docs/log/2026-11-30-performance.md).
 """
 
+from dataclasses import dataclass
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from apt_jax.batching.arrays import Rows, Tokens
+from apt_jax.batching.buckets import Bucket
 from apt_jax.cpu_kernels.calls import all_layers
 from apt_jax.cpu_kernels.packed import PackedKernel
-from apt_jax.execution.forms.layer_weights import LayerWeights
-from apt_jax.execution.steps import end_step, start_step
+from apt_jax.execution.forms.interface import Step, WholeStep
+from apt_jax.execution.forms.layered import LayeredForm
+from apt_jax.execution.steps import StepOutput, end_step, start_step
+from apt_jax.execution.weights import Weights
 from apt_jax.model_config import ModelConfig
+from apt_jax.models.interface import Model
 from apt_jax.models.kernels import kernel_of
 from apt_jax.models.linear import Linear
-from apt_jax.models.opt import OPT, DecoderLayer
+from apt_jax.models.opt import DecoderLayer
 
 _KEYS_PACKED = 4096  # as kKeysPacked in layers.h
 
 
-def are_native(model: OPT, layers: LayerWeights) -> bool:
-    """Whether the C++ call knows layers of this kind, and has their kernels as it takes them."""
-    return model.layers.activation == "relu" and layers.all_packed
+@dataclass(frozen=True)
+class NativeForm(LayeredForm):
+    """See `Form`; only steps are native, a conversion is layered."""
+
+    pads: bool = False
+
+    @staticmethod
+    def takes(weights: Weights) -> bool:
+        """Whether the C++ call knows layers of this kind, and has their kernels as it takes them."""
+        if weights.layers is None:
+            return False
+        layer = weights.layers[0].module(weights.layers[0].arrays)
+        if not isinstance(layer, DecoderLayer) or layer.activation != "relu":
+            return False
+        attention = layer.self_attn
+        linears = (attention.q_proj, attention.k_proj, attention.v_proj, attention.out_proj, layer.fc1, layer.fc2)
+        return all(isinstance(kernel_of(linear.kernel), PackedKernel) for linear in linears)
+
+    def compile_step(self, bucket: Bucket, num_blocks: int) -> Step:
+        """See `Form`."""
+        arguments, layers, outer = self.arguments, self.layers, self.weights.outer
+        num_outer, of_layer = len(outer.arrays), len(layers[0].arrays)
+
+        def native(
+            arrays: list[jax.Array], pool: jax.Array, history: jax.Array, tokens: Tokens, rows: Rows
+        ) -> StepOutput[jax.Array]:
+            starts = range(num_outer, len(arrays), of_layer)
+            modules = [layers[0].module(arrays[start : start + of_layer]) for start in starts]
+            return run_native_step(
+                outer.module(arrays[:num_outer]), modules, num_blocks, bucket.decode_only, arguments.buckets.max_rows,
+                pool, history, tokens, rows,
+            )  # fmt: skip
+
+        every = [*outer.arrays, *(array for layer in layers for array in layer.arrays)]
+        program = self.compiler.compile(
+            f"native {bucket} {num_blocks}", native, every, arguments.pool(num_blocks), arguments.history(),
+            arguments.tokens(bucket), arguments.rows(bucket), donate=(1, 2),
+        )  # fmt: skip
+        return WholeStep(program, every, scratch_bytes(arguments.model_config, bucket.tokens, bucket.rows))
 
 
 def scratch_bytes(config: ModelConfig, tokens: int, rows: int) -> int:
@@ -35,7 +77,7 @@ def scratch_bytes(config: ModelConfig, tokens: int, rows: int) -> int:
 
 
 def run_native_step(
-    model: OPT,
+    model: Model,
     layers: list[DecoderLayer],
     num_blocks: int,
     decode_only: bool,
@@ -44,7 +86,7 @@ def run_native_step(
     history: jax.Array,
     tokens: Tokens,
     rows: Rows,
-) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]:
+) -> StepOutput[jax.Array]:
     """As `steps.run_step`. Pure; pool and history are to be donated.
 
     Args:
@@ -59,7 +101,7 @@ def run_native_step(
         norm_first=first.norm_first,
     )  # fmt: skip
     last, every = end_step(model, decode_only, max_rows, x, rows)
-    return last, pool, history, every
+    return StepOutput(last, pool, history, every)
 
 
 def _parameters(layer: DecoderLayer) -> list[jax.Array]:

@@ -1,0 +1,104 @@
+"""Shapes of the arrays that programs take, without the weights: what a program is compiled for."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
+
+from apt_jax.attention import xla as xla_attention
+from apt_jax.attention.kinds import KindMix
+from apt_jax.batching.arrays import NUM_TABLES, Rows, Tokens
+from apt_jax.batching.buckets import Bucket, Buckets
+from apt_jax.batching.sampling_rows import Sampling, empty_sampling
+from apt_jax.execution.pool import pool_shape
+from apt_jax.model_config import ModelConfig
+from apt_jax.models.sharding import POOL, Parallel
+
+CONVERT_TOKENS = 256  # cached tokens that one call of the conversion program handles
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """Sizes that all programs share."""
+
+    num_slots: int
+    max_model_len: int
+    table_pages: int
+    block_size: int
+    kinds: KindMix
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """The programs' arguments as shapes, and where they lie.
+
+    Attributes:
+        device: where everything lies if the model is not split.
+    """
+
+    model_config: ModelConfig
+    shapes: Shapes
+    buckets: Buckets
+    dtype: np.dtype
+    device: jax.Device
+    parallel: Parallel | None
+
+    def sharding(self, spec: PartitionSpec) -> Sharding:
+        """Where an array lies that is split as `spec` says."""
+        return SingleDeviceSharding(self.device) if self.parallel is None else NamedSharding(self.parallel.mesh, spec)
+
+    def pool_shape(self, num_blocks: int) -> tuple[int, int, int]:
+        """`(L*P, S, D)`."""
+        return pool_shape(self.model_config, num_blocks, self.shapes.block_size)
+
+    def pool(self, num_blocks: int) -> jax.ShapeDtypeStruct:
+        """The cache pool of P = `num_blocks`."""
+        sharding = None if self.parallel is None else self.sharding(POOL)
+        return jax.ShapeDtypeStruct(self.pool_shape(num_blocks), self.dtype, sharding=sharding)
+
+    def history(self) -> jax.ShapeDtypeStruct:
+        """Token ids of the requests, `[slots, max_model_len]`."""
+        return abstract((self.shapes.num_slots, self.shapes.max_model_len), np.int32)
+
+    def tokens(self, bucket: Bucket) -> Tokens:
+        """The tokens of a step."""
+        return Tokens(*(abstract((bucket.tokens,), dtype) for dtype in (np.int32, np.bool_, np.int32, np.int32)))
+
+    def rows(self, bucket: Bucket) -> Rows:
+        """The rows of a step."""
+        number = abstract((bucket.rows,), np.int32)
+        table = abstract((bucket.rows, self.shapes.table_pages), np.int32)
+        return Rows(number, number, number, number, number, number, (table,) * NUM_TABLES)
+
+    def sampling(self, rows: int) -> Sampling:
+        """Parameters of rows to sample."""
+        return Sampling(*(abstract((rows, *a.shape[1:]), a.dtype) for a in empty_sampling(1)))
+
+    def residual(self, tokens: int) -> jax.ShapeDtypeStruct:
+        """The residual stream between layers, `[T, D]`."""
+        return abstract((tokens, self.model_config.hidden_size), self.dtype)
+
+    def hidden(self, rows: int) -> jax.ShapeDtypeStruct:
+        """Hidden states after the last layer, `[rows, E]`."""
+        return abstract((rows, self.model_config.word_embed_proj_dim), self.dtype)
+
+    def numbers(self, *shape: int) -> jax.ShapeDtypeStruct:
+        """Whole numbers."""
+        return abstract(shape, np.int32)
+
+    @property
+    def convert_pages(self) -> int:
+        """Pages that one call of the conversion program handles."""
+        return max(CONVERT_TOKENS // self.shapes.block_size, 1)
+
+
+def abstract(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
+    """An array of any contents on the default device."""
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+def pages_multiple(block_size: int) -> int:
+    """Tables are padded to a multiple of this many pages, so that every chunk lies inside."""
+    return max(xla_attention.CHUNK_TOKENS // block_size, 1)

@@ -1,0 +1,72 @@
+"""The only place that jits: a function of weights and arguments to an executable, or that executable from disk."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+from jax.stages import Compiled
+
+from apt_jax.execution.arguments import Arguments
+from apt_jax.execution.platform import Platform
+from apt_jax.execution.program_store import ProgramStore, source_hash
+from apt_jax.execution.steps import StepOutput
+from apt_jax.models.sharding import EVERYWHERE
+
+
+class Compiler:
+    """Compiles for the devices of one model, whose attention is by the kernels called `attention`."""
+
+    def __init__(self, arguments: Arguments, attention: str):
+        self._arguments, self._attention = arguments, attention
+        # processes that run one program must compile it together, so none may find it on its disk
+        alone, device = jax.process_count() == 1, arguments.device
+        self._store = ProgramStore.beside_compile_cache(device) if alone else ProgramStore(None, device)
+
+    def compile(
+        self,
+        name: str,
+        function: Callable[..., Any],
+        weights: Sequence[Any],
+        *args: Any,
+        donate: tuple[int, ...] = (),
+        outs: PartitionSpec | StepOutput[PartitionSpec] = EVERYWHERE,
+    ) -> Compiled:
+        """`function(weights, *args)` as an executable.
+
+        Args:
+            weights: arrays of jax.
+            name: holds every static argument.
+            args: trees of shapes.
+            donate: numbers of arguments, from 1, the weights being 0.
+            outs: how results lie on several devices.
+        """
+        arguments, parallel = self._arguments, self._arguments.parallel
+        own_layouts = parallel is None and Platform.of(arguments.device).own_layouts
+        shapes_of = [
+            jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.format if own_layouts else leaf.sharding)
+            for leaf in weights
+        ]
+        precision = "highest" if arguments.dtype == jnp.float32 else None
+        # of this version of the code only: the store cannot keep what comes from JAX's own cache
+        function.__name__ = f"{name.split()[0]}_{source_hash()[:8]}"
+        if parallel is not None:
+            function, args = parallel.split_program(function, shapes_of, args, outs)
+            name = f"{name} over {[device.id for device in parallel.mesh.devices.flat]} {parallel.hidden}"
+
+        def compile_program() -> Compiled:
+            with jax.default_matmul_precision(precision):
+                return jax.jit(function, donate_argnums=donate).lower(shapes_of, *args).compile()
+
+        shapes = (shapes_of, jax.tree.map(lambda leaf: (leaf.shape, str(leaf.dtype)), args), donate, precision)
+        # the sampler and the scorer call kernels too: a process without the kernels cannot run a program that does
+        key = (name, self._attention, arguments.model_config, arguments.shapes, shapes)
+        program: Compiled = self._store.get(repr(key), compile_program)
+        return program
+
+
+def temporary_bytes(program: Compiled) -> int:
+    """Bytes of temporaries of a compiled program; 0 where the backend does not say."""
+    analysis = program.memory_analysis()
+    return 0 if analysis is None else int(analysis.temp_size_in_bytes)

@@ -1,0 +1,81 @@
+"""How the layers of a step are put together on a device: what each form of it answers."""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import jax
+import numpy as np
+from jax.stages import Compiled
+
+from apt_jax.batching.arrays import Rows, Tokens
+from apt_jax.batching.buckets import Bucket
+from apt_jax.execution.compiler import temporary_bytes
+from apt_jax.execution.steps import StepOutput
+
+
+class Step(Protocol):
+    """A compiled step of one bucket."""
+
+    @property
+    def programs(self) -> Sequence[Compiled]:
+        """What it consists of."""
+
+    @property
+    def temporary_bytes(self) -> int:
+        """Memory that it takes while it runs."""
+
+    def __call__(self, pool: jax.Array, history: jax.Array, tokens: Tokens, rows: Rows) -> StepOutput[jax.Array]:
+        """Start it; pool and history are donated."""
+
+
+class Conversion(Protocol):
+    """A compiled conversion of some pages of hidden vectors to keys and values."""
+
+    @property
+    def programs(self) -> Sequence[Compiled]:
+        """What it consists of."""
+
+    def __call__(self, pool: jax.Array, hidden_blocks: np.ndarray, value_blocks: np.ndarray) -> jax.Array:
+        """See `pool.convert_blocks`; the pool is donated."""
+
+
+class Form(Protocol):
+    """How steps are put together from a model's weights."""
+
+    @property
+    def pads(self) -> bool:
+        """Whether padding of a step takes time."""
+
+    def compile_step(self, bucket: Bucket, num_blocks: int) -> Step:
+        """The step of a bucket, with a pool of so many blocks."""
+
+    def compile_conversion(self, num_blocks: int) -> Conversion:
+        """The conversion in a pool of so many blocks."""
+
+
+class WholeStep:
+    """A step of one program."""
+
+    def __init__(self, program: Compiled, weights: Sequence[jax.Array], scratch_bytes: int = 0):
+        """`scratch_bytes` is memory that the program takes and the compiler does not know of."""
+        self.programs = (program,)
+        self.temporary_bytes = temporary_bytes(program) + scratch_bytes
+        self._program, self._weights = program, weights
+
+    def __call__(self, pool: jax.Array, history: jax.Array, tokens: Tokens, rows: Rows) -> StepOutput[jax.Array]:
+        """See `Step`."""
+        output: StepOutput[jax.Array] = self._program(self._weights, pool, history, tokens, rows)
+        return output
+
+
+class WholeConversion:
+    """A conversion of one program."""
+
+    def __init__(self, program: Compiled, weights: Sequence[jax.Array]):
+        self.programs = (program,)
+        self._program, self._weights = program, weights
+
+    def __call__(self, pool: jax.Array, hidden_blocks: np.ndarray, value_blocks: np.ndarray) -> jax.Array:
+        """See `Conversion`."""
+        pool = self._program(self._weights, pool, hidden_blocks, value_blocks)
+        return pool

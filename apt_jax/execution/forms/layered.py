@@ -1,0 +1,122 @@
+"""A step as a call for each layer, with arrays of its own: for a CPU.
+
+XLA's CPU backend copies a layer's part of stacked weights. One program serves all layers, so it also compiles once.
+"""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.stages import Compiled
+
+from apt_jax.batching.arrays import Rows, Tokens
+from apt_jax.batching.buckets import Bucket
+from apt_jax.execution.arguments import Arguments
+from apt_jax.execution.compiler import Compiler, temporary_bytes
+from apt_jax.execution.forms.interface import Conversion, Step
+from apt_jax.execution.pool import convert_layer
+from apt_jax.execution.steps import StepOutput, end_step, run_layer, start_step
+from apt_jax.execution.weights import ModuleArrays, Weights
+from apt_jax.pallas_kernels.dispatch import Kernels
+
+
+@dataclass(frozen=True)
+class LayeredForm:
+    """See `Form`."""
+
+    weights: Weights
+    arguments: Arguments
+    kernels: Kernels | None
+    compiler: Compiler
+    pads: bool = True
+
+    @property
+    def layers(self) -> list[ModuleArrays]:
+        """Those of the weights."""
+        assert self.weights.layers is not None
+        return self.weights.layers
+
+    def compile_step(self, bucket: Bucket, num_blocks: int) -> Step:
+        """See `Form`."""
+        arguments, decodes, weights = self.arguments, bucket.decode_only, self.weights
+        first, outer, compile_program = self.layers[0], weights.outer.arrays, self.compiler.compile
+
+        def start(
+            arrays: list[jax.Array], history: jax.Array, tokens: Tokens, rows: Rows
+        ) -> tuple[jax.Array, jax.Array]:
+            return start_step(weights.model(arrays), history, tokens, rows)
+
+        def layer(
+            arrays: list[jax.Array], pool: jax.Array, x: jax.Array, index: jax.Array, tokens: Tokens, rows: Rows
+        ) -> tuple[jax.Array, jax.Array]:
+            return run_layer(
+                first.module(arrays), arguments.shapes.kinds, num_blocks, decodes, pool, x, index, tokens, rows,
+                self.kernels,
+            )  # fmt: skip
+
+        def end(arrays: list[jax.Array], x: jax.Array, rows: Rows) -> tuple[jax.Array, jax.Array | None]:
+            return end_step(weights.model(arrays), decodes, arguments.buckets.max_rows, x, rows)
+
+        x, tokens, rows = arguments.residual(bucket.tokens), arguments.tokens(bucket), arguments.rows(bucket)
+        return LayeredStep(
+            compile_program(f"start {bucket}", start, outer, arguments.history(), tokens, rows, donate=(1,)),
+            compile_program(
+                f"layer {bucket} {num_blocks}", layer, first.arrays, arguments.pool(num_blocks), x, arguments.numbers(),
+                tokens, rows, donate=(1, 2),
+            ),
+            compile_program(f"end {bucket}", end, outer, x, rows),
+            weights,
+        )  # fmt: skip
+
+    def compile_conversion(self, num_blocks: int) -> Conversion:
+        """See `Form`."""
+        first, blocks = self.layers[0], self.arguments.numbers(self.arguments.convert_pages)
+
+        def layer(
+            arrays: list[jax.Array], pool: jax.Array, index: jax.Array, hidden_blocks: jax.Array,
+            value_blocks: jax.Array,
+        ) -> jax.Array:  # fmt: skip
+            return convert_layer(first.module(arrays), pool, index, hidden_blocks, value_blocks, num_blocks)
+
+        program = self.compiler.compile(
+            f"convert {num_blocks} layer", layer, first.arrays, self.arguments.pool(num_blocks),
+            self.arguments.numbers(), blocks, blocks, donate=(1,),
+        )  # fmt: skip
+        return LayeredConversion(program, self.layers)
+
+
+class LayeredStep:
+    """See `Step`; `start`, `layer` and `end` are compiled from the functions of `steps.py`."""
+
+    def __init__(self, start: Compiled, layer: Compiled, end: Compiled, weights: Weights):
+        self.programs = (start, layer, end)
+        self.temporary_bytes = max(map(temporary_bytes, self.programs))
+        assert weights.layers is not None
+        self._outer = weights.outer.arrays
+        self._layers = [(one.arrays, jnp.int32(number)) for number, one in enumerate(weights.layers)]
+
+    def __call__(self, pool: jax.Array, history: jax.Array, tokens: Tokens, rows: Rows) -> StepOutput[jax.Array]:
+        """See `Step`."""
+        start, layer, end = self.programs
+        tokens, rows = jax.device_put((tokens, rows))
+        x, history = start(self._outer, history, tokens, rows)
+        for arrays, number in self._layers:
+            x, pool = layer(arrays, pool, x, number, tokens, rows)
+        last, every = end(self._outer, x, rows)
+        return StepOutput(last, pool, history, every)
+
+
+class LayeredConversion:
+    """See `Conversion`."""
+
+    def __init__(self, program: Compiled, layers: list[ModuleArrays]):
+        self.programs = (program,)
+        self._layers = [(one.arrays, jnp.int32(number)) for number, one in enumerate(layers)]
+
+    def __call__(self, pool: jax.Array, hidden_blocks: np.ndarray, value_blocks: np.ndarray) -> jax.Array:
+        """See `Conversion`."""
+        blocks = jax.device_put((hidden_blocks, value_blocks))
+        for arrays, number in self._layers:
+            pool = self.programs[0](arrays, pool, number, *blocks)
+        return pool

@@ -1,0 +1,65 @@
+"""A step as one program over stacked weights: for accelerators, and for models that are split over devices."""
+
+from dataclasses import dataclass
+
+import jax
+
+from apt_jax.batching.arrays import Rows, Tokens
+from apt_jax.batching.buckets import Bucket
+from apt_jax.execution.arguments import Arguments
+from apt_jax.execution.compiler import Compiler
+from apt_jax.execution.forms.interface import Conversion, Step, WholeConversion, WholeStep
+from apt_jax.execution.platform import Platform
+from apt_jax.execution.pool import convert_blocks
+from apt_jax.execution.steps import StepOutput, run_step
+from apt_jax.execution.weights import Weights
+from apt_jax.models.sharding import EVERYWHERE, POOL
+from apt_jax.pallas_kernels.dispatch import Kernels
+
+
+@dataclass(frozen=True)
+class StackedForm:
+    """See `Form`."""
+
+    weights: Weights
+    arguments: Arguments
+    kernels: Kernels | None
+    compiler: Compiler
+    pads: bool = True
+
+    def compile_step(self, bucket: Bucket, num_blocks: int) -> Step:
+        """See `Form`."""
+        weights, arguments = self.weights, self.arguments
+        platform, decodes = Platform.of(arguments.device), bucket.decode_only
+
+        def step(
+            arrays: list[jax.Array], pool: jax.Array, history: jax.Array, tokens: Tokens, rows: Rows
+        ) -> StepOutput[jax.Array]:
+            return run_step(
+                weights.model(arrays), arguments.shapes.kinds, num_blocks, decodes, arguments.buckets.max_rows,
+                pool, history, tokens, rows, self.kernels, unroll=decodes and platform.unrolls_decode,
+                by_kind=decodes and platform.branches_by_kind,
+                slice_lazily=not decodes and platform.slices_lazily and arguments.parallel is None,
+            )  # fmt: skip
+
+        program = self.compiler.compile(
+            f"step {bucket} {num_blocks}", step, weights.outer.arrays, arguments.pool(num_blocks), arguments.history(),
+            arguments.tokens(bucket), arguments.rows(bucket), donate=(1, 2),
+            outs=StepOutput(EVERYWHERE, POOL, EVERYWHERE, EVERYWHERE),
+        )  # fmt: skip
+        return WholeStep(program, weights.outer.arrays)
+
+    def compile_conversion(self, num_blocks: int) -> Conversion:
+        """See `Form`."""
+        weights, blocks = self.weights, self.arguments.numbers(self.arguments.convert_pages)
+
+        def convert(
+            arrays: list[jax.Array], pool: jax.Array, hidden_blocks: jax.Array, value_blocks: jax.Array
+        ) -> jax.Array:
+            return convert_blocks(weights.model(arrays), pool, hidden_blocks, value_blocks, num_blocks)
+
+        program = self.compiler.compile(
+            f"convert {num_blocks}", convert, weights.outer.arrays, self.arguments.pool(num_blocks), blocks, blocks,
+            donate=(1,), outs=POOL,
+        )  # fmt: skip
+        return WholeConversion(program, weights.outer.arrays)

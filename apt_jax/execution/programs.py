@@ -1,0 +1,144 @@
+"""All compiled programs of an engine, by what they are for; one that is missing is compiled when it is asked for."""
+
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from typing import Any, cast
+
+import jax
+from jax.stages import Compiled
+from tqdm import tqdm
+
+from apt_jax.batching.buckets import Bucket
+from apt_jax.batching.sampling_rows import Sampling
+from apt_jax.execution.arguments import Arguments
+from apt_jax.execution.compiler import Compiler
+from apt_jax.execution.forms.interface import Conversion, Form, Step
+from apt_jax.execution.sampling import Sampled, Scored, score
+from apt_jax.execution.steps import run_sampling
+from apt_jax.execution.weights import Weights
+
+
+class Key[Program]:
+    """What a program is for."""
+
+
+@dataclass(frozen=True)
+class StepKey(Key[Step]):
+    """A step of one bucket."""
+
+    bucket: Bucket
+    num_blocks: int
+
+
+@dataclass(frozen=True)
+class ConversionKey(Key[Conversion]):
+    """hidden -> KV."""
+
+    num_blocks: int
+
+
+@dataclass(frozen=True)
+class SamplerKey(Key[Compiled]):
+    """`run_sampling` of so many rows."""
+
+    rows: int
+
+
+@dataclass(frozen=True)
+class GatherKey(Key[Compiled]):
+    """Rows to score out of a step's hidden states."""
+
+    bucket: Bucket
+
+
+@dataclass(frozen=True)
+class ScorerKey(Key[Compiled]):
+    """`score` of one chunk."""
+
+
+class Programs:
+    """Compiles and keeps programs; each is called as an executable, so that nothing else compiles."""
+
+    def __init__(self, form: Form, weights: Weights, arguments: Arguments, compiler: Compiler):
+        self._form, self._weights, self._arguments, self._compiler = form, weights, arguments, compiler
+        self._programs: dict[Key[Any], Any] = {}
+
+    def __len__(self) -> int:
+        return len(self._programs)
+
+    def __iter__(self) -> Iterator[Key[Any]]:
+        return iter(self._programs)
+
+    def __getitem__[Program](self, key: Key[Program]) -> Program:
+        """The program, compiled if it is not at hand."""
+        if key not in self._programs:
+            self._programs[key] = self._compile(key)
+        return cast(Program, self._programs[key])
+
+    @property
+    def steps(self) -> list[Step]:
+        """Those at hand."""
+        return [program for key, program in self._programs.items() if isinstance(key, StepKey)]
+
+    def compile_all(self, keys: Iterable[Key[Any]], progress: bool = False) -> None:
+        """Compile those that are missing, two at a time, since XLA compiles without the interpreter lock."""
+        with ThreadPoolExecutor(2) as threads:
+            jobs = {threads.submit(self._compile, key): key for key in keys if key not in self._programs}
+            for job in tqdm(as_completed(jobs), total=len(jobs), desc="compiling", disable=not progress):
+                self._programs[jobs[job]] = job.result()
+
+    def forget_other_pools(self, num_blocks: int) -> None:
+        """Forget programs for a pool of another size."""
+        self._programs = {
+            key: program
+            for key, program in self._programs.items()
+            if not isinstance(key, StepKey | ConversionKey) or key.num_blocks == num_blocks
+        }
+
+    def _compile(self, key: Key[Any]) -> Step | Conversion | Compiled:
+        match key:
+            case StepKey():
+                return self._form.compile_step(key.bucket, key.num_blocks)
+            case ConversionKey():
+                return self._form.compile_conversion(key.num_blocks)
+            case SamplerKey():
+                return self._compile_sampler(key.rows)
+            case GatherKey():
+                return self._compile_gather(key.bucket)
+            case ScorerKey():
+                return self._compile_scorer()
+        raise TypeError(f"{key=} is of no program")
+
+    def _compile_sampler(self, rows: int) -> Compiled:
+        weights, arguments = self._weights, self._arguments
+
+        def sampler(
+            arrays: list[jax.Array], history: jax.Array, hidden: jax.Array, sampling: Sampling, slot: jax.Array,
+            length: jax.Array,
+        ) -> tuple[Sampled, jax.Array]:  # fmt: skip
+            return run_sampling(weights.model(arrays), history, hidden, sampling, slot, length)
+
+        return self._compiler.compile(
+            "sampler", sampler, weights.outer.arrays, arguments.history(), arguments.hidden(arguments.buckets.max_rows),
+            arguments.sampling(rows), arguments.numbers(rows), arguments.numbers(rows), donate=(1,),
+        )  # fmt: skip
+
+    def _compile_gather(self, bucket: Bucket) -> Compiled:
+        def gather(_: list[jax.Array], hidden: jax.Array, index: jax.Array) -> jax.Array:
+            return hidden[index]
+
+        arguments = self._arguments
+        index = arguments.numbers(arguments.buckets.score_rows)
+        return self._compiler.compile("gather", gather, [], arguments.hidden(bucket.tokens), index)
+
+    def _compile_scorer(self) -> Compiled:
+        weights, arguments = self._weights, self._arguments
+
+        def scorer(arrays: list[jax.Array], hidden: jax.Array, target: jax.Array) -> Scored:
+            return score(weights.model(arrays).logits(hidden), target)
+
+        rows = arguments.buckets.score_rows
+        return self._compiler.compile(
+            "scorer", scorer, weights.outer.arrays, arguments.hidden(rows), arguments.numbers(rows)
+        )
