@@ -22,7 +22,7 @@ _TALL_TILES = ((16, 128), (2, 1))  # pairs of bfloat16 rows share registers' 32 
 
 def names_in(path: tuple[Any, ...]) -> set[Any]:
     """Names of modules and parameter in a weight's path in the model's state."""
-    return {getattr(key, "key", getattr(key, "name", None)) for key in path}
+    return {getattr(key, "key", getattr(key, "name", key)) for key in path}
 
 
 def tpu_format(path: tuple[Any, ...], leaf: jax.Array | jax.ShapeDtypeStruct) -> Any:
