@@ -9,6 +9,18 @@ class QueueFull(RuntimeError):
     """The maximum number of requests is waiting; try again later."""
 
 
+class ContextExceeded(ValueError):
+    """The request needs more tokens than the model's context holds."""
+
+    def __init__(self, message: str, max_model_len: int):
+        super().__init__(f"this model's maximum context length is {max_model_len} tokens: {message}")
+        self._arguments = message, max_model_len
+
+    def __reduce__(self) -> tuple[object, ...]:
+        """For pickle, which would pass the whole sentence alone."""
+        return type(self), self._arguments
+
+
 class DeviceLost(RuntimeError):
     """After a failed step not even an empty cache could be put on the device: nothing can be served any more."""
 

@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from apt_jax.output import QueueFull
+from apt_jax.output import ContextExceeded, QueueFull
 
 RETRY_AFTER_S = 1
 CLIENT_CLOSED_REQUEST = 499  # never sent: the client has gone
@@ -20,6 +20,13 @@ class BadRequest(ValueError):
 
 class ModelNotFound(BadRequest):
     """The request names a model that is not served here."""
+
+
+class ContextTooLong(BadRequest):
+    """Prompt and answer have more tokens than the context holds. Clients that shorten prompts look for its code."""
+
+    def __init__(self, error: ContextExceeded, param: str | None):
+        super().__init__(str(error), param)
 
 
 class BodyTooLarge(BadRequest):
@@ -63,6 +70,7 @@ class ErrorReply:
 ERROR_REPLIES: tuple[tuple[type[Exception], ErrorReply], ...] = (
     (ModelNotFound, ErrorReply(404, "invalid_request_error", "model_not_found")),
     (BodyTooLarge, ErrorReply(413, "invalid_request_error", "body_too_large")),
+    (ContextTooLong, ErrorReply(400, "invalid_request_error", "context_length_exceeded")),
     (BadRequest, ErrorReply(400, "invalid_request_error", None)),
     (QueueFull, ErrorReply(503, "server_error", "queue_full", RETRY_AFTER_S)),
     (PredictedLate, ErrorReply(503, "server_error", "predicted_late", RETRY_AFTER_S)),

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from apt_jax.batching.sampling_rows import MAX_END_IDS
 from apt_jax.model_config import ModelConfig
+from apt_jax.output import ContextExceeded
 from apt_jax.request import SamplingParams
 from apt_jax.scheduling.state import SchedulerState
 
@@ -31,9 +32,10 @@ class RequestRules:
         if length == 0:
             raise ValueError("the prompt is empty; give at least one token")
         if length >= self.max_model_len:
-            raise ValueError(
+            raise ContextExceeded(
                 f"the prompt has {length} tokens, but the context holds {self.max_model_len} and one is needed for the "
-                f"answer; shorten the prompt or raise --max-model-len"
+                "answer; shorten the prompt or raise --max-model-len",
+                self.max_model_len,
             )
         low, high = min(prompt_token_ids), max(prompt_token_ids)
         if low < 0 or high >= self.model_config.vocab_size:

@@ -62,7 +62,7 @@ def create_app(
     async def error(http: Request, error: Exception) -> Response:
         status, body, headers = error_reply(error)
         if http.url.path in generating and status != 500:
-            service.refused(body["error"]["code"] or "bad_request")
+            service.refused("bad_request" if status == 400 else body["error"]["code"])
         return JSONResponse(body, status, headers)
 
     return Starlette(

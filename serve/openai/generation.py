@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from pydantic_core import to_json
 
-from apt_jax.output import Output, TokenLogprobs
+from apt_jax.output import ContextExceeded, Output, TokenLogprobs
 from apt_jax.request import FinishReason, Request, Slo
-from apt_jax.serve.errors import BadRequest, EngineFailure, ModelNotFound
+from apt_jax.serve.errors import BadRequest, ContextTooLong, EngineFailure, ModelNotFound
 from apt_jax.serve.openai.replies import PromptTokenLogprob
 from apt_jax.serve.openai.requests import GenerationRequest, bad_request, slo_of
 from apt_jax.serve.openai.slo_report import slo_report
@@ -303,14 +303,15 @@ def check_model(name: str | None, served: str) -> None:
 
 
 def check_room(prompt_tokens: int, max_tokens: int, max_model_len: int) -> None:
-    """Raises BadRequest if the context cannot hold both; a prompt that fills it alone is the engine's to refuse."""
+    """Raises ContextTooLong if the context cannot hold both; a prompt that fills it alone is the engine's to refuse."""
     room = max_model_len - prompt_tokens
     if 0 < room < max_tokens:
-        raise BadRequest(
+        error = ContextExceeded(
             f"max_tokens={max_tokens} is more than fits: the context holds {max_model_len} tokens and the prompt has "
             f"{prompt_tokens}; ask for at most {room}, or leave it out",
-            "max_tokens",
+            max_model_len,
         )
+        raise ContextTooLong(error, "max_tokens")
 
 
 def default_slo(engine: EngineFacts) -> Slo:
@@ -322,9 +323,12 @@ def as_bad_request(error: ValueError, body: GenerationRequest) -> BadRequest:
     """The engine's refusal as the client's error."""
     if isinstance(error, BadRequest):
         return error
+    prompt = "prompt" if "prompt" in type(body).model_fields else "messages"
+    if isinstance(error, ContextExceeded):
+        return ContextTooLong(error, prompt)
     refused = bad_request(error, [*type(body).model_fields, "prompt"])
-    if refused.param == "prompt" and "prompt" not in type(body).model_fields:
-        refused.param = "messages"
+    if refused.param == "prompt":
+        refused.param = prompt
     return refused
 
 

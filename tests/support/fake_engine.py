@@ -12,7 +12,7 @@ from apt_jax.cache import BlockPool
 from apt_jax.engine.interface import EngineFigures
 from apt_jax.engine_config import EngineConfig
 from apt_jax.model_config import ModelConfig
-from apt_jax.output import Output, QueueFull, TokenLogprobs
+from apt_jax.output import ContextExceeded, Output, QueueFull, TokenLogprobs
 from apt_jax.request import FinishReason, Request, SamplingParams, Slo
 from apt_jax.routing.instance import InstanceLoad, instance_load
 from apt_jax.scheduling.plan import Plan
@@ -118,7 +118,9 @@ class FakeEngine:
                 raise ValueError(f"prompt has token id {token_id}, the vocabulary is 0..{VOCABULARY - 1}")
         room = self.max_model_len - len(prompt_token_ids)
         if room < 1:
-            raise ValueError(f"prompt has {len(prompt_token_ids)} tokens, the context holds {self.max_model_len}")
+            raise ContextExceeded(
+                f"prompt has {len(prompt_token_ids)} tokens, the context holds {self.max_model_len}", self.max_model_len
+            )
         if len(self.state.waiting) >= self.config.max_num_queued_reqs:
             raise QueueFull(f"{len(self.state.waiting)} requests are waiting; raise --max-num-queued-reqs")
         request = Request(
