@@ -72,6 +72,67 @@ def test_several_tokens_in_a_piece_are_told_by_usage():
     assert record.piece_s == [1.0, 2.0] and record.output_tokens == 5
 
 
+def test_a_role_and_an_end_are_no_tokens_where_pieces_hold_several():
+    """Fewer pieces than tokens: the role must not be the first token, nor the reason the last."""
+    chunks = [delta(role="assistant", content=""), delta(content="abcd"), delta(content="ef"), delta("stop")]
+    record = taken(*chunks, usage(4, 6))
+    assert record.piece_s == [2.0, 3.0] and record.first_tokens == 4
+    assert record.tpot_s == pytest.approx(0.5), "two tokens in the second after the first piece"
+
+
+@pytest.mark.parametrize("first", [{"role": "assistant", "content": ""}, {"role": "assistant"}, {"content": None}])
+def test_running_usage_says_which_piece_is_a_token(first):
+    chunks = [
+        {**delta(**first), "usage": {"prompt_tokens": 4, "completion_tokens": 0}},
+        {**delta(content="ab"), "usage": {"prompt_tokens": 4, "completion_tokens": 3}},
+        {**delta(content=""), "usage": {"prompt_tokens": 4, "completion_tokens": 4}},
+        {**delta("stop"), "usage": {"prompt_tokens": 4, "completion_tokens": 4}},
+    ]
+    record = taken(*chunks, usage(4, 4))
+    assert record.piece_s == [2.0, 3.0] and (record.first_tokens, record.output_tokens) == (3, 4)
+    assert record.tpot_s == 1.0
+
+
+@pytest.mark.parametrize("where", ["token_ids", "tokens", "content"])
+def test_token_ids_and_log_probabilities_count_tokens_too(where):
+    def counted(value, tokens):
+        more = {"token_ids": [7] * tokens} if where == "token_ids" else {"logprobs": {where: [{}] * tokens}}
+        return {"choices": [{"index": 0, "text": value, **more}]}
+
+    record = taken(counted("a", 2), counted("b", 3))
+    assert (record.first_tokens, record.output_tokens) == (2, 5)
+
+
+def test_without_usage_a_tokenizer_counts_the_tokens():
+    record = Record(0.0, 5, 6)
+    answer = Answer(record, count=len)
+    for at, chunk in enumerate([text("ab"), text("cdef"), text("", "stop")]):
+        answer.take(json.dumps(chunk).encode(), float(at))
+    answer.take(b"[DONE]", 9.0)
+    answer.finish()
+    assert record.piece_s == [0.0, 1.0] and (record.output_tokens, record.first_tokens) == (6, 2)
+    assert record.tpot_s == 0.25
+
+
+def test_an_answer_in_one_piece_has_no_time_per_token():
+    record = taken(text("abcdef", "stop"), usage(4, 6))
+    assert not record.has_tpot and record.tpot_s == 0.0 and taken(text("a"), text("b"), usage(4, 2)).has_tpot
+
+
+@pytest.mark.parametrize(
+    "alive", [b": ping\n\n", b"data:\n\n", b"data: \r\n\r\n", b"event: ping\ndata: {}\n\n", b"data: null\n\n", b"\n\n"]
+)
+def test_events_that_only_keep_the_connection_alive_change_nothing(alive):
+    record = Record(0.0, 5, 2)
+    answer, events = Answer(record), Events()
+    stream = [json.dumps(text("a")), json.dumps(text("b", "stop")), json.dumps({**usage(5, 2), "error": None})]
+    data = alive + b"".join(b"data: " + chunk.encode() + b"\n\n" + alive for chunk in stream) + b"data: [DONE]"
+    for at, event in enumerate([*events.feed(data), *events.end()]):
+        answer.take(event, float(at))
+    answer.finish()
+    assert record.error is None and len(record.piece_s) == record.output_tokens == 2
+
+
 @pytest.mark.parametrize(
     ("chunks", "done", "error"),
     [

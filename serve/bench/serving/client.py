@@ -3,6 +3,7 @@
 import asyncio
 import json
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,6 +32,7 @@ class Endpoint:
     headers: dict[str, str]
     fields: dict[str, Any]
     timeout_s: float
+    count: Callable[[str], int] | None = None  # tokens of a text, where a tokenizer is at hand
 
     @property
     def url(self) -> str:
@@ -94,18 +96,35 @@ class Events:
         self._rest = b""
 
     def feed(self, data: bytes) -> list[bytes]:
-        """Data of the events that `data` completes; comments and other fields are skipped."""
+        """Data of the events that `data` completes; comments, other fields and empty data are skipped."""
         *lines, self._rest = (self._rest + data).split(b"\n")
-        return [line[5:].strip() for line in lines if line.startswith(b"data:")]
+        return [found for line in lines if line.startswith(b"data:") and (found := line[5:].strip())]
+
+    def end(self) -> list[bytes]:
+        """Data of a last line that the stream ended without a line end."""
+        return self.feed(b"\n")
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What one event brought: when, how much text, and how many tokens if the server says it."""
+
+    at_s: float
+    chars: int
+    tokens: int | None
+    is_role: bool  # of a chat, or its end: no token need have come with it
+    text: str = ""
 
 
 class Answer:
-    """Collects a stream's events into a record."""
+    """Collects a stream's events into a record. `count` gives the tokens of a text, for servers that send no usage."""
 
-    def __init__(self, record: Record):
+    def __init__(self, record: Record, count: Callable[[str], int] | None = None):
         self._record = record
+        self._count = count
         self._usage: dict[str, Any] | None = None
-        self._empty: list[bool] = []  # per piece, whether it had no text
+        self._counted = 0  # tokens that running usage has reported
+        self._pieces: list[Piece] = []
         self.is_whole = False  # the end of the stream was seen
 
     def take(self, event: bytes, now: float) -> None:
@@ -114,38 +133,86 @@ class Answer:
             self.is_whole = True
             return
         chunk = from_json(event)
-        if "error" in chunk:
+        if chunk is None:
+            return
+        if chunk.get("error") is not None:
             self._record.error = f"error in the stream: {_message(chunk)}"
-        self._usage = chunk.get("usage") or self._usage
+        usage = chunk.get("usage")
+        self._usage = usage or self._usage
         if not (choices := chunk.get("choices")):
             return
         choice = choices[0]
+        delta = choice.get("delta") or {}
         text = choice.get("text")
         if text is None:
-            delta = choice.get("delta") or {}
             text = delta.get("content") or delta.get("reasoning_content") or delta.get("reasoning")
-        self._record.piece_s.append(now)
-        self._empty.append(not text)
+        bare = "role" in delta or choice.get("finish_reason") is not None
+        tokens = self._tokens(choice, usage)
+        self._pieces.append(Piece(now, len(text or ""), tokens, bare, text or "" if self._count else ""))
         if choice.get("finish_reason") in ("abort", "error"):
             self._record.error = f"the server ended it: {choice['finish_reason']}"
+
+    def _tokens(self, choice: dict[str, Any], usage: dict[str, Any] | None) -> int | None:
+        """Tokens that a chunk brought, by running usage, token ids or log-probabilities; None if it has none."""
+        if usage and (total := usage.get("completion_tokens")) is not None:
+            new, self._counted = total - self._counted, total
+            return max(int(new), 0)
+        if isinstance(ids := choice.get("token_ids"), list):
+            return len(ids)
+        logprobs = choice.get("logprobs") or {}
+        listed = logprobs.get("content") or logprobs.get("tokens")
+        return len(listed) if isinstance(listed, list) else None
 
     def finish(self) -> None:
         """The stream has ended: count tokens, and drop pieces that carried only a role or the end."""
         record = self._record
-        record.output_tokens = (self._usage or {}).get("completion_tokens") or len(record.piece_s)
+        told = (self._usage or {}).get("completion_tokens")
         record.prompt_tokens = (self._usage or {}).get("prompt_tokens") or record.prompt_tokens
+        pieces = [piece for piece in self._pieces if piece.tokens != 0 or piece.chars]
+        record.output_tokens = told or self._total(pieces)
         for end in (0, -1):
-            while len(record.piece_s) > record.output_tokens and self._empty[end]:
-                del record.piece_s[end], self._empty[end]
+            while _is_bare(pieces, end, record.output_tokens):
+                del pieces[end]
+        record.piece_s = [piece.at_s for piece in pieces]
+        record.first_tokens = _first_tokens(pieces, record.output_tokens)
         if record.error is None and not self.is_whole:
             record.error = "the stream broke off"
         if record.error is None and not record.piece_s:
             record.error = "the answer has no token"
 
+    def _total(self, pieces: list[Piece]) -> int:
+        """Tokens of an answer without usage: as counted piece by piece, else those of its text, else pieces."""
+        if pieces and all(piece.tokens is not None for piece in pieces):
+            return sum(piece.tokens or 0 for piece in pieces)
+        with_text = sum(piece.chars > 0 for piece in pieces)
+        if self._count is not None and with_text:
+            return max(self._count("".join(piece.text for piece in pieces)), with_text)
+        return len(pieces)
+
+
+def _is_bare(pieces: list[Piece], end: int, tokens: int) -> bool:
+    """Whether the first or last piece was no token.
+
+    A piece without text is one where every token has its own piece; a role or an end is none where pieces are fewer.
+    """
+    if not pieces or pieces[end].chars or pieces[end].tokens:
+        return False
+    return len(pieces) > tokens or (1 < len(pieces) < tokens and pieces[end].is_role)
+
+
+def _first_tokens(pieces: list[Piece], tokens: int) -> int:
+    """Tokens of the first piece: as the server says, one where every piece is one, else by its share of the text."""
+    if len(pieces) >= tokens or not pieces:
+        return 1
+    if pieces[0].tokens:
+        return min(pieces[0].tokens, tokens)
+    share = pieces[0].chars / max(sum(piece.chars for piece in pieces), 1)
+    return min(max(round(tokens * share), 1), tokens - len(pieces) + 1)
+
 
 async def ask(session: aiohttp.ClientSession, endpoint: Endpoint, body: bytes, record: Record, origin: float) -> None:
     """Send `body` and fill in `record`, in seconds after `origin` of `time.perf_counter`. Raises nothing."""
-    answer = Answer(record)
+    answer = Answer(record, endpoint.count)
     events = Events()
     try:
         async with (
@@ -159,6 +226,8 @@ async def ask(session: aiohttp.ClientSession, endpoint: Endpoint, body: bytes, r
                 now = time.perf_counter() - origin
                 for event in events.feed(data):
                     answer.take(event, now)
+            for event in events.end():
+                answer.take(event, time.perf_counter() - origin)
             answer.finish()
     except TimeoutError:
         record.error = f"no whole answer within {endpoint.timeout_s:g} s"

@@ -60,13 +60,19 @@ class Serving:
         if args.endpoint == "chat" and args.tokenizer is None:
             raise ValueError("a chat is text: give --tokenizer, to know how many tokens it has")
         self.tokenizer: Tokenizer | None = load_tokenizer(args.tokenizer)
-        self.endpoint, max_model_len = _run(_find_endpoint(args))
+        endpoint, max_model_len = _run(_find_endpoint(args))
+        self.endpoint = dataclasses.replace(endpoint, count=None if self.tokenizer is None else self._count)
         self.dataset: Dataset = load_dataset(
             args.work, seed=args.seed, tokenizer=self.tokenizer, max_model_len=args.max_model_len or max_model_len
         )
         if args.dataset_arrivals and not self.dataset.has_arrivals:
             raise ValueError(f"dataset={args.work.dataset} recorded no arrivals; leave out --dataset-arrivals")
         self.points: list[Point] = []
+
+    def _count(self, text: str) -> int:
+        """Tokens of an answer's text."""
+        assert self.tokenizer is not None
+        return len(self.tokenizer.encode(text, add_special_tokens=False))
 
     def works(self, number: int, count: int) -> list[Work]:
         """The requests of run `number`: the same lengths in every run, other prompts, so that none is cached."""

@@ -25,6 +25,7 @@ class Record:
     sent_s: float | None = None  # when it was allowed to send it
     piece_s: list[float] = field(default_factory=list)  # arrival of each piece of the answer
     output_tokens: int = 0
+    first_tokens: int = 1  # of them, in the first piece
     error: str | None = None
 
     @property
@@ -49,8 +50,14 @@ class Record:
 
     @property
     def tpot_s(self) -> float:
-        """Mean time per token after the first; 0 of one token."""
-        return (self.e2el_s - self.ttft_s) / (self.output_tokens - 1) if self.output_tokens > 1 else 0.0
+        """Mean time per token after the first piece's; 0 of one piece."""
+        further = self.output_tokens - self.first_tokens
+        return (self.e2el_s - self.ttft_s) / further if further > 0 else 0.0
+
+    @property
+    def has_tpot(self) -> bool:
+        """Whether tokens came after the first piece."""
+        return len(self.piece_s) > 1 and self.output_tokens > self.first_tokens
 
     @property
     def queue_s(self) -> float:
@@ -134,10 +141,10 @@ def details(run: Run) -> dict[str, list[Any]]:
 
 
 def _values(metric: str, done: Sequence[Record]) -> list[float]:
-    """Seconds of ttft, tpot, itl or e2el; a request of one token has no tpot."""
+    """Seconds of ttft, tpot, itl or e2el; a request whose tokens all came at once has no tpot."""
     if metric == "itl":
         return [gap for record in done for gap in record.gaps_s]
-    return [getattr(record, f"{metric}_s") for record in done if metric != "tpot" or record.output_tokens > 1]
+    return [getattr(record, f"{metric}_s") for record in done if metric != "tpot" or record.has_tpot]
 
 
 def _statistics(metric: str, values: Sequence[float], percentiles: Sequence[float]) -> dict[str, float | None]:
