@@ -66,6 +66,13 @@ class ErrorReply:
     code: str | None
     retry_after_s: int | None = None
 
+    @property
+    def reason(self) -> str | None:
+        """Why a request was refused, for metrics; None where it was not refused but failed."""
+        if self.status == 500:
+            return None
+        return "bad_request" if self.status == 400 or self.code is None else self.code
+
 
 ERROR_REPLIES: tuple[tuple[type[Exception], ErrorReply], ...] = (
     (ModelNotFound, ErrorReply(404, "invalid_request_error", "model_not_found")),
@@ -83,13 +90,22 @@ UNFORESEEN = ErrorReply(500, "server_error", "internal_error")
 
 def error_reply(error: Exception) -> tuple[int, dict[str, Any], dict[str, str]]:
     """Status, JSON body in OpenAI's shape, and headers for an exception; unforeseen ones keep their text to the log."""
-    reply = next((reply for kind, reply in ERROR_REPLIES if isinstance(error, kind)), UNFORESEEN)
+    reply = _reply_of(error)
     message = "the server failed on this request; its log has the details" if reply is UNFORESEEN else str(error)
     retry_s = reply.retry_after_s
     if isinstance(error, PredictedLate):
         retry_s = max(RETRY_AFTER_S, math.ceil(error.late_s))
     headers = {} if retry_s is None else {"retry-after": str(retry_s)}
     return reply.status, error_body(message, reply.type, getattr(error, "param", None), reply.code), headers
+
+
+def reason_of(error: Exception) -> str | None:
+    """Why a request was refused, for metrics; None for a failure."""
+    return _reply_of(error).reason
+
+
+def _reply_of(error: Exception) -> ErrorReply:
+    return next((reply for kind, reply in ERROR_REPLIES if isinstance(error, kind)), UNFORESEEN)
 
 
 def error_body(message: str, kind: str, param: str | None = None, code: str | None = None) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 
-from apt_jax.serve.errors import CLIENT_CLOSED_REQUEST, ERROR_REPLIES, error_body, error_reply
+from apt_jax.serve.errors import CLIENT_CLOSED_REQUEST, ERROR_REPLIES, error_body, error_reply, reason_of
 from apt_jax.serve.http.middleware import ApiKeys, HeaderLimit, RequestIds
 from apt_jax.serve.http.resume import Resumption
 from apt_jax.serve.http.routes.route import RouteSpec
@@ -61,8 +61,8 @@ def create_app(
 
     async def error(http: Request, error: Exception) -> Response:
         status, body, headers = error_reply(error)
-        if http.url.path in generating and status != 500:
-            service.refused("bad_request" if status == 400 else body["error"]["code"])
+        if http.url.path in generating and (reason := reason_of(error)) is not None:
+            service.refused(reason)
         return JSONResponse(body, status, headers)
 
     return Starlette(

@@ -1,6 +1,10 @@
-"""A registry of Prometheus metrics, and how they are made: each with the same labels. Counters end in `_total`."""
+"""A registry of Prometheus metrics, and how they are made: each with the same labels. Counters end in `_total`.
 
-from collections.abc import Sequence
+A counter exists from the start with every value of its label that is known beforehand: a rate of what does not exist
+yet is nothing, not 0, and an alert on it would never fire.
+"""
+
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -19,8 +23,12 @@ class Instruments(Observer):
         """All of them in Prometheus' text format."""
         return generate_latest(self.registry)
 
-    def _counter(self, name: str, text: str, label: str | None = None) -> Any:
-        return self._made(Counter(name, text, self._names(label), registry=self.registry), label)
+    def _counter(self, name: str, text: str, label: str | None = None, values: Iterable[str] = ()) -> Any:
+        made = self._made(Counter(name, text, self._names(label), registry=self.registry), label)
+        for value in values:
+            assert label is not None
+            made.labels(**self._labels, **{label: value})
+        return made
 
     def _gauge(self, name: str, text: str, label: str | None = None) -> Any:
         return self._made(Gauge(name, text, self._names(label), registry=self.registry), label)

@@ -10,7 +10,34 @@ from apt_jax.engine.interface import EngineFigures
 from apt_jax.serve.runtime.observer import Observer, Stepped
 
 WINDOW_S = 60.0
-MOST = 20_000  # entries of each kind
+MOST = 20_000  # latencies of each kind that percentiles are of, the newest ones; sums count everything
+TICK_S = 0.02  # what happens within one is summed in one entry
+
+
+class _Sums:
+    """Sums over the last `WINDOW_S` seconds of as many figures as each entry has, in bounded memory."""
+
+    def __init__(self, width: int) -> None:
+        self._entries: deque[tuple[float, list[int]]] = deque()  # since when, sums
+        self._zero = (0,) * width
+
+    def add(self, now: float, *amounts: int) -> None:
+        """Count at the time `now`, which never goes back."""
+        self._forget(now)
+        if not self._entries or now >= self._entries[-1][0] + TICK_S:
+            self._entries.append((now, list(self._zero)))
+        sums = self._entries[-1][1]
+        for number, amount in enumerate(amounts):
+            sums[number] += amount
+
+    def of(self, now: float) -> tuple[int, ...]:
+        """The sums at the time `now`."""
+        self._forget(now)
+        return tuple(map(sum, zip(self._zero, *(sums for _, sums in self._entries), strict=True)))
+
+    def _forget(self, now: float) -> None:
+        while self._entries and self._entries[0][0] < now - WINDOW_S:
+            self._entries.popleft()
 
 
 class Recent(Observer):
@@ -18,50 +45,57 @@ class Recent(Observer):
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._ended: deque[tuple[float, bool]] = deque(maxlen=MOST)  # when, attained
+        self._ended = _Sums(2)  # requests, those that attained their SLO
+        self._tokens = _Sums(1)
+        self._batches = _Sums(2)  # steps, requests in them
         self._ttfts: deque[tuple[float, float]] = deque(maxlen=MOST)
         self._gaps: deque[tuple[float, float]] = deque(maxlen=MOST)
-        self._batches: deque[tuple[float, int]] = deque(maxlen=MOST)
 
     def stepped(self, figures: EngineFigures, step: Stepped) -> None:
         """Take in a step's plan."""
         with self._lock:
-            self._batches.append((time.monotonic(), len(figures.plan.scheduled)))
+            self._batches.add(time.monotonic(), 1, len(figures.plan.scheduled))
 
     def brought(self, step: Stepped) -> None:
         """Take in a step's outputs."""
         now = time.monotonic()
+        tokens = 0
         with self._lock:
             for output in step.outputs:
                 request = output.request
+                tokens += len(output.token_ids)
                 if output.token_ids and request.gaps_s:
                     self._gaps.append((now, request.gaps_s[-1]))
                 elif output.token_ids and request.ttft_s is not None:
                     self._ttfts.append((now, request.ttft_s))
                 if step.counts(output):
-                    self._ended.append((now, request.attained))
+                    self._ended.add(now, 1, request.attained)
+            if tokens:
+                self._tokens.add(now, tokens)
 
     def refused(self) -> None:
         """A request was refused for lack of room or time."""
         with self._lock:
-            self._ended.append((time.monotonic(), False))
+            self._ended.add(time.monotonic(), 1, 0)
 
     def figures(self) -> dict[str, Any]:
         """The window's figures; None where nothing happened."""
-        since = time.monotonic() - WINDOW_S
+        now = time.monotonic()
         with self._lock:
-            ended, ttfts, gaps, batches = (
-                [value for at, value in entries if at >= since]
-                for entries in (self._ended, self._ttfts, self._gaps, self._batches)
+            ended, attained = self._ended.of(now)
+            (tokens,) = self._tokens.of(now)
+            steps, in_steps = self._batches.of(now)
+            ttfts, gaps = (
+                [value for at, value in entries if at >= now - WINDOW_S] for entries in (self._ttfts, self._gaps)
             )
         return {
             "window_s": WINDOW_S,
-            "requests": len(ended),
-            "attainment": sum(ended) / len(ended) if ended else None,
-            "tokens_per_s": (len(ttfts) + len(gaps)) / WINDOW_S,
+            "requests": ended,
+            "attainment": attained / ended if ended else None,
+            "tokens_per_s": tokens / WINDOW_S,
             "ttft_ms": _percentiles(ttfts),
             "tbt_ms": _percentiles(gaps),
-            "batch_requests": sum(batches) / len(batches) if batches else None,
+            "batch_requests": in_steps / steps if steps else None,
         }
 
 

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from apt_jax.output import Output
 from apt_jax.request import FinishReason, Request
+from apt_jax.serve.errors import ERROR_REPLIES
 from apt_jax.serve.observability.instruments import Instruments
 from apt_jax.serve.runtime.observer import Stepped
 from apt_jax.serve.runtime.samples import Sample
@@ -11,7 +12,11 @@ from apt_jax.serve.runtime.samples import Sample
 FAST_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 0.75, 1.0, 2.5, 5.0, 10.0)
 SLOW_S = (0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 20.0, 40.0, 60.0, 120.0, 300.0)
 TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000)
+REJECTIONS = tuple(sorted({reply.reason for _, reply in ERROR_REPLIES if reply.reason is not None}))
 MISSES = {"queue_full", "predicted_late", "not_ready", "timeout"}  # rejections that miss an SLO; bad input does not
+
+REASONS = tuple(reason.value for reason in FinishReason)
+SLOS = ("ttft", "tbt", "both")
 
 
 class RequestMetrics(Instruments):
@@ -21,7 +26,7 @@ class RequestMetrics(Instruments):
         super().__init__(model_name, **labels)
         self.prompt_tokens = self._counter("vllm:prompt_tokens", "Prompt tokens of requests that began to generate.")
         self.generation_tokens = self._counter("vllm:generation_tokens", "Tokens generated.")
-        self.success = self._counter("vllm:request_success", "Requests ended, by reason.", "finished_reason")
+        self.success = self._counter("vllm:request_success", "Requests ended, by reason.", "finished_reason", REASONS)
         self.ttft = self._histogram("vllm:time_to_first_token_seconds", "Arrival to first token.", SLOW_S)
         self.gap = self._histogram("vllm:inter_token_latency_seconds", "Gap between tokens of a request.", FAST_S)
         self.tpot = self._histogram(
@@ -31,9 +36,11 @@ class RequestMetrics(Instruments):
         self.queue_time = self._histogram("vllm:request_queue_time_seconds", "Arrival to being scheduled.", SLOW_S)
         self.prompt_lengths = self._histogram("vllm:request_prompt_tokens", "Prompt tokens per request.", TOKENS)
         self.output_lengths = self._histogram("vllm:request_generation_tokens", "Tokens per finished request.", TOKENS)
-        self.attained = self._counter("apt:slo_attained", "Requests that attained their SLO.", "slo")
-        self.missed = self._counter("apt:slo_missed", "Requests that broke it; refused and failed ones too.", "slo")
-        self.rejected = self._counter("apt:requests_rejected", "Requests refused, by reason.", "reason")
+        self.attained = self._counter("apt:slo_attained", "Requests that attained their SLO.", "slo", SLOS)
+        self.missed = self._counter(
+            *("apt:slo_missed", "Requests that broke it; refused and failed ones too.", "slo", SLOS)
+        )
+        self.rejected = self._counter("apt:requests_rejected", "Requests refused, by reason.", "reason", REJECTIONS)
         self.tasks = self._gauge("apt:event_loop_tasks", "Tasks of the server's event loop, this reading's own too.")
 
     def reject(self, reason: str) -> None:

@@ -1,13 +1,16 @@
 """What each metric counts, after outputs and plans made by hand."""
 
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 from apt_jax.cache import CacheKind
 from apt_jax.output import Output
 from apt_jax.request import FinishReason, Slo
 from apt_jax.scheduling.plan import Converted, Plan, Preempted, Reason, Scheduled, Waited
 from apt_jax.serve.observability.engine_metrics import EngineMetrics
+from apt_jax.serve.observability.metrics import Metrics
 from apt_jax.serve.observability.request_metrics import RequestMetrics
+from apt_jax.serve.replicas.fleet_view import FleetMetrics
 from apt_jax.serve.runtime.observer import Stepped
 from tests.support.engine_figures import figures_of
 from tests.support.scheduling_loop import make_state, request
@@ -60,6 +63,34 @@ def test_which_promise_a_request_kept(ended, kept):
     metrics = RequestMetrics("m")
     metrics.brought(Stepped((output(ended, reason=ended.finish_reason),), (), 0.0))
     assert judged(reader(metrics)) == {slo: (1.0, 0.0) if ok else (0.0, 1.0) for slo, ok in kept.items()}
+
+
+def test_counters_exist_with_every_value_of_their_label_before_anything_happens():
+    """So that shares and alerts have a figure: a rate of what does not exist yet is nothing."""
+    value = RequestMetrics("m").registry.get_sample_value
+    labels = {
+        "apt:slo_attained_total": ("slo", ("ttft", "tbt", "both")),
+        "apt:slo_missed_total": ("slo", ("ttft", "tbt", "both")),
+        "apt:requests_rejected_total": (
+            "reason",
+            (
+                "queue_full",
+                "predicted_late",
+                "not_ready",
+                "timeout",
+                "bad_request",
+                "model_not_found",
+                "body_too_large",
+            ),
+        ),
+        "vllm:request_success_total": ("finished_reason", ("stop", "length", "abort", "error")),
+    }
+    for name, (label, values) in labels.items():
+        for each in values:
+            assert value(name, {"model_name": "m", label: each}) == 0.0, (name, each)
+    for text in (RequestMetrics("m"), Metrics("m"), FleetMetrics("m")):
+        for family in text_string_to_metric_families(text.text().decode()):
+            assert family.type != "counter" or family.samples, f"{family.name} does not exist until something happens"
 
 
 def test_what_its_client_gave_up_is_counted_and_not_judged():

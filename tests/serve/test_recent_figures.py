@@ -119,6 +119,19 @@ def test_the_minute_ends_after_sixty_seconds(clock):
     assert (found["ttft_ms"], found["tbt_ms"], found["tokens_per_s"]) == (None, None, 0.0)
 
 
+def test_figures_count_everything_however_much_happens_in_a_minute(clock):
+    figures, token = Recent(), output(ended(gaps_s=[0.25]))
+    for _ in range(600):
+        brought(figures, *[token] * 100, *[output(ended(), reason=FinishReason.STOP)] * 50)
+        stepped(figures, 2)
+        clock.now += 0.1
+    found = figures.figures()
+    assert found["tokens_per_s"] == pytest.approx(1500, rel=0.01)
+    assert (found["requests"], found["attainment"], found["batch_requests"]) == (30_000, 1.0, 2.0)
+    clock.now += 30.0
+    assert figures.figures()["tokens_per_s"] == pytest.approx(750, rel=0.01)
+
+
 def test_the_report_of_two_samples_is_of_the_worse_one():
     first, second = ended(gaps_s=[0.25, 0.5]), ended(ttft_s=0.75, gaps_s=[0.125])
     first.first_scheduled_s, second.first_scheduled_s = 10.25, 10.125

@@ -186,7 +186,8 @@ def replace_max_tokens(tokens):
 def test_two_engines_in_one_process_count_apart():
     first, second = Metrics("a"), Metrics("b")
     first.reject("queue_full")
-    assert b'reason="queue_full"' in first.text() and b"queue_full" not in second.text()
+    wanted = 'apt:requests_rejected_total{{model_name="{}",reason="queue_full"}} {}'.format
+    assert wanted("a", 1.0) in first.text().decode() and wanted("b", 0.0) in second.text().decode()
 
 
 def test_request_ids_go_round_and_into_the_log_without_content(caplog):
