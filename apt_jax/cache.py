@@ -72,10 +72,15 @@ class CacheKind(enum.Enum):
 KINDS = tuple(CacheKind)  # KINDS[kind.index] is kind
 CacheMode = Literal["hybrid", "kv", "hidden"]
 MODE_KINDS: dict[CacheMode, tuple[CacheKind, ...]] = {  # kinds that a request may be admitted with, preferred one first
-    "hybrid": (CacheKind.KV, CacheKind.HIDDEN),
     "kv": (CacheKind.KV,),
     "hidden": (CacheKind.HIDDEN,),
+    "hybrid": (CacheKind.KV, CacheKind.HIDDEN),
 }
+
+
+def keeps_hidden(mode: CacheMode) -> bool:
+    """Whether requests may keep what has to be projected to keys and values."""
+    return any(kind.is_projected for kind in MODE_KINDS[mode])
 
 
 def per_kind[T](value_of: Callable[[CacheKind], T]) -> tuple[T, ...]:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 import jax
 import psutil
 
-from apt_jax.cache import KINDS, CacheKind, blocks_for
+from apt_jax.cache import KINDS, MODE_KINDS, CacheKind, blocks_for
 from apt_jax.engine_config import EngineConfig
 from apt_jax.execution.multihost import smallest_of_all
 from apt_jax.execution.platform import Platform
@@ -93,7 +93,7 @@ def check_longest_request(config: EngineConfig, model_config: ModelConfig) -> No
     if config.num_blocks is None:
         return
     max_model_len = config.max_model_len or model_config.max_position_embeddings
-    kind = CacheKind.KV if config.cache_mode == "kv" else CacheKind.HIDDEN
+    kind = min(MODE_KINDS[config.cache_mode], key=_blocks_per_page)
     needed = blocks_for(max_model_len, kind, config.block_size)
     if config.num_blocks < needed:
         fits = config.num_blocks // kind.blocks_per_page * config.block_size

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
-from apt_jax.cache import CacheKind, CacheMode
+from apt_jax.cache import MODE_KINDS, CacheKind, CacheMode, keeps_hidden
 from apt_jax.routing.catalogue import make_router
 from apt_jax.scheduling.costs.cost_model import HiddenMode
 from apt_jax.scheduling.policies.catalogue import make_policy
@@ -32,12 +32,12 @@ def configurations(args: SimulateArgs) -> list[Configuration]:
     policies = _names(args.policies, "policies")
     for policy in policies:
         make_policy(policy)
-    modes = _chosen(args.cache_modes, ("kv", "hidden", "hybrid"), "cache_modes")
+    modes = _chosen(args.cache_modes, tuple(MODE_KINDS), "cache_modes")
     attentions = _chosen(args.hidden_attention, ("recompute", "absorbed"), "hidden_attention")
     return [
         (policy, cast(CacheMode, mode), cast(HiddenMode, attention))
         for policy, mode, attention in itertools.product(policies, modes, attentions)
-        if mode != "kv" or attention == attentions[0]
+        if keeps_hidden(cast(CacheMode, mode)) or attention == attentions[0]
     ]
 
 
@@ -108,6 +108,10 @@ def _search(chosen: list[tuple[Experiment, Configuration]], targets: list[float]
     return found
 
 
+def _attention(mode: str, hidden_attention: str) -> str:
+    return hidden_attention if keeps_hidden(cast(CacheMode, mode)) else "-"
+
+
 def _print(console: Console, experiment: Experiment, reports: list[Report], found: list[dict[str, Any]]) -> None:
     tokens = experiment.pool_blocks // CacheKind.KV.blocks_per_page * experiment.block_size
     console.print(
@@ -121,7 +125,7 @@ def _print(console: Console, experiment: Experiment, reports: list[Report], foun
         for r in reports:
             where = [r.router, f"{r.mean_instances:.1f}"] if experiment.is_routed else []
             table.add_row(
-                *where, r.policy, r.cache_mode, "-" if r.cache_mode == "kv" else r.hidden_attention, f"{r.rate:g}",
+                *where, r.policy, r.cache_mode, _attention(r.cache_mode, r.hidden_attention), f"{r.rate:g}",
                 f"{r.attainment:.1%}", f"{r.ttft_attainment:.1%}", f"{r.tbt_attainment:.1%}",
                 f"{r.p50_ttft_s:.2f}/{r.p99_ttft_s:.2f}", f"{r.p99_tbt_s:.3f}", f"{r.mean_batch:.0f}",
                 str(r.preemptions), str(r.conversions), str(r.backlog), f"{r.longest_wait_s:.1f}",
@@ -131,7 +135,7 @@ def _print(console: Console, experiment: Experiment, reports: list[Report], foun
         routed = ["router"] if experiment.is_routed else []
         table = Table(*routed, "policy", "cache", "hidden", "target", "effective throughput (requests/s)")
         for row in found:
-            hidden = "-" if row["cache_mode"] == "kv" else row["hidden_attention"]
+            hidden = _attention(row["cache_mode"], row["hidden_attention"])
             names = [row[name] for name in (*routed, "policy", "cache_mode")]
             table.add_row(*names, hidden, f"{row['target']:.0%}", f"{row['rate']:.2f}")
         console.print(table)

@@ -9,6 +9,7 @@ from pathlib import Path
 import jax
 
 from apt_jax.attention.selection import compile_kernels
+from apt_jax.cache import keeps_hidden
 from apt_jax.checkpoints.formats.weight_files import LoadFormat
 from apt_jax.checkpoints.load import load_model, parse_format, read_config
 from apt_jax.checkpoints.source import resolve
@@ -51,7 +52,7 @@ def build_engine(
     cache = use_compile_cache(engine_config.compilation_cache_dir)
     devices, processes = engine_config.tensor_parallel_size, jax.process_count()
     split = devices > 1 or processes > 1
-    parallel = Parallel.over(devices, hidden=engine_config.cache_mode != "kv") if split else None
+    parallel = Parallel.over(devices, hidden=keeps_hidden(engine_config.cache_mode)) if split else None
     folder = resolve(model, revision=revision, load_format=parse_format(load_format))
     check_longest_request(engine_config, read_config(folder))
     loaded = load_model(
