@@ -100,7 +100,7 @@ class Trials:
         A request would bring it about at a worse time: where no file can be opened then, XLA fails on every later step.
         """
         for kind in self.state.limits.kinds:
-            for shapes in ([(kind, 0, 1)], [(kind, 1, 1)]):
+            for shapes in ([(kind, 0, 2)], [(kind, 1, 1)]):  # one token alone would be a decode step
                 if self.fits(shapes) and sum(shapes[0][1:]) <= self.max_model_len:
                     with self.prepared(shapes) as trial:
                         trial.run()

@@ -36,12 +36,12 @@ def test_a_prompt_and_a_decode_step_of_each_kind_are_run(mode, monkeypatch):
     ran, dispatch = [], engine.runner.dispatch
 
     def spy(batch):
-        ran.append((int(batch.rows.kind[0]), int(batch.rows.start[0])))
+        ran.append((int(batch.rows.kind[0]), int(batch.rows.start[0]), batch.bucket.decode_only))
         return dispatch(batch)
 
     monkeypatch.setattr(engine.runner, "dispatch", spy)
     engine.warm_up()
-    wanted = [(kind.index, start) for kind in engine.state.limits.kinds for start in (0, 1)]
+    wanted = [(kind.index, start, start == 1) for kind in engine.state.limits.kinds for start in (0, 1)]
     assert ran[: len(wanted)] == wanted
     assert engine.state.pool.num_free == engine.state.pool.num_blocks and engine.figures().num_recompiles == 0
 
