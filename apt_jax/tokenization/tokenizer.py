@@ -8,7 +8,9 @@ import codecs
 import contextlib
 import logging
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,6 +19,11 @@ from apt_jax.tokenization.tokenizer_store import TokenizerStore
 logger = logging.getLogger(__name__)
 
 # Any of these makes a folder one with a tokenizer; the second needs merges.txt beside it.
+PIECE_CHARS = 1 << 16  # of a long text that is tokenised at once
+MAX_PIECE_CHARS = 1 << 18
+
+# Where GPT-2's splitting ends a piece whatever comes later: no rule looks back, and only letters continue a word.
+_WORD_END = re.compile(r"(?<=[A-Za-z])(?=[\x00-@\[-`{-\x7f])")
 _VOCABULARIES = ("tokenizer.json", "vocab.json", "tokenizer.model", "spiece.model")
 
 
@@ -65,6 +72,7 @@ class Tokenizer:
         self.special_tokens = dict(special_tokens or {})
         added = backend.get_added_tokens_decoder()
         self._special_ids = frozenset(token_id for token_id, token in added.items() if token.special)
+        self._added = tuple(token.content for token in added.values())
         self._bytes = _TokenBytes(backend) if isinstance(backend.decoder, decoders.ByteLevel) else None
 
     @classmethod
@@ -126,7 +134,82 @@ class Tokenizer:
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of `text`, for OPT with `</s>` in front unless `add_special_tokens` is false."""
-        return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+        # `encode` would hold Python's lock, for seconds where the text is long
+        (encoding,) = self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+        return encoding.ids
+
+    def encode_pieces(self, text: str, add_special_tokens: bool = True) -> Iterator[list[int]]:
+        """`encode`, piece by piece where the vocabulary allows it: the library needs a hundred bytes for each byte.
+
+        Raises:
+            ValueError: more than MAX_PIECE_CHARS characters have no place at which they may be cut.
+        """
+        if len(text) <= PIECE_CHARS:
+            yield self.encode(text, add_special_tokens)
+            return
+        before, after = self._special_around if add_special_tokens else ((), ())
+        if before:
+            yield list(before)
+        at = 0
+        while at < len(text):
+            end = self._cut(text, at)
+            if end - at > MAX_PIECE_CHARS:
+                raise ValueError(
+                    f"the text has more than {MAX_PIECE_CHARS} characters in a row at which it cannot be cut; "
+                    f"send at most {MAX_PIECE_CHARS} at once"
+                )
+            yield self.encode(text[at:end], add_special_tokens=False)
+            at = end
+        if after:
+            yield list(after)
+
+    def fewest_tokens(self, text: str) -> int:
+        """Tokens that `text` has at least; found without tokenising, in a fraction of its time."""
+        if self._longest_bytes is None:
+            return 0
+        return -(-len(text.encode("utf-8", "surrogatepass")) // self._longest_bytes)
+
+    @cached_property
+    def _special_around(self) -> tuple[list[int], list[int]]:
+        """Special tokens that are put before and after a text."""
+        bare, full = self.encode("a", add_special_tokens=False), self.encode("a")
+        at = next(i for i in range(len(full)) if full[i : i + len(bare)] == bare)
+        return full[:at], full[at + len(bare) :]
+
+    def _cut(self, text: str, at: int) -> int:
+        """Where the piece that begins `at` may end without changing a token: at the end of a word of Latin letters."""
+        if self._longest_bytes is None:
+            return len(text)
+        for found in _WORD_END.finditer(text, at + PIECE_CHARS):
+            end = found.start()
+            longest = max(map(len, self._added), default=0)
+            around = text[max(end - longest, 0) : end + longest]
+            if not any(token in around for token in self._added):  # nor inside </s>
+                return end
+        return len(text)
+
+    @cached_property
+    def _longest_bytes(self) -> int | None:
+        """Bytes of the longest token, where every token stands for these bytes of the text and no others.
+
+        So it is with GPT-2's vocabularies, OPT's among them. Others may drop white space, normalise the text or take
+        any word as one unknown token: None.
+        """
+        from tokenizers import pre_tokenizers
+        from tokenizers.models import BPE
+
+        backend = self._backend
+        split, model = backend.pre_tokenizer, backend.model
+        if self._bytes is None or backend.normalizer is not None or not isinstance(model, BPE):
+            return None
+        if not isinstance(split, pre_tokenizers.ByteLevel) or not split.use_regex or split.add_prefix_space:
+            return None
+        if any(token.lstrip or token.rstrip for token in backend.get_added_tokens_decoder().values()):
+            return None
+        vocabulary = backend.get_vocab(with_added_tokens=False)
+        if not vocabulary.keys() >= set(pre_tokenizers.ByteLevel.alphabet()):  # other bytes would be dropped
+            return None
+        return max(*map(len, vocabulary), *(len(token.encode()) for token in self._added))
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Text of `ids`; bytes that are not UTF-8 become U+FFFD, ids without a token become nothing."""

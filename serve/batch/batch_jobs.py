@@ -28,7 +28,8 @@ from apt_jax.serve.batch.batch_file import (
 from apt_jax.serve.errors import BadRequest, EngineFailure, error_reply
 from apt_jax.serve.openai.endpoints import ENDPOINTS
 from apt_jax.serve.openai.generation import Generation, ServedModel, as_bad_request
-from apt_jax.serve.openai.requests import Strict, first_fault, parse_json
+from apt_jax.serve.openai.json_text import parse_json
+from apt_jax.serve.openai.requests import Strict, first_fault
 from apt_jax.serve.options import DEMO_NAME, LoadOptions
 from apt_jax.serve.runtime.driver import Driver
 from apt_jax.serve.runtime.samples import Sample

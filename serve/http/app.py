@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import sys
 from collections.abc import AsyncIterator, Sequence
 
 from starlette.applications import Starlette
@@ -20,6 +21,7 @@ from apt_jax.serve.http.routes.table import ROUTES
 from apt_jax.serve.http.service import Service
 
 STOP_TIMEOUT_S = 5.0
+SWITCH_INTERVAL_S = 0.0005  # a thread with long work gives Python's lock to the event loop after this
 
 
 def create_app(
@@ -30,6 +32,8 @@ def create_app(
     @contextlib.asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
         service.backend.start()
+        interval_s = sys.getswitchinterval()
+        sys.setswitchinterval(SWITCH_INTERVAL_S)
         resuming = None if resumption is None else asyncio.create_task(resumption.run(service))
         yield
         service.is_stopping = True
@@ -38,6 +42,7 @@ def create_app(
             await asyncio.wait([resuming], timeout=STOP_TIMEOUT_S)
             resuming.cancel()
         await run_in_threadpool(service.backend.stop, STOP_TIMEOUT_S)
+        sys.setswitchinterval(interval_s)
         if service.tracing is not None:
             await run_in_threadpool(service.tracing.close)
 

@@ -3,9 +3,10 @@
 import contextlib
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator
 from typing import Any
 
+from anyio import CapacityLimiter, to_thread
 from starlette.requests import Request
 
 from apt_jax.serve.errors import BodyTooLarge, EngineFailure, NotReady
@@ -20,6 +21,8 @@ from apt_jax.serve.options import ServerOptions
 from apt_jax.serve.runtime.backend import Backend
 from apt_jax.serve.runtime.engine_thread import EngineThread
 from apt_jax.serve.runtime.group import Group
+
+NUM_WORKERS = 4  # threads for long work: each that runs makes the event loop wait for Python's lock a little longer
 
 
 class Service:
@@ -40,6 +43,7 @@ class Service:
             backend.observers.append(self.tracing)
         if options.reject_predicted_late:
             backend.refuse_late()
+        self._workers = CapacityLimiter(NUM_WORKERS)
         self.num_generating = 0  # requests for completions that are under way
         self.is_stopping = False
         self.profiling = threading.Lock()  # held while the device is recorded
@@ -83,6 +87,15 @@ class Service:
                         generation.collect(sample, output)
                 if not generation.is_whole:
                     self.unfinished_records.append(record_of(generation))
+
+    async def off_loop[T](self, work: Callable[..., T], *args: Any) -> T:
+        """What `work` returns, run in one of a few threads: for what takes longer than other clients should wait."""
+        return await to_thread.run_sync(work, *args, limiter=self._workers)
+
+    async def pieces(self, made: Iterator[bytes]) -> AsyncGenerator[bytes]:
+        """Pieces of a large answer, each made off the event loop."""
+        while (piece := await self.off_loop(next, made, None)) is not None:
+            yield piece
 
     async def read_body(self, http: Request) -> bytes:
         """The body, read no further than the limit.

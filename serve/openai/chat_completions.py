@@ -1,13 +1,13 @@
 """Chats: messages to a prompt by the chat template, and outputs to OpenAI's chat completion objects."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from apt_jax.output import Output, TokenLogprobs
 from apt_jax.serve.errors import BadRequest
 from apt_jax.serve.openai.chat_requests import ChatRequest
 from apt_jax.serve.openai.chat_template import render
-from apt_jax.serve.openai.generation import Choice, Generation, ServedModel, finite
+from apt_jax.serve.openai.generation import Choice, Generation, ServedModel, check_length, finite
 from apt_jax.serve.runtime.samples import Sample
 
 
@@ -23,14 +23,15 @@ class ChatCompletion(Generation[ChatRequest]):
             raise BadRequest("this model has no tokenizer, so it cannot chat; use /v1/completions", "messages")
         generate = body.add_generation_prompt is not False
         text = render(body.messages, tokenizer, model.chat_template, generate=generate)
+        check_length(text, tokenizer, model.engine.max_model_len, "messages")
         return [tokenizer.encode(text, add_special_tokens=False)]  # the template writes the special ones
 
-    def response(self) -> dict[str, Any]:
-        """The whole object; `prompt_logprobs` is a field next to the choices, which share their prompt, as in vLLM."""
+    def _response(self, choices: Iterable[dict[str, Any]]) -> dict[str, Any]:
+        """`prompt_logprobs` is a field next to the choices, which share their prompt, as in vLLM."""
         found = self._prompt_logprobs(self.choices[0])
-        return {**super().response(), **({} if found is None else {"prompt_logprobs": found})}
+        return {**super()._response(choices), **({} if found is None else {"prompt_logprobs": found})}
 
-    def _object(self, choices: list[dict[str, Any]], stream: bool = False) -> dict[str, Any]:
+    def _object(self, choices: Iterable[dict[str, Any]], stream: bool = False) -> dict[str, Any]:
         return {
             "id": self.request_id,
             "object": "chat.completion.chunk" if stream else "chat.completion",

@@ -1,13 +1,14 @@
 """The body of POST /v1/chat/completions, checked strictly."""
 
-from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
 from apt_jax.request import MAX_LOGPROBS
 from apt_jax.serve.errors import BadRequest
-from apt_jax.serve.openai.requests import GenerationRequest, Strict, check_stream, limits, parse_body
+from apt_jax.serve.openai.requests import GenerationRequest, Strict, at_most, check_stream, limits, parse_body
+
+MAX_MESSAGES = 4096
 
 
 class TextPart(Strict):
@@ -21,7 +22,7 @@ class Message(Strict):
     """One message of a chat."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart]
+    content: str | Annotated[list[TextPart], Field(fail_fast=True)]
     name: str | None = None
 
     def for_template(self) -> dict[str, str]:
@@ -31,7 +32,7 @@ class Message(Strict):
         return {"role": self.role, "content": text, **named}
 
 
-Messages = Annotated[list[Message], Field(min_length=1)]
+Messages = Annotated[list[Message], Field(min_length=1, fail_fast=True), at_most(MAX_MESSAGES, "messages")]
 
 
 class ChatRequest(GenerationRequest):
@@ -47,11 +48,6 @@ class ChatRequest(GenerationRequest):
     def asked_max_tokens(self) -> int | None:
         """`max_completion_tokens`, OpenAI's newer name, takes precedence."""
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
-
-    @property
-    def texts(self) -> Iterator[str]:
-        """The messages' texts."""
-        return (message.for_template()["content"] for message in self.messages)
 
     def sampling_fields(self) -> dict[str, Any]:
         """Keywords of `SamplingParams`; logprobs is the number of likely tokens there."""

@@ -1,18 +1,16 @@
 """Text completions: prompts to token ids, and outputs to OpenAI's text completion objects."""
 
 import dataclasses
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 from apt_jax.output import Output, TokenLogprobs
 from apt_jax.request import FinishReason
 from apt_jax.serve.errors import BadRequest
-from apt_jax.serve.openai.generation import Choice, Generation, ServedModel, finite
+from apt_jax.serve.openai.generation import Choice, Generation, ServedModel, check_length, finite
 from apt_jax.serve.openai.requests import CompletionRequest
+from apt_jax.serve.runtime.backend import EngineFacts
 from apt_jax.serve.runtime.samples import Sample
-
-if TYPE_CHECKING:
-    from apt_jax.tokenization.tokenizer import Tokenizer
 
 
 class Completion(Generation[CompletionRequest]):
@@ -22,9 +20,9 @@ class Completion(Generation[CompletionRequest]):
 
     @classmethod
     def _prompts(cls, body: CompletionRequest, model: ServedModel) -> list[Sequence[int]]:
-        return [_token_ids(item, model.engine.tokenizer) for item in body.prompt]
+        return [_token_ids(item, model.engine) for item in body.prompt]
 
-    def _object(self, choices: list[dict[str, Any]], stream: bool = False) -> dict[str, Any]:
+    def _object(self, choices: Iterable[dict[str, Any]], stream: bool = False) -> dict[str, Any]:
         return {
             "id": self.request_id,
             "object": "text_completion",
@@ -99,9 +97,10 @@ def _characters(data: bytes) -> int:
     return sum(byte & 0xC0 != 0x80 for byte in data)
 
 
-def _token_ids(item: str | tuple[int, ...], tokenizer: "Tokenizer | None") -> Sequence[int]:
+def _token_ids(item: str | tuple[int, ...], engine: EngineFacts) -> Sequence[int]:
     if not isinstance(item, str):
         return item
-    if tokenizer is None:
+    if engine.tokenizer is None:
         raise BadRequest("this model has no tokenizer; give the prompt as token ids", "prompt")
-    return tokenizer.encode(item)
+    check_length(item, engine.tokenizer, engine.max_model_len, "prompt")
+    return engine.tokenizer.encode(item)

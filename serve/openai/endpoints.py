@@ -14,7 +14,10 @@ from apt_jax.serve.openai.requests import CompletionRequest, GenerationRequest, 
 
 @dataclass(frozen=True)
 class Endpoint:
-    """`parse` raises BadRequest for a body that is not valid; `reply` and `chunk` are the shapes of the response."""
+    """`parse` raises BadRequest for a body that is not valid; `reply` and `chunk` are the shapes of the response.
+
+    `is_quick`: whether a short body is always made into samples in a moment; a template may do anything.
+    """
 
     summary: str
     parse: Callable[[object], GenerationRequest]
@@ -22,6 +25,7 @@ class Endpoint:
     body: type[GenerationRequest]
     reply: Any
     chunk: Any
+    is_quick: bool = False
 
 
 ENDPOINTS = {
@@ -32,6 +36,7 @@ ENDPOINTS = {
         CompletionRequest,
         replies.TextCompletion,
         replies.TextCompletionChunk,
+        is_quick=True,
     ),
     "/v1/chat/completions": Endpoint(
         "Answer in a chat",

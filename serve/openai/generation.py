@@ -8,7 +8,7 @@ import dataclasses
 import math
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
@@ -17,6 +17,7 @@ from pydantic_core import to_json
 from apt_jax.output import ContextExceeded, Output, TokenLogprobs
 from apt_jax.request import FinishReason, Request, Slo
 from apt_jax.serve.errors import BadRequest, ContextTooLong, EngineFailure, ModelNotFound
+from apt_jax.serve.openai.json_text import json_pieces
 from apt_jax.serve.openai.replies import PromptTokenLogprob
 from apt_jax.serve.openai.requests import GenerationRequest, bad_request, slo_of
 from apt_jax.serve.openai.slo_report import slo_report
@@ -27,6 +28,7 @@ from apt_jax.serve.runtime.samples import Sample, fan_out
 if TYPE_CHECKING:
     from apt_jax.tokenization.tokenizer import Tokenizer
 
+VALUES_AT_ONCE = 2048
 LOWEST_LOGPROB = -9999.0  # JSON has no minus infinity
 
 
@@ -78,6 +80,8 @@ class Generation[Body: GenerationRequest]:
         self.choices = [Choice() for _ in samples]
         self.num_unfinished = len(samples)
         self._tokenizer = tokenizer
+        self._num_prompt_tokens: int | None = None
+        self._num_completion_tokens: int | None = None
 
     @classmethod
     def prepare(
@@ -104,15 +108,15 @@ class Generation[Body: GenerationRequest]:
         check_model(body.model, model.name)
         params = body.sampling_params()
         engine = model.engine
-        if params.stop and engine.tokenizer is None:
-            raise BadRequest("stop needs a tokenizer and this model has none; use stop_token_ids", "stop")
-        prompts = cls._prompts(body, model)
-        if max_samples is not None and len(prompts) * params.n > max_samples:
+        if max_samples is not None and body.num_prompts * params.n > max_samples:
             raise BadRequest(
-                f"{len(prompts)} prompts x n={params.n} is more than the queue holds ({max_samples}); "
+                f"{body.num_prompts} prompts x n={params.n} is more than the queue holds ({max_samples}); "
                 "send fewer at once or raise --max-num-queued-reqs",
                 "prompt",
             )
+        if params.stop and engine.tokenizer is None:
+            raise BadRequest("stop needs a tokenizer and this model has none; use stop_token_ids", "stop")
+        prompts = cls._prompts(body, model)
         if body.asked_max_tokens is not None:
             check_room(max(map(len, prompts)), body.asked_max_tokens, engine.max_model_len)
         samples = fan_out(
@@ -140,14 +144,31 @@ class Generation[Body: GenerationRequest]:
         """Whether every sample has ended without an abort."""
         return all(choice.finish_reason in (FinishReason.STOP, FinishReason.LENGTH) for choice in self.choices)
 
+    @property
+    def num_values(self) -> int:
+        """About how many numbers and texts the response has: how long it takes to write."""
+        params = self.samples[0].params
+        written = sum(len(choice.token_ids) for choice in self.choices) * (2 + 2 * (params.logprobs or 0))
+        read = sum(len(sample.prompt_token_ids) for sample in self.samples) * (1 + 2 * (params.prompt_logprobs or 0))
+        return written + read
+
+    @property
+    def outputs_at_once(self) -> int:
+        """Streamed outputs that are written in a few milliseconds, a first one with its whole prompt."""
+        params = self.samples[0].params
+        with_prompt = self.body.return_token_ids or getattr(self.body, "echo", False)
+        prompt = max(map(len, self.prompt_token_ids)) if with_prompt else 0
+        return max(VALUES_AT_ONCE // (16 + 2 * (params.logprobs or 0) + prompt // 4), 1)
+
     def usage(self) -> dict[str, int]:
         """OpenAI's `usage`: each prompt counts once, every sample's tokens count."""
-        prompt_tokens = sum(len(ids) for ids in self.prompt_token_ids)
-        completion_tokens = sum(len(choice.token_ids) for choice in self.choices)
+        if self._num_prompt_tokens is None or self._num_completion_tokens is None:  # with those of an earlier run
+            self._num_prompt_tokens = sum(len(ids) for ids in self.prompt_token_ids)
+            self._num_completion_tokens = sum(len(choice.token_ids) for choice in self.choices)
         return {
-            "prompt_tokens": prompt_tokens,
-            "completion_tokens": completion_tokens,
-            "total_tokens": prompt_tokens + completion_tokens,
+            "prompt_tokens": self._num_prompt_tokens,
+            "completion_tokens": self._num_completion_tokens,
+            "total_tokens": self._num_prompt_tokens + self._num_completion_tokens,
         }
 
     def chunk(self, sample: Sample, output: Output) -> dict[str, Any]:
@@ -217,20 +238,28 @@ class Generation[Body: GenerationRequest]:
 
     def response(self) -> dict[str, Any]:
         """The whole object, once every sample has ended."""
-        choices, requests = [], []
+        return self._response(list(self._entries()))
+
+    def response_pieces(self) -> Iterator[bytes]:
+        """`response` as JSON, made and written piece by piece."""
+        yield from json_pieces(self._response(self._entries()))
+
+    def _response(self, choices: Iterable[dict[str, Any]]) -> dict[str, Any]:
+        requests = [choice.request for choice in self.choices if choice.request is not None]
+        report = {"slo": slo_report(requests)} if len(requests) == len(self.samples) else {}  # not when it was resumed
+        return {**self._object(choices), "usage": self.usage(), **report}
+
+    def _entries(self) -> Iterator[dict[str, Any]]:
+        """The choices of the whole object."""
         for sample, choice in zip(self.samples, self.choices, strict=True):
             choice.num_chars = 0
             entry = self._whole(sample, choice)
             if self.body.return_token_ids:
                 entry["token_ids"] = list(choice.token_ids)
                 entry["prompt_token_ids"] = list(sample.prompt_token_ids)
-            if choice.request is not None:
-                requests.append(choice.request)
-                if len(self.samples) > 1:
-                    entry["slo"] = slo_report([choice.request])
-            choices.append(entry)
-        report = {"slo": slo_report(requests)} if len(requests) == len(self.samples) else {}  # not when it was resumed
-        return {**self._object(choices), "usage": self.usage(), **report}
+            if choice.request is not None and len(self.samples) > 1:
+                entry["slo"] = slo_report([choice.request])
+            yield entry
 
     def _wanted(self, output: Output) -> Output:
         """What the client is to see of an output."""
@@ -244,7 +273,7 @@ class Generation[Body: GenerationRequest]:
         """A choice of the whole object."""
         raise NotImplementedError
 
-    def _object(self, choices: list[dict[str, Any]], stream: bool = False) -> dict[str, Any]:
+    def _object(self, choices: Iterable[dict[str, Any]], stream: bool = False) -> dict[str, Any]:
         raise NotImplementedError
 
     def _add(self, choice: Choice, output: Output) -> None:
@@ -255,6 +284,8 @@ class Generation[Body: GenerationRequest]:
             choice.request = output.request
         choice.text.append(output.text)
         choice.token_ids.extend(output.token_ids)
+        if self._num_completion_tokens is not None:
+            self._num_completion_tokens += len(output.token_ids)
         choice.logprobs.extend(output.logprobs)
         if output.prompt_logprobs is not None:
             choice.prompt_logprobs = output.prompt_logprobs
@@ -300,6 +331,20 @@ def check_model(name: str | None, served: str) -> None:
     """Raises ModelNotFound if a body names another model than the served one."""
     if name not in (None, served):
         raise ModelNotFound(f"the model {name!r} is not served here; use {served!r}", "model")
+
+
+def check_length(text: str, tokenizer: "Tokenizer", max_model_len: int, param: str) -> None:
+    """Raises ContextTooLong if the context cannot hold `text`, whatever its tokens are: they need not be found then."""
+    if len(text) <= max_model_len:
+        return
+    fewest = tokenizer.fewest_tokens(text)
+    if fewest > max_model_len:
+        error = ContextExceeded(
+            f"the prompt has {len(text)} characters and so at least {fewest} tokens, but the context holds "
+            f"{max_model_len}; shorten the prompt or raise --max-model-len",
+            max_model_len,
+        )
+        raise ContextTooLong(error, param)
 
 
 def check_room(prompt_tokens: int, max_tokens: int, max_model_len: int) -> None:

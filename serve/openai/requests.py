@@ -1,12 +1,10 @@
 """The bodies of requests, checked strictly: a field works as documented or is refused by name."""
 
 import difflib
-import json
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping, Sized
 from typing import Annotated, Any
 
-import pydantic_core
 from pydantic import (
     BaseModel,
     BeforeValidator,
@@ -15,14 +13,16 @@ from pydantic import (
     PlainValidator,
     ValidationError,
     WithJsonSchema,
+    model_validator,
 )
 
 from apt_jax.request import MAX_LOGIT_BIAS, MAX_STOP_TOKEN_IDS, RANGES, SamplingParams, Slo
 from apt_jax.serve.errors import BadRequest
+from apt_jax.serve.openai.json_text import SHOWN_VALUE_CHARS, shown
 
 MAX_STOP_STRINGS = 64
+MAX_OBJECT_FIELDS = 256  # known and unknown
 DEFAULT_MAX_TOKENS = 16
-SHOWN_VALUE_CHARS = 60
 MIN_SLO_MS, MAX_SLO_MS = 0.001, 1e9
 
 NOT_SUPPORTED = {
@@ -77,10 +77,10 @@ def parse_stop(value: object) -> tuple[str, ...] | None:
     strings = [value] if isinstance(value, str) else value
     if strings is None:
         return None
+    if isinstance(strings, list) and len(strings) > MAX_STOP_STRINGS:
+        raise ValueError(f"stop has {len(strings)} strings, at most {MAX_STOP_STRINGS} are allowed")
     if not isinstance(strings, list) or not all(isinstance(text, str) for text in strings):
         raise ValueError(f"stop must be a string or a list of strings, not {shown(value)}")
-    if len(strings) > MAX_STOP_STRINGS:
-        raise ValueError(f"stop has {len(strings)} strings, at most {MAX_STOP_STRINGS} are allowed")
     return tuple(strings)
 
 
@@ -88,11 +88,29 @@ def parse_logit_bias(value: object) -> object:
     """Token ids, which JSON can only write as strings, as integers."""
     if not isinstance(value, dict):
         return value
+    check_length(value, "logit_bias", MAX_LOGIT_BIAS)
     for key in value:
         digits = str(key)
         if not (digits.isascii() and digits.isdigit() and len(digits) <= 18):
             raise ValueError(f"logit_bias has the key {shown(key)}, keys must be token ids")
     return {int(key): bias for key, bias in value.items()}
+
+
+def check_length(value: Sized, name: str, limit: int) -> None:
+    """Raises ValueError if `value` has more than `limit` entries: told before any of them is checked."""
+    if len(value) > limit:
+        raise ValueError(f"{name} has {len(value)} entries, at most {limit} are allowed")
+
+
+def at_most(limit: int, name: str) -> BeforeValidator:
+    """A limit on the length of the list in field `name`."""
+
+    def check(value: object) -> object:
+        if isinstance(value, list):
+            check_length(value, name, limit)
+        return value
+
+    return BeforeValidator(check)
 
 
 LOGIT_BIAS_SCHEMA = {
@@ -112,6 +130,14 @@ class Strict(BaseModel):
     """Base of all bodies: no unknown fields, no conversion between types."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _check_fields(cls, value: Any) -> Any:
+        """Of unknown fields every one would become an error object, and only the first is told."""
+        if isinstance(value, dict):
+            check_length(value, "an object", MAX_OBJECT_FIELDS)
+        return value
 
 
 class SloBody(Strict):
@@ -183,7 +209,10 @@ class GenerationRequest(Strict):
             json_schema_input_type=Text | Annotated[list[Text], Field(max_length=MAX_STOP_STRINGS)] | None,
         ),
     ] = None
-    stop_token_ids: list[TokenId] | None = Field(default=None, json_schema_extra={"maxItems": MAX_STOP_TOKEN_IDS})
+    stop_token_ids: Annotated[
+        Annotated[list[TokenId], Field(fail_fast=True)] | None,
+        at_most(MAX_STOP_TOKEN_IDS, "stop_token_ids"),
+    ] = Field(default=None, json_schema_extra={"maxItems": MAX_STOP_TOKEN_IDS})
     ignore_eos: bool | None = None
     skip_special_tokens: bool | None = None
     include_stop_str_in_output: bool | None = None
@@ -200,9 +229,9 @@ class GenerationRequest(Strict):
         return self.max_tokens
 
     @property
-    def texts(self) -> Iterator[str]:
-        """What is to be tokenised, to judge how long that takes."""
-        return iter(())
+    def num_prompts(self) -> int:
+        """Prompts, each of which gets `n` samples."""
+        return 1
 
     def sampling_fields(self) -> dict[str, Any]:
         """Keywords of `SamplingParams`, null where the default is meant."""
@@ -257,9 +286,9 @@ class CompletionRequest(GenerationRequest):
         return DEFAULT_MAX_TOKENS
 
     @property
-    def texts(self) -> Iterator[str]:
-        """The prompts that are text."""
-        return (item for item in self.prompt if isinstance(item, str))
+    def num_prompts(self) -> int:
+        """Those of the list."""
+        return len(self.prompt)
 
 
 SAMPLING_FIELDS = sorted(SamplingParams.field_names())
@@ -270,18 +299,6 @@ def bad_request(error: ValueError, names: Iterable[str]) -> BadRequest:
     message = str(error)
     start = message.removeprefix("the ")
     return BadRequest(message, next((name for name in names if start.startswith((f"{name}=", f"{name} "))), None))
-
-
-def parse_json(data: bytes, what: str = "the body") -> Any:
-    """The JSON value in `data`; errors call it `what`.
-
-    Raises:
-        BadRequest: not JSON, not UTF-8, NaN, or nested too deeply.
-    """
-    try:
-        return pydantic_core.from_json(data, allow_inf_nan=False)
-    except ValueError as error:
-        raise BadRequest(f"{what} is not valid JSON: {error}") from error
 
 
 def parse_completion(value: object) -> CompletionRequest:
@@ -357,7 +374,8 @@ def first_fault(error: ValidationError, model: type[BaseModel]) -> BadRequest:
             why = NOT_SUPPORTED[path[-1]]
             return BadRequest(f"field {path[-1]} is not supported; leave it out{why and f' ({why})'}", name)
         case "extra_forbidden":
-            near = difflib.get_close_matches(path[-1], model.model_fields, n=1)
+            known = path[-1] if len(path[-1]) <= SHOWN_VALUE_CHARS else ""
+            near = difflib.get_close_matches(known, model.model_fields, n=1)
             hint = f"; did you mean {near[0]}?" if near else ""
             return BadRequest(f"unknown field {shown('.'.join(path))}{hint}", name[:SHOWN_VALUE_CHARS])
         case "missing":
@@ -371,12 +389,6 @@ def _not_empty[T: (str, list[int])](value: T, name: str) -> T:
     if not value:
         raise ValueError(f"{name} is empty; give at least one character or token id")
     return value
-
-
-def shown(value: object) -> str:
-    """A value as JSON, cut to what fits in a sentence."""
-    text = json.dumps(value, ensure_ascii=True, default=str)
-    return text if len(text) <= SHOWN_VALUE_CHARS else f"{text[:SHOWN_VALUE_CHARS]}..."
 
 
 def _lower_first(text: str) -> str:

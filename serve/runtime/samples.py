@@ -58,6 +58,8 @@ def fan_out(
     prompt gets the seed `sample_seed(params.seed, i)`.
     """
     samples = []
+    seeds = [sample_seed(params.seed, i) for i in range(params.n)]
+    params_of = {seed: dataclasses.replace(params, n=1, seed=seed) for seed in seeds}  # checked anew, so few times
     for prompt_index, prompt in enumerate(prompts):
         prompt_id = request_id if len(prompts) == 1 else f"{request_id}-{prompt_index}"
         for i in range(params.n):
@@ -66,7 +68,7 @@ def fan_out(
                     request_id=prompt_id if params.n == 1 else f"{prompt_id}-{i}",
                     index=prompt_index * params.n + i,
                     prompt_token_ids=prompt,
-                    params=dataclasses.replace(params, n=1, seed=sample_seed(params.seed, i)),
+                    params=params_of[seeds[i]],
                     slo=slo,
                     priority=priority,
                     arrival_s=arrival_s,

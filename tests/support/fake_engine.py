@@ -5,7 +5,7 @@ With `CharTokenizer` a token is a character, so the completion of "a" is "bcd...
 
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from apt_jax.cache import BlockPool
@@ -33,6 +33,12 @@ class CharTokenizer:
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         return [*([EOS] if add_special_tokens else []), *text.encode("latin-1", "replace")]
+
+    def encode_pieces(self, text: str, add_special_tokens: bool = True) -> Iterator[list[int]]:
+        yield self.encode(text, add_special_tokens)
+
+    def fewest_tokens(self, text: str) -> int:
+        return len(text)
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         kept = [i for i in token_ids if i < VOCABULARY and not (skip_special_tokens and i == EOS)]

@@ -5,22 +5,23 @@ import contextlib
 import logging
 import time
 import uuid
-from collections.abc import AsyncGenerator, Callable, Iterable
+from collections.abc import AsyncGenerator, Callable
 from typing import Any
 
-from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from apt_jax.serve.errors import CLIENT_CLOSED_REQUEST, RequestTimeout, error_reply
 from apt_jax.serve.http.service import Service
 from apt_jax.serve.openai.endpoints import Endpoint
 from apt_jax.serve.openai.generation import Generation, as_bad_request
-from apt_jax.serve.openai.requests import GenerationRequest, parse_json
+from apt_jax.serve.openai.json_text import parse_json
+from apt_jax.serve.openai.requests import GenerationRequest
 from apt_jax.serve.openai.sse import SseResponse, close_on_disconnect, event
 from apt_jax.serve.runtime.group import Group
 
-LONG_TEXT_CHARS = 4096  # longer prompts are tokenised off the event loop
+SHORT_BODY_BYTES = 4096  # longer ones are read off the event loop
+SHORT_ANSWER_VALUES = 4096  # larger ones are written off the event loop
 
 logger = logging.getLogger("apt_jax.requests")
 
@@ -29,8 +30,26 @@ async def generate(endpoint: Endpoint, service: Service, http: Request) -> Respo
     """What POST on one of the ENDPOINTS answers."""
     arrival_s = time.monotonic()
     service.check_accepts()
-    body = endpoint.parse(parse_json(await service.read_body(http)))
-    generation = await _prepare(service, body, endpoint.generation, http, arrival_s)
+    data = await service.read_body(http)
+    is_short = len(data) <= SHORT_BODY_BYTES and endpoint.is_quick
+
+    def read() -> GenerationRequest:
+        return endpoint.parse(parse_json(data))
+
+    body = read() if is_short else await service.off_loop(read)
+    model = service.served_model()
+
+    def prepare() -> Generation[Any]:
+        return endpoint.generation.prepare(
+            body,
+            model,
+            request_id=f"{endpoint.generation.ID_PREFIX}-{uuid.uuid4().hex}",
+            headers=http.headers,
+            arrival_s=arrival_s,
+            max_samples=model.engine.config.max_num_queued_reqs,
+        )
+
+    generation = prepare() if is_short else await service.off_loop(prepare)
     if service.options.log_requests:
         fields = {"id": generation.request_id, "request_id": http.state.request_id}
         logger.info("body %s", body.model_dump_json(exclude_none=True, warnings=False), extra={"fields": fields})
@@ -45,27 +64,7 @@ async def generate(endpoint: Endpoint, service: Service, http: Request) -> Respo
             raise as_bad_request(error, body) from error
         if body.stream:
             return SseResponse(_events(generation, group), cleanup.pop_all())
-        return await _whole(generation, group)
-
-
-async def _prepare[Body: GenerationRequest](
-    service: Service, body: Body, kind: type[Generation[Body]], http: Request, arrival_s: float
-) -> Generation[Body]:
-    model = service.served_model()
-
-    def prepare() -> Generation[Body]:
-        return kind.prepare(
-            body,
-            model,
-            request_id=f"{kind.ID_PREFIX}-{uuid.uuid4().hex}",
-            headers=http.headers,
-            arrival_s=arrival_s,
-            max_samples=model.engine.config.max_num_queued_reqs,
-        )
-
-    if _is_long(body.texts):
-        return await run_in_threadpool(prepare)
-    return prepare()
+        return await _whole(service, generation, group)
 
 
 def _limit_time(group: Group, limit_s: float | None) -> Callable[[], None]:
@@ -76,24 +75,26 @@ def _limit_time(group: Group, limit_s: float | None) -> Callable[[], None]:
     return asyncio.get_running_loop().call_later(limit_s, group.expire, error).cancel
 
 
-def _is_long(texts: Iterable[str]) -> bool:
-    return sum(map(len, texts)) > LONG_TEXT_CHARS
-
-
-async def _whole(generation: Generation[Any], group: Group) -> Response:
+async def _whole(service: Service, generation: Generation[Any], group: Group) -> Response:
     async for outputs in group:
         for sample, output in outputs:
             generation.collect(sample, output)
     if not generation.is_finished:
         return Response(status_code=CLIENT_CLOSED_REQUEST)
-    return JSONResponse(generation.response())
+    if generation.num_values <= SHORT_ANSWER_VALUES:
+        return JSONResponse(generation.response())
+    return StreamingResponse(service.pieces(generation.response_pieces()), media_type="application/json")
 
 
 async def _events(generation: Generation[Any], group: Group) -> AsyncGenerator[bytes]:
-    """Server-sent events; all that has come since the last send goes out in one piece."""
+    """Server-sent events; what has come since the last send goes out in one piece, or in several if it is much."""
+    at_once = generation.outputs_at_once
     try:
         async for outputs in group:
-            yield b"".join([generation.streamed(sample, output) for sample, output in outputs])
+            for at in range(0, len(outputs), at_once):
+                if at:
+                    await asyncio.sleep(0)  # others' turn: a slow reader's events may be many
+                yield b"".join([generation.streamed(*pair) for pair in outputs[at : at + at_once]])
         if generation.wants_usage:
             yield event(generation.usage_chunk())
     except Exception as error:  # the status line has gone out; OpenAI's clients know an error event
