@@ -21,6 +21,7 @@ logger = logging.getLogger(__name__)
 # Any of these makes a folder one with a tokenizer; the second needs merges.txt beside it.
 PIECE_CHARS = 1 << 16  # of a long text that is tokenised at once
 MAX_PIECE_CHARS = 1 << 18
+PIECE_IDS = 4096
 
 # Where GPT-2's splitting ends a piece whatever comes later: no rule looks back, and only letters continue a word.
 _WORD_END = re.compile(r"(?<=[A-Za-z])(?=[\x00-@\[-`{-\x7f])")
@@ -215,6 +216,17 @@ class Tokenizer:
         """Text of `ids`; bytes that are not UTF-8 become U+FFFD, ids without a token become nothing."""
         return self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
 
+    def decode_pieces(self, ids: Sequence[int]) -> Iterator[str]:
+        """Text of `ids`, special ones too, in pieces that are whole characters; their cost is the vocabulary's."""
+        if self._bytes is None:
+            (text,) = self._backend.decode_batch([list(ids)], skip_special_tokens=False)  # without Python's lock
+            yield text
+            return
+        detokenizer = self.detokenizer(skip_special_tokens=False)
+        for at in range(0, len(ids), PIECE_IDS):
+            yield detokenizer.push(ids[at : at + PIECE_IDS])
+        yield detokenizer.flush()
+
     def token_text(self, token_id: int) -> str:
         """Text of one token by itself, special ones too; part of a character shows as U+FFFD."""
         return self.decode([token_id], skip_special_tokens=False)
@@ -248,9 +260,9 @@ class _TokenBytes(dict[int, bytes]):
 
     def __missing__(self, token_id: int) -> bytes:
         token = self._backend.id_to_token(token_id)
-        if token is None:
-            result = b""
-        elif all(char in self._byte_of for char in token):
+        if token is None:  # not kept: there are more such ids than memory holds
+            return b""
+        if all(char in self._byte_of for char in token):
             result = bytes(self._byte_of[char] for char in token)
         else:  # an added token that was not written in that alphabet
             result = token.encode()

@@ -85,6 +85,14 @@ def parse_json(data: bytes, what: str = "the body") -> Any:
         raise BadRequest(f"{what} is not valid JSON: {error}") from error
 
 
+@dataclass(frozen=True)
+class Joined:
+    """A long list or text that comes in `parts`, lists or strings; to be written once."""
+
+    parts: Iterator[list[Any]] | Iterator[str]
+    is_text: bool = False
+
+
 def json_pieces(value: object) -> Iterator[bytes]:
     """A JSON value, written in pieces of about PIECE_BYTES; an iterator is a list whose items are made when written."""
     held: list[bytes] = []
@@ -95,7 +103,8 @@ def json_pieces(value: object) -> Iterator[bytes]:
         if size >= PIECE_BYTES:
             yield b"".join(held)
             held, size = [], 0
-    yield b"".join(held)
+    if held:
+        yield b"".join(held)
 
 
 def _parts(value: object) -> Iterator[bytes]:
@@ -111,6 +120,12 @@ def _parts(value: object) -> Iterator[bytes]:
                 yield b","
             yield from _parts(inner)
         yield b"]"
+    elif isinstance(value, Joined):
+        yield b'"' if value.is_text else b"["
+        comma = b"" if value.is_text else b","
+        for number, part in enumerate(value.parts):
+            yield (comma if number else b"") + pydantic_core.to_json(part)[1:-1]
+        yield b'"' if value.is_text else b"]"
     elif isinstance(value, list) and len(value) > LIST_SLICE:
         for at in range(0, len(value), LIST_SLICE):
             yield (b"," if at else b"[") + pydantic_core.to_json(value[at : at + LIST_SLICE])[1:-1]

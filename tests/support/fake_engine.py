@@ -44,6 +44,9 @@ class CharTokenizer:
         kept = [i for i in token_ids if i < VOCABULARY and not (skip_special_tokens and i == EOS)]
         return bytes(kept).decode("latin-1")
 
+    def decode_pieces(self, token_ids: Sequence[int]) -> Iterator[str]:
+        yield self.decode(token_ids, skip_special_tokens=False)
+
     def token_bytes(self, token_id: int) -> bytes:
         return bytes([token_id]) if token_id < 0xF0 else b""
 
