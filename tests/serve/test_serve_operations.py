@@ -134,7 +134,7 @@ def test_a_stopping_server_takes_nothing_new_and_keeps_what_it_could_not_finish(
             chat = {"messages": [{"role": "user", "content": "k"}], "max_tokens": 30, "stream": True}
             posts = [("/v1/completions", {**LONG, "n": 2}), ("/v1/chat/completions", chat)]
             tasks = [asyncio.create_task(client.post(path, json=body)) for path, body in posts]
-            await until(lambda: engine.has_unfinished)
+            await until(lambda: engine.has_unfinished and client.service.num_generating == 2)
             engine.allow_step(6)
             await until(lambda: engine.num_steps == 6)
             client.service.is_stopping = True
