@@ -14,7 +14,7 @@ import numpy as np
 from apt_jax.checkpoints.errors import CheckpointError
 from apt_jax.checkpoints.formats.stored_tensor import StoredTensor
 from apt_jax.checkpoints.mapping import EMBEDDING_NAME, HEAD_NAME, Layout, Slot, slots
-from apt_jax.execution.weights import Placed, WeightLayout
+from apt_jax.execution.weights.layout import Placed, WeightLayout
 from apt_jax.model_config import ModelConfig
 from apt_jax.models.sharding import padded_shape
 

@@ -20,14 +20,14 @@ from apt_jax.checkpoints.formats.weight_files import ORBAX_WEIGHTS, LoadFormat, 
 from apt_jax.checkpoints.placement import PlainLayout, Shardings, check_room, device_of, platform_of, serving_dtype
 from apt_jax.checkpoints.skeleton import Skeleton
 from apt_jax.checkpoints.source import resolve
-from apt_jax.execution.weights import Placed, WeightLayout, Weights
+from apt_jax.execution.weights.layout import Placed, WeightLayout, Weights
 from apt_jax.model_config import ModelConfig
 from apt_jax.models.opt import OPT
 from apt_jax.models.sharding import Parallel
 
 
 class LayoutChoice(Protocol):
-    """How to lay out the weights of a model, such as `execution.layouts.serving_layout` with its options."""
+    """How to lay out the weights of a model, such as `execution.weights.choice.serving_layout` with its options."""
 
     def __call__(
         self, model: nnx.Module, config: ModelConfig, dtype: np.dtype, *, device: jax.Device, parallel: Parallel | None

@@ -10,7 +10,7 @@ from apt_jax.checkpoints.errors import CheckpointError
 from apt_jax.checkpoints.formats.stored_tensor import FLOATING
 from apt_jax.engine.memory import device_memory
 from apt_jax.execution.platform import Platform
-from apt_jax.execution.weights import StackedLayout
+from apt_jax.execution.weights.layout import StackedLayout
 from apt_jax.model_config import ModelConfig
 from apt_jax.models.sharding import Parallel
 

@@ -17,7 +17,7 @@ from apt_jax.engine.calibration import measure
 from apt_jax.engine.engine import Engine
 from apt_jax.engine.setup import set_up
 from apt_jax.engine_config import EngineConfig
-from apt_jax.execution.layouts import laid_out
+from apt_jax.execution.weights.choice import laid_out
 from apt_jax.request import SamplingParams
 from apt_jax.scheduling.costs.fit import Observation, fit, relative_errors
 from apt_jax.scheduling.costs.step_load import StepLoad

@@ -26,7 +26,7 @@ from apt_jax.checkpoints.load import load_model
 from apt_jax.engine.engine import Engine
 from apt_jax.engine.setup import set_up
 from apt_jax.engine_config import EngineConfig
-from apt_jax.execution.layouts import laid_out
+from apt_jax.execution.weights.choice import laid_out
 from apt_jax.request import FinishReason, Request, SamplingParams, Slo
 from apt_jax.scheduling.costs.step_load import StepLoad
 from apt_jax.scheduling.policies.catalogue import make_policy

@@ -15,7 +15,7 @@ from apt_jax.execution.arguments import Shapes, pages_multiple
 from apt_jax.execution.interface import StepRunner
 from apt_jax.execution.platform import Platform
 from apt_jax.execution.runner import Runner
-from apt_jax.execution.weights import Weights
+from apt_jax.execution.weights.layout import Weights
 from apt_jax.model_config import ModelConfig
 from apt_jax.scheduling.costs.cost_model import CostModel
 from apt_jax.scheduling.state import Limits, SchedulerState
@@ -52,7 +52,7 @@ def set_up(weights: Weights, model_config: ModelConfig, config: EngineConfig) ->
     """Make the parts of an engine. Of several processes that run one, all call it at the same time.
 
     Args:
-        weights: on the devices, laid out for the attention backend of `config` (`execution/layouts.py`).
+        weights: on the devices, laid out for the attention backend of `config` (`execution/weights/choice.py`).
 
     Raises:
         ValueError: the configuration cannot be served (context, memory, backend); one sentence with the cure.

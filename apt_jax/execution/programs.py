@@ -16,7 +16,7 @@ from apt_jax.execution.compiler import Compiler
 from apt_jax.execution.forms.interface import Conversion, Form, Step
 from apt_jax.execution.sampling import Sampled, Scored, score
 from apt_jax.execution.steps import run_sampling
-from apt_jax.execution.weights import Weights
+from apt_jax.execution.weights.layout import Weights
 
 
 class Key[Program]:

@@ -24,9 +24,9 @@ from apt_jax.execution.forms.layered import LayeredForm
 from apt_jax.execution.forms.native import NativeForm
 from apt_jax.execution.forms.stacked import StackedForm
 from apt_jax.execution.interface import StepResults
-from apt_jax.execution.layouts import kernels_for
 from apt_jax.execution.programs import ConversionKey, GatherKey, Key, Programs, SamplerKey, ScorerKey, StepKey
-from apt_jax.execution.weights import Weights
+from apt_jax.execution.weights.choice import kernels_for
+from apt_jax.execution.weights.layout import Weights
 from apt_jax.model_config import ModelConfig
 from apt_jax.models.sharding import EVERYWHERE, POOL, zeros
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from apt_jax.checkpoints.skeleton import Skeleton
-from apt_jax.execution.weights import Placed, WeightLayout
+from apt_jax.execution.weights.layout import Placed, WeightLayout
 from apt_jax.models.sharding import padded_shape
 
 _STDDEV = 0.02  # of the model's own initialisers

@@ -10,7 +10,7 @@ from orbax.checkpoint import v1 as ocp
 
 from apt_jax.checkpoints.errors import CheckpointError, first_line, some
 from apt_jax.checkpoints.skeleton import Skeleton
-from apt_jax.execution.weights import Placed, WeightLayout
+from apt_jax.execution.weights.layout import Placed, WeightLayout
 from apt_jax.models.sharding import padded_shape
 
 _CHUNK_BYTES = 64 * 2**20  # a shard reads only the chunks it needs, and no chunk is read beside a whole stack

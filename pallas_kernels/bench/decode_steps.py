@@ -19,7 +19,7 @@ from apt_jax.checkpoints.load import load_model
 from apt_jax.engine.engine import Engine
 from apt_jax.engine.setup import set_up
 from apt_jax.engine_config import EngineConfig
-from apt_jax.execution.layouts import serving_layout
+from apt_jax.execution.weights.choice import serving_layout
 from apt_jax.model_config import ModelConfig
 from apt_jax.pallas_kernels.bench.timing import Times, reason, time_calls
 

@@ -17,9 +17,9 @@ from apt_jax.engine.engine import Engine
 from apt_jax.engine.memory import check_longest_request
 from apt_jax.engine.setup import set_up
 from apt_jax.engine_config import EngineConfig
-from apt_jax.execution.layouts import serving_layout
 from apt_jax.execution.multihost import follow, lead
 from apt_jax.execution.platform import Platform
+from apt_jax.execution.weights.choice import serving_layout
 from apt_jax.models.sharding import Parallel
 from apt_jax.serve.runtime.compile_cache import use_compile_cache
 from apt_jax.tokenization.tokenizer import Tokenizer, TokenizerNotFound

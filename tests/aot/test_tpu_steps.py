@@ -17,7 +17,7 @@ from apt_jax.batching.arrays import Rows, Tokens
 from apt_jax.cache import CacheKind
 from apt_jax.execution.pool import convert_blocks
 from apt_jax.execution.steps import run_step
-from apt_jax.execution.tpu_layouts import tpu_format
+from apt_jax.execution.weights.tpu_layouts import tpu_format
 from apt_jax.model_config import ModelConfig
 from apt_jax.models.opt import OPT
 from apt_jax.pallas_kernels import dispatch

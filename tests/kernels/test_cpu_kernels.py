@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from apt_jax.attention.selection import select_kernels
 from apt_jax.cpu_kernels import calls, features, library, packed
-from apt_jax.execution.forms.layer_weights import LayerLayout
+from apt_jax.execution.weights.layer_layout import LayerLayout
 from apt_jax.model_config import ModelConfig
 from apt_jax.models.opt import OPT
 from apt_jax.pallas_kernels import dispatch

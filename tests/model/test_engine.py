@@ -14,17 +14,14 @@ from apt_jax.batching.buckets import Buckets
 from apt_jax.batching.builder import BatchBuilder, table_pages
 from apt_jax.cache import BlockPool, CacheKind
 from apt_jax.engine.engine import Engine
-from apt_jax.engine.setup import EngineSetup, set_up
-from apt_jax.engine_config import EngineConfig
 from apt_jax.execution.arguments import Shapes, pages_multiple
 from apt_jax.execution.compiler import temporary_bytes
-from apt_jax.execution.forms.layer_weights import LayerLayout
-from apt_jax.execution.layouts import laid_out
 from apt_jax.execution.pool import pool_shape
 from apt_jax.execution.programs import ConversionKey, StepKey
 from apt_jax.execution.runner import Runner
 from apt_jax.execution.steps import run_step
-from apt_jax.execution.weights import StackedLayout
+from apt_jax.execution.weights.layer_layout import LayerLayout
+from apt_jax.execution.weights.layout import StackedLayout
 from apt_jax.model_config import ModelConfig
 from apt_jax.models.opt import OPT
 from apt_jax.output import DeviceLost, QueueFull
@@ -60,11 +57,12 @@ def test_steps_update_the_pool_in_place():
     shapes = Shapes(8, 64, 8, 16, KindMix((CacheKind.KV, CacheKind.HIDDEN)))
     num_blocks = 2048
     pool_bytes = np.prod(pool_shape(config, num_blocks, 16)) * 4
-    device = jax.devices()[0]
-    for layout in (LayerLayout.of(model, device, packs=False), StackedLayout(device)):  # a CPU's, an accelerator's
+    for layout in (
+        LayerLayout.of(model, jax.devices()[0], packs=False),
+        StackedLayout(jax.devices()[0]),
+    ):  # a CPU's, an accelerator's
         compiled = Runner(layout.lay_out(model), config, shapes, buckets).programs
         steps = [compiled[StepKey(size, num_blocks)] for size in (buckets.prefill[-1], buckets.decode[-1])]
-        assert [len(step.programs) for step in steps] == [3 if isinstance(layout, LayerLayout) else 1] * 2
         programs = [step.programs[len(step.programs) // 2] for step in steps]  # the layers'
         programs += compiled[ConversionKey(num_blocks)].programs
         for program in programs:
@@ -354,15 +352,11 @@ def test_asynchronous_scheduling_reads_a_step_while_the_next_runs(model, monkeyp
     assert events.count("read") == events.count("dispatch")
 
 
-def set_up_copy(model: OPT, options: EngineConfig) -> EngineSetup:
-    return set_up(laid_out(model, CONFIG, options), CONFIG, options)
-
-
 def test_too_little_memory_names_bytes_and_flag(model):
     with pytest.raises(ValueError, match=r"max_model_len=64 needs .* MiB of cache.*raise --cache-memory-bytes"):
-        set_up_copy(model, EngineConfig(cache_memory_bytes=10_000))
+        make_engine(model, CONFIG, num_blocks=None, cache_memory_bytes=10_000)
     with pytest.raises(ValueError, match=r"max_model_len=65 is more than the model's max_position_embeddings=64"):
-        set_up_copy(model, EngineConfig(max_model_len=65))
+        make_engine(model, CONFIG, max_model_len=65)
 
 
 def test_logprobs_follow_the_request(engine):

@@ -14,10 +14,10 @@ from apt_jax.cache import CacheKind
 from apt_jax.cpu_kernels import library
 from apt_jax.cpu_kernels.large_pages import LargePages
 from apt_jax.execution.forms.interface import WholeStep
-from apt_jax.execution.forms.layer_weights import LayerLayout
 from apt_jax.execution.forms.layered import LayeredStep
 from apt_jax.execution.forms.native import NativeForm, run_native_step, scratch_bytes
 from apt_jax.execution.steps import run_step
+from apt_jax.execution.weights.layer_layout import LayerLayout
 from apt_jax.model_config import ModelConfig
 from apt_jax.models.opt import OPT
 from tests.support.engines import GREEDY, Orders, finish, make_engine

@@ -12,7 +12,7 @@ from apt_jax.attention.kinds import KindMix
 from apt_jax.batching.arrays import Rows, Tokens
 from apt_jax.cache import CacheKind
 from apt_jax.execution.steps import run_step
-from apt_jax.execution.weights import StackedLayout, path_of
+from apt_jax.execution.weights.layout import StackedLayout, path_of
 from apt_jax.model_config import ModelConfig
 from apt_jax.models.opt import OPT
 from apt_jax.pallas_kernels.dispatch import REFERENCES

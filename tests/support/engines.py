@@ -10,7 +10,7 @@ from apt_jax.cache import CacheKind
 from apt_jax.engine.engine import Engine
 from apt_jax.engine.setup import set_up
 from apt_jax.engine_config import EngineConfig
-from apt_jax.execution.layouts import laid_out
+from apt_jax.execution.weights.choice import laid_out
 from apt_jax.model_config import ModelConfig
 from apt_jax.models.opt import OPT
 from apt_jax.output import Output

@@ -17,7 +17,7 @@ from apt_jax.execution.compiler import Compiler, temporary_bytes
 from apt_jax.execution.forms.interface import Conversion, Step
 from apt_jax.execution.pool import convert_layer
 from apt_jax.execution.steps import StepOutput, end_step, run_layer, start_step
-from apt_jax.execution.weights import ModuleArrays, Weights
+from apt_jax.execution.weights.layout import ModuleArrays, Weights
 from apt_jax.pallas_kernels.dispatch import Kernels
 
 

@@ -17,7 +17,7 @@ from apt_jax.cpu_kernels.packed import PackedKernel
 from apt_jax.execution.forms.interface import Step, WholeStep
 from apt_jax.execution.forms.layered import LayeredForm
 from apt_jax.execution.steps import StepOutput, end_step, start_step
-from apt_jax.execution.weights import Weights
+from apt_jax.execution.weights.layout import Weights
 from apt_jax.model_config import ModelConfig
 from apt_jax.models.interface import Model
 from apt_jax.models.kernels import kernel_of

@@ -12,7 +12,7 @@ from apt_jax.execution.forms.interface import Conversion, Step, WholeConversion,
 from apt_jax.execution.platform import Platform
 from apt_jax.execution.pool import convert_blocks
 from apt_jax.execution.steps import StepOutput, run_step
-from apt_jax.execution.weights import Weights
+from apt_jax.execution.weights.layout import Weights
 from apt_jax.models.sharding import EVERYWHERE, POOL
 from apt_jax.pallas_kernels.dispatch import Kernels
 

@@ -7,9 +7,9 @@ from flax import nnx
 from apt_jax.attention.selection import select_kernels
 from apt_jax.cpu_kernels.calls import KERNELS as CPU_KERNELS
 from apt_jax.engine_config import AttentionBackend, EngineConfig
-from apt_jax.execution.forms.layer_weights import LayerLayout
 from apt_jax.execution.platform import Platform
-from apt_jax.execution.weights import StackedLayout, WeightLayout, Weights
+from apt_jax.execution.weights.layer_layout import LayerLayout
+from apt_jax.execution.weights.layout import StackedLayout, WeightLayout, Weights
 from apt_jax.model_config import ModelConfig
 from apt_jax.models.sharding import Parallel, local_config
 from apt_jax.pallas_kernels.dispatch import Kernels

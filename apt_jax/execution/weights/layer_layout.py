@@ -18,7 +18,7 @@ from flax import nnx
 
 from apt_jax.cpu_kernels.large_pages import LargePages
 from apt_jax.cpu_kernels.packed import PACKED_OUTPUTS, PackedKernel, can_pack, pack, packed_bytes
-from apt_jax.execution.weights import InModule, ModuleArrays, Path, Placed, WeightLayout, Weights, paths_of
+from apt_jax.execution.weights.layout import InModule, ModuleArrays, Path, Placed, WeightLayout, Weights, paths_of
 from apt_jax.models.kernels import TransposedKernel
 from apt_jax.models.linear import Head, Linear
 

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from apt_jax.execution.tpu_layouts import tpu_format
+from apt_jax.execution.weights.tpu_layouts import tpu_format
 from apt_jax.models.interface import Model
 from apt_jax.models.kernels import Kernel
 from apt_jax.models.sharding import Parallel
