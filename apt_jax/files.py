@@ -63,6 +63,32 @@ def write_all(file: int, data: bytes) -> None:
         rest = rest[os.write(file, rest) :]
 
 
+def check_writable(path: Path | None, flag: str) -> None:
+    """Raises ValueError if a result cannot be written to `path`, named by `flag`: told before the work, not after."""
+    if path is None:
+        return
+    if path.is_dir():
+        raise ValueError(f"{flag} {path} is a folder; give the name of a file")
+    if not path.parent.is_dir():
+        raise ValueError(f"{flag} {path}: there is no folder {path.parent}; make it, or choose another file")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise ValueError(f"{flag} {path} cannot be written: permission denied; choose another file")
+
+
+def check_plot(path: Path | None) -> None:
+    """Raises ValueError if no plot can be drawn to `path` of `--plot`: told before the work, not after."""
+    if path is None:
+        return
+    check_writable(path, "--plot")
+    try:
+        from matplotlib.backend_bases import FigureCanvasBase
+    except ImportError as error:
+        raise ValueError("--plot needs matplotlib; install it with: pip install 'apt-jax[plots]'") from error
+    known = FigureCanvasBase.get_supported_filetypes()
+    if path.suffix.removeprefix(".").lower() not in known:
+        raise ValueError(f"--plot {path}: the format {path.suffix!r} is unknown; known: {', '.join(sorted(known))}")
+
+
 def sync(file: int) -> None:
     """Wait until what was written to a descriptor is on the disk, where that kind of file can be waited for.
 

@@ -24,6 +24,7 @@ from apt_jax.execution.weights.layout import Placed, WeightLayout, Weights
 from apt_jax.model_config import ModelConfig
 from apt_jax.models.opt import OPT
 from apt_jax.models.sharding import Parallel
+from apt_jax.progress import is_hidden
 
 
 class LayoutChoice(Protocol):
@@ -162,4 +163,4 @@ def parse_format(name: str) -> LoadFormat:
 
 
 def _progress(total_bytes: int) -> tqdm:
-    return tqdm(total=total_bytes, desc="Loading weights", unit="B", unit_scale=True, disable=None)
+    return tqdm(total=total_bytes, desc="Loading weights", unit="B", unit_scale=True, disable=is_hidden())

@@ -3,14 +3,16 @@
 import dataclasses
 import difflib
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
+from typing import Any, cast
 
 from tqdm import tqdm
 
 from apt_jax.engine_config import EngineConfig
 from apt_jax.output import Output, TokenLogprobs
+from apt_jax.progress import is_hidden
 from apt_jax.request import FinishReason, SamplingParams
 from apt_jax.serve.options import LoadOptions
 from apt_jax.serve.runtime.build import build_engine
@@ -104,41 +106,51 @@ class LLM:
     def generate(
         self,
         prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        use_tqdm: bool | Callable[..., tqdm] = True,
+        lora_request: None = None,
+        priority: int | Sequence[int] | None = None,
+        *,
         params: SamplingParams | Sequence[SamplingParams] | None = None,
-        use_tqdm: bool = True,
     ) -> list[RequestOutput]:
         """Generate for every prompt; the results are in the prompts' order.
 
-        `prompts` is one or a list of texts, `{"prompt": TEXT}` or `{"prompt_token_ids": [...]}`; `params` one for all
-        or one for each (default: `SamplingParams()`).
+        `prompts` is one or a list of texts, `{"prompt": TEXT}` or `{"prompt_token_ids": [...]}`; `sampling_params` one
+        for all or one for each (default: `SamplingParams()`), and `params` another name of it; `priority` likewise, for
+        policies that look at it. `use_tqdm` may be a class of progress bars. LoRA is not served.
 
         Raises:
             ValueError: a prompt or its parameters cannot be served; nothing is left running.
             RuntimeError: the engine failed on a prompt.
         """
+        if lora_request is not None:
+            raise ValueError("lora_request: LoRA adapters are not served; leave it out")
+        if params is not None and sampling_params is not None:
+            raise ValueError("params and sampling_params are two names of one argument; give one of them")
         listed = [prompts] if isinstance(prompts, str | Mapping) else list(prompts)
-        given = params if params is not None else SamplingParams()
-        each = [given] * len(listed) if isinstance(given, SamplingParams) else list(given)
-        if len(each) != len(listed):
-            raise ValueError(f"{len(listed)} prompts but {len(each)} params; give one for all or one for each")
+        given = next((found for found in (sampling_params, params) if found is not None), SamplingParams())
+        each = _one_for_each(given, SamplingParams, len(listed), "params")
+        priorities = _one_for_each(0 if priority is None else priority, int, len(listed), "priority")
         results: list[RequestOutput] = []
         targets: dict[str, tuple[RequestOutput, CompletionOutput]] = {}
         samples: list[Sample] = []
-        for number, (prompt, param) in enumerate(zip(listed, each, strict=True)):
-            result, fanned = self._prepare(number, prompt, param)
+        for number, (prompt, param, prio) in enumerate(zip(listed, each, priorities, strict=True)):
+            result, fanned = self._prepare(number, prompt, param, prio)
             results.append(result)
             samples.extend(fanned)
             targets.update((s.request_id, (result, o)) for s, o in zip(fanned, result.outputs, strict=True))
         self._run(samples, targets, len(listed), use_tqdm)
         return results
 
-    def _prepare(self, number: int, prompt: Prompt, params: SamplingParams) -> tuple[RequestOutput, list[Sample]]:
+    def _prepare(
+        self, number: int, prompt: Prompt, params: SamplingParams, priority: int
+    ) -> tuple[RequestOutput, list[Sample]]:
         tokenizer = self.engine.tokenizer
         text, token_ids = _parse(prompt, number, tokenizer)
         if params.stop and tokenizer is None:
             raise ValueError("stop needs a tokenizer and this model has none; use stop_token_ids or give tokenizer=")
         request_id = str(next(self._numbers))
-        samples = fan_out(request_id, [token_ids], params)
+        samples = fan_out(request_id, [token_ids], params, priority=priority)
         outputs = [
             CompletionOutput(
                 sample.index,
@@ -155,10 +167,11 @@ class LLM:
         samples: list[Sample],
         targets: dict[str, tuple[RequestOutput, CompletionOutput]],
         num_prompts: int,
-        use_tqdm: bool,
+        use_tqdm: bool | Callable[..., tqdm],
     ) -> None:
         tokens = 0
-        with tqdm(total=len(samples), desc="Generating", unit="sample", disable=not use_tqdm) as bar:
+        make_bar = use_tqdm if callable(use_tqdm) else partial(tqdm, disable=is_hidden(use_tqdm))
+        with make_bar(total=len(samples), desc="Generating", unit="sample") as bar:
             for sample, output in Driver(self.engine).run(samples):
                 if isinstance(output, ValueError):
                     number = int(sample.request_id.partition("-")[0]) - int(samples[0].request_id.partition("-")[0])
@@ -197,6 +210,18 @@ class LLM:
         }
 
 
+def _one_for_each[T](given: T | Sequence[T], kind: type[T], count: int, name: str) -> list[T]:
+    """One value for all prompts, or a list with one for each.
+
+    Raises:
+        ValueError: the list has another length.
+    """
+    each = [given] * count if isinstance(given, kind) else list(cast(Sequence[T], given))
+    if len(each) != count:
+        raise ValueError(f"{count} prompts but {len(each)} {name}; give one for all or one for each")
+    return each
+
+
 def _check_known(options: Mapping[str, Any]) -> None:
     """Raise ValueError for a keyword that is neither an engine's nor a model's option."""
     known = [f.name for kind in (EngineConfig, LoadOptions) for f in dataclasses.fields(kind)]
@@ -210,9 +235,9 @@ def _check_known(options: Mapping[str, Any]) -> None:
 def _parse(prompt: Prompt, number: int, tokenizer: Tokenizer | None) -> tuple[str | None, list[int]]:
     """Text (None if token ids were given) and token ids of one prompt."""
     if isinstance(prompt, Mapping):
-        match dict(prompt):
-            case {"prompt_token_ids": token_ids, **rest} if not rest:
-                return None, [int(token_id) for token_id in token_ids]
+        match {name: value for name, value in prompt.items() if value is not None}:
+            case {"prompt_token_ids": token_ids, **rest} if rest.keys() <= {"prompt"}:
+                return rest.get("prompt"), [int(token_id) for token_id in token_ids]
             case {"prompt": str(text), **rest} if not rest:
                 prompt = text
             case _:

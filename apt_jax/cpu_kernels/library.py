@@ -24,6 +24,7 @@ from tqdm import tqdm
 from apt_jax.cpu_kernels.features import cpu_features
 from apt_jax.files import kept_folder, temporary_folder
 from apt_jax.host_limits import usable_processors
+from apt_jax.progress import is_hidden
 
 logger = logging.getLogger(__name__)
 
@@ -95,7 +96,7 @@ def _compile(command: list[str], library: Path) -> None:
     with (
         tempfile.TemporaryDirectory(prefix=_BUILD, dir=library.parent) as folder,
         ThreadPoolExecutor(len(sources)) as threads,
-        tqdm(total=len(sources) + 1, desc="compiling the CPU kernels", unit="file", disable=None) as bar,
+        tqdm(total=len(sources) + 1, desc="compiling the CPU kernels", unit="file", disable=is_hidden()) as bar,
     ):
         objects = [str(Path(folder, source.stem + ".o")) for source in sources]
         jobs = [[*command, "-c", "-o", to, str(source)] for to, source in zip(objects, sources, strict=True)]

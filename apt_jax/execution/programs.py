@@ -17,6 +17,7 @@ from apt_jax.execution.forms.interface import Conversion, Form, Step
 from apt_jax.execution.sampling import Sampled, Scored, score
 from apt_jax.execution.steps import run_sampling
 from apt_jax.execution.weights.layout import Weights
+from apt_jax.progress import is_hidden
 
 
 class Key[Program]:
@@ -85,7 +86,7 @@ class Programs:
         """Compile those that are missing, two at a time, since XLA compiles without the interpreter lock."""
         with ThreadPoolExecutor(2) as threads:
             jobs = {threads.submit(self._compile, key): key for key in keys if key not in self._programs}
-            for job in tqdm(as_completed(jobs), total=len(jobs), desc="compiling", disable=not progress):
+            for job in tqdm(as_completed(jobs), total=len(jobs), desc="compiling", disable=is_hidden(progress)):
                 self._programs[jobs[job]] = job.result()
 
     def forget_other_pools(self, num_blocks: int) -> None:

@@ -11,6 +11,8 @@ from rich.table import Table
 from tqdm import tqdm
 
 from apt_jax.cache import MODE_KINDS, CacheKind, CacheMode, keeps_hidden
+from apt_jax.files import check_plot, check_writable
+from apt_jax.progress import is_hidden
 from apt_jax.routing.catalogue import make_router
 from apt_jax.scheduling.costs.cost_model import HiddenMode
 from apt_jax.scheduling.policies.catalogue import make_policy
@@ -19,6 +21,8 @@ from apt_jax.simulation.options import SimulateArgs
 from apt_jax.simulation.report import Report
 from apt_jax.simulation.search import START_RATE, effective_throughput
 from apt_jax.simulation.simulator import Sample
+
+UNCUT_COLUMNS = 10_000  # on a narrow terminal lines wrap, and no figure is cut
 
 Configuration = tuple[str, CacheMode, HiddenMode]
 
@@ -59,10 +63,14 @@ def run(args: SimulateArgs) -> dict[str, Any]:
     rates: list[float | None] = [*_numbers(args.rate, "rate")] or ([None] if recorded else [1.0, 2.0, 3.0])
     if targets and not args.rate:
         rates = []
+    check_writable(args.json, "--json")
+    check_plot(args.plot)
+    if args.plot is not None and not rates:
+        raise ValueError("nothing to plot: give --rate")
     reports: list[Report] = []
     timelines: dict[Any, list[Sample]] = {}
     first_tokens: dict[Any, list[float]] = {}
-    with tqdm(total=len(chosen) * len(rates), desc="points", unit="point", disable=not rates) as bar:
+    with tqdm(total=len(chosen) * len(rates), desc="points", unit="point", disable=is_hidden(bool(rates))) as bar:
         for (each, configuration), rate in itertools.product(chosen, rates):
             bar.set_postfix_str(f"{'/'.join(configuration)} at {rate or experiment.lengths.recorded_rate:g}/s")
             outcome, report = each.run(*configuration, rate)
@@ -79,8 +87,7 @@ def run(args: SimulateArgs) -> dict[str, Any]:
         "runs": [report.as_dict() for report in reports],
         "effective_throughput": found,
     }
-    console = Console()
-    _print(console if console.is_terminal else Console(width=170), experiment, reports, found)
+    _print(Console(width=UNCUT_COLUMNS), experiment, reports, found)
     if args.json is not None:
         args.json.write_text(json_format.dumps(result, indent=1, sort_keys=False) + "\n", encoding="utf-8")
     if args.plot is not None:
@@ -92,7 +99,9 @@ def run(args: SimulateArgs) -> dict[str, Any]:
 
 def _search(chosen: list[tuple[Experiment, Configuration]], targets: list[float]) -> list[dict[str, Any]]:
     found = []
-    for experiment, (policy, mode, attention) in tqdm(chosen, desc="searches", unit="search", disable=not targets):
+    for experiment, (policy, mode, attention) in tqdm(
+        chosen, desc="searches", unit="search", disable=is_hidden(bool(targets))
+    ):
         if targets:
             rates = effective_throughput(
                 experiment.reaches(policy, mode, attention), targets, start=START_RATE * experiment.instances

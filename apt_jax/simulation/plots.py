@@ -25,16 +25,11 @@ def draw(
 
     `timelines` (of the first instance) and `first_tokens` are by `Report.key`.
 
-    Raises:
-        ValueError: nothing was simulated at a given rate, or matplotlib is missing.
+    At least one report, and `check_plot(path)` has passed.
     """
-    if not reports:
-        raise ValueError("nothing to plot: give --rate")
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ValueError("--plot needs matplotlib; install it with: pip install 'apt-jax[plots]'") from error
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(10, 7), layout="constrained", dpi=60)
     FigureCanvasAgg(figure)
     cliff, ttft, batch, mix = figure.subplots(2, 2).flat

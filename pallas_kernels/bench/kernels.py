@@ -12,6 +12,8 @@ from typing import Annotated, Any, Literal
 
 from tyro.conf import arg
 
+from apt_jax.files import check_writable
+
 Chip = Literal["auto", "h200", "h100", "a100", "v5e", "v5p", "v6e", "tpu7x"]
 
 
@@ -55,6 +57,7 @@ def run(args: BenchKernels) -> int:
     from apt_jax.pallas_kernels.bench.kernel_counts import CHIPS, WAYS, Shape, count, counted_table
     from apt_jax.scheduling.costs.hardware import MODELS, by_name
 
+    check_writable(args.output, "--output")
     models, batches, contexts = args.model.split(","), _numbers("batch", args.batch), _numbers("context", args.context)
     for model in models:
         by_name(MODELS, model, "model")

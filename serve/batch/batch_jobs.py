@@ -16,6 +16,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from apt_jax.engine.interface import ServingEngine
 from apt_jax.engine_config import EngineConfig
 from apt_jax.output import Output
+from apt_jax.progress import is_hidden
 from apt_jax.request import OFFLINE_SLO
 from apt_jax.serve.batch.batch_file import (
     MAX_LINE_BYTES,
@@ -280,7 +281,10 @@ def run_batch(
         template = None if chat_template is None else read_template(Path(chat_template))
         engine = build_engine(model, engine_config=config, leader_host=leader_host, **dataclasses.asdict(load))
         engine.warm_up(progress=True)
-        with logging_redirect_tqdm(), tqdm(total=total, initial=done, desc=source.name, unit="line") as bar:
+        with (
+            logging_redirect_tqdm(),
+            tqdm(total=total, initial=done, desc=source.name, unit="line", disable=is_hidden()) as bar,
+        ):
             served = ServedModel(engine, model_name or model or DEMO_NAME, template)
             job = BatchJob(engine, served, partial(read_lines, text), results, bar)
             job.run()

@@ -14,6 +14,7 @@ TITLES = {
     "client_queue_time": "wait in the client",
 }
 MAX_LAG_MS = 50.0  # of the client itself, beyond which its figures mislead
+UNCUT_COLUMNS = 10_000  # on a narrow terminal lines wrap, and no figure is cut
 MAX_CPU_SHARE = 0.7
 
 
@@ -82,5 +83,4 @@ def _ms(value: float | None) -> str:
 
 
 def _console() -> Console:
-    console = Console()
-    return console if console.is_terminal else Console(width=170)
+    return Console(width=UNCUT_COLUMNS)

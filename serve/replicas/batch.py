@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+from apt_jax.progress import is_hidden
 from apt_jax.serve.batch.batch_file import Line, ResultFile, count_lines, read_lines, readable_twice
 from apt_jax.serve.batch.batch_jobs import BatchJob, LineError, check_files, parse_line
 from apt_jax.serve.errors import EngineFailure
@@ -92,7 +93,7 @@ def run_batch_on_ray(
     template = None if chat_template is None else read_template(Path(chat_template))
     with readable_twice(source) as text, ResultFile(output) as results, logging_redirect_tqdm():
         total, done = count_lines(text), results.num_done
-        with tqdm(total=total, initial=done, desc=source.name, unit="line") as bar:
+        with tqdm(total=total, initial=done, desc=source.name, unit="line", disable=is_hidden()) as bar:
             missing = sum(1 for _ in _unanswered(text, results, bar))
             if missing:
                 connect(None if options.ray == "local" else options.ray)

@@ -1,12 +1,14 @@
 """`LLM` over the fake engine: shapes, order, errors."""
 
+import io
 import subprocess
 import sys
 
 import pytest
+import tqdm
 
 import apt_jax.serve.llm
-from apt_jax import LLM, SamplingParams
+from apt_jax import LLM, SamplingParams, progress
 from tests.support.fake_engine import CharTokenizer, FakeEngine
 
 
@@ -141,3 +143,54 @@ def test_importing_the_package_is_light():
     assert done.stdout.startswith("False") and "LLM" in done.stdout
     with pytest.raises(ImportError):
         from apt_jax import Nothing  # noqa: F401
+
+
+def test_vllm_s_call_works_in_every_spelling(llm, capsys):
+    params = SamplingParams(max_tokens=2)
+    calls = [
+        llm.generate(["a", "b"], sampling_params=params),
+        llm.generate(prompts=["a", "b"], sampling_params=[params, params], use_tqdm=False),
+        llm.generate(["a", "b"], params, False, lora_request=None, priority=[0, 1]),
+        llm.generate(["a", {"prompt": "b", "multi_modal_data": None}], params=params, priority=3),
+        llm.generate([{"prompt": "a", "prompt_token_ids": [97]}, {"prompt_token_ids": [98]}], params),
+    ]
+    assert [[r.outputs[0].text for r in results] for results in calls] == [["bc", "cd"]] * 5
+    assert calls[-1][0].prompt == "a" and capsys.readouterr().err == ""
+
+
+def test_priorities_reach_the_engine(llm, engine, monkeypatch):
+    found, add = [], engine.add
+    monkeypatch.setattr(engine, "add", lambda *args, **more: found.append(more["priority"]) or add(*args, **more))
+    llm.generate(["a", "b"], SamplingParams(max_tokens=1), priority=[5, -1])
+    assert found == [5, -1]
+
+
+def test_a_bar_of_another_class_is_taken(llm):
+    made = []
+
+    class Bar(tqdm.tqdm):
+        def __init__(self, *args, **more):
+            super().__init__(*args, **more, file=io.StringIO())
+            made.append(self)
+
+    llm.generate(["a", "b"], use_tqdm=Bar)
+    assert [(bar.n, bar.total) for bar in made] == [(2, 2)]
+
+
+def test_what_is_not_served_is_named(llm):
+    with pytest.raises(ValueError, match="lora_request: LoRA adapters are not served"):
+        llm.generate("a", lora_request="x")
+    with pytest.raises(ValueError, match="two names of one argument"):
+        llm.generate("a", SamplingParams(), params=SamplingParams())
+    with pytest.raises(ValueError, match="1 prompts but 2 priority"):
+        llm.generate("a", priority=[1, 2])
+
+
+def test_bars_are_for_terminals(monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    assert not progress.is_hidden() and progress.is_hidden(wanted=False)
+    monkeypatch.setattr(progress, "_is_off", True)
+    assert progress.is_hidden()
+    monkeypatch.setattr(progress, "_is_off", False)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: False, raising=False)
+    assert progress.is_hidden()

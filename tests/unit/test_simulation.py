@@ -2,7 +2,9 @@
 
 import json
 import math
+import sys
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -20,6 +22,7 @@ from apt_jax.scheduling.policies.catalogue import make_policy
 from apt_jax.scheduling.policies.interface import PolicyContext
 from apt_jax.scheduling.state import Limits
 from apt_jax.simulation.cli import configurations, run
+from apt_jax.simulation.experiment import Experiment
 from apt_jax.simulation.options import SimulateArgs
 from apt_jax.simulation.search import effective_throughput, interpolated_throughput
 from apt_jax.simulation.simulator import Stalled, simulate
@@ -287,3 +290,38 @@ def test_the_same_arguments_give_the_same_bytes(tmp_path):
     assert {e["policy"]: e["target"] for e in result["effective_throughput"]} == dict.fromkeys(
         ("apt", "random", "fcfs"), 0.9
     )
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        ({"plot": "no/such.png"}, "--plot no/such.png: there is no folder no; make it, or choose another file"),
+        ({"plot": "x.xyz"}, "--plot x.xyz: the format '.xyz' is unknown; known: .*svg"),
+        ({"plot": "."}, "--plot . is a folder"),
+        ({"json": "no/such.json"}, "--json no/such.json: there is no folder no"),
+        ({"plot": "x.png", "rate": "", "effective_throughput": "0.9"}, "nothing to plot: give --rate"),
+    ],
+)
+def test_files_are_checked_before_anything_is_simulated(flags, sentence, monkeypatch):
+    monkeypatch.setattr(Experiment, "run", lambda *args: pytest.fail("it was simulated"))
+    paths = {name: Path(text) if name in ("plot", "json") else text for name, text in flags.items()}
+    with pytest.raises(ValueError, match=sentence):
+        run(SimulateArgs(**{"rate": "1", **paths}))
+
+
+def test_a_missing_matplotlib_is_found_first(monkeypatch, tmp_path):
+    monkeypatch.setattr(Experiment, "run", lambda *args: pytest.fail("it was simulated"))
+    monkeypatch.setitem(sys.modules, "matplotlib.backend_bases", None)
+    with pytest.raises(ValueError, match="--plot needs matplotlib; install it with"):
+        run(SimulateArgs(rate="1", plot=tmp_path / "x.png"))
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_no_figure_is_cut(terminal, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal, raising=False)
+    policies = "apt:value=footprint:lane_share=0.25:patience_s=12.5,fcfs"
+    found = run(SimulateArgs(rate="1", policies=policies, num_requests=5, duration_s=1))
+    text = capsys.readouterr().out
+    assert "…" not in text and all(f"{r['longest_wait_s']:.1f}" in text for r in found["runs"])
+    assert policies.partition(",")[0] in text

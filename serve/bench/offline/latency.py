@@ -8,6 +8,8 @@ import numpy as np
 from tqdm import tqdm
 
 from apt_jax.engine.interface import ServingEngine
+from apt_jax.files import check_writable
+from apt_jax.progress import is_hidden
 from apt_jax.serve.bench.offline.measure import checked, open_engine, samples_of, write_result
 from apt_jax.serve.bench.offline.options import BenchLatency
 from apt_jax.serve.bench.work import LOWEST_ID, Work
@@ -32,6 +34,7 @@ def run(args: BenchLatency) -> int:
     Raises:
         ValueError: a flag has a bad value, or the batch does not fit; one sentence.
     """
+    check_writable(args.output, "--output")
     engine = open_engine(args.model, args.load, args.engine)
     if args.batch_size > engine.max_num_seqs:
         raise ValueError(
@@ -45,7 +48,9 @@ def run(args: BenchLatency) -> int:
     engine.warm_up(progress=True)
     generator = np.random.default_rng(args.engine.seed)
     found = []
-    for number in tqdm(range(args.num_iters_warmup + args.num_iters), desc="batches", unit="batch", disable=None):
+    for number in tqdm(
+        range(args.num_iters_warmup + args.num_iters), desc="batches", unit="batch", disable=is_hidden()
+    ):
         ids = generator.integers(LOWEST_ID, engine.model_config.vocab_size, (args.batch_size, args.input_len))
         works = [Work(row, args.input_len, args.output_len) for row in ids.tolist()]
         iteration = measure(engine, works)

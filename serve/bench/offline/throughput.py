@@ -7,6 +7,8 @@ from typing import Any
 from tqdm import tqdm
 
 from apt_jax.engine.interface import ServingEngine
+from apt_jax.files import check_writable
+from apt_jax.progress import is_hidden
 from apt_jax.serve.bench.offline.measure import Tally, checked, open_engine, samples_of, write_result
 from apt_jax.serve.bench.offline.options import BenchThroughput
 from apt_jax.serve.bench.work import Work, load_dataset, make_work
@@ -19,6 +21,7 @@ def run(args: BenchThroughput) -> int:
     Raises:
         ValueError: a flag has a bad value, or a request cannot be served; one sentence.
     """
+    check_writable(args.output, "--output")
     engine = open_engine(args.model, args.load, args.engine)
     works = token_works(args, engine)
     engine.warm_up(progress=True)
@@ -69,7 +72,7 @@ def measure(engine: ServingEngine, works: list[Work], *, temperature: float = 0.
     output_tokens = 0
     samples = samples_of(works, temperature=temperature, prefix="throughput-")
     started = time.perf_counter()
-    with tqdm(total=len(samples), desc="requests", unit="request", disable=None) as bar:
+    with tqdm(total=len(samples), desc="requests", unit="request", disable=is_hidden()) as bar:
         for _, answer in Driver(engine, tally.add).run(samples):
             output = checked(answer)
             output_tokens += len(output.token_ids)

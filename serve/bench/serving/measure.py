@@ -15,6 +15,8 @@ import numpy as np
 from pydantic_core import from_json
 from tqdm import tqdm
 
+from apt_jax.files import check_plot, check_writable
+from apt_jax.progress import is_hidden
 from apt_jax.request import Slo
 from apt_jax.serve.bench.serving.client import Endpoint, Refused, ask, first_model, open_session, plain_base
 from apt_jax.serve.bench.serving.load import load
@@ -110,7 +112,7 @@ class Serving:
     def measure(self, rate: float) -> Point:
         """One run, its figures printed."""
         works, planned = self.works(1 + len(self.points), self.args.work.num_prompts), self.planned_s(rate)
-        with tqdm(total=len(works), desc=f"{rate:.4g} requests/s", unit="request", disable=None) as bar:
+        with tqdm(total=len(works), desc=f"{rate:.4g} requests/s", unit="request", disable=is_hidden()) as bar:
             run = _run(self._load(works, planned, lambda record: _advance(bar)))
         given = {
             "date": time.strftime("%Y%m%d-%H%M%S"),
@@ -163,14 +165,12 @@ def run(args: BenchServe) -> int:
         ValueError: a flag has a bad value, or the server does not answer; one sentence.
     """
     rates = parse_rates(args.request_rate)
+    check_writable(args.output, "--output")
+    check_plot(args.plot)
     if args.sweep and args.request_rate == "inf":
         rates = [1.0]
     if args.sweep and math.inf in rates:
         raise ValueError(f"request_rate={args.request_rate!r}: a sweep cannot begin at inf; give a number")
-    if args.plot is not None:
-        from apt_jax.serve.bench.serving.pictures import check_matplotlib
-
-        check_matplotlib()
     serving = Serving(args)
     serving.warm_up()
     for rate in rates:

@@ -9,14 +9,6 @@ from apt_jax.request import Slo
 from apt_jax.serve.bench.serving.records import Run
 
 
-def check_matplotlib() -> None:
-    """Raises ValueError if there is none."""
-    import importlib.util
-
-    if importlib.util.find_spec("matplotlib") is None:
-        raise ValueError("--plot needs matplotlib; install it with: pip install 'apt-jax[plots]'")
-
-
 def draw(path: Path, points: Sequence[tuple[float, float, Run]], slo: Slo) -> None:
     """Write two panels to `path`. `points` are rate, attainment and run, in order of rate."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
