@@ -71,6 +71,10 @@ class LineError(ValueError):
         self.custom_id = custom_id
 
 
+class Unforeseen(RuntimeError):
+    """A line on which the program itself failed."""
+
+
 class Work:
     """A line that the engine is working on."""
 
@@ -141,7 +145,7 @@ class BatchJob:
                 if not self._results.is_done(line):
                     self._write(line, error.custom_id, None, {"code": error.code, "message": str(error)})
                 continue
-            except BadRequest as error:
+            except (BadRequest, Unforeseen) as error:
                 self._reply(line, custom_id, f"cmpl-{line.result_id}", error)
                 continue
             for sample in work.completion.samples:
@@ -166,7 +170,15 @@ class BatchJob:
         request_id = f"{endpoint.generation.ID_PREFIX}-{line.result_id}" + (
             f"-{self._attempt}" if self._attempt > 1 else ""
         )
-        completion = endpoint.generation.prepare(body, self._model, request_id=request_id, otherwise_slo=OFFLINE_SLO)
+        try:
+            completion = endpoint.generation.prepare(
+                body, self._model, request_id=request_id, otherwise_slo=OFFLINE_SLO
+            )
+        except BadRequest:
+            raise
+        except Exception as error:  # a line must not end the job, and again each time that it is run
+            logger.exception("line %d cannot be answered", line.number)
+            raise Unforeseen(str(error)) from error
         return Work(line, request.custom_id, completion)
 
     def _take(self, work: Work, sample: Sample, output: Output) -> None:

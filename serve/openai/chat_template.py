@@ -22,7 +22,7 @@ def read_template(path: Path) -> str:
     """A chat template from a file; it is compiled once, to find its faults.
 
     Raises:
-        ValueError: not text, or not a Jinja template; one sentence.
+        ValueError: not text, not a Jinja template, or one that fails on a plain chat; one sentence.
         OSError: it cannot be read.
     """
     import jinja2
@@ -35,6 +35,10 @@ def read_template(path: Path) -> str:
         raise ValueError(f"--chat-template {path} is not a Jinja template: {error}") from error
     except jinja2.TemplateError:  # a template may refuse this chat
         pass
+    except OSError:
+        raise
+    except Exception as error:  # a template is a program: it can raise anything
+        raise ValueError(f"--chat-template {path} fails on a chat of one user message: {_reason(error)}") from error
     return text
 
 
@@ -44,7 +48,7 @@ def render(messages: Sequence[Message], tokenizer: "Tokenizer", template: str | 
     With `generate`, the text ends where the assistant's answer begins.
 
     Raises:
-        BadRequest: there is no template, or it refuses the messages.
+        BadRequest: there is no template, or it refuses the messages or fails on them.
     """
     chosen = template or tokenizer.chat_template
     if chosen is None:
@@ -62,10 +66,18 @@ def render(messages: Sequence[Message], tokenizer: "Tokenizer", template: str | 
         )
     except jinja2.TemplateError as error:
         raise BadRequest(f"the chat template refuses these messages: {error}", "messages") from error
+    except Exception as error:  # a template is a program: it can raise anything
+        raise BadRequest(f"the chat template fails on these messages: {_reason(error)}", "messages") from error
     (text,), _ = rendered
     if not text:
         raise BadRequest("the chat template makes nothing of these messages", "messages")
     return text
+
+
+def _reason(error: Exception) -> str:
+    """An error of a template in one line."""
+    lines = str(error).splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
 @cache

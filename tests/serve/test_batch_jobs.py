@@ -52,6 +52,32 @@ def test_chats_and_completions_may_be_mixed(tmp_path):
     assert refused["status_code"] == 400 and "--chat-template" in refused["body"]["error"]["message"]
 
 
+@pytest.mark.parametrize("fault", ["1 / 0", "nothing | tojson", "'x' + 1", "range(10 ** 12) | list"])
+def test_a_line_on_which_the_template_fails_is_refused_and_the_job_goes_on(tmp_path, fault):
+    chats = [{"messages": [{"role": "user", "content": text}], "max_tokens": 2} for text in ("bad", "x")]
+    source = write(
+        tmp_path / "in.jsonl", *(line(f"{n}", chat, url="/v1/chat/completions") for n, chat in enumerate(chats))
+    )
+    template = "{% if messages[0].content == 'bad' %}{{ " + fault + " }}{% endif %}{{ messages[0].content }}"
+    results = answer(source, tmp_path / "out.jsonl", FakeEngine(tokenizer=CharTokenizer(template)))
+    assert [results[n]["response"]["status_code"] for n in (1, 2)] == [400, 200]
+    assert "the chat template" in results[1]["response"]["body"]["error"]["message"]
+
+
+def test_a_line_that_raises_what_nobody_foresaw_is_an_answer_and_does_not_end_the_job(tmp_path, caplog):
+    class Faulty(CharTokenizer):
+        def encode(self, text, add_special_tokens=True):
+            if text == "bad":
+                raise KeyError("unforeseen")
+            return super().encode(text, add_special_tokens)
+
+    bodies = ({"prompt": text, "max_tokens": 2} for text in ("bad", "a"))
+    source = write(tmp_path / "in.jsonl", *(line(f"{n}", body) for n, body in enumerate(bodies)))
+    results = answer(source, tmp_path / "out.jsonl", FakeEngine(tokenizer=Faulty()))
+    assert [results[n]["response"]["status_code"] for n in (1, 2)] == [500, 200]
+    assert "line 1 cannot be answered" in caplog.text
+
+
 def test_loglikelihoods_in_a_batch(tmp_path):
     body = {"prompt": ["ab", "xy"], "echo": True, "max_tokens": 0, "logprobs": 1, "prompt_logprobs": 0}
     response = answer(write(tmp_path / "in.jsonl", line("one", body)), tmp_path / "out.jsonl")[1]["response"]

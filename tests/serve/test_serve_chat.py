@@ -131,6 +131,37 @@ def test_a_template_may_refuse_and_cannot_reach_out_of_its_sandbox():
         assert reply.status_code == 400 and sentence in reply.text
 
 
+FAULTY = {
+    "{{ nothing | tojson }}": "TypeError",
+    "{{ 1 / 0 }}": "ZeroDivisionError: division by zero",
+    "{{ messages[0].content + 1 }}": "TypeError",
+    "{{ 'x' + 1 }}": "TypeError",
+    "{% for i in range(10 ** 12) %}x{% endfor %}": "",
+    "{% macro again() %}{{ again() }}{% endmacro %}{{ again() }}": "RecursionError",
+    "{{ messages['content'] + [] | first }}": "",
+    "{% include 'other' %}": "TypeError: no loader",
+    "{{ 'x'.encode('no such encoding') }}": "LookupError",
+    "{{ messages[0].content.index('not in it') }}": "ValueError",
+    "{{ (1).nothing.at_all }}": "",
+}
+
+
+@pytest.mark.parametrize("template", FAULTY)
+def test_whatever_a_template_raises_is_the_client_s_error(template):
+    reply = post({"messages": HELLO}, template=template)[0]
+    assert reply.status_code == 400 and reply.json()["error"]["param"] == "messages"
+    assert "the chat template" in reply.text and FAULTY[template] in reply.text
+
+
+@pytest.mark.parametrize("template", [template for template, name in FAULTY.items() if name])
+def test_a_template_file_that_fails_on_any_chat_is_told_in_a_sentence(template, tmp_path):
+    path = tmp_path / "faulty.jinja"
+    path.write_text(template)
+    with pytest.raises(ValueError, match=r"--chat-template .*faulty.jinja fails on a chat") as told:
+        read_template(path)
+    assert FAULTY[template] in str(told.value) and "\n" not in str(told.value)
+
+
 def test_a_template_file_is_checked(tmp_path):
     good, bad = tmp_path / "good.jinja", tmp_path / "bad.jinja"
     good.write_text("{{ raise_exception('not this chat') }}")
