@@ -1,6 +1,6 @@
 """The output of a step for one request. Without jax, so that modules that only pass it on stay light."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from apt_jax.request import FinishReason, Request
 
@@ -49,3 +49,8 @@ class Output:
     finish_reason: FinishReason | None
     error: str | None = None
     prompt_logprobs: tuple[TokenLogprobs, ...] | None = None
+
+    def without_answer(self) -> "Output":
+        """For a prompt that was only to be scored: no token was asked for, so none ended it early."""
+        reason = FinishReason.LENGTH if self.finish_reason is FinishReason.STOP else self.finish_reason
+        return replace(self, text="", token_ids=(), logprobs=(), finish_reason=reason)

@@ -60,7 +60,8 @@ class SamplingParams:
         frequency_penalty: subtracted once per occurrence in the output.
         logit_bias: token id -> value added to its logit, at most 300 entries.
         seed: same seed, same tokens, whatever else runs; None draws one per request.
-        max_tokens: maximum number of tokens to generate; None: up to the context length.
+        max_tokens: maximum number of tokens to generate; None: up to the context length; 0, with prompt_logprobs:
+            only score the prompt, which may fill the context.
         min_tokens: no end-of-sequence or stop token id before this many.
         stop: strings that end the text (left out of it unless include_stop_str_in_output).
         stop_token_ids: token ids that end the output; at most 64.
@@ -101,6 +102,8 @@ class SamplingParams:
             value = getattr(self, name)
             if value is None and name in _OPTIONAL:
                 continue
+            if name == "max_tokens" and value == 0 and self.prompt_logprobs is not None:
+                continue
             whole = isinstance(low, int)
             if not _is_number(value, whole):
                 raise ValueError(f"{name}={value!r} must be {'a whole' if whole else 'a'} number")
@@ -131,6 +134,11 @@ class SamplingParams:
     def field_names(cls) -> frozenset[str]:
         """Names that the constructor takes."""
         return frozenset(f.name for f in fields(cls))
+
+    @property
+    def is_prompt_only(self) -> bool:
+        """Whether the prompt is only scored. The engine generates one token all the same, which is to be dropped."""
+        return self.max_tokens == 0
 
     def check_vocabulary(self, vocab_size: int) -> None:
         """Raise ValueError if a token id in logit_bias or stop_token_ids is not in the vocabulary."""

@@ -178,6 +178,7 @@ class LLM:
                     raise ValueError(f"prompt {number} of {num_prompts}: {output}") from output
                 if output.finish_reason is FinishReason.ERROR:
                     raise RuntimeError(f"the engine failed on request {sample.request_id}: {output.error}")
+                output = output.without_answer() if sample.params.is_prompt_only else output
                 result, target = targets[sample.request_id]
                 self._take(target, output)
                 if output.prompt_logprobs is not None:
@@ -198,7 +199,7 @@ class LLM:
                 target.cumulative_logprob += entry.logprob
         if output.finish_reason is not None:
             target.finish_reason = output.finish_reason.value
-            target.stop_reason = output.request.stop_reason
+            target.stop_reason = output.request.stop_reason if output.finish_reason is FinishReason.STOP else None
 
     def _logprobs(self, entry: TokenLogprobs) -> dict[int, Logprob]:
         ranked = {token_id: (logprob, rank) for rank, (token_id, logprob) in enumerate(entry.top, start=1)}

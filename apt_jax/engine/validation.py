@@ -20,7 +20,12 @@ class RequestRules:
     state: SchedulerState
 
     def max_new_tokens(self, prompt_tokens: int, params: SamplingParams) -> int:
-        """Tokens that may be generated: what was asked for, or what the context has room for."""
+        """Tokens that may be generated: what was asked for, or what the context has room for.
+
+        One where only the prompt is scored: the last position gives it, and it is never run through the model.
+        """
+        if params.is_prompt_only:
+            return 1
         room = self.max_model_len - prompt_tokens
         return room if params.max_tokens is None else min(params.max_tokens, room)
 
@@ -31,10 +36,11 @@ class RequestRules:
             raise ValueError(f"n={params.n}: the engine takes one sample at a time; fan out first")
         if length == 0:
             raise ValueError("the prompt is empty; give at least one token")
-        if length >= self.max_model_len:
+        if length > self.max_model_len - (0 if params.is_prompt_only else 1):
+            answer = "" if params.is_prompt_only else " and one is needed for the answer"
             raise ContextExceeded(
-                f"the prompt has {length} tokens, but the context holds {self.max_model_len} and one is needed for the "
-                "answer; shorten the prompt or raise --max-model-len",
+                f"the prompt has {length} tokens, but the context holds {self.max_model_len}{answer}; shorten the "
+                "prompt or raise --max-model-len",
                 self.max_model_len,
             )
         low, high = min(prompt_token_ids), max(prompt_token_ids)

@@ -1,6 +1,5 @@
 """Text completions: prompts to token ids, and outputs to OpenAI's text completion objects."""
 
-import dataclasses
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -41,10 +40,7 @@ class Completion(Generation[CompletionRequest]):
 
     def _wanted(self, output: Output) -> Output:
         """Without the token that the engine had to generate where only the prompt was asked for."""
-        if not self.body.is_prompt_only:
-            return output
-        reason = FinishReason.LENGTH if output.finish_reason is FinishReason.STOP else output.finish_reason
-        return dataclasses.replace(output, text="", token_ids=(), logprobs=(), finish_reason=reason)
+        return output.without_answer() if self.body.is_prompt_only else output
 
     def _choice(
         self,

@@ -272,12 +272,12 @@ class CompletionRequest(GenerationRequest):
         return bool(self.echo) and self.max_tokens == 0
 
     def sampling_fields(self) -> dict[str, Any]:
-        """Keywords of `SamplingParams`. The engine generates at least one token, here to be dropped."""
+        """Keywords of `SamplingParams`; a prompt without an answer is scored, also where nobody reads the scores."""
         fields = super().sampling_fields()
-        if self.is_prompt_only:
-            fields["max_tokens"] = 1
         if self.echo and self.logprobs is not None and (self.prompt_logprobs or 0) >= 0:
             fields["prompt_logprobs"] = max(self.logprobs, self.prompt_logprobs or 0)
+        elif self.is_prompt_only and self.prompt_logprobs is None:
+            fields["prompt_logprobs"] = 0
         return fields
 
     @property

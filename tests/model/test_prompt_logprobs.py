@@ -12,7 +12,7 @@ from apt_jax.engine.engine import Engine
 from apt_jax.model_config import ModelConfig
 from apt_jax.models.interface import causal_attention
 from apt_jax.models.opt import OPT
-from apt_jax.output import Output, TokenLogprobs
+from apt_jax.output import ContextExceeded, Output, TokenLogprobs
 from apt_jax.request import FinishReason, SamplingParams
 from apt_jax.scheduling.plan import Plan, Preempted, Reason, Scheduled
 from tests.support.checkpoint_folders import random_model
@@ -231,3 +231,14 @@ def test_nothing_compiles_and_who_asks_for_none_pays_nothing(model, monkeypatch)
 def test_how_many_is_checked(count):
     with pytest.raises(ValueError, match=f"prompt_logprobs={count}"):
         SamplingParams(prompt_logprobs=count)
+
+
+def test_a_prompt_that_fills_the_context_is_scored(engine, expected):
+    """With max_tokens=0 the last position is run as well; the token after it is not asked for."""
+    prompt = prompt_of(64)
+    engine.add(prompt, replace(GREEDY, max_tokens=0, prompt_logprobs=3), request_id="whole")
+    found = by_request(finish(engine))["whole"]
+    check(found, prompt, expected(prompt), 3)
+    for length, max_tokens in ((65, 0), (64, 1), (64, None)):
+        with pytest.raises(ContextExceeded, match="64"):
+            engine.add(prompt_of(length), replace(GREEDY, max_tokens=max_tokens, prompt_logprobs=0), request_id="more")

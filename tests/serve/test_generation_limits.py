@@ -66,7 +66,7 @@ def test_n_is_at_most_128(n, refused):
 
 @pytest.mark.parametrize(
     ("body", "max_tokens"),
-    [({}, 16), ({"max_tokens": 5}, 5), ({"max_tokens": None}, 16), ({"max_tokens": 0, "echo": True}, 1)],
+    [({}, 16), ({"max_tokens": 5}, 5), ({"max_tokens": None}, 16), ({"max_tokens": 0, "echo": True}, 0)],
 )
 def test_a_completion_has_sixteen_tokens_where_nothing_is_said(body, max_tokens):
     assert prepare(**body).samples[0].params.max_tokens == max_tokens

@@ -125,7 +125,7 @@ class FakeEngine:
         for token_id in prompt_token_ids:
             if not 0 <= token_id < VOCABULARY:
                 raise ValueError(f"prompt has token id {token_id}, the vocabulary is 0..{VOCABULARY - 1}")
-        room = self.max_model_len - len(prompt_token_ids)
+        room = self.max_model_len - len(prompt_token_ids) + params.is_prompt_only
         if room < 1:
             raise ContextExceeded(
                 f"prompt has {len(prompt_token_ids)} tokens, the context holds {self.max_model_len}", self.max_model_len
@@ -137,7 +137,7 @@ class FakeEngine:
             list(prompt_token_ids),
             params,
             time.monotonic() if arrival_s is None else arrival_s,
-            min(room, params.max_tokens or room),
+            1 if params.is_prompt_only else min(room, params.max_tokens or room),
             frozenset({EOS}),
             slo or Slo(),
             priority,

@@ -31,6 +31,8 @@ REFUSED = [
     ({"presence_penalty": 2.5}, "presence_penalty=2.5 must be between -2.0 and 2.0"),
     ({"frequency_penalty": -2.5}, "frequency_penalty=-2.5 must be between -2.0 and 2.0"),
     ({"max_tokens": 0}, "max_tokens=0 must be at least 1"),
+    ({"max_tokens": -1, "prompt_logprobs": 0}, "max_tokens=-1 must be at least 1"),
+    ({"max_tokens": 0, "prompt_logprobs": 0, "min_tokens": 1}, "min_tokens=1 is more than max_tokens=0"),
     ({"min_tokens": -1}, "min_tokens=-1 must be at least 0"),
     ({"min_tokens": 5, "max_tokens": 4}, "min_tokens=5 is more than max_tokens=4"),
     ({"logprobs": 21}, "logprobs=21 must be between 0 and 20"),
