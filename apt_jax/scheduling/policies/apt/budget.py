@@ -1,7 +1,5 @@
 """How many prompt tokens an iteration may compute, and whom they reach."""
 
-import numpy as np
-
 from apt_jax.scheduling.policies.apt.draft import Draft
 from apt_jax.scheduling.policies.apt.facts.view import View
 
@@ -23,16 +21,20 @@ def prefill_budget(view: View, draft: Draft) -> int:
     return max(min(budget, max(affordable, MIN_PREFILL_TOKENS)), 0)
 
 
-def within_budget(view: View, draft: Draft) -> Draft:
-    """`draft` without the last admissions that the prefill budget does not reach.
+def within_budget(view: View, draft: Draft) -> tuple[Draft, int]:
+    """`draft` without the last admissions that the prefill budget does not reach, and its budget.
 
     Those preempted for them stay, which takes tokens of the budget: hence the loop.
     """
-    while draft.admitted:
-        budget = prefill_budget(view, draft) - int(view.running.uncomputed[draft.prefills & draft.stays].sum())
-        wanted = view.waiting.uncomputed[[entry.position for entry in draft.admitted]]
-        beyond = int((np.cumsum(wanted) - wanted >= budget).sum())
-        if not beyond:
-            break
-        draft = draft.without_last(beyond)
-    return draft
+    while True:
+        budget = prefill_budget(view, draft)
+        left = budget - int(view.running.uncomputed[draft.prefills & draft.stays].sum())
+        reached = 0
+        for entry in draft.admitted:
+            if left <= 0:
+                break
+            left -= int(view.waiting.uncomputed[entry.position])
+            reached += 1
+        if reached == len(draft.admitted):
+            return draft, budget
+        draft = draft.without_last(len(draft.admitted) - reached)

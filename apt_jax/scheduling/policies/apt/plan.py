@@ -7,7 +7,7 @@ import numpy as np
 from apt_jax.cache import KINDS, CacheKind
 from apt_jax.request import Request
 from apt_jax.scheduling.plan import Converted, Plan, Preempted, Reason, Scheduled, Waited
-from apt_jax.scheduling.policies.apt.budget import prefill_budget, within_budget
+from apt_jax.scheduling.policies.apt.budget import within_budget
 from apt_jax.scheduling.policies.apt.conversion import conversions
 from apt_jax.scheduling.policies.apt.draft import Draft
 from apt_jax.scheduling.policies.apt.facts.ledger import Queue
@@ -19,12 +19,13 @@ def build_plan(view: View, draft: Draft) -> Plan:
     """The plan that carries `draft` out, as far as the prefill budget reaches."""
     running = view.running.requests
     converted = conversions(view, draft)
-    draft = within_budget(view, draft)
-    scheduled = _decodes(view, draft, converted)
+    chunks: list[Scheduled] = []
     if draft.admitted or draft.prefills.any():
-        scheduled += _chunks(view, draft)
+        draft, budget = within_budget(view, draft)
+        chunks = _chunks(view, draft, budget)
+    scheduled = (*_decodes(view, draft, converted), *chunks)
     return Plan(
-        scheduled=tuple(scheduled),
+        scheduled=scheduled,
         preempted=tuple(Preempted(running[i], reason) for i, reason in draft.preempted.items()),
         converted=tuple(Converted(running[i], Reason.CONVERTED_MEMORY_FREE) for i in converted),
         waited=_waited(view, draft),
@@ -39,8 +40,8 @@ def _decodes(view: View, draft: Draft, converted: list[int]) -> list[Scheduled]:
     return list(map(Scheduled._make, zip(requests, repeat(1), kinds, repeat(Reason.DECODES))))
 
 
-def _chunks(view: View, draft: Draft) -> list[Scheduled]:
-    """Prompt chunks within the budget: prefills under way first, then the admitted, both in order."""
+def _chunks(view: View, draft: Draft, budget: int) -> list[Scheduled]:
+    """Prompt chunks of `budget` tokens in all: prefills under way first, then the admitted, both in order."""
     running, waiting = view.running, view.waiting
     wanted = [
         (running.requests[i], int(running.uncomputed[i]), KINDS[running.kind[i]], Reason.CONTINUES_PREFILL)
@@ -50,7 +51,7 @@ def _chunks(view: View, draft: Draft) -> list[Scheduled]:
         (waiting.requests[entry.position], int(waiting.uncomputed[entry.position]), entry.kind, entry.reason)
         for entry in draft.admitted
     ]
-    budget, chunks = prefill_budget(view, draft), []
+    chunks = []
     for request, uncomputed, kind, reason in wanted:
         if budget <= 0:
             break

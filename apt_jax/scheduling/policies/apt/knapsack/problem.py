@@ -23,7 +23,7 @@ Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 Bools = NDArray[np.bool_]
 
-_KV, _HIDDEN = CacheKind.KV.blocks_per_page, CacheKind.HIDDEN.blocks_per_page  # the formulation takes them as 2 : 1
+KV_PER_HIDDEN = CacheKind.KV.blocks_per_page // CacheKind.HIDDEN.blocks_per_page  # blocks of the same tokens
 
 
 @dataclass(frozen=True)
@@ -56,8 +56,8 @@ class Problem:
         for name in ("kv_blocks", "may_be_kv", "may_be_hidden"):
             if len(getattr(self, name)) != n:
                 raise ValueError(f"{name} has {len(getattr(self, name))} entries, pending_s has {n}")
-        if n and (self.kv_blocks.min() < _KV or (self.kv_blocks % _KV).any()):
-            raise ValueError(f"kv_blocks must be positive and evenly divisible by {_KV}, the blocks of a KV page")
+        if n and (self.kv_blocks.min() < KV_PER_HIDDEN or (self.hidden_blocks * KV_PER_HIDDEN != self.kv_blocks).any()):
+            raise ValueError(f"kv_blocks must be positive and evenly divisible by {KV_PER_HIDDEN}")
         if n and not self.pending_s.min() >= 0:
             raise ValueError(f"pending_s has {self.pending_s.min()}, every value must be at least 0")
 
@@ -69,7 +69,7 @@ class Problem:
     @cached_property
     def hidden_blocks(self) -> Ints:
         """`[n]` blocks that each takes as hidden vectors."""
-        return self.kv_blocks // _KV * _HIDDEN
+        return self.kv_blocks // KV_PER_HIDDEN
 
     @cached_property
     def penalty_s(self) -> Floats:
