@@ -117,6 +117,24 @@ def test_a_late_request_takes_what_is_left_over_and_evicts_nobody():
     assert decide(state, 0.5) == ["run late 1 kv DECODES", "run small 8 kv ADMITTED_LATE", "wait large WAITS_LATE"]
 
 
+def test_a_better_offer_that_does_not_fit_is_passed_over():
+    """`large` is worth more per block, but late: it evicts nobody, and 10 blocks are free."""
+    state = make_state(26)
+    run(state, "late", 31, arrival_s=-5.0)
+    wait(state, "large", 24, arrival_s=-5.0, slo=Slo(0.1, 0.1))
+    wait(state, "small", 8, arrival_s=-5.0)
+    assert decide(state, 0.5) == ["run late 1 kv DECODES", "run small 8 kv ADMITTED_LATE", "wait large WAITS_LATE"]
+
+
+@pytest.mark.parametrize(("seats", "admitted"), [(1, ""), (2, "a"), (3, "ab")])
+def test_no_more_are_admitted_than_there_are_seats(seats, admitted):
+    state = make_state(64, max_num_seqs=seats)
+    run(state, "fine", 7, slo=PATIENT)
+    for name in "ab":
+        wait(state, name, 8, arrival_s=0.4)
+    assert [line.split()[1] for line in decide(state, 0.5) if line.startswith("run")] == ["fine", *admitted]
+
+
 # -- growth --------------------------------------------------------------------------------------------------------
 
 
@@ -240,6 +258,26 @@ def test_the_forecast_counts_those_admitted_before_it_and_lets_the_first_pass():
     assert decide(state, 0.5, "apt") == ["run first 20 kv ADMITTED_KV", "wait second WAITS_FOR_BLOCKS"]
 
 
+@pytest.mark.parametrize(("watermark", "is_admitted"), [(1, True), (2, False)])
+def test_the_forecast_keeps_the_watermark_free(watermark, is_admitted):
+    """111 blocks for the 109.8 of the case above."""
+    state = make_state(111, watermark=watermark)
+    run(state, "fine", 60, slo=PATIENT)
+    wait(state, "fresh", 20, arrival_s=1.0)
+    assert ("run fresh 20 kv ADMITTED_KV" in decide(state, 1.1, "apt")) is is_admitted
+
+
+@pytest.mark.parametrize(("blocks", "is_admitted"), [(103, True), (102, False)])
+def test_the_forecast_counts_those_of_the_lane(blocks, is_admitted):
+    """Two like the newcomer: 2 x 51.135 blocks in 256 tokens' time."""
+    state = make_state(blocks)
+    wait(state, "old", 20, arrival_s=-30.0)
+    wait(state, "fresh", 20, arrival_s=1.0)
+    plan = decide(state, 1.1, "apt")
+    assert plan[0] == "run old 20 kv ADMITTED_LONGEST_LATE"
+    assert ("run fresh 20 kv ADMITTED_KV" in plan) is is_admitted
+
+
 def test_a_victims_future_is_free_for_the_one_it_makes_room_for():
     """The late one would hold 80 of 100 blocks later; without it the newcomer's 51 fit beside nobody else's."""
     state = make_state(100)
@@ -288,6 +326,23 @@ def test_the_lane_evicts_the_least_value_per_block_and_only_as_much_as_it_needs(
     assert decide(state, 0.5) == [
         "preempt cheap PREEMPTED_FOR_LONGEST_LATE", "run dear 1 kv DECODES", "run old 16 kv ADMITTED_LONGEST_LATE",
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("seats", "plan"),
+    [
+        (1, ["preempt fine PREEMPTED_FOR_LONGEST_LATE", "run old1", "wait old2"]),
+        (2, ["preempt fine PREEMPTED_FOR_LONGEST_LATE", "run old1", "run old2"]),
+        (3, ["run fine", "run old1", "run old2"]),
+    ],
+)
+def test_the_lane_takes_seats_and_evicts_for_them_if_that_helps(seats, plan):
+    state = make_state(64, max_num_seqs=seats)
+    run(state, "fine", 7, slo=PATIENT)
+    for name in ("old1", "old2"):
+        wait(state, name, 8, arrival_s=-30.0)
+    found = decide(state, 0.5, "apt:prediction=off:lane_share=1")
+    assert [line if line.startswith("preempt") else " ".join(line.split()[:2]) for line in found] == plan
 
 
 def test_the_lane_uses_the_smallest_kind():
