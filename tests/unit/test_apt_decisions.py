@@ -154,6 +154,16 @@ def test_when_blocks_run_out_the_one_worth_least_per_block_goes(blocks, arrival_
     assert decide(state, 0.5) == plan
 
 
+def test_what_is_left_after_an_eviction_goes_to_a_newcomer():
+    """11 blocks: 6 for `urgent`, 5 are left."""
+    for prompt, last in ((8, "run new 8 kv ADMITTED_KV"), (12, "wait new WAITS_FOR_BLOCKS")):
+        state = make_state(11)
+        run(state, "patient", 8, slo=PATIENT)
+        run(state, "urgent", 8)
+        wait(state, "new", prompt, arrival_s=0.4)
+        assert decide(state, 0.5) == ["preempt patient PREEMPTED_LEAST_VALUE", "run urgent 1 kv DECODES", last]
+
+
 def test_each_kind_counts_with_its_own_blocks_when_memory_runs_out():
     """Held 4 + 3, needed 6 + 4 of 9: equal values, so the KV one is worth less per block."""
     state = make_state(9, mode="hybrid")
@@ -171,7 +181,7 @@ def test_the_watermark_stays_free_beside_others(prompt, is_admitted):
     state = make_state(18, watermark=2)
     run(state, "fine", 15, slo=PATIENT)
     wait(state, "fresh", prompt, arrival_s=0.4)
-    assert ("run fresh 16 kv ADMITTED_KV" in decide(state, 0.5)) is is_admitted
+    assert (f"run fresh {prompt} kv ADMITTED_KV" in decide(state, 0.5)) is is_admitted
     state = make_state(10, watermark=2)
     wait(state, "alone", 20)
     assert decide(state, 0.5) == ["run alone 20 kv ADMITTED_KV"]
@@ -405,6 +415,22 @@ def test_taking_turns_by_cumulative_pending_time(arrival_s, plan):
     assert decide(state, 0.5, "apt:prediction=off:mixed=off") == plan
 
 
+@pytest.mark.parametrize(
+    ("arrival_s", "plan"),
+    [
+        # the talker has waited for 0.5 s; the prompt under way for 0.3 and the newcomer for 0.25, or only 0.1
+        (0.25, ["run half 6 kv CONTINUES_PREFILL", "run new 4 kv ADMITTED_KV", "wait talker WAITS_FOR_PREFILL"]),
+        (0.4, ["run talker 1 kv DECODES", "wait new WAITS_FOR_DECODE"]),
+    ],
+)
+def test_prompts_under_way_count_for_the_prefill_side(arrival_s, plan):
+    state = make_state(64)
+    run(state, "talker", 7)
+    run(state, "half", 10, computed=4, arrival_s=0.2)
+    wait(state, "new", 4, arrival_s=arrival_s)
+    assert decide(state, 0.5, "apt:prediction=off:mixed=off") == plan
+
+
 def test_prompts_under_way_come_first_and_all_share_the_token_limit():
     """12 tokens: 1 decodes, 6 finish a prompt, 5 are left for the newcomer."""
     state = make_state(64, tokens=12)
@@ -470,4 +496,13 @@ def test_nothing_is_converted_while_somebody_waits_and_two_share_the_room():
     state = make_state(24, tokens=20, mode="hybrid")
     for name in ("a", "b", "c"):  # 2 blocks each: 18 free, 6 + 6 in reserve, 6 to convert, but 20 tokens only
         run(state, name, 7, kind=CacheKind.HIDDEN)
-    assert decide(state, 0.5, model=SLOW_HIDDEN)[:2] == [f"convert {name} CONVERTED_MEMORY_FREE" for name in "ab"]
+    converted = [line.split()[1] for line in decide(state, 0.5, model=SLOW_HIDDEN) if line.startswith("convert")]
+    assert converted == ["a", "b"]
+
+
+@pytest.mark.parametrize(("prompt", "converts"), [(23, True), (27, False)])
+def test_the_reserve_is_a_quarter(prompt, converts):
+    """20 blocks, 5 in reserve, 2 for growth: 6 pages leave 14 - 7 for 6 more, 7 pages 13 - 7 for 7 more."""
+    state = make_state(20, mode="hybrid")
+    run(state, "hidden", prompt, kind=CacheKind.HIDDEN)
+    assert ("convert hidden CONVERTED_MEMORY_FREE" in decide(state, 0.5, model=SLOW_HIDDEN)) is converts
