@@ -1,18 +1,21 @@
 """The body of POST /v1/chat/completions, checked strictly."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from apt_jax.request import MAX_LOGPROBS
 from apt_jax.serve.errors import BadRequest
-from apt_jax.serve.openai.requests import GenerationRequest, Strict, at_most, check_stream, limits, parse_body
+from apt_jax.serve.openai.neutral_fields import OF_CHATS, OF_MESSAGES, OF_TEXT_PARTS, Fields
+from apt_jax.serve.openai.requests import GenerationRequest, Strict, Whole, at_most, check_stream, limits, parse_body
 
 MAX_MESSAGES = 4096
 
 
 class TextPart(Strict):
     """A part of a message; only text is served."""
+
+    NEUTRAL: ClassVar[Fields] = OF_TEXT_PARTS
 
     type: Literal["text"]
     text: str
@@ -21,13 +24,22 @@ class TextPart(Strict):
 class Message(Strict):
     """One message of a chat."""
 
+    NEUTRAL: ClassVar[Fields] = OF_MESSAGES
+
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | Annotated[list[TextPart], Field(fail_fast=True)]
+    content: str | Annotated[list[TextPart], Field(fail_fast=True)] | None = None
     name: str | None = None
+
+    @model_validator(mode="after")
+    def _check_content(self) -> Self:
+        if self.content is None and self.role != "assistant":
+            raise ValueError(f"a message of role {self.role} has no content; give a text")
+        return self
 
     def for_template(self) -> dict[str, str]:
         """What chat templates read: parts joined by line ends, as vLLM does."""
-        text = self.content if isinstance(self.content, str) else "\n".join(part.text for part in self.content)
+        content = self.content or ""  # an assistant's message may have none
+        text = content if isinstance(content, str) else "\n".join(part.text for part in content)
         named = {} if self.name is None else {"name": self.name}
         return {"role": self.role, "content": text, **named}
 
@@ -38,10 +50,12 @@ Messages = Annotated[list[Message], Field(min_length=1, fail_fast=True), at_most
 class ChatRequest(GenerationRequest):
     """Body of POST /v1/chat/completions."""
 
+    NEUTRAL: ClassVar[Fields] = OF_CHATS
+
     messages: Messages
-    max_completion_tokens: int | None = Field(default=None, json_schema_extra=limits("max_tokens"))  # type: ignore[arg-type]
+    max_completion_tokens: Whole | None = Field(default=None, json_schema_extra=limits("max_tokens"))  # type: ignore[arg-type]
     logprobs: bool | None = None
-    top_logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
+    top_logprobs: Whole | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
     add_generation_prompt: bool | None = None
 
     @property
@@ -65,7 +79,7 @@ def parse_chat(value: object) -> ChatRequest:
     """
     body = parse_body(value, ChatRequest)
     check_stream(body)
-    if body.top_logprobs is not None and not body.logprobs:
+    if body.top_logprobs and not body.logprobs:
         raise BadRequest("top_logprobs is only allowed with logprobs=true", "top_logprobs")
     if None not in (body.max_tokens, body.max_completion_tokens) and body.max_tokens != body.max_completion_tokens:
         raise BadRequest(

@@ -218,11 +218,11 @@ class Generation[Body: GenerationRequest]:
     @property
     def wants_usage(self) -> bool:
         """Whether a stream ends with a chunk of usage."""
-        return self.body.stream_options is not None and self.body.stream_options.include_usage
+        return self.body.stream_options is not None and bool(self.body.stream_options.include_usage)
 
     @property
     def _wants_running_usage(self) -> bool:
-        return self.body.stream_options is not None and self.body.stream_options.continuous_usage_stats
+        return self.body.stream_options is not None and bool(self.body.stream_options.continuous_usage_stats)
 
     def usage_chunk(self) -> dict[str, Any]:
         """The chunk that reports usage at the end of a stream."""

@@ -3,44 +3,38 @@
 import difflib
 import math
 from collections.abc import Iterable, Mapping, Sized
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
     Field,
+    GetJsonSchemaHandler,
     PlainValidator,
     ValidationError,
     WithJsonSchema,
     model_validator,
 )
+from pydantic_core import CoreSchema
 
 from apt_jax.request import MAX_LOGIT_BIAS, MAX_STOP_TOKEN_IDS, RANGES, SamplingParams, Slo
 from apt_jax.serve.errors import BadRequest
 from apt_jax.serve.openai.json_text import SHOWN_VALUE_CHARS, shown
+from apt_jax.serve.openai.neutral_fields import (
+    ALL,
+    OF_COMPLETIONS,
+    OF_STREAM_OPTIONS,
+    Fields,
+    Neutral,
+    refused,
+    without_neutral,
+)
 
 MAX_STOP_STRINGS = 64
 MAX_OBJECT_FIELDS = 256  # known and unknown
 DEFAULT_MAX_TOKENS = 16
 MIN_SLO_MS, MAX_SLO_MS = 0.001, 1e9
-
-NOT_SUPPORTED = {
-    # OpenAI's, then vLLM's: known names that this server does not serve, with what to use instead
-    **dict.fromkeys(("best_of", "suffix", "modalities", "response_format", "tools", "tool_choice", "functions"), ""),
-    **dict.fromkeys(("function_call", "parallel_tool_calls", "audio", "prediction", "reasoning_effort", "store"), ""),
-    **dict.fromkeys(("metadata", "service_tier", "web_search_options", "verbosity", "prompt_cache_key"), ""),
-    **dict.fromkeys(("use_beam_search", "length_penalty", "guided_json", "guided_regex", "guided_choice"), ""),
-    **dict.fromkeys(("guided_grammar", "structured_outputs", "truncate_prompt_tokens", "prompt_embeds"), ""),
-    **dict.fromkeys(("add_special_tokens", "min_new_tokens", "lora_path", "spaces_between_special_tokens"), ""),
-    **dict.fromkeys(("allowed_token_ids", "bad_words", "logits_processors", "documents", "mm_processor_kwargs"), ""),
-    **dict.fromkeys(("continue_final_message", "chat_template", "chat_template_kwargs", "tool_calls"), ""),
-    "top_logprobs": "in /v1/completions, logprobs is the number of likely tokens",
-    "max_completion_tokens": "in /v1/completions, it is called max_tokens",
-    "echo": "it is a field of /v1/completions",
-    "prompt": "it is a field of /v1/completions; a chat has messages",
-    "messages": "it is a field of /v1/chat/completions; a completion has a prompt",
-}
 
 PromptItem = str | tuple[int, ...]
 
@@ -62,10 +56,20 @@ def parse_prompt(value: object) -> tuple[PromptItem, ...]:
             return tuple(tuple(_not_empty(item, f"prompt {i}")) for i, item in enumerate(value))
     if value == []:
         raise ValueError("prompt is empty; give at least one character or token id")
+    if isinstance(value, list) and _has_floats(value) and not _has_floats(whole := _whole_numbers(value)):
+        return parse_prompt(whole)
     raise ValueError(
         f"prompt must be a string, a list of strings, a list of token ids or a list of lists of token ids, "
         f"not {shown(value)}"
     )
+
+
+def _has_floats(value: list[Any]) -> bool:
+    return any(type(x) is float for item in value for x in (item if isinstance(item, list) else (item,)))
+
+
+def _whole_numbers(value: list[Any]) -> list[Any]:
+    return [[as_whole(x) for x in item] if isinstance(item, list) else as_whole(item) for item in value]
 
 
 def parse_stop(value: object) -> tuple[str, ...] | None:
@@ -130,14 +134,23 @@ class Strict(BaseModel):
     """Base of all bodies: no unknown fields, no conversion between types."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+    NEUTRAL: ClassVar[Fields] = {}  # fields that are not served
 
     @model_validator(mode="before")
     @classmethod
     def _check_fields(cls, value: Any) -> Any:
-        """Of unknown fields every one would become an error object, and only the first is told."""
-        if isinstance(value, dict):
-            check_length(value, "an object", MAX_OBJECT_FIELDS)
-        return value
+        """Drop what changes nothing. Of unknown fields every one would become an error object: only few may come."""
+        if not isinstance(value, dict):
+            return value
+        check_length(value, "an object", MAX_OBJECT_FIELDS)
+        return without_neutral(value, cls.NEUTRAL) if value.keys() & cls.NEUTRAL.keys() else value
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core_schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        """The fields, then those that may come with values that change nothing."""
+        schema = handler.resolve_ref_schema(handler(core_schema))
+        schema.get("properties", {}).update({name: field.schema() for name, field in cls.NEUTRAL.items()})
+        return schema
 
 
 class SloBody(Strict):
@@ -150,8 +163,15 @@ class SloBody(Strict):
 class StreamOptions(Strict):
     """Options of a streamed response."""
 
-    include_usage: bool = False
-    continuous_usage_stats: bool = False
+    NEUTRAL: ClassVar[Fields] = OF_STREAM_OPTIONS
+
+    include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
+
+
+def as_whole(value: object) -> object:
+    """A whole number as an integer, also where it was written as 16.0, which JSON does not tell apart."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def limits(name: str) -> dict[str, float]:
@@ -168,7 +188,8 @@ def ranged(name: str) -> Any:
     return Field(default=None, json_schema_extra=limits(name))  # type: ignore[arg-type]
 
 
-TokenId = Annotated[int, Field(ge=0)]
+Whole = Annotated[int, BeforeValidator(as_whole)]
+TokenId = Annotated[Whole, Field(ge=0)]
 Text = Annotated[str, Field(min_length=1)]
 PromptForms = (
     Text
@@ -185,11 +206,11 @@ class GenerationRequest(Strict):
     """
 
     model: str | None = None
-    n: int | None = ranged("n")
-    max_tokens: int | None = ranged("max_tokens")
-    min_tokens: int | None = ranged("min_tokens")
+    n: Whole | None = ranged("n")
+    max_tokens: Whole | None = ranged("max_tokens")
+    min_tokens: Whole | None = ranged("min_tokens")
     temperature: float | None = ranged("temperature")
-    top_k: int | None = ranged("top_k")
+    top_k: Whole | None = ranged("top_k")
     top_p: float | None = ranged("top_p")
     min_p: float | None = ranged("min_p")
     repetition_penalty: float | None = ranged("repetition_penalty")
@@ -200,8 +221,8 @@ class GenerationRequest(Strict):
         BeforeValidator(parse_logit_bias, json_schema_input_type=dict[str, float] | None),
         WithJsonSchema(LOGIT_BIAS_SCHEMA),
     ] = None
-    seed: int | None = ranged("seed")
-    prompt_logprobs: int | None = ranged("prompt_logprobs")
+    seed: Whole | None = ranged("seed")
+    prompt_logprobs: Whole | None = ranged("prompt_logprobs")
     stop: Annotated[
         tuple[str, ...] | None,
         PlainValidator(
@@ -219,7 +240,7 @@ class GenerationRequest(Strict):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     return_token_ids: bool | None = None
-    priority: int | None = Field(default=None, ge=-(2**31), le=2**31 - 1)
+    priority: Whole | None = Field(default=None, ge=-(2**31), le=2**31 - 1)
     user: str | None = None
     slo: SloBody | None = None
 
@@ -258,12 +279,14 @@ class GenerationRequest(Strict):
 class CompletionRequest(GenerationRequest):
     """Body of POST /v1/completions."""
 
+    NEUTRAL: ClassVar[Fields] = OF_COMPLETIONS
+
     prompt: Annotated[
         tuple[PromptItem, ...],
         PlainValidator(parse_prompt, json_schema_input_type=PromptForms),
     ]
-    max_tokens: int | None = Field(default=None, json_schema_extra={"minimum": 0})
-    logprobs: int | None = ranged("logprobs")
+    max_tokens: Whole | None = Field(default=None, json_schema_extra={"minimum": 0})
+    logprobs: Whole | None = ranged("logprobs")
     echo: bool | None = None
 
     @property
@@ -364,15 +387,20 @@ def _milliseconds(name: str, text: str) -> float:
     return value
 
 
+def not_served(name: str, model: type[BaseModel]) -> Neutral | None:
+    """The field called `name`, of `model` or of an object in it, if it is one of those that are not served."""
+    own = model.NEUTRAL if issubclass(model, Strict) else {}
+    return next((fields[name] for fields in (own, *ALL) if name in fields), None)
+
+
 def first_fault(error: ValidationError, model: type[BaseModel]) -> BadRequest:
     """What pydantic found first, in one sentence; unknown fields come with the nearest field of `model`."""
     fault = error.errors(include_url=False)[0]
     path = [str(part) for part in fault["loc"]]
     name = ".".join(path[:2] if path and path[0] in ("slo", "stream_options", "messages") else path[:1])
     match fault["type"]:
-        case "extra_forbidden" if path[-1] in NOT_SUPPORTED:
-            why = NOT_SUPPORTED[path[-1]]
-            return BadRequest(f"field {path[-1]} is not supported; leave it out{why and f' ({why})'}", name)
+        case "extra_forbidden" if (field := not_served(path[-1], model)) is not None:
+            return BadRequest(refused(path[-1], field), name)
         case "extra_forbidden":
             known = path[-1] if len(path[-1]) <= SHOWN_VALUE_CHARS else ""
             near = difflib.get_close_matches(known, model.model_fields, n=1)

@@ -1,16 +1,19 @@
 """The bodies of POST /tokenize and POST /detokenize, as vLLM has them."""
 
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 from pydantic import Field
 
 from apt_jax.serve.errors import BadRequest
 from apt_jax.serve.openai.chat_requests import Messages
+from apt_jax.serve.openai.neutral_fields import OF_TEMPLATES, Fields
 from apt_jax.serve.openai.requests import Strict, parse_body
 
 
 class TokenizeRequest(Strict):
     """A text, or the messages of a chat."""
+
+    NEUTRAL: ClassVar[Fields] = OF_TEMPLATES
 
     model: str | None = None
     prompt: str | None = None
