@@ -41,8 +41,9 @@ class Neutral:
 Fields = Mapping[str, Neutral]
 
 NULL = Neutral()
-FALSE, TRUE, NO_TEXT, NO_LIST, NO_OBJECT = (Neutral((value,)) for value in (False, True, "", [], {}))
-ANY_TEXT, ANY_BOOLEAN, ANY_OBJECT = (Neutral(any_of=kind) for kind in ("string", "boolean", "object"))
+FALSE, TRUE = Neutral((False,)), Neutral((True,))
+NO_TEXT, NO_LIST, NO_OBJECT = Neutral(("",)), Neutral(([],)), Neutral(({},))
+ANY_TEXT, ANY_BOOLEAN, ANY_OBJECT = Neutral(any_of="string"), Neutral(any_of="boolean"), Neutral(any_of="object")
 
 EITHER: Fields = {
     # OpenAI's
