@@ -103,6 +103,10 @@ class LLM:
         self.engine.warm_up(progress=True)
         self._numbers = itertools.count()
 
+    def get_default_sampling_params(self) -> SamplingParams:
+        """The model's own defaults (generation_config.json, see `generation_config=`) over vLLM's."""
+        return SamplingParams(**self.engine.sampling_defaults)  # type: ignore[arg-type]
+
     def generate(
         self,
         prompts: Prompt | Sequence[Prompt],
@@ -116,8 +120,8 @@ class LLM:
         """Generate for every prompt; the results are in the prompts' order.
 
         `prompts` is one or a list of texts, `{"prompt": TEXT}` or `{"prompt_token_ids": [...]}`; `sampling_params` one
-        for all or one for each (default: `SamplingParams()`), and `params` another name of it; `priority` likewise, for
-        policies that look at it. `use_tqdm` may be a class of progress bars. LoRA is not served.
+        for all or one for each (default: `get_default_sampling_params()`), and `params` another name of it; `priority`
+        likewise, for policies that look at it. `use_tqdm` may be a class of progress bars. LoRA is not served.
 
         Raises:
             ValueError: a prompt or its parameters cannot be served; nothing is left running.
@@ -128,7 +132,9 @@ class LLM:
         if params is not None and sampling_params is not None:
             raise ValueError("params and sampling_params are two names of one argument; give one of them")
         listed = [prompts] if isinstance(prompts, str | Mapping) else list(prompts)
-        given = next((found for found in (sampling_params, params) if found is not None), SamplingParams())
+        given = next(
+            (found for found in (sampling_params, params) if found is not None), self.get_default_sampling_params()
+        )
         each = _one_for_each(given, SamplingParams, len(listed), "params")
         priorities = _one_for_each(0 if priority is None else priority, int, len(listed), "priority")
         results: list[RequestOutput] = []

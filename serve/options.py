@@ -23,6 +23,8 @@ class LoadOptions:
     """Branch, tag or commit of the model on the hub."""
     load_format: Literal["auto", "safetensors", "pt", "flax", "orbax", "dummy"] = "auto"
     """Format of the weights; auto: the best one present; dummy: random weights, needs only config.json."""
+    generation_config: str = "auto"
+    """Sampling defaults of requests; auto: the model's generation_config.json; none or vllm: neutral; or a FOLDER."""
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ before (tokens, text, stop strings) and plans the next, whose newest tokens are 
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,16 +68,23 @@ class Engine:
     Args:
         setup: its parts, which it owns from now on.
         tokenizer: None serves token ids only.
+        sampling_defaults: see `ServingEngine`; kept for those that make requests.
         clock: seconds; replaced in tests.
     """
 
     def __init__(
-        self, setup: EngineSetup, tokenizer: Tokenizer | None = None, *, clock: Callable[[], float] = time.monotonic
+        self,
+        setup: EngineSetup,
+        tokenizer: Tokenizer | None = None,
+        *,
+        sampling_defaults: Mapping[str, float] | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ):
         assert setup.config.max_model_len is not None
         self.setup = setup
         self.config, self.model_config = setup.config, setup.model_config
         self.tokenizer = tokenizer
+        self.sampling_defaults = dict(sampling_defaults or {})
         self.max_model_len = setup.config.max_model_len
         self.runner, self.builder, self.state = setup.runner, setup.builder, setup.state
         self.policy_context = PolicyContext(seed=self.config.seed)

@@ -72,6 +72,10 @@ class ServingEngine(Protocol):
         """Tokens of prompt and answer together."""
 
     @property
+    def sampling_defaults(self) -> Mapping[str, float]:
+        """The model's own, as keywords of `SamplingParams`, for requests that do not say otherwise."""
+
+    @property
     def max_num_seqs(self) -> int:
         """Maximum number of requests in one iteration."""
 

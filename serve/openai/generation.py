@@ -106,8 +106,8 @@ class Generation[Body: GenerationRequest]:
                 more tokens than the context holds.
         """
         check_model(body.model, model.name)
-        params = body.sampling_params()
         engine = model.engine
+        params = body.sampling_params(engine.sampling_defaults)
         if max_samples is not None and body.num_prompts * params.n > max_samples:
             raise BadRequest(
                 f"{body.num_prompts} prompts x n={params.n} is more than the queue holds ({max_samples}); "

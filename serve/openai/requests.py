@@ -258,15 +258,15 @@ class GenerationRequest(Strict):
         """Keywords of `SamplingParams`, null where the default is meant."""
         return {name: getattr(self, name) for name in SAMPLING_FIELDS if hasattr(self, name)}
 
-    def sampling_params(self) -> SamplingParams:
-        """The sampling fields that were given, over the defaults.
+    def sampling_params(self, defaults: Mapping[str, float] | None = None) -> SamplingParams:
+        """The sampling fields that were given, over the model's own `defaults`, over the API's.
 
         Raises:
             BadRequest: a value out of its range; `param` names the field.
         """
         given = {name: value for name, value in self.sampling_fields().items() if value is not None}
         try:
-            return SamplingParams(**{"max_tokens": self.default_max_tokens, **given})
+            return SamplingParams(**{"max_tokens": self.default_max_tokens, **(defaults or {}), **given})
         except ValueError as error:
             raise bad_request(error, given) from error
 

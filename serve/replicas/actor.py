@@ -59,7 +59,11 @@ class EngineActor:
         thread.start()
         start_s = await self._ready
         engine = thread.ready_engine()
-        return Facts(engine.config, engine.tokenizer, engine.max_model_len, time.monotonic(), os.getpid(), start_s)
+        return Facts(
+            *(engine.config, engine.tokenizer, engine.max_model_len, time.monotonic(), os.getpid()),
+            sampling_defaults=engine.sampling_defaults,
+            start_s=start_s,
+        )
 
     async def reports(self) -> AsyncIterator[Report]:
         """Reports to the front, until the engine stops.

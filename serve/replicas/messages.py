@@ -4,6 +4,7 @@ A ticket is one attempt at one group of samples: a group that moves to another r
 outputs of the old replica are ignored.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -39,6 +40,7 @@ class Facts:
     max_model_len: int
     clock_s: float
     process_id: int
+    sampling_defaults: Mapping[str, float] = field(default_factory=dict)
     start_s: float = 0.0  # that loading and compiling took
 
 

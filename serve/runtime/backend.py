@@ -1,6 +1,6 @@
 """The interface between HTTP and generation: one engine in a thread of this process, or several behind a router."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 from apt_jax.engine_config import EngineConfig
@@ -27,6 +27,10 @@ class EngineFacts(Protocol):
     @property
     def max_model_len(self) -> int:
         """Tokens of prompt and answer together."""
+
+    @property
+    def sampling_defaults(self) -> Mapping[str, float]:
+        """The model's own, as keywords of `SamplingParams`, for requests that do not say otherwise."""
 
 
 class Backend(Protocol):

@@ -11,6 +11,7 @@ import jax
 from apt_jax.attention.selection import compile_kernels
 from apt_jax.cache import keeps_hidden
 from apt_jax.checkpoints.formats.weight_files import LoadFormat
+from apt_jax.checkpoints.generation_config import AUTO, GenerationConfig, read_generation_config
 from apt_jax.checkpoints.load import load_model, parse_format, read_config
 from apt_jax.checkpoints.source import resolve
 from apt_jax.engine.engine import Engine
@@ -20,6 +21,7 @@ from apt_jax.engine_config import EngineConfig
 from apt_jax.execution.multihost import follow, lead
 from apt_jax.execution.platform import Platform
 from apt_jax.execution.weights.choice import serving_layout
+from apt_jax.model_config import ModelConfig
 from apt_jax.models.sharding import Parallel
 from apt_jax.serve.runtime.compile_cache import use_compile_cache
 from apt_jax.tokenization.tokenizer import Tokenizer, TokenizerNotFound
@@ -35,6 +37,7 @@ def build_engine(
     load_format: str = "auto",
     tokenizer: str | None = None,
     revision: str | None = None,
+    generation_config: str = AUTO,
     on_phase: Callable[[str], None] = lambda phase: None,
     leader_host: str | None = None,
 ) -> Engine:
@@ -55,6 +58,7 @@ def build_engine(
     parallel = Parallel.over(devices, hidden=keeps_hidden(engine_config.cache_mode)) if split else None
     folder = resolve(model, revision=revision, load_format=parse_format(load_format))
     check_longest_request(engine_config, read_config(folder))
+    generation = read_generation_config(folder, generation_config)
     loaded = load_model(
         str(folder), load_format=load_format, dtype=engine_config.dtype, revision=revision, seed=engine_config.seed,
         parallel=parallel,
@@ -69,14 +73,29 @@ def build_engine(
     platform = Platform.of(jax.local_devices()[0])
     compile_kernels(engine_config.attention_backend, cpp_kernels=platform.cpp_kernels, num_devices=devices)
     on_phase("kernels")
-    setup = set_up(loaded.weights, loaded.config, engine_config)
+    setup = set_up(loaded.weights, with_end_ids(loaded.config, generation, text), engine_config)
     on_phase("memory")
     if processes > 1:
         if jax.process_index() > 0:
             follow(setup.runner)
             raise SystemExit(0)
         setup = dataclasses.replace(setup, runner=lead(setup.runner, leader_host))
-    return Engine(setup, text)
+    if generation.sampling:
+        given = ", ".join(f"{name}={value}" for name, value in generation.sampling.items())
+        logger.info("requests that do not say otherwise get %s, of its generation_config.json; none of it with "
+                    "--generation-config none", given)  # fmt: skip
+    return Engine(setup, text, sampling_defaults=generation.sampling)
+
+
+def with_end_ids(config: ModelConfig, generation: GenerationConfig, tokenizer: Tokenizer | None) -> ModelConfig:
+    """The config with all ids that end a text: of generation_config.json, else its own, and the tokenizer's."""
+    ids = list(config.eos_token_ids if generation.eos_token_ids is None else generation.eos_token_ids)
+    if tokenizer is not None and tokenizer.eos_token_id is not None:
+        ids.append(tokenizer.eos_token_id)
+    found = tuple(token_id for token_id in dict.fromkeys(ids) if token_id < config.vocab_size)
+    if set(found) != set(config.eos_token_ids):
+        logger.info("a text ends with token %s", " or ".join(map(str, found)) or "of no kind")
+    return dataclasses.replace(config, eos_token_ids=found)
 
 
 def load_tokenizer(folder: Path, name: str | None, revision: str | None, store: TokenizerStore) -> Tokenizer | None:

@@ -47,6 +47,7 @@ def source(tmp_path):
     write_safetensors(tmp_path / "source", tensors, shards=2)
     (tmp_path / "source" / "vocab.json").write_text('{"a": 0}')
     (tmp_path / "source" / "merges.txt").write_text("#version: 0.2\n")
+    (tmp_path / "source" / "generation_config.json").write_text('{"eos_token_id": 7}')
     return tmp_path / "source"
 
 
@@ -71,7 +72,7 @@ def test_restored_equals_source(tmp_path, variant):
 
 
 def test_folder_holds_config_and_tokenizer(source, converted):
-    for name in ("vocab.json", "merges.txt"):
+    for name in ("vocab.json", "merges.txt", "generation_config.json"):
         assert (converted / name).read_bytes() == (source / name).read_bytes()
     verify(converted)
 

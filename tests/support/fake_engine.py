@@ -66,6 +66,7 @@ class FakeEngine:
         self.model_config = ModelConfig(vocab_size=VOCABULARY, max_position_embeddings=128)
         self.max_model_len = 128
         self.tokenizer = tokenizer
+        self.sampling_defaults: dict[str, float] = {}
         limits = Limits(self.config.max_num_seqs or 4, self.config.max_num_batched_tokens or 64)
         self.state = SchedulerState(BlockPool(num_blocks, 4), limits)
         self.warmed = False
