@@ -22,7 +22,7 @@ from apt_jax.serve.http.http_protocol import timed_protocol
 from apt_jax.serve.http.resume import Resumption
 from apt_jax.serve.http.service import Service
 from apt_jax.serve.http.snapshot import read_snapshot, write_snapshot
-from apt_jax.serve.openai.chat_template import read_template, renderer
+from apt_jax.serve.openai.chat_template import read_template
 from apt_jax.serve.options import DEMO_NAME, LoadOptions, ServerOptions
 from apt_jax.serve.replicas.backend import ReplicaBackend
 from apt_jax.serve.replicas.messages import EngineSpec
@@ -111,8 +111,6 @@ def serve(
         engine = build_engine(
             model, engine_config=config, on_phase=start_up.ended, leader_host=leader_host, **dataclasses.asdict(load)
         )
-        if engine.tokenizer is not None and engine.tokenizer.chat_template is not None:
-            renderer()
         return engine
 
     name, url = options.served_model_name or model or DEMO_NAME, url_of(listener)

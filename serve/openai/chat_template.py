@@ -1,13 +1,14 @@
 """Messages of a chat to the text that the model was trained on, by the Jinja template of its tokenizer or of a file."""
 
-from collections.abc import Callable, Sequence
-from functools import cache
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import jinja2
+
 from apt_jax.serve.errors import BadRequest
 from apt_jax.serve.openai.chat_requests import Message
-from apt_jax.tokenization.tokenizer import no_advice
+from apt_jax.serve.openai.template_sandbox import render_template
 
 if TYPE_CHECKING:
     from apt_jax.tokenization.tokenizer import Tokenizer
@@ -25,12 +26,9 @@ def read_template(path: Path) -> str:
         ValueError: not text, not a Jinja template, or one that fails on a plain chat; one sentence.
         OSError: it cannot be read.
     """
-    import jinja2
-
-    render_jinja_template = renderer()
     try:
         text = path.read_text(encoding="utf-8")
-        render_jinja_template(conversations=[[{"role": "user", "content": "x"}]], chat_template=text)
+        render_template(text, [{"role": "user", "content": "x"}], add_generation_prompt=False)
     except (jinja2.TemplateSyntaxError, UnicodeDecodeError) as error:
         raise ValueError(f"--chat-template {path} is not a Jinja template: {error}") from error
     except jinja2.TemplateError:  # a template may refuse this chat
@@ -43,7 +41,7 @@ def read_template(path: Path) -> str:
 
 
 def render(messages: Sequence[Message], tokenizer: "Tokenizer", template: str | None, *, generate: bool) -> str:
-    """The chat as one text; `template` overrides the tokenizer's own. Runs in Jinja's sandbox.
+    """The chat as one text; `template` overrides the tokenizer's own. Runs in a bounded sandbox.
 
     With `generate`, the text ends where the assistant's answer begins.
 
@@ -53,22 +51,13 @@ def render(messages: Sequence[Message], tokenizer: "Tokenizer", template: str | 
     chosen = template or tokenizer.chat_template
     if chosen is None:
         raise BadRequest(NO_TEMPLATE, "messages")
-    import jinja2
-
-    render_jinja_template = renderer()
-    special_tokens: dict[str, Any] = dict(tokenizer.special_tokens)
+    variables: dict[str, Any] = {**tokenizer.special_tokens, "add_generation_prompt": generate}
     try:
-        rendered: Any = render_jinja_template(
-            conversations=[[message.for_template() for message in messages]],
-            chat_template=chosen,
-            add_generation_prompt=generate,
-            **special_tokens,
-        )
+        text = render_template(chosen, [message.for_template() for message in messages], **variables)
     except jinja2.TemplateError as error:
         raise BadRequest(f"the chat template refuses these messages: {error}", "messages") from error
     except Exception as error:  # a template is a program: it can raise anything
         raise BadRequest(f"the chat template fails on these messages: {_reason(error)}", "messages") from error
-    (text,), _ = rendered
     if not text:
         raise BadRequest("the chat template makes nothing of these messages", "messages")
     return text
@@ -78,11 +67,3 @@ def _reason(error: Exception) -> str:
     """An error of a template in one line."""
     lines = str(error).splitlines()
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
-
-
-@cache
-def renderer() -> Callable[..., Any]:
-    """transformers' rendering function; its import takes seconds, so call this before the first chat."""
-    with no_advice():
-        from transformers.utils.chat_template_utils import render_jinja_template
-    return render_jinja_template
