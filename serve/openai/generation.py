@@ -17,7 +17,7 @@ from pydantic_core import to_json
 from apt_jax.output import ContextExceeded, Output, TokenLogprobs
 from apt_jax.request import FinishReason, Request, Slo
 from apt_jax.serve.errors import BadRequest, ContextTooLong, EngineFailure, ModelNotFound
-from apt_jax.serve.openai.json_text import json_pieces
+from apt_jax.serve.json_text import json_pieces
 from apt_jax.serve.openai.replies import PromptTokenLogprob
 from apt_jax.serve.openai.requests import GenerationRequest, bad_request, slo_of
 from apt_jax.serve.openai.slo_report import slo_report

@@ -20,7 +20,7 @@ from pydantic_core import CoreSchema
 
 from apt_jax.request import MAX_LOGIT_BIAS, MAX_STOP_TOKEN_IDS, RANGES, SamplingParams, Slo
 from apt_jax.serve.errors import BadRequest
-from apt_jax.serve.openai.json_text import SHOWN_VALUE_CHARS, shown
+from apt_jax.serve.json_text import SHOWN_VALUE_CHARS, shown
 from apt_jax.serve.openai.neutral_fields import (
     ALL,
     OF_COMPLETIONS,

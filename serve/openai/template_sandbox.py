@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from contextvars import ContextVar
 from datetime import datetime
-from typing import Any, ClassVar, NoReturn
+from typing import Any, NoReturn
 
 from jinja2 import nodes, pass_context
 from jinja2.exceptions import TemplateError, TemplateRuntimeError
@@ -134,7 +134,7 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
 class _GenerationBlock(Extension):
     """`{% generation %}`, which marks the assistant's text for training and changes nothing here."""
 
-    tags: ClassVar[set[str]] = {"generation"}
+    tags = {"generation"}  # noqa: RUF012 -- as Jinja declares it
 
     def parse(self, parser: Parser) -> nodes.Node:
         line = next(parser.stream).lineno

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from apt_jax.request import SamplingParams, Slo
 from apt_jax.serve.errors import BadRequest
-from apt_jax.serve.openai.json_text import parse_json
+from apt_jax.serve.json_text import parse_json
 from apt_jax.serve.openai.requests import SloBody, parse_completion, slo_of
 
 

@@ -29,6 +29,7 @@ LAYERS = (
     ("apt_jax/engine",),
     ("checkpoints",),
     ("serve/errors.py serve/options.py serve/logs.py",),
+    ("serve/json_text.py",),
     ("serve/runtime",),
     ("serve/openai",),
     ("serve/observability", "serve/batch"),

@@ -13,9 +13,9 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from apt_jax.serve.errors import CLIENT_CLOSED_REQUEST, RequestTimeout, error_reply
 from apt_jax.serve.http.service import Service
+from apt_jax.serve.json_text import parse_json
 from apt_jax.serve.openai.endpoints import Endpoint
 from apt_jax.serve.openai.generation import Generation, as_bad_request
-from apt_jax.serve.openai.json_text import parse_json
 from apt_jax.serve.openai.requests import GenerationRequest
 from apt_jax.serve.openai.sse import SseResponse, close_on_disconnect, event
 from apt_jax.serve.runtime.group import Group
