@@ -30,7 +30,7 @@ from apt_jax.serve.errors import BadRequest, EngineFailure, error_reply
 from apt_jax.serve.json_text import parse_json
 from apt_jax.serve.openai.endpoints import ENDPOINTS
 from apt_jax.serve.openai.generation import Generation, ServedModel, as_bad_request
-from apt_jax.serve.openai.requests import Strict, first_fault
+from apt_jax.serve.openai.strict import Strict, first_fault
 from apt_jax.serve.options import DEMO_NAME, LoadOptions
 from apt_jax.serve.runtime.driver import Driver
 from apt_jax.serve.runtime.samples import Sample
@@ -287,7 +287,7 @@ def run_batch(
             return 0
         if done:
             logger.info("%d of %d lines are answered in %s, going on with the others", done, total, output)
-        from apt_jax.serve.openai.chat_template import read_template
+        from apt_jax.serve.openai.templates.chat_template import read_template
         from apt_jax.serve.runtime.build import build_engine  # imports jax, which takes seconds
 
         template = None if chat_template is None else read_template(Path(chat_template))

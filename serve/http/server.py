@@ -22,7 +22,7 @@ from apt_jax.serve.http.http_protocol import timed_protocol
 from apt_jax.serve.http.resume import Resumption
 from apt_jax.serve.http.service import Service
 from apt_jax.serve.http.snapshot import read_snapshot, write_snapshot
-from apt_jax.serve.openai.chat_template import read_template
+from apt_jax.serve.openai.templates.chat_template import read_template
 from apt_jax.serve.options import DEMO_NAME, LoadOptions, ServerOptions
 from apt_jax.serve.replicas.backend import ReplicaBackend
 from apt_jax.serve.replicas.messages import EngineSpec

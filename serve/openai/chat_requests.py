@@ -7,7 +7,8 @@ from pydantic import Field, model_validator
 from apt_jax.request import MAX_LOGPROBS
 from apt_jax.serve.errors import BadRequest
 from apt_jax.serve.openai.neutral_fields import OF_CHATS, OF_MESSAGES, OF_TEXT_PARTS, Fields
-from apt_jax.serve.openai.requests import GenerationRequest, Strict, Whole, at_most, check_stream, limits, parse_body
+from apt_jax.serve.openai.requests import GenerationRequest, Whole, check_stream, limits
+from apt_jax.serve.openai.strict import Strict, at_most, parse_body
 
 MAX_MESSAGES = 4096
 

@@ -1,38 +1,18 @@
 """The bodies of requests, checked strictly: a field works as documented or is refused by name."""
 
-import difflib
 import math
-from collections.abc import Iterable, Mapping, Sized
+from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, ClassVar
 
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    GetJsonSchemaHandler,
-    PlainValidator,
-    ValidationError,
-    WithJsonSchema,
-    model_validator,
-)
-from pydantic_core import CoreSchema
+from pydantic import BeforeValidator, Field, PlainValidator, WithJsonSchema
 
 from apt_jax.request import MAX_LOGIT_BIAS, MAX_STOP_TOKEN_IDS, RANGES, SamplingParams, Slo
 from apt_jax.serve.errors import BadRequest
-from apt_jax.serve.json_text import SHOWN_VALUE_CHARS, shown
-from apt_jax.serve.openai.neutral_fields import (
-    ALL,
-    OF_COMPLETIONS,
-    OF_STREAM_OPTIONS,
-    Fields,
-    Neutral,
-    refused,
-    without_neutral,
-)
+from apt_jax.serve.json_text import shown
+from apt_jax.serve.openai.neutral_fields import OF_COMPLETIONS, OF_STREAM_OPTIONS, Fields
+from apt_jax.serve.openai.strict import Strict, at_most, check_length, parse_body
 
 MAX_STOP_STRINGS = 64
-MAX_OBJECT_FIELDS = 256  # known and unknown
 DEFAULT_MAX_TOKENS = 16
 MIN_SLO_MS, MAX_SLO_MS = 0.001, 1e9
 
@@ -100,23 +80,6 @@ def parse_logit_bias(value: object) -> object:
     return {int(key): bias for key, bias in value.items()}
 
 
-def check_length(value: Sized, name: str, limit: int) -> None:
-    """Raises ValueError if `value` has more than `limit` entries: told before any of them is checked."""
-    if len(value) > limit:
-        raise ValueError(f"{name} has {len(value)} entries, at most {limit} are allowed")
-
-
-def at_most(limit: int, name: str) -> BeforeValidator:
-    """A limit on the length of the list in field `name`."""
-
-    def check(value: object) -> object:
-        if isinstance(value, list):
-            check_length(value, name, limit)
-        return value
-
-    return BeforeValidator(check)
-
-
 LOGIT_BIAS_SCHEMA = {
     "anyOf": [
         {
@@ -128,29 +91,6 @@ LOGIT_BIAS_SCHEMA = {
         {"type": "null"},
     ]
 }
-
-
-class Strict(BaseModel):
-    """Base of all bodies: no unknown fields, no conversion between types."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
-    NEUTRAL: ClassVar[Fields] = {}  # fields that are not served
-
-    @model_validator(mode="before")
-    @classmethod
-    def _check_fields(cls, value: Any) -> Any:
-        """Drop what changes nothing. Of unknown fields every one would become an error object: only few may come."""
-        if not isinstance(value, dict):
-            return value
-        check_length(value, "an object", MAX_OBJECT_FIELDS)
-        return without_neutral(value, cls.NEUTRAL) if value.keys() & cls.NEUTRAL.keys() else value
-
-    @classmethod
-    def __get_pydantic_json_schema__(cls, core_schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
-        """The fields, then those that may come with values that change nothing."""
-        schema = handler.resolve_ref_schema(handler(core_schema))
-        schema.get("properties", {}).update({name: field.schema() for name, field in cls.NEUTRAL.items()})
-        return schema
 
 
 class SloBody(Strict):
@@ -337,20 +277,6 @@ def parse_completion(value: object) -> CompletionRequest:
     return body
 
 
-def parse_body[Body: BaseModel](value: object, model: type[Body]) -> Body:
-    """Check a parsed body against its model.
-
-    Raises:
-        BadRequest: one sentence that names the field, and its value where that helps.
-    """
-    if not isinstance(value, dict):
-        raise BadRequest(f"the body must be a JSON object, not {shown(value)}")
-    try:
-        return model.model_validate(value)
-    except ValidationError as error:
-        raise first_fault(error, model) from error
-
-
 def check_stream(body: GenerationRequest) -> None:
     """Raises BadRequest if there are options of a stream without one, or what a stream has no place for."""
     if body.stream and body.prompt_logprobs is not None:
@@ -387,37 +313,7 @@ def _milliseconds(name: str, text: str) -> float:
     return value
 
 
-def not_served(name: str, model: type[BaseModel]) -> Neutral | None:
-    """The field called `name`, of `model` or of an object in it, if it is one of those that are not served."""
-    own = model.NEUTRAL if issubclass(model, Strict) else {}
-    return next((fields[name] for fields in (own, *ALL) if name in fields), None)
-
-
-def first_fault(error: ValidationError, model: type[BaseModel]) -> BadRequest:
-    """What pydantic found first, in one sentence; unknown fields come with the nearest field of `model`."""
-    fault = error.errors(include_url=False)[0]
-    path = [str(part) for part in fault["loc"]]
-    name = ".".join(path[:2] if path and path[0] in ("slo", "stream_options", "messages") else path[:1])
-    match fault["type"]:
-        case "extra_forbidden" if (field := not_served(path[-1], model)) is not None:
-            return BadRequest(refused(path[-1], field), name)
-        case "extra_forbidden":
-            known = path[-1] if len(path[-1]) <= SHOWN_VALUE_CHARS else ""
-            near = difflib.get_close_matches(known, model.model_fields, n=1)
-            hint = f"; did you mean {near[0]}?" if near else ""
-            return BadRequest(f"unknown field {shown('.'.join(path))}{hint}", name[:SHOWN_VALUE_CHARS])
-        case "missing":
-            return BadRequest(f"field {name} is missing", name)
-        case "value_error":
-            return BadRequest(str(fault["ctx"]["error"]), name)
-    return BadRequest(f"{name}={shown(fault['input'])}: {_lower_first(fault['msg'])}", name)
-
-
 def _not_empty[T: (str, list[int])](value: T, name: str) -> T:
     if not value:
         raise ValueError(f"{name} is empty; give at least one character or token id")
     return value
-
-
-def _lower_first(text: str) -> str:
-    return text[:1].lower() + text[1:]

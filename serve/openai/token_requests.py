@@ -7,7 +7,7 @@ from pydantic import Field
 from apt_jax.serve.errors import BadRequest
 from apt_jax.serve.openai.chat_requests import Messages
 from apt_jax.serve.openai.neutral_fields import OF_TEMPLATES, Fields
-from apt_jax.serve.openai.requests import Strict, parse_body
+from apt_jax.serve.openai.strict import Strict, parse_body
 
 
 class TokenizeRequest(Strict):

@@ -86,7 +86,7 @@ def run_batch_on_ray(
         ValueError, OSError: files or model cannot be used, or Ray is not installed; one sentence.
         EngineFailure: an engine could not be started, or fails on everything. The answers so far are kept.
     """
-    from apt_jax.serve.openai.chat_template import read_template
+    from apt_jax.serve.openai.templates.chat_template import read_template
 
     check_ray()
     check_files(source, output)

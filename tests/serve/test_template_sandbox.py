@@ -4,7 +4,7 @@ import jinja2
 import pytest
 
 from apt_jax.serve.openai.chat_requests import MAX_MESSAGES
-from apt_jax.serve.openai.template_sandbox import TemplateTooCostly, render_template
+from apt_jax.serve.openai.templates.sandbox import TemplateTooCostly, render_template
 from apt_jax.tokenization.tokenizer import no_advice
 
 CHATML = (

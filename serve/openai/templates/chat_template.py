@@ -8,7 +8,7 @@ import jinja2
 
 from apt_jax.serve.errors import BadRequest
 from apt_jax.serve.openai.chat_requests import Message
-from apt_jax.serve.openai.template_sandbox import render_template
+from apt_jax.serve.openai.templates.sandbox import render_template
 
 if TYPE_CHECKING:
     from apt_jax.tokenization.tokenizer import Tokenizer
