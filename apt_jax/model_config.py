@@ -1,9 +1,7 @@
 """Frozen description of a model: its shape and its special tokens."""
 
 import dataclasses
-import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 ACTIVATIONS = (
@@ -19,7 +17,9 @@ POSITION_OFFSET = 2  # OPT's embedding table has two unused rows before position
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """Shape of an OPT decoder, in the field names of Hugging Face's `OPTConfig`.
+    """Shape of a decoder, in the field names of Hugging Face's `OPTConfig`.
+
+    A family whose layers have other options adds them as fields of a subclass, and names its own `model_type`.
 
     Source: transformers `configuration_opt.py`.
     """
@@ -41,6 +41,7 @@ class ModelConfig:
     eos_token_ids: tuple[int, ...] = (2,)
     pad_token_id: int | None = 1
     checkpoint_dtype: str = "float32"
+    model_type: str = "opt"  # of its family
 
     @property
     def head_dim(self) -> int:
@@ -112,31 +113,11 @@ class ModelConfig:
 
     def to_hf(self) -> dict[str, Any]:
         """The mapping of a Hugging Face `config.json`, which `from_hf` reads back."""
-        raw = {"architectures": ["OPTForCausalLM"], "model_type": "opt", **dataclasses.asdict(self)}
+        raw = {"architectures": ["OPTForCausalLM"], **dataclasses.asdict(self)}
         raw["eos_token_id"] = list(raw.pop("eos_token_ids"))
         raw["dtype"] = raw.pop("checkpoint_dtype")
         raw["_remove_final_layer_norm"] = raw.pop("remove_final_layer_norm")
         return raw
-
-    @classmethod
-    def from_folder(cls, folder: Path) -> "ModelConfig":
-        """Read `config.json` in `folder`.
-
-        Raises:
-            FileNotFoundError: there is no such file.
-            ValueError: it is not JSON, or `from_hf` refuses it.
-        """
-        path = folder / "config.json"
-        try:
-            raw = json.loads(path.read_text(encoding="utf-8"))
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise ValueError(f"{path} is not valid JSON: {error}") from error
-        if not isinstance(raw, dict):
-            raise ValueError(f"{path} holds a JSON {type(raw).__name__}, not an object")
-        try:
-            return cls.from_hf(raw)
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from error
 
 
 def _require(fields: Mapping[str, Any], name: str, ok: bool, cure: str) -> None:

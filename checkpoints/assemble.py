@@ -12,8 +12,9 @@ import jax
 import numpy as np
 
 from apt_jax.checkpoints.errors import CheckpointError
+from apt_jax.checkpoints.families import family_of
 from apt_jax.checkpoints.formats.stored_tensor import StoredTensor
-from apt_jax.checkpoints.mapping import EMBEDDING_NAME, HEAD_NAME, Layout, Slot, slots
+from apt_jax.checkpoints.mapping import Layout, Slot
 from apt_jax.execution.weights.layout import Placed, WeightLayout
 from apt_jax.model_config import ModelConfig
 from apt_jax.models.sharding import padded_shape
@@ -37,10 +38,11 @@ def assemble(
         CheckpointError: a file ends early, a value does not fit `dtype`, or a stored tied head differs from the
             embedding.
     """
-    if config.tie_word_embeddings and HEAD_NAME in inventory:
-        _check_tied(inventory[EMBEDDING_NAME], inventory[HEAD_NAME], progress)
+    mapping = family_of(config).mapping
+    if config.tie_word_embeddings and mapping.head in inventory:
+        _check_tied(inventory[mapping.embedding], inventory[mapping.head], progress)
     by_path: dict[tuple[str, ...], list[Slot]] = {}
-    for slot in slots(config).values():
+    for slot in mapping.slots(config).values():
         by_path.setdefault(slot.path, []).append(slot)
     result: dict[tuple[str, ...], Placed] = {}
     for path, parts in by_path.items():

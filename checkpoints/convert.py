@@ -15,11 +15,12 @@ import jax
 import numpy as np
 
 from apt_jax.checkpoints.errors import CheckpointError
+from apt_jax.checkpoints.families import read_config
 from apt_jax.checkpoints.formats.fingerprint import weights_fingerprint
 from apt_jax.checkpoints.formats.manifest import Manifest
 from apt_jax.checkpoints.formats.orbax_store import save_weights
 from apt_jax.checkpoints.formats.weight_files import MANIFEST, ORBAX_WEIGHTS, LoadFormat, choose_format
-from apt_jax.checkpoints.load import parse_format, read_config, read_parameters
+from apt_jax.checkpoints.load import parse_format, read_parameters
 from apt_jax.checkpoints.placement import PlainLayout, stored_dtype
 from apt_jax.checkpoints.skeleton import Skeleton
 from apt_jax.checkpoints.source import COMPANION_FILES, resolve

@@ -3,7 +3,7 @@
 import dataclasses
 import time
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import jax
 import numpy as np
@@ -11,7 +11,8 @@ from flax import nnx
 from tqdm import tqdm
 
 from apt_jax.checkpoints.assemble import assemble
-from apt_jax.checkpoints.errors import CheckpointError, first_line
+from apt_jax.checkpoints.errors import CheckpointError
+from apt_jax.checkpoints.families import read_config
 from apt_jax.checkpoints.formats.dummy import random_parameters
 from apt_jax.checkpoints.formats.fingerprint import dummy_fingerprint, files_fingerprint
 from apt_jax.checkpoints.formats.inventory import take_inventory
@@ -22,7 +23,6 @@ from apt_jax.checkpoints.skeleton import Skeleton
 from apt_jax.checkpoints.source import resolve
 from apt_jax.execution.weights.layout import Placed, WeightLayout, Weights
 from apt_jax.model_config import ModelConfig
-from apt_jax.models.opt import OPT
 from apt_jax.models.sharding import Parallel
 from apt_jax.progress import is_hidden
 
@@ -50,11 +50,10 @@ class Loaded:
     load_seconds: float
 
     @property
-    def model(self) -> OPT:
+    def model(self) -> Any:
         """The model as a module, of weights that were left in stacks."""
         assert self.weights.layers is None
-        model: OPT = self.weights.outer.module(self.weights.outer.arrays)
-        return model
+        return self.weights.outer.module(self.weights.outer.arrays)
 
 
 def load_model(
@@ -134,20 +133,6 @@ def read_parameters(
     with _progress(sum(tensor.nbytes for tensor in inventory.values())) as bar:
         parameters = assemble(config, inventory, skeleton.dtype, layout, bar.update)
     return parameters, files_fingerprint(config, files.paths)
-
-
-def read_config(folder: Path) -> ModelConfig:
-    """Read `config.json` of `folder`.
-
-    Raises:
-        CheckpointError: there is none, or it asks for something that is not supported.
-    """
-    try:
-        return ModelConfig.from_folder(folder)
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{folder / 'config.json'} is missing; {folder} is no model folder") from error
-    except ValueError as error:
-        raise CheckpointError(first_line(error)) from error
 
 
 def parse_format(name: str) -> LoadFormat:

@@ -3,18 +3,19 @@
 import dataclasses
 import functools
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import numpy as np
 from flax import nnx
 
+from apt_jax.checkpoints.families import family_of
 from apt_jax.model_config import ModelConfig
-from apt_jax.models.opt import OPT
 
 
 @dataclasses.dataclass(frozen=True)
 class Skeleton:
-    """An abstract `OPT`: its graph definition and its parameters as shapes."""
+    """An abstract model of any family: its graph definition and its parameters as shapes."""
 
     graphdef: nnx.GraphDef
     state: nnx.State
@@ -34,17 +35,17 @@ class Skeleton:
     @functools.lru_cache(maxsize=16)  # tracing takes a good part of a second
     def of(cls, config: ModelConfig, dtype: np.dtype) -> "Skeleton":
         """Trace the model's constructor."""
-        graphdef, state = nnx.split(nnx.eval_shape(lambda: OPT(config, dtype=dtype, rngs=nnx.Rngs(0))))
+        make = family_of(config).module
+        graphdef, state = nnx.split(nnx.eval_shape(lambda: make(config, dtype=dtype, rngs=nnx.Rngs(0))))
         shapes = {tuple(map(str, path)): leaf.get_value() for path, leaf in nnx.to_flat_state(state)}
         return cls(graphdef, state, shapes)
 
     @property
-    def model(self) -> OPT:
-        """The model, of shapes."""
-        model: OPT = nnx.merge(self.graphdef, self.state)
-        return model
+    def model(self) -> Any:
+        """The model, of shapes: a module and a `Model`."""
+        return nnx.merge(self.graphdef, self.state)
 
-    def fill(self, parameters: Mapping[tuple[str, ...], jax.Array]) -> OPT:
+    def fill(self, parameters: Mapping[tuple[str, ...], jax.Array]) -> Any:
         """The model with `parameters`, which must be those of `shapes`."""
         assert parameters.keys() == self.shapes.keys()
         flat = [(path, leaf.replace(parameters[tuple(map(str, path))])) for path, leaf in nnx.to_flat_state(self.state)]

@@ -18,7 +18,8 @@ from pathlib import Path
 
 import numpy as np
 
-from apt_jax.checkpoints.mapping import Layout, hf_shapes, slots
+from apt_jax.checkpoints.mapping import Layout
+from apt_jax.checkpoints.mappings.opt import OPT_MAPPING
 from apt_jax.model_config import ModelConfig
 
 OPT_1_3B = ModelConfig(
@@ -59,7 +60,7 @@ def write_folder(config: ModelConfig, folder: Path, file_format: str) -> None:
     if file_format == "flax":
         _write_flax(config, folder, pattern)
         return
-    shapes = list(hf_shapes(config).items())
+    shapes = list(OPT_MAPPING.hf_shapes(config).items())
     step = len(shapes) if file_format in ("safetensors", "pt") else _SHARD_TENSORS
     groups = [shapes[i : i + step] for i in range(0, len(shapes), step)]
     weight_map: dict[str, str] = {}
@@ -84,7 +85,7 @@ def _write_flax(config: ModelConfig, folder: Path, pattern: np.ndarray) -> None:
     from flax import serialization, traverse_util
 
     flat = {}
-    for slot in slots(config).values():
+    for slot in OPT_MAPPING.slots(config).values():
         *parents, leaf = slot.name.split(".")
         if leaf == "weight":
             leaf = {Layout.TABLE: "embedding", Layout.LINEAR: "kernel", Layout.VECTOR: "scale"}[slot.layout]

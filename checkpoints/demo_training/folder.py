@@ -14,7 +14,7 @@ from safetensors.numpy import save_file
 from tokenizers import Tokenizer
 
 from apt_jax.checkpoints.demo_training.tokenizer import save_tokenizer
-from apt_jax.checkpoints.mapping import export_huggingface
+from apt_jax.checkpoints.export import export_huggingface
 from apt_jax.model_config import ModelConfig
 
 

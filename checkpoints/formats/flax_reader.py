@@ -18,7 +18,7 @@ import numpy as np
 
 from apt_jax.checkpoints.errors import CheckpointError, first_line
 from apt_jax.checkpoints.formats.stored_tensor import FLOATING, StoredTensor
-from apt_jax.checkpoints.mapping import flax_name
+from apt_jax.checkpoints.mapping import WeightMapping
 
 _CHUNKED = "__msgpack_chunked_array__"
 _NDARRAY = 1  # flax's extension code
@@ -42,7 +42,7 @@ class _Array:
     pieces: tuple[tuple[int, int], ...]
 
 
-def read_flax(path: Path) -> list[StoredTensor]:
+def read_flax(path: Path, mapping: WeightMapping) -> list[StoredTensor]:
     """List the tensors of `path`; reads headers only.
 
     Raises:
@@ -65,7 +65,7 @@ def read_flax(path: Path) -> list[StoredTensor]:
         stored = "/".join(keys)
         if not isinstance(leaf, _Array):
             raise CheckpointError(f"{path} holds {stored!r}, a {type(leaf).__name__} and no array")
-        name = flax_name(keys)
+        name = mapping.flax_name(keys)
         if name is not None:
             rows = _Rows(path, stored, leaf)
             found.append(StoredTensor(stored, name, path, leaf.shape, leaf.dtype, True, rows))

@@ -8,14 +8,14 @@ from safetensors import SafetensorError, safe_open
 
 from apt_jax.checkpoints.errors import CheckpointError, first_line
 from apt_jax.checkpoints.formats.stored_tensor import StoredTensor
-from apt_jax.checkpoints.mapping import canonical_name
+from apt_jax.checkpoints.mapping import WeightMapping
 
 # The library maps the file, and mapped pages that were read count as resident until it is closed.
 _REOPEN_BYTES = 32 * 2**20
 _DTYPES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
 
 
-def read_safetensors(path: Path) -> list[StoredTensor]:
+def read_safetensors(path: Path, mapping: WeightMapping) -> list[StoredTensor]:
     """List the tensors of `path` from its header.
 
     Raises:
@@ -24,7 +24,7 @@ def read_safetensors(path: Path) -> list[StoredTensor]:
     found: list[StoredTensor] = []
     with _open(path) as file:
         for stored in file.keys():  # noqa: SIM118 (the handle is not a mapping)
-            name = canonical_name(stored)
+            name = mapping.canonical_name(stored)
             if name is None:
                 continue
             view = file.get_slice(stored)

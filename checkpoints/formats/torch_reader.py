@@ -10,12 +10,12 @@ import numpy as np
 from apt_jax.checkpoints.errors import CheckpointError, first_line
 from apt_jax.checkpoints.formats.stored_tensor import StoredTensor
 from apt_jax.checkpoints.formats.weight_files import torch_is_installed
-from apt_jax.checkpoints.mapping import canonical_name
+from apt_jax.checkpoints.mapping import WeightMapping
 
 _REOPEN_BYTES = 128 * 2**20  # mapped pages that were read stay resident until the mapping is dropped
 
 
-def read_torch(path: Path) -> list[StoredTensor]:
+def read_torch(path: Path, mapping: WeightMapping) -> list[StoredTensor]:
     """List the tensors of the state dict in `path`.
 
     Raises:
@@ -32,7 +32,7 @@ def read_torch(path: Path) -> list[StoredTensor]:
     mapped = _MappedFile(path)
     found: list[StoredTensor] = []
     for stored, tensor in mapped.tensors().items():
-        name = canonical_name(stored)
+        name = mapping.canonical_name(stored)
         if name is None:
             continue
         found.append(

@@ -10,9 +10,10 @@ import jax
 
 from apt_jax.attention.selection import compile_kernels
 from apt_jax.cache import keeps_hidden
+from apt_jax.checkpoints.families import read_config
 from apt_jax.checkpoints.formats.weight_files import LoadFormat
 from apt_jax.checkpoints.generation_config import AUTO, GenerationConfig, read_generation_config
-from apt_jax.checkpoints.load import load_model, parse_format, read_config
+from apt_jax.checkpoints.load import load_model, parse_format
 from apt_jax.checkpoints.source import resolve
 from apt_jax.engine.engine import Engine
 from apt_jax.engine.memory import check_longest_request

@@ -18,10 +18,10 @@ import pytest
 from apt_jax.checkpoints import convert as convert_module
 from apt_jax.checkpoints.convert import convert, verify
 from apt_jax.checkpoints.errors import CheckpointError
+from apt_jax.checkpoints.export import export_huggingface
 from apt_jax.checkpoints.formats.manifest import Manifest
 from apt_jax.checkpoints.formats.weight_files import MANIFEST, LoadFormat
 from apt_jax.checkpoints.load import load_model
-from apt_jax.checkpoints.mapping import export_huggingface
 from tests.support.checkpoint_folders import (
     VARIANTS,
     assert_same_parameters,

@@ -11,8 +11,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from apt_jax.checkpoints.errors import CheckpointError
+from apt_jax.checkpoints.export import export_huggingface
 from apt_jax.checkpoints.load import load_model
-from apt_jax.checkpoints.mapping import export_huggingface
 from tests.support.checkpoint_folders import TINY, flax_tree, random_model, write_config, write_flax, write_safetensors
 
 FC1 = "model.decoder.layers.1.fc1.weight"

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from flax import nnx, serialization
 
+from apt_jax.checkpoints.export import export_huggingface
 from apt_jax.checkpoints.formats.weight_files import LoadFormat
 from apt_jax.checkpoints.load import load_model
-from apt_jax.checkpoints.mapping import export_huggingface
 from tests.support.checkpoint_folders import (
     TINY,
     VARIANTS,

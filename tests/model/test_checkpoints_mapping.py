@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from apt_jax.checkpoints.mapping import canonical_name, export_huggingface, flax_name, hf_shapes, slots
+from apt_jax.checkpoints.export import export_huggingface
+from apt_jax.checkpoints.mappings.opt import OPT_MAPPING
 from apt_jax.models.opt import OPT
 from tests.support.checkpoint_folders import TINY, VARIANTS, random_model
 
@@ -16,7 +17,7 @@ from tests.support.checkpoint_folders import TINY, VARIANTS, random_model
 def test_slots_cover_every_parameter_exactly_once(config):
     model = nnx.eval_shape(lambda: OPT(config, rngs=nnx.Rngs(0)))
     filled = {}
-    for slot in slots(config).values():
+    for slot in OPT_MAPPING.slots(config).values():
         filled.setdefault(slot.path, []).append(slot)
     parameters = {path: leaf.shape for path, leaf in nnx.to_flat_state(nnx.state(model))}
     assert filled.keys() == parameters.keys()
@@ -32,7 +33,7 @@ def test_slots_cover_every_parameter_exactly_once(config):
 def test_export_has_torch_names_shapes_and_layout(config):
     model = random_model(config, seed=0)
     exported = export_huggingface(config, model)
-    assert {name: array.shape for name, array in exported.items()} == hf_shapes(config)
+    assert {name: array.shape for name, array in exported.items()} == OPT_MAPPING.hf_shapes(config)
     x = np.random.default_rng(0).normal(size=(5, config.hidden_size)).astype(np.float32)
     layer = nnx.merge(*_one_layer(model, 2))
     query = layer.self_attn.q_proj(jnp.asarray(x)).reshape(5, -1)
@@ -57,7 +58,7 @@ def test_export_is_undone_by_from_torch_and_from_flax(config):
     model = random_model(config, seed=1)
     exported = export_huggingface(config, nnx.state(model))
     flat = dict(nnx.to_flat_state(nnx.state(model)))
-    for name, slot in slots(config).items():
+    for name, slot in OPT_MAPPING.slots(config).items():
         held = np.asarray(flat[slot.path][...])
         held = held if slot.layer is None else held[slot.layer]
         np.testing.assert_array_equal(slot.from_torch(exported[name]), held)
@@ -65,7 +66,7 @@ def test_export_is_undone_by_from_torch_and_from_flax(config):
 
 
 def test_names_of_a_known_layer():
-    shapes = hf_shapes(VARIANTS["untied"])
+    shapes = OPT_MAPPING.hf_shapes(VARIANTS["untied"])
     assert shapes["model.decoder.embed_tokens.weight"] == (64, 24)
     assert shapes["model.decoder.embed_positions.weight"] == (18, 32)
     assert shapes["model.decoder.project_in.weight"] == (32, 24)
@@ -76,6 +77,7 @@ def test_names_of_a_known_layer():
 
 
 def test_spellings_in_the_wild():
+    canonical_name, flax_name = OPT_MAPPING.canonical_name, OPT_MAPPING.flax_name
     assert canonical_name("decoder.layers.0.fc1.weight") == "model.decoder.layers.0.fc1.weight"
     assert canonical_name("model.decoder.layers.0.fc1.weight") == "model.decoder.layers.0.fc1.weight"
     assert canonical_name("lm_head.weight") == "lm_head.weight"

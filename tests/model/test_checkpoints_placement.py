@@ -15,8 +15,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from apt_jax.checkpoints.convert import convert
 from apt_jax.checkpoints.errors import CheckpointError
+from apt_jax.checkpoints.export import export_huggingface
 from apt_jax.checkpoints.load import load_model
-from apt_jax.checkpoints.mapping import export_huggingface
 from apt_jax.checkpoints.placement import serving_dtype
 from apt_jax.execution.platform import PLATFORMS
 from apt_jax.model_config import ModelConfig

@@ -8,8 +8,8 @@ import sys
 import pytest
 
 from apt_jax.checkpoints.errors import CheckpointError
+from apt_jax.checkpoints.export import export_huggingface
 from apt_jax.checkpoints.load import load_model
-from apt_jax.checkpoints.mapping import export_huggingface
 from apt_jax.checkpoints.source import resolve
 from tests.support.checkpoint_folders import TINY, assert_same_parameters, random_model, write_config, write_safetensors
 from tests.support.hub_server import COMMIT, hub_server

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from apt_jax.checkpoints.errors import CheckpointError
+from apt_jax.checkpoints.export import export_huggingface
 from apt_jax.checkpoints.formats.weight_files import LoadFormat, torch_is_installed
 from apt_jax.checkpoints.load import load_model
-from apt_jax.checkpoints.mapping import export_huggingface
 from tests.support.checkpoint_folders import assert_same_parameters, flax_tree
 
 FOLDERS = Path(__file__).parents[1] / "torch_checkpoints"

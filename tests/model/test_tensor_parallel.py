@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec
 
 from apt_jax.attention import hidden_slices
 from apt_jax.checkpoints.convert import convert
-from apt_jax.checkpoints.mapping import export_huggingface
+from apt_jax.checkpoints.export import export_huggingface
 from apt_jax.model_config import ModelConfig
 from apt_jax.models.sharding import Parallel, padded_shape
 from apt_jax.pallas_kernels import reference

@@ -10,7 +10,8 @@ import numpy as np
 from flax import nnx, serialization, traverse_util
 from safetensors.numpy import save_file
 
-from apt_jax.checkpoints.mapping import Layout, slots
+from apt_jax.checkpoints.mapping import Layout
+from apt_jax.checkpoints.mappings.opt import OPT_MAPPING
 from apt_jax.checkpoints.skeleton import Skeleton
 from apt_jax.model_config import ModelConfig
 from apt_jax.models.opt import OPT
@@ -64,13 +65,13 @@ def write_config(folder: Path, config: ModelConfig, **changes) -> None:
     fields["torch_dtype"] = fields.pop("checkpoint_dtype")
     fields["eos_token_id"] = fields.pop("eos_token_ids")[0]
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps({"model_type": "opt", **fields, **changes}))
+    (folder / "config.json").write_text(json.dumps({**fields, **changes}))
 
 
 def flax_tree(config: ModelConfig, tensors: Mapping[str, np.ndarray]) -> dict[tuple[str, ...], np.ndarray]:
     """Torch tensors by name as the flattened Flax tree of transformers' FlaxOPTForCausalLM."""
     result = {}
-    for name, slot in slots(config).items():
+    for name, slot in OPT_MAPPING.slots(config).items():
         *parents, leaf = name.split(".")
         if leaf == "weight":
             leaf = {Layout.TABLE: "embedding", Layout.LINEAR: "kernel", Layout.VECTOR: "scale"}[slot.layout]

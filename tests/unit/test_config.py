@@ -8,6 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import OPTConfig
 
+from apt_jax.checkpoints.errors import CheckpointError
+from apt_jax.checkpoints.families import read_config
 from apt_jax.model_config import ACTIVATIONS, ModelConfig
 
 MINIMAL = {"model_type": "opt"}
@@ -178,9 +180,9 @@ def test_a_field_left_to_its_default_is_named_with_that_default():
         ModelConfig.from_hf({**MINIMAL, "hidden_size": 100})
 
 
-def test_from_folder(tmp_path):
+def test_read_config(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(OPT_125M), encoding="utf-8")
-    assert ModelConfig.from_folder(tmp_path) == ModelConfig.from_hf(OPT_125M)
+    assert read_config(tmp_path) == ModelConfig.from_hf(OPT_125M)
 
 
 @pytest.mark.parametrize(
@@ -193,18 +195,18 @@ def test_from_folder(tmp_path):
         (b'{"model_type": "gpt2"}', "unsupported model_type='gpt2'"),
     ],
 )
-def test_from_folder_names_the_bad_file(tmp_path, content, problem):
+def test_read_config_names_the_bad_file(tmp_path, content, problem):
     path = tmp_path / "config.json"
     path.write_bytes(content)
     with pytest.raises(ValueError, match=r"config\.json") as caught:
-        ModelConfig.from_folder(tmp_path)
+        read_config(tmp_path)
     assert str(path) in str(caught.value)
     assert problem in str(caught.value)
 
 
-def test_from_folder_without_a_config(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"config\.json"):
-        ModelConfig.from_folder(tmp_path)
+def test_read_config_without_a_config(tmp_path):
+    with pytest.raises(CheckpointError, match=r"config\.json is missing"):
+        read_config(tmp_path)
 
 
 def test_the_config_is_frozen_and_hashable():

@@ -78,7 +78,7 @@ class LayerLayout(WeightLayout):
         """See `WeightLayout`."""
         outer: list[tuple[jax.Array, InModule]] = []
         of_layers: list[Placed] = []
-        dtype = next(np.dtype(one.arrays[0].dtype) for path, one in placed.items() if path[-2] == "embed_positions")
+        dtype = np.dtype(jax.tree.leaves(nnx.state(model))[0].dtype)  # what XLA multiplies is placed as float32
         for path in paths_of(model):
             one = placed[path]
             if path[0] == _LAYERS:
