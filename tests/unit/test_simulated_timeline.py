@@ -291,11 +291,25 @@ def test_numbers_that_make_no_arrivals_are_refused(change):
         make_arrivals(TABLE, **{"rate": 1.0, "num_requests": 1, "cv": 1.0, "seed": 0, **change})
 
 
-def test_rows_that_do_not_fit_or_hold_nothing_are_left_out(tmp_path):
-    (tmp_path / "w.csv").write_text("prompt_tokens,output_tokens\n0,5\n5,0\n5,5\n5,6\n1,1\n")
+def test_rows_that_do_not_fit_are_left_out(tmp_path):
+    (tmp_path / "w.csv").write_text("prompt_tokens,output_tokens\n5,5\n5,6\n1,1\n")
     (tmp_path / "v.csv").write_text("prompt_tokens,output_tokens\n7,1\n")
     lengths = load_lengths(str(tmp_path / "w.csv"), max_model_len=10)
     assert lengths.prompt_tokens.tolist() == [5, 1] and lengths.output_tokens.tolist() == [5, 1]
     mixed = load_lengths(f"{tmp_path / 'w.csv'}+{tmp_path / 'v.csv'}", max_model_len=10)
     assert mixed.prompt_tokens.tolist() == [5, 7, 1, 7] and mixed.output_tokens.tolist() == [5, 1, 1, 1]
     assert mixed.name == f"{tmp_path / 'w.csv'}+{tmp_path / 'v.csv'}"
+
+
+@pytest.mark.parametrize("row", ["0,5", "5,0", "-1,5", "nan,5", "1.5,5", "5,inf", "5,1000000001", "5,"])
+def test_a_row_without_whole_numbers_of_tokens_is_refused_with_its_line(tmp_path, row):
+    (tmp_path / "w.csv").write_text(f"prompt_tokens,output_tokens\n1,1000000000\n{row}\n")
+    with pytest.raises(ValueError, match=r"w\.csv, line 3: (prompt|output)_tokens="):
+        load_lengths(str(tmp_path / "w.csv"), max_model_len=10)
+
+
+@pytest.mark.parametrize("arrival_s", ["-1", "nan", "inf", "soon"])
+def test_an_arrival_that_is_no_time_is_refused_with_its_line(tmp_path, arrival_s):
+    (tmp_path / "w.csv").write_text(f"arrival_s,prompt_tokens,output_tokens\n0,1,1\n{arrival_s},1,1\n")
+    with pytest.raises(ValueError, match=r"w\.csv, line 3: arrival_s="):
+        load_lengths(str(tmp_path / "w.csv"))
