@@ -2,6 +2,9 @@
 
 import numpy as np
 
+from apt_jax.scheduling.policies.apt.facts.ledger import Ledger
+from apt_jax.scheduling.policies.apt.facts.view import View
+from apt_jax.scheduling.policies.apt.options import AptOptions
 from apt_jax.scheduling.policies.catalogue import make_policy
 from apt_jax.scheduling.policies.interface import PolicyContext
 from tests.support.scheduling_loop import TINY
@@ -22,3 +25,9 @@ class Foretold:
 
 def decide(state, now, options="apt:prediction=off", model=TINY, remaining=256.0):
     return lines(make_policy(options, PolicyContext(model, predictor=Foretold(remaining))).schedule(state, now))
+
+
+def view_of(state, now, *, model=TINY, remaining=256.0, tick_s=0.0, **options):
+    """What `apt` knows of `state` before it decides."""
+    context = PolicyContext(model, predictor=Foretold(remaining))
+    return View(context, AptOptions(**options), state, *Ledger().update(state), now, tick_s)

@@ -1,0 +1,200 @@
+"""Whom `apt` admits at each limit, and what hidden caches may cost, by hand: blocks of 4 tokens, 2 a KV page.
+
+A request that `run` puts there has its last token at time 0, so it arrives before that; one that arrived more than a
+second before its first token has missed its SLO. Without prediction only what is known now counts.
+"""
+
+import pytest
+
+from apt_jax.cache import CacheKind
+from apt_jax.request import Slo
+from apt_jax.scheduling.costs.cost_model import CostModel
+from apt_jax.scheduling.costs.hardware import HARDWARE, MODELS
+from tests.support.apt_plans import decide
+from tests.support.scheduling_loop import make_state
+from tests.support.tiny_states import run, wait
+
+PATIENT = Slo(60.0, 60.0)
+
+
+class Slower(CostModel):
+    """A hidden token costs 1/1,024 s more than one in KV; decodes alone take `decode`, whatever they read."""
+
+    rho_s = 1 / 1024
+    attention_s = (1 / 1024, 1 / 512)
+    decode = 0.5
+
+    def step_s(self, load):
+        return self.decode if load.decode_requests and not load.prefill_tokens else 0.0
+
+
+class AsFast(Slower):
+    rho_s, decode = 0.0, 0.25
+    attention_s = (1 / 512, 1 / 512)
+
+
+class Quick(Slower):
+    decode = 0.499
+
+
+def model(kind):
+    return kind(MODELS["opt-125m"], HARDWARE["h200"])
+
+
+# -- a hidden cache where memory is short --------------------------------------------------------------------------
+
+
+def short(pending_s=0.5):
+    """Two decode; 20 blocks are free for a prompt of 64 tokens: 16 hidden ones are enough, 32 for KV are too many."""
+    state = make_state(32, mode="hybrid")
+    run(state, "a", 9, slo=PATIENT)  # 6 blocks
+    run(state, "b", 9, slo=PATIENT)
+    wait(state, "new", 64, arrival_s=1.0 - pending_s)
+    return state
+
+
+SERVED = "run new 62 hidden ADMITTED_HIDDEN_SERVES_MORE"
+
+
+@pytest.mark.parametrize(
+    ("options", "kind", "remaining", "is_served"),
+    [
+        # 2 decodes x 1/512 s x (64 + 128 / 2) tokens are 0.5 s, as long as the iteration
+        ("apt", Slower, 128.0, True),
+        ("apt", Quick, 128.0, False),
+        ("apt", Slower, 129.0, False),
+        ("apt:sustained=off", Quick, 128.0, True),
+        ("apt:prediction=off", Quick, 128.0, True),  # 2 x 1/512 x 64 are half of that
+        ("apt", AsFast, 128.0, True),  # costs nothing more than KV
+    ],
+)
+def test_hidden_serves_more_if_the_batch_gains(options, kind, remaining, is_served):
+    found = decide(short(), 1.0, options, model(kind), {9: 1.0, 64: remaining})
+    assert (SERVED in found) is is_served
+
+
+@pytest.mark.parametrize(("pending_s", "is_served"), [(0.19, True), (0.18, False)])
+def test_a_hidden_cache_must_be_worth_the_delay_of_everyone(pending_s, is_served):
+    """16 pages of 4 tokens, 1/1,024 s each, for three requests: 0.1875 s. A millisecond is added to what has passed."""
+    assert (SERVED in decide(short(pending_s), 1.0, model=model(Slower))) is is_served
+
+
+def test_a_late_request_s_delay_does_not_count():
+    """Two requests instead of three: 0.125 s; `late` gives its memory, but then the newcomer may have KV."""
+    for pending_s, is_served in ((0.13, True), (0.12, False)):
+        state = make_state(32, mode="hybrid", max_num_seqs=8)
+        run(state, "a", 9, slo=PATIENT)
+        wait(state, "gone", 64, arrival_s=-5.0)
+        wait(state, "new", 64, arrival_s=1.0 - pending_s)
+        found = decide(state, 1.0, model=model(Slower))
+        assert ("run new 63 hidden ADMITTED_HIDDEN_SERVES_MORE" in found) is is_served
+
+
+# -- the watermark -------------------------------------------------------------------------------------------------
+
+
+def test_the_watermark_is_no_room_for_the_solver():
+    """10 blocks are free and 2 of them stay: `big` (10) is worth more, but only `small` fits."""
+    state = make_state(18, watermark=2)
+    run(state, "fine", 15, slo=PATIENT)
+    wait(state, "big", 20, arrival_s=0.0)
+    wait(state, "small", 8, arrival_s=0.4, slo=PATIENT)
+    assert decide(state, 0.5) == ["run fine 1 kv DECODES", "run small 8 kv ADMITTED_KV", "wait big WAITS_FOR_BLOCKS"]
+
+
+@pytest.mark.parametrize(("watermark", "first"), [(2, "preempt late PREEMPTED_LATE"), (0, "run fine 1 kv DECODES")])
+def test_somebody_is_evicted_for_the_watermark_too(watermark, first):
+    state = make_state(22, watermark=watermark)
+    run(state, "late", 7, arrival_s=-5.0)  # 4 blocks
+    run(state, "fine", 15, slo=PATIENT)  # 8; 10 are free
+    wait(state, "fresh", 20, arrival_s=1.0)  # 10
+    plan = decide(state, 1.1)
+    assert "run fresh 20 kv ADMITTED_KV" in plan and (plan[0] == first) is (watermark > 0)
+
+
+@pytest.mark.parametrize(("free", "is_admitted"), [(2, True), (1, False)])
+def test_the_last_page_is_given_out(free, is_admitted):
+    state = make_state(8 + free)
+    run(state, "fine", 15, slo=PATIENT)
+    wait(state, "fresh", 4, arrival_s=0.4)
+    assert ("run fresh 4 kv ADMITTED_KV" in decide(state, 0.5)) is is_admitted
+
+
+@pytest.mark.parametrize(("blocks", "watermark", "converts"), [(18, 0, True), (18, 4, True), (17, 0, False)])
+def test_what_an_admission_leaves_may_be_used_for_a_conversion(blocks, watermark, converts):
+    """5 held and 2 for the newcomer; a quarter (4) and 2 for growth stay free; 5 are to be converted."""
+    state = make_state(blocks, mode="hybrid", watermark=watermark)
+    run(state, "hidden", 19, kind=CacheKind.HIDDEN, slo=PATIENT)
+    wait(state, "new", 4, arrival_s=0.1)
+    found = decide(state, 0.9, model=model(Slower))
+    assert "run new 4 kv ADMITTED_KV" in found
+    assert ("convert hidden CONVERTED_MEMORY_FREE" in found) is converts
+
+
+# -- seats and victims ---------------------------------------------------------------------------------------------
+
+
+def test_nobody_is_evicted_while_a_seat_and_the_blocks_are_free():
+    state = make_state(64, max_num_seqs=2)
+    run(state, "late", 7, arrival_s=-5.0)
+    wait(state, "fresh", 8, arrival_s=1.0)
+    assert decide(state, 1.1) == ["run late 1 kv DECODES", "run fresh 8 kv ADMITTED_KV"]
+
+
+def test_one_seat_costs_one_victim():
+    state = make_state(64, max_num_seqs=2)
+    run(state, "small", 3, arrival_s=-5.0)
+    run(state, "large", 7, arrival_s=-5.0)
+    wait(state, "fresh", 8, arrival_s=1.0)
+    assert decide(state, 1.1) == [
+        "preempt large PREEMPTED_LATE", "run small 1 kv DECODES", "run fresh 8 kv ADMITTED_KV",
+    ]  # fmt: skip
+
+
+def test_a_late_offer_ahead_gets_no_seat_and_evicts_nobody():
+    """Now `fresh` has waited for a 60,000th of its SLO; even a ten-thousandth of the late one's is more."""
+    state = make_state(64, max_num_seqs=1)
+    run(state, "late", 7, arrival_s=-5.0)
+    wait(state, "old", 8, arrival_s=-5.0)
+    wait(state, "fresh", 8, arrival_s=1.0, slo=PATIENT)
+    assert decide(state, 1.0) == ["preempt late PREEMPTED_LATE", "run fresh 8 kv ADMITTED_KV", "wait old WAITS_LATE"]
+
+
+def test_a_hidden_newcomer_lacks_one_block():
+    """3 blocks are free and 4 are needed: the late one's makes up for it. With 4 nobody has to go."""
+    for blocks, first in ((4, "preempt late PREEMPTED_LATE"), (5, "run late 1 hidden DECODES")):
+        state = make_state(blocks, mode="hidden")
+        run(state, "late", 2, kind=CacheKind.HIDDEN, arrival_s=-5.0)  # one block
+        wait(state, "fresh", 16, arrival_s=1.0)
+        assert decide(state, 1.1)[0] == first
+
+
+def test_the_room_that_one_took_is_gone_for_the_next():
+    """4 blocks are free: `a` has them, `b` needs the late one's."""
+    state = make_state(8)
+    run(state, "late", 7, arrival_s=-5.0)
+    wait(state, "a", 8, arrival_s=1.0)
+    wait(state, "b", 8, arrival_s=1.05)
+    assert decide(state, 1.1) == [
+        "preempt late PREEMPTED_LATE", "run a 8 kv ADMITTED_KV", "run b 8 kv ADMITTED_KV",
+    ]  # fmt: skip
+
+
+# -- the forecast --------------------------------------------------------------------------------------------------
+
+
+def test_the_forecast_is_not_asked_where_only_a_victim_ran():
+    """The newcomer alone will want more than the 60 blocks, but then there is nobody to share them with."""
+    state = make_state(60)
+    run(state, "late", 40, arrival_s=-5.0)
+    wait(state, "fresh", 100, arrival_s=1.0)
+    assert decide(state, 1.1, "apt")[0] == "preempt late PREEMPTED_LATE"
+
+
+def test_what_is_expected_may_fill_the_cache_to_the_last_block():
+    """All end within the next 16 tokens: what counts is 8 blocks held and 12 wanted."""
+    for blocks, is_admitted in ((20, True), (19, False)):
+        state = make_state(blocks)
+        run(state, "fine", 15, slo=PATIENT)
+        wait(state, "fresh", 24, arrival_s=0.4)
+        assert ("run fresh 24 kv ADMITTED_KV" in decide(state, 0.5, "apt", remaining=1e-3)) is is_admitted

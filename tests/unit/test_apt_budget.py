@@ -1,0 +1,230 @@
+"""Tokens of an iteration, whose turn it is, and conversions of `apt`, worked out by hand: blocks of 4 tokens.
+
+A request that `run` puts there has its last token at time 0, so it arrives before that; one that arrived more than a
+second before its first token has missed its SLO. Nothing is predicted.
+"""
+
+from dataclasses import replace
+
+import pytest
+
+from apt_jax.cache import CacheKind
+from apt_jax.request import Slo
+from apt_jax.scheduling.costs.cost_model import CostModel, Scales
+from apt_jax.scheduling.costs.hardware import HARDWARE, MODELS
+from apt_jax.scheduling.costs.step_load import StepLoad
+from tests.support.apt_plans import decide
+from tests.support.scheduling_loop import make_state
+from tests.support.tiny_states import run, wait
+
+PATIENT = Slo(60.0, 60.0)
+TURNS = "apt:prediction=off:mixed=off"
+
+
+class Toy(CostModel):
+    """1/1,024 s a token, besides those that are free; hidden as fast as KV. What it is asked is written down."""
+
+    token_s, rho_s, attention_s = 1 / 1024, 0.0, (1 / 1024, 1 / 1024)
+    free_tokens, decode, both = 0, 0.0, 0.0
+    asked = ()
+
+    def step_s(self, load):
+        type(self).asked = (*self.asked, load)
+        if load.prefill_tokens:
+            return self.both if load.decode_requests else 0.5
+        return self.decode
+
+
+def toy(scales=None, **figures):
+    model = type("Figures", (Toy,), figures)(MODELS["opt-125m"], HARDWARE["h200"])
+    return model if scales is None else replace(model, scales=scales)
+
+
+# -- the budget ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("scales", "figures", "tokens"),
+    [
+        # a quarter of 0.5 s is 128 tokens
+        (None, {}, 128),
+        (None, {"free_tokens": 1}, 128),  # both decodes take the free one
+        (None, {"free_tokens": 42}, 128 + 40),
+        (None, {"decode": 0.0625}, 64),
+        (Scales(compute=2.0), {}, 64),
+        (Scales(dense=4.0), {}, 32),
+        (None, {"decode": 0.125}, 16), (None, {"decode": 0.5}, 16), (None, {"decode": 0.5, "free_tokens": 19}, 17),
+    ],
+)  # fmt: skip
+def test_tokens_that_the_tightest_gap_pays_for(scales, figures, tokens):
+    state = make_state(4000, tokens=2048)
+    run(state, "loose", 7, slo=PATIENT)
+    run(state, "tight", 7, slo=Slo(1.0, 0.5))
+    wait(state, "essay", 1800, arrival_s=0.04)
+    assert decide(state, 0.05, model=toy(scales, **figures))[-1] == f"run essay {tokens} kv ADMITTED_KV"
+
+
+def test_those_that_decode_alone_limit_nothing_for_a_prompt_alone():
+    state = make_state(4000, tokens=2048)
+    wait(state, "essay", 1800, arrival_s=0.04, slo=Slo(1.0, 0.001))
+    assert decide(state, 0.05, model=toy()) == ["run essay 1800 kv ADMITTED_KV"]
+
+
+@pytest.mark.parametrize("model", [toy(), None])
+def test_one_token_is_for_the_decode(model):
+    state = make_state(tokens=1)
+    run(state, "talker", 7)
+    run(state, "half", 10, computed=1, arrival_s=-30.0)  # in the lane
+    assert decide(state, 0.5, model=model) == ["run talker 1 kv DECODES"]
+
+
+def test_a_prompt_under_way_uses_the_tokens_up():
+    """7 tokens: 1 decodes, 6 finish a prompt; one more reaches the newcomer."""
+    for tokens, last in ((7, "wait new WAITS_FOR_BLOCKS"), (8, "run new 1 kv ADMITTED_KV")):
+        state = make_state(64, tokens=tokens)
+        run(state, "talker", 7)
+        run(state, "half", 10, computed=4)
+        wait(state, "new", 8, arrival_s=0.2)
+        assert decide(state, 0.5) == ["run talker 1 kv DECODES", "run half 6 kv CONTINUES_PREFILL", last]
+
+
+def test_only_the_last_admission_is_not_reached():
+    state = make_state(64, tokens=10)
+    for k, name in enumerate("abcd"):
+        wait(state, name, 4, arrival_s=k / 16)
+    assert decide(state, 0.5) == [
+        "run a 4 kv ADMITTED_KV", "run b 4 kv ADMITTED_KV", "run c 2 kv ADMITTED_KV", "wait d WAITS_FOR_BLOCKS",
+    ]  # fmt: skip
+
+
+# -- together or in turns ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("both", "options", "plan"),
+    [
+        (0.75, "apt:prediction=off", ["run talker 1 kv DECODES", "run new 4 kv ADMITTED_KV"]),
+        (0.76, "apt:prediction=off", ["run talker 1 kv DECODES", "wait new WAITS_FOR_DECODE"]),
+        (0.75, TURNS, ["run talker 1 kv DECODES", "wait new WAITS_FOR_DECODE"]),
+    ],
+)
+def test_together_if_that_takes_no_longer(both, options, plan):
+    """A prompt takes 0.5 s and a decode 0.25 s."""
+    state = make_state(64)
+    run(state, "talker", 7, slo=PATIENT)
+    wait(state, "new", 4, arrival_s=0.4)
+    assert decide(state, 0.5, options, toy(both=both, decode=0.25)) == plan
+
+
+def test_without_a_cost_model_they_take_turns():
+    state = make_state(64)
+    run(state, "talker", 7, slo=PATIENT)
+    wait(state, "new", 4, arrival_s=0.4)
+    assert decide(state, 0.5, model=None) == ["run talker 1 kv DECODES", "wait new WAITS_FOR_DECODE"]
+
+
+@pytest.mark.parametrize(
+    ("limit", "tokens"),
+    [(64, 10), (9, 7), (3, 1), (2, 1)],  # 4 of the newcomer and 6 of a prompt under way, within the limit
+)
+def test_what_the_cost_model_is_asked_about(limit, tokens):
+    state, model = make_state(64, tokens=limit), toy()
+    run(state, "a", 7, slo=PATIENT)
+    run(state, "b", 7, slo=PATIENT)
+    run(state, "half", 10, computed=4)
+    wait(state, "new", 4, arrival_s=0.4)
+    decide(state, 0.5, model=model)
+    wanted = {
+        StepLoad(tokens, samples=1), StepLoad(decode_requests=2, samples=2),
+        StepLoad(tokens, decode_requests=2, samples=3),
+    }  # fmt: skip
+    assert {load for load in type(model).asked if load.samples} == wanted
+
+
+def turns(state, now=0.5):
+    return decide(state, now, TURNS)
+
+
+def test_a_late_decode_s_time_does_not_count():
+    state = make_state(64)
+    run(state, "gone", 7, arrival_s=-5.0)
+    wait(state, "new", 4, arrival_s=0.4)
+    assert turns(state) == ["run new 4 kv ADMITTED_KV", "wait gone WAITS_FOR_PREFILL"]
+
+
+def test_a_late_prompt_s_time_does_not_count():
+    state = make_state(64)
+    run(state, "talker", 7)
+    run(state, "half", 10, computed=4, arrival_s=-5.0)
+    assert turns(state) == ["run talker 1 kv DECODES"]
+
+
+def test_a_prompt_that_does_not_fit_leaves_its_turn_to_the_decodes():
+    state = make_state(20)
+    run(state, "talker", 7, slo=PATIENT)
+    wait(state, "new", 40, arrival_s=-0.4)
+    assert turns(state) == ["run talker 1 kv DECODES", "wait new WAITS_FOR_DECODE"]
+
+
+def test_those_of_the_lane_run_in_every_turn():
+    state = make_state(64)
+    run(state, "old", 7, arrival_s=-30.0)
+    run(state, "talker", 7)
+    wait(state, "new", 4, arrival_s=-0.4)
+    assert turns(state) == ["run old 1 kv DECODES", "run new 4 kv ADMITTED_KV"]
+    state = make_state(64)
+    run(state, "talker", 7)
+    run(state, "old", 10, computed=4, arrival_s=-30.0)
+    run(state, "half", 10, computed=4, arrival_s=0.4)
+    wait(state, "new", 4, arrival_s=0.4)
+    assert turns(state) == [
+        "run talker 1 kv DECODES", "run old 6 kv CONTINUES_PREFILL", "wait new WAITS_FOR_DECODE",
+    ]  # fmt: skip
+    state = make_state(64)
+    run(state, "talker", 7)
+    wait(state, "old", 10, arrival_s=-30.0)
+    wait(state, "new", 4, arrival_s=0.4)
+    assert turns(state) == [
+        "run talker 1 kv DECODES", "run old 10 kv ADMITTED_LONGEST_LATE", "wait new WAITS_FOR_BLOCKS",
+    ]  # fmt: skip
+
+
+def test_where_nobody_decodes_prompts_have_the_turn():
+    """Its time does not count, but nobody else wants the iteration."""
+    state = make_state(64)
+    wait(state, "late", 4, arrival_s=-5.0)
+    assert turns(state) == ["run late 4 kv ADMITTED_LATE"]
+
+
+# -- who has to go -------------------------------------------------------------------------------------------------
+
+
+def test_the_seat_of_one_evicted_for_growth_goes_to_a_newcomer():
+    state = make_state(11, max_num_seqs=2)
+    run(state, "patient", 8, slo=PATIENT)
+    run(state, "urgent", 8)
+    wait(state, "new", 8, arrival_s=0.4)
+    assert decide(state, 0.5) == [
+        "preempt patient PREEMPTED_LEAST_VALUE", "run urgent 1 kv DECODES", "run new 8 kv ADMITTED_KV",
+    ]  # fmt: skip
+
+
+# -- conversions ---------------------------------------------------------------------------------------------------
+
+
+def test_a_hidden_cache_as_fast_as_kv_is_converted():
+    for rho_s, converts in ((0.0, True), (-1e-9, False)):
+        state = make_state(32, mode="hybrid")
+        run(state, "hidden", 7, kind=CacheKind.HIDDEN)
+        plan = decide(state, 0.5, model=toy(rho_s=rho_s))
+        assert ("convert hidden CONVERTED_MEMORY_FREE" in plan) is converts
+
+
+@pytest.mark.parametrize(("blocks", "converted"), [(12, ""), (13, "a"), (14, "a"), (16, "ab")])
+def test_conversions_share_the_room(blocks, converted):
+    """4 blocks held, a quarter in reserve and 4 for growth; 2 for each."""
+    state = make_state(blocks, mode="hybrid")
+    for name in "ab":
+        run(state, name, 7, kind=CacheKind.HIDDEN)
+    plan = decide(state, 0.5, model=toy())
+    assert [line.split()[1] for line in plan if line.startswith("convert")] == [*converted]
