@@ -3,8 +3,9 @@
 from dataclasses import dataclass
 
 from apt_jax.request import Request
+from apt_jax.tokenization.detokenizer import IncrementalDetokenizer
 from apt_jax.tokenization.stop_text import StopText
-from apt_jax.tokenization.tokenizer import IncrementalDetokenizer, Tokenizer
+from apt_jax.tokenization.tokenizer import Tokenizer
 
 
 @dataclass
@@ -26,7 +27,7 @@ class OutputTexts:
         if self._tokenizer is None:
             return
         params = request.params
-        detokenizer = self._tokenizer.detokenizer(skip_special_tokens=params.skip_special_tokens)
+        detokenizer = self._tokenizer.detokenizer(params.skip_special_tokens, request.prompt_token_ids)
         text = _Text(detokenizer, StopText(params.stop or (), params.include_stop_str_in_output))
         self._texts[request.request_id] = text
         for number, token in enumerate(request.output_token_ids, start=1):

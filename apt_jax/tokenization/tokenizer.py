@@ -4,19 +4,25 @@ The tokenizer is read by transformers, so ids are those of its `AutoTokenizer`, 
 library behind it. No jax here.
 """
 
-import codecs
 import contextlib
+import itertools
 import logging
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
+from apt_jax.tokenization.detokenizer import ByteDetokenizer, IncrementalDetokenizer, TokenBytes, WindowDetokenizer
+from apt_jax.tokenization.token_texts import ByteTokenTexts, TokenText, TokenTexts, WindowTokenTexts, shown, spans_of
 from apt_jax.tokenization.tokenizer_store import TokenizerStore
 
 logger = logging.getLogger(__name__)
+
+_BYTE = re.compile("<0x([0-9A-Fa-f]{2})>")  # how vocabularies with byte fallback write a byte
+_ADDED_AROUND = 4  # special tokens that a tokenizer puts on either side of a text, at most
+_TRIED_WORDS = 10_000  # the first tokens of a vocabulary, among which one is a word
 
 # Any of these makes a folder one with a tokenizer; the second needs merges.txt beside it.
 PIECE_CHARS = 1 << 16  # of a long text that is tokenised at once
@@ -30,22 +36,6 @@ _VOCABULARIES = ("tokenizer.json", "vocab.json", "tokenizer.model", "spiece.mode
 
 class TokenizerNotFound(FileNotFoundError, ValueError):
     """A folder has no tokenizer; its model can be served with token ids only."""
-
-
-class IncrementalDetokenizer(Protocol):
-    """Text of one request's tokens as they come; never half a character.
-
-    All pushes and the flush joined equal what `Tokenizer.decode` makes of all ids at once (with a vocabulary that is
-    not byte-level, if that is valid text). The cost of a token does not depend on the number before it.
-    """
-
-    def push(self, ids: Sequence[int]) -> str:
-        """Text that `ids` complete; "" while a character is unfinished."""
-        ...
-
-    def flush(self) -> str:
-        """The rest at the end: U+FFFD for an unfinished character."""
-        ...
 
 
 class Tokenizer:
@@ -74,7 +64,7 @@ class Tokenizer:
         added = backend.get_added_tokens_decoder()
         self._special_ids = frozenset(token_id for token_id, token in added.items() if token.special)
         self._added = tuple(token.content for token in added.values())
-        self._bytes = _TokenBytes(backend) if isinstance(backend.decoder, decoders.ByteLevel) else None
+        self._bytes = TokenBytes(backend) if isinstance(backend.decoder, decoders.ByteLevel) else None
 
     @classmethod
     def from_folder(cls, folder: Path, store: TokenizerStore | None = None) -> "Tokenizer":
@@ -228,98 +218,89 @@ class Tokenizer:
         yield detokenizer.flush()
 
     def token_text(self, token_id: int) -> str:
-        """Text of one token by itself, special ones too; part of a character shows as U+FFFD."""
-        return self.decode([token_id], skip_special_tokens=False)
+        """Text of one token inside a text, with its space in front; part of a character shows as U+FFFD."""
+        alone = self.decode([token_id], skip_special_tokens=False)
+        if self._bytes is not None or self._word is None or token_id in self._special_ids:
+            return alone
+        word, text = self._word
+        both = self.decode([word, token_id], skip_special_tokens=False)
+        return both[len(text) :] if both.startswith(text) else alone
 
     def token_bytes(self, token_id: int) -> bytes:
-        """UTF-8 bytes that one token stands for, which may be part of a character."""
-        return self.token_text(token_id).encode() if self._bytes is None else self._bytes[token_id]
+        """UTF-8 bytes that one token stands for inside a text, which may be part of a character."""
+        if self._bytes is not None:
+            return self._bytes[token_id]
+        name = self._backend.id_to_token(token_id) or ""
+        byte = _BYTE.fullmatch(name)
+        if byte is not None and self.decode([token_id], skip_special_tokens=False) != name:  # the decoder knows it too
+            return bytes([int(byte[1], 16)])
+        return self.token_text(token_id).encode()
 
-    def detokenizer(self, skip_special_tokens: bool = True) -> IncrementalDetokenizer:
-        """A new detokenizer for one request."""
-        skipped = self._special_ids if skip_special_tokens else frozenset[int]()
+    @cached_property
+    def _word(self) -> tuple[int, str] | None:
+        """A token that is a word, and its text: what a token is after it tells what it is inside a text."""
+        for token_id in range(min(self.vocab_size, _TRIED_WORDS)):
+            if token_id not in self._special_ids:
+                text = self.decode([token_id], skip_special_tokens=False)
+                if text.isascii() and text.isalnum():
+                    return token_id, text
+        return None
+
+    def detokenizer(
+        self, skip_special_tokens: bool = True, prompt_token_ids: Sequence[int] = ()
+    ) -> IncrementalDetokenizer:
+        """A new detokenizer for one request, whose text goes on after the prompt: with a space if a word begins."""
+        skipped = self._skipped(skip_special_tokens)
         if self._bytes is None:
-            return _WindowDetokenizer(self, skipped)
-        return _ByteDetokenizer(self._bytes, skipped)
+            return WindowDetokenizer(self.decode, skipped, prompt_token_ids)
+        return ByteDetokenizer(self._bytes, skipped)
 
+    def token_texts(
+        self, skip_special_tokens: bool = True, prompt_token_ids: Sequence[int] = (), offset: int = 0
+    ) -> TokenTexts:
+        """Texts of the tokens that follow a prompt, as parts of the text that `detokenizer` makes of them."""
+        skipped = self._skipped(skip_special_tokens)
+        if self._bytes is None:
+            detokenizer = self.detokenizer(skip_special_tokens, prompt_token_ids)
+            return WindowTokenTexts(detokenizer, self.token_bytes, skipped, offset)
+        return ByteTokenTexts(self.token_bytes, skipped, offset)
 
-class _TokenBytes(dict[int, bytes]):
-    """Token id to the bytes it stands for in a byte-level vocabulary, filled as ids are asked for."""
+    def prompt_texts(self, prompt: str | None, ids: Sequence[int]) -> tuple[str, list[TokenText]]:
+        """A prompt's text, and its tokens `ids` as parts of it; `prompt` is None if it was given as token ids."""
+        if prompt is None:
+            detokenizer = self.detokenizer(skip_special_tokens=False)
+            texts = self.token_texts(skip_special_tokens=False)
+            return detokenizer.push(ids) + detokenizer.flush(), [texts.push(token_id) for token_id in ids]
+        tokens = [(token_id, self.token_bytes(token_id)) for token_id in ids]
+        if self._bytes is not None and (bounds := self._inner(prompt, ids)) is not None:
+            texts = ByteTokenTexts(self.token_bytes)
+            return prompt, [
+                texts.push(token_id)
+                if at in range(*bounds)
+                else TokenText(shown(token_id, data), data, 0 if at < bounds[0] else len(prompt))
+                for at, (token_id, data) in enumerate(tokens)
+            ]
+        (encoding,) = self._backend.encode_batch([prompt])
+        spans = [
+            None if mask and start == end else (start, end)
+            for (start, end), mask in zip(encoding.offsets, encoding.special_tokens_mask, strict=True)
+        ]
+        return prompt, spans_of(prompt, spans, tokens)
 
-    def __init__(self, backend: Any):
-        from tokenizers.pre_tokenizers import ByteLevel
+    def _inner(self, prompt: str, ids: Sequence[int]) -> tuple[int, int] | None:
+        """Which of `ids` are exactly the bytes of `prompt`: all but special ones around them; None if none are."""
+        data = prompt.encode("utf-8", "surrogatepass")
+        special = [token_id in self._special_ids for token_id in ids]
+        before = list(itertools.takewhile(bool, special[:_ADDED_AROUND]))
+        after = list(itertools.takewhile(bool, special[: -_ADDED_AROUND - 1 : -1]))
+        for start, left_out in itertools.product(range(len(before), -1, -1), range(len(after), -1, -1)):
+            stop = len(ids) - left_out
+            if b"".join(map(self.token_bytes, ids[start:stop])) == data:
+                return start, stop
+        return None
 
-        super().__init__()
-        self._backend = backend
-        # Byte-level vocabularies write a byte that prints as itself, and the others, in order, as what follows.
-        alphabet = sorted(ByteLevel.alphabet())
-        printing = {char: ord(char) for char in alphabet if ord(char) < 256}
-        others = [char for char in alphabet if ord(char) >= 256]
-        hidden = sorted(set(range(256)) - set(printing.values()))
-        self._byte_of = printing | dict(zip(others, hidden, strict=True))
-
-    def __missing__(self, token_id: int) -> bytes:
-        token = self._backend.id_to_token(token_id)
-        if token is None:  # not kept: there are more such ids than memory holds
-            return b""
-        if all(char in self._byte_of for char in token):
-            result = bytes(self._byte_of[char] for char in token)
-        else:  # an added token that was not written in that alphabet
-            result = token.encode()
-        self[token_id] = result
-        return result
-
-
-class _ByteDetokenizer:
-    """Joins tokens' bytes in an incremental UTF-8 decoder: exact for byte-level vocabularies."""
-
-    def __init__(self, token_bytes: _TokenBytes, skipped_ids: frozenset[int]):
-        self._token_bytes, self._skipped_ids = token_bytes, skipped_ids
-        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
-
-    def push(self, ids: Sequence[int]) -> str:
-        kept = (self._token_bytes[token_id] for token_id in ids if token_id not in self._skipped_ids)
-        return self._decoder.decode(b"".join(kept))
-
-    def flush(self) -> str:
-        return self._decoder.decode(b"", final=True)
-
-
-class _WindowDetokenizer:
-    """Decodes the last few tokens again with each new one: for vocabularies that are not byte-level.
-
-    The text of the tokens before the window is already delivered; inside it, a token's text may depend on the token
-    before it (a space between words), so the difference of two decodings is what is new.
-    """
-
-    def __init__(self, tokenizer: Tokenizer, skipped_ids: frozenset[int]):
-        self._tokenizer, self._skipped_ids = tokenizer, skipped_ids
-        self._window: list[int] = []  # tokens whose text is out, then those whose is not
-        self._shown_tokens = 0  # of the window
-
-    def push(self, ids: Sequence[int]) -> str:
-        return "".join([self._push(token_id) for token_id in ids if token_id not in self._skipped_ids])
-
-    def _push(self, token_id: int) -> str:
-        self._window.append(token_id)
-        fresh = self._fresh()
-        if not fresh or (fresh.endswith("\ufffd") and len(self._window) - self._shown_tokens <= _LONGEST_CHARACTER):
-            return ""
-        self._window = self._window[self._shown_tokens :]
-        self._shown_tokens = len(self._window)
-        return fresh
-
-    def flush(self) -> str:
-        fresh = self._fresh()
-        self._window, self._shown_tokens = [], 0
-        return fresh
-
-    def _fresh(self) -> str:
-        before = self._tokenizer.decode(self._window[: self._shown_tokens], skip_special_tokens=False)
-        return self._tokenizer.decode(self._window, skip_special_tokens=False)[len(before) :]
-
-
-_LONGEST_CHARACTER = 4  # tokens: a byte each at worst
+    def _skipped(self, skip_special_tokens: bool) -> frozenset[int]:
+        return self._special_ids if skip_special_tokens else frozenset()
 
 
 @contextlib.contextmanager

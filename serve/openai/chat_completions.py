@@ -9,6 +9,7 @@ from apt_jax.serve.openai.chat_requests import ChatRequest
 from apt_jax.serve.openai.generation import Choice, Generation, ServedModel, check_length, finite
 from apt_jax.serve.openai.templates.chat_template import render
 from apt_jax.serve.runtime.samples import Sample
+from apt_jax.tokenization.token_texts import shown
 
 
 class ChatCompletion(Generation[ChatRequest]):
@@ -61,21 +62,24 @@ class ChatCompletion(Generation[ChatRequest]):
         return {
             "index": sample.index,
             **content,
-            "logprobs": self._logprobs(logprobs) if wanted else None,
+            "logprobs": self._logprobs(sample, logprobs) if wanted else None,
             "finish_reason": finish_reason,
         }
 
-    def _logprobs(self, entries: Sequence[TokenLogprobs]) -> dict[str, Any]:
+    def _logprobs(self, sample: Sample, entries: Sequence[TokenLogprobs]) -> dict[str, Any]:
         """OpenAI's list of tokens, each with the most likely alternatives."""
-        content = [
-            {
-                **self._token(entry.token_id, entry.logprob),
-                "top_logprobs": [self._token(token_id, logprob) for token_id, logprob in entry.top],
-            }
-            for entry in entries
-        ]
+        texts, content = self._texts(sample), []
+        for entry in entries:
+            own = texts.push(entry.token_id)
+            top = [
+                _token(own.shown, own.data, logprob)
+                if token_id == entry.token_id
+                else _token(shown(token_id, data := self._token_bytes(token_id)), data, logprob)
+                for token_id, logprob in entry.top
+            ]
+            content.append({**_token(own.shown, own.data, entry.logprob), "top_logprobs": top})
         return {"content": content, "refusal": None}
 
-    def _token(self, token_id: int, logprob: float) -> dict[str, Any]:
-        data = list(self._token_bytes(token_id))
-        return {"token": self._token_text(token_id), "logprob": finite(logprob), "bytes": data}
+
+def _token(text: str, data: bytes, logprob: float) -> dict[str, Any]:
+    return {"token": text, "logprob": finite(logprob), "bytes": list(data)}

@@ -10,6 +10,7 @@ from apt_jax.serve.openai.generation import Choice, Generation, ServedModel, che
 from apt_jax.serve.openai.requests import CompletionRequest
 from apt_jax.serve.runtime.backend import EngineFacts
 from apt_jax.serve.runtime.samples import Sample
+from apt_jax.tokenization.token_texts import TokenText, shown
 
 
 class Completion(Generation[CompletionRequest]):
@@ -60,37 +61,47 @@ class Completion(Generation[CompletionRequest]):
 
     def _logprobs(self, sample: Sample, entries: Sequence[TokenLogprobs], with_prompt: bool) -> dict[str, Any]:
         """OpenAI's four parallel lists; the token itself is always in `top_logprobs`."""
-        choice, count = self.choices[sample.index], sample.params.logprobs
-        rows: list[tuple[int, TokenLogprobs | None]] = [(entry.token_id, entry) for entry in entries]
-        if with_prompt and choice.prompt_logprobs is not None:
-            prompt = [(entry.token_id, entry) for entry in choice.prompt_logprobs]
-            rows = [(sample.prompt_token_ids[0], None), *prompt, *rows]
-        tokens, values, tops, offsets = [], [], [], []
-        for token_id, entry in rows:
-            tokens.append(self._token_text(token_id))
-            offsets.append(choice.num_chars)
-            if entry is not None or self._is_in_text(sample, token_id):
-                choice.num_chars += _characters(self._token_bytes(token_id))
-            values.append(None if entry is None else finite(entry.logprob))
-            top = {} if entry is None else {self._token_text(i): finite(logprob) for i, logprob in entry.top[:count]}
-            tops.append(None if entry is None else {tokens[-1]: finite(entry.logprob), **top})
-        return {"tokens": tokens, "token_logprobs": values, "top_logprobs": tops, "text_offset": offsets}
+        choice, offset = self.choices[sample.index], 0
+        rows: list[tuple[TokenText, int, TokenLogprobs | None]] = []
+        if self.body.echo:
+            if with_prompt and choice.prompt_logprobs is not None and self._tokenizer is not None:
+                text, texts = self._tokenizer.prompt_texts(self._prompt(sample), sample.prompt_token_ids)
+                entries_of_prompt = (None, *choice.prompt_logprobs)
+                rows += zip(texts, sample.prompt_token_ids, entries_of_prompt, strict=True)
+                offset = len(text)
+            elif choice.token_texts is None:
+                offset = len(self._prompt_text(sample))
+        following = self._texts(sample, offset)
+        rows += [(following.push(entry.token_id), entry.token_id, entry) for entry in entries]
+        return {
+            "tokens": [text.shown for text, _, _ in rows],
+            "token_logprobs": [None if entry is None else finite(entry.logprob) for _, _, entry in rows],
+            "top_logprobs": [
+                None if entry is None else self._top(text.shown, entry, sample.params.logprobs or 0)
+                for text, _, entry in rows
+            ],
+            "text_offset": [text.offset for text, _, _ in rows],
+        }
 
-    def _is_in_text(self, sample: Sample, first_token_id: int) -> bool:
-        """Whether a prompt's first token is part of the prompt's text, where a tokenizer has put </s> in front."""
-        return self._prompt_text(sample).startswith(self._token_text(first_token_id))
+    def _top(self, own: str, entry: TokenLogprobs, count: int) -> dict[str, float]:
+        """The token itself, as it is shown, and the most likely others; two that look the same are told apart."""
+        found = {own: finite(entry.logprob)}
+        for token_id, logprob in entry.top[:count]:
+            if token_id != entry.token_id:
+                name = shown(token_id, self._token_bytes(token_id))
+                found[f"token_id:{token_id}" if name in found else name] = finite(logprob)
+        return found
+
+    def _prompt(self, sample: Sample) -> str | None:
+        """The sample's prompt if it was given as text."""
+        item = self.body.prompt[sample.index // (len(self.samples) // len(self.body.prompt))]
+        return item if isinstance(item, str) else None
 
     def _prompt_text(self, sample: Sample) -> str:
-        samples_per_prompt = len(self.samples) // len(self.body.prompt)
-        item = self.body.prompt[sample.index // samples_per_prompt]
-        if isinstance(item, str):
-            return item
-        return "" if self._tokenizer is None else self._tokenizer.decode(list(item), skip_special_tokens=False)
-
-
-def _characters(data: bytes) -> int:
-    """Characters that begin in these UTF-8 bytes, which may be part of one."""
-    return sum(byte & 0xC0 != 0x80 for byte in data)
+        text = self._prompt(sample)
+        if text is not None or self._tokenizer is None:
+            return text or ""
+        return self._tokenizer.prompt_texts(None, sample.prompt_token_ids)[0]
 
 
 def _token_ids(item: str | tuple[int, ...], engine: EngineFacts) -> Sequence[int]:

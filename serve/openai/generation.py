@@ -24,6 +24,7 @@ from apt_jax.serve.openai.slo_report import slo_report
 from apt_jax.serve.openai.sse import event
 from apt_jax.serve.runtime.backend import EngineFacts
 from apt_jax.serve.runtime.samples import Sample, fan_out
+from apt_jax.tokenization.token_texts import ByteTokenTexts, TokenTexts
 
 if TYPE_CHECKING:
     from apt_jax.tokenization.tokenizer import Tokenizer
@@ -50,7 +51,7 @@ class Choice:
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     prompt_logprobs: Sequence[TokenLogprobs] | None = None  # of its prompt but for the first token, once known
     finish_reason: FinishReason | None = None
-    num_chars: int = 0  # of the tokens' texts, for text_offset
+    token_texts: TokenTexts | None = None  # of the tokens rendered so far, if log-probabilities are wanted
     started: bool = False
     request: Request | None = None  # the engine's, once it has ended
     frame: tuple[bytes, bytes] | None = None  # what a streamed token's text goes between
@@ -252,7 +253,7 @@ class Generation[Body: GenerationRequest]:
     def _entries(self) -> Iterator[dict[str, Any]]:
         """The choices of the whole object."""
         for sample, choice in zip(self.samples, self.choices, strict=True):
-            choice.num_chars = 0
+            choice.token_texts = None
             entry = self._whole(sample, choice)
             if self.body.return_token_ids:
                 entry["token_ids"] = list(choice.token_ids)
@@ -313,15 +314,16 @@ class Generation[Body: GenerationRequest]:
             for token_id, (logprob, rank) in ranked.items()
         }
 
-    def _token_text(self, token_id: int) -> str:
-        """The token's text; as OpenAI writes it where it is only part of a character."""
-        data = self._token_bytes(token_id)
-        if not data:
-            return f"token_id:{token_id}"
-        try:
-            return data.decode()
-        except UnicodeDecodeError:
-            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
+    def _texts(self, sample: Sample, offset: int = 0) -> TokenTexts:
+        """The sample's tokens as parts of its text, which begins after `offset` characters."""
+        choice = self.choices[sample.index]
+        if choice.token_texts is None:
+            if self._tokenizer is None:
+                choice.token_texts = ByteTokenTexts(self._token_bytes)
+            else:
+                skip = sample.params.skip_special_tokens
+                choice.token_texts = self._tokenizer.token_texts(skip, sample.prompt_token_ids, offset)
+        return choice.token_texts
 
     def _token_bytes(self, token_id: int) -> bytes:
         return b"" if self._tokenizer is None else self._tokenizer.token_bytes(token_id)

@@ -19,6 +19,7 @@ from apt_jax.scheduling.plan import Plan
 from apt_jax.scheduling.policies.catalogue import make_policy
 from apt_jax.scheduling.policies.interface import PolicyContext
 from apt_jax.scheduling.state import Limits, SchedulerState
+from apt_jax.tokenization.token_texts import ByteTokenTexts, TokenText
 
 VOCABULARY = 256
 EOS = 2
@@ -49,6 +50,14 @@ class CharTokenizer:
 
     def token_bytes(self, token_id: int) -> bytes:
         return bytes([token_id]) if token_id < 0xF0 else b""
+
+    def token_texts(self, skip_special_tokens=True, prompt_token_ids=(), offset=0) -> ByteTokenTexts:
+        return ByteTokenTexts(self.token_bytes, {EOS} if skip_special_tokens else (), offset)
+
+    def prompt_texts(self, prompt: str | None, ids: Sequence[int]) -> tuple[str, list[TokenText]]:
+        text = self.decode(ids, skip_special_tokens=False) if prompt is None else prompt
+        texts = ByteTokenTexts(self.token_bytes, {EOS} if prompt is not None and not text.startswith(chr(EOS)) else ())
+        return text, [texts.push(token_id) for token_id in ids]
 
     def token_text(self, token_id: int) -> str:
         return self.decode([token_id], skip_special_tokens=False)
