@@ -33,6 +33,10 @@ class BodyTooLarge(BadRequest):
     """The request's body is longer than the server reads."""
 
 
+class NotJson(BadRequest):
+    """The request's body is of another content type than JSON."""
+
+
 class NotReady(RuntimeError):
     """The model is still loading or being compiled, or the server is stopping."""
 
@@ -77,6 +81,7 @@ class ErrorReply:
 ERROR_REPLIES: tuple[tuple[type[Exception], ErrorReply], ...] = (
     (ModelNotFound, ErrorReply(404, "invalid_request_error", "model_not_found")),
     (BodyTooLarge, ErrorReply(413, "invalid_request_error", "body_too_large")),
+    (NotJson, ErrorReply(415, "invalid_request_error", "unsupported_media_type")),
     (ContextTooLong, ErrorReply(400, "invalid_request_error", "context_length_exceeded")),
     (BadRequest, ErrorReply(400, "invalid_request_error", None)),
     (QueueFull, ErrorReply(503, "server_error", "queue_full", RETRY_AFTER_S)),

@@ -2,8 +2,15 @@
 
 import json
 import logging
+import re
 import sys
 from typing import Any, Literal
+
+from apt_jax.progress import turn_off
+
+WORD = re.compile(r"[!#-<>-~]+")  # printable ASCII without space, quote and =
+BREAKS = re.compile("[\\x00-\\x09\\x0b-\\x1f\\x7f-\\x9f\\u2028\\u2029]")  # some readers end a line at one of these
+CONTINUED = "\n    "  # a line that does not begin with a time is no record of its own
 
 LogFormat = Literal["text", "json"]
 
@@ -22,7 +29,7 @@ class JsonFormatter(logging.Formatter):
         }
         if record.exc_info:
             shown["traceback"] = self.formatException(record.exc_info)
-        return json.dumps(shown, ensure_ascii=False, default=str)
+        return BREAKS.sub(_escaped, json.dumps(shown, ensure_ascii=False, default=str))
 
 
 class TextFormatter(logging.Formatter):
@@ -34,11 +41,18 @@ class TextFormatter(logging.Formatter):
     def formatMessage(self, record: logging.LogRecord) -> str:
         """Render what comes before a traceback."""
         fields = "".join(f" {name}={_plain(value)}" for name, value in getattr(record, "fields", {}).items())
-        return super().formatMessage(record) + fields
+        return BREAKS.sub(_escaped, super().formatMessage(record).replace("\n", CONTINUED)) + fields
+
+    def formatException(self, ei: Any) -> str:
+        """The traceback, whose last line may hold a client's text."""
+        return BREAKS.sub(_escaped, "    " + super().formatException(ei).replace("\n", CONTINUED))
 
 
 def set_up_logs(log_format: LogFormat = "text") -> None:
     """Send all logs to standard error."""
+    if log_format == "json":
+        turn_off()
+        logging.captureWarnings(True)
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonFormatter() if log_format == "json" else TextFormatter())
     logging.basicConfig(level=logging.INFO, handlers=[handler])
@@ -47,5 +61,9 @@ def set_up_logs(log_format: LogFormat = "text") -> None:
 
 
 def _plain(value: object) -> str:
-    """On one line whatever a client put into it."""
-    return json.dumps(value, default=str) if isinstance(value, str) and not value.isprintable() else str(value)
+    """A text that is not one word in quotes: a client's must look neither like another field nor another line."""
+    return json.dumps(value) if isinstance(value, str) and not WORD.fullmatch(value) else str(value)
+
+
+def _escaped(found: re.Match[str]) -> str:
+    return f"\\u{ord(found[0]):04x}"

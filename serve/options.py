@@ -1,9 +1,10 @@
 """Options that are flags of the command line; those of the engine itself are `EngineConfig`'s fields."""
 
+import json
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from tyro.conf import Positional, arg
+from tyro.conf import Positional, UseAppendAction, arg
 
 from apt_jax.ranges import check_finite
 
@@ -11,6 +12,24 @@ DEMO_NAME = "apt-jax-demo"  # of the bundled model in the API
 DEFAULT_MAX_BODY_BYTES = 4 * 2**20
 
 Model = Positional[Annotated[str | None, arg(metavar="[MODEL]")]]
+
+
+def listed(name: str, given: tuple[str, ...]) -> tuple[str, ...]:
+    """The values of a flag that may be repeated, each one value, several separated by commas, or a JSON list.
+
+    Raises:
+        ValueError: a value is empty, or not a JSON list of texts.
+    """
+    found: list[str] = []
+    for text in given:
+        try:
+            found += json.loads(text) if text.lstrip().startswith("[") and '"' in text else text.split(",")
+        except ValueError as error:
+            raise ValueError(f"{name}={text!r} is not a JSON list; give values separated by commas") from error
+    found = [value.strip() if isinstance(value, str) else "" for value in found]
+    if not all(found):
+        raise ValueError(f"{name}={','.join(given)!r} has an empty value; give texts separated by commas")
+    return tuple(found)
 
 
 @dataclass(frozen=True)
@@ -69,10 +88,12 @@ class ServerOptions:
 
     max_header_bytes: int = 32768
     """Maximum size of a request's headers in bytes; larger ones get 431."""
-    api_key: tuple[str, ...] = ()
-    """Accepted API keys (Authorization: Bearer KEY); APT_JAX_API_KEY adds one; default: no key is needed."""
-    allowed_origins: tuple[str, ...] = ()
-    """Origins of web pages that may call the server from browsers (CORS); *: any; default: none."""
+    api_key: UseAppendAction[tuple[str, ...]] = ()
+    """Accepted API key (Authorization: Bearer KEY), a flag for each; APT_JAX_API_KEY adds one; default: none needed."""
+    allowed_origins: UseAppendAction[tuple[str, ...]] = ()
+    """Origins of web pages that may call the server from browsers (CORS), by commas; *: any; default: none."""
+    allowed_hosts: UseAppendAction[tuple[str, ...]] = ()
+    """Names that the Host header may have, by commas; *: any; default: localhost on a loopback address, else any."""
     request_read_timeout: float = 60.0
     """Seconds within which a client must send its request, headers and body; a slower one gets 408."""
     request_timeout: float | None = None
@@ -98,6 +119,8 @@ class ServerOptions:
 
     def __post_init__(self) -> None:
         check_finite(self)
+        for name in ("allowed_origins", "allowed_hosts"):
+            object.__setattr__(self, name, listed(name, getattr(self, name)))
         if not 0 <= self.port <= 65535:
             raise ValueError(f"port={self.port} must be between 0 and 65535")
         if self.max_body_bytes < 1:
@@ -112,3 +135,13 @@ class ServerOptions:
             raise ValueError(f"max_header_bytes={self.max_header_bytes} must be at least 1024")
         if not all(self.api_key):
             raise ValueError("api_key has an empty key; give at least one character")
+
+    @property
+    def checks_host(self) -> bool:
+        """Whether the Host header of requests is checked; `Hosts` then looks at the address they came in at."""
+        return bool(self.allowed_hosts) or self.host not in ("", "0.0.0.0", "::")
+
+    @property
+    def own_hosts(self) -> tuple[str, ...]:
+        """Names in the Host header that are taken besides those of the loopback address."""
+        return (*self.allowed_hosts, self.host)

@@ -14,7 +14,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 
 from apt_jax.serve.errors import CLIENT_CLOSED_REQUEST, ERROR_REPLIES, error_body, error_reply, reason_of
-from apt_jax.serve.http.middleware import ApiKeys, HeaderLimit, RequestIds
+from apt_jax.serve.http.middleware import ApiKeys, HeaderLimit, Hosts, RequestIds, Unforeseen
 from apt_jax.serve.http.resume import Resumption
 from apt_jax.serve.http.routes.route import RouteSpec
 from apt_jax.serve.http.routes.table import ROUTES
@@ -49,7 +49,10 @@ def create_app(
     options = service.options
     probes = {route.path for route in routes if route.is_probe}
     generating = {route.path for route in routes if route.is_generation}
-    middleware = [Middleware(RequestIds, probes), Middleware(HeaderLimit, options.max_header_bytes)]
+    middleware = [Middleware(RequestIds, probes), Middleware(Unforeseen)]
+    middleware.append(Middleware(HeaderLimit, options.max_header_bytes))
+    if options.checks_host:
+        middleware.append(Middleware(Hosts, options.own_hosts, loopback_only=not options.allowed_hosts))
     if options.allowed_origins:
         middleware.append(
             Middleware(
@@ -75,7 +78,6 @@ def create_app(
         middleware=middleware,
         exception_handlers={
             **{kind: error for kind, _ in ERROR_REPLIES},
-            Exception: error,  # also logged, with its traceback
             HTTPException: _http_error,
             ClientDisconnect: _gone,
         },

@@ -6,14 +6,66 @@ client that sends a byte now and then would hold its connection, and a task, for
 
 import asyncio
 import json
-from typing import Any
+import re
+import uuid
+from typing import Any, cast
 
 import h11
+from starlette.datastructures import Headers
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from apt_jax.serve.errors import error_body
+from apt_jax.serve.http.middleware import access, id_of
 
+END_OF_HEAD = re.compile(rb"\r?\n\r?\n")
 SENTENCE = "the request did not come in within {:g} s, the limit of --request-read-timeout"
+
+
+class StrictConnection(h11.Connection):
+    """Refuses requests whose length or fields a proxy in front might read in another way (request smuggling).
+
+    h11 takes a Content-Length beside chunks, equal ones twice, and folded lines, as the RFC lets it.
+    """
+
+    def next_event(self) -> Any:
+        """The next event.
+
+        Raises:
+            RemoteProtocolError: it is not HTTP as this server takes it; `fault` keeps the error.
+        """
+        try:
+            if self.their_state is h11.IDLE:
+                check_head(self.trailing_data[0])
+            return super().next_event()
+        except h11.RemoteProtocolError as error:
+            self.fault = error
+            raise
+
+    fault: h11.RemoteProtocolError | None = None
+
+
+def check_head(data: bytes) -> None:
+    """Raises RemoteProtocolError for a whole head of a request in `data` that could be read in two ways."""
+    end = END_OF_HEAD.search(data)
+    if end is None:
+        return
+    line, *headers = (line.removesuffix(b"\r") for line in data[: end.start()].split(b"\n"))
+    names = [header.partition(b":")[0].strip().lower() for header in headers]
+    lengths, codings = names.count(b"content-length"), names.count(b"transfer-encoding")
+    faults = (
+        (b"\r" in line or any(b"\r" in header for header in headers), "a carriage return inside a line"),
+        (any(header[:1] in (b" ", b"\t") for header in headers), "a header folded over several lines"),
+        (lengths > 1, "several Content-Length headers"),
+        (codings > 1, "several Transfer-Encoding headers"),
+        (lengths and codings, "both Content-Length and Transfer-Encoding"),
+        (codings and line.endswith(b"HTTP/1.0"), "a Transfer-Encoding in HTTP/1.0"),
+    )
+    for found, what in faults:
+        if found:
+            raise h11.RemoteProtocolError(f"the request has {what}, which proxies read in different ways")
+    for name, header in zip(names, headers, strict=True):
+        if name == b"content-length" and not header.partition(b":")[2].strip().isdigit():
+            raise h11.RemoteProtocolError("the request's Content-Length is not one number")
 
 
 class TimedProtocol(H11Protocol):
@@ -27,6 +79,7 @@ class TimedProtocol(H11Protocol):
 
     def __init__(self, *args: Any, **options: Any):
         super().__init__(*args, **options)
+        self.conn: StrictConnection = StrictConnection(h11.SERVER, self.config.h11_max_incomplete_event_size or 16384)
         self._deadline: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -65,19 +118,47 @@ class TimedProtocol(H11Protocol):
         self._deadline = None
         if self.transport.is_closing():
             return
+        if self._is_receiving:
+            self._refuse(408, SENTENCE.format(self.read_timeout_s), "request_too_slow")
+        else:
+            self._forget_cycle()
+            self.transport.close()
+
+    def send_400_response(self, msg: str) -> None:
+        """Answer what is not HTTP as this server takes it, and close the connection; what follows cannot be trusted."""
+        fault = self.conn.fault
+        if fault is not None and fault.error_status_hint == 431:
+            self._refuse(431, "the headers are too long; see --max-header-bytes", "headers_too_large")
+        else:
+            self._refuse(400, f"not a valid HTTP request: {msg if fault is None else fault}", "invalid_http")
+
+    def _refuse(self, status: int, message: str, code: str) -> None:
+        """Answer with an error, unless an answer has begun, and close the connection."""
+        self._stop_clock()
+        self._forget_cycle()
+        if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
+            request_id = self._request_id()
+            body = json.dumps(error_body(message, "invalid_request_error", None, code)).encode()
+            headers = {"content-type": "application/json", "content-length": str(len(body)), "connection": "close"}
+            headers["x-request-id"] = request_id
+            response = h11.Response(status_code=status, headers=list(headers.items()))
+            for event in (response, h11.Data(data=body), h11.EndOfMessage()):
+                self.transport.write(self.conn.send(event) or b"")
+            fields = {"status": status, "client": (self.client or ("",))[0], "request_id": request_id}
+            access.info("request refused", extra={"fields": fields | {"reason": message}})
+        self.transport.close()
+
+    def _forget_cycle(self) -> None:
         if self.cycle is not None and not self.cycle.response_complete:
             self.cycle.disconnected = True  # the application must not answer any more
             self.cycle.message_event.set()
-        if self._is_receiving and self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
-            self._refuse()
-        self.transport.close()
 
-    def _refuse(self) -> None:
-        message = SENTENCE.format(self.read_timeout_s)
-        body = json.dumps(error_body(message, "invalid_request_error", None, "request_too_slow")).encode()
-        headers = [("content-type", "application/json"), ("content-length", str(len(body))), ("connection", "close")]
-        for event in (h11.Response(status_code=408, headers=headers), h11.Data(data=body), h11.EndOfMessage()):
-            self.transport.write(self.conn.send(event) or b"")
+    def _request_id(self) -> str:
+        """The one that the application gave the request; before that the client's, or a new one."""
+        if self.conn.their_state is h11.IDLE or self.scope is None:
+            return uuid.uuid4().hex
+        state = cast(dict[str, Any], self.scope).get("state", {})
+        return str(state.get("request_id") or id_of(Headers(raw=self.headers)))
 
 
 def timed_protocol(read_timeout_s: float) -> type[TimedProtocol]:

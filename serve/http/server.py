@@ -2,6 +2,7 @@
 
 import asyncio
 import dataclasses
+import errno
 import logging
 import math
 import os
@@ -17,6 +18,7 @@ from starlette.types import ASGIApp
 
 from apt_jax.engine.interface import ServingEngine
 from apt_jax.engine_config import EngineConfig
+from apt_jax.scheduling.policies.catalogue import make_policy
 from apt_jax.serve.http.app import create_app
 from apt_jax.serve.http.http_protocol import timed_protocol
 from apt_jax.serve.http.resume import Resumption
@@ -31,6 +33,8 @@ from apt_jax.serve.replicas.ray_session import check_ray
 from apt_jax.serve.runtime.engine_thread import EngineThread
 from apt_jax.serve.runtime.start_up import StartUp
 
+NO_SUCH_ADDRESS = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
+ATTEMPTS = 10  # at a free port that is free on every address
 BACKLOG = 2048  # connections that wait to be accepted
 FLUSH_S = 5.0  # that clients get, after the running requests were ended, to read what is sent
 
@@ -54,7 +58,8 @@ class Server(uvicorn.Server):
         """Stop listening, wait for the requests, then close."""
         grace_s = self._service.options.shutdown_timeout
         self._service.is_stopping = True
-        logger.info("stopping; %d running requests get %g s", self._service.num_generating, grace_s)
+        if self._service.num_generating:
+            logger.info("stopping; %d running requests get %g s", self._service.num_generating, grace_s)
         timer = asyncio.get_running_loop().call_later(grace_s, self._service.backend.abort_all)
         try:
             await super().shutdown(sockets)
@@ -84,10 +89,11 @@ def serve(
     """
     if replicas is not None and replicas.uses_ray:
         check_ray()
+    make_policy(config.scheduling_policy)
     start_up = StartUp()
     template = None if options.chat_template is None else read_template(Path(options.chat_template))
     try:
-        listener = listen(options.host, options.port)
+        listeners = listen_everywhere(options.host, options.port)
     except OSError as error:
         print(
             f"error: cannot listen on {options.host}:{options.port} ({error.strerror or error}); "
@@ -113,7 +119,7 @@ def serve(
         )
         return engine
 
-    name, url = options.served_model_name or model or DEMO_NAME, url_of(listener)
+    name, url = options.served_model_name or model or DEMO_NAME, url_of(listeners[0])
 
     def ready(seconds: float) -> None:
         if isinstance(backend, EngineThread):
@@ -138,7 +144,7 @@ def serve(
     server = Server(http_config(app, options), service)
     logging.getLogger("uvicorn.error").setLevel(logging.WARNING)  # its milestones are told here
     logger.info("listening on %s, loading %s; %s/ready turns 200 when requests are taken", url, name, url)
-    run_until_signal(server, listener, None if isinstance(backend, EngineThread) else backend.update)
+    run_until_signal(server, listeners, None if isinstance(backend, EngineThread) else backend.update)
     if failures:
         report_failure(failures[0])
     keep_unfinished(service)
@@ -184,11 +190,11 @@ def with_environment(options: ServerOptions) -> ServerOptions:
 
 
 def run_until_signal(
-    server: uvicorn.Server, listener: socket.socket, on_hangup: Callable[[], None] | None = None
+    server: uvicorn.Server, listeners: list[socket.socket], on_hangup: Callable[[], None] | None = None
 ) -> None:
-    """Run `server` on `listener`; a first SIGINT or SIGTERM stops it in order, and it returns normally.
+    """Run `server` on `listeners`; a first SIGINT or SIGTERM stops it in order, and it returns normally.
 
-    `on_hangup` is called on every SIGHUP.
+    `on_hangup` is called on every SIGHUP, which otherwise is ignored: a closed terminal does not end a server.
     """
 
     def stop(number: int, frame: object) -> None:
@@ -196,10 +202,16 @@ def run_until_signal(
 
     # uvicorn raises the signals again, for the handlers that it found, once it has stopped
     previous = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
-    if on_hangup is not None:
-        previous[signal.SIGHUP] = signal.signal(signal.SIGHUP, lambda number, frame: on_hangup())
+
+    def hang_up(number: int, frame: object) -> None:
+        if on_hangup is None:
+            logger.info("SIGHUP is ignored: there are no replicas to update")
+        else:
+            on_hangup()
+
+    previous[signal.SIGHUP] = signal.signal(signal.SIGHUP, hang_up)
     try:
-        server.run(sockets=[listener])
+        server.run(sockets=listeners)
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
@@ -213,6 +225,33 @@ def report_failure(error: Exception) -> None:
         logger.error("the engine failed", exc_info=error)
 
 
+def listen_everywhere(host: str, port: int) -> list[socket.socket]:
+    """A listening socket for every address of `host`, IPv4 first, all on one port; 0 is any free one.
+
+    Raises:
+        OSError: the host is unknown, or no address of it, or the port on one of them, can be had.
+    """
+    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    addresses = dict.fromkeys(str(address[0]) for *_, address in sorted(found, key=lambda one: one[0]))
+    for attempts_left in reversed(range(ATTEMPTS)):
+        listeners: list[socket.socket] = []
+        try:
+            for address in addresses:
+                try:
+                    chosen = listeners[0].getsockname()[1] if listeners else port
+                    listeners.append(listen(address, chosen))
+                except OSError as error:  # an address in the hosts file of a machine without IPv6
+                    if error.errno not in NO_SUCH_ADDRESS or (address == [*addresses][-1] and not listeners):
+                        raise
+            return listeners
+        except OSError as error:
+            for listener in listeners:
+                listener.close()
+            if port != 0 or error.errno != errno.EADDRINUSE or not attempts_left:
+                raise
+    raise AssertionError("the last attempt returns or raises")
+
+
 def listen(host: str, port: int) -> socket.socket:
     """A listening TCP socket; clients that connect before the server runs wait.
 
@@ -223,6 +262,8 @@ def listen(host: str, port: int) -> socket.socket:
     listener = socket.socket(family, kind, protocol)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if family is socket.AF_INET6 and address[0] != "::":
+            listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
         listener.bind(address)
         listener.listen(BACKLOG)
     except OSError:

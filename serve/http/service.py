@@ -1,16 +1,18 @@
 """State shared by the routes: engine or engines, the model's public name, options; and the reading of bodies."""
 
 import contextlib
+import re
 import threading
 import time
-from collections.abc import AsyncGenerator, Callable, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
 from typing import Any
 
 from anyio import CapacityLimiter, to_thread
 from starlette.requests import Request
 
-from apt_jax.serve.errors import BodyTooLarge, EngineFailure, NotReady
+from apt_jax.serve.errors import BodyTooLarge, EngineFailure, NotJson, NotReady
 from apt_jax.serve.http.snapshot import record_of
+from apt_jax.serve.json_text import shown
 from apt_jax.serve.observability.engine_view import EngineView, View
 from apt_jax.serve.observability.recent import Recent
 from apt_jax.serve.observability.request_log import RequestLog
@@ -22,6 +24,7 @@ from apt_jax.serve.runtime.backend import Backend
 from apt_jax.serve.runtime.engine_thread import EngineThread
 from apt_jax.serve.runtime.group import Group
 
+JSON_TYPE = re.compile(r"application/([\w.-]+\+)?json")
 NUM_WORKERS = 4  # threads for long work: each that runs makes the event loop wait for Python's lock a little longer
 
 
@@ -101,8 +104,10 @@ class Service:
         """The body, read no further than the limit.
 
         Raises:
+            NotJson: it is of another content type, such as a form's, which any web page may send here.
             BodyTooLarge: it is longer.
         """
+        check_content_type(http.headers)
         limit = self.options.max_body_bytes
         too_large = BodyTooLarge(f"the body is longer than {limit} bytes; send less or raise --max-body-bytes")
         length = http.headers.get("content-length", "")
@@ -115,3 +120,19 @@ class Service:
                 raise too_large
             chunks.append(chunk)
         return b"".join(chunks)
+
+
+def check_content_type(headers: Mapping[str, str]) -> None:
+    """Raises NotJson for another content type than JSON, or none at all from a browser.
+
+    A browser asks first whether it may send JSON to another site (CORS), but sends texts and forms without asking.
+    """
+    given = headers.get("content-type")
+    if given is None and not {"origin", "sec-fetch-site"} & {*headers}:
+        return
+    media_type = (given or "").partition(";")[0].strip().lower()
+    if not JSON_TYPE.fullmatch(media_type):
+        raise NotJson(
+            f"content-type {shown(given)} is not taken; send JSON with the header Content-Type: application/json",
+            "content-type",
+        )

@@ -5,6 +5,7 @@ A request that keeps waiting costs nothing per step: the set of waiting requests
 and only requests that begin or end waiting are processed.
 """
 
+import re
 import threading
 from collections import OrderedDict
 from dataclasses import dataclass, field, replace
@@ -16,6 +17,7 @@ from apt_jax.scheduling.plan import Reason
 from apt_jax.serve.openai.slo_report import slo_report
 from apt_jax.serve.runtime.observer import Observer, Stepped
 
+SAMPLE = r"(-\d{1,6}){0,2}"  # of the id of a completion's sample: numbers of its prompt and of itself
 KEPT_REQUESTS = 2000  # finished ones; the oldest is forgotten
 KEPT_EVENTS = 200  # per request; the oldest is forgotten
 
@@ -89,7 +91,8 @@ class History(Observer):
     def of(self, request_id: str) -> list[dict[str, Any]]:
         """The stories of the request with this id, or of the samples of the completion with this id."""
         with self._lock:
-            names = [n for n in self._stories if n == request_id or n.startswith(f"{request_id}-")]
+            known = re.compile(re.escape(request_id) + SAMPLE)
+            names = [name for name in self._stories if known.fullmatch(name)]
             return [self._shown(self._stories[name]) for name in names]
 
     def _end_waits(self, waiting: dict[Reason, tuple[Request, ...]]) -> None:

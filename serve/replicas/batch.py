@@ -15,6 +15,7 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from apt_jax.progress import is_hidden
+from apt_jax.scheduling.policies.catalogue import make_policy
 from apt_jax.serve.batch.batch_file import Line, ResultFile, count_lines, read_lines, readable_twice
 from apt_jax.serve.batch.batch_jobs import BatchJob, LineError, check_files, parse_line
 from apt_jax.serve.errors import EngineFailure
@@ -90,6 +91,7 @@ def run_batch_on_ray(
 
     check_ray()
     check_files(source, output)
+    make_policy(spec.config.scheduling_policy)
     template = None if chat_template is None else read_template(Path(chat_template))
     with readable_twice(source) as text, ResultFile(output) as results, logging_redirect_tqdm():
         total, done = count_lines(text), results.num_done

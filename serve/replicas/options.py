@@ -4,7 +4,10 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from tyro.conf import UseAppendAction
+
 from apt_jax.ranges import check_at_least, check_finite
+from apt_jax.serve.options import listed
 
 if TYPE_CHECKING:
     from apt_jax.routing.autoscaler import AutoscalerOptions
@@ -18,8 +21,8 @@ class RayOptions:
 
     ray_address: str | None = None
     """Ray cluster, HOST:PORT or auto; default: a local Ray of this machine, which ends with the server."""
-    replica_resources: tuple[str, ...] = ()
-    """Resources that Ray reserves for each replica, as NAME=NUMBER: GPU=1, TPU=4, CPU=8; default: none."""
+    replica_resources: UseAppendAction[tuple[str, ...]] = ()
+    """Resources that Ray reserves for each replica, as NAME=NUMBER,...: GPU=1,CPU=8 or TPU=4; default: none."""
 
     def __post_init__(self) -> None:
         parse_resources(self.replica_resources)
@@ -33,8 +36,8 @@ class RayBatchOptions:
     """Ray cluster, HOST:PORT or auto; local: a Ray of this machine; default: no Ray, one engine."""
     replicas: int = 1
     """Number of engines, with --ray."""
-    replica_resources: tuple[str, ...] = ()
-    """Resources that Ray reserves for each engine, as NAME=NUMBER: GPU=1, TPU=4, CPU=8; default: none."""
+    replica_resources: UseAppendAction[tuple[str, ...]] = ()
+    """Resources that Ray reserves for each engine, as NAME=NUMBER,...: GPU=1,CPU=8 or TPU=4; default: none."""
 
     def __post_init__(self) -> None:
         if self.replicas < 1:
@@ -51,7 +54,7 @@ def parse_resources(entries: tuple[str, ...]) -> dict[str, float]:
         ValueError: an entry is not NAME=NUMBER.
     """
     found = {}
-    for entry in entries:
+    for entry in listed("replica_resources", entries):
         name, _, amount = entry.partition("=")
         try:
             found[name] = float(amount)

@@ -17,13 +17,14 @@ from apt_jax.checkpoints.load import load_model, parse_format
 from apt_jax.checkpoints.source import resolve
 from apt_jax.engine.engine import Engine
 from apt_jax.engine.memory import check_longest_request
-from apt_jax.engine.setup import set_up
+from apt_jax.engine.setup import set_up, without_gaps
 from apt_jax.engine_config import EngineConfig
 from apt_jax.execution.multihost import follow, lead
 from apt_jax.execution.platform import Platform
 from apt_jax.execution.weights.choice import serving_layout
 from apt_jax.model_config import ModelConfig
 from apt_jax.models.sharding import Parallel
+from apt_jax.scheduling.policies.catalogue import make_policy
 from apt_jax.serve.runtime.compile_cache import use_compile_cache
 from apt_jax.tokenization.tokenizer import Tokenizer, TokenizerNotFound
 from apt_jax.tokenization.tokenizer_store import TokenizerStore
@@ -57,8 +58,14 @@ def build_engine(
     devices, processes = engine_config.tensor_parallel_size, jax.process_count()
     split = devices > 1 or processes > 1
     parallel = Parallel.over(devices, hidden=keeps_hidden(engine_config.cache_mode)) if split else None
+    platform = Platform.of(jax.local_devices()[0])
+    make_policy(engine_config.scheduling_policy)
     folder = resolve(model, revision=revision, load_format=parse_format(load_format))
-    check_longest_request(engine_config, read_config(folder))
+    model_config = read_config(folder)
+    without_gaps(engine_config, model_config, platform)
+    check_longest_request(engine_config, model_config)
+    store = TokenizerStore(cache / "tokenizers")
+    named = None if tokenizer is None else load_tokenizer(folder, tokenizer, revision, store)  # it may not be there
     generation = read_generation_config(folder, generation_config)
     loaded = load_model(
         str(folder), load_format=load_format, dtype=engine_config.dtype, revision=revision, seed=engine_config.seed,
@@ -69,9 +76,8 @@ def build_engine(
     )  # fmt: skip
     logger.info("%s: %s weights from %s", model or "demo model", loaded.dtype.name, loaded.folder)
     on_phase("weights")
-    text = load_tokenizer(loaded.folder, tokenizer, revision, TokenizerStore(cache / "tokenizers"))
+    text = named or load_tokenizer(loaded.folder, None, revision, store)
     on_phase("tokenizer")
-    platform = Platform.of(jax.local_devices()[0])
     compile_kernels(engine_config.attention_backend, cpp_kernels=platform.cpp_kernels, num_devices=devices)
     on_phase("kernels")
     setup = set_up(loaded.weights, with_end_ids(loaded.config, generation, text), engine_config)

@@ -10,9 +10,11 @@ import time
 import pytest
 
 import apt_jax.serve.cli
+import apt_jax.serve.runtime.build
 from apt_jax.engine_config import EngineConfig
 from apt_jax.serve.cli import main
 from apt_jax.serve.options import LoadOptions, ServerOptions
+from apt_jax.serve.replicas.options import parse_resources
 
 
 @pytest.fixture
@@ -145,3 +147,52 @@ def test_simulate_prints_a_table_and_writes_json(tmp_path, capsys):
 def test_simulate_names_what_there_is(capsys):
     assert run("simulate", "--hardware", "a100") == 1
     assert "a100-40gb" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "field", "values"),
+    [
+        (["--api-key", "k"], "api_key", ("k",)),
+        (["--api-key", "k", "--api-key", "l,m"], "api_key", ("k", "l,m")),
+        (["--allowed-origins", "https://a"], "allowed_origins", ("https://a",)),
+        (["--allowed-origins", '["https://a", "https://b"]'], "allowed_origins", ("https://a", "https://b")),
+        (["--allowed-origins", "a,b", "--allowed-origins", "*"], "allowed_origins", ("a", "b", "*")),
+        (["--allowed-hosts", "a,b"], "allowed_hosts", ("a", "b")),
+    ],
+)
+def test_flags_of_several_values_leave_the_model_alone(ran, flags, field, values):
+    assert run("serve", *flags, "folder") == 0 and run("serve", "folder", *flags) == 0
+    assert [(c.model, getattr(c.server, field)) for c in ran] == [("folder", values)] * 2
+
+
+def test_resources_leave_the_model_alone(ran):
+    assert run("serve", "--replica-resources", "GPU=1,CPU=2", "--replica-resources", "x=3", "folder") == 0
+    assert run("run-batch", "-i", "a", "-o", "b", "--replica-resources", "GPU=1", "folder") == 0
+    assert [command.model for command in ran] == ["folder"] * 2
+    assert parse_resources(ran[0].ray.replica_resources) == {"GPU": 1, "CPU": 2, "x": 3}
+
+
+def test_an_empty_value_of_several_is_refused(capsys):
+    for flag, text in (("--allowed-origins", "a,,b"), ("--allowed-hosts", '["a", 3]'), ("--replica-resources", "")):
+        assert run("serve", flag, text) == 2
+        assert f"{flag.removeprefix('--').replace('-', '_')}=" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", [["serve", "--port", "0"], ["run-batch", "-i", "{tmp}/in", "-o", "{tmp}/out"]])
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (["--scheduling-policy", "aptt"], "unknown scheduling_policy='aptt'; known: apt,"),
+        (["--scheduling-policy", "apt:pace=3"], "unknown option 'pace=3' of policy 'apt'"),
+        (["--scheduling-policy", "apt:lane_share=x"], "option lane_share='x' of policy 'apt' must be"),
+        (["--max-model-len", "4096"], "max_model_len=4096 is more than the model's max_position_embeddings=1024"),
+        (["--tokenizer", "{tmp}"], "tokenizer"),
+        (["--chat-template", "{tmp}/none"], "No such file or directory: '{tmp}/none"),
+    ],
+)
+def test_bad_options_are_found_before_the_weights_are_loaded(command, flags, sentence, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(apt_jax.serve.runtime.build, "load_model", lambda *a, **b: pytest.fail("weights were loaded"))
+    body = {"custom_id": "a", "method": "POST", "url": "/v1/completions", "body": {"prompt": "a"}}
+    (tmp_path / "in").write_text(json.dumps(body) + "\n")
+    assert run(*(argument.format(tmp=tmp_path) for argument in [*command, *flags])) == 1
+    assert sentence.format(tmp=tmp_path) in capsys.readouterr().err

@@ -1,6 +1,7 @@
 """Clients that send slowly, over real sockets: each request has its time to come in, and no more."""
 
 import json
+import re
 import socket
 import time
 from contextlib import contextmanager
@@ -17,7 +18,7 @@ from tests.support.live_server import live, until
 
 LIMIT_S = 0.4
 BODY = json.dumps({"prompt": "a", "max_tokens": 2}).encode()
-HEAD = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n"
+HEAD = b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: %d\r\n\r\n"
 
 
 @pytest.fixture(scope="module")
@@ -83,6 +84,7 @@ def test_headers_and_bodies_that_trickle_get_408(address, service, head):
         said, took_s = trickle(client, (HEAD % 5000 + b" " * 5000)[: 5000 if not head else len(BODY) - 2])
     assert said.startswith(b"HTTP/1.1 408 ") and 0.75 * LIMIT_S < took_s < LIMIT_S + 2
     error = json.loads(said.split(b"\r\n\r\n", 1)[1])["error"]
+    assert re.search(rb"\r\nx-request-id: [0-9a-f]{32}\r\n", said)
     assert error["code"] == "request_too_slow" and "0.4 s, the limit of --request-read-timeout" in error["message"]
     until(lambda: service.num_generating == 0)
 

@@ -33,7 +33,7 @@ SLO_HEADERS: tuple[dict[str, Any], ...] = tuple(
         ("tbt", "SLO for the 99th percentile of the gaps, in ms"),
     )
 )
-POST_STATUSES = (400, 404, 413, 500, 503)
+POST_STATUSES = (400, 404, 413, 415, 500, 503)
 
 
 def generation_route(path: str, endpoint: Endpoint) -> RouteSpec:
