@@ -19,7 +19,9 @@ POSITION_OFFSET = 2  # OPT's embedding table has two unused rows before position
 class ModelConfig:
     """Shape of a decoder, in the field names of Hugging Face's `OPTConfig`.
 
-    A family whose layers have other options adds them as fields of a subclass, and names its own `model_type`.
+    Sizes, `tie_word_embeddings`, special tokens and `checkpoint_dtype` are what loader, scheduler and engine go by. The
+    other flags and `activation_function` are options of OPT's layers, which only its module and its mapping of weights
+    read. A family whose layers have other options adds them as fields of a subclass, and names its own `model_type`.
 
     Source: transformers `configuration_opt.py`.
     """
@@ -55,7 +57,7 @@ class ModelConfig:
 
     @classmethod
     def from_hf(cls, raw: Mapping[str, Any]) -> "ModelConfig":
-        """Read the mapping of a Hugging Face `config.json`.
+        """Read the mapping of a Hugging Face `config.json` of OPT.
 
         Raises:
             ValueError: a field has a value that this model cannot honour; the message names both.

@@ -45,6 +45,14 @@ PURE = ("apt_jax/scheduling/", "apt_jax/simulation/", "apt_jax/routing/", "apt_j
 IMPURE_MODULES = {"jax", "jaxlib", "flax", "time", "datetime", "asyncio", "threading"}
 PLATFORMS = {"cpu", "gpu", "tpu", "cuda", "rocm"}
 NO_POLICIES = ("catalogue.py", "interface.py", "packing.py")  # in scheduling/policies: what the policies share
+NO_FAMILIES = (  # in models: what the families share
+    "activations.py",
+    "collectives.py",
+    "interface.py",
+    "kernels.py",
+    "linear.py",
+    "sharding.py",
+)
 KERNELS = ("pallas_kernels/tpu/", "pallas_kernels/gpu/", "pallas_kernels/reference.py")
 MAX_LINES, MAX_KERNEL_LINES, MAX_FILES = 400, 600, 12
 
@@ -132,6 +140,21 @@ def of_product(path: str) -> bool:
     return not path.startswith(("tests/", "experiments/", "pallas_kernels/bench/"))
 
 
+def only_the_registry_imports_a_model_family() -> Breaches:
+    def of_family(path: str) -> bool:
+        folder, name = path.rsplit("/", 1)
+        return name != "__init__.py" and (
+            folder == "checkpoints/mappings" or (folder == "apt_jax/models" and name not in NO_FAMILIES)
+        )
+
+    found = {}
+    for path, source in sources().items():
+        named = sorted(filter(of_family, source.imported_files))
+        if named and of_product(path) and path != "checkpoints/families.py" and not of_family(path):
+            found[path] = ", ".join(named)
+    return found
+
+
 def only_execution_compiles() -> Breaches:
     found = {}
     for path, source in sources().items():
@@ -188,6 +211,10 @@ def folders_are_small() -> Breaches:
 
 
 EXCEPTIONS: dict[Callable[[], Breaches], dict[str, str]] = {
+    only_the_registry_imports_a_model_family: {
+        "apt_jax/execution/forms/native.py": "runs OPT's layers in C++, and no others",
+        "checkpoints/demo_training/": "trains an OPT",
+    },
     only_execution_compiles: {
         "pallas_kernels/dispatch.py": "the self-check at start-up compiles each kernel once",
         "checkpoints/formats/dummy.py": "dummy weights are made on the device that will hold them",
@@ -211,6 +238,7 @@ RULES = [
     linked_folders_are_imported_as_apt_jax,
     policies_do_not_import_each_other,
     pure_host_code_imports_neither_jax_nor_a_clock,
+    only_the_registry_imports_a_model_family,
     only_execution_compiles,
     only_execution_names_platforms,
     serve_does_not_reach_into_the_engine,
@@ -260,6 +288,12 @@ PLANTED = {
     pure_host_code_imports_neither_jax_nor_a_clock: {
         "apt_jax/cache.py": "def f():\n    import time",
         "apt_jax/simulation/a.py": "from jax import numpy",
+    },
+    only_the_registry_imports_a_model_family: {
+        "apt_jax/engine/a.py": "from apt_jax.models.new import New",
+        "checkpoints/a.py": "from apt_jax.checkpoints.mappings.new import MAPPING",
+        "apt_jax/models/new.py": "",
+        "checkpoints/mappings/new.py": "",
     },
     only_execution_compiles: {
         "apt_jax/models/a.py": "@partial(jax.jit, static_argnums=1)\ndef f(): ...",
