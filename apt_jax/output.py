@@ -21,6 +21,10 @@ class ContextExceeded(ValueError):
         return type(self), self._arguments
 
 
+class PolicyFailed(RuntimeError):
+    """The scheduling policy raised; nothing was changed, so the step may be tried again."""
+
+
 class DeviceLost(RuntimeError):
     """After a failed step not even an empty cache could be put on the device: nothing can be served any more."""
 

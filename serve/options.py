@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from tyro.conf import Positional, UseAppendAction, arg
 
-from apt_jax.ranges import check_finite
+from apt_jax.ranges import check_at_least, check_finite, check_greater
 
 DEMO_NAME = "apt-jax-demo"  # of the bundled model in the API
 DEFAULT_MAX_BODY_BYTES = 4 * 2**20
@@ -100,6 +100,11 @@ class ServerOptions:
     """Seconds after which an unfinished request gets 504 and its blocks are freed; default: no limit."""
     reject_predicted_late: bool = False
     """Answer 503 at once to requests that are predicted to miss their TTFT SLO, instead of queueing them."""
+    max_failed_steps: int = 10
+    """Consecutive failed steps of the engine from which on /health is 503, until a step succeeds."""
+    max_step_seconds: float | None = None
+    """Seconds that a step may take before /health is 503; default: 20 times the largest step's predicted time, at
+    least 60."""
     shutdown_timeout: float = 30.0
     """Seconds that running requests may go on after SIGTERM or SIGINT."""
     snapshot_file: str | None = "apt-jax-unfinished.jsonl"
@@ -129,6 +134,8 @@ class ServerOptions:
             raise ValueError(f"request_read_timeout={self.request_read_timeout} must be greater than 0 seconds")
         if self.request_timeout is not None and not self.request_timeout > 0:
             raise ValueError(f"request_timeout={self.request_timeout} must be greater than 0 seconds")
+        check_at_least(self, 1, ("max_failed_steps",))
+        check_greater(self, 0, ("max_step_seconds",))
         if not 0 <= self.shutdown_timeout < 1e6:
             raise ValueError(f"shutdown_timeout={self.shutdown_timeout} must be at least 0 seconds")
         if self.max_header_bytes < 1024:

@@ -23,7 +23,7 @@ from apt_jax.engine.text import OutputTexts
 from apt_jax.engine.trials import Trials
 from apt_jax.engine.validation import RequestRules
 from apt_jax.execution.interface import StepResults
-from apt_jax.output import DeviceLost, Output
+from apt_jax.output import DeviceLost, Output, PolicyFailed
 from apt_jax.request import FinishReason, Request, SamplingParams, Slo, Status
 from apt_jax.routing.instance import InstanceLoad, instance_load
 from apt_jax.scheduling.costs.step_load import StepLoad
@@ -123,6 +123,11 @@ class Engine:
         return len(self.state.running)
 
     @property
+    def longest_step_s(self) -> float:
+        """Predicted seconds of the largest iteration that its limits allow."""
+        return self.times.longest_s(self.state, self.max_model_len)
+
+    @property
     def trials(self) -> Trials:
         """Synthetic iterations on this engine, while it is idle."""
         return Trials(self.state, self.builder, self.runner, self.max_model_len)
@@ -179,9 +184,12 @@ class Engine:
         """One iteration: plan, start it on the device, commit results.
 
         A request whose part of the iteration fails ends with FinishReason.ERROR; the engine continues.
+
+        Raises:
+            PolicyFailed: the policy raised, and no iteration is in flight that could be committed instead.
         """
         now = self._clock()
-        self.last_plan = plan = self.policy.schedule(self.state, now)
+        self.last_plan = plan = self._plan(now)
         self._counts.schedule_s = self._clock() - now
         if plan.scheduled or plan.preempted or plan.converted:
             self._dispatch(plan, now)
@@ -216,6 +224,19 @@ class Engine:
         """The report of this engine to a router."""
         context = self.policy_context
         return instance_load(self.state, context.cost_model, now, predictor=context.predictor)
+
+    def _plan(self, now: float) -> Plan:
+        """The policy's plan; an empty one without unfinished requests, and where it raised but results are to come."""
+        if not self.state.num_unfinished:
+            return Plan()
+        try:
+            return self.policy.schedule(self.state, now)
+        except Exception as error:
+            if not self._inflight:
+                shown = str(error) or type(error).__name__
+                raise PolicyFailed(f"policy {self.config.scheduling_policy!r} raised: {shown}") from error
+            self._counts.num_failed_steps += 1
+            return Plan()
 
     def _dispatch(self, plan: Plan, now: float) -> None:
         spans: list[Span] = []
@@ -287,7 +308,7 @@ class Engine:
                 continue
             output = self.requests.accept(request, row, host, now)
             if output.finish_reason is not None:
-                self.policy.finished(request, now)
+                self._tell_policy(request, now)
             outputs.append(output)
         return outputs
 
@@ -299,4 +320,12 @@ class Engine:
         """End a request outside the normal course; reported by the next step."""
         if request.status is not Status.FINISHED:
             self.requests.end(request, reason, error)
-            self.policy.finished(request, self._clock())
+            self._tell_policy(request, self._clock())
+
+    def _tell_policy(self, request: Request, now: float) -> None:
+        """A request has ended. What the policy makes of it must not take the outputs of others away."""
+        try:
+            self.policy.finished(request, now)
+        except Exception:
+            self._counts.num_failed_steps += 1
+            logger.exception("the policy failed to take in the end of request %s", request.request_id)

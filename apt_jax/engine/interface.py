@@ -91,6 +91,10 @@ class ServingEngine(Protocol):
     def num_running(self) -> int:
         """Requests with blocks."""
 
+    @property
+    def longest_step_s(self) -> float:
+        """Predicted seconds of the largest iteration that its limits allow. From any thread."""
+
     def warm_up(self, progress: bool = False) -> None:
         """Compile every shape, and measure the device if the policy uses that; afterwards nothing compiles."""
 
@@ -119,7 +123,15 @@ class ServingEngine(Protocol):
         """End a request; its blocks are free at once. Unknown or ended ids change nothing."""
 
     def step(self) -> list[Output]:
-        """One iteration; returns its outputs, and the last outputs of requests that ended since the previous one."""
+        """One iteration; returns its outputs, and the last outputs of requests that ended since the previous one.
+
+        Raises:
+            PolicyFailed: the policy raised; the requests are as before, and the step may be tried again.
+            DeviceLost: the device takes no cache any more.
+        """
+
+    def renew_policy(self) -> None:
+        """Continue with a fresh policy. The engine must be idle."""
 
     def figures(self) -> EngineFigures:
         """Figures after the last step; in the thread that steps."""

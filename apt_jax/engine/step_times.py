@@ -2,11 +2,12 @@
 
 from collections.abc import Sequence
 
+from apt_jax.cache import KINDS
 from apt_jax.scheduling.costs.cost_model import CostModel
 from apt_jax.scheduling.costs.fit import Calibration
 from apt_jax.scheduling.costs.step_load import StepLoad, step_load
 from apt_jax.scheduling.plan import Plan
-from apt_jax.scheduling.state import Span
+from apt_jax.scheduling.state import SchedulerState, Span
 
 
 class StepTimes:
@@ -21,6 +22,18 @@ class StepTimes:
     def fitted_model(self) -> CostModel | None:
         """The cost model as measured; None before that."""
         return self.calibration.model if self.calibration.is_fitted else None
+
+    def longest_s(self, state: SchedulerState, max_model_len: int) -> float:
+        """Predicted seconds of the largest iteration: a chunk of prompts at the end of the longest context, as many
+        decodes as there may be, over a full cache of each kind. By the preset of the device until it was measured."""
+        limits, pool = state.limits, state.pool
+        tokens, seats = limits.max_num_batched_tokens, limits.max_num_seqs
+        held = pool.num_blocks * pool.block_size
+        cached = [min(held // kind.blocks_per_page, seats * max_model_len) for kind in KINDS]
+        context_tokens = tuple(count if kind in limits.kinds else 0 for kind, count in zip(KINDS, cached, strict=True))
+        projected = sum(count for kind, count in zip(KINDS, context_tokens, strict=True) if kind.is_projected)
+        largest = StepLoad(tokens, tokens * max_model_len, seats, context_tokens, projected, seats)
+        return self.calibration.model.step_s(largest)
 
     def load(self, plan: Plan, spans: Sequence[Span]) -> StepLoad | None:
         """What an iteration works through; None if its time is not learned from."""

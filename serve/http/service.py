@@ -23,6 +23,7 @@ from apt_jax.serve.options import ServerOptions
 from apt_jax.serve.runtime.backend import Backend
 from apt_jax.serve.runtime.engine_thread import EngineThread
 from apt_jax.serve.runtime.group import Group
+from apt_jax.serve.runtime.status import EngineStatus, WatchLimits
 
 JSON_TYPE = re.compile(r"application/([\w.-]+\+)?json")
 NUM_WORKERS = 4  # threads for long work: each that runs makes the event loop wait for Python's lock a little longer
@@ -46,6 +47,7 @@ class Service:
             backend.observers.append(self.tracing)
         if options.reject_predicted_late:
             backend.refuse_late()
+        backend.watch(WatchLimits(options.max_failed_steps, options.max_step_seconds))
         self._workers = CapacityLimiter(NUM_WORKERS)
         self.num_generating = 0  # requests for completions that are under way
         self.is_stopping = False
@@ -56,6 +58,14 @@ class Service:
     def of_engine(cls, thread: EngineThread, model_name: str, options: ServerOptions) -> "Service":
         """Over one engine in a thread of this process."""
         return cls(thread, EngineView(thread, model_name), model_name, options)
+
+    @property
+    def status(self) -> str:
+        """For people: the engine's, unless the server is stopping or the engine in trouble."""
+        status = self.backend.status
+        if self.is_stopping or status is not EngineStatus.READY or self.backend.trouble is None:
+            return "stopping" if self.is_stopping else status.value
+        return "unhealthy"
 
     def served_model(self) -> ServedModel:
         """What bodies are checked against.

@@ -1,6 +1,6 @@
 """Metrics of an engine: its queues and blocks, and what its scheduler does."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from apt_jax.engine.interface import EngineFigures
 from apt_jax.request import Request
@@ -32,7 +32,13 @@ class EngineMetrics(Instruments):
         self.schedule = self._histogram("apt:schedule_seconds", "Time that the policy takes per step.", SCHEDULE_S)
         self.batch = self._histogram("apt:batch_requests", "Requests per step.", BATCH)
         self.failures = self._counter("apt:failed_steps", "Steps that failed; the server went on.")
+        self.healthy = self._gauge("apt:engine_healthy", "1 while /health of the engine is good, 0 while it is not.")
+        self.healthy.set(1)
         self.lost_blocks = self._gauge("apt:idle_lost_blocks", "Blocks not free when idle; should be 0.")
+
+    def watch(self, is_healthy: Callable[[], bool]) -> None:
+        """Ask `is_healthy` whenever the metrics are read: an engine that is stuck reports nothing."""
+        self.healthy.set_function(is_healthy)
 
     def ready(self, figures: EngineFigures) -> None:
         """Show the empty cache."""
@@ -55,7 +61,7 @@ class EngineMetrics(Instruments):
         self._levels(figures)
 
     def failed(self, figures: EngineFigures) -> None:
-        """Count a step that raised; it left no request."""
+        """Count a step that raised."""
         self._demoted.clear()
         self.failures.inc()
         self._levels(figures)

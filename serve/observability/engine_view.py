@@ -42,6 +42,7 @@ class EngineView:
         self.metrics = Metrics(model_name)
         self.history = History()
         self._thread = thread
+        self.metrics.watch(lambda: thread.trouble is None)
         thread.observers += [self.metrics, self.history]
 
     async def metrics_text(self) -> bytes:

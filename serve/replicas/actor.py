@@ -51,8 +51,10 @@ class EngineActor:
         """
         self._ready = asyncio.get_running_loop().create_future()
         self._thread = thread = EngineThread(self._make_engine, self._ready.set_result, self._fail)
+        thread.watch(self._spec.limits)
         loads = LoadReporter(thread.load)
         self._relay = Relay(loads)
+        self._metrics.watch(lambda: thread.trouble is None)
         thread.observers += [self._metrics, self._history, loads]
         if self._spec.refuses_late:
             thread.refuse_late()
@@ -71,9 +73,10 @@ class EngineActor:
         Raises:
             Exception: the error by which the engine was lost.
         """
-        assert self._relay is not None
+        assert self._relay is not None and self._thread is not None
         while True:
-            yield await self._relay.report()
+            report = await self._relay.report()
+            yield dataclasses.replace(report, trouble=self._thread.trouble)
 
     async def command(self, number: int, commands: list[Command]) -> None:
         """Process a message, after all earlier ones."""

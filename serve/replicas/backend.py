@@ -18,7 +18,7 @@ from apt_jax.serve.runtime.backend import EngineFacts
 from apt_jax.serve.runtime.group import Group
 from apt_jax.serve.runtime.observer import Observer
 from apt_jax.serve.runtime.samples import Sample
-from apt_jax.serve.runtime.status import EngineStatus
+from apt_jax.serve.runtime.status import EngineStatus, WatchLimits
 
 logger = logging.getLogger("apt_jax.serve")
 
@@ -63,6 +63,11 @@ class ReplicaBackend:
         return self.fleet.status
 
     @property
+    def trouble(self) -> str | None:
+        """Only if none could be started: a replica in trouble is replaced."""
+        return "no replica could be started; the log has the error" if self.fleet.failed else None
+
+    @property
     def engine(self) -> EngineFacts | None:
         """As reported by the newest replica."""
         return self.fleet.facts
@@ -79,6 +84,10 @@ class ReplicaBackend:
     def refuse_late(self) -> None:
         """See `Backend`."""
         self.spec = dataclasses.replace(self.spec, refuses_late=True)
+
+    def watch(self, limits: WatchLimits) -> None:
+        """See `Backend`."""
+        self.spec = dataclasses.replace(self.spec, limits=limits)
 
     def start(self) -> None:
         """Connect to Ray and start keeping replicas."""

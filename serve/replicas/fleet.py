@@ -60,7 +60,8 @@ class Fleet:
 
     def ready(self) -> list[Replica]:
         """Replicas that accept requests."""
-        return [r for r in self.replicas if r.status is ReplicaStatus.READY and r.load is not None]
+        ready = (r for r in self.replicas if r.status is ReplicaStatus.READY and r.load is not None)
+        return [r for r in ready if r.trouble is None]
 
     def submit(self, samples: Sequence[Sample]) -> Group:
         """Send samples to a replica, all to the same one.

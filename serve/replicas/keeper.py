@@ -125,6 +125,10 @@ class Keeper:
         """Handle what changes with time alone."""
         for replica in self._of(ReplicaStatus.READY, ReplicaStatus.DRAINING):
             replica.quiet_checks += 1
+            if replica.trouble is not None and not replica.is_given_up:
+                logger.error("replica %s is replaced, its engine is unhealthy: %s", replica.name, replica.trouble)
+                replica.is_given_up = True
+                replica.handle.kill()
             if replica.quiet_checks > MOST_QUIET_CHECKS:
                 replica.handle.kill()  # its reports then end with an error
         now = time.monotonic()

@@ -14,6 +14,7 @@ from apt_jax.request import FinishReason
 from apt_jax.routing.instance import InstanceLoad
 from apt_jax.serve.options import LoadOptions
 from apt_jax.serve.runtime.samples import Sample
+from apt_jax.serve.runtime.status import WatchLimits
 
 if TYPE_CHECKING:
     from apt_jax.tokenization.tokenizer import Tokenizer
@@ -29,6 +30,7 @@ class EngineSpec:
     model_name: str
     refuses_late: bool = False
     log_format: Literal["text", "json"] = "text"
+    limits: WatchLimits = field(default_factory=WatchLimits)
 
 
 @dataclass(frozen=True)
@@ -107,11 +109,12 @@ Event = Accepted | Refused | Brought
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """Events in order, and the engine's load if it was counted since the last report."""
+    """Events in order, the engine's load if it was counted since the last report, and why it is unhealthy if it is."""
 
     events: list[Event]
     load: InstanceLoad | None = None
     blocks: dict[str, int] = field(default_factory=dict)
+    trouble: str | None = None
 
 
 Answer = Any  # of a question about a replica: JSON-like, or bytes

@@ -52,6 +52,8 @@ class Replica:
         self.load: InstanceLoad | None = None  # in the front's clock
         self.blocks: dict[str, int] = {}
         self.routes: dict[int, Route] = {}  # by ticket
+        self.trouble: str | None = None  # why its engine is unhealthy, as reported last
+        self.is_given_up = False  # killed because of it
         self.quiet_checks = 0  # of the keeper's, since the last report
         self._offset_s = 0.0  # its clock minus the front's
         self._outbox: list[Command] = []
@@ -71,6 +73,7 @@ class Replica:
     def note(self, report: Report) -> None:
         """Keep the load. What the replica has not confirmed is not in it, so it is no newer than that."""
         self.quiet_checks = 0
+        self.trouble = report.trouble
         if report.load is None:
             return
         time_s = report.load.time_s - self._offset_s

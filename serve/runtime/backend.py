@@ -7,7 +7,7 @@ from apt_jax.engine_config import EngineConfig
 from apt_jax.serve.runtime.group import Group
 from apt_jax.serve.runtime.observer import Observer
 from apt_jax.serve.runtime.samples import Sample
-from apt_jax.serve.runtime.status import EngineStatus
+from apt_jax.serve.runtime.status import EngineStatus, WatchLimits
 
 if TYPE_CHECKING:
     from apt_jax.tokenization.tokenizer import Tokenizer
@@ -45,6 +45,10 @@ class Backend(Protocol):
         """State of the engine or engines."""
 
     @property
+    def trouble(self) -> str | None:
+        """Why it does not serve now, though it should; None if it does, or has not begun to."""
+
+    @property
     def engine(self) -> EngineFacts | None:
         """None until it has been ready once."""
 
@@ -54,6 +58,9 @@ class Backend(Protocol):
 
     def refuse_late(self) -> None:
         """From now on refuse requests that would miss their SLO. Call it before `start`."""
+
+    def watch(self, limits: WatchLimits) -> None:
+        """When an engine counts as unhealthy. Call it before `start`."""
 
     def start(self) -> None:
         """Begin."""

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from apt_jax.engine.interface import ServingEngine
-from apt_jax.output import DeviceLost, Output, QueueFull
+from apt_jax.output import DeviceLost, Output, PolicyFailed, QueueFull
 from apt_jax.request import FinishReason
 from apt_jax.routing.instance import InstanceLoad
 from apt_jax.serve.errors import EngineFailure, NotReady, PredictedLate
@@ -23,11 +23,12 @@ from apt_jax.serve.runtime.admission import Admission
 from apt_jax.serve.runtime.group import Group
 from apt_jax.serve.runtime.observer import Observer, Stepped
 from apt_jax.serve.runtime.samples import Sample
-from apt_jax.serve.runtime.status import EngineStatus
+from apt_jax.serve.runtime.status import EngineStatus, Watchdog, WatchLimits
 
 logger = logging.getLogger("apt_jax.serve")
 
 SEE_LOG = "its log has the details"
+REPORT_S = 1.0  # between two looks at the engine's health, for the log
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,7 @@ class EngineThread:
         self.observers: list[Observer] = []
         self.admission: Admission | None = None
         self.engine: ServingEngine | None = None
+        self.watchdog = Watchdog()
         self.compile_s = 0.0  # that warming the engine took to compile
         self._make_engine = make_engine
         self._on_ready = on_ready
@@ -75,6 +77,7 @@ class EngineThread:
         self._inbox: queue.SimpleQueue[Group | _Abort | _Command] = queue.SimpleQueue()
         self._active: dict[str, _Active] = {}
         self._stopping = False
+        self._failed_steps = 0  # of the engine's own, as counted last
         self._mail: list[Callable[[], None]] = []  # what the loop is to be told, in order
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -84,10 +87,22 @@ class EngineThread:
         self.admission = Admission()
         self.observers.append(self.admission)
 
+    def watch(self, limits: WatchLimits) -> None:
+        """When the engine counts as unhealthy."""
+        self.watchdog.limits = limits
+
     def start(self) -> None:
         """Begin; call it on the loop that outputs are to go to."""
         self._loop = asyncio.get_running_loop()
         self._thread.start()
+        self._report_health()
+
+    @property
+    def trouble(self) -> str | None:
+        """Why the engine does not serve now, though it may again; None if it does, or has not begun to."""
+        if self.status is EngineStatus.FAILED:
+            return f"the engine has failed for good; {SEE_LOG}"
+        return self.watchdog.trouble
 
     @property
     def num_waiting_running(self) -> tuple[int, int]:
@@ -113,8 +128,10 @@ class EngineThread:
         """`submit` for a caller that has made the group.
 
         Raises:
-            NotReady: the engine is not (or no longer) ready.
+            NotReady: the engine is not (or no longer) ready, or stuck in a step.
         """
+        if (stuck := self.watchdog.stuck) is not None:
+            raise NotReady(f"the engine does not answer: {stuck}; try another server, or this one again later")
         with self._gate:
             self.ready_engine()
             self._inbox.put(group)
@@ -156,6 +173,7 @@ class EngineThread:
             self.compile_s = figures.compile_s
             for observer in self.observers:
                 observer.ready(figures)
+            self.watchdog.watch(lambda: engine.longest_step_s)
             self.status = EngineStatus.READY
             self._mail.append(partial(self._on_ready, time.monotonic() - began))
             self._post()
@@ -171,7 +189,8 @@ class EngineThread:
             self._read_inbox(engine)
             self._post()  # who was accepted or refused need not wait for the step
             if engine.has_unfinished:
-                self._step(engine)
+                with self.watchdog.working():
+                    self._step(engine)
                 self._post()
 
     def _step(self, engine: ServingEngine) -> None:
@@ -179,11 +198,15 @@ class EngineThread:
         try:
             outputs = engine.step()
         except Exception as error:
+            self._failed_steps = engine.figures().num_failed_steps
+            self.watchdog.judge((), failed=True)
             self._recover(engine, error)
         else:
             stepped = Stepped(outputs, {o.request.request_id for o in outputs} - self._active.keys(), began)
             self._deliver(outputs)
             figures = engine.figures()
+            self.watchdog.judge(outputs, failed=figures.num_failed_steps > self._failed_steps)
+            self._failed_steps = figures.num_failed_steps
             for observer in self.observers:
                 observer.brought(stepped)
                 observer.stepped(figures, stepped)
@@ -200,26 +223,34 @@ class EngineThread:
             observer.idle(figures, lost)
 
     def _read_inbox(self, engine: ServingEngine) -> None:
-        """Process the inbox; waits for a message when idle."""
+        """Process the inbox; waits for a message when idle, and after a failed step for a while before the next."""
+        until = time.monotonic() + self.watchdog.pause_s
         block = not engine.has_unfinished
         while True:
+            left_s = 0.0 if self._stopping else until - time.monotonic()
+            if left_s > 0:
+                self._post()
             try:
-                command = self._inbox.get(block=block)
+                command = self._inbox.get(block or left_s > 0, None if block else max(left_s, 0.0))
             except queue.Empty:
                 return
             block = False
-            match command:
-                case Group():
-                    if not command.closed:
-                        self._admit(engine, command)
-                case _Abort():
-                    for sample in command.group.samples:
-                        if self._active.pop(sample.request_id, None) is not None:
-                            engine.abort(sample.request_id)
-                case _Command.ABORT_ALL | _Command.STOP:
-                    self._stopping |= command is _Command.STOP
-                    for request_id in self._active:
-                        engine.abort(request_id)  # the next step reports it
+            with self.watchdog.working():
+                self._obey(engine, command)
+
+    def _obey(self, engine: ServingEngine, command: Group | _Abort | _Command) -> None:
+        match command:
+            case Group():
+                if not command.closed:
+                    self._admit(engine, command)
+            case _Abort():
+                for sample in command.group.samples:
+                    if self._active.pop(sample.request_id, None) is not None:
+                        engine.abort(sample.request_id)
+            case _Command.ABORT_ALL | _Command.STOP:
+                self._stopping |= command is _Command.STOP
+                for request_id in self._active:
+                    engine.abort(request_id)  # the next step reports it
 
     def _admit(self, engine: ServingEngine, group: Group) -> None:
         added: list[str] = []
@@ -258,23 +289,46 @@ class EngineThread:
     def _recover(self, engine: ServingEngine, error: Exception) -> None:
         """A step raised: end the requests that the engine holds, and go on without them.
 
+        Where only the policy raised nothing is lost yet: they wait for the next attempt, until too many have failed.
+
         Raises:
-            EngineFailure: the engine holds no requests, or they cannot be ended either.
+            EngineFailure: the requests cannot be ended either, or there are none and the engine is to stop.
         """
-        if not self._active:
-            raise EngineFailure("a step without requests failed") from error
         if isinstance(error, DeviceLost):
             raise error
-        logger.error("a step failed; ending its %d requests", len(self._active), exc_info=error)
+        if self._stopping and not self._active:
+            raise EngineFailure("a step failed while the engine stopped") from error
+        is_first = self.watchdog.num_failed == 1
+        goes_on = isinstance(error, PolicyFailed) and not self.watchdog.is_exhausted
+        if goes_on:
+            if is_first:  # once in a row, not for every attempt
+                logger.error("a step failed, its %d requests wait", len(self._active), exc_info=error)
+        elif self._active or is_first:
+            logger.error("a step failed; ending its %d requests", len(self._active), exc_info=error)
+            for observer in self.observers:
+                observer.lost([active.sample for active in self._active.values()])
         for observer in self.observers:
-            observer.lost([active.sample for active in self._active.values()])
             observer.failed(engine.figures())
+        if not goes_on:
+            self._give_up(engine, error)
+
+    def _give_up(self, engine: ServingEngine, error: Exception) -> None:
+        """End the requests of a step that raised."""
         self._fail_groups(EngineFailure(f"the engine failed while it worked on this request; {SEE_LOG}"))
         for request_id in list(self._active):
             del self._active[request_id]
             engine.abort(request_id)
         if engine.num_waiting or engine.num_running:
             raise EngineFailure("the engine holds requests that it cannot end") from error
+        if isinstance(error, PolicyFailed):
+            engine.renew_policy()
+
+    def _report_health(self) -> None:
+        """On the loop, again and again until the thread ends: it cannot report its own standstill."""
+        if self.status not in (EngineStatus.FAILED, EngineStatus.STOPPED):
+            assert self._loop is not None
+            self.watchdog.report()
+            self._loop.call_later(REPORT_S, self._report_health)
 
     def _end(self, status: EngineStatus, error: Exception) -> None:
         """Take no more requests and fail those that still wait for an answer."""

@@ -44,7 +44,7 @@ class Observer:
         """The engine's view of a step, after `brought`; `figures.plan` is its plan."""
 
     def failed(self, figures: EngineFigures) -> None:
-        """A step raised; its requests were `lost` before."""
+        """A step raised; its requests were `lost` before, unless it is tried again."""
 
     def idle(self, figures: EngineFigures, lost_blocks: int) -> None:
         """Nothing is left to do; `lost_blocks` should be 0."""

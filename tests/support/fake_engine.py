@@ -64,7 +64,10 @@ class CharTokenizer:
 
 
 class FakeEngine:
-    """A `ServingEngine`. With `paced`, a step waits for `allow_step()`; `fail_with` makes the next one raise."""
+    """A `ServingEngine`. With `paced`, a step waits for `allow_step()`.
+
+    `fail_with` makes the next step raise, `fails_with` every step with requests until it is None again.
+    """
 
     def __init__(
         self, config: EngineConfig | None = None, tokenizer: Any = None, *, num_blocks: int = 64, paced: bool = False
@@ -80,6 +83,9 @@ class FakeEngine:
         self.state = SchedulerState(BlockPool(num_blocks, 4), limits)
         self.warmed = False
         self.fail_with: Exception | None = None
+        self.fails_with: Exception | None = None
+        self.longest_step_s = 0.01
+        self.num_policies = 1
         self.num_steps = 0
         self.num_failed_steps = 0
         self.num_recompiles = 0
@@ -170,6 +176,8 @@ class FakeEngine:
         if self.fail_with is not None:
             error, self.fail_with = self.fail_with, None
             raise error
+        if self.fails_with is not None and self.state.num_unfinished:
+            raise self.fails_with
         now = time.monotonic()
         self.last_plan = self._policy.schedule(self.state, now)
         self.schedule_s = time.monotonic() - now
@@ -177,6 +185,9 @@ class FakeEngine:
         outputs = [*self._ended, *(self._sample(span.request, now) for span in spans if span.samples)]
         self._ended = []
         return outputs
+
+    def renew_policy(self) -> None:
+        self.num_policies += 1
 
     def figures(self) -> EngineFigures:
         return EngineFigures(

@@ -44,8 +44,9 @@ async def story(service: Service, http: Request) -> Response:
 
 async def state(service: Service, http: Request) -> Response:
     """GET /debug/state: everything that the dashboard shows."""
-    status = "stopping" if service.is_stopping else service.backend.status.value
-    shown: dict[str, object] = {"model": service.model_name, "status": status}
+    shown: dict[str, object] = {"model": service.model_name, "status": service.status}
+    if (trouble := service.backend.trouble) is not None:
+        shown["trouble"] = trouble
     shown |= await run_in_threadpool(service.recent.figures)
     engine = service.backend.engine
     if engine is None:

@@ -14,9 +14,11 @@ VERSION = importlib.metadata.version("apt-jax")
 
 
 async def health(service: Service, http: Request) -> Response:
-    """GET /health: 200 while the process serves or may still come to serve."""
-    status = service.backend.status
-    return JSONResponse({"status": status.value}, 503 if status is EngineStatus.FAILED else 200)
+    """GET /health: 200 while the process serves or may still come to serve; else 503 with a reason."""
+    trouble = service.backend.trouble
+    if trouble is None:
+        return JSONResponse({"status": service.backend.status.value})
+    return JSONResponse({"status": service.status, "reason": trouble}, 503)
 
 
 async def ready(service: Service, http: Request) -> Response:
