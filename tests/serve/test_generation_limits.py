@@ -173,3 +173,38 @@ def test_what_the_engine_refuses_is_the_client_s_field():
         assert as_bad_request(ValueError("something else"), body).param is None
     already = BadRequest("as it is", "stop")
     assert as_bad_request(already, chat) is already
+
+
+@pytest.mark.parametrize(
+    ("body", "outputs"),
+    [
+        # 2,048 numbers and texts: 16 for each output, 2 for each likely token, a quarter for a prompt token it brings
+        ({}, 128), ({"logprobs": 3}, 93), ({"logprobs": 0}, 128), ({"prompt": [97] * 100}, 128),
+        ({"echo": True}, 113), ({"return_token_ids": True}, 113), ({"echo": True, "logprobs": 1}, 102),
+        ({"return_token_ids": True, "prompt": [[97] * 8, [97] * 100, [97] * 9]}, 49),
+    ],
+)  # fmt: skip
+def test_streamed_outputs_that_are_written_at_once(body, outputs):
+    assert prepare(**body).outputs_at_once == outputs
+
+
+def test_one_output_is_written_however_long_its_prompt_is():
+    long = ServedModel(FakeEngine(EngineConfig(max_model_len=20_000), tokenizer=CharTokenizer()), "tiny")
+    for tokens, outputs in ((4032, 2), (4036, 1), (9000, 1)):
+        body = parse_completion({"prompt": [97] * tokens, "echo": True})
+        assert Completion.prepare(body, long, request_id="c").outputs_at_once == outputs
+
+
+@pytest.mark.parametrize(
+    ("body", "values"),
+    [
+        # two samples of 3 tokens and a prompt of 8 each
+        ({}, 2 * 3 * 2 + 2 * 8), ({"logprobs": 3}, 2 * 3 * 8 + 2 * 8), ({"prompt_logprobs": 2}, 2 * 3 * 2 + 2 * 8 * 5),
+        ({"logprobs": 1, "echo": True}, 2 * 3 * 4 + 2 * 8 * 3),
+    ],
+)  # fmt: skip
+def test_how_much_a_response_has_to_write(body, values):
+    generation = prepare(n=2, **body)
+    for choice in generation.choices:
+        choice.token_ids.extend((98, 98, 98))
+    assert generation.num_values == values

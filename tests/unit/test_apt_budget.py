@@ -209,6 +209,41 @@ def test_the_seat_of_one_evicted_for_growth_goes_to_a_newcomer():
     ]  # fmt: skip
 
 
+def test_what_the_lane_s_victim_leaves_over_goes_to_a_newcomer():
+    """6 blocks free and 6 of `fine`: 8 for `old`, 4 for `new`; and one of two seats."""
+    state = make_state(12, max_num_seqs=2)
+    run(state, "fine", 11, slo=PATIENT)
+    wait(state, "old", 16, arrival_s=-30.0)
+    wait(state, "new", 8, arrival_s=0.4)
+    assert decide(state, 0.5) == [
+        "preempt fine PREEMPTED_FOR_LONGEST_LATE", "run old 16 kv ADMITTED_LONGEST_LATE", "run new 8 kv ADMITTED_KV",
+    ]  # fmt: skip
+
+
+def test_the_lane_evicts_until_both_a_seat_and_the_blocks_are_there():
+    """12 blocks for `old`: 2 are free and 6 of each; one seat is free, or none."""
+    for seats in (2, 3):
+        state = make_state(14, max_num_seqs=seats)
+        run(state, "a", 11, slo=PATIENT)
+        run(state, "b", 11, slo=PATIENT)
+        wait(state, "old", 24, arrival_s=-30.0)
+        assert [line.split()[0] for line in decide(state, 0.5)] == ["preempt", "preempt", "run"]
+
+
+def test_the_lane_evicts_by_value_per_block():
+    """Equal values: the large one (16 blocks) goes. As hidden 0.5 s for a block are more than 0.67 s for two."""
+    state = make_state(20)
+    run(state, "small", 3, slo=PATIENT)
+    run(state, "large", 31, slo=PATIENT)
+    wait(state, "old", 32, arrival_s=-30.0)
+    assert decide(state, 0.5)[0] == "preempt large PREEMPTED_FOR_LONGEST_LATE"
+    state = make_state(3, mode="hidden")
+    run(state, "one", 3, kind=CacheKind.HIDDEN, slo=Slo(1.0, 1.0))
+    run(state, "two", 7, kind=CacheKind.HIDDEN, slo=Slo(1.0, 0.75))
+    wait(state, "old", 4, arrival_s=-30.0)
+    assert decide(state, 0.5)[0] == "preempt two PREEMPTED_FOR_LONGEST_LATE"
+
+
 # -- conversions ---------------------------------------------------------------------------------------------------
 
 

@@ -9,7 +9,7 @@ from apt_jax.cache import CacheKind
 from apt_jax.model_config import GROUP_BYTES, ModelConfig
 from apt_jax.scheduling.costs.cost_model import CostModel, Scales, cache_blocks
 from apt_jax.scheduling.costs.fit import Calibration, Observation, fit, relative_errors
-from apt_jax.scheduling.costs.hardware import Hardware
+from apt_jax.scheduling.costs.hardware import HARDWARE, MODELS, Hardware
 from apt_jax.scheduling.costs.step_load import PaddedSizes, StepLoad, step_load
 from apt_jax.scheduling.plan import Converted, Plan, Reason, Scheduled
 from tests.support.scheduling_loop import make_state
@@ -297,3 +297,16 @@ def test_only_start_up_s_iterations_and_the_newest_512_are_kept(tmp_path):
     text = (tmp_path / "cost.json").read_text()
     (tmp_path / "cost.json").write_text(text.replace('"version": 2', '"version": 3'))
     assert Calibration.load(tmp_path / "cost.json", ONE) is None
+
+
+def test_models_are_those_of_their_paper_and_memories_those_of_their_datasheets():
+    shapes = {name: (c.num_hidden_layers, c.hidden_size, c.num_attention_heads) for name, c in MODELS.items()}
+    assert shapes == {
+        "opt-125m": (12, 768, 12), "opt-350m": (24, 1024, 16), "opt-1.3b": (24, 2048, 32), "opt-2.7b": (32, 2560, 32),
+        "opt-6.7b": (32, 4096, 32), "opt-13b": (40, 5120, 40), "opt-30b": (48, 7168, 56), "opt-66b": (64, 9216, 72),
+    }  # fmt: skip
+    assert all((c.ffn_dim, c.word_embed_proj_dim) == (4 * c.hidden_size, c.hidden_size) for c in MODELS.values())
+    assert {name: round(device.memory_bytes / 2**30) for name, device in HARDWARE.items()} == {
+        "a100-40gb": 40, "a100-80gb": 80, "h100-80gb": 80, "h200": 131, "tpu-v5e": 16, "tpu-v5p": 95, "tpu-v6e": 32,
+        "tpu7x": 192,
+    }  # fmt: skip
