@@ -55,9 +55,8 @@ def set_up_logs(log_format: LogFormat = "text") -> None:
         logging.captureWarnings(True)
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonFormatter() if log_format == "json" else TextFormatter())
-    logging.basicConfig(level=logging.INFO, handlers=[handler])
-    for name in ("httpx", "jax"):  # the hub client's requests, the platforms that are not there
-        logging.getLogger(name).setLevel(logging.WARNING)
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])  # of other libraries
+    logging.getLogger("apt_jax").setLevel(logging.INFO)
 
 
 def _plain(value: object) -> str:

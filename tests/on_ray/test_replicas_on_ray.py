@@ -84,7 +84,8 @@ def test_a_replica_killed_under_load_loses_nothing(server, expected):
         async with clients(server.url) as client:
             stop = asyncio.Event()
             asking = asyncio.create_task(keep_asking(client, expected, stop, REQUESTS, pause_s=2))
-            await asyncio.sleep(0.5)
+            os.kill(victim["process_id"], signal.SIGSTOP)  # what it holds now it cannot finish any more
+            await asyncio.to_thread(until, lambda: num_requests(server, victim["name"]) > 0, 60)
             os.kill(victim["process_id"], signal.SIGKILL)
             await asyncio.to_thread(until, lambda: victim["name"] not in names(server), 30)
             await asyncio.to_thread(until, lambda: len(ready(server)) == 2, 120)
@@ -94,6 +95,11 @@ def test_a_replica_killed_under_load_loses_nothing(server, expected):
     asyncio.run(main())
     assert server.metric("apt:requests_moved_total") >= 1 and server.metric("apt:replica_failures_total") == 1
     assert server.metric("apt:idle_lost_blocks") == 0
+
+
+def num_requests(server: Server, name: str) -> int:
+    """Unfinished requests of a replica."""
+    return sum(replica["requests"] for replica in server.replicas() if replica["name"] == name)
 
 
 def names(server: Server) -> set[str]:
@@ -107,7 +113,7 @@ def test_an_update_under_load_drops_nothing(server, expected):
         async with clients(server.url) as client:
             stop = asyncio.Event()
             asking = asyncio.create_task(keep_asking(client, expected, stop, 4, pause_s=1))
-            await asyncio.sleep(0.2)
+            await asyncio.to_thread(until, lambda: any(num_requests(server, name) for name in before), 60)
             server.signal(signal.SIGHUP)
             least = 2
 

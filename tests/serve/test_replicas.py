@@ -3,6 +3,7 @@
 import asyncio
 import importlib.util
 import pickle
+import threading
 from collections import Counter
 from dataclasses import replace
 
@@ -124,10 +125,20 @@ def test_requests_wait_while_there_is_no_replica_at_all():
             group = r.fleet.submit(samples("q", seed=7))
             r.handles["r1"].engine.allow_step(2)
             await group.accepted()
+            gate = threading.Event()
+
+            def held() -> FakeEngine:
+                engine = paced()
+                warm_up = engine.warm_up
+                engine.warm_up = lambda *args, **more: (gate.wait(10), warm_up(*args, **more))
+                return engine
+
+            r.make_engine = held
             r.handles["r1"].kill()
             await until(lambda: r.fleet.num_moved == 1)
             with pytest.raises(NotReady):
                 r.fleet.submit(samples("new"))
+            gate.set()
             await until(lambda: len(r.fleet.ready()) == 1)
             r.handles["r2"].engine.allow_step(1000)
             assert (await asyncio.wait_for(collected(group), 5))[0] == "bcdefghi"
@@ -259,8 +270,7 @@ def test_an_update_that_cannot_start_leaves_the_old_replicas():
 
             r.make_engine = Broken
             r.keeper.update()
-            await until(lambda: r.keeper.num_failures == 1)
-            await asyncio.sleep(0.02)
+            await until(lambda: r.keeper.num_failures == 1 and not r.keeper.is_updating)
             assert [replica.name for replica in r.fleet.ready()] == ["r1", "r2"] and not r.keeper.is_updating
             assert (await collected(r.fleet.submit(samples("q"))))[2] is FinishReason.LENGTH
 

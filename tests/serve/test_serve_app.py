@@ -293,7 +293,8 @@ def test_a_full_queue_gives_503_with_retry_after():
             first = asyncio.create_task(client.post("/v1/completions", json=body))
             await until(lambda: engine.has_unfinished)
             others = [asyncio.create_task(client.post("/v1/completions", json=body)) for _ in range(10)]
-            await asyncio.sleep(0.05)  # all of them wait in the inbox while the step is held
+            inbox = client.service.backend._inbox
+            await until(lambda: inbox.qsize() == len(others))  # while the step is held
             engine.allow_step(1000)
             statuses = sorted([(await task).status_code for task in others])
             assert (await first).status_code == 200

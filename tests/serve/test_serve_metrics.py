@@ -101,8 +101,10 @@ def test_levels_show_what_runs_and_waits():
             task = asyncio.create_task(client.post("/v1/completions", json=body))
             await until(lambda: len(engine.state.waiting) == 6)
             engine.allow_step()
-            await until(lambda: engine.num_steps == 1 and engine.state.running)
-            await asyncio.sleep(0.05)
+            backend = client.service.backend
+            await until(
+                lambda: backend.num_waiting_running == (2, 4) and sum(client.service.view.metrics.last_blocks.values())
+            )
             found = await metrics_of(client)
             assert found["vllm:num_requests_running",] == 4 and found["vllm:num_requests_waiting",] == 2
             blocks = [found["apt:cache_blocks", kind] for kind in ("kv", "hidden", "free")]
@@ -122,8 +124,7 @@ def test_refused_requests_are_counted_by_reason_and_the_server_s_refusals_as_mis
         async with serving(engine) as client:
             post = [client.post("/v1/completions", json={"prompt": ["a"] * 8, "max_tokens": 1}) for _ in range(2)]
             tasks = [asyncio.create_task(p) for p in post]
-            await until(lambda: engine.has_unfinished)
-            await asyncio.sleep(0.05)
+            await until(lambda: engine.has_unfinished and client.service.backend._inbox.qsize() == 1)
             engine.allow_step(100)
             assert sorted([(await t).status_code for t in tasks]) == [200, 503]
             await client.post("/v1/completions", json={"prompt": ""})

@@ -82,7 +82,7 @@ def test_the_option_refuses_over_http_and_counts_it():
             tasks = [asyncio.create_task(client.post("/v1/completions", json=LONG)) for _ in range(6)]
             await until(lambda: engine.has_unfinished)
             engine.allow_step(1)
-            await asyncio.sleep(0.05)
+            await until(lambda: any(task.done() for task in tasks))  # refused
             engine.allow_step(1000)
             statuses = [(await task).status_code for task in tasks]
             assert 200 in statuses and 503 in statuses and set(statuses) == {200, 503}

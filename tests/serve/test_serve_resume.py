@@ -114,7 +114,7 @@ def test_sigterm_keeps_what_runs_and_a_second_one_ends_at_once(folder, tmp_path)
         stuck.endheaders(b"{")  # the rest never comes
         assert httpx.get(f"{url}/health").status_code == 200
         process.send_signal(signal.SIGTERM)
-        time.sleep(1)
+        until(lambda: not listens(url))
         assert process.poll() is None, "it waits for the request"
         process.send_signal(signal.SIGTERM)
         assert process.wait(5) == 128 + signal.SIGTERM
@@ -122,3 +122,11 @@ def test_sigterm_keeps_what_runs_and_a_second_one_ends_at_once(folder, tmp_path)
         stuck.close()
         process.kill()
         process.communicate()
+
+
+def listens(url: str) -> bool:
+    """Whether new connections are taken."""
+    try:
+        return httpx.get(f"{url}/health").status_code == 200
+    except httpx.TransportError:
+        return False

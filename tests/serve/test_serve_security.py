@@ -4,6 +4,7 @@ import json
 import logging
 import signal
 import socket
+import subprocess
 import sys
 import threading
 from urllib.parse import urlsplit
@@ -305,3 +306,18 @@ def test_stopping_is_told_only_while_something_runs(caplog):
 
 async def nothing() -> None:
     """No lifespan."""
+
+
+def test_logs_are_this_program_s_and_other_libraries_say_only_what_is_wrong():
+    code = (
+        "import logging, warnings\n"
+        "from apt_jax.serve.logs import set_up_logs\n"
+        "set_up_logs('json')\n"
+        "logging.getLogger('apt_jax.x').info('ours')\n"
+        "logging.getLogger('absl').info('theirs'); logging.getLogger('absl').warning('a fault')\n"
+        "warnings.warn('a warning')\n"
+        "from apt_jax.progress import is_hidden; import sys; sys.stderr.isatty = lambda: True; assert is_hidden()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    messages = [json.loads(line)["message"] for line in done.stderr.splitlines()]
+    assert messages[:2] == ["ours", "a fault"] and "a warning" in messages[2] and len(messages) == 3
