@@ -1,7 +1,8 @@
 """HTTP over a connection, with a limit on the time in which a request must arrive.
 
 uvicorn limits how long a connection may be idle between requests, but not how long a client may take to send one: a
-client that sends a byte now and then would hold its connection, and a task, for as long as it likes.
+client that sends a byte now and then would hold its connection, and a task, for as long as it likes. And it reads
+whatever has come in one go, which takes a second where a body comes in thousands of chunks of one byte.
 """
 
 import asyncio
@@ -18,6 +19,8 @@ from apt_jax.serve.errors import error_body
 from apt_jax.serve.http.middleware import access, id_of
 
 END_OF_HEAD = re.compile(rb"\r?\n\r?\n")
+READ_BYTES = 4096  # at once
+READ_S = 0.004
 SENTENCE = "the request did not come in within {:g} s, the limit of --request-read-timeout"
 
 
@@ -81,6 +84,29 @@ class TimedProtocol(H11Protocol):
         super().__init__(*args, **options)
         self.conn: StrictConnection = StrictConnection(h11.SERVER, self.config.h11_max_incomplete_event_size or 16384)
         self._deadline: asyncio.TimerHandle | None = None
+        self._unread = b""
+        self._is_reading = False
+
+    def data_received(self, data: bytes) -> None:
+        """Read what has come, for a few milliseconds at a time."""
+        self._unread += data
+        if not self._is_reading:
+            self._read_on()
+
+    def _read_on(self) -> None:
+        end = self.loop.time() + READ_S
+        while self._unread and not self.transport.is_closing():
+            piece, self._unread = self._unread[:READ_BYTES], self._unread[READ_BYTES:]
+            super().data_received(piece)
+            if self._unread and self.loop.time() > end:
+                self._is_reading = True
+                self.transport.pause_reading()
+                self.loop.call_soon(self._read_on)
+                return
+        if self._is_reading:
+            self._is_reading = False
+            if not self.flow.read_paused and not self.transport.is_closing():
+                self.transport.resume_reading()
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Start the time limit of the first request."""

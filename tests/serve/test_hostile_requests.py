@@ -1,0 +1,68 @@
+"""No request holds up another client's stream, or takes much more memory than its body.
+
+Gaps are compared with what the same stream sees without the request and with a loop that takes about a tenth of a
+second on a quiet machine, in the same seconds; what is slow stays so in three attempts, what the machine does does not.
+"""
+
+import gc
+import time
+
+import pytest
+
+from apt_jax.checkpoints.source import DEMO_FOLDER
+from apt_jax.serve.http.server import spare_collector
+from apt_jax.serve.http.service import Service
+from apt_jax.serve.options import ServerOptions
+from apt_jax.serve.runtime.engine_thread import EngineThread
+from apt_jax.tokenization.tokenizer import Tokenizer
+from tests.support.bystander import bystander, forget_peak, memory_bytes, peak_bytes
+from tests.support.hostile_requests import ANSWERED, MB, READ, send
+from tests.support.live_server import live
+from tests.support.steady_engine import SteadyEngine
+
+TEMPLATE = "{% for a in messages %}{{ a.content }}{% for b in messages %}{% endfor %}{% endfor %}."
+ATTEMPTS = 3
+BASELINE_S = 0.2
+LOOP_ROUNDS = 3_000_000  # about a tenth of a second
+SLACK_BYTES = 12 * MB  # threads' stacks, and what allocators keep
+
+
+@pytest.fixture(scope="module")
+def server():
+    """Host, port, and the stream that runs all the time."""
+    thread = EngineThread(lambda: SteadyEngine(Tokenizer.from_folder(DEMO_FOLDER)))
+    service = Service.of_engine(thread, "tiny", ServerOptions())
+    service.chat_template = TEMPLATE
+    spare_collector()
+    with live(service) as url, bystander(url) as stream:
+        host, port = url.removeprefix("http://").split(":")
+        yield host, int(port), stream
+    gc.unfreeze()
+
+
+def loop_s() -> float:
+    """Seconds that a plain loop takes now."""
+    began = time.monotonic()
+    for _ in range(LOOP_ROUNDS):
+        pass
+    return time.monotonic() - began
+
+
+@pytest.mark.parametrize("hostile", [*READ, *ANSWERED], ids=lambda hostile: hostile.name)
+def test_nobody_waits_for_a_request(server, hostile):
+    host, port, stream = server
+    wire, seen = hostile.wire(), []
+    for _ in range(ATTEMPTS):
+        began = time.monotonic()
+        time.sleep(BASELINE_S)
+        baseline_s = stream.worst_gap_s(began, time.monotonic())
+        allowed_s = max(10 * baseline_s, loop_s())
+        forget_peak()
+        before, began = memory_bytes(), time.monotonic()
+        assert send(host, port, wire) == hostile.status
+        gap_s = stream.worst_gap_s(began, time.monotonic())
+        grown = peak_bytes() - before
+        seen.append((round(1000 * gap_s), round(1000 * allowed_s), grown // MB))
+        if gap_s <= allowed_s and (not hostile.bounded or grown <= 10 * len(wire) + SLACK_BYTES):
+            return
+    pytest.fail(f"worst gap in ms, allowed, MB of memory for {len(wire) / MB:.1f} MB, in each attempt: {seen}")

@@ -1,0 +1,81 @@
+"""A client with a stream, in a process of its own, that notes when it gets something; and what a server's peak was."""
+
+import contextlib
+import itertools
+import json
+import re
+import struct
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+# no import but these: it starts at once, and nothing but the server can hold it up
+READER = """
+import socket, struct, sys, time
+host, port, body, path = sys.argv[1], int(sys.argv[2]), sys.argv[3].encode(), sys.argv[4]
+s = socket.create_connection((host, port))
+s.sendall(b"POST /v1/completions HTTP/1.1\\r\\nhost: localhost\\r\\ncontent-type: application/json\\r\\n"
+          b"content-length: %d\\r\\n\\r\\n%s" % (len(body), body))
+with open(path, "ab", buffering=0) as times:
+    while s.recv(65536):
+        times.write(struct.pack("d", time.monotonic()))
+"""
+
+
+class Bystander:
+    """What the stream saw."""
+
+    def __init__(self, times: Path):
+        self._times = times
+
+    @property
+    def seen(self) -> list[float]:
+        """When something came, by this machine's monotonic clock."""
+        data = self._times.read_bytes()
+        return [at for (at,) in struct.iter_unpack("d", data[: len(data) // 8 * 8])]
+
+    def worst_gap_s(self, began_s: float, ended_s: float) -> float:
+        """The longest time without anything within a span, waiting until the stream goes on after it."""
+        while not (seen := self.seen) or seen[-1] < ended_s:
+            time.sleep(0.005)
+        times = [began_s, *(at for at in seen if at >= began_s)]
+        return max(b - a for a, b in itertools.pairwise(times) if a <= ended_s)
+
+
+@contextlib.contextmanager
+def bystander(url: str) -> Iterator[Bystander]:
+    """A stream that goes on until the block ends."""
+    host, port = url.removeprefix("http://").split(":")
+    body = json.dumps({"prompt": [5], "max_tokens": 1_000, "stream": True, "ignore_eos": True})
+    with tempfile.NamedTemporaryFile() as times:
+        command = [sys.executable, "-S", "-E", "-c", READER, host, port, body, times.name]
+        process = subprocess.Popen(command)
+        try:
+            yield Bystander(Path(times.name))
+        finally:
+            process.kill()
+            process.wait()
+
+
+def forget_peak() -> None:
+    """Begin to count this process's `peak_bytes` again."""
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_bytes() -> int:
+    """The most memory that this process has had since."""
+    return _kilobytes("VmHWM") << 10
+
+
+def memory_bytes() -> int:
+    """The memory that this process has now."""
+    return _kilobytes("VmRSS") << 10
+
+
+def _kilobytes(name: str) -> int:
+    found = re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert found is not None
+    return int(found[1])
