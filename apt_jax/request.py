@@ -1,5 +1,6 @@
 """A request: its input (prompt, sampling, SLO) and its progress."""
 
+import copy
 import enum
 import math
 import numbers
@@ -129,6 +130,13 @@ class SamplingParams:
                 raise ValueError(f"stop has {text!r}, every stop must be a string")
             if not text:
                 raise ValueError("stop has an empty string, every stop string needs at least one character")
+
+    def with_seed(self, seed: int | None) -> "SamplingParams":
+        """These for one sample with its own seed, a checked one; nothing else is checked anew."""
+        made = copy.copy(self)
+        object.__setattr__(made, "n", 1)
+        object.__setattr__(made, "seed", seed)
+        return made
 
     @classmethod
     def field_names(cls) -> frozenset[str]:

@@ -1,7 +1,6 @@
 """The unfinished requests of an engine: adding, accepting tokens, ending."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import numpy as np
 
@@ -61,7 +60,7 @@ class Requests:
                 f"{waiting} requests are waiting, max_num_queued_reqs={config.max_num_queued_reqs}; try again later"
             )
         if params.seed is None:
-            params = replace(params, seed=int(self._seeds.integers(2**63)))
+            params = params.with_seed(int(self._seeds.integers(2**63)))
         request = Request(
             request_id=request_id,
             prompt_token_ids=list(prompt_token_ids),

@@ -1,6 +1,5 @@
 """A sample: one engine request among those that a client's request (or one of its prompts) is split into."""
 
-import dataclasses
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -59,7 +58,7 @@ def fan_out(
     """
     samples = []
     seeds = [sample_seed(params.seed, i) for i in range(params.n)]
-    params_of = {seed: dataclasses.replace(params, n=1, seed=seed) for seed in seeds}  # checked anew, so few times
+    params_of = {seed: params.with_seed(seed) for seed in seeds}
     for prompt_index, prompt in enumerate(prompts):
         prompt_id = request_id if len(prompts) == 1 else f"{request_id}-{prompt_index}"
         for i in range(params.n):

@@ -138,8 +138,9 @@ class FakeEngine:
         assert params.n == 1 and request_id not in self._requests
         if not prompt_token_ids:
             raise ValueError("prompt is empty; give at least one token id")
+        vocab_size = self.model_config.vocab_size
         for token_id in prompt_token_ids:
-            if not 0 <= token_id < (vocab_size := self.model_config.vocab_size):
+            if not 0 <= token_id < vocab_size:
                 raise ValueError(f"prompt has token id {token_id}, the vocabulary is 0..{vocab_size - 1}")
         room = self.max_model_len - len(prompt_token_ids) + params.is_prompt_only
         if room < 1:

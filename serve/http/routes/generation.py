@@ -21,6 +21,7 @@ from apt_jax.serve.openai.sse import SseResponse, close_on_disconnect, event
 from apt_jax.serve.runtime.group import Group
 
 SHORT_BODY_BYTES = 4096  # longer ones are read off the event loop
+FEW_SAMPLES = 8  # more are made off the event loop
 SHORT_ANSWER_VALUES = 4096  # larger ones are written off the event loop
 
 logger = logging.getLogger("apt_jax.requests")
@@ -49,6 +50,7 @@ async def generate(endpoint: Endpoint, service: Service, http: Request) -> Respo
             max_samples=model.engine.config.max_num_queued_reqs,
         )
 
+    is_short = is_short and body.num_prompts * (body.n or 1) <= FEW_SAMPLES
     generation = prepare() if is_short else await service.off_loop(prepare)
     if service.options.log_requests:
         fields = {"id": generation.request_id, "request_id": http.state.request_id}
