@@ -37,7 +37,7 @@ class SteadyEngine(FakeEngine):
         self._next_s = max(self._next_s, time.monotonic() - self._period_s) + self._period_s
         now = time.monotonic()
         outputs, self._ended = self._ended, []
-        requests = list(self._requests.values())
+        requests = list(self._requests.values())[: self.max_num_seqs]
         self.last_plan = Plan(scheduled=tuple(Scheduled(r, 1, CacheKind.KV, Reason.DECODES) for r in requests))
         for request in requests:
             request.num_inflight_tokens += 1
