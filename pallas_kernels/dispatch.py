@@ -189,15 +189,17 @@ def check_cache_writer(kernels: Kernels, *, heads: int, head_dim: int, block_siz
     row = np.repeat(np.arange(3), counts)
     position = np.concatenate([start + np.arange(count) for start, count in zip(starts, counts, strict=True)])
     page, offset = position // block_size, position % block_size
-    second = np.where(row == 2, -1, blocks[1, row, page])
-    places = [np.pad(x, (0, 3), constant_values=-1) for x in (blocks[0, row, page], second, offset)]
+    value_block = np.where(row == 2, -1, blocks[1, row, page])
+    places = [np.pad(x, (0, 3), constant_values=-1) for x in (blocks[0, row, page], value_block, offset)]
     shapes = (8 * pages, block_size), *[places[0].shape] * 2
     vectors = (rng.standard_normal((*shape, heads * head_dim), np.float32) for shape in shapes)
     args = *(jnp.asarray(x, jnp.int32) for x in places), *(jnp.asarray(x, dtype) for x in vectors)
 
     def written(writer: Callable[..., Callable[..., jax.Array]]) -> jax.Array:
-        def run(first: jax.Array, second: jax.Array, offset: jax.Array, pool: jax.Array, *x: jax.Array) -> jax.Array:
-            return writer(first, second, offset)(pool, 2 * pages, *x)
+        def run(
+            key_block: jax.Array, value_block: jax.Array, offset: jax.Array, pool: jax.Array, *x: jax.Array
+        ) -> jax.Array:
+            return writer(key_block, value_block, offset)(pool, 2 * pages, *x)
 
         return jax.jit(run)(*args)
 

@@ -35,23 +35,23 @@ def merge(a: Partial, b: Partial) -> Partial:
 
 
 def cache_writer(
-    first: jax.Array, second: jax.Array, offset: jax.Array
+    key_block: jax.Array, value_block: jax.Array, offset: jax.Array
 ) -> Callable[[jax.Array, jax.Array, jax.Array, jax.Array | None], jax.Array]:
     """How a step's tokens are written into their blocks, in each of its layers; a scatter, in place when donated. Pure.
 
     Args:
-        first: int32 `[T]`, each token's block for keys or hidden vectors, of the first layer; negative: nowhere.
-        second: int32 `[T]`, its block for values, likewise.
+        key_block: int32 `[T]`, each token's block for its key or hidden vector, of the first layer; negative: nowhere.
+        value_block: int32 `[T]`, its block for its value, likewise.
         offset: int32 `[T]`, its place in both.
 
     Returns:
-        `write(pool, base, keys, values)`: the pool `[L*P, S, D]` with `keys [T, D]` in blocks `base + first`, and
-        `values [T, D]`, unless they are None, in `base + second`; `base` is the layer's first block.
+        `write(pool, base, keys, values)`: the pool `[L*P, S, D]` with `keys [T, D]` in blocks `base + key_block`, and
+        `values [T, D]`, unless they are None, in `base + value_block`; `base` is the layer's first block.
     """
 
     def write(pool: jax.Array, base: jax.Array, keys: jax.Array, values: jax.Array | None) -> jax.Array:
         nowhere = pool.shape[0]  # out of range: the update is dropped
-        for blocks, vectors in ((first, keys), (second, values)):
+        for blocks, vectors in ((key_block, keys), (value_block, values)):
             if vectors is not None:
                 block = jnp.where(blocks >= 0, base + blocks, nowhere)
                 pool = pool.at[block, offset].set(vectors.astype(pool.dtype), mode="drop")

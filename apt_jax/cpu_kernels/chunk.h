@@ -1,7 +1,7 @@
 // Each token of a chunk over its request's cached prefix and the chunk's tokens up to itself: flash attention.
 //
-// Queries are the lanes of vectors: kPanel of one request and head at a time, so that the softmax is the same for all
-// lanes, and weights come out as the panel that values are multiplied with.
+// Queries are the lanes of vectors: kPackedWidth of one request and head at a time, so that the softmax is the same for
+// all lanes, and weights come out as the packed tile that values are multiplied with.
 #pragma once
 
 #include <algorithm>
@@ -48,7 +48,7 @@ void pack_keys(int keys, int size, const Row& row, X* out) {
   const Tiles tiles(keys);
   for (int i = 0; i < tiles.count; i++) {
     const int first = tiles.first(i);
-    turn([&](int t) { return row(first + t); }, tiles.rows(i), size, out + size_t(first) * size, tiles.rows(i));
+    transpose([&](int t) { return row(first + t); }, tiles.rows(i), size, out + size_t(first) * size, tiles.rows(i));
   }
 }
 
@@ -74,51 +74,52 @@ void pack_values(int keys, int size, const Row& row, X* out) {
   if (keys % kWide) put(whole, [&, own = row(keys - 1)](int w, int i) { return w ? 0.0f : to_float(own[i]); });
 }
 
-// Weights `[keys, kPanel]` of the keys from `begin` on as a panel of X, in `room` if need be, and its number of steps. Of
-// bfloat16 it begins at an even key, and what completes a pair is 0.
+// Weights `[keys, kPackedWidth]` of the keys from `begin` on as a packed tile of X, in `room` if need be, and its number
+// of steps. Of bfloat16 it begins at an even key, and what completes a pair is 0.
 template <class X>
-std::pair<const X*, int> weights_panel(const float* weights, int begin, int keys, X* room) {
+std::pair<const X*, int> packed_weights(const float* weights, int begin, int keys, X* room) {
   if constexpr (std::is_same_v<X, float>) {
     return {weights, keys};
   } else {
     const int before = begin % 2, steps = (before + keys + 1) / 2;
     const auto of_key = [&](int t, int lane) {
-      return t < 0 || t >= keys ? Vector{} : load(weights + size_t(t) * kPanel + lane);
+      return t < 0 || t >= keys ? Vector{} : load(weights + size_t(t) * kPackedWidth + lane);
     };
     for (int i = 0; i < steps; i++)
-      for (int lane = 0; lane < kPanel; lane += kLanes) {
+      for (int lane = 0; lane < kPackedWidth; lane += kLanes) {
         const Bits pairs = in_pairs(of_key(2 * i - before, lane), of_key(2 * i + 1 - before, lane));
-        std::memcpy(room + (size_t(i) * kPanel + lane) * 2, &pairs, sizeof pairs);
+        std::memcpy(room + (size_t(i) * kPackedWidth + lane) * 2, &pairs, sizeof pairs);
       }
     return {room, steps};
   }
 }
 
-// The chunk's queries `[first, first + count)`, at most kPanel, of one head over packed keys and values. Queries and
-// results are `step` numbers apart; lse, `heads` apart, may be null.
+// The chunk's queries `[first, first + count)`, at most kPackedWidth, of one head over packed keys and values.
+// Queries and results are `step` numbers apart; lse, `heads` apart, may be null.
 template <class X>
-void attend_panel(const Chunk& chunk, const float* q, const X* k, const X* v, int first, int count, int size,
-                  size_t step, int heads, float* out, float* lse) {
+void attend_queries(const Chunk& chunk, const float* q, const X* k, const X* v, int first, int count, int size,
+                    size_t step, int heads, float* out, float* lse) {
   constexpr int kWide = kInStep<X>;
-  alignas(64) float scores[kKeysAtOnce * kPanel], top[kPanel], total[kPanel], queries_at[kPanel];
-  alignas(64) X room[kWide == 1 ? 1 : (kKeysAtOnce + 2) * kPanel];
+  alignas(64) float scores[kKeysAtOnce * kPackedWidth], top[kPackedWidth], total[kPackedWidth];
+  alignas(64) float queries_at[kPackedWidth];
+  alignas(64) X room[kWide == 1 ? 1 : (kKeysAtOnce + 2) * kPackedWidth];
   thread_local std::vector<float> buffer;
-  buffer.assign(size_t(2) * size * kPanel, 0.0f);
+  buffer.assign(size_t(2) * size * kPackedWidth, 0.0f);
   float* sums = buffer.data();
-  X* queries = reinterpret_cast<X*>(sums + size_t(size) * kPanel);
-  turn([&](int m) { return q + m * step; }, count, size, queries, kPanel);
-  std::fill_n(top, kPanel, kNever);
-  std::fill_n(total, kPanel, 0.0f);
+  X* queries = reinterpret_cast<X*>(sums + size_t(size) * kPackedWidth);
+  transpose([&](int m) { return q + m * step; }, count, size, queries, kPackedWidth);
+  std::fill_n(top, kPackedWidth, kNever);
+  std::fill_n(total, kPackedWidth, 0.0f);
   const int position = chunk.prefix + first, seen = position + count;  // keys that any of the queries sees
-  for (int lane = 0; lane < kPanel; lane++) queries_at[lane] = float(position + lane);
+  for (int lane = 0; lane < kPackedWidth; lane++) queries_at[lane] = float(position + lane);
   const Tiles key_tiles(chunk.keys()), number_tiles(size);
   const Vector never = Vector{} - std::numeric_limits<float>::infinity();
   for (int i = 0; i < key_tiles.count && key_tiles.first(i) < seen;) {
     const int begin = key_tiles.first(i);
     int keys = 0;
     for (; i < key_tiles.count && begin + keys < seen && keys + key_tiles.rows(i) <= kKeysAtOnce; i++) {
-      panel_tile_of(key_tiles.rows(i), k + size_t(begin + keys) * size, queries, size / kWide, scores + keys * kPanel,
-                    kPanel, false, reinterpret_cast<const char*>(queries), 0);
+      multiply_tile_of(key_tiles.rows(i), k + size_t(begin + keys) * size, queries, size / kWide,
+                       scores + keys * kPackedWidth, kPackedWidth, false, reinterpret_cast<const char*>(queries), 0);
       keys += key_tiles.rows(i);
     }
     Vector keep[kVectors];
@@ -127,18 +128,18 @@ void attend_panel(const Chunk& chunk, const float* q, const X* k, const X* v, in
       const Vector at = load(queries_at + lane * kLanes), before = load(top + lane * kLanes);
       Vector greatest = before;
       for (int t = 0; t < keys; t++) {
-        Vector score = load(own + t * kPanel);
+        Vector score = load(own + t * kPackedWidth);
         if (begin + t > position) {
           score = Vector{} + float(begin + t) > at ? never : score;
-          store(own + t * kPanel, score);
+          store(own + t * kPackedWidth, score);
         }
         greatest = greatest > score ? greatest : score;
       }
       keep[lane] = exp(before - greatest);
       Vector sum = load(total + lane * kLanes) * keep[lane];
       for (int t = 0; t < keys; t++) {
-        const Vector weight = exp(load(own + t * kPanel) - greatest);
-        store(own + t * kPanel, weight);
+        const Vector weight = exp(load(own + t * kPackedWidth) - greatest);
+        store(own + t * kPackedWidth, weight);
         sum += weight;
       }
       store(top + lane * kLanes, greatest);
@@ -146,20 +147,20 @@ void attend_panel(const Chunk& chunk, const float* q, const X* k, const X* v, in
     }
     for (int h = 0; h < size && begin > 0; h++)
       for (int lane = 0; lane < kVectors; lane++) {
-        float* own = sums + h * kPanel + lane * kLanes;
+        float* own = sums + h * kPackedWidth + lane * kLanes;
         store(own, load(own) * keep[lane]);
       }
-    const auto [weights, steps] = weights_panel(scores, begin, keys, room);
+    const auto [weights, steps] = packed_weights(scores, begin, keys, room);
     for (int j = 0; j < number_tiles.count; j++) {
       const int h = number_tiles.first(j), numbers = number_tiles.rows(j);
       const X* values = v + packed_size<X>(chunk.keys(), h) + size_t(begin / kWide) * kWide * numbers;
-      panel_tile_of(numbers, values, weights, steps, sums + h * kPanel, kPanel, true,
-                    reinterpret_cast<const char*>(weights), 0);
+      multiply_tile_of(numbers, values, weights, steps, sums + h * kPackedWidth, kPackedWidth, true,
+                       reinterpret_cast<const char*>(weights), 0);
     }
   }
   for (int lane = 0; lane < count; lane++) {
     const float scale = 1 / total[lane];
-    for (int h = 0; h < size; h++) out[lane * step + h] = sums[h * kPanel + lane] * scale;
+    for (int h = 0; h < size; h++) out[lane * step + h] = sums[h * kPackedWidth + lane] * scale;
     if (lse) lse[size_t(lane) * heads] = top[lane] + std::log(total[lane]);
   }
 }
@@ -169,19 +170,19 @@ void attend_panel(const Chunk& chunk, const float* q, const X* k, const X* v, in
 template <class X>
 void attend_chunks(Team& team, const std::vector<Chunk>& chunks, const float* q, int heads, int size, float* out,
                    float* lse, const std::function<void(int, int, X*, X*)>& pack) {
-  struct Panel {
+  struct Queries {
     int chunk, first, count;  // first: of the chunk's tokens
   };
   const int count = chunks.size();
   const size_t step = size_t(heads) * size;
   std::vector<size_t> keys_before{0};  // with what completes pairs
-  std::vector<Panel> panels;
+  std::vector<Queries> queries;
   double pairs = 0;
   for (int c = 0; c < count; c++) {
     keys_before.push_back(keys_before.back() + packed_size<X>(chunks[c].keys(), 1));
-    for (int t = 0; t < chunks[c].tokens; t += kPanel) {
-      panels.push_back({c, t, std::min(kPanel, chunks[c].tokens - t)});
-      pairs += double(chunks[c].prefix + t + kPanel) * kPanel;
+    for (int t = 0; t < chunks[c].tokens; t += kPackedWidth) {
+      queries.push_back({c, t, std::min(kPackedWidth, chunks[c].tokens - t)});
+      pairs += double(chunks[c].prefix + t + kPackedWidth) * kPackedWidth;
     }
   }
   const size_t all_keys = keys_before.back();
@@ -192,13 +193,13 @@ void attend_chunks(Team& team, const std::vector<Chunk>& chunks, const float* q,
     const int c = i / heads, n = i % heads;
     pack(c, n, keys + packed(c, n), values + packed(c, n));
   });
-  team.run(panels.size() * heads, 2 * pairs * step, [&](int i) {
-    const Panel& own = panels[panels.size() - 1 - i / heads];  // the longest of a request first
+  team.run(queries.size() * heads, 2 * pairs * step, [&](int i) {
+    const Queries& own = queries[queries.size() - 1 - i / heads];  // the longest of a request first
     const Chunk& chunk = chunks[own.chunk];
     const int n = i % heads, token = chunk.begin + own.first;
     const size_t at = packed(own.chunk, n), from = token * step + size_t(n) * size;
-    attend_panel(chunk, q + from, keys + at, values + at, own.first, own.count, size, step, heads, out + from,
-                 lse ? lse + size_t(token) * heads + n : nullptr);
+    attend_queries(chunk, q + from, keys + at, values + at, own.first, own.count, size, step, heads, out + from,
+                   lse ? lse + size_t(token) * heads + n : nullptr);
   });
 }
 

@@ -64,10 +64,10 @@ ffi::Error hidden_decode(ffi::ThreadPool threads, Floats q, ffi::AnyBuffer pool,
   return ffi::Error::Success();
 }
 
-ffi::Error matmul(ffi::ThreadPool threads, ffi::AnyBuffer x, ffi::AnyBuffer panels, ffi::Result<Floats> out) {
+ffi::Error matmul(ffi::ThreadPool threads, ffi::AnyBuffer x, ffi::AnyBuffer packed, ffi::Result<Floats> out) {
   apt::Team team = team_of(threads);
   const auto sizes = x.dimensions();
-  with_numbers_of(panels, [&](auto* numbers) {
+  with_numbers_of(packed, [&](auto* numbers) {
     with_numbers_of(x, [&](auto* rows) {
       apt::matmul(team, rows, sizes[0], numbers, out->dimensions()[1], sizes[1], out->typed_data());
     });
@@ -95,8 +95,8 @@ ffi::Error chunk(ffi::ThreadPool threads, Floats q, Floats k, Floats v, Numbers 
 
 // `parameters` are those of apt::Layer, in its order, layer after layer; one without numbers is not there.
 ffi::Error all_layers(ffi::ThreadPool threads, ffi::AnyBuffer x, ffi::AnyBuffer pool, Numbers start, Numbers length,
-                      Numbers last, Numbers wanted, ffi::Buffer<DataType::PRED> is_hidden, Numbers first_blocks,
-                      Numbers second_blocks, ffi::RemainingArgs parameters, ffi::Result<ffi::AnyBuffer> new_x,
+                      Numbers last, Numbers wanted, ffi::Buffer<DataType::PRED> is_hidden, Numbers key_or_hidden_blocks,
+                      Numbers value_blocks, ffi::RemainingArgs parameters, ffi::Result<ffi::AnyBuffer> new_x,
                       ffi::Result<ffi::AnyBuffer> new_pool, int64_t heads, int64_t ffn, int64_t blocks,
                       bool norm_first) {
   constexpr size_t kOfLayer = sizeof(apt::Layer<float>) / sizeof(float*);
@@ -106,9 +106,9 @@ ffi::Error all_layers(ffi::ThreadPool threads, ffi::AnyBuffer x, ffi::AnyBuffer 
   const apt::StepShape shape{int(start.dimensions()[0]),        int(x.dimensions()[1]),
                              int(ffn),                          int(heads),
                              int(blocks),                       int(pool.dimensions()[1]),
-                             int(first_blocks.dimensions()[1]), norm_first};
+                             int(key_or_hidden_blocks.dimensions()[1]), norm_first};
   const apt::StepRows rows{start.typed_data(),  length.typed_data(),       last.typed_data(),
-                           wanted.typed_data(), first_blocks.typed_data(), second_blocks.typed_data(),
+                           wanted.typed_data(), key_or_hidden_blocks.typed_data(), value_blocks.typed_data(),
                            is_hidden.typed_data()};
   apt::Team team = team_of(threads);
   with_numbers_of(pool, [&](auto* numbers) {

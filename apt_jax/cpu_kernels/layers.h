@@ -1,5 +1,5 @@
-// All layers of a step in one call: what `apt_jax.models.opt.DecoderLayer` and `apt_jax.attention.paged` do, with padding left out.
-// Numbers are rounded to the model's type at the same places.
+// All layers of a step in one call: what `apt_jax.models.opt.DecoderLayer` and `apt_jax.attention.paged` do, with
+// padding left out. Numbers are rounded to the model's type at the same places.
 //
 // Rows with few tokens in this step process them one by one, as rows of a decode step, longer rows all together: one by
 // one, each token reads the cache for itself and absorbs Wk and Wv; together, hidden vectors are projected once.
@@ -22,7 +22,7 @@ constexpr int kChunkTokens = 8;     // from which on a row's tokens are processe
 constexpr int kRowsTogether = 8;    // hidden ones, from which on queries of all are made wide at once
 constexpr int kKeysPacked = 4096;   // at a time, if one request has not more
 
-// A layer's parameters; null: the model does not have it. Kernels are packed in panels, see matmul.h.
+// A layer's parameters; null: the model does not have it. Kernels are packed, see matmul.h.
 template <class Number>
 struct Layer {
   const Number *attention_scale, *attention_bias, *q, *q_bias, *k, *k_bias, *v, *v_bias, *out, *out_bias;
@@ -38,7 +38,7 @@ struct StepShape {
 
 // As `apt_jax.batching.builder.Rows`: a row of length 0 is padding.
 struct StepRows {
-  const int32_t *start, *length, *last, *wanted, *first_blocks, *second_blocks;
+  const int32_t *start, *length, *last, *wanted, *key_or_hidden_blocks, *value_blocks;
   const bool* is_hidden;
 };
 
@@ -96,12 +96,12 @@ class Step {
     float* at = memory_.of(n * (8 * D + 2 * shape.ffn + shape.heads) + 2 * wide + 3 * projected);
     const auto next = [&](size_t size) { return std::exchange(at, at + size); };
     const auto next_factor = [&](size_t size) { return reinterpret_cast<Factor<Number>*>(next(size)); };
-    stream_ = next(n * D), normed_ = next(n * D), turned_ = next_factor(n * D);
+    stream_ = next(n * D), normed_ = next(n * D), transposed_ = next_factor(n * D);
     q_ = next(n * D), k_ = next(n * D), v_ = next(n * D);
     attended_ = next(n * D), added_ = next(n * D);
-    inner_ = next(n * shape.ffn), inner_turned_ = next_factor(n * shape.ffn);
+    inner_ = next(n * shape.ffn), inner_transposed_ = next_factor(n * shape.ffn);
     wide_ = next(wide), wide_found_ = next(wide), lse_ = next(n * shape.heads);
-    prefix_turned_ = next_factor(projected), prefix_k_ = next(projected), prefix_v_ = next(projected);
+    prefix_transposed_ = next_factor(projected), prefix_k_ = next(projected), prefix_v_ = next(projected);
   }
 
   // x [tokens with padding, width].
@@ -137,7 +137,7 @@ class Step {
     enter(shape_.norm_first, own.attention_scale, own.attention_bias);
     std::vector<Product<Number>> products{{own.q, D, q_, with_bias(q_, own.q_bias, scale), 0, n}};
     add_keys_values(products, own, n);  // one by one, hidden rows need none
-    multiply(team_, turned_, tiles_, D, products);
+    multiply(team_, transposed_, tiles_, D, products);
     write(pool);
     attend_hidden(own, pool);
     attend_kv(pool);
@@ -146,25 +146,28 @@ class Step {
       if constexpr (sizeof(Number) < sizeof(float))
         for (size_t i = size_t(tiles_.first(tile)) * D; i < size_t(tiles_.first(tile + 1)) * D; i++)
           attended_[i] = rounded<Number>(attended_[i]);
-      turn_tile(tile, attended_);
+      transpose_tile(tile, attended_);
     });
-    multiply<Factor<Number>, Number>(team_, turned_, tiles_, D, {{own.out, D, added_, add_to_stream(own.out_bias), 0, n}});
+    multiply<Factor<Number>, Number>(team_, transposed_, tiles_, D,
+                                     {{own.out, D, added_, add_to_stream(own.out_bias), 0, n}});
     if (!shape_.norm_first) norm_stream(own.attention_scale, own.attention_bias);
 
     enter(shape_.norm_first, own.final_scale, own.final_bias);
-    multiply<Factor<Number>, Number>(team_, turned_, tiles_, D, {{own.fc1, F, inner_, [&](int first, int last, int begin, int end) {
+    multiply<Factor<Number>, Number>(team_, transposed_, tiles_, D,
+                                     {{own.fc1, F, inner_, [&](int first, int last, int begin, int end) {
       const auto relu = [&](float x, int i) {
         const float inner = biased(x, own.fc1_bias, begin + i);
         return inner < 0 ? 0 : inner;  // NaN stays NaN
       };
       for (int t = first; t < last;) {
         const int rows = tiles_.rows(tiles_.of(t));
-        turn([&](int m) { return inner_ + size_t(t + m) * F + begin; }, rows, end - begin,
-             inner_turned_ + size_t(t) * F + size_t(begin) * rows, rows, relu);
+        transpose([&](int m) { return inner_ + size_t(t + m) * F + begin; }, rows, end - begin,
+                  inner_transposed_ + size_t(t) * F + size_t(begin) * rows, rows, relu);
         t += rows;
       }
     }, 0, n}});
-    multiply<Factor<Number>, Number>(team_, inner_turned_, tiles_, F, {{own.fc2, D, added_, add_to_stream(own.fc2_bias), 0, n}});
+    multiply<Factor<Number>, Number>(team_, inner_transposed_, tiles_, F,
+                                     {{own.fc2, D, added_, add_to_stream(own.fc2_bias), 0, n}});
     if (!shape_.norm_first) norm_stream(own.final_scale, own.final_bias);
   }
 
@@ -173,7 +176,7 @@ class Step {
     enter(shape_.norm_first, own.attention_scale, own.attention_bias);
     std::vector<Product<Number>> products;
     add_keys_values(products, own, end_of_kv_);
-    multiply(team_, turned_, tiles_, shape_.width, products);
+    multiply(team_, transposed_, tiles_, shape_.width, products);
     write(pool_of(l));
   }
 
@@ -181,7 +184,7 @@ class Step {
   struct Token {
     size_t index;  // in x
     int position;
-    const int32_t *first, *second;  // its row's tables; second is null for a hidden row
+    const int32_t *keys_or_hidden, *values;  // its row's block tables; values is null for a hidden row
   };
 
   // A place in a layer's blocks: block and token inside.
@@ -191,7 +194,7 @@ class Step {
 
   struct Owner {
     bool hidden;
-    const int32_t *first, *second;
+    const int32_t *keys_or_hidden, *values;  // block tables
     size_t projected;  // of the group's, the first of a hidden chunk's prefix
   };
 
@@ -205,15 +208,16 @@ class Step {
 
   int tokens() const { return tokens_.size(); }
 
+  // Its block tables, of keys or hidden vectors and of values; null for the values of a hidden row.
   std::pair<const int32_t*, const int32_t*> tables_of(const StepRows& rows, int r) const {
     const size_t at = size_t(r) * shape_.pages;
-    return {rows.first_blocks + at, rows.is_hidden[r] ? nullptr : rows.second_blocks + at};
+    return {rows.key_or_hidden_blocks + at, rows.is_hidden[r] ? nullptr : rows.value_blocks + at};
   }
 
   void add_tokens(const StepRows& rows, int r) {
-    const auto [first, second] = tables_of(rows, r);
+    const auto [keys_or_hidden, values] = tables_of(rows, r);
     for (int t = 0; t < rows.length[r]; t++) {
-      tokens_.push_back({size_t(rows.last[r] - rows.length[r] + 1 + t), rows.start[r] + t, first, second});
+      tokens_.push_back({size_t(rows.last[r] - rows.length[r] + 1 + t), rows.start[r] + t, keys_or_hidden, values});
       context_.push_back(rows.start[r] + t + 1);
     }
   }
@@ -266,7 +270,7 @@ class Step {
     });
   }
 
-  // `normed_`, and in `turned_` the same in tiles for the products to come.
+  // `normed_`, and in `transposed_` the same in tiles for the products to come.
   void enter(bool norm, const Number* scale, const Number* bias) {
     const int D = shape_.width;
     each_tile(16.0 * D, [&](int tile) {
@@ -277,14 +281,14 @@ class Step {
         else
           std::copy_n(from, D, normed_ + size_t(t) * D);
       }
-      turn_tile(tile, normed_);
+      transpose_tile(tile, normed_);
     });
   }
 
-  void turn_tile(int tile, const float* x) {
+  void transpose_tile(int tile, const float* x) {
     const int D = shape_.width, rows = tiles_.rows(tile);
     const size_t at = size_t(tiles_.first(tile)) * D;
-    turn([&](int m) { return x + at + size_t(m) * D; }, rows, D, turned_ + at, rows);
+    transpose([&](int m) { return x + at + size_t(m) * D; }, rows, D, transposed_ + at, rows);
   }
 
   void norm_stream(const Number* scale, const Number* bias) {
@@ -302,8 +306,8 @@ class Step {
         Number* to = pool + (size_t(blocks[own.position / S]) * S + own.position % S) * D;
         for (int i = 0; i < D; i++) from_float(from[size_t(t) * D + i], to + i);
       };
-      put(own.second ? k_ : normed_, own.first);
-      if (own.second) put(v_, own.second);
+      put(own.values ? k_ : normed_, own.keys_or_hidden);
+      if (own.values) put(v_, own.values);
     });
   }
 
@@ -313,8 +317,9 @@ class Step {
     const int first = num_hidden_, count = num_single_ - num_hidden_;
     const size_t at = size_t(first) * shape_.width;
     if (!count) return;
-    kv_decode(team_, attention_shape(count), q_ + at, pool, [&](int r) { return tokens_[first + r].first; },
-              [&](int r) { return tokens_[first + r].second; }, context_.data() + first, attended_ + at, lse_);
+    kv_decode(team_, attention_shape(count), q_ + at, pool,
+              [&](int r) { return tokens_[first + r].keys_or_hidden; },
+              [&](int r) { return tokens_[first + r].values; }, context_.data() + first, attended_ + at, lse_);
   }
 
   // Source: docs/hybrid_cache.md: queries of D numbers for each head, over the vectors themselves.
@@ -330,79 +335,82 @@ class Step {
         absorb(q_ + size_t(r) * D + size_t(n) * H, own.k + size_t(n) * H * D, begin, end,
                wide_ + (size_t(r) * N + n) * D);
     });
-    hidden_decode(team_, attention_shape(count), wide_, pool, [&](int r) { return tokens_[r].first; }, context_.data(),
-                  wide_found_, lse_);
+    hidden_decode(team_, attention_shape(count), wide_, pool,
+                  [&](int r) { return tokens_[r].keys_or_hidden; }, context_.data(), wide_found_, lse_);
     const Tiles tiles(count);
     team_.run(N, double(count) * D * D, [&](int n) {
       thread_local Scratch scratch;
-      float* turned = scratch.of(size_t(count) * D);
+      float* transposed = scratch.of(size_t(count) * D);
       for (int tile = 0; tile < tiles.count; tile++) {
         const int first = tiles.first(tile), rows = tiles.rows(tile);
-        turn([&](int m) { return wide_found_ + (size_t(first + m) * N + n) * D; }, rows, D, turned + size_t(first) * D,
-             rows);
+        transpose([&](int m) { return wide_found_ + (size_t(first + m) * N + n) * D; }, rows, D,
+                  transposed + size_t(first) * D, rows);
       }
-      few_panels(turned, tiles, 0, tiles.count, own.v + size_t(n) * H * D, 0, H / kPanel, D, attended_ + n * H, D);
+      multiply_packed(transposed, tiles, 0, tiles.count, own.v + size_t(n) * H * D, 0, H / kPackedWidth, D,
+                      attended_ + n * H, D);
       if (own.v_bias)
         for (int r = 0; r < count; r++)
           for (int i = n * H; i < (n + 1) * H; i++) attended_[size_t(r) * D + i] += to_float(own.v_bias[i]);
     });
   }
 
-  // The numbers of one input in a panel, of the outputs from `lane` on.
-  static Vector of_inputs(const float* panel, int i, int lane) { return load(panel + size_t(i) * kPanel + lane); }
-  static Vector of_inputs(const BFloat16* panel, int i, int lane) {
-    const Bits pairs = load_pairs(panel + (size_t(i / 2) * kPanel + lane) * 2);
+  // The numbers of one input in a packed tile, of the outputs from `lane` on.
+  static Vector of_inputs(const float* packed_tile, int i, int lane) {
+    return load(packed_tile + size_t(i) * kPackedWidth + lane);
+  }
+  static Vector of_inputs(const BFloat16* packed_tile, int i, int lane) {
+    const Bits pairs = load_pairs(packed_tile + (size_t(i / 2) * kPackedWidth + lane) * 2);
     return i % 2 ? seconds(pairs) : firsts(pairs);
   }
 
-  // out [begin, end) = the head's panels times its query, for inputs `[begin, end)`.
-  void absorb(const float* q, const Number* panels, int begin, int end, float* out) const {
+  // out [begin, end) = the head's packed tiles times its query, for inputs `[begin, end)`.
+  void absorb(const float* q, const Number* packed, int begin, int end, float* out) const {
     const int H = shape_.head_dim(), D = shape_.width;
     for (int at = begin; at < end; at += 4) {
       Vector sums[4] = {};
       const int count = std::min(4, end - at);
-      for (int j = 0; j < H; j += kPanel)
+      for (int j = 0; j < H; j += kPackedWidth)
         for (int i = 0; i < count; i++)
-          for (int lane = 0; lane < kPanel; lane += kLanes)
-            sums[i] += load(q + j + lane) * of_inputs(panels + size_t(j) * D, at + i, lane);
+          for (int lane = 0; lane < kPackedWidth; lane += kLanes)
+            sums[i] += load(q + j + lane) * of_inputs(packed + size_t(j) * D, at + i, lane);
       float found[4];
       sum_four(sums[0], sums[1], sums[2], sums[3], found);
       for (int i = 0; i < count; i++) out[at + i] = rounded<Number>(found[i]);
     }
   }
 
-  // The same for all hidden rows that are taken one by one: rows are the lanes of vectors, which pays for many. The sums
-  // are in another order.
-  void absorb_together(const Number* panels, int n, int begin, int end) const {
+  // The same for all hidden rows that are taken one by one: rows are the lanes of vectors, which pays for many. The
+  // sums are in another order.
+  void absorb_together(const Number* packed, int n, int begin, int end) const {
     constexpr int kInputs = 8;
     const int D = shape_.width, N = shape_.heads, H = shape_.head_dim();
     thread_local Scratch scratch;
-    float* queries = scratch.of(size_t(H) * kPanel);
-    for (int first = 0; first < num_hidden_; first += kPanel) {
-      const int rows = std::min(kPanel, num_hidden_ - first);
-      turn([&](int r) { return q_ + size_t(first + r) * D + size_t(n) * H; }, rows, H, queries, kPanel);
+    float* queries = scratch.of(size_t(H) * kPackedWidth);
+    for (int first = 0; first < num_hidden_; first += kPackedWidth) {
+      const int rows = std::min(kPackedWidth, num_hidden_ - first);
+      transpose([&](int r) { return q_ + size_t(first + r) * D + size_t(n) * H; }, rows, H, queries, kPackedWidth);
       for (int at = begin; at < end; at += kInputs) {
-        alignas(64) float found[kInputs * kPanel];
-        alignas(64) float room[kInputs * kPanel];
-        for (int from = 0; from < H; from += kPanel) {
-          const Number* panel = panels + (size_t(n) * H + from) * D;
-          const float* inputs = as_floats(panel + size_t(at) * kPanel, kInputs, room);
+        alignas(64) float found[kInputs * kPackedWidth];
+        alignas(64) float room[kInputs * kPackedWidth];
+        for (int from = 0; from < H; from += kPackedWidth) {
+          const Number* packed_tile = packed + (size_t(n) * H + from) * D;
+          const float* inputs = as_floats(packed_tile + size_t(at) * kPackedWidth, kInputs, room);
           for (int lane = 0; lane < rows; lane += kLanes) {
             Vector sums[kInputs] = {};
 #pragma GCC unroll 8
-            for (int i = 0; i < kInputs && from; i++) sums[i] = load(found + i * kPanel + lane);
-            for (int j = 0; j < kPanel; j++) {
-              const Vector own = load(queries + size_t(from + j) * kPanel + lane);
+            for (int i = 0; i < kInputs && from; i++) sums[i] = load(found + i * kPackedWidth + lane);
+            for (int j = 0; j < kPackedWidth; j++) {
+              const Vector own = load(queries + size_t(from + j) * kPackedWidth + lane);
 #pragma GCC unroll 8
-              for (int i = 0; i < kInputs; i++) sums[i] += inputs[i * kPanel + j] * own;
+              for (int i = 0; i < kInputs; i++) sums[i] += inputs[i * kPackedWidth + j] * own;
             }
 #pragma GCC unroll 8
-            for (int i = 0; i < kInputs; i++) store(found + i * kPanel + lane, sums[i]);
+            for (int i = 0; i < kInputs; i++) store(found + i * kPackedWidth + lane, sums[i]);
           }
         }
         for (int r = 0; r < rows; r++)
           for (int i = 0; i < kInputs; i++)
-            wide_[(size_t(first + r) * N + n) * D + at + i] = rounded<Number>(found[i * kPanel + r]);
+            wide_[(size_t(first + r) * N + n) * D + at + i] = rounded<Number>(found[i * kPackedWidth + r]);
       }
     }
   }
@@ -418,9 +426,9 @@ class Step {
           const Cached& at = group.projected[first + m];
           return cached(at.block, at.inside);
         };
-        turn(row, tiles.rows(i), D, prefix_turned_ + size_t(first) * D, tiles.rows(i));
+        transpose(row, tiles.rows(i), D, prefix_transposed_ + size_t(first) * D, tiles.rows(i));
       });
-      multiply<Factor<Number>, Number>(team_, prefix_turned_, tiles, D,
+      multiply<Factor<Number>, Number>(team_, prefix_transposed_, tiles, D,
                        {{own.k, D, prefix_k_, with_bias(prefix_k_, own.k_bias), 0, rows},
                         {own.v, D, prefix_v_, with_bias(prefix_v_, own.v_bias), 0, rows}});
     }
@@ -447,7 +455,7 @@ class Step {
                     if (owner.hidden)
                       pack(projected(prefix_k_, k_), projected(prefix_v_, v_));
                     else
-                      pack(paged(owner.first), paged(owner.second));
+                      pack(paged(owner.keys_or_hidden), paged(owner.values));
                   });
   }
 
@@ -464,7 +472,7 @@ class Step {
   float *stream_, *normed_, *q_, *k_, *v_, *attended_, *added_, *inner_;
   float *wide_, *wide_found_, *lse_;  // wide: [hidden tokens one by one, heads, D]
   float *prefix_k_, *prefix_v_;
-  Factor<Number> *turned_, *inner_turned_, *prefix_turned_;
+  Factor<Number> *transposed_, *inner_transposed_, *prefix_transposed_;
 };
 
 // x [tokens with padding, width], all layers one after the other. Of the last one, tokens that are not among the wanted

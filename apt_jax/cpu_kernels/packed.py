@@ -1,4 +1,4 @@
-"""Kernels as the C++ products read them: packed in groups of outputs, from large pages of memory."""
+"""Kernels as the C++ matmul reads them: packed in tiles of `PACKED_OUTPUTS` outputs, in large pages of memory."""
 
 import math
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from apt_jax.cpu_kernels.calls import matmul
 from apt_jax.cpu_kernels.large_pages import LargePages, aligned
 from apt_jax.models.kernels import Kernel
 
-PACKED_OUTPUTS = 32  # side by side; as kPanel in matmul.h
+PACKED_OUTPUTS = 32  # of a packed tile; as kPackedWidth in matmul.h
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class PackedKernel(Kernel):
 
     @property
     def array(self) -> jax.Array:
-        """Unpacked here, which copies it: for what no step does."""
+        """The unpacked array, a copy; no step needs it."""
         outputs = math.prod(self.shape) // self._inputs
         return self.by_head().swapaxes(0, 1).reshape(self._inputs, -1)[:, :outputs].reshape(self.shape)
 
@@ -40,7 +40,7 @@ class PackedKernel(Kernel):
         return found.reshape(*index.shape, -1)
 
     def by_head(self) -> jax.Array:
-        """See `Kernel`: parts of `PACKED_OUTPUTS`, as they lie."""
+        """See `Kernel`: the packed tiles, without a copy where they are float32."""
         if self.stored.ndim == 3:
             return self.stored
         return self.stored.swapaxes(2, 3).reshape(len(self.stored), -1, PACKED_OUTPUTS)
@@ -51,34 +51,34 @@ class PackedKernel(Kernel):
 
 
 def can_pack(inputs: int, dtype: DTypeLike) -> bool:
-    """Whether there are products with such kernels: of bfloat16 two inputs lie side by side."""
+    """Whether the C++ matmul takes such kernels: float32, or bfloat16 with an even number of inputs."""
     return dtype == jnp.float32 or (dtype == jnp.bfloat16 and inputs % 2 == 0)
 
 
 def packed_bytes(inputs: int, outputs: int, dtype: DTypeLike) -> int:
-    """What a packed kernel takes of `LargePages`."""
+    """Bytes that a packed kernel takes of `LargePages`."""
     return aligned(-(-outputs // PACKED_OUTPUTS) * inputs * PACKED_OUTPUTS * np.dtype(dtype).itemsize)
 
 
 def pack(kernel: np.ndarray, memory: LargePages | None = None) -> np.ndarray:
-    """A kernel `[inputs, outputs]` as `calls.matmul` takes it; zeros complete the last group of outputs.
+    """Pack a kernel `[inputs, outputs]` for `calls.matmul`; zeros complete the last tile.
 
     Args:
         kernel: one that `can_pack`.
-        memory: where it is to be: from large pages it is read up to a quarter faster. None takes any.
+        memory: where to store it; from large pages it is read up to a quarter faster. None uses any memory.
 
     Returns:
-        `[groups, inputs, PACKED_OUTPUTS]`, of bfloat16 `[groups, inputs / 2, PACKED_OUTPUTS, 2]`.
+        `[tiles, inputs, PACKED_OUTPUTS]`, of bfloat16 `[tiles, inputs / 2, PACKED_OUTPUTS, 2]`.
     """
     inputs, outputs = kernel.shape
     wide = 2 if kernel.dtype == jnp.bfloat16 else 1  # as kInStep in matmul.h
-    groups, whole = -(-outputs // PACKED_OUTPUTS), outputs // PACKED_OUTPUTS
-    shape = (groups, inputs // wide, PACKED_OUTPUTS, wide)
+    tiles, whole = -(-outputs // PACKED_OUTPUTS), outputs // PACKED_OUTPUTS
+    shape = (tiles, inputs // wide, PACKED_OUTPUTS, wide)
     found = np.empty(shape, kernel.dtype) if memory is None else memory.empty(shape, kernel.dtype)
     steps = kernel.reshape(inputs // wide, wide, outputs)
-    in_groups = steps[:, :, : whole * PACKED_OUTPUTS].reshape(*steps.shape[:2], whole, PACKED_OUTPUTS)
-    found[:whole] = in_groups.transpose(2, 0, 3, 1)
-    if whole < groups:
+    in_tiles = steps[:, :, : whole * PACKED_OUTPUTS].reshape(*steps.shape[:2], whole, PACKED_OUTPUTS)
+    found[:whole] = in_tiles.transpose(2, 0, 3, 1)
+    if whole < tiles:
         found[whole] = 0
         found[whole, :, : outputs - whole * PACKED_OUTPUTS] = steps[:, :, whole * PACKED_OUTPUTS :].swapaxes(1, 2)
     return found if wide > 1 else found[..., 0]

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from apt_jax.cache import CacheKind
 from apt_jax.pallas_kernels.bench.kernel_counts import CHIPS
 from apt_jax.scheduling.costs.hardware import HARDWARE, MODELS
 
@@ -106,7 +107,7 @@ def compile_static(chip: str, model: str, way: str, block_size: int) -> Static:
             cycles = loop_cycles(program, found["chunk_tokens"] // block_size)
         except ValueError as error:
             return static(vmem_bytes=found["vmem_bytes"], error=str(error))
-    bytes_per_token = MODELS[model].hidden_size * 2 * (2 if way == "kv" else 1)
+    bytes_per_token = MODELS[model].hidden_size * 2 * CacheKind.named(way).blocks_per_page
     bandwidth = HARDWARE[CHIPS[chip]].bytes_per_s / CORES.get(chip, 1)
     return static(
         **found, cycles_per_token=cycles / found["chunk_tokens"],
@@ -196,7 +197,7 @@ def _compile(chip: str, model: str, way: str, block_size: int) -> None:
             lambda *args: tpu_hidden_decode.hidden_decode_attention(*args, cores=cores, out_dtype=jnp.bfloat16),
             q, pool, table, length,
         )  # fmt: skip
-    chunk = tpu_paging.chunk_tokens(D, block_size, 2, num_sources=2 if way == "kv" else 1)
+    chunk = tpu_paging.chunk_tokens(D, block_size, 2, num_sources=CacheKind.named(way).blocks_per_page)
     print(json.dumps({"chunk_tokens": chunk, "vmem_bytes": used_vmem_bytes(program.as_text())}))
 
 

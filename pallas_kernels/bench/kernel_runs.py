@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from apt_jax.cache import CacheKind
 from apt_jax.pallas_kernels import dispatch, reference
 from apt_jax.pallas_kernels.bench.kernel_counts import Shape, count
 from apt_jax.pallas_kernels.bench.timing import Times, reason, repeated, time_calls
@@ -74,8 +75,8 @@ class Inputs(NamedTuple):
 
     queries: jax.Array  # [R, N, H] or [R, N, D]
     pool: jax.Array  # [layers * blocks, S, D]
-    first: jax.Array  # int32 [R, W]
-    second: jax.Array  # int32 [R, W]
+    key_blocks: jax.Array  # int32 [R, W]; of keys or hidden vectors
+    value_blocks: jax.Array  # int32 [R, W]
     length: jax.Array  # int32 [R]
     layers: int
     blocks: int  # of one layer
@@ -86,14 +87,16 @@ def implementations(device: jax.Device) -> list[Implementation]:
     found = [Implementation("xla", "kv", _xla_kv), Implementation("xla", "hidden", _xla_hidden)]
     if device.platform in ("gpu", "tpu"):
 
-        def kv(q: jax.Array, pool: jax.Array, first: jax.Array, second: jax.Array, length: jax.Array) -> Partial:
-            return dispatch.kernels_for(device).kv_decode(q, pool, first, second, length)
+        def kv(
+            q: jax.Array, pool: jax.Array, key_blocks: jax.Array, value_blocks: jax.Array, length: jax.Array
+        ) -> Partial:
+            return dispatch.kernels_for(device).kv_decode(q, pool, key_blocks, value_blocks, length)
 
-        def hidden(q: jax.Array, pool: jax.Array, first: jax.Array, _: jax.Array, length: jax.Array) -> Partial:
+        def hidden(q: jax.Array, pool: jax.Array, blocks: jax.Array, _: jax.Array, length: jax.Array) -> Partial:
             kernels = dispatch.kernels_for(device)
             if kernels.hidden_decode is None:
                 raise NotImplementedError(f"the {kernels.name!r} kernels leave hidden rows to XLA")
-            return kernels.hidden_decode(q, pool, first, length)
+            return kernels.hidden_decode(q, pool, blocks, length)
 
         theirs = _jax_gpu if device.platform == "gpu" else _jax_tpu
         found = [
@@ -130,7 +133,8 @@ def _run(base: Result, shape: Shape, which: Implementation, block_size: int, cop
     inputs = make_inputs(shape, which.way, block_size)
     expected = _expected(inputs, which.way)
     arguments: tuple[jax.Array, ...]
-    blocks, arguments = inputs.blocks, (inputs.queries, inputs.pool, inputs.first, inputs.second, inputs.length)
+    blocks = inputs.blocks
+    arguments = (inputs.queries, inputs.pool, inputs.key_blocks, inputs.value_blocks, inputs.length)
     if which.by_head:
         blocks, arguments = _by_head(inputs, shape.num_heads)
     run = jax.jit(which.run)
@@ -141,9 +145,9 @@ def _run(base: Result, shape: Shape, which: Implementation, block_size: int, cop
         raise ArithmeticError(f"differs from the reference by {difference:.1e}, more than {TOLERANCE:.0e}")
 
     def step(i: jax.Array, arguments: Any) -> Any:
-        *others, first, second, length = arguments
+        *others, key_blocks, value_blocks, length = arguments
         shift = (i % inputs.layers) * blocks
-        return which.run(*others, first + shift, second + shift, length)
+        return which.run(*others, key_blocks + shift, value_blocks + shift, length)
 
     once = time_calls(lambda: run(*arguments), calls=1, repeats=1).median_s
     iterations = max(inputs.layers, min(int(_TARGET_S / once), 200))
@@ -161,7 +165,7 @@ def make_inputs(shape: Shape, way: str, block_size: int, seed: int = 0) -> Input
     config = MODELS[shape.model]
     R, N, D = shape.batch, shape.num_heads, shape.hidden_size
     pages = -(-shape.context_tokens // block_size)
-    blocks = R * pages * (2 if way == "kv" else 1)
+    blocks = R * pages * CacheKind.named(way).blocks_per_page
     layers = max(1, round(_POOL_BYTES / (blocks * block_size * D * 2)))
     if jax.default_backend() == "cpu":
         layers = 1
@@ -188,18 +192,18 @@ def _vectors(key: jax.Array, shape: tuple[int, int, int]) -> jax.Array:
 
 def _expected(inputs: Inputs, way: str) -> Partial:
     """The reference on the first rows."""
-    queries, first, second, length = (
-        array[:_CHECKED_ROWS] for array in (inputs.queries, inputs.first, inputs.second, inputs.length)
+    queries, key_blocks, value_blocks, length = (
+        array[:_CHECKED_ROWS] for array in (inputs.queries, inputs.key_blocks, inputs.value_blocks, inputs.length)
     )
     if way == "kv":
-        return jax.jit(reference.kv_decode_attention)(queries, inputs.pool, first, second, length)
-    return jax.jit(reference.hidden_decode_attention)(queries, inputs.pool, first, length)
+        return jax.jit(reference.kv_decode_attention)(queries, inputs.pool, key_blocks, value_blocks, length)
+    return jax.jit(reference.hidden_decode_attention)(queries, inputs.pool, key_blocks, length)
 
 
 def _by_head(inputs: Inputs, num_heads: int) -> tuple[int, tuple[jax.Array, ...]]:
     """Blocks of a layer, and arguments with pools `[N, layers*blocks, S, H]` of keys and of values and one table."""
     _, S, D = inputs.pool.shape
-    R, W = inputs.first.shape
+    R, W = inputs.key_blocks.shape
     order = np.random.default_rng(1).permutation(R * W)
 
     def pool_of(table: jax.Array) -> jax.Array:
@@ -207,20 +211,21 @@ def _by_head(inputs: Inputs, num_heads: int) -> tuple[int, tuple[jax.Array, ...]
         rows = (rows + inputs.blocks * jnp.arange(inputs.layers)[:, None]).reshape(-1)
         return inputs.pool[rows].reshape(-1, S, num_heads, D // num_heads).transpose(2, 0, 1, 3)
 
-    keys, values = (jax.jit(pool_of)(table) for table in (inputs.first, inputs.second))
+    keys, values = (jax.jit(pool_of)(table) for table in (inputs.key_blocks, inputs.value_blocks))
     table = jnp.asarray(order.reshape(R, W).astype(np.int32))
     return R * W, (inputs.queries, keys, values, table, table, inputs.length)
 
 
-def _xla_kv(q: jax.Array, pool: jax.Array, first: jax.Array, second: jax.Array, length: jax.Array) -> Partial:
+def _xla_kv(
+    q: jax.Array, pool: jax.Array, key_blocks: jax.Array, value_blocks: jax.Array, length: jax.Array
+) -> Partial:
     R, N, H = q.shape
-    keys, values = (pool[blocks].reshape(R, -1, N, H) for blocks in (first, second))
+    keys, values = (pool[blocks].reshape(R, -1, N, H) for blocks in (key_blocks, value_blocks))
     return _softmax_products(q, keys, values, length, "RNH,RCNH->RNC", "RNC,RCNH->RNH")
 
 
-def _xla_hidden(q: jax.Array, pool: jax.Array, first: jax.Array, second: jax.Array, length: jax.Array) -> Partial:
-    del second
-    vectors = pool[first].reshape(q.shape[0], -1, q.shape[2])
+def _xla_hidden(q: jax.Array, pool: jax.Array, blocks: jax.Array, _: jax.Array, length: jax.Array) -> Partial:
+    vectors = pool[blocks].reshape(q.shape[0], -1, q.shape[2])
     return _softmax_products(q, vectors, vectors, length, "RND,RCD->RNC", "RNC,RCD->RND")
 
 

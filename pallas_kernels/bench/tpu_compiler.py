@@ -16,7 +16,7 @@ from jax.sharding import AbstractDevice, AbstractMesh, SingleDeviceSharding
 MISSING = None if importlib.util.find_spec("libtpu") else "libtpu is not installed, so nothing compiles for TPU here"
 TOPOLOGIES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
 
-# libtpu asks the cloud's metadata server what it runs on, unless told
+# libtpu asks the cloud's metadata server what it runs on, unless these are set
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
 # and lets one process load it, which matters only where there are TPUs

@@ -36,12 +36,12 @@ class Work(NamedTuple):
     slot: jax.Array  # int32 [I]: first token's slot in its tile
     size: jax.Array  # int32 [I]: tokens, 1 to 8
     row: jax.Array  # int32 [I]: the first token's place in its block
-    first: jax.Array  # int32 [I]: block for keys or hidden vectors
-    second: jax.Array  # int32 [I]: block for values; negative: none
+    key_block: jax.Array  # int32 [I]: block for keys or hidden vectors
+    value_block: jax.Array  # int32 [I]: block for values; negative: none
 
 
 def cache_writer(
-    first: jax.Array, second: jax.Array, offset: jax.Array, *, cores: int = 1, interpret: bool = False
+    key_block: jax.Array, value_block: jax.Array, offset: jax.Array, *, cores: int = 1, interpret: bool = False
 ) -> Callable[..., jax.Array]:
     """As the reference. Tokens of a block must be in consecutive slots, in the order of their places.
 
@@ -49,10 +49,11 @@ def cache_writer(
         cores: of a chip that share its memory: each takes its part of the columns.
         interpret: run without a TPU.
     """
-    tokens, at_once = first.shape[0], max(tpu_paging.TABLE_BYTES // (len(Work._fields) * 4) // _SLOTS, 1) * _SLOTS
+    tokens = key_block.shape[0]
+    at_once = max(tpu_paging.TABLE_BYTES // (len(Work._fields) * 4) // _SLOTS, 1) * _SLOTS
     if tokens > at_once:  # what is known of all of them does not fit in SMEM
         parts = [slice(at, at + at_once) for at in range(0, tokens, at_once)]
-        own = [cache_writer(first[p], second[p], offset[p], cores=cores, interpret=interpret) for p in parts]
+        own = [cache_writer(key_block[p], value_block[p], offset[p], cores=cores, interpret=interpret) for p in parts]
 
         def write_parts(pool: jax.Array, base: jax.Array, keys: jax.Array, values: jax.Array | None) -> jax.Array:
             for part, write in zip(parts, own, strict=True):
@@ -60,7 +61,7 @@ def cache_writer(
             return pool
 
         return write_parts
-    work = find_work(first, second, offset)
+    work = find_work(key_block, value_block, offset)
 
     def write(pool: jax.Array, base: jax.Array, keys: jax.Array, values: jax.Array | None) -> jax.Array:
         return _write(work, pool, base, keys, values, cores=cores, interpret=interpret)
@@ -68,26 +69,26 @@ def cache_writer(
     return write
 
 
-def find_work(first: jax.Array, second: jax.Array, offset: jax.Array) -> Work:
+def find_work(key_block: jax.Array, value_block: jax.Array, offset: jax.Array) -> Work:
     """Items for the tokens `[T]` that have a block. Pure."""
-    T = first.shape[0]
+    T = key_block.shape[0]
     B = min(T, _SLOTS)
-    real = first >= 0
+    real = key_block >= 0
     slot = jnp.arange(T, dtype=jnp.int32)
     tile = offset // _ROWS
-    starts = real & ((slot % B == 0) | (first != jnp.roll(first, 1)) | (tile != jnp.roll(tile, 1)))
+    starts = real & ((slot % B == 0) | (key_block != jnp.roll(key_block, 1)) | (tile != jnp.roll(tile, 1)))
     ends = real & ((slot == T - 1) | jnp.roll(starts | ~real, -1))
     start, end = (jnp.nonzero(x, size=T, fill_value=0)[0].astype(jnp.int32) for x in (starts, ends))
     before = jnp.cumsum(starts, dtype=jnp.int32) - starts  # items that start before a slot
     bounds = jnp.append(before[::B], jnp.sum(starts, dtype=jnp.int32))
-    return Work(bounds, start % B, end - start + 1, offset[start], first[start], second[start])
+    return Work(bounds, start % B, end - start + 1, offset[start], key_block[start], value_block[start])
 
 
 def _write(
     work: Work, pool: jax.Array, base: jax.Array, keys: jax.Array, values: jax.Array | None, *, cores: int,
     interpret: bool,
 ) -> jax.Array:  # fmt: skip
-    """Keys to `base + first`, values to `base + second`.
+    """Keys to `base + key_block`, values to `base + value_block`.
 
     Raises:
         NotImplementedError: a dtype, block size or width that the kernel does not handle.
@@ -131,8 +132,8 @@ def _kernel(
     slots: Ref,
     sizes: Ref,
     rows: Ref,
-    first: Ref,
-    second: Ref,
+    key_block: Ref,
+    value_block: Ref,
     base: Ref,  # SMEM int32 [1]
     *refs: Ref,
     num_sources: int,
@@ -149,7 +150,7 @@ def _kernel(
         at = pl.multiple_of(rows[item] // _ROWS * _ROWS, _ROWS)
         own = slice(None) if whole else pl.ds(pl.multiple_of(core * columns, LANES), columns)
         place = lax.rem(item, _RING)
-        for i, blocks in enumerate((first, second)[:num_sources]):
+        for i, blocks in enumerate((key_block, value_block)[:num_sources]):
 
             @pl.when((blocks[item] >= 0) & (writes | (sizes[item] < _ROWS)))
             def _(i: int = i, blocks: Ref = blocks) -> None:

@@ -16,7 +16,7 @@ from jax.typing import DTypeLike
 
 from apt_jax.pallas_kernels.reference import NEVER, Partial
 from apt_jax.pallas_kernels.tpu import paging as tpu_paging
-from apt_jax.pallas_kernels.tpu.paging import LANES, Deal, Ref, Source
+from apt_jax.pallas_kernels.tpu.paging import LANES, Ref, RowOrder, Source
 
 SUBLANES = 8
 SLICE = 256  # columns that one product takes; with more, registers are stored to VMEM
@@ -57,7 +57,7 @@ def hidden_decode_attention(
         return Partial(*map(jnp.concatenate, zip(*parts, strict=True)))
     tpu_paging.check_shapes(q_wide, pool, D, interpret)
     chunk = tpu_paging.chunk_tokens(D, S, pool.dtype.itemsize, num_sources=1)
-    dealt = tpu_paging.deal(length)
+    row_order = tpu_paging.order_rows(length)
     cores = min(cores, R)
     spec = functools.partial(tpu_paging.row_spec, cores=cores)
     scratch = tpu_paging.scratch(1, chunk, S, D, pool.dtype)
@@ -69,7 +69,7 @@ def hidden_decode_attention(
         functools.partial(_kernel, cores=cores),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=4,
-            grid=tpu_paging.grid(dealt, cores),
+            grid=tpu_paging.grid(row_order, cores),
             in_specs=[spec((N, D)), pl.BlockSpec(memory_space=pl.ANY)],
             out_specs=[spec((N, D)), spec((N, LANES))],
             scratch_shapes=scratch,
@@ -78,7 +78,7 @@ def hidden_decode_attention(
         compiler_params=tpu_paging.compiler_params(scratch, blocks_in_out),
         interpret=interpret,
         name="hidden_decode_attention",
-    )(*dealt, blocks.astype(jnp.int32), q_wide, pool)
+    )(*row_order, blocks.astype(jnp.int32), q_wide, pool)
     some = length > 0  # rows that were never visited hold anything
     if clears:
         out = jnp.where(some[:, None, None], out, 0)
@@ -156,4 +156,4 @@ def _kernel(
         lse[...] = top[...] + jnp.log(row_total)
 
     sources = [Source(blocks, buffer, arrived)]
-    tpu_paging.for_each_row(Deal(order, count, length), pool, sources, next_buffer, serve, cores=cores)
+    tpu_paging.for_each_row(RowOrder(order, count, length), pool, sources, next_buffer, serve, cores=cores)

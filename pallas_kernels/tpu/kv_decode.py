@@ -17,7 +17,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from apt_jax.pallas_kernels.reference import NEVER, Partial
 from apt_jax.pallas_kernels.tpu import paging as tpu_paging
-from apt_jax.pallas_kernels.tpu.paging import LANES, Deal, Ref, Source
+from apt_jax.pallas_kernels.tpu.paging import LANES, Ref, RowOrder, Source
 
 GROUP = 8  # heads
 
@@ -50,7 +50,7 @@ def kv_decode_attention(
         return Partial(*map(jnp.concatenate, zip(*parts, strict=True)))
     tpu_paging.check_shapes(q, pool, GROUP * H, interpret)
     chunk = tpu_paging.chunk_tokens(D, S, pool.dtype.itemsize, num_sources=2)
-    dealt = tpu_paging.deal(length)
+    row_order = tpu_paging.order_rows(length)
     cores = min(cores, R)
     spec = functools.partial(tpu_paging.row_spec, cores=cores)
     scratch = [*tpu_paging.scratch(2, chunk, S, D, pool.dtype), pltpu.VMEM((GROUP, D), jnp.float32)]
@@ -60,7 +60,7 @@ def kv_decode_attention(
         functools.partial(_kernel, cores=cores, head_dim=H),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=5,
-            grid=tpu_paging.grid(dealt, cores),
+            grid=tpu_paging.grid(row_order, cores),
             in_specs=[spec((N, GROUP * H)), pl.BlockSpec(memory_space=pl.ANY)],
             out_specs=[spec((1, D)), spec((N, LANES))],
             scratch_shapes=scratch,
@@ -70,7 +70,7 @@ def kv_decode_attention(
         interpret=interpret,
         name="kv_decode_attention",
     )(
-        *dealt,
+        *row_order,
         key_blocks.astype(jnp.int32),
         value_blocks.astype(jnp.int32),
         _by_group(q.astype(pool.dtype)),
@@ -157,4 +157,4 @@ def _kernel(
         lse[...] = top[...] + jnp.log(row_total)
 
     sources = [Source(key_blocks, keys, keys_arrived), Source(value_blocks, values, values_arrived)]
-    tpu_paging.for_each_row(Deal(order, count, length), pool, sources, next_buffer, serve, cores=cores)
+    tpu_paging.for_each_row(RowOrder(order, count, length), pool, sources, next_buffer, serve, cores=cores)

@@ -29,7 +29,7 @@ LANES = 128
 type Ref = Any
 
 
-class Deal(NamedTuple):
+class RowOrder(NamedTuple):
     """Which row each step of each core serves; rows without tokens come last and are never visited."""
 
     order: jax.Array  # int32 [R]: rows, longest first, then those of length 0
@@ -93,15 +93,15 @@ def check_shapes(query: jax.Array, pool: jax.Array, columns: int, interpret: obj
         raise NotImplementedError(f"hidden_size={pool.shape[2]} or {columns=} is no multiple of {LANES}; {cure}")
 
 
-def deal(length: jax.Array) -> Deal:
+def order_rows(length: jax.Array) -> RowOrder:
     """Sort rows by length, so that cores that take turns get equal work. Pure; the same for every layer."""
     order = jnp.argsort(-length).astype(jnp.int32)
-    return Deal(order, jnp.sum(length > 0, dtype=jnp.int32)[None], length.astype(jnp.int32))
+    return RowOrder(order, jnp.sum(length > 0, dtype=jnp.int32)[None], length.astype(jnp.int32))
 
 
-def grid(dealt: Deal, cores: int) -> tuple[int, jax.Array]:
+def grid(row_order: RowOrder, cores: int) -> tuple[int, jax.Array]:
     """`(cores, steps)`: enough steps for the rows that have tokens, at least one."""
-    return cores, jnp.maximum(lax.div(dealt.num_rows[0] + cores - 1, cores), 1)
+    return cores, jnp.maximum(lax.div(row_order.num_rows[0] + cores - 1, cores), 1)
 
 
 def row_spec(block_shape: tuple[int, ...], cores: int) -> pl.BlockSpec:
@@ -134,7 +134,7 @@ def compiler_params(
     """Rows go to the cores; more VMEM is asked for where buffers and blocks (twice: the next row's) need it.
 
     Args:
-        spare_bytes: for what the compiler holds besides; more than the usual is asked for in any case.
+        spare_bytes: for what the compiler needs in addition; more than the usual is asked for in any case.
     """
     buffers = (shape for shape in scratch_shapes if getattr(shape, "memory_space", None) == pltpu.VMEM)
     needed = sum(math.prod(b.shape) * jnp.dtype(b.dtype).itemsize for b in buffers) + 2 * block_bytes
@@ -144,15 +144,21 @@ def compiler_params(
 
 
 def for_each_row(
-    dealt: Deal, pool: Ref, sources: Sequence[Source], next_buffer: Ref, serve: Callable[..., None], *, cores: int
+    row_order: RowOrder,
+    pool: Ref,
+    sources: Sequence[Source],
+    next_buffer: Ref,
+    serve: Callable[..., None],
+    *,
+    cores: int,
 ) -> None:
-    """In a kernel with one turn per row: `for_each_turn` over the rows that `deal` gave this core."""
+    """In a kernel with one turn per row: `for_each_turn` over the rows that `row_order` gives this core."""
     core = pl.program_id(0)
     turns = Turns(
-        num_turns=lax.div(dealt.num_rows[0] - core + cores - 1, cores),
-        row=lambda turn: dealt.order[turn * cores + core],
+        num_turns=lax.div(row_order.num_rows[0] - core + cores - 1, cores),
+        row=lambda turn: row_order.order[turn * cores + core],
     )
-    for_each_turn(turns, dealt.length, pool, sources, next_buffer, serve)
+    for_each_turn(turns, row_order.length, pool, sources, next_buffer, serve)
 
 
 def for_each_turn(

@@ -42,14 +42,14 @@ def fma_kernel(split: int | None, strides: int = 2):
 
 
 def check_kv(case: Case, kernel) -> Partial:
-    args = (case.q, case.pool, case.first_blocks, case.second_blocks, case.length)
+    args = (case.q, case.pool, case.key_or_hidden_blocks, case.value_blocks, case.length)
     found = kernel(*args)
     assert_close(found, reference.kv_decode_attention(*args), case.pool.dtype)
     return found
 
 
 def check_hidden(case: Case) -> Partial:
-    args = (case.q_wide, case.pool, case.first_blocks, case.length)
+    args = (case.q_wide, case.pool, case.key_or_hidden_blocks, case.length)
     found = interpreted(gpu_hidden_decode.hidden_decode_attention)(*args)
     assert_close(found, reference.hidden_decode_attention(*args), case.pool.dtype)
     return found
@@ -97,7 +97,7 @@ def test_a_large_score_in_one_chunk_outweighs_the_others():
     case = case_of([70, 80, 3], heads=4, head_dim=64, block_size=16, pages=9)
     row, page, inside = 1, 4, 3  # position 67
     vector = jnp.sign(case.q[row].reshape(-1).astype(jnp.float32)) * 8
-    key_block = case.first_blocks[row, page]
+    key_block = case.key_or_hidden_blocks[row, page]
     large = case._replace(pool=case.pool.at[key_block, inside].set(vector.astype(case.pool.dtype)))
     check_kv(large, kv_kernel(64))
     check_kv(large, fma_kernel(None))
@@ -145,7 +145,7 @@ def test_float32_is_the_sum_of_three_bfloat16():
 def test_float32_keys_and_values_go_to_the_kernel_without_tensor_cores(monkeypatch):
     monkeypatch.setattr(gpu_kv_fma, "kv_decode_attention", lambda *args, **options: (args, options))
     args = make_case([9, 0], heads=4, head_dim=16, block_size=8)
-    args = (args.q, args.pool, args.first_blocks, args.second_blocks, args.length)
+    args = (args.q, args.pool, args.key_or_hidden_blocks, args.value_blocks, args.length)
     assert gpu_kv_decode.kv_decode_attention(*args, interpret=INTERPRET) == (args, {"interpret": INTERPRET})
 
 

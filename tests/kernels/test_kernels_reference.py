@@ -49,18 +49,18 @@ def projections() -> AttentionProjections:
 def rows_of(case: Case, kinds: list[CacheKind]) -> Rows:
     number = jnp.zeros_like(case.length)
     kind = jnp.array([kind.index for kind in kinds])
-    return Rows(number, number, number, number, number, kind, (case.first_blocks, case.second_blocks))
+    return Rows(number, number, number, number, number, kind, (case.key_or_hidden_blocks, case.value_blocks))
 
 
 def test_kv_reference_is_softmax_row_by_row(case):
-    found = kv_decode_attention(case.q, case.pool, case.first_blocks, case.second_blocks, case.length)
+    found = kv_decode_attention(case.q, case.pool, case.key_or_hidden_blocks, case.value_blocks, case.length)
     pool = np.asarray(case.pool, np.float64)
     for r, length in enumerate(LENGTHS):
         if not length:
             assert (found.out[r] == 0).all() and (found.lse[r] == NEVER).all()
             continue
-        keys = pool[case.first_blocks[r]].reshape(-1, N, H)[:length]
-        values = pool[case.second_blocks[r]].reshape(-1, N, H)[:length]
+        keys = pool[case.key_or_hidden_blocks[r]].reshape(-1, N, H)[:length]
+        values = pool[case.value_blocks[r]].reshape(-1, N, H)[:length]
         for n in range(N):
             weights = np.exp(keys[:, n] @ np.asarray(case.q[r, n], np.float64))
             np.testing.assert_allclose(found.lse[r, n], np.log(weights.sum()), rtol=1e-5, atol=1e-6)
@@ -70,9 +70,9 @@ def test_kv_reference_is_softmax_row_by_row(case):
 def test_hidden_reference_is_the_kv_reference_of_wide_heads(case):
     """A query laid out block-diagonally gives the KV scores; the diagonal blocks of the context are the KV output."""
     wide = jnp.einsum("RNH,NM->RNMH", case.q, jnp.eye(N)).reshape(len(LENGTHS), N, N * H)
-    found = hidden_decode_attention(wide, case.pool, case.first_blocks, case.length)
+    found = hidden_decode_attention(wide, case.pool, case.key_or_hidden_blocks, case.length)
     diagonal = jnp.einsum("RNNH->RNH", found.out.reshape(-1, N, N, H))
-    expected = kv_decode_attention(case.q, case.pool, case.first_blocks, case.first_blocks, case.length)
+    expected = kv_decode_attention(case.q, case.pool, case.key_or_hidden_blocks, case.key_or_hidden_blocks, case.length)
     assert_close(Partial(diagonal, found.lse), expected, jnp.float32)
 
 
@@ -82,11 +82,11 @@ def test_references_agree_with_the_engines_attention(case, projections, kind):
     engine = attention._decode(projections.kv, case.q, case.pool, rows, KindMix((kind,)), case.length)
     if kind is CacheKind.HIDDEN:
         wide = absorb_query(projections.kv, case.q)
-        part = hidden_decode_attention(wide, case.pool, case.first_blocks, case.length)
+        part = hidden_decode_attention(wide, case.pool, case.key_or_hidden_blocks, case.length)
         found = absorbed_values(projections.kv, part.out)
         found = jnp.where((case.length > 0)[:, None, None], found, 0)  # a row without tokens has no value bias either
     else:
-        found = kv_decode_attention(case.q, case.pool, case.first_blocks, case.second_blocks, case.length).out
+        found = kv_decode_attention(case.q, case.pool, case.key_or_hidden_blocks, case.value_blocks, case.length).out
     np.testing.assert_allclose(found, engine, rtol=1e-4, atol=1e-5)
 
 
@@ -111,7 +111,7 @@ def test_a_context_that_is_part_kv_and_part_hidden_merges_to_the_whole(projectio
 
 
 def test_merging_with_nothing_changes_nothing(case):
-    part = kv_decode_attention(case.q, case.pool, case.first_blocks, case.second_blocks, case.length)
+    part = kv_decode_attention(case.q, case.pool, case.key_or_hidden_blocks, case.value_blocks, case.length)
     nothing = Partial(jnp.zeros_like(part.out), jnp.full_like(part.lse, NEVER))
     merged = merge(merge(nothing, part), nothing)
     some = np.asarray(case.length) > 0
@@ -125,7 +125,7 @@ def test_prefix_references_are_decode_attention_query_by_query(case):
     row_of = {slot: r for r in range(len(LENGTHS)) for slot in range(int(first[r]), int(first[r] + count[r]))}
     q = jax.random.normal(jax.random.key(0), (16, N, H))
     wide = jax.random.normal(jax.random.key(1), (16, N, N * H))
-    tables = case.first_blocks, case.second_blocks
+    tables = case.key_or_hidden_blocks, case.value_blocks
     rows = [jnp.array([row_of.get(slot, 0)]) for slot in range(16)]
     found = [
         kv_prefix_attention(q, case.pool, *tables, case.length, first, count),

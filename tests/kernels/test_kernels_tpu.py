@@ -46,13 +46,13 @@ def kv_kernel(*args, **options) -> Partial:
 
 
 def check_kv(case: Case, kernel=kv_kernel, **options) -> None:
-    args = case.pool, case.first_blocks, case.second_blocks, case.length
+    args = case.pool, case.key_or_hidden_blocks, case.value_blocks, case.length
     q = case.q.astype(case.pool.dtype)
     assert_close(kernel(q, *args, **options), reference_kv(q, *args), case.pool.dtype)
 
 
 def check_hidden(case: Case, kernel=hidden_kernel, **options) -> None:
-    args = case.q_wide, case.pool, case.first_blocks, case.length
+    args = case.q_wide, case.pool, case.key_or_hidden_blocks, case.length
     assert_close(kernel(*args, **options), reference_hidden(*args), case.pool.dtype)
 
 
@@ -91,7 +91,7 @@ def test_any_lengths_in_any_block_order(check, lengths, shape, seed):
 @pytest.mark.parametrize(
     "lengths", [[0, 0, 0, 0], [0, 0, 7, 0], [1, 500, 3, 2], [40, 0, 41, 42]], ids=["none", "one", "one long", "three"]
 )
-def test_rows_are_dealt_to_two_cores(check, lengths):
+def test_rows_are_shared_among_two_cores(check, lengths):
     """None, one or both have rows, and their numbers of steps differ. All four share one program."""
     check(make_case(lengths, heads=3, head_dim=8, block_size=16, table_pages=32, num_blocks=80), cores=2)
 
@@ -117,10 +117,10 @@ def bfloat16_case(**options) -> Case:
 def test_a_float32_query_over_a_bfloat16_pool_keeps_its_precision():
     """The reference multiplies in float32; a query rounded to bfloat16 is a hundred times farther off in the scores."""
     case = bfloat16_case(query_dtype=jnp.float32)
-    exact = reference_hidden(case.q_wide, case.pool, case.first_blocks, case.length)
+    exact = reference_hidden(case.q_wide, case.pool, case.key_or_hidden_blocks, case.length)
 
     def error_of_lse(query_dtype) -> float:
-        found = hidden_kernel(case.q_wide.astype(query_dtype), case.pool, case.first_blocks, case.length)
+        found = hidden_kernel(case.q_wide.astype(query_dtype), case.pool, case.key_or_hidden_blocks, case.length)
         return float(jnp.abs(found.lse - exact.lse).max())
 
     assert error_of_lse(jnp.float32) < 1e-5 < 0.03 * error_of_lse(jnp.bfloat16)
@@ -128,9 +128,9 @@ def test_a_float32_query_over_a_bfloat16_pool_keeps_its_precision():
 
 def test_output_in_bfloat16():
     case = bfloat16_case()
-    found = hidden_kernel(case.q_wide, case.pool, case.first_blocks, case.length, out_dtype=jnp.bfloat16)
+    found = hidden_kernel(case.q_wide, case.pool, case.key_or_hidden_blocks, case.length, out_dtype=jnp.bfloat16)
     assert found.out.dtype == jnp.bfloat16
-    expected = reference_hidden(case.q_wide, case.pool, case.first_blocks, case.length)
+    expected = reference_hidden(case.q_wide, case.pool, case.key_or_hidden_blocks, case.length)
     assert_close(Partial(found.out.astype(jnp.float32), found.lse), expected, jnp.bfloat16)
     assert (found.out[1] == 0).all() and (found.lse[1] == NEVER).all()
 
@@ -169,7 +169,7 @@ def test_chunks_fill_the_buffers_and_no_more(monkeypatch):
 
 
 def test_rows_without_tokens_are_not_visited():
-    dealt = tpu_paging.deal(jnp.array([0, 5, 0, 9, 0]))
-    np.testing.assert_array_equal(dealt.order[:2], [3, 1])
-    assert dealt.num_rows[0] == 2
-    assert tpu_paging.grid(dealt, cores=1)[1] == 2 and tpu_paging.grid(dealt, cores=2)[1] == 1
+    row_order = tpu_paging.order_rows(jnp.array([0, 5, 0, 9, 0]))
+    np.testing.assert_array_equal(row_order.order[:2], [3, 1])
+    assert row_order.num_rows[0] == 2
+    assert tpu_paging.grid(row_order, cores=1)[1] == 2 and tpu_paging.grid(row_order, cores=2)[1] == 1

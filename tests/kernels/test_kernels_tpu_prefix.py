@@ -90,7 +90,7 @@ def test_any_lengths_and_any_queries(way, lengths, counts, gaps, seed):
 
 
 @pytest.mark.parametrize("lengths", [[0, 0, 0], [0, 70, 0], [1, 40, 96]], ids=["none", "one", "three"])
-def test_groups_of_heads_are_dealt_to_two_cores(lengths, monkeypatch):
+def test_groups_of_heads_are_shared_among_two_cores(lengths, monkeypatch):
     """Three groups of one head: one core has two of them."""
     monkeypatch.setattr(tpu_kv_prefix, "_heads_of_a_group", lambda heads, head_dim: 1)
     check("kv", lengths, [7, 20, 13], [0, 0, 0], heads=3, head_dim=16, cores=2)

@@ -42,10 +42,10 @@ def compiled(name):
 def test_decode_attention_in_groups_of_rows(two_rows_at_once, kind):
     case = make_case(LENGTHS, heads=3, head_dim=20, dtype=jnp.float32, block_size=8, seed=1)
     if kind == "kv":
-        args = case.q, case.pool, case.first_blocks, case.second_blocks, case.length
+        args = case.q, case.pool, case.key_or_hidden_blocks, case.value_blocks, case.length
         found, expected = compiled("kv_decode")(*args), reference.kv_decode_attention(*args)
     else:
-        args = case.q_wide, case.pool, case.first_blocks, case.length
+        args = case.q_wide, case.pool, case.key_or_hidden_blocks, case.length
         found, expected = compiled("hidden_decode")(*args), reference.hidden_decode_attention(*args)
         empty = (case.length == 0)[:, None, None]
         found = found._replace(out=jnp.where(empty, 0, found.out))

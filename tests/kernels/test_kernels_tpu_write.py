@@ -18,21 +18,29 @@ WIDTH, BASE = 16, 5
 
 
 def make_places(rows, *, block_size: int, slots: int, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
-    """First blocks, second blocks and offsets `[slots]` of rows (start, tokens, hidden, empty slots before), packed."""
+    """Blocks of keys (or hidden vectors), of values, and offsets `[slots]` of packed rows.
+
+    Args:
+        rows: (start, tokens, hidden, empty slots before) each.
+    """
     rng = np.random.default_rng(seed)
     pages = max(-(-(start + count) // block_size) for start, count, *_ in rows)
     blocks = rng.permutation(2 * len(rows) * pages).reshape(2, len(rows), pages)
-    first, second, offset = np.full(slots, -1), np.full(slots, -1), rng.integers(0, block_size, slots)
+    key_block, value_block, offset = (
+        np.full(slots, -1),
+        np.full(slots, -1),
+        rng.integers(0, block_size, slots),
+    )
     at = 0
     for row, (start, count, hidden, gap) in enumerate(rows):
         position = start + np.arange(count)
         mine = slice(at + gap, at + gap + count)
-        first[mine], offset[mine] = blocks[0, row, position // block_size], position % block_size
+        key_block[mine], offset[mine] = blocks[0, row, position // block_size], position % block_size
         if not hidden:
-            second[mine] = blocks[1, row, position // block_size]
+            value_block[mine] = blocks[1, row, position // block_size]
         at += gap + count
     assert at <= slots
-    return first, second, offset, blocks.size
+    return key_block, value_block, offset, blocks.size
 
 
 @functools.partial(jax.jit, static_argnames=("reads_values", "options"))

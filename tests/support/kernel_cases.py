@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
+from apt_jax.cache import CacheKind
 from apt_jax.pallas_kernels.reference import Partial
 
 TOLERANCE = {jnp.dtype(jnp.float32): 1e-5, jnp.dtype(jnp.bfloat16): 2e-2}
@@ -19,8 +20,8 @@ class Case(NamedTuple):
     q: jax.Array  # [R, N, H]
     q_wide: jax.Array  # [R, N, D]
     pool: jax.Array  # [P, S, D]
-    first_blocks: jax.Array  # int32 [R, W]: keys, or hidden vectors
-    second_blocks: jax.Array  # int32 [R, W]
+    key_or_hidden_blocks: jax.Array  # int32 [R, W]: keys, or hidden vectors
+    value_blocks: jax.Array  # int32 [R, W]
     length: jax.Array  # int32 [R]
 
 
@@ -81,7 +82,7 @@ def prefix_arguments(
     width = head_dim if way == "kv" else heads * head_dim
     drawn = np.random.default_rng(seed).normal(size=(slots, heads, width)) * width**-0.5
     queries = jnp.asarray(np.where(mine[:, None, None], drawn, np.nan), dtype)
-    tables = [case.first_blocks, case.second_blocks][: 2 if way == "kv" else 1]
+    tables = [case.key_or_hidden_blocks, case.value_blocks][: CacheKind.named(way).blocks_per_page]
     rows = (*tables, case.length, jnp.asarray(first, jnp.int32), jnp.asarray(count, jnp.int32))
     return (queries, case.pool, *rows), mine
 
