@@ -64,7 +64,7 @@ def write_all(file: int, data: bytes) -> None:
 
 
 def check_writable(path: Path | None, flag: str) -> None:
-    """Raises ValueError if a result cannot be written to `path`, named by `flag`: told before the work, not after."""
+    """Raises ValueError if a result cannot be written to `path`, named by `flag`; checks before the work starts."""
     if path is None:
         return
     if path.is_dir():
@@ -76,7 +76,7 @@ def check_writable(path: Path | None, flag: str) -> None:
 
 
 def check_plot(path: Path | None) -> None:
-    """Raises ValueError if no plot can be drawn to `path` of `--plot`: told before the work, not after."""
+    """Raises ValueError if no plot can be drawn to `path` of `--plot`; for a check before the work starts."""
     if path is None:
         return
     check_writable(path, "--plot")

@@ -52,7 +52,7 @@ class Mutation:
 
 
 class Mutator:
-    """The mutations of one file: `change` is told of each place, and undoes itself after the caller has compiled."""
+    """The mutations of one file: `change` is called with each place, and undone after the caller has compiled."""
 
     def __init__(self, path: Path):
         self._path = path

@@ -115,7 +115,7 @@ def constants_table() -> Iterator[str]:
 
 
 def room_table() -> Iterator[str]:
-    """One Markdown line per model and device: tokens that fit beside the weights into 90% of the memory, by form."""
+    """One Markdown line per model and device: tokens that fit next to the weights into 90% of the memory, by form."""
     yield "| model | device | " + " | ".join(f"{form}: tokens" for form in FORMS) + " |"
     yield "|---|---|" + "---:|" * len(FORMS)
     for name, devices in SPLITS:

@@ -1,6 +1,6 @@
 """Attention to cached hidden vectors without keys and values: the projections are absorbed into query and output.
 
-Shape letters as in `attention.py`. Source: docs/hybrid_cache.md; the same step in multi-head latent attention, arXiv
+Shape letters as in `paged.py`. Source: docs/hybrid_cache.md; the same step in multi-head latent attention, arXiv
 2405.04434.
 """
 

@@ -1,4 +1,4 @@
-"""Which cache kinds a compiled program has to handle, and asking at run time which of them an iteration has."""
+"""The cache kinds that a compiled program handles, and which of them an iteration has at run time."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ class KindMix:
 
     Attributes:
         kinds: each that can occur.
-        all_occur: each of them does, so that nothing asks for it when the program runs.
+        all_occur: each of them occurs in every iteration, so that the program need not test for it.
     """
 
     kinds: tuple[CacheKind, ...]
@@ -30,7 +30,7 @@ class KindMix:
 
     @property
     def asks(self) -> bool:
-        """Whether it pays to ask at run time if a kind occurs."""
+        """Whether the program tests at run time which kinds occur."""
         return len(self.kinds) > 1 and not self.all_occur
 
     @property
@@ -47,7 +47,7 @@ class KindMix:
         ]
 
     def part_of(self, rows: Rows) -> jax.Array:
-        """Index in `parts()`, an int32 scalar, of the mix that `rows` have; any where no row runs."""
+        """Index in `parts()`, an int32 scalar, of the mix that `rows` have; any index where no row runs."""
         running = rows.length > 0
         occurs = [jnp.any(running & rows.of_kind(kind)).astype(jnp.int32) << i for i, kind in enumerate(self.kinds)]
         return jnp.maximum(sum(occurs[1:], occurs[0]) - 1, 0)

@@ -59,7 +59,7 @@ def paged_attention(
         kinds: cache kinds that can occur.
         num_blocks, block_size: P and S.
         decode_only: every row has one token, and token r belongs to row r.
-        kernels: what they leave out, or None, is done in XLA.
+        kernels: parts that they lack (all, if None) are done in XLA.
 
     Returns:
         An `Attend` whose cache is the pool.

@@ -1,6 +1,6 @@
 """Attention of prefill chunks over their rows' cached prefixes by Pallas kernels, merged with the chunks' own part.
 
-Shape letters as in `attention.py`; T token slots in which the rows' chunks lie one after the other.
+Shape letters as in `paged.py`; T token slots in which the rows' chunks lie one after the other.
 
 Over cached hidden vectors a row is attended to in one of two ways (docs/hybrid_cache.md), by counted cost: with few
 queries they are absorbed; with many the row's prefix is projected to keys and values once, into a small pool of its

@@ -1,4 +1,4 @@
-"""Choosing the implementation of attention at start-up: kernels of our own, or XLA."""
+"""Choosing the implementation of attention at start-up: the custom kernels (Pallas, C++), or XLA."""
 
 import logging
 from collections.abc import Callable
@@ -41,7 +41,7 @@ def select_kernels(
         num_devices: that the model is split over.
 
     Raises:
-        ValueError: pallas or native was asked for, and the kernels do not work here.
+        ValueError: the option asks for pallas or native, and those kernels do not work here.
     """
     if backend == "xla" or (backend == "auto" and cpp_kernels and num_devices > 1):
         return None
@@ -81,14 +81,14 @@ def select_kernels(
 
 
 def compile_kernels(backend: AttentionBackend, *, cpp_kernels: bool, num_devices: int = 1) -> None:
-    """Compile the C++ kernels now if `select_kernels` will want them; if that fails, it says so then."""
+    """Compile the C++ kernels now if `select_kernels` will use them, which reports a failure."""
     if cpp_kernels and num_devices == 1 and backend in ("auto", "native"):
         with suppress(library.Unavailable):
             library.register()
 
 
 def _pallas_kernels(check: Callable[[Kernels], str | None], device: jax.Device) -> Kernels | str:
-    """The Pallas kernels, or why not."""
+    """The Pallas kernels, or the reason why they cannot be used."""
     try:
         kernels = dispatch.kernels_for(device)
     except (ImportError, NotImplementedError) as error:
@@ -97,7 +97,7 @@ def _pallas_kernels(check: Callable[[Kernels], str | None], device: jax.Device) 
 
 
 def _cpu_kernels(check: Callable[[Kernels], str | None], shape: str) -> Kernels | str:
-    """The C++ kernels, or why not; what a library has passed once for a shape is noted beside it."""
+    """The C++ kernels, or the reason why they cannot be used; checks that a library passed are recorded next to it."""
     try:
         path = library.register()
     except library.Unavailable as error:

@@ -1,4 +1,4 @@
-"""Attention over cached tokens in plain XLA, for any device: decode rows by heads or absorbed, and what prefill shares.
+"""Attention over cached tokens in plain XLA, for any device: decode rows by heads or absorbed, and shared parts.
 
 Shape letters as in docs/architecture.md; G rows that are processed together. Loops take trip counts from the data:
 a row costs what its own context costs, or that of the longest in its group.
@@ -145,7 +145,7 @@ def read_keys_values(
 
 
 def start_softmax(shape: tuple[int, ...], out_shape: tuple[int, ...]) -> tuple[jax.Array, ...]:
-    """Nothing seen yet: greatest score, sum of weights, weighted sum of values."""
+    """State of a running softmax before its first step: greatest score, sum of weights, weighted sum of values."""
     return jnp.full(shape, NEVER, jnp.float32), jnp.zeros(shape, jnp.float32), jnp.zeros(out_shape, jnp.float32)
 
 
@@ -159,7 +159,7 @@ def online_softmax(carry, scores, weighted_values, valid):  # type: ignore[no-un
 
 
 def finish_softmax(carry: tuple[jax.Array, ...]) -> Partial:
-    """What all steps of a running softmax add up to."""
+    """The result of a running softmax after its last step."""
     top, total, out = carry
     empty = total == 0
     safe = jnp.where(empty, 1.0, total)

@@ -56,7 +56,7 @@ def base_model(runner: Runner) -> CostModel:
 
 
 def calibration_path(runner: Runner, model: CostModel) -> Path | None:
-    """The file of this device, model, number type, backend and code: beside the compiled programs, if kept."""
+    """The file for this device, model, number type, backend and code, in the folder of compiled programs, if any."""
     folder = jax.config.jax_compilation_cache_dir
     if not folder:
         return None
@@ -119,7 +119,7 @@ def measure(trials: Trials, *, max_seconds: float = MAX_SECONDS) -> list[Observa
 
 
 def _iterations(trials: Trials) -> Iterator[list[Shape]]:
-    """Decodes over a grid of batch and context, prompts, later chunks of prompts, and decodes beside a prompt."""
+    """Decodes over a grid of batch and context, prompts, later chunks of prompts, and decodes with a prompt."""
     limits = trials.state.limits
     longest = trials.max_model_len - 1
     candidates: list[list[Shape]] = []

@@ -54,7 +54,7 @@ class _Flight:
 
 @dataclass
 class _Counts:
-    """What `figures` shows beside the state; counts are since the start, the others of the last step."""
+    """What `figures` reports in addition to the state: counts since the start, and values of the last step."""
 
     schedule_s: float = 0.0
     padded_tokens: int = 0
@@ -221,7 +221,7 @@ class Engine:
         return self.state.plans.as_dicts()
 
     def load(self, now: float) -> InstanceLoad:
-        """The report of this engine to a router."""
+        """The load that this engine reports to a router."""
         context = self.policy_context
         return instance_load(self.state, context.cost_model, now, predictor=context.predictor)
 

@@ -1,4 +1,4 @@
-"""How the device's memory is divided at start-up: weights, activations, and the cache pool in the rest."""
+"""Division of the device's memory at start-up: weights, activations, and the cache pool in the rest."""
 
 from dataclasses import dataclass, replace
 
@@ -16,7 +16,7 @@ from apt_jax.model_config import ModelConfig
 
 
 @dataclass(frozen=True)
-class MemoryPlan:
+class MemoryBudget:
     """Bytes by use on each device, and what the pool holds."""
 
     device: str
@@ -40,7 +40,7 @@ class MemoryPlan:
         return self.num_blocks // kind.blocks_per_page * self.block_size
 
     def table(self) -> str:
-        """The plan as lines of text for the log."""
+        """The budget as lines of text for the log."""
         device = self.device if self.num_devices == 1 else f"each of {self.num_devices} x {self.device}"
         rows = (
             ("memory", self.total_bytes, device),
@@ -56,17 +56,17 @@ class MemoryPlan:
         return "\n".join(lines)
 
 
-def share_memory(runner: Runner, config: EngineConfig, kinds: tuple[CacheKind, ...]) -> MemoryPlan:
-    """Measure the memory of the largest programs, then plan; several processes agree on the smallest pool of all.
+def share_memory(runner: Runner, config: EngineConfig, kinds: tuple[CacheKind, ...]) -> MemoryBudget:
+    """Measure the largest programs' memory, then divide the device's; several processes agree on the smallest pool.
 
     Raises:
-        ValueError: see `plan_memory`.
+        ValueError: see `budget_memory`.
     """
     max_model_len, max_num_seqs, devices = config.max_model_len, config.max_num_seqs, runner.num_devices
     assert max_model_len is not None and max_num_seqs is not None
 
-    def plan(activation_bytes: int) -> MemoryPlan:
-        return plan_memory(
+    def budget(activation_bytes: int) -> MemoryBudget:
+        return budget_memory(
             config,
             device=runner.device,
             weight_bytes=runner.weights.nbytes,
@@ -79,8 +79,8 @@ def share_memory(runner: Runner, config: EngineConfig, kinds: tuple[CacheKind, .
             sharers=runner.num_local_devices,
         )
 
-    guess = plan(activation_bytes=0)
-    found = plan(runner.measure_activations(smallest_of_all(guess.num_blocks)))
+    guess = budget(activation_bytes=0)
+    found = budget(runner.measure_activations(smallest_of_all(guess.num_blocks)))
     return replace(found, num_blocks=smallest_of_all(found.num_blocks))
 
 
@@ -104,7 +104,7 @@ def check_longest_request(config: EngineConfig, model_config: ModelConfig) -> No
         )
 
 
-def plan_memory(
+def budget_memory(
     config: EngineConfig,
     *,
     device: jax.Device,
@@ -116,8 +116,8 @@ def plan_memory(
     kinds: tuple[CacheKind, ...],
     num_devices: int = 1,
     sharers: int = 1,
-) -> MemoryPlan:
-    """Decide how many blocks the pool gets.
+) -> MemoryBudget:
+    """Divide a device's memory: how many blocks the pool gets.
 
     All bytes are of one device, also where the model is split over `num_devices`. `weight_bytes` are already allocated
     there; `block_bytes` counts one block over all layers. `sharers` is for devices of a CPU, see `device_memory`.
@@ -152,7 +152,7 @@ def plan_memory(
             f"cache_memory_bytes={config.cache_memory_bytes} would take {taken}, but {used}; lower --cache-memory-bytes"
         )
     longest = min(max_model_len, num_blocks // cheapest.blocks_per_page * config.block_size)
-    return MemoryPlan(
+    return MemoryBudget(
         device=f"{device.platform}: {device.device_kind}",
         total_bytes=total,
         weight_bytes=weight_bytes,

@@ -18,7 +18,7 @@ from apt_jax.scheduling.state import Span
 
 
 class PromptLogprobs:
-    """Those of all unfinished requests that want them; `rows` is the number of positions in a chunk."""
+    """Prompt log-probabilities of all unfinished requests that want them, in chunks of `rows` positions."""
 
     def __init__(self, rows: int):
         self._rows = rows
@@ -63,7 +63,7 @@ class PromptLogprobs:
         return batch._replace(chunks=chunks, rows=batch.rows._replace(wanted=wanted))
 
     def take(self, chunks: Sequence[ScoreChunk], scores: Sequence[Scored]) -> list[Request]:
-        """Keep what the device has found for `chunks`; returns the requests for which that is not a number."""
+        """Keep what the device has found for `chunks`; returns the requests for which a result is NaN."""
         bad: dict[int, Request] = {}
         for chunk, scored in zip(chunks, scores, strict=True):
             logprobs, ranks = scored.logprob.tolist(), scored.rank.tolist()
@@ -81,7 +81,7 @@ class PromptLogprobs:
         return list(bad.values())
 
     def pop(self, request: Request) -> tuple[TokenLogprobs, ...] | None:
-        """All of a request's, once; None if it wants none or has had them. Its prompt must have been run."""
+        """All results of a request, once; None if it wants none or has had them. Its prompt must have been run."""
         if request.request_id not in self._asked:
             return None
         found = tuple(self._found[request.request_id])

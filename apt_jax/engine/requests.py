@@ -15,7 +15,7 @@ from apt_jax.scheduling.state import SchedulerState
 
 
 class Requests:
-    """By id. Queues and blocks are `state`'s; `prompt_logprobs` are those of the prompts that want them."""
+    """The unfinished requests by id. `state` holds queues and blocks, `prompt_logprobs` the prompts' results."""
 
     def __init__(
         self,
@@ -35,7 +35,7 @@ class Requests:
         self._seeds = np.random.default_rng(config.seed)
 
     def __bool__(self) -> bool:
-        """Whether one is unfinished, or has ended and was not reported."""
+        """Whether a request is unfinished, or has ended and was not reported."""
         return bool(self._unfinished or self._ended)
 
     def add(
@@ -49,7 +49,7 @@ class Requests:
         arrival_s: float,
         output_token_ids: Sequence[int],
     ) -> Request:
-        """Queue one; see `ServingEngine.add`."""
+        """Queue a request; see `ServingEngine.add`."""
         config = self._config
         if request_id in self._unfinished:
             raise ValueError(f"request_id {request_id!r} is in use by an unfinished request")

@@ -9,7 +9,7 @@ from apt_jax.batching.buckets import Buckets
 from apt_jax.batching.builder import BatchBuilder, table_pages
 from apt_jax.cache import BlockPool, CacheKind
 from apt_jax.engine.calibration import base_model, calibration_path
-from apt_jax.engine.memory import MemoryPlan, share_memory
+from apt_jax.engine.memory import MemoryBudget, share_memory
 from apt_jax.engine_config import EngineConfig
 from apt_jax.execution.arguments import Shapes, pages_multiple
 from apt_jax.execution.interface import StepRunner
@@ -42,7 +42,7 @@ class EngineSetup:
     runner: StepRunner
     builder: BatchBuilder
     state: SchedulerState
-    memory: MemoryPlan
+    memory: MemoryBudget
     cost_model: CostModel
     calibration_file: Path | None
     attention: str

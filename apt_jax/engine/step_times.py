@@ -36,7 +36,7 @@ class StepTimes:
         return self.calibration.model.step_s(largest)
 
     def load(self, plan: Plan, spans: Sequence[Span]) -> StepLoad | None:
-        """What an iteration works through; None if its time is not learned from."""
+        """The load of an iteration for the cost model; None if its time is not used."""
         return step_load(plan, spans) if self.learns else None
 
     def ended(self, load: StepLoad | None, started_s: float, now: float) -> bool:

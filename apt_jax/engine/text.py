@@ -16,7 +16,7 @@ class _Text:
 
 
 class OutputTexts:
-    """Those of all unfinished requests. Without a tokenizer, every text is empty."""
+    """Output texts of all unfinished requests. Without a tokenizer, every text is empty."""
 
     def __init__(self, tokenizer: Tokenizer | None):
         self._tokenizer = tokenizer
@@ -43,7 +43,7 @@ class OutputTexts:
         return shown, stop
 
     def flush(self, request: Request) -> str:
-        """What was held back: part of a character, or of what might have become a stop string."""
+        """Text that was held back: part of a character, or of a possible stop string."""
         text = self._texts.get(request.request_id)
         if text is None:
             return ""

@@ -28,11 +28,11 @@ class Trial:
 
     @property
     def load(self) -> StepLoad:
-        """What it works through."""
+        """The iteration's load, for the cost model."""
         return step_load(Plan(), self.spans)
 
     def build(self) -> Batch:
-        """Its arrays."""
+        """The batch's arrays."""
         return self.builder.build(self.spans)
 
     def start(self, batch: Batch) -> StepResults:
@@ -97,7 +97,7 @@ class Trials:
     def rehearse(self) -> None:
         """Run a whole prompt and a decode step of each kind, so that what the backend sets up once is set up now.
 
-        A request would bring it about at a worse time: where no file can be opened then, XLA fails on every later step.
+        The first request would do it too late: if no file can be opened then, XLA fails on every later step.
         """
         for kind in self.state.limits.kinds:
             for shapes in ([(kind, 0, 2)], [(kind, 1, 1)]):  # one token alone would be a decode step

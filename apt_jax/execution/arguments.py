@@ -1,11 +1,11 @@
 """Shapes of the arrays that programs take, without the weights: what a program is compiled for."""
 
 from dataclasses import dataclass
-from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
+from jax.typing import DTypeLike
 
 from apt_jax.attention import xla as xla_attention
 from apt_jax.attention.kinds import KindMix
@@ -32,7 +32,7 @@ class Shapes:
 
 @dataclass(frozen=True)
 class Arguments:
-    """The programs' arguments as shapes, and where they lie.
+    """The programs' arguments without the weights: shapes, number types and placement.
 
     Attributes:
         device: where everything lies if the model is not split.
@@ -46,11 +46,11 @@ class Arguments:
     parallel: Parallel | None
 
     def sharding(self, spec: PartitionSpec) -> Sharding:
-        """Where an array lies that is split as `spec` says."""
+        """Where an array lies that is split over the mesh as `spec` says; on one device, there."""
         return SingleDeviceSharding(self.device) if self.parallel is None else NamedSharding(self.parallel.mesh, spec)
 
     def pool_shape(self, num_blocks: int) -> tuple[int, int, int]:
-        """`(L*P, S, D)`."""
+        """Shape `(L*P, S, D)` of a pool of P = `num_blocks`."""
         return pool_shape(self.model_config, num_blocks, self.shapes.block_size)
 
     def pool(self, num_blocks: int) -> jax.ShapeDtypeStruct:
@@ -63,17 +63,17 @@ class Arguments:
         return abstract((self.shapes.num_slots, self.shapes.max_model_len), np.int32)
 
     def tokens(self, bucket: Bucket) -> Tokens:
-        """The tokens of a step."""
+        """The token arrays of a step, `[T]` each, T = `bucket.tokens`."""
         return Tokens(*(abstract((bucket.tokens,), dtype) for dtype in (np.int32, np.bool_, np.int32, np.int32)))
 
     def rows(self, bucket: Bucket) -> Rows:
-        """The rows of a step."""
+        """The row arrays of a step, `[R]` each, and block tables `[R, W]`; R = `bucket.rows`."""
         number = abstract((bucket.rows,), np.int32)
         table = abstract((bucket.rows, self.shapes.table_pages), np.int32)
         return Rows(number, number, number, number, number, number, (table,) * NUM_TABLES)
 
     def sampling(self, rows: int) -> Sampling:
-        """Parameters of rows to sample."""
+        """Sampling parameters of `rows` rows."""
         return Sampling(*(abstract((rows, *a.shape[1:]), a.dtype) for a in empty_sampling(1)))
 
     def residual(self, tokens: int) -> jax.ShapeDtypeStruct:
@@ -85,7 +85,7 @@ class Arguments:
         return abstract((rows, self.model_config.word_embed_proj_dim), self.dtype)
 
     def numbers(self, *shape: int) -> jax.ShapeDtypeStruct:
-        """Whole numbers."""
+        """An int32 array of this shape."""
         return abstract(shape, np.int32)
 
     @property
@@ -94,7 +94,7 @@ class Arguments:
         return max(CONVERT_TOKENS // self.shapes.block_size, 1)
 
 
-def abstract(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
+def abstract(shape: tuple[int, ...], dtype: DTypeLike) -> jax.ShapeDtypeStruct:
     """An array of any contents on the default device."""
     return jax.ShapeDtypeStruct(shape, dtype)
 

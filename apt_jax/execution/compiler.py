@@ -1,4 +1,7 @@
-"""The only place that jits: a function of weights and arguments to an executable, or that executable from disk."""
+"""Compiles a function of weights and arguments to an executable, or loads that executable from disk.
+
+This is the only file that calls `jax.jit`.
+"""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -16,36 +19,36 @@ from apt_jax.models.sharding import EVERYWHERE
 
 
 class Compiler:
-    """Compiles for the devices of one model, whose attention is by the kernels called `attention`."""
+    """Compiles programs for the devices of one model; `attention` is the name of its attention kernels."""
 
     def __init__(self, arguments: Arguments, attention: str):
         self._arguments, self._attention = arguments, attention
-        # processes that run one program must compile it together, so none may find it on its disk
+        # processes that run one program compile it together, so none of them may load it from disk
         alone, device = jax.process_count() == 1, arguments.device
-        self._store = ProgramStore.beside_compile_cache(device) if alone else ProgramStore(None, device)
+        self._store = ProgramStore.in_compile_cache(device) if alone else ProgramStore(None, device)
 
     def compile(
         self,
         name: str,
-        function: Callable[..., Any],
+        function: Callable[..., object],
         weights: Sequence[Any],
-        *args: Any,
+        *args: object,
         donate: tuple[int, ...] = (),
         outs: PartitionSpec | StepOutput[PartitionSpec] = EVERYWHERE,
     ) -> Compiled:
         """`function(weights, *args)` as an executable.
 
         Args:
-            weights: arrays of jax.
-            name: holds every static argument.
+            name: holds every static argument; the first word names the function in profiles.
+            weights: only shapes, number types and layouts are used.
             args: trees of shapes.
-            donate: numbers of arguments, from 1, the weights being 0.
-            outs: how results lie on several devices.
+            donate: positions of donated arguments; the weights are 0.
+            outs: how results are split over several devices.
         """
         arguments, parallel = self._arguments, self._arguments.parallel
-        own_layouts = parallel is None and Platform.of(arguments.device).own_layouts
+        custom_layouts = parallel is None and Platform.of(arguments.device).custom_layouts
         shapes_of = [
-            jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.format if own_layouts else leaf.sharding)
+            jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.format if custom_layouts else leaf.sharding)
             for leaf in weights
         ]
         precision = "highest" if arguments.dtype == jnp.float32 else None
@@ -60,10 +63,9 @@ class Compiler:
                 return jax.jit(function, donate_argnums=donate).lower(shapes_of, *args).compile()
 
         shapes = (shapes_of, jax.tree.map(lambda leaf: (leaf.shape, str(leaf.dtype)), args), donate, precision)
-        # the sampler and the scorer call kernels too: a process without the kernels cannot run a program that does
+        # with the attention kernels' name: the sampler and the scorer call kernels too, and cannot run without them
         key = (name, self._attention, arguments.model_config, arguments.shapes, shapes)
-        program: Compiled = self._store.get(repr(key), compile_program)
-        return program
+        return self._store.get(repr(key), compile_program)
 
 
 def temporary_bytes(program: Compiled) -> int:

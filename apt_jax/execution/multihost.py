@@ -24,7 +24,6 @@ import sys
 import threading
 from collections.abc import Mapping, Sequence
 from multiprocessing.connection import Client, Connection, Listener, wait
-from typing import Any
 
 import jax
 import numpy as np
@@ -80,7 +79,7 @@ class LeadingRunner:
         self._send("reset")
         self._runner.reset()
 
-    def _send(self, name: str, *args: Any) -> None:
+    def _send(self, name: str, *args: object) -> None:
         message = pickle.dumps((name, args), protocol=pickle.HIGHEST_PROTOCOL)
         for follower in self._followers:
             follower.send_bytes(message)

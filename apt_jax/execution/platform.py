@@ -1,4 +1,4 @@
-"""Differences between the platforms that JAX runs on; the only file of `apt_jax` that compares platform names."""
+"""The platforms that JAX runs on and how they differ; the only file of `apt_jax` that compares platform names."""
 
 from dataclasses import dataclass
 
@@ -11,10 +11,10 @@ class Platform:
 
     Attributes:
         max_num_seqs, max_num_batched_tokens, async_scheduling: defaults of the options with these names.
-        cache_limit_bytes: most that the cache takes of a machine's memory unless it is told to take more, so that a
+        cache_limit_bytes: most that the cache takes of a machine's memory unless an option asks for more, so that a
             workstation stays usable; None is no limit.
         float32_only: 16-bit arithmetic is slow, so weights are float32 unless a number type is asked for.
-        has_float16: numbers of that type can be multiplied; bfloat16 takes the place of them otherwise.
+        has_float16: float16 can be multiplied; otherwise bfloat16 is used instead.
         call_per_layer: a model on one device keeps arrays of its own for each layer and a step is a call per layer or
             one C++ call, since XLA copies a layer's part of stacked weights before it multiplies.
         unrolls_decode: decode steps write the layers out one after the other. On a GPU the matrix products then read
@@ -24,7 +24,7 @@ class Platform:
             layer.
         slices_lazily: prefill steps on one device slice the key and value kernels out of the stack where they are
             read. On a TPU a kernel that is sliced before a condition is copied to enter it.
-        own_layouts: weights on one device lie in memory as `tpu_layouts.py` says.
+        custom_layouts: weights on one device lie in memory as `execution/weights/tpu_layouts.py` says.
         cpp_kernels: the attention kernels are those in C++ (`cpu_kernels`), and Pallas kernels would be interpreted.
     """
 
@@ -39,7 +39,7 @@ class Platform:
     unrolls_decode: bool = False
     branches_by_kind: bool = False
     slices_lazily: bool = False
-    own_layouts: bool = False
+    custom_layouts: bool = False
     cpp_kernels: bool = False
 
     @classmethod
@@ -73,6 +73,6 @@ PLATFORMS = {
             cpp_kernels=True,
         ),
         Platform("gpu", unrolls_decode=True),
-        Platform("tpu", has_float16=False, branches_by_kind=True, slices_lazily=True, own_layouts=True),
+        Platform("tpu", has_float16=False, branches_by_kind=True, slices_lazily=True, custom_layouts=True),
     )
 }

@@ -15,7 +15,7 @@ from apt_jax.models.interface import Layer, Model, num_layers
 
 
 def pool_shape(config: ModelConfig, num_blocks: int, block_size: int) -> tuple[int, int, int]:
-    """`(L*P, S, D)`."""
+    """Shape `(L*P, S, D)` of a pool of P = `num_blocks`."""
     return config.num_hidden_layers * num_blocks, block_size, config.hidden_size
 
 
@@ -27,7 +27,7 @@ def block_bytes(config: ModelConfig, block_size: int, dtype: DTypeLike) -> int:
 def convert_blocks(
     model: Model, pool: jax.Array, hidden_blocks: jax.Array, value_blocks: jax.Array, num_blocks: int
 ) -> jax.Array:
-    """hidden -> KV in place: keys replace the hidden vectors in their blocks, values go to new blocks.
+    """Convert hidden blocks to KV in place: keys replace the hidden vectors in their blocks, values go to new blocks.
 
     One matrix product over the cached hidden vectors per layer, no new prefill. Source: docs/hybrid_cache.md.
 

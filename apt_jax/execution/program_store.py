@@ -17,12 +17,12 @@ import threading
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import flax
 import jax
 import jaxlib
 from jax.experimental import serialize_executable
+from jax.stages import Compiled
 
 import apt_jax
 from apt_jax import pallas_kernels
@@ -36,7 +36,7 @@ logger = logging.getLogger(__name__)
 
 
 class ProgramStore:
-    """A folder of executables. Reading and writing never fail a start: an unusable program is compiled again."""
+    """A folder of executables; one that cannot be read is compiled again, so that no start fails for it."""
 
     def __init__(self, folder: Path | None, device: jax.Device):
         """Keep programs for `device` in `folder`; None keeps nothing."""
@@ -44,12 +44,12 @@ class ProgramStore:
         self._device = device
 
     @classmethod
-    def beside_compile_cache(cls, device: jax.Device) -> "ProgramStore":
+    def in_compile_cache(cls, device: jax.Device) -> "ProgramStore":
         """A store in the folder of JAX's compilation cache, if that is in use."""
         folder = jax.config.jax_compilation_cache_dir
         return cls(Path(folder) / "programs" if folder else None, device)
 
-    def get(self, description: str, compile_program: Callable[[], Any]) -> Any:
+    def get(self, description: str, compile_program: Callable[[], Compiled]) -> Compiled:
         """The stored program, else that of `compile_program`, which is stored.
 
         Args:
@@ -68,7 +68,7 @@ class ProgramStore:
         return program
 
     @staticmethod
-    def _load(path: Path) -> Any:
+    def _load(path: Path) -> Compiled | None:
         try:
             return serialize_executable.deserialize_and_load(*pickle.loads(path.read_bytes()))
         except FileNotFoundError:
@@ -78,7 +78,7 @@ class ProgramStore:
             return None
 
     @staticmethod
-    def _save(path: Path, program: Any) -> None:
+    def _save(path: Path, program: Compiled) -> None:
         try:
             replace_file(path, pickle.dumps(serialize_executable.serialize(program)))
         except Exception as error:
@@ -89,7 +89,7 @@ _hits = threading.local()
 
 
 def _count_hit(event: str, **_: str | int) -> None:
-    """Called by jax, in the thread that compiles."""
+    """Listener of JAX's monitoring events, called in the thread that compiles."""
     if event == "/jax/compilation_cache/cache_hits":
         _hits.count = _jax_cache_hits() + 1
 

@@ -21,7 +21,7 @@ from apt_jax.progress import is_hidden
 
 
 class Key[Program]:
-    """What a program is for."""
+    """What a program is for; `Program` is the type of it."""
 
 
 @dataclass(frozen=True)
@@ -34,21 +34,21 @@ class StepKey(Key[Step]):
 
 @dataclass(frozen=True)
 class ConversionKey(Key[Conversion]):
-    """hidden -> KV."""
+    """The conversion of hidden blocks to KV, in a pool of P = `num_blocks`."""
 
     num_blocks: int
 
 
 @dataclass(frozen=True)
 class SamplerKey(Key[Compiled]):
-    """`run_sampling` of so many rows."""
+    """`run_sampling` of `rows` rows."""
 
     rows: int
 
 
 @dataclass(frozen=True)
 class GatherKey(Key[Compiled]):
-    """Rows to score out of a step's hidden states."""
+    """Gathers the rows to score from a step's hidden states."""
 
     bucket: Bucket
 
@@ -58,31 +58,35 @@ class ScorerKey(Key[Compiled]):
     """`score` of one chunk."""
 
 
+type AnyProgram = Step | Conversion | Compiled
+type AnyKey = Key[Any]
+
+
 class Programs:
     """Compiles and keeps programs; each is called as an executable, so that nothing else compiles."""
 
     def __init__(self, form: Form, weights: Weights, arguments: Arguments, compiler: Compiler):
         self._form, self._weights, self._arguments, self._compiler = form, weights, arguments, compiler
-        self._programs: dict[Key[Any], Any] = {}
+        self._programs: dict[AnyKey, AnyProgram] = {}
 
     def __len__(self) -> int:
         return len(self._programs)
 
-    def __iter__(self) -> Iterator[Key[Any]]:
+    def __iter__(self) -> Iterator[AnyKey]:
         return iter(self._programs)
 
     def __getitem__[Program](self, key: Key[Program]) -> Program:
-        """The program, compiled if it is not at hand."""
+        """The program of `key`, which is compiled if it is missing."""
         if key not in self._programs:
             self._programs[key] = self._compile(key)
         return cast(Program, self._programs[key])
 
     @property
     def steps(self) -> list[Step]:
-        """Those at hand."""
-        return [program for key, program in self._programs.items() if isinstance(key, StepKey)]
+        """The steps that are compiled."""
+        return [self[key] for key in self._programs if isinstance(key, StepKey)]
 
-    def compile_all(self, keys: Iterable[Key[Any]], progress: bool = False) -> None:
+    def compile_all(self, keys: Iterable[AnyKey], progress: bool = False) -> None:
         """Compile those that are missing, two at a time, since XLA compiles without the interpreter lock."""
         with ThreadPoolExecutor(2) as threads:
             jobs = {threads.submit(self._compile, key): key for key in keys if key not in self._programs}
@@ -97,7 +101,7 @@ class Programs:
             if not isinstance(key, StepKey | ConversionKey) or key.num_blocks == num_blocks
         }
 
-    def _compile(self, key: Key[Any]) -> Step | Conversion | Compiled:
+    def _compile(self, key: AnyKey) -> AnyProgram:
         match key:
             case StepKey():
                 return self._form.compile_step(key.bucket, key.num_blocks)

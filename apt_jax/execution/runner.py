@@ -6,7 +6,6 @@ there is one program per shape. Carried and donated: the cache pool `[L*P, S, D]
 """
 
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +23,7 @@ from apt_jax.execution.forms.layered import LayeredForm
 from apt_jax.execution.forms.native import NativeForm
 from apt_jax.execution.forms.stacked import StackedForm
 from apt_jax.execution.interface import StepResults
-from apt_jax.execution.programs import ConversionKey, GatherKey, Key, Programs, SamplerKey, ScorerKey, StepKey
+from apt_jax.execution.programs import AnyKey, ConversionKey, GatherKey, Programs, SamplerKey, ScorerKey, StepKey
 from apt_jax.execution.weights.choice import kernels_for
 from apt_jax.execution.weights.layout import Weights
 from apt_jax.model_config import ModelConfig
@@ -68,7 +67,7 @@ class Runner:
 
     @property
     def dtype(self) -> np.dtype:
-        """Numbers of weights and cache."""
+        """Number type of weights and cache."""
         return self.weights.dtype
 
     @property
@@ -93,11 +92,11 @@ class Runner:
 
     @property
     def num_programs(self) -> int:
-        """Compiled programs at hand."""
+        """Number of compiled programs."""
         return len(self.programs)
 
     def measure_activations(self, num_blocks: int) -> int:
-        """Bytes of temporaries of the largest programs, as the compiler reports them, and of what they hand on.
+        """Bytes of the largest programs' temporaries, as the compiler reports them, and of the arrays they pass on.
 
         They do not depend on `num_blocks`, since there is no copy of the pool; a good guess saves compiling again.
         """
@@ -167,7 +166,7 @@ class Runner:
             blocks[1, : len(second[part])] = second[part]
             self._pool = convert(self._pool, blocks[0], blocks[1])
 
-    def _keys(self) -> Iterator[Key[Any]]:
+    def _keys(self) -> Iterator[AnyKey]:
         """All programs that serving needs."""
         yield from (StepKey(bucket, self.num_blocks) for bucket in self.buckets.all)
         yield from map(SamplerKey, self.buckets.sample_rows)

@@ -17,7 +17,7 @@ _MASKED = -jnp.inf
 
 
 class Sampled(NamedTuple):
-    """What one iteration brings back, row by row."""
+    """What one iteration reads back for each row."""
 
     token: jax.Array  # int32 [R]
     is_finite: jax.Array  # bool [R]: the logits held no NaN or infinity
@@ -28,7 +28,7 @@ class Sampled(NamedTuple):
 
 
 class Scored(NamedTuple):
-    """How likely given tokens were, row by row."""
+    """Log-probability and rank of given tokens, for each row."""
 
     logprob: jax.Array  # float32 [R]; not a number where the logits are none
     rank: jax.Array  # int32 [R]
@@ -206,6 +206,6 @@ def _logprobs(logits: jax.Array, token: jax.Array, wanted: jax.Array) -> Scored:
 
 
 def _nothing(logits: jax.Array) -> Scored:
-    """What nobody asked for: zeros of the same shapes."""
+    """Zeros in the shapes of results that no row asked for."""
     shapes = jax.eval_shape(score, logits, jax.ShapeDtypeStruct(logits.shape[:1], jnp.int32))
     return Scored(*(jnp.zeros(leaf.shape, leaf.dtype) for leaf in shapes))

@@ -20,7 +20,7 @@ from apt_jax.pallas_kernels.dispatch import Kernels
 
 
 class StepOutput[Array](NamedTuple):
-    """What a step returns."""
+    """Results of a step, on the device."""
 
     last: Array  # [max_rows, E]: hidden states after each row's last token, padded: sampling has one input shape
     pool: Array

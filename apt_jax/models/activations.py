@@ -1,4 +1,4 @@
-"""Activation functions by transformers' names, some of which are one function."""
+"""Activation functions by their names in transformers; several names can mean one function."""
 
 from collections.abc import Callable
 

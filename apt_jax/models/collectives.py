@@ -1,7 +1,7 @@
-"""What a program that is split over devices exchanges; on one device all of these change nothing.
+"""Collectives of a program that is split over devices; on one device all of them change nothing.
 
-The functions look at the mesh of the program being traced: inside `jax.shard_map` over the axis `AXIS` they talk to
-the other devices, elsewhere they return what they are given. So the model is written once.
+The functions look at the mesh of the program being traced: inside `jax.shard_map` over the axis `AXIS` they
+exchange arrays, elsewhere they return their argument. So the model is written once.
 """
 
 import jax
@@ -26,7 +26,7 @@ def reduce_scatter(x: jax.Array, axis: int) -> jax.Array:
 
 
 def all_gather(x: jax.Array, axis: int) -> jax.Array:
-    """All devices' slices side by side along `axis`, on each device."""
+    """All devices' slices concatenated along `axis`, on each device."""
     return x if num_devices() == 1 else jax.lax.all_gather(x, AXIS, axis=axis, tiled=True)
 
 
@@ -40,5 +40,5 @@ def local_slice(x: jax.Array, axis: int) -> jax.Array:
 
 
 def device_index() -> jax.Array | int:
-    """Which of the devices this is, from 0."""
+    """Index of this device in the mesh, from 0."""
     return 0 if num_devices() == 1 else jax.lax.axis_index(AXIS)

@@ -1,4 +1,4 @@
-"""What the engine asks of a model family, and how a model's layers are stacked and run.
+"""The interface of a model family, and how a model's layers are stacked and run.
 
 The layers of a model have one stack of weights for each parameter, `[L, ...]`, and run under `lax.scan`. They do not
 know how attention finds earlier tokens: each hands its attention input `h` to a function that the caller gives,
@@ -67,7 +67,7 @@ def causal_attention(
 
 
 def stack_layers[L: nnx.Module](make: Callable[[nnx.Rngs], L], num_layers: int, rngs: nnx.Rngs) -> L:
-    """A layer of which every parameter has a leading axis L, each of its rows with random numbers of its own."""
+    """A layer whose parameters are stacks `[L, ...]`, randomly initialised for each layer."""
 
     @nnx.split_rngs(splits=num_layers)
     @nnx.vmap(in_axes=0, out_axes=0)
@@ -78,7 +78,7 @@ def stack_layers[L: nnx.Module](make: Callable[[nnx.Rngs], L], num_layers: int, 
 
 
 def num_layers(layers: Layer) -> int:
-    """L of stacked layers."""
+    """The number L of stacked layers."""
     return int(jax.tree.leaves(nnx.state(layers))[0].shape[0])
 
 
@@ -94,8 +94,8 @@ def run_layers[Cache](
     """Advance the residual stream `x [T, D]` by all stacked layers. Pure.
 
     Args:
-        unroll: write the layers out one after the other, which is more to compile.
-        slice_lazily: the kernels of keys and values are sliced out of their stacks where they are read.
+        unroll: write the layers out one after the other, which takes longer to compile.
+        slice_lazily: slice the key and value kernels out of their stacks where they are read, not before.
 
     Returns:
         The residual stream, and the cache after the last layer.

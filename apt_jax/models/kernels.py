@@ -1,7 +1,7 @@
-"""How the kernel of a projection is stored, and how rows are multiplied by it.
+"""Storage of a projection's kernel (its weight matrix), and the product of rows with it.
 
-A kernel takes `inputs` to `outputs`, either of which may be several axes. As an array it is `[*inputs, *outputs]`; what
-a CPU multiplies faster, or what a TPU must not slice too early, takes the array's place in the model's parameter.
+A kernel takes `inputs` to `outputs`, either of which may be several axes. As an array it is `[*inputs, *outputs]`; a
+form that a CPU multiplies faster, or that a TPU slices lazily, takes the array's place in the model's parameter.
 """
 
 import math
@@ -39,7 +39,7 @@ class Kernel(ABC):
     def by_head(self) -> jax.Array:
         """A kernel of heads as `[N, D, H]`, or as parts of heads `[P, D, N H / P]` with P a multiple of N.
 
-        That is how it lies in a TPU's memory (`tpu_layouts.py`); else XLA copies it there.
+        That is its layout in a TPU's memory (`execution/weights/tpu_layouts.py`); another order is copied there.
         """
         return self.array.swapaxes(0, 1)
 
@@ -56,12 +56,12 @@ class ArrayKernel(Kernel):
 
     @property
     def shape(self) -> tuple[int, ...]:  # type: ignore[override]
-        """Inputs first."""
+        """Shape `[*inputs, *outputs]`."""
         return self.stored.shape
 
     @property
     def array(self) -> jax.Array:
-        """As stored."""
+        """The array as it is stored."""
         return self.stored
 
 
@@ -77,12 +77,12 @@ class LazySlice(Kernel):
 
     @property
     def shape(self) -> tuple[int, ...]:  # type: ignore[override]
-        """Inputs first."""
+        """Shape `[*inputs, *outputs]`."""
         return self.stack.shape[1:]
 
     @property
     def array(self) -> jax.Array:
-        """Sliced here."""
+        """The layer's slice, taken here."""
         return jax.lax.dynamic_index_in_dim(self.stack, self.layer, keepdims=False)
 
     def after(self, known: jax.Array) -> Self:
@@ -93,11 +93,11 @@ class LazySlice(Kernel):
 
 @dataclass(frozen=True)
 class TransposedKernel(Kernel):
-    """A kernel that is stored as `[outputs, inputs]`, for products of few rows on a CPU.
+    """A kernel that is stored as `[outputs, inputs]`, for matrix products of few rows on a CPU.
 
-    XLA takes up to twice as long there for the plain form, and rewrites the one into the other unless it is kept from
-    it (docs/performance.md). Transposed where it is read, it is part of the product and costs nothing; transposed
-    before a `lax.cond` it would be copied to enter it.
+    XLA takes up to twice as long there for the plain form, and would rewrite this form into that one unless
+    prevented (docs/log/2026-11-30-performance.md). Transposed where it is read, it is part of the matrix product and
+    costs nothing; transposed before a `lax.cond` it would be copied to enter it.
     """
 
     stored: jax.Array
@@ -105,7 +105,7 @@ class TransposedKernel(Kernel):
 
     @property
     def array(self) -> jax.Array:
-        """Transposed here."""
+        """The array `[inputs, outputs]`, transposed here."""
         return self.stored.T.reshape(self.shape)
 
     def matmul(self, x: jax.Array, axes: int = 1, dtype: DTypeLike | None = None) -> jax.Array:

@@ -1,6 +1,6 @@
-"""Projections of a model, each written as if it were whole and a plain array.
+"""Projections of a model. Their code is the same however a kernel is stored or split over devices.
 
-How a kernel is stored is `kernels.py`. Where a model is split over devices (`sharding.py`), a projection has the
+`kernels.py` has the ways to store a kernel. Where a model is split over devices (`sharding.py`), a projection has the
 device's part of its kernel: by outputs its result is a part too; by inputs the devices' results are summed here.
 
 Shape letters: T tokens (any leading dimensions), N heads (this device's), H head_dim, D hidden size, E embedding size,
@@ -71,7 +71,7 @@ class Embedding(nnx.Module):
 
 
 class Head(Linear):
-    """Logits from a kernel of their own, `[E, V]`, which may be split by outputs."""
+    """Output projection to logits with an untied kernel `[E, V]`, which may be split by outputs."""
 
     def __init__(self, width: int, vocab_size: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
         super().__init__(width, vocab_size, bias=False, dtype=dtype, rngs=rngs)
@@ -82,7 +82,7 @@ class Head(Linear):
 
 
 class AttentionProjections(nnx.Module):
-    """Query, key, value and output projections of one attention layer; what lies between is the caller's choice."""
+    """Query, key, value and output projections of one attention layer; the caller computes attention from them."""
 
     def __init__(
         self, hidden_size: int, num_heads: int, head_dim: int, *, bias: bool = True, dtype: DTypeLike, rngs: nnx.Rngs
@@ -133,7 +133,7 @@ class KeyValueProjections:
     splits_inputs: bool
 
     def after(self, known: jax.Array) -> "KeyValueProjections":
-        """These, for use inside the loop that counts `known`: kernels that are sliced lazily are not sliced before."""
+        """The same projections for use inside the loop that counts `known`: lazy slices are taken there, not before."""
         return replace(self, key=self.key.after(known), value=self.value.after(known))
 
     def keys_values(self, h: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -44,7 +44,7 @@ class Parallel:
 
     Attributes:
         mesh: one axis, `AXIS`.
-        hidden: k and v are split by inputs, as hidden blocks need; without it by heads.
+        hidden: whether the cache holds hidden vectors: k and v are then split by inputs, else by heads.
     """
 
     mesh: Mesh
@@ -74,7 +74,7 @@ class Parallel:
 
     @classmethod
     def of(cls, model: nnx.Module) -> "Parallel | None":
-        """How `model` lies on its devices; None on one device."""
+        """The split of `model` over its devices; None on one device."""
         mesh, hidden = None, False
         for path, leaf in nnx.to_flat_state(nnx.state(model)):
             sharding = leaf[...].sharding
@@ -95,7 +95,7 @@ class Parallel:
         """Refuse a model that cannot be split evenly.
 
         Raises:
-            ValueError: heads or ffn_dim are not divisible; tells what is allowed.
+            ValueError: heads or ffn_dim are not divisible; the message reports what is allowed.
         """
         heads, ffn, count = config.num_attention_heads, config.ffn_dim, self.num_devices
         if heads % count or ffn % count:
@@ -119,7 +119,7 @@ class Parallel:
         return NamedSharding(self.mesh, spec)
 
     def place[Model: nnx.Module](self, model: Model) -> Model:
-        """A model that lies on one device, split over the mesh; vocabulary padded.
+        """Split a model that lies on one device over the mesh; the vocabulary is padded.
 
         For models that are in memory already; `apt_jax.checkpoints.load` never has all of one on a device.
         """
@@ -166,7 +166,7 @@ def padded_shape(shape: tuple[int, ...], sharding: jax.sharding.Sharding) -> tup
 
 
 def zeros(shape: tuple[int, ...], dtype: DTypeLike, sharding: jax.sharding.Sharding) -> jax.Array:
-    """Zeros made on the devices, each its own part: nothing crosses from the host."""
+    """Zeros of `shape`, made on the devices, so that nothing is copied from the host."""
     local = sharding.shard_shape(shape)
     parts = [jnp.zeros(local, dtype, device=device) for device in sharding.addressable_devices]
     return jax.make_array_from_single_device_arrays(shape, sharding, parts)

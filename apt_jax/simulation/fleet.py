@@ -24,7 +24,7 @@ class Member:
     ready_s: float
     due_s: float  # when it reports next
     report: InstanceLoad
-    ended_s: float | None = None  # when it was told to take no more requests
+    ended_s: float | None = None  # when it stopped taking new requests
     num_requests: int = 0
 
 

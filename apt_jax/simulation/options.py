@@ -46,7 +46,7 @@ class SimulateArgs:
     block_size: int = 16
     """Tokens per cache block."""
     num_blocks: int | None = None
-    """Number of cache blocks; default: as many as fit into the device's memory beside the weights."""
+    """Number of cache blocks; default: as many as fit into the device's memory next to the weights."""
     duration_s: float = 300.0
     """Minimum duration of arrivals; short traces flatter policies that starve requests."""
     instances: int = 1

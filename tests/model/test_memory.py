@@ -8,7 +8,7 @@ import pytest
 
 import apt_jax.engine.memory
 from apt_jax.cache import CacheKind
-from apt_jax.engine.memory import check_longest_request, device_memory, plan_memory
+from apt_jax.engine.memory import budget_memory, check_longest_request, device_memory
 from apt_jax.engine_config import EngineConfig
 from apt_jax.execution.platform import PLATFORMS
 from apt_jax.model_config import ModelConfig
@@ -20,7 +20,7 @@ HYBRID = (CacheKind.KV, CacheKind.HIDDEN)
 
 @dataclass
 class Accelerator:
-    """What `plan_memory` asks of a jax.Device, with figures chosen here: 1,000 MiB, 300 of them taken by weights."""
+    """What `budget_memory` asks of a jax.Device, with figures chosen here: 1,000 MiB, 300 of them taken by weights."""
 
     platform: str = "gpu"
     device_kind: str = "Test GPU"
@@ -33,7 +33,7 @@ class Accelerator:
 
 def plan(device=None, *, kinds=HYBRID, max_model_len=64, max_num_seqs=1000, activation_mib=100, **options):
     """Blocks of 1 MiB and 16 tokens."""
-    return plan_memory(
+    return budget_memory(
         EngineConfig(**options),
         device=device or Accelerator(),
         weight_bytes=300 * MIB,

@@ -9,7 +9,7 @@ from apt_jax.scheduling.state import SchedulerState
 
 
 def figures_of(state: SchedulerState, plan: Plan | None = None, **changes) -> EngineFigures:
-    """As an engine with this state would tell after a step with this plan."""
+    """The figures that an engine with this state would report after a step with this plan."""
     figures = {
         "num_waiting": len(state.waiting), "num_running": len(state.running), "num_blocks": state.pool.num_blocks,
         "blocks": state.blocks_by_kind(), "plan": plan or Plan(), "schedule_s": 0.25, "padded_tokens": 0,

@@ -62,7 +62,7 @@ class Orders:
     Args:
         kinds: cache kind by request id; KV if absent.
         convert_at, preempt_at: generated tokens at which to do it, by request id.
-        mixed: put prefill chunks beside the decoding requests, in one iteration.
+        mixed: put prefill chunks and decoding requests in one iteration.
     """
 
     def __init__(
@@ -116,7 +116,7 @@ class Orders:
 
 
 def count_compilations() -> Callable[[], int]:
-    """Start counting XLA compilations in this process; returns a function that tells how many there were."""
+    """Start counting XLA compilations in this process; returns a function that reports their number."""
     seen: list[str] = []
 
     def listen(event: str, duration: float, **_: object) -> None:

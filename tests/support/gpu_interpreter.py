@@ -1,8 +1,8 @@
 """GPU kernels interpreted on a CPU, in a process whose XLA has many more threads than there are cores.
 
 JAX's interpreter runs every warpgroup as a program of its own, which waits for the others in a callback. A callback may
-hold a thread of XLA's pool, which has one for each core: on two cores a run of the tests stood still, both held by who
-waited for what was to run next. XLA takes the number from NPROC when it starts.
+hold a thread of XLA's pool, which has one for each core: on two cores a run of the tests stood still, both held by
+callbacks that waited for what was to run next. XLA takes the number from NPROC when it starts.
 """
 
 import functools

@@ -62,7 +62,7 @@ class HostLoop:
         self.policy = make_policy(policy)
         self.depth = depth
         self.next_token = next_token
-        self.started = started  # told of every plan that was applied, before anything is committed
+        self.started = started  # called with every plan that was applied, before anything is committed
         self.now = 0.0
         self._inflight: deque[list[Request]] = deque()
 

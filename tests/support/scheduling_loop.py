@@ -31,7 +31,7 @@ def step(state, policy, now, seconds=0.03):
     state.check()
     assert len(state.running) <= limits.max_num_seqs
     assert len({id(s.request) for s in spans}) == len(spans)
-    assert not {id(s.request) for s in spans} & {id(r) for r in named}, "told to wait and to run"
+    assert not {id(s.request) for s in spans} & {id(r) for r in named}, "planned to wait and to run"
     for span in spans:
         if span.samples and state.commit(span.request, 5, now + seconds) is not None:
             policy.finished(span.request, now + seconds)

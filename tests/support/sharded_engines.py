@@ -86,7 +86,7 @@ def check_memory(engine: Engine) -> None:
     keys = [key for key in runner.programs if isinstance(key, StepKey | ConversionKey)]
     for program in (program for key in keys for program in runner.programs[key].programs):
         assert program.memory_analysis().alias_size_in_bytes >= pool_bytes, "the pool was not donated"
-        assert temporary_bytes(program) < pool_bytes / 2, f"{temporary_bytes(program)=} beside {pool_bytes=}"
+        assert temporary_bytes(program) < pool_bytes / 2, f"{temporary_bytes(program)=}, {pool_bytes=}"
         gathers = [line for line in program.as_text().splitlines() if "all-gather" in line and f"[{shape[0]}," in line]
         assert not gathers, gathers[0]
 

@@ -1,4 +1,4 @@
-"""How the layers of a step are put together on a device: what each form of it answers."""
+"""Interface of the forms of a step: how compiled programs make up one iteration on a device."""
 
 from collections.abc import Sequence
 from typing import Protocol
@@ -18,11 +18,11 @@ class Step(Protocol):
 
     @property
     def programs(self) -> Sequence[Compiled]:
-        """What it consists of."""
+        """The executables that it consists of."""
 
     @property
     def temporary_bytes(self) -> int:
-        """Memory that it takes while it runs."""
+        """Bytes of temporaries while it runs."""
 
     def __call__(self, pool: jax.Array, history: jax.Array, tokens: Tokens, rows: Rows) -> StepOutput[jax.Array]:
         """Start it; pool and history are donated."""
@@ -33,31 +33,31 @@ class Conversion(Protocol):
 
     @property
     def programs(self) -> Sequence[Compiled]:
-        """What it consists of."""
+        """The executables that it consists of."""
 
     def __call__(self, pool: jax.Array, hidden_blocks: np.ndarray, value_blocks: np.ndarray) -> jax.Array:
         """See `pool.convert_blocks`; the pool is donated."""
 
 
 class Form(Protocol):
-    """How steps are put together from a model's weights."""
+    """Makes steps and conversions for a model's weights."""
 
     @property
     def pads(self) -> bool:
-        """Whether padding of a step takes time."""
+        """Whether padding tokens of a step take time."""
 
     def compile_step(self, bucket: Bucket, num_blocks: int) -> Step:
-        """The step of a bucket, with a pool of so many blocks."""
+        """Compile the step of a bucket, with a pool of P = `num_blocks`."""
 
     def compile_conversion(self, num_blocks: int) -> Conversion:
-        """The conversion in a pool of so many blocks."""
+        """Compile the conversion in a pool of P = `num_blocks`."""
 
 
 class WholeStep:
     """A step of one program."""
 
     def __init__(self, program: Compiled, weights: Sequence[jax.Array], scratch_bytes: int = 0):
-        """`scratch_bytes` is memory that the program takes and the compiler does not know of."""
+        """`scratch_bytes` is memory that the program takes beyond the compiler's temporaries."""
         self.programs = (program,)
         self.temporary_bytes = temporary_bytes(program) + scratch_bytes
         self._program, self._weights = program, weights

@@ -1,4 +1,4 @@
-"""A step as a call for each layer, with arrays of its own: for a CPU.
+"""A step as one call for each layer, whose weights are separate arrays: for a CPU.
 
 XLA's CPU backend copies a layer's part of stacked weights. One program serves all layers, so it also compiles once.
 """
@@ -33,7 +33,7 @@ class LayeredForm:
 
     @property
     def layers(self) -> list[ModuleArrays]:
-        """Those of the weights."""
+        """The weights' arrays of each layer."""
         assert self.weights.layers is not None
         return self.weights.layers
 

@@ -1,7 +1,7 @@
 """All layers of a step on a CPU by one C++ call (`cpu_kernels/layers.h`), instead of a program for each layer.
 
-Between the products of one layer XLA runs small programs and wakes its threads anew, which takes as long as a fifth of
-the products of one row (docs/log/2026-11-30-performance.md).
+Between the matrix products of one layer XLA runs small programs and wakes its threads anew, which takes as long as a
+fifth of the products of one row (docs/log/2026-11-30-performance.md).
 """
 
 from dataclasses import dataclass
@@ -35,7 +35,7 @@ class NativeForm(LayeredForm):
 
     @staticmethod
     def takes(weights: Weights) -> bool:
-        """Whether the C++ call knows layers of this kind, and has their kernels as it takes them."""
+        """Whether the C++ call implements these layers, and their kernels are packed for it."""
         if weights.layers is None:
             return False
         layer = weights.layers[0].module(weights.layers[0].arrays)
@@ -69,7 +69,7 @@ class NativeForm(LayeredForm):
 
 
 def scratch_bytes(config: ModelConfig, tokens: int, rows: int) -> int:
-    """Memory that the C++ call keeps for a step of this shape: `Step` in layers.h, and keys and values as packed."""
+    """Bytes that the C++ call keeps for a step of this shape: `Step` in layers.h, and packed keys and values."""
     D = config.hidden_size
     of_tokens = tokens * (8 * D + 2 * config.ffn_dim)
     wide = 2 * rows * config.num_attention_heads * D  # queries and results of hidden rows
@@ -90,7 +90,7 @@ def run_native_step(
     """As `steps.run_step`. Pure; pool and history are to be donated.
 
     Args:
-        model: what is outside the layers.
+        model: gives everything outside the layers.
         layers: the modules of all layers, with kernels that are multiplied by `cpu_kernels`.
     """
     x, history = start_step(model, history, tokens, rows)
@@ -105,7 +105,7 @@ def run_native_step(
 
 
 def _parameters(layer: DecoderLayer) -> list[jax.Array]:
-    """In the order of `Layer` in layers.h."""
+    """A layer's parameters in the order of `Layer` in layers.h."""
     attention = layer.self_attn
 
     def of(*linears: Linear) -> list[jax.Array]:

@@ -36,24 +36,24 @@ def serving_layout(
     device: jax.Device,
     parallel: Parallel | None = None,
 ) -> WeightLayout:
-    """How weights are to lie on `device`, or on several.
+    """The layout of weights for serving on `device`, or on the devices of `parallel`.
 
     Args:
-        model: only shapes are looked at.
-        backend, block_size: of the engine.
+        model: only shapes are used.
+        backend, block_size: the engine's options.
 
     Raises:
         ValueError: see `select_kernels`.
     """
     platform = Platform.of(device)
     if parallel is not None or not platform.call_per_layer:
-        return StackedLayout(device, parallel, platform.own_layouts)
+        return StackedLayout(device, parallel, platform.custom_layouts)
     kernels = kernels_for(backend, config, block_size=block_size, dtype=dtype, device=device, num_devices=1)
     return LayerLayout.of(model, device, packs=kernels is CPU_KERNELS)
 
 
 def laid_out(model: nnx.Module, config: ModelConfig, options: EngineConfig) -> Weights:
-    """The weights of a model that is in memory already, for serving where they are; `load_model` needs no copy."""
+    """The weights of a model in memory, laid out for serving on its devices (`load_model` makes no copy)."""
     array = jax.tree.leaves(nnx.state(model))[0]
     layout = serving_layout(
         model, config, np.dtype(array.dtype), backend=options.attention_backend, block_size=options.block_size,

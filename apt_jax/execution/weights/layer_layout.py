@@ -1,8 +1,8 @@
-"""A model's weights as a CPU likes them: an array for each layer and parameter.
+"""The layout of weights on a CPU: an array for each layer and parameter.
 
 `cpu_kernels` multiply packed kernels. XLA's CPU backend copies a layer's part of stacked weights before it
 multiplies, multiplies few rows fastest with a kernel `[outputs, inputs]`, and bfloat16 by converting both sides to
-float32 at every call: so where XLA multiplies they are kept converted (docs/performance.md).
+float32 at every call: so where XLA multiplies they are kept converted (docs/log/2026-11-30-performance.md).
 """
 
 import math
@@ -27,13 +27,13 @@ _LAYERS, _TABLE = "layers", "embedding"
 
 @dataclass(frozen=True)
 class LayerLayout(WeightLayout):
-    """Every layer has arrays of its own, on a CPU; the vocabulary lies as logits want it.
+    """Layout with arrays for each layer, on a CPU; the vocabulary table is stored as logits read it.
 
     Attributes:
         inputs: axes of a kernel's inputs, by its path.
         head: path of what logits are made with: the table of embeddings, or a kernel of its own.
         packs: kernels are multiplied by `cpu_kernels`, packed in their own dtype; else by XLA, as float32. So are those
-            of keys and values if heads are not whole groups of outputs: attention reads them by heads.
+            of keys and values if heads are not whole packed tiles: attention reads them by heads.
     """
 
     device: jax.Device
@@ -43,7 +43,7 @@ class LayerLayout(WeightLayout):
 
     @classmethod
     def of(cls, model: nnx.Module, device: jax.Device, *, packs: bool) -> "LayerLayout":
-        """That of a model, of which only shapes are looked at."""
+        """The layout for `model`, of which only shapes are used."""
         inputs = {
             (*map(str, path), "kernel"): len(module.inputs)
             for path, module in nnx.iter_modules(model)

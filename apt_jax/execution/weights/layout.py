@@ -1,4 +1,4 @@
-"""How a model's weights lie on its devices: each is laid out once, when it is loaded, as the programs take it."""
+"""The layout of a model's weights on its devices: each is laid out once, when it is loaded, as the programs take it."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -33,12 +33,12 @@ class ModuleArrays:
 
     arrays: list[jax.Array]
     in_module: list[InModule]
-    graphdef: Any
-    tree: Any
+    graphdef: nnx.GraphDef[nnx.Module]
+    tree: jax.tree_util.PyTreeDef
 
     @classmethod
     def of(cls, module: nnx.Module, placed: Sequence[tuple[jax.Array, InModule]]) -> "ModuleArrays":
-        """Those of `module`, whose own numbers do not count."""
+        """The arrays `placed` in the structure of `module`, whose own arrays are not used."""
         graphdef, state = nnx.split(module)
         return cls([array for array, _ in placed], [put for _, put in placed], graphdef, jax.tree.structure(state))
 
@@ -48,7 +48,7 @@ class ModuleArrays:
         return sum(array.addressable_shards[0].data.nbytes for array in self.arrays)
 
     def module(self, arrays: Sequence[jax.Array]) -> Any:
-        """The module of `arrays` like its own, inside a compiled function."""
+        """The module with `arrays` in place of its own, inside a compiled function."""
         leaves = [a if put is None else put(a) for a, put in zip(arrays, self.in_module, strict=True)]
         return nnx.merge(self.graphdef, jax.tree.unflatten(self.tree, leaves))
 
@@ -58,10 +58,9 @@ class Weights:
     """All weights of a model.
 
     Attributes:
-        outer: all of them, or without those of the layers if these have arrays of their own: then arrays without
-            elements take their places.
-        layers: of each layer, all alike; None if they are stacked.
-        packs: kernels are packed for the C++ products.
+        outer: all arrays; where the layers have arrays of their own, empty arrays stand for theirs.
+        layers: the arrays of each layer, all of the same structure; None if they are stacked.
+        packs: kernels are packed for the C++ matmul (`cpu_kernels/packed.py`).
         parallel: the devices that they are split over.
     """
 
@@ -82,7 +81,7 @@ class Weights:
         return self.outer.arrays[0].addressable_shards[0].device
 
     def model(self, arrays: Sequence[jax.Array]) -> Model:
-        """The model of outer arrays, inside a compiled function."""
+        """The model with `arrays` in place of the outer ones, inside a compiled function."""
         model: Model = self.outer.module(arrays)
         return model
 
@@ -96,14 +95,14 @@ class WeightLayout(ABC):
 
     @abstractmethod
     def place(self, path: Path, array: jax.Array) -> Placed:
-        """The parameter, which lies as `sharding` says, as it is to lie; the caller gives up `array`."""
+        """The parameter in its final layout; `array` lies as `sharding` says and must not be used afterwards."""
 
     @abstractmethod
     def weights(self, model: nnx.Module, placed: Mapping[Path, Placed]) -> Weights:
-        """All of them together.
+        """All weights of `model`, from its placed parameters.
 
         Args:
-            model: whose parameters they are; its own may be shapes.
+            model: gives the structure; its parameters may be shapes.
         """
 
     def lay_out(self, model: nnx.Module) -> Weights:
@@ -117,12 +116,12 @@ class StackedLayout(WeightLayout):
     """Every parameter of the layers is one stack: on one device, or split over several.
 
     Attributes:
-        own_layouts: they lie in memory as `tpu_layouts.py` says.
+        custom_layouts: they lie in memory as `execution/weights/tpu_layouts.py` says.
     """
 
     device: jax.Device
     parallel: Parallel | None = None
-    own_layouts: bool = False
+    custom_layouts: bool = False
 
     def sharding(self, path: Path, shape: tuple[int, ...]) -> jax.sharding.Sharding:
         """See `WeightLayout`."""
@@ -132,7 +131,7 @@ class StackedLayout(WeightLayout):
 
     def place(self, path: Path, array: jax.Array) -> Placed:
         """See `WeightLayout`."""
-        if self.parallel is None and self.own_layouts:
+        if self.parallel is None and self.custom_layouts:
             array = jax.block_until_ready(jax.device_put(array, tpu_format(path, array)))
         return Placed([array])
 
@@ -143,8 +142,8 @@ class StackedLayout(WeightLayout):
         return Weights(outer, None, np.dtype(outer.arrays[0].dtype), parallel=self.parallel)
 
 
-def path_of(path: Sequence[Any]) -> Path:
-    """Names of modules and parameter."""
+def path_of(path: Sequence[object]) -> Path:
+    """An NNX path as the names of modules and parameter."""
     return tuple(str(getattr(key, "key", getattr(key, "name", key))) for key in path)
 
 

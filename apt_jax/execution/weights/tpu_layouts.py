@@ -1,4 +1,4 @@
-"""How weights lie in a TPU's memory, so that no step copies them to another layout.
+"""The layouts of weights in a TPU's memory, chosen so that no step copies a weight to another layout.
 
 XLA stores an array with its last two axes in tiles of 8 x 128. For the query, key and value projections `[L, D, N, H]`
 these would be (N, H), while every product wants a head's matrix in tiles: (D, H), or (H, D) where H is no multiple of
@@ -8,11 +8,12 @@ On a TPU7x XLA reads bfloat16 matrices in tiles of 16 x 128, but puts arguments 
 too, and copies the stacks of most matrices once in every step, unless they come in the tiles that it reads.
 """
 
-from typing import Any
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 from jax.experimental.layout import Format, Layout
+from jax.sharding import Sharding
 
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj")
 _OTHERS = ("out_proj", "fc1", "fc2")
@@ -20,12 +21,12 @@ _LANES = 128
 _TALL_TILES = ((16, 128), (2, 1))  # pairs of bfloat16 rows share registers' 32 bits
 
 
-def names_in(path: tuple[Any, ...]) -> set[Any]:
+def names_in(path: Sequence[object]) -> set[object]:
     """Names of modules and parameter in a weight's path in the model's state."""
     return {getattr(key, "key", getattr(key, "name", key)) for key in path}
 
 
-def tpu_format(path: tuple[Any, ...], leaf: jax.Array | jax.ShapeDtypeStruct) -> Any:
+def tpu_format(path: Sequence[object], leaf: jax.Array | jax.ShapeDtypeStruct) -> Format | Sharding:
     """The `Format` of a weight, by its path in the model's state: its sharding, with a layout where it needs one. Pure.
 
     Args:
@@ -38,7 +39,7 @@ def tpu_format(path: tuple[Any, ...], leaf: jax.Array | jax.ShapeDtypeStruct) ->
     order = tuple(range(leaf.ndim))
     if is_projection:
         order = (0, 2, 1, 3) if leaf.shape[-1] % _LANES == 0 else (0, 2, 3, 1)
-    kind = next(iter(leaf.sharding.device_set)).device_kind
-    if "7x" in kind and leaf.dtype == jnp.bfloat16:
+    chip = next(iter(leaf.sharding.device_set)).device_kind
+    if "7x" in chip and leaf.dtype == jnp.bfloat16:
         return Format(Layout(order, tiling=_TALL_TILES), leaf.sharding)
     return Format(Layout(order), leaf.sharding) if is_projection else leaf.sharding

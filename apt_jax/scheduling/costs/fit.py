@@ -22,7 +22,7 @@ from apt_jax.scheduling.costs.cost_model import CostModel, Scales
 from apt_jax.scheduling.costs.step_load import StepLoad
 
 MIN_OBSERVATIONS = 8
-RECENT_OBSERVATIONS = 512  # real iterations kept beside those measured at start-up
+RECENT_OBSERVATIONS = 512  # real iterations kept in addition to those measured at start-up
 _BENDS = tuple(float(x) for x in np.geomspace(0.02, 50.0, 29))
 _KNEES = (1.0, 2.0, 4.0, 16.0)
 _ROBUST_PASSES = 5

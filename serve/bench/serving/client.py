@@ -27,7 +27,7 @@ class Endpoint:
     """Where and how to ask. `headers` go with every request, `fields` into every body."""
 
     base_url: str
-    kind: str
+    endpoint: str  # of `PATHS`
     model: str
     headers: dict[str, str]
     fields: dict[str, Any]
@@ -37,12 +37,12 @@ class Endpoint:
     @property
     def url(self) -> str:
         """Address of the route."""
-        return self.base_url + PATHS[self.kind]
+        return self.base_url + PATHS[self.endpoint]
 
     def body(self, work: Work) -> bytes:
         """The request of `work`."""
         asked: dict[str, Any] = {"prompt": work.prompt}
-        if self.kind == "chat":
+        if self.endpoint == "chat":
             asked = {"messages": [{"role": "user", "content": work.prompt}]}
         return json.dumps(
             {
