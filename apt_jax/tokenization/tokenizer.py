@@ -64,6 +64,7 @@ class Tokenizer:
         added = backend.get_added_tokens_decoder()
         self._special_ids = frozenset(token_id for token_id, token in added.items() if token.special)
         self._added = tuple(token.content for token in added.values())
+        self._kept_bytes: dict[int, bytes] = {}
         self._bytes = TokenBytes(backend) if isinstance(backend.decoder, decoders.ByteLevel) else None
 
     @classmethod
@@ -230,6 +231,13 @@ class Tokenizer:
         """UTF-8 bytes that one token stands for inside a text, which may be part of a character."""
         if self._bytes is not None:
             return self._bytes[token_id]
+        if (kept := self._kept_bytes.get(token_id)) is None:
+            kept = self._found_bytes(token_id)
+            if token_id < self.vocab_size:  # there are more ids without a token than memory holds
+                self._kept_bytes[token_id] = kept
+        return kept
+
+    def _found_bytes(self, token_id: int) -> bytes:
         name = self._backend.id_to_token(token_id) or ""
         byte = _BYTE.fullmatch(name)
         if byte is not None and self.decode([token_id], skip_special_tokens=False) != name:  # the decoder knows it too
