@@ -20,6 +20,7 @@ from apt_jax.scheduling.policies.apt.facts.lateness import is_overdue
 from apt_jax.scheduling.policies.apt.facts.ledger import Ledger
 from apt_jax.scheduling.policies.apt.facts.view import View
 from apt_jax.scheduling.policies.apt.options import AptOptions, PaperOptions
+from apt_jax.scheduling.policies.interface import PolicyContext
 from tests.support.apt_plans import view_of
 from tests.support.scheduling_loop import make_state
 from tests.support.tiny_states import generate, run, wait
@@ -170,6 +171,15 @@ def test_the_last_iteration_says_how_long_the_next_will_take(monkeypatch):
     for now in (10.0, 10.0001, 10.1001, 15.0):
         apt.schedule(state, now)
     assert ticks_s == pytest.approx([0.001, 0.001, 0.1, 0.25])
+
+
+def test_a_request_that_ended_teaches_its_length_and_the_device_is_measured_at_start_up():
+    state, context = make_state(), PolicyContext()
+    ended = run(state, "a", 4, 3)
+    state.finish(ended, FinishReason.STOP)
+    policy.Apt(context).finished(ended, 1.0)
+    assert context.predictor.num_finished == 1
+    assert policy.Apt.uses_cost_model and policy.AptPaper.uses_cost_model
 
 
 # -- expected blocks -----------------------------------------------------------------------------------------------

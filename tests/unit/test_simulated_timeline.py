@@ -12,6 +12,7 @@ from apt_jax.scheduling.costs.cost_model import CostModel
 from apt_jax.scheduling.costs.hardware import HARDWARE, MODELS
 from apt_jax.scheduling.policies.catalogue import make_policy
 from apt_jax.scheduling.state import Limits
+from apt_jax.simulation import experiment
 from apt_jax.simulation.experiment import Experiment
 from apt_jax.simulation.instance import Sample
 from apt_jax.simulation.options import SimulateArgs
@@ -231,14 +232,21 @@ def test_a_point_ends_as_soon_as_its_target_is_decided(missed, target, reached, 
     assert vars(experiment)["ended"] == [ended], "asked again, it is remembered"
 
 
-def test_an_experiment_gives_a_hundredth_of_the_pool_as_watermark_and_a_seed_to_each_instance():
-    experiment = Experiment(num_blocks=450, instances=2, seed=7, workload="azure")
-    fleet = experiment.fleet("fcfs", "kv", "absorbed")
+def test_each_instance_of_an_experiment_has_its_own_seed(monkeypatch):
+    seeds = []
+    monkeypatch.setattr(experiment, "make_policy", lambda name, context: seeds.append(context.seed))
+    Experiment(num_blocks=450, instances=3, seed=7, workload="azure").fleet("fcfs", "kv", "absorbed")
+    assert seeds == [7, 8, 9]
+
+
+def test_an_experiment_gives_a_hundredth_of_the_pool_as_watermark_to_each_instance():
+    found = Experiment(num_blocks=450, instances=2, seed=7, workload="azure")
+    fleet = found.fleet("fcfs", "kv", "absorbed")
     assert [instance.state.limits.watermark_blocks for instance in fleet.instances] == [4, 4]
-    assert [instance.state.pool.num_blocks for instance in fleet.instances] == [450, 450] and experiment.is_routed
+    assert [instance.state.pool.num_blocks for instance in fleet.instances] == [450, 450] and found.is_routed
     assert not Experiment().is_routed and Experiment(max_instances=2).is_routed
-    arrivals, rate = replace(experiment, num_requests=1, duration_s=1.0).arrivals(None)
-    assert rate == experiment.lengths.recorded_rate and arrivals[0].arrival_s == 0.0
+    arrivals, rate = replace(found, num_requests=1, duration_s=1.0).arrivals(None)
+    assert rate == found.lengths.recorded_rate and arrivals[0].arrival_s == 0.0
 
 
 def test_an_experiment_s_defaults_are_those_of_the_command():
