@@ -145,6 +145,21 @@ def turns(state, now=0.5):
     return decide(state, now, TURNS)
 
 
+def test_what_the_iteration_itself_takes_counts_on_both_sides():
+    """A millisecond each: 0.501 s against 0.4995."""
+    state = make_state(64)
+    run(state, "talker", 7)
+    wait(state, "new", 4, arrival_s=0.0015)
+    assert turns(state) == ["run talker 1 kv DECODES", "wait new WAITS_FOR_DECODE"]
+
+
+def test_prompts_under_way_have_their_turn_without_a_newcomer():
+    state = make_state(64)
+    run(state, "talker", 7)
+    run(state, "half", 10, computed=4, arrival_s=-0.4)
+    assert turns(state) == ["run half 6 kv CONTINUES_PREFILL", "wait talker WAITS_FOR_PREFILL"]
+
+
 def test_a_late_decode_s_time_does_not_count():
     state = make_state(64)
     run(state, "gone", 7, arrival_s=-5.0)

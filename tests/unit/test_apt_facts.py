@@ -12,7 +12,7 @@ from apt_jax.cache import CacheKind
 from apt_jax.request import FinishReason, Slo
 from apt_jax.scheduling.costs.cost_model import CostModel
 from apt_jax.scheduling.costs.hardware import HARDWARE, MODELS
-from apt_jax.scheduling.plan import Reason
+from apt_jax.scheduling.plan import Plan, Preempted, Reason, Scheduled
 from apt_jax.scheduling.policies.apt import policy
 from apt_jax.scheduling.policies.apt.draft import Admission, Draft
 from apt_jax.scheduling.policies.apt.facts.forecast import HORIZONS, expected_blocks
@@ -296,6 +296,48 @@ def test_a_small_table_grows_and_forgets_those_that_ended(capacity):
             state.finish(state.running[0], FinishReason.STOP)
 
 
+@pytest.mark.parametrize("capacity", [2, 3, 64])
+def test_the_table_moves_on_with_the_oldest(capacity):
+    """One comes, the oldest waiting one starts and the oldest running one ends, round after round; two wait."""
+    state, ledger = make_state(64), Ledger(capacity)
+    for k in range(12):
+        wait(state, f"w{k}", 4 + k % 3, arrival_s=k / 8, slo=Slo(1.0 + k, 2.0 + k), output=9 + k)
+        if k >= 2:
+            first = state.waiting[0]
+            state.apply(Plan((Scheduled(first, first.num_tokens, CacheKind.KV, Reason.ADMITTED_KV),)), k)
+        if k >= 4:
+            state.finish(state.running[0], FinishReason.STOP)
+        queues = ledger.update(state)
+        for queue, requests in zip(queues, (state.waiting, state.running), strict=True):
+            assert queue.requests == requests and queue.tokens.tolist() == [r.num_tokens for r in requests]
+            assert queue.max_new_tokens.tolist() == [r.max_new_tokens for r in requests]
+            assert queue.ttft_slo_s.tolist() == [r.slo.ttft_s for r in requests]
+            assert queue.tbt_slo_s.tolist() == [r.slo.tbt_s for r in requests]
+            assert queue.since_s.tolist() == queue.arrival_s.tolist() == [r.arrival_s for r in requests]
+
+
+def test_one_that_was_preempted_keeps_what_it_was():
+    state, ledger = make_state(), Ledger()
+    wait(state, "before", 5)
+    late = run(state, "late", 4, 3, arrival_s=-5.0)
+    wait(state, "after", 6, arrival_s=0.5)
+    ledger.update(state)
+    late.num_late_gaps = 2
+    state.apply(Plan((), preempted=(Preempted(late, Reason.PREEMPTED_LATE),)), 1.0)
+    waiting, running = ledger.update(state)
+    assert len(running) == 0 and waiting.tokens.tolist() == waiting.uncomputed.tolist() == [5, 7, 6]
+    assert waiting.started.tolist() == waiting.missed_first.tolist() == [False, True, False]
+    assert waiting.late_gaps.tolist() == [0, 2, 0] and waiting.since_s.tolist() == [0.0, 0.0, 0.5]
+
+
+def test_one_that_was_aborted_while_it_waited_is_gone():
+    state, ledger = make_state(), Ledger()
+    first, _ = wait(state, "first", 4), wait(state, "second", 5)
+    ledger.update(state)
+    state.finish(first, FinishReason.ABORT)
+    assert ledger.update(state)[0].prompt_tokens.tolist() == [5]
+
+
 # -- drafts --------------------------------------------------------------------------------------------------------
 
 
@@ -337,7 +379,7 @@ def test_defaults_of_both():
 
 
 @pytest.mark.parametrize(
-    ("name", "good", "bad"), [("patience_s", (0.0,), (-0.1,)), ("lane_share", (0, 1), (-0.1, 1.1))]
+    ("name", "good", "bad"), [("patience_s", (0.0,), (-0.1, math.inf)), ("lane_share", (0, 1), (-0.1, 1.1))]
 )
 def test_ranges_of_options(name, good, bad):
     for value in good:

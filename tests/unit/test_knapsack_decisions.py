@@ -48,7 +48,7 @@ def test_a_value_of_nothing_is_allowed_and_one_page_is_the_least():
     assert make([0.0], [2], 0).size == 1
     for blocks in (0, 1, 3):
         with pytest.raises(ValueError, match="evenly divisible by 2"):
-            make([1.0], [blocks], 4)
+            make([1.0, 1.0], [4, blocks], 4)
     with pytest.raises(ValueError, match="at least 0"):
         make([np.nan], [2], 4)
 

@@ -293,10 +293,23 @@ def test_as_many_requests_as_asked_for_or_as_the_duration_takes(rate, num_reques
     assert len(make_arrivals(TABLE, cv=1.0, seed=0, **options)) == count
 
 
-@pytest.mark.parametrize("change", [{"rate": 0.0}, {"num_requests": 0}, {"cv": 0.0}, {"cv": -1.0}])
+@pytest.mark.parametrize("change", [{"rate": 0.0}, {"num_requests": 0}, {"cv": 0.0}, {"cv": -1.0}, {"rate": math.inf}])
 def test_numbers_that_make_no_arrivals_are_refused(change):
     with pytest.raises(ValueError, match="must all be greater than 0"):
         make_arrivals(TABLE, **{"rate": 1.0, "num_requests": 1, "cv": 1.0, "seed": 0, **change})
+
+
+@pytest.mark.parametrize("change", [{"num_requests": 10_000_001}, {"rate": 1001.0, "duration_s": 10_000.0}])
+def test_more_than_ten_million_requests_are_refused(change):
+    with pytest.raises(ValueError, match="more than 10,000,000 requests"):
+        make_arrivals(TABLE, **{"rate": 1.0, "num_requests": 1, "cv": 1.0, "seed": 0, **change})
+
+
+def test_recorded_arrivals_begin_with_the_first(tmp_path):
+    (tmp_path / "w.csv").write_text("arrival_s,prompt_tokens,output_tokens\n7,2,1\n5,1,1\n8.5,3,1\n")
+    lengths = load_lengths(str(tmp_path / "w.csv"))
+    assert lengths.prompt_tokens.tolist() == [1, 2, 3]
+    assert lengths.arrival_s is not None and lengths.arrival_s.tolist() == [0.0, 2.0, 3.5]
 
 
 def test_rows_that_do_not_fit_are_left_out(tmp_path):
