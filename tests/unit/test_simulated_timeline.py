@@ -306,9 +306,9 @@ def test_more_than_ten_million_requests_are_refused(change):
 
 
 def test_recorded_arrivals_begin_with_the_first(tmp_path):
-    (tmp_path / "w.csv").write_text("arrival_s,prompt_tokens,output_tokens\n7,2,1\n5,1,1\n8.5,3,1\n")
+    (tmp_path / "w.csv").write_text("arrival_s,prompt_tokens,output_tokens\n7,1,1\n5,2,1\n8.5,3,1\n")
     lengths = load_lengths(str(tmp_path / "w.csv"))
-    assert lengths.prompt_tokens.tolist() == [1, 2, 3]
+    assert lengths.prompt_tokens.tolist() == [2, 1, 3]
     assert lengths.arrival_s is not None and lengths.arrival_s.tolist() == [0.0, 2.0, 3.5]
 
 
