@@ -14,7 +14,7 @@ from apt_jax.pallas_kernels.bench import kernels
 from apt_jax.serve.bench.offline.options import BenchLatency, BenchThroughput
 from apt_jax.serve.bench.serving.options import BenchServe
 from apt_jax.serve.errors import EngineFailure
-from apt_jax.serve.logs import set_up_logs
+from apt_jax.serve.logs import set_up_logs, tell
 from apt_jax.serve.options import DEMO_NAME, DistributedOptions, LoadOptions, Model, ServerOptions
 from apt_jax.serve.replicas.options import RayBatchOptions, RayOptions, ReplicaOptions
 from apt_jax.simulation.options import SimulateArgs
@@ -190,7 +190,7 @@ def main(arguments: list[str] | None = None) -> None:
     except KeyboardInterrupt:
         code = 130
     except (ValueError, OSError, EngineFailure) as error:
-        print(f"error: {error}", file=sys.stderr)
+        tell(error)
         code = 1
     sys.exit(code)
 

@@ -59,6 +59,15 @@ def set_up_logs(log_format: LogFormat = "text") -> None:
     logging.getLogger("apt_jax").setLevel(logging.INFO)
 
 
+def tell(error: object) -> None:
+    """Write to standard error what the user can cure: a sentence, or a record where the logs are JSON."""
+    formats = {type(handler.formatter) for handler in logging.getLogger().handlers}
+    if JsonFormatter in formats:
+        logging.getLogger("apt_jax.serve").error("%s", error)
+    else:
+        print(f"error: {error}", file=sys.stderr)
+
+
 def _plain(value: object) -> str:
     """A text that is not one word in quotes: a client's must look neither like another field nor another line."""
     return json.dumps(value) if isinstance(value, str) and not WORD.fullmatch(value) else str(value)

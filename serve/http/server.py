@@ -25,6 +25,7 @@ from apt_jax.serve.http.http_protocol import timed_protocol
 from apt_jax.serve.http.resume import Resumption
 from apt_jax.serve.http.service import Service
 from apt_jax.serve.http.snapshot import read_snapshot, write_snapshot
+from apt_jax.serve.logs import tell
 from apt_jax.serve.openai.templates.chat_template import read_template
 from apt_jax.serve.options import DEMO_NAME, LoadOptions, ServerOptions
 from apt_jax.serve.replicas.backend import ReplicaBackend
@@ -96,11 +97,8 @@ def serve(
     try:
         listeners = listen_everywhere(options.host, options.port)
     except OSError as error:
-        print(
-            f"error: cannot listen on {options.host}:{options.port} ({error.strerror or error}); "
-            "choose another --host or --port",
-            file=sys.stderr,
-        )
+        where = f"{options.host}:{options.port}"
+        tell(f"cannot listen on {where} ({error.strerror or error}); choose another --host or --port")
         return 1
     failures: list[Exception] = []
 
@@ -231,7 +229,7 @@ def run_until_signal(
 def report_failure(error: Exception) -> None:
     """One sentence for what the user can cure, the traceback for what they cannot."""
     if isinstance(error, ValueError | OSError):
-        print(f"error: {error}", file=sys.stderr)
+        tell(error)
     else:
         logger.error("the engine failed", exc_info=error)
 

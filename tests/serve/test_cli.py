@@ -196,3 +196,11 @@ def test_bad_options_are_found_before_the_weights_are_loaded(command, flags, sen
     (tmp_path / "in").write_text(json.dumps(body) + "\n")
     assert run(*(argument.format(tmp=tmp_path) for argument in [*command, *flags])) == 1
     assert sentence.format(tmp=tmp_path) in capsys.readouterr().err
+
+
+def test_with_json_logs_an_error_is_a_record_too(tmp_path):
+    for flags in (["--scheduling-policy", "aptt"], ["--host", "256.0.0.1"], [str(tmp_path / "none/at/all")]):
+        done = command("serve", *flags, "--log-format", "json", "--port", 0)
+        records = [json.loads(line) for line in done.stderr.splitlines()]
+        assert done.returncode == 1 and [r["level"] for r in records].count("ERROR") == 1
+        assert not any("running requests" in record["message"] for record in records)
