@@ -10,6 +10,7 @@ from apt_jax.ranges import check_at_least, check_finite, check_greater
 
 DEMO_NAME = "apt-jax-demo"  # of the bundled model in the API
 DEFAULT_MAX_BODY_BYTES = 4 * 2**20
+DEFAULT_SNAPSHOT_FILE = "apt-jax-unfinished.jsonl"
 
 Model = Positional[Annotated[str | None, arg(metavar="[MODEL]")]]
 
@@ -107,7 +108,7 @@ class ServerOptions:
     least 60."""
     shutdown_timeout: float = 30.0
     """Seconds that running requests may go on after SIGTERM or SIGINT."""
-    snapshot_file: str | None = "apt-jax-unfinished.jsonl"
+    snapshot_file: str | None = DEFAULT_SNAPSHOT_FILE
     """File for requests that are still unfinished after that, for --resume-from; None: do not keep them."""
     resume_from: str | None = None
     """Finish the requests in this snapshot file of an earlier run; results go to FILE.results.jsonl."""

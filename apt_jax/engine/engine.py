@@ -69,6 +69,7 @@ class Engine:
         setup: its parts, which it owns from now on.
         tokenizer: None serves token ids only.
         sampling_defaults: see `ServingEngine`; kept for those that make requests.
+        fingerprint: of the weights; empty if it is not known.
         clock: seconds; replaced in tests.
     """
 
@@ -78,12 +79,13 @@ class Engine:
         tokenizer: Tokenizer | None = None,
         *,
         sampling_defaults: Mapping[str, float] | None = None,
+        fingerprint: str = "",
         clock: Callable[[], float] = time.monotonic,
     ):
         assert setup.config.max_model_len is not None
         self.setup = setup
         self.config, self.model_config = setup.config, setup.model_config
-        self.tokenizer = tokenizer
+        self.tokenizer, self.fingerprint = tokenizer, fingerprint
         self.sampling_defaults = dict(sampling_defaults or {})
         self.max_model_len = setup.config.max_model_len
         self.runner, self.builder, self.state = setup.runner, setup.builder, setup.state

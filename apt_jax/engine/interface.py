@@ -76,6 +76,10 @@ class ServingEngine(Protocol):
         """The model's own, as keywords of `SamplingParams`, for requests that do not say otherwise."""
 
     @property
+    def fingerprint(self) -> str:
+        """Of the weights; empty if it is not known."""
+
+    @property
     def max_num_seqs(self) -> int:
         """Maximum number of requests in one iteration."""
 

@@ -11,7 +11,7 @@ from rich.table import Table
 from tqdm import tqdm
 
 from apt_jax.cache import MODE_KINDS, CacheKind, CacheMode, keeps_hidden
-from apt_jax.files import check_plot, check_writable
+from apt_jax.files import EVERYBODY, check_plot, check_writable, replace_file
 from apt_jax.progress import is_hidden
 from apt_jax.routing.catalogue import make_router
 from apt_jax.scheduling.costs.cost_model import HiddenMode
@@ -89,7 +89,8 @@ def run(args: SimulateArgs) -> dict[str, Any]:
     }
     _print(Console(width=UNCUT_COLUMNS), experiment, reports, found)
     if args.json is not None:
-        args.json.write_text(json_format.dumps(result, indent=1, sort_keys=False) + "\n", encoding="utf-8")
+        text = json_format.dumps(result, indent=1, sort_keys=False) + "\n"
+        replace_file(args.json, text.encode(), mode=EVERYBODY)
     if args.plot is not None:
         from apt_jax.simulation.plots import draw
 

@@ -1,5 +1,6 @@
 """The plots that people expect of a serving study: the cliff, first-token times, batch size and cache mix."""
 
+import io
 from collections.abc import Mapping, Sequence
 from itertools import cycle
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from apt_jax.cache import KINDS
+from apt_jax.files import EVERYBODY, replace_file
 from apt_jax.simulation.report import Report
 from apt_jax.simulation.simulator import Sample
 
@@ -64,7 +66,9 @@ def draw(
     ttft.axvline(1.0, color="0.6", lw=0.8)
     cliff.legend(fontsize=7)
     ttft.legend(fontsize=7)
-    figure.savefig(path, metadata={"Software": None} if path.suffix == ".png" else None)
+    kind, picture = path.suffix[1:] or "png", io.BytesIO()
+    figure.savefig(picture, format=kind, metadata={"Software": None} if kind == "png" else None)
+    replace_file(path, picture.getvalue(), mode=EVERYBODY)
 
 
 def _label(report: Report) -> str:

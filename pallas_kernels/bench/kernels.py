@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 
 from tyro.conf import arg
 
-from apt_jax.files import check_writable
+from apt_jax.files import EVERYBODY, check_writable, replace_file
 
 Chip = Literal["auto", "h200", "h100", "a100", "v5e", "v5p", "v6e", "tpu7x"]
 
@@ -206,5 +206,6 @@ def _write(args: BenchKernels, found: dict[str, Any], device: Any = None) -> Non
             "driver": device.client.platform_version,
         }
     flags = {key: str(value) if isinstance(value, Path) else value for key, value in asdict(args).items()}
-    args.output.write_text(json.dumps({"versions": versions, "flags": flags, **found}, indent=1) + "\n")
+    text = json.dumps({"versions": versions, "flags": flags, **found}, indent=1) + "\n"
+    replace_file(args.output, text.encode(), mode=EVERYBODY)
     print(f"wrote {args.output}", file=sys.stderr)

@@ -9,6 +9,8 @@ import asyncio
 import json
 import re
 import uuid
+from collections import deque
+from collections.abc import Callable
 from typing import Any, cast
 
 import h11
@@ -21,6 +23,7 @@ from apt_jax.serve.http.middleware import access, id_of
 END_OF_HEAD = re.compile(rb"\r?\n\r?\n")
 READ_BYTES = 4096  # at once
 READ_S = 0.004
+MAX_UNSENT = 256  # answers on one connection that its buffer holds at most
 SENTENCE = "the request did not come in within {:g} s, the limit of --request-read-timeout"
 
 
@@ -84,6 +87,10 @@ class TimedProtocol(H11Protocol):
         super().__init__(*args, **options)
         self.conn: StrictConnection = StrictConnection(h11.SERVER, self.config.h11_max_incomplete_event_size or 16384)
         self._deadline: asyncio.TimerHandle | None = None
+        # whom to tell if the newest answers on this connection are not sent when the server ends
+        self.answers: deque[Callable[[], None]] = deque(maxlen=MAX_UNSENT)
+        app, self.app = self.app, self._called
+        self._app = app
         self._unread = b""
         self._is_reading = False
 
@@ -107,6 +114,24 @@ class TimedProtocol(H11Protocol):
             self._is_reading = False
             if not self.flow.read_paused and not self.transport.is_closing():
                 self.transport.resume_reading()
+
+    async def _called(self, scope: Any, receive: Any, send: Any) -> None:
+        """The application, which finds this connection in its state."""
+        if not self.has_unsent:
+            self.answers.clear()
+        scope["state"]["connection"] = self
+        await self._app(scope, receive, send)
+
+    @property
+    def has_unsent(self) -> bool:
+        """Whether bytes wait for the client to read earlier ones."""
+        return self.transport.get_write_buffer_size() > 0
+
+    def tell_unsent(self) -> None:
+        """The server ends: tell whose answers have not all been sent."""
+        if self.has_unsent:
+            for tell in self.answers:
+                tell()
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Start the time limit of the first request."""

@@ -21,10 +21,10 @@ from apt_jax.engine.interface import ServingEngine
 from apt_jax.engine_config import EngineConfig
 from apt_jax.scheduling.policies.catalogue import make_policy
 from apt_jax.serve.http.app import create_app
-from apt_jax.serve.http.http_protocol import timed_protocol
+from apt_jax.serve.http.http_protocol import TimedProtocol, timed_protocol
 from apt_jax.serve.http.resume import Resumption
 from apt_jax.serve.http.service import Service
-from apt_jax.serve.http.snapshot import read_snapshot, write_snapshot
+from apt_jax.serve.http.snapshot_file import check_snapshot_file, keep_records
 from apt_jax.serve.logs import tell
 from apt_jax.serve.openai.templates.chat_template import read_template
 from apt_jax.serve.options import DEMO_NAME, LoadOptions, ServerOptions
@@ -67,6 +67,9 @@ class Server(uvicorn.Server):
             await super().shutdown(sockets)
         finally:
             timer.cancel()
+        for connection in self.server_state.connections:
+            if isinstance(connection, TimedProtocol):
+                connection.tell_unsent()
 
 
 def serve(
@@ -86,13 +89,15 @@ def serve(
     server with one sentence and exit code 1.
 
     Raises:
-        ValueError: the chat template is not one, or Ray is needed and not installed.
-        OSError: the chat template cannot be read.
+        ValueError: the chat template is not one, the snapshot file cannot be used, or Ray is needed and not installed.
+        OSError: the chat template, or the snapshot to resume from, cannot be read.
     """
     if replicas is not None and replicas.uses_ray:
         check_ray()
     make_policy(config.scheduling_policy)
     start_up = StartUp()
+    snapshot = None if options.snapshot_file is None else check_snapshot_file(options.snapshot_file)
+    resumption = None if options.resume_from is None else Resumption(Path(options.resume_from))
     template = None if options.chat_template is None else read_template(Path(options.chat_template))
     try:
         listeners = listen_everywhere(options.host, options.port)
@@ -139,7 +144,6 @@ def serve(
         backend = EngineThread(make_engine, ready, fail)
         service = Service.of_engine(backend, name, with_environment(options))
     service.chat_template = template
-    resumption = None if options.resume_from is None else Resumption(Path(options.resume_from))
     app = create_app(service, resumption)
     server = Server(http_config(app, options), service)
     logging.getLogger("uvicorn.error").setLevel(logging.WARNING)  # its milestones are told here
@@ -147,7 +151,7 @@ def serve(
     run_until_signal(server, listeners, None if isinstance(backend, EngineThread) else backend.update)
     if failures:
         report_failure(failures[0])
-    keep_unfinished(service)
+    keep_unfinished(service, snapshot)
     if not backend.stop(timeout_s=0):
         # It is inside the compiler, which nothing can interrupt; the interpreter would crash under its feet.
         logging.shutdown()
@@ -180,16 +184,18 @@ def http_config(app: ASGIApp, options: ServerOptions) -> uvicorn.Config:
     )
 
 
-def keep_unfinished(service: Service) -> None:
-    """Write what the server could not finish to the snapshot file, if one is wanted."""
-    records, file = service.unfinished_records, service.options.snapshot_file
-    if records and file is None:
+def keep_unfinished(service: Service, file: Path | None) -> None:
+    """Write what the server could not finish to `file`, if one is wanted, or to another one if it must be."""
+    records = service.unfinished_records
+    if not records:
+        return
+    if file is None:
         logger.warning("%d requests were not finished", len(records))
-    elif records and file is not None:
-        path = Path(file)
-        records += [r for r in read_snapshot(path) if r["id"] not in {record["id"] for record in records}]
-        count = write_snapshot(path, records)
-        logger.info("%d unfinished requests are in %s; start with --resume-from %s to finish them", count, path, path)
+    elif (path := keep_records(file, records)) is not None:
+        logger.info("%d unfinished requests are in %s; --resume-from %s finishes them", len(records), path, path)
+    else:
+        ids = ", ".join(record["id"] for record in records)
+        logger.error("%d unfinished requests are lost, nothing could be written anywhere: %s", len(records), ids)
 
 
 def with_environment(options: ServerOptions) -> ServerOptions:

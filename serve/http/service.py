@@ -87,19 +87,41 @@ class Service:
             raise NotReady("the server is stopping; try another one, or this one again soon")
 
     @contextlib.contextmanager
-    def generating(self, generation: Generation[Any], group: Group) -> Iterator[None]:
-        """While a request is under way. If the server stops meanwhile, what is unfinished goes into the snapshot."""
+    def generating(
+        self, generation: Generation[Any], group: Group, keep: Callable[[dict[str, Any]], None] | None = None
+    ) -> Iterator[None]:
+        """While a request is under way. If the server stops meanwhile, `keep` gets the record of what is unfinished.
+
+        Default: it goes into the snapshot. So does an answer that is finished but whose sending is cut off.
+        """
         self.num_generating += 1
+        is_cut = True
         try:
             yield
+            is_cut = False
         finally:
             self.num_generating -= 1
             if self.is_stopping and group.is_wanted:
                 with contextlib.suppress(EngineFailure):
                     for sample, output in group.take_pending():
                         generation.collect(sample, output)
-                if not generation.is_whole:
-                    self.unfinished_records.append(record_of(generation))
+                if is_cut or not generation.is_whole:
+                    (keep or self.keep)(self.record_of(generation))
+
+    def keep(self, record: dict[str, Any]) -> None:
+        """Put a record into the snapshot, once."""
+        if all(record["id"] != kept["id"] for kept in self.unfinished_records):
+            self.unfinished_records.append(record)
+
+    def keep_unsent(self, generation: Generation[Any], group: Group) -> None:
+        """The server ends before the client has read the answer: it goes into the snapshot."""
+        if group.is_wanted:
+            self.keep(self.record_of(generation))
+
+    def record_of(self, generation: Generation[Any]) -> dict[str, Any]:
+        """What the snapshot keeps of a request."""
+        engine = self.backend.engine
+        return record_of(generation, "" if engine is None else engine.fingerprint)
 
     async def off_loop[T](self, work: Callable[..., T], *args: Any) -> T:
         """What `work` returns, run in one of a few threads: for what takes longer than other clients should wait."""

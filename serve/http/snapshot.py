@@ -1,63 +1,19 @@
-"""Snapshot file of requests unfinished at shutdown, which the next start can finish with the same tokens.
+"""What is kept of a request that is unfinished at shutdown, so that the next start can finish it with the same tokens.
 
-One JSON object per line: the body as it was sent, and for each sample its prompt, its sampling parameters with the seed
-that was used, and the tokens so far.
+A record is a JSON object: the model, the body as it was sent, and for each sample its prompt, its sampling parameters
+with the seed that was used, and the tokens so far.
 """
 
 import dataclasses
-import json
-import os
-from collections.abc import Iterable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 from apt_jax.output import TokenLogprobs
 from apt_jax.request import FinishReason, SamplingParams, Slo
-from apt_jax.serve.errors import BadRequest
+from apt_jax.serve.http.snapshot_file import VERSION
 from apt_jax.serve.openai.endpoints import ENDPOINTS_BY_PREFIX
 from apt_jax.serve.openai.generation import Choice, Generation, ServedModel
 from apt_jax.serve.runtime.samples import Sample
-
-VERSION = 1
-
-
-def write_snapshot(path: Path, records: Iterable[dict[str, Any]]) -> int:
-    """Write records, readable for the owner only, replacing the file in one go; returns how many.
-
-    Raises:
-        OSError: it cannot be written.
-    """
-    lines = [json.dumps(record) for record in records]
-    draft = path.with_name(f"{path.name}.draft")
-    draft.unlink(missing_ok=True)
-    with open(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as file:
-        file.write("".join(f"{line}\n" for line in lines))
-        file.flush()
-        os.fsync(file.fileno())
-    draft.replace(path)
-    return len(lines)
-
-
-def read_snapshot(path: Path) -> list[dict[str, Any]]:
-    """The records of a file; `restore` makes one a generation again. No file is no record.
-
-    Raises:
-        ValueError: it is not such a file, or of another version; one sentence.
-        OSError: it cannot be read.
-    """
-    if not path.exists():
-        return []
-    records = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        try:
-            record = json.loads(line)
-            version, kind = record["version"], record["kind"]
-        except (ValueError, TypeError, KeyError) as error:
-            raise ValueError(f"{path} line {number} is no snapshot of a request; choose another file") from error
-        if version != VERSION or kind not in ENDPOINTS_BY_PREFIX:
-            raise ValueError(f"{path} line {number} is of version {version}, this server reads {VERSION}")
-        records.append(record)
-    return records
 
 
 def restore(record: dict[str, Any], model: ServedModel) -> tuple[Generation[Any], list[Sample]]:
@@ -77,17 +33,25 @@ def restore(record: dict[str, Any], model: ServedModel) -> tuple[Generation[Any]
         )
         for choice, entry in zip(generation.choices, record["samples"], strict=True):
             _restore_choice(choice, entry)
-    except (KeyError, TypeError, BadRequest) as error:
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(f"the snapshot of request {record.get('id')} is damaged: {error!r}") from error
     unfinished = [sample for sample in samples if generation.choices[sample.index].finish_reason is None]
     generation.num_unfinished = len(unfinished)
     return generation, unfinished
 
 
-def record_of(generation: Generation[Any]) -> dict[str, Any]:
-    """What `restore` needs. Pure."""
+def is_of(record: dict[str, Any], model: ServedModel) -> bool:
+    """Whether a record's tokens are those of the served weights; unknown ones are taken for the same."""
+    kept, served = record.get("fingerprint"), model.engine.fingerprint
+    return not kept or not served or kept == served
+
+
+def record_of(generation: Generation[Any], fingerprint: str) -> dict[str, Any]:
+    """What `restore` needs. `fingerprint` is that of the weights. Pure."""
     return {
         "version": VERSION,
+        "model": generation.model_name,
+        "fingerprint": fingerprint,
         "kind": generation.ID_PREFIX,
         "id": generation.request_id,
         "created": generation.created,

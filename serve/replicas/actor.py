@@ -65,6 +65,7 @@ class EngineActor:
             *(engine.config, engine.tokenizer, engine.max_model_len, time.monotonic(), os.getpid()),
             sampling_defaults=engine.sampling_defaults,
             start_s=start_s,
+            fingerprint=engine.fingerprint,
         )
 
     async def reports(self) -> AsyncIterator[Report]:

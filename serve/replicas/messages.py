@@ -44,6 +44,7 @@ class Facts:
     process_id: int
     sampling_defaults: Mapping[str, float] = field(default_factory=dict)
     start_s: float = 0.0  # that loading and compiling took
+    fingerprint: str = ""  # of the weights
 
 
 @dataclass(frozen=True, slots=True)

@@ -32,6 +32,10 @@ class EngineFacts(Protocol):
     def sampling_defaults(self) -> Mapping[str, float]:
         """The model's own, as keywords of `SamplingParams`, for requests that do not say otherwise."""
 
+    @property
+    def fingerprint(self) -> str:
+        """Of the weights; empty if it is not known."""
+
 
 class Backend(Protocol):
     """Takes samples and delivers their outputs. All but `stop` belong to the asyncio loop on which it was started."""

@@ -91,7 +91,7 @@ def build_engine(
         given = ", ".join(f"{name}={value}" for name, value in generation.sampling.items())
         logger.info("requests that do not say otherwise get %s, of its generation_config.json; none of it with "
                     "--generation-config none", given)  # fmt: skip
-    return Engine(setup, text, sampling_defaults=generation.sampling)
+    return Engine(setup, text, sampling_defaults=generation.sampling, fingerprint=loaded.fingerprint)
 
 
 def with_end_ids(config: ModelConfig, generation: GenerationConfig, tokenizer: Tokenizer | None) -> ModelConfig:

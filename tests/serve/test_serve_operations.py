@@ -9,7 +9,8 @@ from apt_jax.output import DeviceLost
 from apt_jax.request import SamplingParams, Slo
 from apt_jax.serve.errors import PredictedLate, error_reply
 from apt_jax.serve.http.resume import Resumption
-from apt_jax.serve.http.snapshot import read_snapshot, record_of, restore, write_snapshot
+from apt_jax.serve.http.snapshot import record_of, restore
+from apt_jax.serve.http.snapshot_file import read_snapshot, write_snapshot
 from apt_jax.serve.runtime.admission import ENOUGH_S, Admission
 from apt_jax.serve.runtime.samples import fan_out
 from apt_jax.serve.runtime.status import EngineStatus
@@ -254,7 +255,7 @@ def test_a_snapshot_of_a_snapshot_is_the_same(tmp_path):
 
         Model.engine = engine
         generation, _ = restore(json.loads(json.dumps(record)), Model)
-        again = json.loads(json.dumps(record_of(generation)))
+        again = json.loads(json.dumps(record_of(generation, engine.fingerprint)))
         assert again == json.loads(json.dumps(record))
 
 

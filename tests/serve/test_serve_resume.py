@@ -11,7 +11,7 @@ import httpx
 import pytest
 
 from apt_jax.serve.http.resume import Resumption
-from apt_jax.serve.http.snapshot import write_snapshot
+from apt_jax.serve.http.snapshot_file import write_snapshot
 from tests.support.live_server import until
 from tests.support.served_model import NAME, serving, start_server, write_folder
 

@@ -6,7 +6,8 @@ import pytest
 
 from apt_jax.output import Output, TokenLogprobs
 from apt_jax.request import FinishReason, Request, SamplingParams, Slo
-from apt_jax.serve.http.snapshot import read_snapshot, record_of, restore, write_snapshot
+from apt_jax.serve.http.snapshot import is_of, record_of, restore
+from apt_jax.serve.http.snapshot_file import read_snapshot, write_snapshot
 from apt_jax.serve.openai.completions import Completion
 from apt_jax.serve.openai.generation import ServedModel
 from apt_jax.serve.openai.requests import parse_completion
@@ -31,8 +32,13 @@ def bring(generation, index, text, reason=None, *, seed=None, scores=(), prompt_
     generation.collect(sample, Output(request, text, tokens, scores, reason, prompt_logprobs=prompt_scores))
 
 
+def kept(name="cmpl-1", **body):
+    """The record of a request that has not begun."""
+    return {**record_of(prepared(**body), "weights:fake"), "id": name}
+
+
 def round_trip(generation):
-    record = json.loads(json.dumps(record_of(generation)))
+    record = json.loads(json.dumps(record_of(generation, "weights:fake")))
     return restore(record, MODEL), record
 
 
@@ -118,7 +124,7 @@ def test_what_has_not_begun_begins_anew():
 
 @pytest.mark.parametrize("missing", ["id", "samples", "prompts", "created", "body"])
 def test_a_record_that_lacks_a_part_is_refused(missing):
-    record = record_of(prepared())
+    record = kept()
     del record[missing]
     with pytest.raises(ValueError, match=r"the snapshot of request (cmpl-1|None) is damaged"):
         restore(record, MODEL)
@@ -126,17 +132,35 @@ def test_a_record_that_lacks_a_part_is_refused(missing):
 
 def test_a_file_is_replaced_as_a_whole_and_readable_for_its_owner_only(tmp_path):
     path = tmp_path / "left.jsonl"
-    path.write_text("old")
-    (tmp_path / "left.jsonl.draft").write_text("torn")
-    assert write_snapshot(path, [record_of(prepared()), record_of(prepared(seed=4))]) == 2
+    write_snapshot(path, [kept("a")])
+    path.chmod(0o644)
+    (tmp_path / ".left.jsonl.x1.draft").write_text("torn")
+    assert write_snapshot(path, [kept("a"), kept("b", seed=4)]) == 2
     assert [r["samples"][0]["params"]["seed"] for r in read_snapshot(path)] == [None, 4]
     assert path.stat().st_mode & 0o777 == 0o600 and [p.name for p in tmp_path.iterdir()] == ["left.jsonl"]
     assert read_snapshot(tmp_path / "none") == []
 
 
-@pytest.mark.parametrize("change", [{"version": 2}, {"kind": "embeddings"}])
-def test_another_version_or_kind_is_refused_with_its_line(tmp_path, change):
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"version": 1}, "line 2 is of version 1, this server reads 2"),
+        ({"version": 3}, "line 2 is of version 3, this server reads 2"),
+        ({"kind": "embeddings"}, "line 2 is no snapshot of a request of this server"),
+        ({"id": 7}, "line 2 is no snapshot of a request of this server"),
+    ],
+)
+def test_another_version_or_kind_is_refused_with_its_line(tmp_path, caplog, change, sentence):
     path = tmp_path / "left.jsonl"
-    write_snapshot(path, [record_of(prepared()), {**record_of(prepared()), **change}])
-    with pytest.raises(ValueError, match="line 2 is of version"):
+    path.write_text("".join(json.dumps(record) + "\n" for record in (kept("a"), {**kept("b"), **change})))
+    assert [record["id"] for record in read_snapshot(path)] == ["a"] and sentence in caplog.text
+    path.write_text("\n" + json.dumps({**kept("b"), **change}) + "\n")
+    with pytest.raises(ValueError, match=f"{sentence}; move the file away, or choose another one"):
         read_snapshot(path)
+
+
+def test_a_record_names_its_model_and_is_of_the_same_weights_only():
+    record = kept()
+    assert (record["model"], record["fingerprint"]) == ("tiny", "weights:fake")
+    assert is_of(record, MODEL) and not is_of({**record, "fingerprint": "weights:other"}, MODEL)
+    assert is_of({**record, "fingerprint": ""}, MODEL), "an engine that was made without a checkpoint"

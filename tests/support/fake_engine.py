@@ -76,7 +76,7 @@ class FakeEngine:
             max_num_seqs=4, max_num_queued_reqs=8, max_num_batched_tokens=64, scheduling_policy="fcfs"
         )
         self.model_config = ModelConfig(vocab_size=VOCABULARY, max_position_embeddings=128)
-        self.max_model_len = 128
+        self.max_model_len, self.fingerprint = 128, "weights:fake"
         self.tokenizer = tokenizer
         self.sampling_defaults: dict[str, float] = {}
         limits = Limits(self.config.max_num_seqs or 4, self.config.max_num_batched_tokens or 64)

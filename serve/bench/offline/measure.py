@@ -14,6 +14,7 @@ from typing import Any
 from apt_jax.cache import KINDS
 from apt_jax.engine.interface import ServingEngine
 from apt_jax.engine_config import EngineConfig
+from apt_jax.files import EVERYBODY, replace_file
 from apt_jax.output import Output
 from apt_jax.request import FinishReason, SamplingParams
 from apt_jax.serve.bench.work import Work
@@ -114,5 +115,6 @@ def write_result(path: Path | None, args: Any, figures: dict[str, Any]) -> None:
     arguments = {name: str(value) if isinstance(value, Path) else value for name, value in flags.items()}
     versions = {name: version(name) for name in ("apt-jax", "jax", "jaxlib", "flax")}
     versions["python"] = platform.python_version()
-    path.write_text(json.dumps({**figures, "versions": versions, "arguments": arguments}, indent=1) + "\n", "utf-8")
+    text = json.dumps({**figures, "versions": versions, "arguments": arguments}, indent=1) + "\n"
+    replace_file(path, text.encode(), mode=EVERYBODY)
     print(f"wrote {path}", file=sys.stderr)

@@ -15,7 +15,7 @@ import numpy as np
 from pydantic_core import from_json
 from tqdm import tqdm
 
-from apt_jax.files import check_plot, check_writable
+from apt_jax.files import EVERYBODY, check_plot, check_writable, replace_file
 from apt_jax.progress import is_hidden
 from apt_jax.request import Slo
 from apt_jax.serve.bench.serving.client import Endpoint, Refused, ask, first_model, open_session, plain_base
@@ -303,7 +303,7 @@ def _write(path: Path, args: BenchServe, points: list[Point], found: dict[float,
         "effective_throughput": {f"{target:g}": _finite(rate) for target, rate in found.items()},
     }
     result = {**points[0].figures, **rest} if len(points) == 1 else {"points": [p.figures for p in points], **rest}
-    path.write_text(json.dumps(result, indent=1, default=_plain) + "\n", encoding="utf-8")
+    replace_file(path, (json.dumps(result, indent=1, default=_plain) + "\n").encode(), mode=EVERYBODY)
     print(f"wrote {path}", file=sys.stderr)
 
 

@@ -1,10 +1,12 @@
 """Plots of `bench serve`: the cliff, and how first-token times are distributed."""
 
+import io
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
+from apt_jax.files import EVERYBODY, replace_file
 from apt_jax.request import Slo
 from apt_jax.serve.bench.serving.records import Run
 
@@ -36,4 +38,6 @@ def draw(path: Path, points: Sequence[tuple[float, float, Run]], slo: Slo) -> No
         ttft.legend(fontsize=7)
     for axes in (cliff, ttft):
         axes.grid(alpha=0.3)
-    figure.savefig(path, metadata={"Software": None} if path.suffix == ".png" else None)
+    kind, picture = path.suffix[1:] or "png", io.BytesIO()
+    figure.savefig(picture, format=kind, metadata={"Software": None} if kind == "png" else None)
+    replace_file(path, picture.getvalue(), mode=EVERYBODY)

@@ -6,6 +6,7 @@ import logging
 import time
 import uuid
 from collections.abc import AsyncGenerator, Callable
+from functools import partial
 from typing import Any
 
 from starlette.requests import Request
@@ -58,6 +59,8 @@ async def generate(endpoint: Endpoint, service: Service, http: Request) -> Respo
     with contextlib.ExitStack() as cleanup:
         group = service.backend.submit(generation.samples)
         cleanup.enter_context(service.generating(generation, group))
+        if (connection := getattr(http.state, "connection", None)) is not None:
+            connection.answers.append(partial(service.keep_unsent, generation, group))
         cleanup.callback(_limit_time(group, service.options.request_timeout))
         close_on_disconnect(http.receive, group, cleanup)
         try:

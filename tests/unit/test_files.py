@@ -1,0 +1,92 @@
+"""Files that are replaced: whole or as they were, private where they should be, and in their place."""
+
+import ast
+import os
+import threading
+from pathlib import Path
+
+import pytest
+
+from apt_jax.files import EVERYBODY, replace_file
+from tests.support.import_graph import ROOT, sources
+
+# What writes without replacing, with the reason.
+WRITERS = {
+    "apt_jax/files.py": "what is no file on disk is written to",
+    "checkpoints/convert.py": "into a folder that is moved into its place",
+    "checkpoints/demo_training/folder.py": "makes a folder once, by hand",
+    "checkpoints/demo_training/tokenizer.py": "makes a folder once, by hand",
+    "checkpoints/demo_training/state.py": "a draft that takes the file's place",
+    "pallas_kernels/bench/decode_steps.py": "into a temporary folder",
+    "pallas_kernels/bench/kernel_parts.py": "into a temporary folder",
+}
+
+
+def modes(path):
+    return path.stat().st_mode & 0o777
+
+
+def test_new_files_are_the_owner_s_unless_said_otherwise_and_old_ones_keep_their_mode(tmp_path):
+    private, shared = tmp_path / "new" / "private", tmp_path / "shared"
+    before = os.umask(0o027)
+    try:
+        replace_file(private, b"a")
+        replace_file(shared, b"a", mode=EVERYBODY)
+        assert (modes(private), modes(shared)) == (0o600, 0o640)
+        shared.chmod(0o664)
+        replace_file(shared, b"b", mode=EVERYBODY, durable=True)
+        private.chmod(0o644)
+        replace_file(private, b"b", durable=True)
+        assert (modes(private), modes(shared)) == (0o600, 0o664)
+    finally:
+        os.umask(before)
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+@pytest.mark.parametrize("step", ["write", "fsync", "replace", "fchmod"])
+def test_a_failure_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch, step):
+    path = tmp_path / "file"
+    path.write_bytes(b"old")
+
+    def fail(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, step, fail)
+    with pytest.raises(OSError, match="No space left"):
+        replace_file(path, b"new", mode=EVERYBODY, durable=True)
+    monkeypatch.undo()
+    assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_link_stays_a_link_and_a_pipe_is_written_to(tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "file")
+    replace_file(tmp_path / "link", b"through")
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "file").read_bytes() == b"through"
+    pipe, found = tmp_path / "pipe", []
+    os.mkfifo(pipe)
+    reader = threading.Thread(target=lambda: found.append(pipe.read_bytes()))
+    reader.start()
+    replace_file(pipe, b"piped")
+    reader.join()
+    assert found == [b"piped"] and pipe.is_fifo()
+
+
+def writes(node: ast.AST) -> bool:
+    """Whether a call writes a file in place."""
+    if not isinstance(node, ast.Call):
+        return False
+    name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+    texts = [a.value for a in node.args if isinstance(a, ast.Constant) and isinstance(a.value, str)]
+    return name in ("write_text", "write_bytes", "savez") or (
+        name == "open" and any(set(text) & set("wax+") and set(text) <= set("wax+brt") for text in texts)
+    )
+
+
+def test_nothing_in_the_package_writes_a_file_in_place():
+    found = {
+        path
+        for path, source in sources().items()
+        if not path.startswith(("tests/", "experiments/")) and any(map(writes, ast.walk(source.tree)))
+    }
+    assert found == WRITERS.keys(), "use replace_file, or say why not"
+    assert all((Path(ROOT) / path).is_file() for path in WRITERS)
