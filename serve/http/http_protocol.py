@@ -127,11 +127,12 @@ class TimedProtocol(H11Protocol):
         """Whether bytes wait for the client to read earlier ones."""
         return self.transport.get_write_buffer_size() > 0
 
-    def tell_unsent(self) -> None:
-        """The server ends: tell whose answers have not all been sent."""
+    def end(self) -> None:
+        """The server ends: tell whose answers have not all been sent, and let go of the socket."""
         if self.has_unsent:
             for tell in self.answers:
                 tell()
+        self.transport.abort()
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Start the time limit of the first request."""

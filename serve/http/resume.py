@@ -63,7 +63,7 @@ class Resumption:
 
     def _claim(self) -> bool:
         """Read what is left to do, and keep other servers from doing it; False while another one does."""
-        if not read_snapshot(self._path):
+        if not read_snapshot(self._path, report=False):
             return True
         try:
             results = LineFile(

@@ -67,9 +67,10 @@ class Server(uvicorn.Server):
             await super().shutdown(sockets)
         finally:
             timer.cancel()
-        for connection in self.server_state.connections:
-            if isinstance(connection, TimedProtocol):
-                connection.tell_unsent()
+        for connection in list(self.server_state.connections):
+            assert isinstance(connection, TimedProtocol)
+            connection.end()
+        await asyncio.sleep(0)  # the transports close in the next turn of the loop
 
 
 def serve(
@@ -148,10 +149,12 @@ def serve(
     server = Server(http_config(app, options), service)
     logging.getLogger("uvicorn.error").setLevel(logging.WARNING)  # its milestones are told here
     logger.info("listening on %s, loading %s; %s/ready turns 200 when requests are taken", url, name, url)
-    run_until_signal(server, listeners, None if isinstance(backend, EngineThread) else backend.update)
+    try:
+        run_until_signal(server, listeners, None if isinstance(backend, EngineThread) else backend.update)
+    finally:
+        keep_unfinished(service, snapshot)
     if failures:
         report_failure(failures[0])
-    keep_unfinished(service, snapshot)
     if not backend.stop(timeout_s=0):
         # It is inside the compiler, which nothing can interrupt; the interpreter would crash under its feet.
         logging.shutdown()

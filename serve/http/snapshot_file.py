@@ -38,10 +38,10 @@ class Entry:
     fault: str = ""
 
 
-def read_snapshot(path: Path) -> list[dict[str, Any]]:
+def read_snapshot(path: Path, *, report: bool = True) -> list[dict[str, Any]]:
     """The records of a file; `restore` makes one a generation again. No file is no record.
 
-    Lines that cannot be read are reported in the log; they stay in the file.
+    `report` lines that cannot be read in the log; they stay in the file.
 
     Raises:
         ValueError: it has lines and none can be read; one sentence.
@@ -52,7 +52,7 @@ def read_snapshot(path: Path) -> list[dict[str, Any]]:
     _check_kind(path, path.stat().st_mode)
     entries = _usable(path, path.read_bytes())
     for entry in entries:
-        if entry.record is None:
+        if report and entry.record is None:
             logger.error("%s; its request is left there, and the others are finished", entry.fault)
     return [entry.record for entry in entries if entry.record is not None]
 

@@ -34,7 +34,8 @@ def bring(generation, index, text, reason=None, *, seed=None, scores=(), prompt_
 
 def kept(name="cmpl-1", **body):
     """The record of a request that has not begun."""
-    return {**record_of(prepared(**body), "weights:fake"), "id": name}
+    record = record_of(prepared(**body), "weights:fake")
+    return {**record, "id": name, "samples": [{**entry, "request_id": name} for entry in record["samples"]]}
 
 
 def round_trip(generation):

@@ -1,0 +1,104 @@
+"""Answers that are finished when the server stops, and whose clients have not read them."""
+
+import contextlib
+import json
+import socket
+import threading
+
+import pytest
+
+from apt_jax.serve.http import server as server_module
+from apt_jax.serve.http.app import create_app
+from apt_jax.serve.http.server import Server, http_config, listen
+from apt_jax.serve.http.service import Service
+from apt_jax.serve.http.snapshot_file import write_snapshot
+from apt_jax.serve.options import ServerOptions
+from apt_jax.serve.runtime.engine_thread import EngineThread
+from apt_jax.serve.runtime.status import EngineStatus
+from tests.serve.test_serve_operations import resume
+from tests.support.fake_engine import CharTokenizer, FakeEngine
+from tests.support.live_server import until
+
+BUFFER_BYTES = 4096
+# more than the sockets' and the server's buffers hold
+BODY = {"prompt": ["a", "b", "c", "d"], "n": 2, "max_tokens": 100, "logprobs": 5, "ignore_eos": True}
+
+
+class Stopping:
+    """A server whose sockets hold next to nothing; `stop()` is a SIGTERM."""
+
+    def __init__(self, flush_s, monkeypatch):
+        monkeypatch.setattr(server_module, "FLUSH_S", flush_s)
+        self.engine = FakeEngine(tokenizer=CharTokenizer())
+        self.thread = EngineThread(lambda: self.engine)
+        options = ServerOptions(shutdown_timeout=0)
+        self.service = Service.of_engine(self.thread, "tiny", options)
+        self.listener = listen("127.0.0.1", 0)
+        self.listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, BUFFER_BYTES)
+        self.http = Server(http_config(create_app(self.service), options), self.service)
+        self.runner = threading.Thread(target=self.http.run, kwargs={"sockets": [self.listener]})
+        self.runner.start()
+        until(lambda: self.thread.status is EngineStatus.READY)
+
+    def ask(self, **more):
+        """Send a request and read nothing; wait until the engine has finished it."""
+        client = socket.socket()
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, BUFFER_BYTES)
+        client.connect(self.listener.getsockname())
+        body = json.dumps({**BODY, **more}).encode()
+        head = (
+            f"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {len(body)}"
+        )
+        client.sendall(head.encode() + b"\r\n\r\n" + body)
+        until(lambda: self.engine.num_steps > 0 and self.engine.is_idle and not self.engine.has_unfinished)
+        return client
+
+    def stop(self):
+        self.http.should_exit = True
+
+    def stopped(self):
+        self.runner.join(20)
+        self.listener.close()
+        assert not self.runner.is_alive()
+        return self.service.unfinished_records
+
+
+def read_all(client):
+    with contextlib.closing(client):
+        return b"".join(iter(lambda: client.recv(65536), b""))
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_reads_nothing_finds_its_answer_in_the_results_of_the_next_start(tmp_path, monkeypatch, stream):
+    server = Stopping(0.5, monkeypatch)
+    client = server.ask(stream=stream)
+    server.stop()
+    (record,) = server.stopped()
+    assert b"[DONE]" not in read_all(client)
+    path = tmp_path / "left.jsonl"
+    write_snapshot(path, [record])
+    (result,) = resume(path).values()
+    choices = result["body"]["choices"]
+    assert [choice["text"][:2] for choice in choices] == ["bc", "bc", "cd", "cd", "de", "de", "ef", "ef"]
+    assert {len(choice["logprobs"]["tokens"]) for choice in choices} == {100}
+    assert {choice["finish_reason"] for choice in choices} == {"length"}
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_reads_in_time_gets_everything_and_is_not_kept(monkeypatch, stream):
+    server = Stopping(20, monkeypatch)
+    client = server.ask(stream=stream)
+    server.stop()
+    until(lambda: server.service.is_stopping)
+    reply = read_all(client)
+    assert reply.endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n" if stream else b"}")
+    assert server.stopped() == []
+
+
+def test_a_client_that_has_gone_and_one_that_was_refused_are_not_kept(monkeypatch):
+    server = Stopping(0.5, monkeypatch)
+    server.ask(stream=True).close()
+    refused = server.ask(prompt="a" * 300)
+    server.stop()
+    assert server.stopped() == []
+    refused.close()
