@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 from collections.abc import AsyncGenerator
-from typing import Any
+from typing import Any, ClassVar
 
 from pydantic_core import to_json
 from starlette.responses import Response
@@ -29,23 +29,31 @@ def close_on_disconnect(receive: Receive, group: Group, cleanup: contextlib.Exit
     cleanup.callback(asyncio.create_task(watch()).cancel)
 
 
-class SseResponse(Response):
-    """A stream of events. Closes `cleanup` when it ends in any way, also while it waits for a slow reader."""
+class PiecesResponse(Response):
+    """JSON in pieces. Closes `cleanup` when it ends in any way, also while it waits for a slow reader."""
 
-    media_type = "text/event-stream"
+    media_type = "application/json"
+    headers_of_kind: ClassVar[dict[str, str]] = {}
 
-    def __init__(self, events: AsyncGenerator[bytes], cleanup: contextlib.ExitStack):
-        self._events = events
+    def __init__(self, pieces: AsyncGenerator[bytes], cleanup: contextlib.ExitStack):
+        self._pieces = pieces
         self._cleanup = cleanup
         self.status_code = 200
         self.background = None
-        self.init_headers({"cache-control": "no-cache", "x-accel-buffering": "no"})
+        self.init_headers(self.headers_of_kind)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send the events; the caller, which made `cleanup`, watches `receive`."""
+        """Send the pieces; the caller, which made `cleanup`, watches `receive`."""
         with self._cleanup:
             await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-            async with contextlib.aclosing(self._events) as events:
-                async for piece in events:
+            async with contextlib.aclosing(self._pieces) as pieces:
+                async for piece in pieces:
                     await send({"type": "http.response.body", "body": piece, "more_body": True})
             await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+class SseResponse(PiecesResponse):
+    """A stream of events."""
+
+    media_type = "text/event-stream"
+    headers_of_kind: ClassVar[dict[str, str]] = {"cache-control": "no-cache", "x-accel-buffering": "no"}

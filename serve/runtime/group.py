@@ -75,6 +75,10 @@ class Group:
         pending, self._pending = self._pending, []
         return pending
 
+    def put_back(self, pairs: list[tuple[Sample, Output]]) -> None:
+        """Outputs that were iterated over and not processed, for `take_pending`."""
+        self._pending[:0] = pairs
+
     def accept(self) -> None:
         """Every sample is queued."""
         self._accepted = True

@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any
 
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.responses import JSONResponse, Response
 
 from apt_jax.serve.errors import CLIENT_CLOSED_REQUEST, RequestTimeout, error_reply
 from apt_jax.serve.http.service import Service
@@ -18,7 +18,7 @@ from apt_jax.serve.json_text import parse_json
 from apt_jax.serve.openai.endpoints import Endpoint
 from apt_jax.serve.openai.generation import Generation, as_bad_request
 from apt_jax.serve.openai.requests import GenerationRequest
-from apt_jax.serve.openai.sse import SseResponse, close_on_disconnect, event
+from apt_jax.serve.openai.sse import PiecesResponse, SseResponse, close_on_disconnect, event
 from apt_jax.serve.runtime.group import Group
 
 SHORT_BODY_BYTES = 4096  # longer ones are read off the event loop
@@ -69,7 +69,7 @@ async def generate(endpoint: Endpoint, service: Service, http: Request) -> Respo
             raise as_bad_request(error, body) from error
         if body.stream:
             return SseResponse(_events(generation, group), cleanup.pop_all())
-        return await _whole(service, generation, group)
+        return await _whole(service, generation, group, cleanup)
 
 
 def _limit_time(group: Group, limit_s: float | None) -> Callable[[], None]:
@@ -80,7 +80,9 @@ def _limit_time(group: Group, limit_s: float | None) -> Callable[[], None]:
     return asyncio.get_running_loop().call_later(limit_s, group.expire, error).cancel
 
 
-async def _whole(service: Service, generation: Generation[Any], group: Group) -> Response:
+async def _whole(
+    service: Service, generation: Generation[Any], group: Group, cleanup: contextlib.ExitStack
+) -> Response:
     async for outputs in group:
         for sample, output in outputs:
             generation.collect(sample, output)
@@ -88,7 +90,7 @@ async def _whole(service: Service, generation: Generation[Any], group: Group) ->
         return Response(status_code=CLIENT_CLOSED_REQUEST)
     if generation.num_values <= SHORT_ANSWER_VALUES:
         return JSONResponse(generation.response())
-    return StreamingResponse(service.pieces(generation.response_pieces()), media_type="application/json")
+    return PiecesResponse(service.pieces(generation.response_pieces()), cleanup.pop_all())
 
 
 async def _events(generation: Generation[Any], group: Group) -> AsyncGenerator[bytes]:
@@ -96,10 +98,14 @@ async def _events(generation: Generation[Any], group: Group) -> AsyncGenerator[b
     at_once = generation.outputs_at_once
     try:
         async for outputs in group:
-            for at in range(0, len(outputs), at_once):
-                if at:
-                    await asyncio.sleep(0)  # others' turn: a slow reader's events may be many
-                yield b"".join([generation.streamed(*pair) for pair in outputs[at : at + at_once]])
+            try:
+                while outputs:
+                    part, outputs = outputs[:at_once], outputs[at_once:]
+                    yield b"".join([generation.streamed(*pair) for pair in part])
+                    if outputs:
+                        await asyncio.sleep(0)  # others' turn: a slow reader's events may be many
+            finally:
+                group.put_back(outputs)
         if generation.wants_usage:
             yield event(generation.usage_chunk())
     except Exception as error:  # the status line has gone out; OpenAI's clients know an error event
