@@ -8,6 +8,7 @@ import threading
 
 import pytest
 
+from apt_jax.engine_config import EngineConfig
 from apt_jax.line_file import line_of
 from apt_jax.serve.batch import batch_jobs
 from apt_jax.serve.batch.batch_file import ResultFile, read_lines, readable_twice
@@ -24,7 +25,7 @@ def command(monkeypatch):
     monkeypatch.setattr(
         "apt_jax.serve.runtime.build.build_engine", lambda *args, **options: FakeEngine(tokenizer=CharTokenizer())
     )
-    return lambda source, output: batch_jobs.run_batch(source, output, None, None, LoadOptions(), None)
+    return lambda source, output: batch_jobs.run_batch(source, output, None, None, LoadOptions(), EngineConfig())
 
 
 def job(tmp_path, count=3):

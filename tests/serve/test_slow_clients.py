@@ -46,10 +46,9 @@ class Stopping:
         client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, BUFFER_BYTES)
         client.connect(self.listener.getsockname())
         body = json.dumps({**BODY, **more}).encode()
-        head = (
-            f"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {len(body)}"
-        )
-        client.sendall(head.encode() + b"\r\n\r\n" + body)
+        fields = {"host": "127.0.0.1", "content-type": "application/json", "content-length": len(body)}
+        head = "".join(f"{name}: {value}\r\n" for name, value in fields.items())
+        client.sendall(f"POST /v1/completions HTTP/1.1\r\n{head}\r\n".encode() + body)
         until(lambda: self.engine.num_steps > 0 and self.engine.is_idle and not self.engine.has_unfinished)
         return client
 
