@@ -21,6 +21,7 @@ from pathlib import Path
 
 from tests.soak.client import Outcome, complete, send_raw
 from tests.soak.server import Server
+from tests.soak.stalls import stalls
 
 PATHS = (b"/v1/completions", b"/v1/chat/completions", b"/tokenize", b"/detokenize", b"/debug/profile")
 WORDS = ("def", "return", "the", "file", "of", "a", "list", "is", "not", "self", "import", "for", "in", "class", "(")
@@ -223,7 +224,7 @@ def clock(server: Server, scale: float) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--scale", type=float, default=1.0)
-    parser.add_argument("--only", default="streams,mixed,slow,hostile,terminated,killed,clock")
+    parser.add_argument("--only", default="streams,mixed,slow,hostile,stalls,terminated,killed,clock")
     asked, flags = parser.parse_known_args()
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(most, 8192), most))
@@ -242,7 +243,7 @@ def main() -> None:
         try:
             server = start()
             idle = server.settle()
-            for step in (streams, mixed, slow, hostile):
+            for step in (streams, mixed, slow, hostile, stalls):
                 if step.__name__ in wanted:
                     report(step.__name__, step(server, asked.scale), idle, server.settle())
             for step in (terminated, killed):

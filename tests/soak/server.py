@@ -23,6 +23,7 @@ class Server:
         code = f"import sys; {CLOCK_JUMPS if clock_jumps else ''}from apt_jax.serve.cli import main; main(sys.argv[1:])"
         command = [sys.executable, "-c", code, "serve", "--port", "0", "--shutdown-timeout", "5", *flags]
         self._process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=folder)
+        self.pid = self._process.pid
         self._lines: list[str] = []
         self._url = threading.Event()
         threading.Thread(target=self._read, daemon=True).start()

@@ -16,12 +16,14 @@ from pathlib import Path
 READER = """
 import socket, struct, sys, time
 host, port, body, path = sys.argv[1], int(sys.argv[2]), sys.argv[3].encode(), sys.argv[4]
-s = socket.create_connection((host, port))
-s.sendall(b"POST /v1/completions HTTP/1.1\\r\\nhost: localhost\\r\\ncontent-type: application/json\\r\\n"
-          b"content-length: %d\\r\\n\\r\\n%s" % (len(body), body))
+request = (b"POST /v1/completions HTTP/1.1\\r\\nhost: localhost\\r\\nconnection: close\\r\\n"
+    b"content-type: application/json\\r\\ncontent-length: %d\\r\\n\\r\\n%s" % (len(body), body))
 with open(path, "ab", buffering=0) as times:
-    while s.recv(65536):
-        times.write(struct.pack("d", time.monotonic()))
+    while True:
+        s = socket.create_connection((host, port))
+        s.sendall(request)
+        while s.recv(65536):
+            times.write(struct.pack("d", time.monotonic()))
 """
 
 
@@ -47,7 +49,7 @@ class Bystander:
 
 @contextlib.contextmanager
 def bystander(url: str) -> Iterator[Bystander]:
-    """A stream that goes on until the block ends."""
+    """A stream that goes on until the block ends; one that has all its tokens is asked for again."""
     host, port = url.removeprefix("http://").split(":")
     body = json.dumps({"prompt": [5], "max_tokens": 1_000, "stream": True, "ignore_eos": True})
     with tempfile.NamedTemporaryFile() as times:
@@ -60,22 +62,22 @@ def bystander(url: str) -> Iterator[Bystander]:
             process.wait()
 
 
-def forget_peak() -> None:
-    """Begin to count this process's `peak_bytes` again."""
-    Path("/proc/self/clear_refs").write_text("5")
+def forget_peak(process: int | str = "self") -> None:
+    """Begin to count a process's `peak_bytes` again."""
+    Path(f"/proc/{process}/clear_refs").write_text("5")
 
 
-def peak_bytes() -> int:
-    """The most memory that this process has had since."""
-    return _kilobytes("VmHWM") << 10
+def peak_bytes(process: int | str = "self") -> int:
+    """The most memory that a process has had since."""
+    return _kilobytes("VmHWM", process) << 10
 
 
-def memory_bytes() -> int:
-    """The memory that this process has now."""
-    return _kilobytes("VmRSS") << 10
+def memory_bytes(process: int | str = "self") -> int:
+    """The memory that a process has now."""
+    return _kilobytes("VmRSS", process) << 10
 
 
-def _kilobytes(name: str) -> int:
-    found = re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+def _kilobytes(name: str, process: int | str) -> int:
+    found = re.search(rf"{name}:\s+(\d+) kB", Path(f"/proc/{process}/status").read_text())
     assert found is not None
     return int(found[1])
