@@ -303,7 +303,8 @@ def run_batch(
             job = BatchJob(engine, served, partial(read_lines, text), results, bar)
             job.run()
         logger.info(
-            "%d lines answered and %d refused in this run, %d tokens; results in %s",
+            "%d/%d lines: %d lines answered and %d refused in this run, %d tokens; results in %s",
+            *(results.num_done, total),
             *(job.counts["answered"], job.counts["refused"], job.counts["tokens"]),
             output,
         )
