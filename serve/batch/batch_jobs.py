@@ -18,7 +18,6 @@ from apt_jax.engine_config import EngineConfig
 from apt_jax.output import Output
 from apt_jax.progress import is_hidden
 from apt_jax.request import OFFLINE_SLO
-from apt_jax.scheduling.policies.catalogue import make_policy
 from apt_jax.serve.batch.batch_file import (
     MAX_LINE_BYTES,
     Line,
@@ -281,7 +280,6 @@ def run_batch(
         ValueError, OSError: files or model cannot be used; one sentence.
     """
     check_files(source, output)
-    make_policy(config.scheduling_policy)
     with readable_twice(source) as text, ResultFile(output) as results:
         total, done = count_lines(text), results.num_done
         if all(results.is_done(line) for line in read_lines(text)):
