@@ -10,6 +10,7 @@ from functools import partial
 import pytest
 from tqdm import tqdm
 
+from apt_jax.engine_config import EngineConfig
 from apt_jax.request import FinishReason
 from apt_jax.serve.batch.batch_file import MAX_LINE_BYTES, ResultFile, count_lines, read_lines
 from apt_jax.serve.batch.batch_jobs import BatchJob, run_batch
@@ -256,14 +257,14 @@ def test_a_finished_job_does_not_load_the_model(tmp_path, caplog):
     source, output = write(tmp_path / "in.jsonl", line("a")), tmp_path / "out.jsonl"
     answer(source, output)
     with caplog.at_level(logging.INFO):
-        assert run_batch(source, output, "/no/such/model", None, LoadOptions(), None) == 0
+        assert run_batch(source, output, "/no/such/model", None, LoadOptions(), EngineConfig()) == 0
     assert "all 1 lines" in caplog.text
 
 
 def test_input_as_output_is_refused(tmp_path):
     source = write(tmp_path / "in.jsonl", line("a"))
     with pytest.raises(ValueError, match="is both input and output"):
-        run_batch(source, source, None, None, LoadOptions(), None)
+        run_batch(source, source, None, None, LoadOptions(), EngineConfig())
 
 
 def failing(engine, on_text, times):
