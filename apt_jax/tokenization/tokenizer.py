@@ -172,7 +172,7 @@ class Tokenizer:
         """Where the piece that begins `at` may end without changing a token: at the end of a word of Latin letters."""
         if self._longest_bytes is None:
             return len(text)
-        for found in _WORD_END.finditer(text, at + PIECE_CHARS):
+        for found in _WORD_END.finditer(text, at + PIECE_CHARS, at + MAX_PIECE_CHARS + 1):  # the search holds the lock
             end = found.start()
             longest = max(map(len, self._added), default=0)
             around = text[max(end - longest, 0) : end + longest]

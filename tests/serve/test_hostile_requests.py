@@ -23,7 +23,7 @@ from tests.support.steady_engine import SteadyEngine
 TEMPLATE = "{% for a in messages %}{{ a.content }}{% for b in messages %}{% endfor %}{% endfor %}."
 ATTEMPTS = 3
 BASELINE_S = 0.2
-LOOP_ROUNDS = 3_000_000  # about a tenth of a second
+LOOP_ROUNDS = 5_000_000  # about a tenth of a second
 SLACK_BYTES = 12 * MB  # threads' stacks, and what allocators keep
 
 

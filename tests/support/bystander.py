@@ -25,13 +25,15 @@ with open(path, "ab", buffering=0) as times:
         while s.recv(65536):
             times.write(struct.pack("d", time.monotonic()))
 """
+LIMIT_S = 60.0
 
 
 class Bystander:
     """What the stream saw."""
 
-    def __init__(self, times: Path):
+    def __init__(self, times: Path, process: "subprocess.Popen[bytes]"):
         self._times = times
+        self._process = process
 
     @property
     def seen(self) -> list[float]:
@@ -41,7 +43,11 @@ class Bystander:
 
     def worst_gap_s(self, began_s: float, ended_s: float) -> float:
         """The longest time without anything within a span, waiting until the stream goes on after it."""
+        limit_s = time.monotonic() + LIMIT_S
         while not (seen := self.seen) or seen[-1] < ended_s:
+            assert time.monotonic() < limit_s, (
+                f"the stream has stopped; its client's exit code is {self._process.poll()}"
+            )
             time.sleep(0.005)
         times = [began_s, *(at for at in seen if at >= began_s)]
         return max(b - a for a, b in itertools.pairwise(times) if a <= ended_s)
@@ -56,7 +62,7 @@ def bystander(url: str) -> Iterator[Bystander]:
         command = [sys.executable, "-S", "-E", "-c", READER, host, port, body, times.name]
         process = subprocess.Popen(command)
         try:
-            yield Bystander(Path(times.name))
+            yield Bystander(Path(times.name), process)
         finally:
             process.kill()
             process.wait()
