@@ -89,7 +89,7 @@ def test_pools_by_head_hold_what_the_tables_name():
     inputs = inputs._replace(layers=1)
     blocks, (q, keys, values, table, _, length) = kernel_runs._by_head(inputs, 12)
     assert blocks == 4 and keys.shape == (12, 4, 16, 64) and (length == 32).all() and q is inputs.queries
-    for ours, theirs in ((keys, inputs.first), (values, inputs.second)):
+    for ours, theirs in ((keys, inputs.key_blocks), (values, inputs.value_blocks)):
         gathered = ours[:, table].transpose(1, 2, 3, 0, 4).reshape(2, 2, 16, 768)
         assert (gathered == inputs.pool[theirs]).all()
 

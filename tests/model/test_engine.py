@@ -304,7 +304,7 @@ def test_stop_strings_before_min_tokens_are_text_like_any_other(engine):
     class Letters:
         """One character per token."""
 
-        def detokenizer(self, skip_special_tokens):
+        def detokenizer(self, skip_special_tokens, prompt_token_ids):
             return self
 
         def push(self, token_ids):

@@ -250,7 +250,7 @@ def stop_together(path, start, number):
 
 
 def test_of_many_servers_that_stop_at_the_same_time_none_loses_a_request(tmp_path):
-    context = multiprocessing.get_context("fork")
+    context = multiprocessing.get_context("spawn")  # JAX may be in this process, with threads
     path, start = tmp_path / "left.jsonl", context.Event()
     servers = [context.Process(target=stop_together, args=(path, start, number)) for number in range(4)]
     for server in servers:
