@@ -46,7 +46,7 @@ def build_engine(
     """Load a model (None: the bundled demo) and its tokenizer and make an engine of them; compiles nothing.
 
     A model folder without a tokenizer gives an engine that takes token ids only. `on_phase` is called with each phase
-    that has ended: "weights", "tokenizer", "kernels", "memory". Of several processes (`jax.distributed`) only process
+    that has ended: "kernels", "weights", "tokenizer", "memory". Of several processes (`jax.distributed`) only process
     0 gets an engine; in the others this runs what process 0 runs, and exits when that ends. `leader_host` is where
     they reach process 0;
     default: the address of its route to other machines.
@@ -67,6 +67,8 @@ def build_engine(
     store = TokenizerStore(cache / "tokenizers")
     named = None if tokenizer is None else load_tokenizer(folder, tokenizer, revision, store)  # it may not be there
     generation = read_generation_config(folder, generation_config)
+    compile_kernels(engine_config.attention_backend, cpp_kernels=platform.cpp_kernels, num_devices=devices)
+    on_phase("kernels")
     loaded = load_model(
         str(folder), load_format=load_format, dtype=engine_config.dtype, revision=revision, seed=engine_config.seed,
         parallel=parallel,
@@ -78,8 +80,6 @@ def build_engine(
     on_phase("weights")
     text = named or load_tokenizer(loaded.folder, None, revision, store)
     on_phase("tokenizer")
-    compile_kernels(engine_config.attention_backend, cpp_kernels=platform.cpp_kernels, num_devices=devices)
-    on_phase("kernels")
     setup = set_up(loaded.weights, with_end_ids(loaded.config, generation, text), engine_config)
     on_phase("memory")
     if processes > 1:

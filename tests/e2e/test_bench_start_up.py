@@ -54,5 +54,5 @@ def test_the_server_tells_where_its_start_went(tmp_path):
             process.wait(60)
     assert found is not None
     phases = dict(part.rsplit(" ", 1) for part in found[2].split(", "))
-    assert list(phases) == ["Python", "imports", "weights", "tokenizer", "kernels", "memory", "programs", "measuring"]
+    assert list(phases) == ["Python", "imports", "kernels", "weights", "tokenizer", "memory", "programs", "measuring"]
     assert sum(map(float, phases.values())) == pytest.approx(float(found[1]), abs=0.4)
