@@ -52,16 +52,12 @@ class EngineFigures:
         return self.num_blocks - self.blocks["free"]
 
 
-class ServingEngine(Protocol):
-    """Generates for many requests at once. Synchronous; only the counts may be read from other threads."""
+class EngineFacts(Protocol):
+    """Facts that requests are checked against. `Engine` has them, and so has a replica's report about its engine."""
 
     @property
     def config(self) -> EngineConfig:
         """With every default filled in."""
-
-    @property
-    def model_config(self) -> ModelConfig:
-        """The model's shape."""
 
     @property
     def tokenizer(self) -> "Tokenizer | None":
@@ -78,6 +74,14 @@ class ServingEngine(Protocol):
     @property
     def fingerprint(self) -> str:
         """Of the weights; empty if it is not known."""
+
+
+class ServingEngine(EngineFacts, Protocol):
+    """Generates for many requests at once. Synchronous; only the counts may be read from other threads."""
+
+    @property
+    def model_config(self) -> ModelConfig:
+        """The model's shape."""
 
     @property
     def max_num_seqs(self) -> int:

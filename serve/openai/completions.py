@@ -3,12 +3,12 @@
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from apt_jax.engine.interface import EngineFacts
 from apt_jax.output import Output, TokenLogprobs
 from apt_jax.request import FinishReason
 from apt_jax.serve.errors import BadRequest
 from apt_jax.serve.openai.generation import Choice, Generation, ServedModel, check_length, finite
 from apt_jax.serve.openai.requests import CompletionRequest
-from apt_jax.serve.runtime.backend import EngineFacts
 from apt_jax.serve.runtime.samples import Sample
 from apt_jax.tokenization.token_texts import TokenText, shown
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from pydantic_core import to_json
 
+from apt_jax.engine.interface import EngineFacts
 from apt_jax.output import ContextExceeded, Output, TokenLogprobs
 from apt_jax.request import FinishReason, Request, Slo
 from apt_jax.serve.errors import BadRequest, ContextTooLong, EngineFailure, ModelNotFound
@@ -22,7 +23,6 @@ from apt_jax.serve.openai.replies import PromptTokenLogprob
 from apt_jax.serve.openai.requests import GenerationRequest, bad_request, slo_of
 from apt_jax.serve.openai.slo_report import slo_report
 from apt_jax.serve.openai.sse import event
-from apt_jax.serve.runtime.backend import EngineFacts
 from apt_jax.serve.runtime.samples import Sample, fan_out
 from apt_jax.tokenization.token_texts import ByteTokenTexts, TokenTexts
 

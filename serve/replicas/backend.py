@@ -5,6 +5,7 @@ import dataclasses
 import logging
 from collections.abc import Callable, Sequence
 
+from apt_jax.engine.interface import EngineFacts
 from apt_jax.routing.catalogue import make_router
 from apt_jax.serve.errors import NotReady
 from apt_jax.serve.replicas.fleet import Fleet
@@ -14,7 +15,6 @@ from apt_jax.serve.replicas.messages import EngineSpec
 from apt_jax.serve.replicas.options import RayOptions, ReplicaOptions, ray_arguments
 from apt_jax.serve.replicas.ray_session import RayHandle, connect, disconnect
 from apt_jax.serve.replicas.replica import Handle
-from apt_jax.serve.runtime.backend import EngineFacts
 from apt_jax.serve.runtime.group import Group
 from apt_jax.serve.runtime.observer import Observer
 from apt_jax.serve.runtime.samples import Sample

@@ -10,13 +10,13 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from apt_jax.engine.interface import EngineFacts
 from apt_jax.output import Output, QueueFull
 from apt_jax.routing.interface import Router
 from apt_jax.serve.errors import EngineFailure, NotReady
 from apt_jax.serve.replicas.messages import Abort, Accepted, Brought, Event, Refused, Report
 from apt_jax.serve.replicas.replica import Replica, ReplicaStatus
 from apt_jax.serve.replicas.route import Route
-from apt_jax.serve.runtime.backend import EngineFacts
 from apt_jax.serve.runtime.group import Group
 from apt_jax.serve.runtime.observer import Observer, Stepped
 from apt_jax.serve.runtime.samples import Sample

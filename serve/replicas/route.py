@@ -8,11 +8,11 @@ from typing import Protocol
 import numpy as np
 
 from apt_jax.cache import CacheKind
+from apt_jax.engine.interface import EngineFacts
 from apt_jax.output import Output
 from apt_jax.request import FinishReason, Request, Slo
 from apt_jax.routing.interface import RouteRequest
 from apt_jax.serve.replicas.messages import Brought, Command, Submit
-from apt_jax.serve.runtime.backend import EngineFacts
 from apt_jax.serve.runtime.group import Group
 from apt_jax.serve.runtime.samples import Sample
 

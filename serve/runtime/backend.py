@@ -1,40 +1,13 @@
 """The interface between HTTP and generation: one engine in a thread of this process, or several behind a router."""
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Protocol
+from collections.abc import Sequence
+from typing import Protocol
 
-from apt_jax.engine_config import EngineConfig
+from apt_jax.engine.interface import EngineFacts
 from apt_jax.serve.runtime.group import Group
 from apt_jax.serve.runtime.observer import Observer
 from apt_jax.serve.runtime.samples import Sample
 from apt_jax.serve.runtime.status import EngineStatus, WatchLimits
-
-if TYPE_CHECKING:
-    from apt_jax.tokenization.tokenizer import Tokenizer
-
-
-class EngineFacts(Protocol):
-    """Facts that requests are checked against. `Engine` has them, and so has a replica's report about its engine."""
-
-    @property
-    def config(self) -> EngineConfig:
-        """With every default filled in."""
-
-    @property
-    def tokenizer(self) -> "Tokenizer | None":
-        """None takes token ids only."""
-
-    @property
-    def max_model_len(self) -> int:
-        """Tokens of prompt and answer together."""
-
-    @property
-    def sampling_defaults(self) -> Mapping[str, float]:
-        """The model's own, as keywords of `SamplingParams`, for requests that do not say otherwise."""
-
-    @property
-    def fingerprint(self) -> str:
-        """Of the weights; empty if it is not known."""
 
 
 class Backend(Protocol):
