@@ -7,6 +7,7 @@ import numbers
 import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from functools import cached_property
 
 from apt_jax.cache import BlockTable, CacheKind
 
@@ -14,24 +15,46 @@ MAX_LOGIT_BIAS = 300  # OpenAI's limit
 MAX_STOP_TOKEN_IDS = 64
 MAX_LOGPROBS = 20
 MAX_SAMPLES = 128
+DEFAULT_STALL_S = 1.0  # the longest gap that a request with tight promises may have, unless it says so itself
 
 
 @dataclass(frozen=True)
 class Slo:
-    """Latency SLO of one request, in seconds."""
+    """Latency SLO of one request, in seconds.
+
+    Attributes:
+        ttft_s: limit of the time from arrival to the first token.
+        tbt_s: limit of the 99th percentile of the gaps between tokens.
+        stall_s: limit of every single gap, for the strict reading; None: see `stall_limit_s`.
+    """
 
     ttft_s: float = 1.0
     tbt_s: float = 1.0
+    stall_s: float | None = None
 
     def __post_init__(self) -> None:
-        for name in ("ttft_s", "tbt_s"):
+        for name in ("ttft_s", "tbt_s", "stall_s"):
             value = getattr(self, name)
-            if not 0 < value < math.inf:
+            if value is not None and not 0 < value < math.inf:
                 raise ValueError(f"slo {name}={value} must be > 0 seconds")
 
+    @cached_property
+    def stall_limit_s(self) -> float:
+        """Longest gap that strict attainment allows: `stall_s`, else `tbt_s` or, if larger, `ttft_s` up to 1 s."""
+        if self.stall_s is not None:
+            return self.stall_s
+        return max(self.tbt_s, min(self.ttft_s, DEFAULT_STALL_S))
+
     def is_kept(self, ttft_s: float, gaps_s: Sequence[float]) -> bool:
-        """Whether a request with this first-token time and these gaps between tokens attains it."""
+        """Whether a request with this first-token time and these gaps attains it as the paper reads it.
+
+        The paper's reading forgives one gap in a hundred, however long.
+        """
         return ttft_s <= self.ttft_s and p99_gap_s(gaps_s) <= self.tbt_s
+
+    def is_kept_strictly(self, ttft_s: float, gaps_s: Sequence[float]) -> bool:
+        """Whether it attains it with no gap longer than `stall_limit_s`."""
+        return self.is_kept(ttft_s, gaps_s) and max(gaps_s, default=0.0) <= self.stall_limit_s
 
 
 # Offline nobody waits for single tokens: a day, so that only the throughput counts and order still does.
@@ -208,6 +231,7 @@ class FinishReason(enum.Enum):
     LENGTH = "length"
     ABORT = "abort"
     ERROR = "error"
+    ABANDONED = "abandoned"  # ended by the policy, since its SLO could no longer be kept
 
 
 @dataclass(eq=False)
@@ -244,6 +268,7 @@ class Request:
     last_token_s: float | None = None
     gaps_s: list[float] = field(default_factory=list)
     num_late_gaps: int = 0  # those longer than the SLO's
+    num_stalls: int = 0  # those longer than the SLO's stall limit
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -297,8 +322,18 @@ class Request:
         return p99_gap_s(self.gaps_s)
 
     @property
+    def longest_gap_s(self) -> float:
+        """The longest gap between its tokens; 0 without a gap."""
+        return max(self.gaps_s, default=0.0)
+
+    @property
     def attained(self) -> bool:
-        """Whether it finished within its SLO, without an error or abort."""
+        """Whether it finished within its SLO as the paper reads it, without an error or abort."""
         if self.finish_reason not in (FinishReason.STOP, FinishReason.LENGTH) or self.ttft_s is None:
             return False
         return self.slo.is_kept(self.ttft_s, self.gaps_s)
+
+    @property
+    def attained_strictly(self) -> bool:
+        """Whether it attained its SLO and no gap was longer than the stall limit."""
+        return self.attained and self.longest_gap_s <= self.slo.stall_limit_s

@@ -193,7 +193,7 @@ class Engine:
         now = self._clock()
         self.last_plan = plan = self._plan(now)
         self._counts.schedule_s = self._clock() - now
-        if plan.scheduled or plan.preempted or plan.converted:
+        if not plan.is_empty:
             self._dispatch(plan, now)
         elif not self._inflight and self.state.num_unfinished:
             self._give_up()
@@ -241,6 +241,8 @@ class Engine:
             return Plan()
 
     def _dispatch(self, plan: Plan, now: float) -> None:
+        for abandoned in plan.abandoned:  # first, so that each is reported whatever becomes of the rest
+            self._end(abandoned.request, FinishReason.ABANDONED)
         spans: list[Span] = []
         try:
             spans = self.state.apply(plan, now)

@@ -34,6 +34,7 @@ class Reason(enum.Enum):
     WAITS_FOR_DECODE = "waits because this iteration decodes"
     WAITS_LATE = "waits because it is past its SLO and was demoted"
     WAITS_BEHIND = "waits behind an earlier request"
+    ABANDONED_LATE = "abandoned because its SLO can no longer be kept"
 
 
 class Scheduled(NamedTuple):
@@ -80,18 +81,27 @@ class Waited:
 
 
 @dataclass(frozen=True)
+class Abandoned:
+    """End a waiting or running request for good, before anything else of the plan; it counts as missed."""
+
+    request: Request
+    reason: Reason
+
+
+@dataclass(frozen=True)
 class Plan:
-    """One iteration. Applied in the order: preempted, converted, scheduled."""
+    """One iteration. Applied in the order: abandoned, preempted, converted, scheduled."""
 
     scheduled: tuple[Scheduled, ...] = ()
     preempted: tuple[Preempted, ...] = ()
     converted: tuple[Converted, ...] = ()
     waited: tuple[Waited, ...] = ()
+    abandoned: tuple[Abandoned, ...] = ()
 
     @property
     def is_empty(self) -> bool:
         """Whether it changes nothing."""
-        return not (self.scheduled or self.preempted or self.converted)
+        return not (self.scheduled or self.preempted or self.converted or self.abandoned)
 
     @property
     def num_tokens(self) -> int:
@@ -100,6 +110,8 @@ class Plan:
 
     def decisions(self) -> Iterator[tuple[str, Request, Reason]]:
         """What was decided about each request, in the order it is applied, then those that wait."""
+        for abandoned in self.abandoned:
+            yield "abandoned", abandoned.request, abandoned.reason
         for preempted in self.preempted:
             yield "preempted", preempted.request, preempted.reason
         for converted in self.converted:

@@ -48,6 +48,7 @@ def plan_dict(number: int, now: float, plan: Plan) -> dict[str, Any]:
         ],
         "preempted": [{"request": p.request.request_id, "reason": p.reason.value} for p in plan.preempted],
         "converted": [{"request": c.request.request_id, "reason": c.reason.value} for c in plan.converted],
+        "abandoned": [{"request": a.request.request_id, "reason": a.reason.value} for a in plan.abandoned],
         "waited": [
             {"requests": [request.request_id for request in w.requests], "reason": w.reason.value} for w in plan.waited
         ],

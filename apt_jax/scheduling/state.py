@@ -88,6 +88,8 @@ class SchedulerState:
             OutOfBlocks: the policy planned past the pool.
         """
         self.plans.record(plan, now)
+        for abandoned in plan.abandoned:
+            self.finish(abandoned.request, FinishReason.ABANDONED)
         for preempted in plan.preempted:
             self._preempt(preempted.request)
         for converted in plan.converted:
@@ -115,6 +117,8 @@ class SchedulerState:
             request.gaps_s.append(gap_s)
             if gap_s > request.slo.tbt_s:
                 request.num_late_gaps += 1
+            if gap_s > request.slo.stall_limit_s:
+                request.num_stalls += 1
         request.last_token_s = now
         generated = len(output)
         if generated >= params.min_tokens:

@@ -52,6 +52,7 @@ class Instance:
         self._policy, self._cost_model, self._on_plan = policy, cost_model, on_plan
         self._output_tokens: list[int] = []  # by arrival number; the policy never sees it
         self._spans: list[Span] = []
+        self._abandoned: list[Request] = []
         self._start_s = self._end_s = 0.0
         self._report: InstanceLoad | None = None
 
@@ -70,13 +71,16 @@ class Instance:
             self._on_plan(plan, now)
         self._report = None
         self._spans = self.state.apply(plan, now)
+        self._abandoned = [abandoned.request for abandoned in plan.abandoned]
         self._start_s, self._end_s = now, now + self._cost_model.step_s(step_load(plan, self._spans))
         self.is_busy = True
         return self._end_s
 
     def end(self) -> list[Request]:
-        """Commit the iteration's tokens; the requests that finished."""
-        state, now, finished = self.state, self._end_s, []
+        """Commit the iteration's tokens; the requests that finished, those that its plan abandoned included."""
+        state, now, finished = self.state, self._end_s, self._abandoned
+        for request in finished:
+            self._policy.finished(request, now)
         for span in self._spans:
             if not span.samples:
                 continue

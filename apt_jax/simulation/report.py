@@ -6,7 +6,6 @@ from dataclasses import asdict, dataclass
 import numpy as np
 
 from apt_jax.cache import KINDS
-from apt_jax.request import Request
 from apt_jax.simulation.simulator import Outcome
 
 
@@ -63,9 +62,9 @@ def summarise(
 ) -> Report:  # fmt: skip
     """The report of a finished simulation."""
     requests = outcome.requests
-    ttft = np.array([r.ttft_s for r in requests], np.float64)
+    ttft = np.array([r.ttft_s for r in requests if r.ttft_s is not None], np.float64)
     gaps = np.concatenate([np.zeros(0), *(np.array(r.gaps_s) for r in requests)])
-    queue = np.array([_first_scheduled(r) - r.arrival_s for r in requests])
+    queue = np.array([r.first_scheduled_s - r.arrival_s for r in requests if r.first_scheduled_s is not None])
     samples = outcome.samples
     seconds = np.array([s.end_s - s.start_s for s in samples])
     busy = max(float(seconds.sum()), 1e-12)
@@ -108,11 +107,6 @@ def summarise(
 def _share(flags: Iterable[bool]) -> float:
     values = list(flags)
     return sum(values) / len(values)
-
-
-def _first_scheduled(request: Request) -> float:
-    assert request.first_scheduled_s is not None
-    return request.first_scheduled_s
 
 
 def _quantile(values: np.ndarray, percent: float) -> float:

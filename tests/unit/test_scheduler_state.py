@@ -4,7 +4,7 @@ import pytest
 
 from apt_jax.cache import CacheKind
 from apt_jax.request import FinishReason, Request, SamplingParams, Slo, Status
-from apt_jax.scheduling.plan import Converted, Plan, Preempted, Reason, Scheduled, Waited
+from apt_jax.scheduling.plan import Abandoned, Converted, Plan, Preempted, Reason, Scheduled, Waited
 from apt_jax.scheduling.plan_log import PlanLog
 from apt_jax.scheduling.state import Limits
 from tests.support.scheduling_loop import make_state, request
@@ -131,11 +131,12 @@ def test_a_plan_for_no_token_or_more_than_there_are_is_a_bug(tokens):
 
 def test_gaps_longer_than_the_promise_are_counted_and_the_limit_is_kept():
     state = make_state(40)
-    running = wait(state, "a", slo=Slo(1.0, 0.5))
+    running = wait(state, "a", slo=Slo(1.0, 0.5, stall_s=0.75))
     admit(state, running)
     for now in (1.0, 1.5, 2.25, 2.5, 3.5):  # gaps of 0.5, 0.75, 0.25 and 1.0
         generate(state, running, 1, prompt_done=now == 1.0, now=now)
     assert running.gaps_s == [0.5, 0.75, 0.25, 1.0] and running.num_late_gaps == 2
+    assert (running.longest_gap_s, running.num_stalls) == (1.0, 1)
     assert (running.first_token_s, running.last_token_s, running.ttft_s) == (1.0, 3.5, 1.0)
     assert running.pending_s(4.0) == 0.5
 
@@ -193,7 +194,68 @@ def test_a_promise_of_1_and_half_a_second_is_kept_at_its_limits(ttft_s, gaps_s, 
 
 
 def test_the_promise_is_a_second_each_where_nothing_is_said():
-    assert Slo() == Slo(ttft_s=1.0, tbt_s=1.0)
+    assert Slo() == Slo(ttft_s=1.0, tbt_s=1.0, stall_s=None) and Slo().stall_limit_s == 1.0
+
+
+@pytest.mark.parametrize(
+    ("slo", "limit_s"),
+    [
+        (Slo(0.5, 0.05), 0.5), (Slo(30.0, 0.05), 1.0), (Slo(0.5, 0.75), 0.75), (Slo(30.0, 5.0), 5.0),
+        (Slo(30.0, 5.0, stall_s=0.25), 0.25), (Slo(0.5, 0.05, 60.0), 60.0),
+    ],
+)  # fmt: skip
+def test_the_longest_gap_that_the_strict_reading_allows(slo, limit_s):
+    assert slo.stall_limit_s == limit_s
+    gaps_s = [0.01] * 200 + [limit_s]
+    assert slo.is_kept_strictly(slo.ttft_s, gaps_s) and not slo.is_kept_strictly(slo.ttft_s + 0.001, gaps_s)
+    assert slo.is_kept_strictly(0.0, [])
+    gaps_s[50] = limit_s + 0.001
+    assert slo.is_kept(slo.ttft_s, gaps_s) and not slo.is_kept_strictly(slo.ttft_s, gaps_s)
+
+
+def test_a_stall_limit_above_the_gap_promise_does_not_loosen_it():
+    slo = Slo(1.0, 0.5, stall_s=2.0)
+    assert slo.is_kept_strictly(1.0, [0.1] * 99 + [2.0]) and not slo.is_kept_strictly(1.0, [0.1] * 98 + [2.0])
+
+
+@pytest.mark.parametrize("reason", FinishReason)
+def test_only_what_ended_by_itself_attains(reason):
+    done = request(slo=Slo(1.0, 0.5))
+    done.finish_reason, done.first_token_s, done.gaps_s = reason, 1.0, [0.1] * 100
+    by_itself = reason in (FinishReason.STOP, FinishReason.LENGTH)
+    assert (done.attained, done.attained_strictly) == (by_itself, by_itself)
+    done.gaps_s[3] = 60.0
+    assert (done.attained, done.attained_strictly, done.longest_gap_s) == (by_itself, False, 60.0)
+
+
+def test_an_abandoned_request_ends_before_the_rest_of_the_plan_and_its_blocks_serve_that():
+    state = make_state(4)
+    running, waiting, other = run(state, "a", 8), wait(state, "b", 5), wait(state, "c", 5)
+    entry = Scheduled(waiting, 5, KV, Reason.ADMITTED_KV)
+    given_up = tuple(Abandoned(r, Reason.ABANDONED_LATE) for r in (running, other))
+    plan = Plan((entry,), abandoned=given_up)
+    state.apply(plan, 2.0)  # its four blocks are all there are
+    state.check()
+    for request_ in (running, other):
+        assert (request_.status, request_.finish_reason) == (Status.FINISHED, FinishReason.ABANDONED)
+        assert request_.table is None and not request_.attained
+    assert names(state.running) == ["b"] and not state.waiting and state.pool.num_free == 0
+    assert [(action, r.request_id) for action, r, _ in plan.decisions()] == [
+        ("abandoned", "a"), ("abandoned", "c"), ("scheduled", "b"),
+    ]  # fmt: skip
+    assert not Plan(abandoned=given_up).is_empty
+    assert state.plans.as_dicts()[-1]["abandoned"] == [
+        {"request": name, "reason": "abandoned because its SLO can no longer be kept"} for name in "ac"
+    ]
+
+
+def test_a_token_in_flight_of_an_abandoned_request_is_dropped():
+    state = make_state(40)
+    running = run(state, "a")
+    (span,) = state.apply(Plan((Scheduled(running, 1, KV, Reason.DECODES),)), 0.0)
+    state.apply(Plan(abandoned=(Abandoned(running, Reason.ABANDONED_LATE),)), 0.1)
+    assert state.commit(span.request, 7, 0.2) is FinishReason.ABANDONED
+    assert running.output_token_ids == [5] and running.num_inflight_tokens == 0
 
 
 def test_the_plan_log_keeps_the_newest_64_and_their_numbers():

@@ -10,7 +10,10 @@ from apt_jax.engine_config import EngineConfig
 from apt_jax.request import FinishReason, Slo
 from apt_jax.scheduling.costs.cost_model import CostModel
 from apt_jax.scheduling.costs.hardware import HARDWARE, MODELS
+from apt_jax.scheduling.plan import Abandoned, Plan, Reason
 from apt_jax.scheduling.policies.catalogue import make_policy
+from apt_jax.scheduling.policies.fcfs import Fcfs
+from apt_jax.scheduling.policies.interface import PolicyContext
 from apt_jax.scheduling.state import Limits
 from apt_jax.simulation import experiment
 from apt_jax.simulation.experiment import Experiment
@@ -35,10 +38,10 @@ ARRIVALS = [Arrival(1.0, 4, 3), Arrival(1.5, 4, 2), Arrival(2.0, 4, 1)]
 
 
 class Costs(CostModel):
-    """A second for an iteration with a prompt, a quarter for one that only decodes."""
+    """A second for an iteration with a prompt, a quarter for one that only decodes, nothing for an empty one."""
 
     def step_s(self, load):
-        return 1.0 if load.prefill_tokens else 0.25
+        return 1.0 if load.prefill_tokens else 0.25 * bool(load.decode_requests)
 
 
 SECONDS = Costs(MODELS["opt-125m"], HARDWARE["h200"])
@@ -49,6 +52,42 @@ def timeline(mode="kv", slo=None, **options):
         ARRIVALS, make_policy("fcfs"), cost_model=SECONDS, num_blocks=20, limits=Limits(8, 4, mode), block_size=4,
         slo=slo, max_model_len=32, **options,
     )  # fmt: skip
+
+
+class GivesUp(Fcfs):
+    """First come, first served; gives up what has waited `after_s` for its next token."""
+
+    def __init__(self, after_s):
+        super().__init__(PolicyContext())
+        self.after_s, self.ended = after_s, []
+
+    def schedule(self, state, now):
+        late = [r for r in (*state.waiting, *state.running) if r.pending_s(now) >= self.after_s]
+        for each in late:
+            return Plan(abandoned=(Abandoned(each, Reason.ABANDONED_LATE),))
+        return super().schedule(state, now)
+
+    def finished(self, request, now):
+        self.ended.append((request.request_id, now))
+
+
+def test_abandoned_requests_end_at_once_and_count_as_missed():
+    policy = GivesUp(1.0)
+    outcome = simulate(
+        ARRIVALS, policy, cost_model=SECONDS, num_blocks=20, limits=Limits(8, 4, "kv"), block_size=4,
+        slo=Slo(3.0, 3.0), max_model_len=32,
+    )  # fmt: skip
+    assert policy.ended == [
+        ("r2", 3.0),
+        ("r0", 3.0),
+        ("r1", 3.25),
+    ]  # at 3.0 c has waited, and a has its token since 2.0
+    a, b, c = outcome.requests
+    assert [r.finish_reason for r in (a, b, c)] == [FinishReason.ABANDONED, FinishReason.STOP, FinishReason.ABANDONED]
+    assert (a.ttft_s, a.gaps_s, c.ttft_s, c.first_scheduled_s) == (1.0, [], None, None)
+    report = summarise(outcome, policy="own", cache_mode="kv", hidden_attention="", rate=1.0, num_blocks=20)
+    assert report.attainment == 1 / 3 and outcome.makespan_s == 3.25
+    assert (report.p99_ttft_s, report.p99_queue_s) == (1.5, 0.5)
 
 
 def test_the_timeline_of_three_requests():
