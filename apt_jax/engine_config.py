@@ -5,6 +5,7 @@ from typing import Literal
 
 from apt_jax.cache import CacheMode
 from apt_jax.ranges import check_at_least, check_finite, check_greater
+from apt_jax.request import Slo
 
 AttentionBackend = Literal["auto", "xla", "pallas", "native"]
 
@@ -37,6 +38,9 @@ class EngineConfig:
     """Default SLO for the time to the first token, in milliseconds."""
     tbt_slo_ms: float = 1000.0
     """Default SLO for the 99th percentile of a request's gaps between tokens, in milliseconds."""
+    stall_slo_ms: float | None = None
+    """Default SLO for every single gap, in milliseconds, which strict attainment adds; default: the larger of
+    --tbt-slo-ms and the smaller of --ttft-slo-ms and 1000."""
     max_num_queued_reqs: int = 1024
     """Maximum number of waiting requests; further ones get 503."""
     tensor_parallel_size: int = 1
@@ -61,8 +65,14 @@ class EngineConfig:
         check_at_least(self, 1, ("block_size", "tensor_parallel_size", "max_num_queued_reqs"))
         if self.block_size & (self.block_size - 1) or self.block_size > 128:
             raise ValueError(f"block_size={self.block_size} must be a power of two, at most 128")
-        check_greater(self, 0, ("ttft_slo_ms", "tbt_slo_ms"))
+        check_greater(self, 0, ("ttft_slo_ms", "tbt_slo_ms", "stall_slo_ms"))
         if not 0 < self.device_memory_utilization <= 1:
             raise ValueError(
                 f"device_memory_utilization={self.device_memory_utilization} must be greater than 0 and at most 1"
             )
+
+    @property
+    def slo(self) -> Slo:
+        """The SLO of a request that brings none."""
+        stall_s = None if self.stall_slo_ms is None else self.stall_slo_ms / 1e3
+        return Slo(self.ttft_slo_ms / 1e3, self.tbt_slo_ms / 1e3, stall_s)

@@ -68,7 +68,7 @@ class Requests:
             arrival_s=arrival_s,
             max_new_tokens=self._rules.max_new_tokens(len(prompt_token_ids), params),
             eos_token_ids=frozenset(self._rules.model_config.eos_token_ids),
-            slo=slo or Slo(config.ttft_slo_ms / 1e3, config.tbt_slo_ms / 1e3),
+            slo=slo or config.slo,
             priority=priority,
             output_token_ids=list(output_token_ids),
         )

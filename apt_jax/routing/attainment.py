@@ -1,4 +1,4 @@
-"""Recently ended requests, and the share of them that attained their SLO: input of the autoscaler."""
+"""Recently ended requests, and the share of them that attained their SLO strictly: input of the autoscaler."""
 
 import math
 from collections import deque

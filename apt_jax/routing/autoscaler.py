@@ -75,9 +75,10 @@ class Autoscaler:
             loads: the newest reports of instances that take requests.
             num_instances: those that run, those being started included.
             now: seconds of any monotonic clock.
-            attainment: share of the requests finished in the last half minute or so that attained their SLO; None if
-                too few finished. It does not count while an instance is being started: what is missed then is
-                what that one is for. For the same reason the caller forgets what came before an instance was ready.
+            attainment: share of the requests finished in the last half minute or so that attained their SLO
+                strictly; None if too few finished. It does not count while an instance is being started: what is
+                missed then is what that one is for. For the same reason the caller forgets what came before an
+                instance was ready.
             ended_per_s: requests that all instances finished per second in this time. It keeps
                 the number from swinging where memory is free: an instance that was added because SLOs were missed
                 is not removed while the load is much the same.

@@ -89,7 +89,7 @@ class Fleet:
         finished = instance.end()
         for request in finished:
             self._predictor.learn(request)
-            self._attainment.add(now, request.attained)
+            self._attainment.add(now, request.attained_strictly)
         return finished
 
     def instance_s(self, makespan_s: float) -> float:

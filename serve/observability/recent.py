@@ -45,7 +45,7 @@ class Recent(Observer):
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._ended = _Sums(2)  # requests, those that attained their SLO
+        self._ended = _Sums(3)  # requests, those that attained their SLO strictly, and as the paper reads it
         self._tokens = _Sums(1)
         self._batches = _Sums(2)  # steps, requests in them
         self._ttfts: deque[tuple[float, float]] = deque(maxlen=MOST)
@@ -69,20 +69,20 @@ class Recent(Observer):
                 elif output.token_ids and request.ttft_s is not None:
                     self._ttfts.append((now, request.ttft_s))
                 if step.counts(output):
-                    self._ended.add(now, 1, request.attained)
+                    self._ended.add(now, 1, request.attained_strictly, request.attained)
             if tokens:
                 self._tokens.add(now, tokens)
 
     def refused(self) -> None:
         """A request was refused for lack of room or time."""
         with self._lock:
-            self._ended.add(time.monotonic(), 1, 0)
+            self._ended.add(time.monotonic(), 1, 0, 0)
 
     def figures(self) -> dict[str, Any]:
         """The window's figures; None where nothing happened."""
         now = time.monotonic()
         with self._lock:
-            ended, attained = self._ended.of(now)
+            ended, strictly, attained = self._ended.of(now)
             (tokens,) = self._tokens.of(now)
             steps, in_steps = self._batches.of(now)
             ttfts, gaps = (
@@ -91,6 +91,7 @@ class Recent(Observer):
         return {
             "window_s": WINDOW_S,
             "requests": ended,
+            "strict_attainment": strictly / ended if ended else None,
             "attainment": attained / ended if ended else None,
             "tokens_per_s": tokens / WINDOW_S,
             "ttft_ms": _percentiles(ttfts),

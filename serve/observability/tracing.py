@@ -61,7 +61,9 @@ class Tracing(Observer):
                     "gen_ai.usage.prompt_tokens": request.num_prompt_tokens,
                     "gen_ai.usage.completion_tokens": len(request.output_token_ids),
                     "gen_ai.response.finish_reasons": [reason.value],
+                    "apt.slo_attained_strict": request.attained_strictly,
                     "apt.slo_attained": request.attained,
+                    "apt.longest_gap": request.longest_gap_s,
                     "apt.cache_kinds": [kind.value for kind in request.cache_history],
                     "apt.preemptions": request.num_preemptions,
                 }

@@ -124,7 +124,7 @@ class Generation[Body: GenerationRequest]:
             request_id,
             prompts,
             params,
-            slo=slo_of(body.slo, headers or {}, otherwise_slo or default_slo(engine)),
+            slo=slo_of(body.slo, headers or {}, otherwise_slo or engine.config.slo),
             priority=body.priority or 0,
             arrival_s=arrival_s,
         )
@@ -359,11 +359,6 @@ def check_room(prompt_tokens: int, max_tokens: int, max_model_len: int) -> None:
             max_model_len,
         )
         raise ContextTooLong(error, "max_tokens")
-
-
-def default_slo(engine: EngineFacts) -> Slo:
-    """The server's default SLO."""
-    return Slo(engine.config.ttft_slo_ms / 1000, engine.config.tbt_slo_ms / 1000)
 
 
 def as_bad_request(error: ValueError, body: GenerationRequest) -> BadRequest:

@@ -98,6 +98,7 @@ class SloBody(Strict):
 
     ttft_ms: float | None = Field(default=None, ge=MIN_SLO_MS, le=MAX_SLO_MS)
     tbt_ms: float | None = Field(default=None, ge=MIN_SLO_MS, le=MAX_SLO_MS)
+    stall_ms: float | None = Field(default=None, ge=MIN_SLO_MS, le=MAX_SLO_MS)
 
 
 class StreamOptions(Strict):
@@ -254,6 +255,13 @@ class CompletionRequest(GenerationRequest):
         return len(self.prompt)
 
 
+# Parts of an SLO, and the headers that carry each: vLLM's users know the second as TPOT.
+SLO_HEADERS = {
+    "ttft": ("x-slo-ttft-ms",),
+    "tbt": ("x-slo-tbt-ms", "x-slo-tpot-ms"),
+    "stall": ("x-slo-stall-ms",),
+}
+
 SAMPLING_FIELDS = sorted(SamplingParams.field_names())
 
 
@@ -286,19 +294,23 @@ def check_stream(body: GenerationRequest) -> None:
 
 
 def slo_of(body: SloBody | None, headers: Mapping[str, str], default: Slo) -> Slo:
-    """The SLO of a request: its body's `slo`, else the headers x-slo-ttft-ms and x-slo-tbt-ms, else `default`.
+    """The SLO of a request, part by part: its body's `slo`, else the `SLO_HEADERS`, else `default`.
 
     Raises:
-        BadRequest: a header is not a number of milliseconds from MIN_SLO_MS to MAX_SLO_MS, even if it is not needed.
+        BadRequest: a header is not a number of milliseconds from MIN_SLO_MS to MAX_SLO_MS, even if it is not needed,
+            or two spellings of one header differ.
     """
-    chosen = {}
-    for name, fallback in (("ttft", default.ttft_s), ("tbt", default.tbt_s)):
-        in_body = None if body is None else getattr(body, f"{name}_ms")
-        header = f"x-slo-{name}-ms"
-        in_header = _milliseconds(header, headers[header]) if header in headers else None
-        given_ms = in_header if in_body is None else in_body
-        chosen[f"{name}_s"] = fallback if given_ms is None else given_ms / 1000
-    return Slo(**chosen)
+    chosen = {"ttft_s": default.ttft_s, "tbt_s": default.tbt_s, "stall_s": default.stall_s}
+    for part, names in SLO_HEADERS.items():
+        given = {name: _milliseconds(name, headers[name]) for name in names if name in headers}
+        if len({*given.values()}) > 1:
+            both = " and ".join(f"{name}={value:g}" for name, value in given.items())
+            raise BadRequest(f"headers {both} mean the same and differ; send one of them", names[0])
+        in_body = None if body is None else getattr(body, f"{part}_ms")
+        given_ms = next(iter(given.values()), None) if in_body is None else in_body
+        if given_ms is not None:
+            chosen[f"{part}_s"] = given_ms / 1000
+    return Slo(**chosen)  # type: ignore[arg-type]
 
 
 def _milliseconds(name: str, text: str) -> float:

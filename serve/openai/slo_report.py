@@ -3,17 +3,21 @@
 from collections.abc import Sequence
 from typing import TypedDict
 
-from apt_jax.request import Request
+from apt_jax.request import FinishReason, Request
 
 
 class SloReport(TypedDict):
     """Of one sample, or the worst of several; `ttft_ms` is None if no token came."""
 
+    attained_strict: bool
+    attained: bool
+    abandoned: bool
     ttft_ms: float | None
     p99_tbt_ms: float
+    longest_gap_ms: float
     ttft_slo_ms: float
     tbt_slo_ms: float
-    attained: bool
+    stall_slo_ms: float
     cache_kinds: list[str]
     queue_ms: float | None
     preemptions: int
@@ -23,18 +27,23 @@ class SloReport(TypedDict):
 def slo_report(requests: Sequence[Request]) -> SloReport:
     """The report over the samples of one response, which share their SLO. Pure.
 
-    Times are the worst sample's, counts are sums, `attained` is whether all did, and `cache_kinds` is the history of
-    the first sample: the kind it was admitted with, and every change after (conversion, or admission again).
+    Times are the worst sample's, counts are sums, `attained_strict` and `attained` (the paper's reading) are whether
+    all did, `abandoned` is whether any was, and `cache_kinds` is the history of the first sample: the kind it was
+    admitted with, and every change after (conversion, or admission again).
     """
     first = requests[0]
     ttfts = [request.ttft_s for request in requests]
     queued = [None if r.first_scheduled_s is None else r.first_scheduled_s - r.arrival_s for r in requests]
     return {
+        "attained_strict": all(request.attained_strictly for request in requests),
+        "attained": all(request.attained for request in requests),
+        "abandoned": any(request.finish_reason is FinishReason.ABANDONED for request in requests),
         "ttft_ms": _worst_ms(ttfts),
         "p99_tbt_ms": _ms(max(request.p99_gap_s for request in requests)),
+        "longest_gap_ms": _ms(max(request.longest_gap_s for request in requests)),
         "ttft_slo_ms": _ms(first.slo.ttft_s),
         "tbt_slo_ms": _ms(first.slo.tbt_s),
-        "attained": all(request.attained for request in requests),
+        "stall_slo_ms": _ms(first.slo.stall_limit_s),
         "cache_kinds": [kind.value for kind in first.cache_history],
         "queue_ms": _worst_ms(queued),
         "preemptions": sum(request.num_preemptions for request in requests),

@@ -217,7 +217,7 @@ class Keeper:
 
 
 class Endings(Observer):
-    """Reports ended requests to `attainment`."""
+    """Reports ended requests to `attainment`, in the strict reading: one long freeze is a miss."""
 
     def __init__(self, attainment: RecentAttainment):
         self._attainment = attainment
@@ -226,7 +226,7 @@ class Endings(Observer):
         """Take in what ended."""
         for output in step.outputs:
             if step.counts(output):
-                self._attainment.add(step.began_s, output.request.attained)
+                self._attainment.add(step.began_s, output.request.attained_strictly)
 
     def lost(self, samples: Sequence[Sample]) -> None:
         """They missed their SLO."""

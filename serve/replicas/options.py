@@ -82,7 +82,7 @@ class ReplicaOptions:
     router: str = DEFAULT_ROUTER
     """How a replica is chosen for a request: pending-time, least-requests, power-of-two, round-robin, random."""
     target_attainment: float = 0.95
-    """Add a replica when a smaller share of requests than this attains its SLO."""
+    """Add a replica when a smaller share of requests than this attains its SLO strictly (see --stall-slo-ms)."""
     scale_up_delay: float = 5.0
     """Seconds for which more replicas must be needed before one is added."""
     scale_down_delay: float = 60.0

@@ -10,7 +10,7 @@ import numpy as np
 from apt_jax.cache import CacheKind
 from apt_jax.engine.interface import EngineFacts
 from apt_jax.output import Output
-from apt_jax.request import FinishReason, Request, Slo
+from apt_jax.request import FinishReason, Request
 from apt_jax.routing.interface import RouteRequest
 from apt_jax.serve.replicas.messages import Brought, Command, Submit
 from apt_jax.serve.runtime.group import Group
@@ -31,7 +31,7 @@ class Progress:
     def of(cls, sample: Sample, facts: EngineFacts, seed: int, now: float) -> "Progress":
         """A new one. A sample without a seed gets `seed`, so that it can be continued on another replica."""
         params = sample.params if sample.params.seed is not None else dataclasses.replace(sample.params, seed=seed)
-        slo = sample.slo or Slo(facts.config.ttft_slo_ms / 1e3, facts.config.tbt_slo_ms / 1e3)
+        slo = sample.slo or facts.config.slo
         room = max(facts.max_model_len - len(sample.prompt_token_ids), 0)
         request = Request(
             request_id=sample.request_id,

@@ -53,9 +53,9 @@ def test_requests_without_a_seed_get_one_of_the_engine_s(model):
 
 
 def test_what_a_request_does_not_say_is_filled_in(model):
-    engine = new_engine(model, ttft_slo_ms=2500.0, tbt_slo_ms=125.0)
+    engine = new_engine(model, ttft_slo_ms=2500.0, tbt_slo_ms=125.0, stall_slo_ms=750.0)
     plain = engine.add([5], GREEDY, request_id="plain")
-    assert (plain.slo, plain.priority, plain.output_token_ids) == (Slo(2.5, 0.125), 0, [])
+    assert (plain.slo, plain.priority, plain.output_token_ids) == (Slo(2.5, 0.125, 0.75), 0, [])
     own = engine.add(
         [5, 6], GREEDY, request_id="own", slo=Slo(9.0, 8.0), priority=-4, arrival_s=3.5, output_token_ids=[7, 8]
     )

@@ -107,9 +107,9 @@ def test_every_metric_that_is_named_exists(name):
     wire |= {f"{f.name}{end}" for f in FleetMetrics("tiny").registry.collect() for end in endings[f.type]}
     named = set(re.findall(r"\b(?:vllm|apt):[a-z0-9_]+", (ROOT / name).read_text()))
     assert named <= (wire if name.endswith(".json") else wire | set(families))
-    if name in ("docs/operations.md", "deploy/grafana.json"):
+    if name in ("docs/metrics.md", "deploy/grafana.json"):
         assert named, "the names are not found"
-    if name == "docs/operations.md":
+    if name == "docs/metrics.md":
         described = {metric.removesuffix("_total") for metric in named}
         assert set(families) <= described, "a metric is not described"
 

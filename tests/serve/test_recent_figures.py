@@ -57,8 +57,8 @@ def stepped(figures, num_scheduled):
 
 def test_nothing_has_happened():
     assert Recent().figures() == {
-        "window_s": 60.0, "requests": 0, "attainment": None, "tokens_per_s": 0.0, "ttft_ms": None, "tbt_ms": None,
-        "batch_requests": None,
+        "window_s": 60.0, "requests": 0, "strict_attainment": None, "attainment": None, "tokens_per_s": 0.0,
+        "ttft_ms": None, "tbt_ms": None, "batch_requests": None,
     }  # fmt: skip
 
 
@@ -94,6 +94,14 @@ def test_attainment_counts_those_that_ended_failed_and_were_refused(clock):
     brought(figures, output(ended(FinishReason.ERROR), 0, FinishReason.ERROR))
     brought(figures, output(ended(), 1, None))
     assert (figures.figures()["requests"], figures.figures()["attainment"]) == (5, 0.2)
+
+
+def test_a_freeze_counts_in_the_strict_share_alone(clock):
+    figures = Recent()
+    for gaps_s in ([0.25] * 100, [0.25] * 99 + [1.25], [0.75]):  # the SLO is 0.5 s, no gap may take over 1 s
+        brought(figures, output(ended(gaps_s=gaps_s), reason=FinishReason.STOP))
+    found = figures.figures()
+    assert (found["strict_attainment"], found["attainment"]) == (pytest.approx(1 / 3), pytest.approx(2 / 3))
 
 
 def test_what_its_client_gave_up_does_not_count_and_what_the_server_aborted_does(clock):
@@ -139,12 +147,20 @@ def test_the_report_of_two_samples_is_of_the_worse_one():
     first.num_preemptions, second.num_preemptions = 1, 2
     first.num_conversions, second.num_conversions = 3, 4
     assert slo_report([first, second]) == {
-        "ttft_ms": 750.0, "p99_tbt_ms": 500.0, "ttft_slo_ms": 1000.0, "tbt_slo_ms": 500.0, "attained": True,
+        "attained_strict": True, "attained": True, "abandoned": False,
+        "ttft_ms": 750.0, "p99_tbt_ms": 500.0, "longest_gap_ms": 500.0,
+        "ttft_slo_ms": 1000.0, "tbt_slo_ms": 500.0, "stall_slo_ms": 1000.0,
         "cache_kinds": ["hidden", "kv"], "queue_ms": 250.0, "preemptions": 3, "conversions": 7,
     }  # fmt: skip
     second.gaps_s = [0.5005]
     found = slo_report([first, second])
-    assert (found["attained"], found["p99_tbt_ms"]) == (False, 500.5)
+    assert (found["attained"], found["p99_tbt_ms"], found["longest_gap_ms"]) == (False, 500.5, 500.5)
+    second.gaps_s = [0.125] * 99 + [1.5]
+    found = slo_report([first, second])
+    assert (found["attained_strict"], found["attained"], found["longest_gap_ms"]) == (False, True, 1500.0)
+    second.finish_reason = FinishReason.ABANDONED
+    found = slo_report([first, second])
+    assert (found["attained_strict"], found["attained"], found["abandoned"]) == (False, False, True)
 
 
 def test_a_sample_without_a_token_leaves_times_unknown():

@@ -47,6 +47,11 @@ def test_every_sample_reports_its_slo_and_the_response_the_worst():
     body = exchange({"prompt": "a", "n": 2, "max_tokens": 3, "slo": slo}).json()
     assert (body["slo"]["ttft_slo_ms"], body["slo"]["tbt_slo_ms"], body["slo"]["attained"]) == (60000, 0.001, False)
     assert body["slo"]["p99_tbt_ms"] == max(choice["slo"]["p99_tbt_ms"] for choice in body["choices"])
+    assert body["slo"]["longest_gap_ms"] == max(choice["slo"]["longest_gap_ms"] for choice in body["choices"])
+    assert not body["slo"]["attained_strict"] and not body["slo"]["abandoned"]
+    slo = {"ttft_ms": 60000, "tbt_ms": 60000, "stall_ms": 0.001}
+    strictly = exchange({"prompt": "a", "max_tokens": 3, "slo": slo}).json()["slo"]
+    assert (strictly["attained_strict"], strictly["attained"], strictly["stall_slo_ms"]) == (False, True, 0.001)
     chunks = events_of(exchange({"prompt": "a", "max_tokens": 3, "stream": True}))
     assert ["slo" in chunk for chunk in chunks] == [False, False, True] and chunks[-1]["slo"]["attained"]
 

@@ -78,6 +78,7 @@ def text(page, name):
 def test_it_shows_the_figures_of_what_is_served(page, url):
     load(url)
     shows(page, "attainment", "100%")
+    assert "by the P99 of gaps 100%" in text(page, "ended") and text(page, "stall-slo") == "1000 ms"
     assert text(page, "model") == "tiny" and text(page, "status") == "ready" and "policy fcfs" in text(page, "policy")
     assert text(page, "waiting") == "0" and text(page, "free") == "64 (100%)"
     for name in ("ttft-p50", "ttft-p99", "tbt-p90"):

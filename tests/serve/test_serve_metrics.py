@@ -17,7 +17,7 @@ from apt_jax.serve.observability.metrics import Metrics
 from tests.support.asgi_service import run, serving, until
 from tests.support.fake_engine import CharTokenizer, FakeEngine
 
-# the names that docs/operations.md lists, as Prometheus' parser gives them
+# the names that docs/metrics.md lists, as Prometheus' parser gives them
 FIXED = {
     "vllm:num_requests_running",
     "vllm:num_requests_waiting",

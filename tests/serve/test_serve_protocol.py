@@ -191,12 +191,26 @@ def test_slo_comes_from_body_then_header_then_default():
     assert slo_of(None, {}, default) == default
     assert slo_of(None, headers, default) == Slo(0.25, 0.05)
     assert slo_of(SloBody(ttft_ms=100.0), headers, default) == Slo(0.1, 0.05)
+    default = Slo(1.0, 2.0, 4.0)
+    assert slo_of(None, headers, default) == Slo(0.25, 0.05, 4.0)
+    assert slo_of(None, {"x-slo-stall-ms": "500"}, default) == Slo(1.0, 2.0, 0.5)
+    assert slo_of(SloBody(stall_ms=3000.0), {"x-slo-stall-ms": "500"}, default) == Slo(1.0, 2.0, 3.0)
+
+
+def test_the_gap_slo_has_two_spellings_which_must_agree():
+    assert slo_of(None, {"x-slo-tpot-ms": "50"}, Slo()) == Slo(1.0, 0.05)
+    assert slo_of(None, {"x-slo-tpot-ms": "50", "x-slo-tbt-ms": "50.0"}, Slo()) == Slo(1.0, 0.05)
+    assert slo_of(SloBody(tbt_ms=20.0), {"x-slo-tpot-ms": "50"}, Slo()) == Slo(1.0, 0.02)
+    with pytest.raises(BadRequest, match="x-slo-tbt-ms=40 and x-slo-tpot-ms=50 mean the same and differ") as caught:
+        slo_of(None, {"x-slo-tpot-ms": "50", "x-slo-tbt-ms": "40"}, Slo())
+    assert caught.value.param == "x-slo-tbt-ms"
 
 
 @pytest.mark.parametrize("text", ["", "fast", "0", "-1", "nan", "inf"])
 def test_a_bad_slo_header_is_refused(text):
-    with pytest.raises(BadRequest, match="must be a number of milliseconds greater than 0") as caught:
-        slo_of(None, {"x-slo-tbt-ms": text}, Slo())
-    assert caught.value.param == "x-slo-tbt-ms"
+    for header in ("x-slo-ttft-ms", "x-slo-tbt-ms", "x-slo-tpot-ms", "x-slo-stall-ms"):
+        with pytest.raises(BadRequest, match="must be a number of milliseconds greater than 0") as caught:
+            slo_of(None, {header: text}, Slo())
+        assert caught.value.param == header
     with pytest.raises(BadRequest, match="must be a number of milliseconds greater than 0"):
         slo_of(SloBody(tbt_ms=5.0), {"x-slo-tbt-ms": text}, Slo())  # the body goes before it, but wrong is wrong

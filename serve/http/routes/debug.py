@@ -52,11 +52,12 @@ async def state(service: Service, http: Request) -> Response:
     if engine is None:
         return JSONResponse(shown)
     newest = (await service.view.plans())[-STATE_PLANS:]
+    slo = engine.config.slo
     shown |= {
         "policy": engine.config.scheduling_policy,
         "cache_mode": engine.config.cache_mode,
         "max_model_len": engine.max_model_len,
-        "slo": {"ttft_ms": engine.config.ttft_slo_ms, "tbt_ms": engine.config.tbt_slo_ms},
+        "slo": {"ttft_ms": slo.ttft_s * 1e3, "tbt_ms": slo.tbt_s * 1e3, "stall_ms": slo.stall_limit_s * 1e3},
         **await service.view.levels(),
         "can_chat": bool(service.chat_template or getattr(engine.tokenizer, "chat_template", None)),
         "plans": newest,

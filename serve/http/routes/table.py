@@ -16,22 +16,24 @@ from apt_jax.serve.http.routes.route import RouteSpec
 from apt_jax.serve.http.service import Service
 from apt_jax.serve.openai import replies
 from apt_jax.serve.openai.endpoints import ENDPOINTS, Endpoint
-from apt_jax.serve.openai.requests import MAX_SLO_MS, MIN_SLO_MS
+from apt_jax.serve.openai.requests import MAX_SLO_MS, MIN_SLO_MS, SLO_HEADERS
 from apt_jax.serve.openai.token_requests import DetokenizeRequest, TokenizeRequest
 
 NAME: dict[str, Any] = {"name": "name", "in": "path", "required": True, "schema": {"type": "string"}}
-SLO_HEADERS: tuple[dict[str, Any], ...] = tuple(
+SLO_PARAMETERS: tuple[dict[str, Any], ...] = tuple(
     {
-        "name": f"x-slo-{name}-ms",
+        "name": name,
         "in": "header",
         "required": False,
         "description": f"{meaning}; the body's slo overrides it",
         "schema": {"type": "number", "minimum": MIN_SLO_MS, "maximum": MAX_SLO_MS},
     }
-    for name, meaning in (
+    for part, meaning in (
         ("ttft", "SLO for the time to the first token, in ms"),
         ("tbt", "SLO for the 99th percentile of the gaps, in ms"),
+        ("stall", "SLO for every single gap, in ms"),
     )
+    for name in SLO_HEADERS[part]
 )
 POST_STATUSES = (400, 404, 413, 415, 500, 503)
 
@@ -48,7 +50,7 @@ def generation_route(path: str, endpoint: Endpoint) -> RouteSpec:
         reply=endpoint.reply,
         chunk=endpoint.chunk,
         statuses=(*POST_STATUSES, 504),
-        parameters=SLO_HEADERS,
+        parameters=SLO_PARAMETERS,
     )
 
 
