@@ -61,7 +61,7 @@ def _simulate(policy, mode, attention, blocks, requests, rate, note) -> Outcome:
 
 def all_digests() -> dict[str, str]:
     """Digests by `policy mode attention pool`."""
-    cases = list(itertools.product([*policy_names(), *OPTIONS], MODES, ("absorbed", "recompute"), POOLS))
+    cases = list(itertools.product([*policy_names(), *OPTIONS], MODES, ("one-pass", "recompute"), POOLS))
     found = {}
     for number, case in enumerate(cases, start=1):
         print(f"\r{number}/{len(cases)}", end="", file=sys.stderr, flush=True)

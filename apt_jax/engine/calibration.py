@@ -119,7 +119,11 @@ def measure(trials: Trials, *, max_seconds: float = MAX_SECONDS) -> list[Observa
 
 
 def _iterations(trials: Trials) -> Iterator[list[Shape]]:
-    """Decodes over a grid of batch and context, prompts, later chunks of prompts, and decodes with a prompt."""
+    """Decodes over a grid of batch and context, of one kind and of all; prompts, later chunks, decodes with a prompt.
+
+    A batch over a short and a long context tells what a request costs from what its tokens cost; a batch of all kinds
+    against one of each, what they cost beside each other.
+    """
     limits = trials.state.limits
     longest = trials.max_model_len - 1
     candidates: list[list[Shape]] = []
@@ -133,4 +137,9 @@ def _iterations(trials: Trials) -> Iterator[list[Shape]]:
         chunk = min(64, limits.max_num_batched_tokens)
         candidates += [[(kind, context, min(chunk, longest - context))] for context in contexts if context < longest]
         candidates += [[*[(kind, 200, 1)] * batch, (kind, 0, 64)] for batch in (4, 16) if longest > 200]
+    if len(limits.kinds) > 1:
+        candidates += [
+            [(kind, min(context, longest), 1) for kind in limits.kinds] * batch
+            for context in _CONTEXTS for batch in (1, 8, 32)
+        ]  # fmt: skip
     yield from sorted(filter(trials.fits, candidates), key=lambda shapes: sum(n * (40 + c) for _, c, n in shapes))

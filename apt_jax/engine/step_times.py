@@ -32,7 +32,8 @@ class StepTimes:
         cached = [min(held // kind.blocks_per_page, seats * max_model_len) for kind in KINDS]
         context_tokens = tuple(count if kind in limits.kinds else 0 for kind, count in zip(KINDS, cached, strict=True))
         projected = sum(count for kind, count in zip(KINDS, context_tokens, strict=True) if kind.is_projected)
-        largest = StepLoad(tokens, tokens * max_model_len, seats, context_tokens, projected, seats)
+        decodes = tuple(seats if kind in limits.kinds else 0 for kind in KINDS)
+        largest = StepLoad(tokens, tokens * max_model_len, seats, context_tokens, projected, seats, decodes)
         return self.calibration.model.step_s(largest)
 
     def load(self, plan: Plan, spans: Sequence[Span]) -> StepLoad | None:

@@ -98,7 +98,7 @@ def instance_load(
         since_s += request.arrival_s if request.last_token_s is None else request.last_token_s
         pages += -(-tokens // block_size)
         queued += tokens - request.num_computed_tokens
-    context_tokens = [0] * len(KINDS)
+    context_tokens, decodes = [0] * len(KINDS), [0] * len(KINDS)
     for request in running:
         tokens, uncomputed = request.num_tokens, request.num_uncomputed_tokens
         since_s += request.arrival_s if request.last_token_s is None else request.last_token_s
@@ -106,9 +106,12 @@ def instance_load(
             queued += uncomputed
         assert request.table is not None
         context_tokens[request.table.kind.index] += tokens
+        decodes[request.table.kind.index] += 1
     backlog_s = token_s = freed_blocks_per_s = None
     if cost_model is not None:
-        decode = StepLoad(decode_requests=len(running), context_tokens=tuple(context_tokens))
+        decode = StepLoad(
+            decode_requests=len(running), context_tokens=tuple(context_tokens), decodes=tuple(decodes)
+        )  # fmt: skip
         backlog_s = _backlog_s(cost_model, decode, queued, state.limits.max_num_batched_tokens)
         token_s = cost_model.token_s * cost_model.scales.dense * cost_model.scales.compute
         if predictor is not None:
@@ -142,6 +145,7 @@ def _backlog_s(model: CostModel, decode: StepLoad, queued_tokens: int, max_num_b
         decode_requests=decode.decode_requests,
         context_tokens=decode.context_tokens,
         samples=decode.decode_requests,
+        decodes=decode.decodes,
     )
     return steps * model.step_s(step)
 

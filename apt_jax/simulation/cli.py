@@ -37,7 +37,7 @@ def configurations(args: SimulateArgs) -> list[Configuration]:
     for policy in policies:
         make_policy(policy)
     modes = _chosen(args.cache_modes, tuple(MODE_KINDS), "cache_modes")
-    attentions = _chosen(args.hidden_attention, ("recompute", "absorbed"), "hidden_attention")
+    attentions = _chosen(args.hidden_attention, ("recompute", "absorbed", "one-pass"), "hidden_attention")
     return [
         (policy, cast(CacheMode, mode), cast(HiddenMode, attention))
         for policy, mode, attention in itertools.product(policies, modes, attentions)

@@ -30,7 +30,8 @@ class SimulateArgs:
     cache_modes: str = "kv,hybrid"
     """Cache modes: kv, hidden, hybrid."""
     hidden_attention: str = "absorbed"
-    """Attention over hidden blocks: absorbed, or recompute as in Apt-Serve."""
+    """Attention over hidden blocks: absorbed, as this package runs it on the device; one-pass, by a kernel that reads
+    each vector once; recompute, as in Apt-Serve."""
     ttft_slo_ms: float = 1000.0
     """SLO for the time to the first token, in milliseconds."""
     tbt_slo_ms: float = 1000.0

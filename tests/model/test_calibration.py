@@ -3,10 +3,14 @@
 import numpy as np
 import pytest
 
-from apt_jax.cache import CacheKind
-from apt_jax.engine.calibration import calibrate, measure
+from apt_jax.cache import BlockPool, CacheKind
+from apt_jax.engine.calibration import _iterations, calibrate, measure
+from apt_jax.engine.trials import Trials
 from apt_jax.model_config import ModelConfig
-from apt_jax.scheduling.costs.fit import MIN_OBSERVATIONS, relative_errors
+from apt_jax.scheduling.costs.cost_model import CostModel, Scales
+from apt_jax.scheduling.costs.fit import MIN_OBSERVATIONS, Observation, fit, relative_errors
+from apt_jax.scheduling.costs.hardware import HARDWARE, MODELS
+from apt_jax.scheduling.state import Limits, SchedulerState
 from tests.support.checkpoint_folders import random_model
 from tests.support.engines import make_engine, run
 
@@ -47,6 +51,28 @@ def test_decodes_and_prompts_of_every_kind_are_measured(model):
         assert any(map(seen, loads)), loads
     engine.state.check()
     assert engine.state.pool.num_free == engine.state.pool.num_blocks
+
+
+@pytest.mark.parametrize("mode", ["hybrid", "hidden"])
+def test_what_is_measured_tells_every_term_apart(mode):
+    """Times made by a device whose hidden requests are slow to begin with and then faster than KV."""
+    state = SchedulerState(BlockPool(40_000, 16), Limits(256, 2048, mode))
+    trials, loads = Trials(state, None, None, 2048), []  # neither builds nor runs
+    for shapes in _iterations(trials):
+        with trials.prepared(shapes) as trial:
+            loads.append(trial.load)
+    base = CostModel(MODELS["opt-13b"], HARDWARE["h200"])
+    truth = base.with_scales(
+        Scales(1.5, 1.2, 1.3, 4.0, attention=(1.1, 0.6), pairs=2.0, per_request_s=(4e-6, 9e-5), mixing=1.7)
+    )
+    fitted = fit(base, [Observation(load, truth.step_s(load)) for load in loads])
+    hidden = [(model.request_s[HIDDEN], model.attention_s[HIDDEN]) for model in (fitted, truth)]
+    assert hidden[0] == pytest.approx(hidden[1], rel=0.1)
+    if mode == "hybrid":
+        assert truth.hidden_delay_s(100) > 0 > truth.hidden_delay_s(2000)
+        for tokens in (30, 300, 2000):
+            assert fitted.hidden_delay_s(tokens) == pytest.approx(truth.hidden_delay_s(tokens), abs=3e-6), tokens
+        assert fitted.scales.mixing == pytest.approx(1.7, rel=0.1)
 
 
 def test_an_engine_gives_the_same_tokens_with_and_without(model, folder):

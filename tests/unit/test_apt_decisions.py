@@ -16,7 +16,7 @@ from tests.support.apt_plans import decide
 from tests.support.scheduling_loop import make_state
 from tests.support.tiny_states import run, wait
 
-A100 = CostModel(MODELS["opt-13b"], HARDWARE["a100-40gb"])
+A100 = CostModel(MODELS["opt-13b"], HARDWARE["a100-40gb"], "one-pass")
 SLOW_HIDDEN = replace(A100, hidden_mode="recompute")
 PATIENT = Slo(60.0, 60.0)
 

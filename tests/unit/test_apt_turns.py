@@ -20,7 +20,7 @@ from tests.support.apt_plans import decide
 from tests.support.scheduling_loop import make_state
 from tests.support.tiny_states import run, wait
 
-A100 = CostModel(MODELS["opt-13b"], HARDWARE["a100-40gb"])
+A100 = CostModel(MODELS["opt-13b"], HARDWARE["a100-40gb"], "one-pass")
 SLOW_HIDDEN = replace(A100, hidden_mode="recompute")
 PATIENT = Slo(60.0, 60.0)
 
@@ -176,7 +176,7 @@ def test_the_tightest_gap_promise_limits_the_chunk():
     run(state, "loose", 7, slo=PATIENT)
     run(state, "tight", 7, slo=Slo(1.0, 0.3))
     wait(state, "essay", 1800, arrival_s=0.04)
-    decode_s = A100.step_s(StepLoad(decode_requests=2, context_tokens=(16, 0)))
+    decode_s = A100.step_s(StepLoad(decode_requests=2, context_tokens=(16, 0), decodes=(2, 0)))
     tokens = A100.free_tokens - 2 + int((0.075 - decode_s) / A100.token_s)
     assert 300 < tokens < 900
     assert decide(state, 0.05, model=A100)[2] == f"run essay {tokens} kv ADMITTED_KV"

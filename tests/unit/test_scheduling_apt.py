@@ -19,7 +19,7 @@ from apt_jax.scheduling.policies.catalogue import make_policy
 from apt_jax.scheduling.policies.interface import PolicyContext
 from tests.support.scheduling_loop import TINY, make_state, request, serve, step
 
-A100 = CostModel(MODELS["opt-13b"], HARDWARE["a100-40gb"])
+A100 = CostModel(MODELS["opt-13b"], HARDWARE["a100-40gb"], "one-pass")
 PADDED = PaddedSizes((1, 8), (60, 4096))
 SLOW_HIDDEN = dataclasses.replace(A100, hidden_mode="recompute")
 

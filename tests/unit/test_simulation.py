@@ -197,7 +197,8 @@ def test_one_request_takes_the_time_of_its_iterations():
         model.step_s(StepLoad(prefill_tokens=64, prefill_pairs=64 * 65 // 2)),
         model.step_s(StepLoad(prefill_tokens=36, prefill_pairs=36 * 64 + 36 * 37 // 2, samples=1)),
     ]
-    decodes = [model.step_s(StepLoad(decode_requests=1, context_tokens=(n, 0), samples=1)) for n in (101, 102)]
+    decode = StepLoad(decode_requests=1, samples=1, decodes=(1, 0))
+    decodes = [model.step_s(replace(decode, context_tokens=(n, 0))) for n in (101, 102)]
     request = outcome.requests[0]
     assert request.ttft_s == pytest.approx(sum(chunks)) and request.gaps_s == pytest.approx(decodes)
     assert outcome.makespan_s == pytest.approx(1 + sum(chunks) + sum(decodes))

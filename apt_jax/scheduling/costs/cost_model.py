@@ -1,14 +1,17 @@
 """How long one iteration takes, from what it computes and reads. Pure host arithmetic, linear in measured scales.
 
-    seconds = overhead + dense * max(weights read, matrix products) + tokens of context, by cache kind + ...
+    seconds = overhead + dense * max(weights read, matrix products) + decoding requests and their context, by kind + ...
 
-The terms come from FLOPs, bytes and bandwidth (a roofline per term); the scales are 1 for a preset, or fitted to
-measurements of a running engine (`fit.py`). Attention is linear in cached tokens, so the penalty rho of the hidden
-cache is one number: seconds per hidden token and iteration, against the same token as KV. It may be negative.
+The terms come from FLOPs, bytes and bandwidth (a roofline per term) and from counts of the kernels that the device runs
+(`decode_kernels.py`); the scales are 1 for a preset, or fitted to measurements of a running engine (`fit.py`).
+Decode attention costs so much for each request and so much for each cached token, by cache kind: against KV a hidden
+request costs `hidden_delay_s(tokens)` more, a straight line whose slope is rho, seconds per hidden token and iteration.
+Both ends may be negative.
 
-Hidden modes: `recompute` projects every cached hidden vector to keys and values again in each decode step
-(Apt-Serve), 4 D^2 FLOPs per token and layer; `absorbed` folds the projections into query and output, as
-multi-head latent attention does: 4 D N FLOPs per token and layer and half of KV's bytes.
+Hidden modes: `absorbed` folds the projections into query and output, as multi-head latent attention does: 4 D N FLOPs
+per token and layer; by what the device runs in this package. `one-pass` is the same by a kernel that every device could
+have: every vector is read once, half of KV's bytes. `recompute` projects every cached hidden vector to keys and values
+again in each decode step (Apt-Serve), 4 D^2 FLOPs per token and layer.
 
 Under tensor parallelism weights, heads and each cached vector (along D) are split over the devices. Absorbed
 attention then sums N partial scores per token over the devices, in one collective for every `GROUP_BYTES` of vectors
@@ -25,17 +28,21 @@ from numpy.typing import NDArray
 
 from apt_jax.cache import KINDS, CacheKind, per_kind
 from apt_jax.model_config import GROUP_BYTES, ModelConfig
+from apt_jax.scheduling.costs.decode_kernels import ONE_PASS, RECOMPUTE, DecodeKernel, Rates
 from apt_jax.scheduling.costs.hardware import Hardware
 from apt_jax.scheduling.costs.step_load import PaddedSizes, StepLoad
 
-HiddenMode = Literal["recompute", "absorbed"]
+HiddenMode = Literal["absorbed", "one-pass", "recompute"]
 Floats = NDArray[np.float64]
 BYTES = 2  # per number, bfloat16 or float16
 
 
 @dataclass(frozen=True)
 class Scales:
-    """Multipliers on the terms of the cost model; 1 (and `per_request_s` 0) is the preset."""
+    """Multipliers on the terms of the cost model; 1 (and None) is the preset.
+
+    `per_request_s` are seconds of a decoding request by `CacheKind.index`, its context not included.
+    """
 
     overhead: float = 1.0
     dense: float = 1.0
@@ -43,8 +50,9 @@ class Scales:
     knee: float = math.inf  # how sharp the dense term bends: infinity is the larger of the two, 1 their sum
     attention: tuple[float, ...] = (1.0,) * len(KINDS)  # of decodes over cached tokens, by `CacheKind.index`
     pairs: float = 1.0
-    per_request_s: float = 0.0
+    per_request_s: tuple[float, ...] | None = None
     exchange: float = 1.0  # of what devices exchange for each token and layer, attention's scores not included
+    mixing: float = 1.0  # of `mixing_s`
 
 
 @dataclass(frozen=True)
@@ -67,7 +75,9 @@ class CostModel:
         seconds = self.overhead_s + self.dense_s(self.compute_s(load)) + self.scales.exchange * self.exchange_s(load)
         for context_tokens, token_s in zip(load.context_tokens, self.attention_s, strict=True):
             seconds += context_tokens * token_s
-        return seconds + load.prefill_pairs * self.pair_s + load.decode_requests * self.scales.per_request_s
+        for requests, request_s in zip(load.decodes, self.request_s, strict=True):
+            seconds += requests * request_s
+        return seconds + load.prefill_pairs * self.pair_s + self.scales.mixing * self.mixing_s(load)
 
     def compute_s(self, load: StepLoad) -> float:
         """Seconds of an iteration's matrix products at full rate, those of attention not included."""
@@ -90,10 +100,57 @@ class CostModel:
             return np.maximum(read_s, compute_s)
         return (read_s**knee + compute_s**knee) ** (1 / knee)
 
+    def mixing_s(self, load: StepLoad) -> float:
+        """Seconds that hidden decodes add to an iteration beside what each of them costs, at scale 1.
+
+        Weights that are read again, by what the device runs, and because keys and values of others are computed in the
+        same iteration; and wide queries and contexts of the others, since the products are those of the whole batch.
+        """
+        seconds = 0.0
+        for requests, (alone_s, beside_s, other_s) in zip(load.decodes, self._mixing_s, strict=True):
+            if requests:
+                others = sum(load.decodes) - requests
+                seconds += alone_s + others * other_s
+                if others or load.prefill_pairs:  # padding has none
+                    seconds += beside_s
+        return seconds
+
+    @cached_property
+    def _mixing_s(self) -> tuple[tuple[float, float, float], ...]:
+        """Of each kind: seconds that its decodes add to an iteration, beside others, and for each other decode."""
+        return per_kind(self._mixing_of)
+
+    def _mixing_of(self, kind: CacheKind) -> tuple[float, float, float]:
+        if not kind.is_projected or self.hidden_mode == "recompute":
+            return 0.0, 0.0, 0.0
+        kernel, rates, layers = self.kernel(kind), self._rates, self._layers
+        keys_values_s = layers * 2 * self.model.hidden_size**2 * BYTES / self._bytes_per_s
+        alone_s = layers * kernel.layer_s(self.model, rates)
+        return alone_s, keys_values_s, layers * kernel.batch_s(self.model, kind, rates)
+
     @property
     def rho_s(self) -> float:
         """Seconds per hidden token and iteration, against KV; negative where hidden is faster."""
         return self.attention_s[CacheKind.HIDDEN.index] - self.attention_s[CacheKind.KV.index]
+
+    def hidden_delay_s(self, tokens: float) -> float:
+        """Seconds that an iteration takes longer if a decoding request of `tokens` tokens is hidden instead of KV.
+
+        Negative where hidden is faster. That the iteration has hidden requests at all (`mixing_s`) is not included.
+        """
+        kv_s, hidden_s = (self.request_s[kind.index] for kind in (CacheKind.KV, CacheKind.HIDDEN))
+        return hidden_s - kv_s + self.rho_s * tokens
+
+    def kernel(self, kind: CacheKind) -> DecodeKernel:
+        """What decode attention over a kind runs."""
+        if not kind.is_projected:
+            return self.hardware.kv_kernel
+        if self.devices > 1 and self.hidden_mode != "recompute":
+            return self.hardware.split_hidden_kernel
+        modes: dict[HiddenMode, DecodeKernel] = {
+            "absorbed": self.hardware.hidden_kernel, "one-pass": ONE_PASS, "recompute": RECOMPUTE,
+        }  # fmt: skip
+        return modes[self.hidden_mode]
 
     @property
     def free_tokens(self) -> int:
@@ -146,21 +203,28 @@ class CostModel:
     def _attention_s(self, kind: CacheKind) -> float:
         """Seconds of decode attention per cached token, at scale 1."""
         c = self.model
-        numbers = c.num_hidden_layers * kind.blocks_per_page * c.hidden_size
-        read = numbers * (kind.spec.number_bytes or BYTES) / self._bytes_per_s
-        exchange = 0.0
-        if not kind.is_projected:
-            flops = c.num_hidden_layers * 4 * c.hidden_size / self._flops_per_s
-        elif self.hidden_mode == "absorbed":
-            flops = c.num_hidden_layers * 4 * c.hidden_size * c.num_attention_heads / self._flops_per_s
+        flops, exchange = 4.0 * c.hidden_size, 0.0
+        if kind.is_projected and self.hidden_mode == "recompute":
+            flops += 4 * c.hidden_size**2
+            exchange = self._exchange_s(c.hidden_size)
+        elif kind.is_projected:
+            flops *= c.num_attention_heads
             exchange = 2 * self._exchange_s(2 * c.num_attention_heads)  # float32 partial scores, summed
             if self.devices > 1:
                 groups = c.hidden_size * BYTES / self.devices / GROUP_BYTES
                 exchange += c.num_hidden_layers * groups * self.hardware.link_latency_s
-        else:
-            flops = c.num_hidden_layers * (4 * c.hidden_size**2 + 4 * c.hidden_size) / self._flops_per_s
-            exchange = self._exchange_s(c.hidden_size)
-        return max(read, flops) + exchange
+        return self._layers * self.kernel(kind).token_s(c, kind, flops, self._rates) + exchange
+
+    @cached_property
+    def request_s(self) -> tuple[float, ...]:
+        """Seconds of decode attention per decoding request beside its cached tokens, by `CacheKind.index`."""
+        return per_kind(self._request_s) if self.scales.per_request_s is None else self.scales.per_request_s
+
+    def _request_s(self, kind: CacheKind) -> float:
+        """Seconds of decode attention per decoding request, unscaled: query and context, and chunks not full."""
+        kernel, c, rates = self.kernel(kind), self.model, self._rates
+        token_s = self._attention_s(kind) / self._layers
+        return self._layers * (kernel.own_s(c, kind, token_s, rates) + kernel.batch_s(c, kind, rates))
 
     def _reads_slices(self, load: StepLoad) -> bool:
         """Whether a decode reads vectors that have to be projected."""
@@ -169,7 +233,7 @@ class CostModel:
     @cached_property
     def slices_s(self) -> float:
         """Seconds that an iteration waits because hidden vectors are split, however few: three collectives a layer."""
-        if self.devices == 1 or self.hidden_mode != "absorbed":
+        if self.devices == 1 or self.hidden_mode == "recompute":
             return 0.0
         return 3 * self.model.num_hidden_layers * self.hardware.link_latency_s
 
@@ -182,6 +246,14 @@ class CostModel:
     def pair_s(self) -> float:
         """Seconds of prefill attention per query-key pair."""
         return self.scales.pairs * self.model.num_hidden_layers * 4 * self.model.hidden_size / self._flops_per_s
+
+    @property
+    def _layers(self) -> int:
+        return self.model.num_hidden_layers
+
+    @cached_property
+    def _rates(self) -> Rates:
+        return Rates(self._flops_per_s, self._bytes_per_s, self.devices)
 
     @property
     def _flops_per_s(self) -> float:

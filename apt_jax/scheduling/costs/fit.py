@@ -26,6 +26,7 @@ RECENT_OBSERVATIONS = 512  # real iterations kept in addition to those measured 
 _BENDS = tuple(float(x) for x in np.geomspace(0.02, 50.0, 29))
 _KNEES = (1.0, 2.0, 4.0, 16.0)
 _ROBUST_PASSES = 5
+_VERSION, _BY_KIND = 3, ("context_tokens", "decodes")  # of a stored calibration
 _TYPICAL_ERROR = 0.15  # relative; observations much further off lose their weight
 
 
@@ -62,24 +63,26 @@ def fit(model: CostModel, observations: Sequence[Observation], around: Scales | 
     else:
         grid = [(around.compute * float(step), around.knee) for step in np.geomspace(0.8, 1.25, 5)]
     best: tuple[float, Scales] | None = None
+    unseen = [1.0, 1.0, *(1.0 for _ in KINDS), *base.request_s, 1.0, 1.0, 1.0]
     for bend, knee in grid:
         dense = base.blend(weights_s, compute_s * bend, knee)
-        error, scale = _solve(np.column_stack([dense, others]) / seconds[:, None])
+        error, scale = _solve(np.column_stack([dense, others]) / seconds[:, None], unseen)
         if best is None or error < best[0] - 1e-12:
-            dense_scale, overhead, *attention, pairs, per_request, exchange = scale
-            best = error, Scales(overhead, dense_scale, bend, knee, tuple(attention), pairs, per_request, exchange)
+            dense_scale, overhead, *per_kind, pairs, exchange, mixing = scale
+            attention, per_request_s = tuple(per_kind[: len(KINDS)]), tuple(per_kind[len(KINDS) :])
+            best = error, Scales(overhead, dense_scale, bend, knee, attention, pairs, per_request_s, exchange, mixing)
     assert best is not None
     return model.with_scales(best[1])
 
 
-def _solve(relative: NDArray[np.float64]) -> tuple[float, list[float]]:
-    """Scales x >= 0 that bring `relative @ x` close to 1, and the typical error. What was not seen stays as it was."""
+def _solve(relative: NDArray[np.float64], unseen: Sequence[float]) -> tuple[float, list[float]]:
+    """Scales x >= 0 that bring `relative @ x` close to 1, and the typical error; as in `unseen` where nothing tells."""
     from scipy.optimize import nnls  # takes a while to import
 
     used = relative.any(axis=0)
     size = np.sqrt((relative[:, used] ** 2).sum(axis=0))  # columns of one size: well conditioned
     trust = np.ones(len(relative))
-    scale = np.array([1.0, 1.0, *(1.0 for _ in KINDS), 1.0, 0.0, 1.0])
+    scale = np.array(unseen)
     for _ in range(_ROBUST_PASSES):
         solution, _ = nnls(trust[:, None] * relative[:, used] / size, trust)
         scale[used] = solution / size
@@ -91,7 +94,10 @@ def _solve(relative: NDArray[np.float64]) -> tuple[float, list[float]]:
 def _terms(
     model: CostModel, observations: Sequence[Observation]
 ) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
-    """Seconds at scale 1: weight reads, products, `[n, 4 + kinds]` overhead, context, pairs, requests, exchange."""
+    """Seconds at scale 1: weight reads, products, and columns `[n, 4 + 2 kinds]`.
+
+    The columns: overhead, context by kind, requests by kind (their number), pairs, exchange, mixing.
+    """
     compute, others = [], []
     for load in (model.sizes.pad(o.load) for o in observations):
         compute.append(model.compute_s(load))
@@ -99,9 +105,10 @@ def _terms(
             (
                 model.overhead_s,
                 *map(mul, load.context_tokens, model.attention_s),
+                *map(float, load.decodes),
                 load.prefill_pairs * model.pair_s,
-                float(load.decode_requests),
                 model.exchange_s(load),
+                model.mixing_s(load),
             )
         )
     return np.full(len(compute), model.weights_s), np.array(compute), np.array(others)
@@ -155,16 +162,16 @@ class Calibration:
         """Write what was measured to `path` as JSON, parent folders included."""
         kinds = [kind.spec.name for kind in KINDS]
         rows = [{**asdict(o.load), "seconds": o.seconds} for o in self._measured]
-        replace_file(path, json.dumps({"version": 2, "kinds": kinds, "observations": rows}).encode())
+        replace_file(path, json.dumps({"version": _VERSION, "kinds": kinds, "observations": rows}).encode())
 
     @classmethod
     def load(cls, path: Path, model: CostModel) -> "Calibration | None":
         """The calibration stored at `path`; None if there is none, or it cannot be used."""
         try:
             raw = json.loads(path.read_text(encoding="utf-8"))
-            if (raw["version"], raw["kinds"]) != (2, [kind.spec.name for kind in KINDS]):
+            if (raw["version"], raw["kinds"]) != (_VERSION, [kind.spec.name for kind in KINDS]):
                 return None
-            rows = [{**row, "context_tokens": tuple(row["context_tokens"])} for row in raw["observations"]]
+            rows = [{**row, **{name: tuple(row[name]) for name in _BY_KIND}} for row in raw["observations"]]
             stored = cls(model, [Observation(seconds=row.pop("seconds"), load=StepLoad(**row)) for row in rows])
         except (OSError, ValueError, KeyError, TypeError):
             return None

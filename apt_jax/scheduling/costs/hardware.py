@@ -3,6 +3,23 @@
 from dataclasses import dataclass
 
 from apt_jax.model_config import ModelConfig
+from apt_jax.scheduling.costs.decode_kernels import (
+    HIDDEN_TPU7X,
+    HIDDEN_V5E,
+    HIDDEN_V5P,
+    HIDDEN_V6E,
+    KV,
+    KV_TPU7X,
+    KV_V5E,
+    KV_V5P,
+    KV_V6E,
+    ONE_PASS,
+    SLICES_GPU,
+    SLICES_TPU,
+    TWO_PASSES,
+    XLA_AMPERE,
+    DecodeKernel,
+)
 
 GIB = 2**30
 
@@ -22,6 +39,8 @@ class Hardware:
             all; a calibration replaces them.
         overhead_s: launch and host time of one iteration. Assumed.
         link_latency_s: of one collective. Assumed.
+        kv_kernel, hidden_kernel: what this package's decode attention runs there.
+        split_hidden_kernel: the same for hidden requests of a model split over several of them.
     """
 
     name: str
@@ -34,18 +53,43 @@ class Hardware:
     bandwidth_efficiency: float = 0.8
     overhead_s: float = 0.003
     link_latency_s: float = 10e-6
+    kv_kernel: DecodeKernel = KV
+    hidden_kernel: DecodeKernel = ONE_PASS
+    split_hidden_kernel: DecodeKernel = SLICES_GPU
 
 
 _ALL = (
-    Hardware("a100-40gb", 40 * GIB, 312e12, 1555e9, 300e9, "NVIDIA A100 datasheet, SXM4 40 GB"),
-    Hardware("a100-80gb", 80 * GIB, 312e12, 2039e9, 300e9, "NVIDIA A100 datasheet, SXM4 80 GB"),
-    Hardware("h100-80gb", 80 * GIB, 989.4e12, 3350e9, 450e9, "NVIDIA H100 datasheet, SXM5, without sparsity"),
-    Hardware("h200", 141e9, 989.4e12, 4800e9, 450e9, "NVIDIA H200 datasheet, SXM, without sparsity"),
-    Hardware("tpu-v5e", 16 * GIB, 197e12, 819e9, 200e9, "Google Cloud TPU v5e system architecture"),
-    Hardware("tpu-v5p", 95 * GIB, 459e12, 2765e9, 600e9, "Google Cloud TPU v5p system architecture"),
-    Hardware("tpu-v6e", 32 * GIB, 918e12, 1638e9, 400e9, "Google Cloud TPU v6e (Trillium) system architecture"),
-    Hardware("tpu7x", 192 * GIB, 2307e12, 7380e9, 600e9, "Google Cloud TPU7x (Ironwood) system architecture"),
-)
+    Hardware(
+        "a100-40gb", 40 * GIB, 312e12, 1555e9, 300e9, "NVIDIA A100 datasheet, SXM4 40 GB", hidden_kernel=XLA_AMPERE
+    ),
+    Hardware(
+        "a100-80gb", 80 * GIB, 312e12, 2039e9, 300e9, "NVIDIA A100 datasheet, SXM4 80 GB", hidden_kernel=XLA_AMPERE
+    ),
+    Hardware(
+        "h100-80gb", 80 * GIB, 989.4e12, 3350e9, 450e9, "NVIDIA H100 datasheet, SXM5, without sparsity",
+        hidden_kernel=TWO_PASSES,
+    ),
+    Hardware(
+        "h200", 141e9, 989.4e12, 4800e9, 450e9, "NVIDIA H200 datasheet, SXM, without sparsity",
+        hidden_kernel=TWO_PASSES,
+    ),
+    Hardware(
+        "tpu-v5e", 16 * GIB, 197e12, 819e9, 200e9, "Google Cloud TPU v5e system architecture",
+        kv_kernel=KV_V5E, hidden_kernel=HIDDEN_V5E, split_hidden_kernel=SLICES_TPU,
+    ),
+    Hardware(
+        "tpu-v5p", 95 * GIB, 459e12, 2765e9, 600e9, "Google Cloud TPU v5p system architecture",
+        kv_kernel=KV_V5P, hidden_kernel=HIDDEN_V5P, split_hidden_kernel=SLICES_TPU,
+    ),
+    Hardware(
+        "tpu-v6e", 32 * GIB, 918e12, 1638e9, 400e9, "Google Cloud TPU v6e (Trillium) system architecture",
+        kv_kernel=KV_V6E, hidden_kernel=HIDDEN_V6E, split_hidden_kernel=SLICES_TPU,
+    ),
+    Hardware(
+        "tpu7x", 192 * GIB, 2307e12, 7380e9, 600e9, "Google Cloud TPU7x (Ironwood) system architecture",
+        kv_kernel=KV_TPU7X, hidden_kernel=HIDDEN_TPU7X, split_hidden_kernel=SLICES_TPU,
+    ),
+)  # fmt: skip
 HARDWARE = {hardware.name: hardware for hardware in _ALL}
 
 

@@ -21,6 +21,7 @@ class StepLoad:
         projected_tokens: cached hidden tokens projected to keys and values once: the earlier chunks of a hidden
             request's prefill, and conversions to KV.
         samples: requests that sample a token.
+        decodes: of `decode_requests`, those of each kind, by `CacheKind.index`.
     """
 
     prefill_tokens: int = 0
@@ -29,6 +30,7 @@ class StepLoad:
     context_tokens: tuple[int, ...] = (0,) * len(KINDS)
     projected_tokens: int = 0
     samples: int = 0
+    decodes: tuple[int, ...] = (0,) * len(KINDS)
 
 
 @dataclass(frozen=True)
@@ -62,18 +64,18 @@ def _padded(count: int, sizes: tuple[int, ...]) -> int:
 
 def step_load(plan: Plan, spans: Sequence[Span]) -> StepLoad:
     """What an iteration computes and reads. `spans` come from applying `plan`."""
-    prefill = pairs = decodes = samples = 0
+    prefill = pairs = samples = 0
     projected = sum(entry.request.num_computed_tokens for entry in plan.converted)
-    context_tokens = [0] * len(KINDS)
+    context_tokens, decodes = [0] * len(KINDS), [0] * len(KINDS)
     for span in spans:
         start, tokens = span.start, span.num_tokens
         kind = span.request.table.kind  # type: ignore[union-attr]
         samples += span.samples
         if tokens == 1 and start:
-            decodes += 1
+            decodes[kind.index] += 1
             context_tokens[kind.index] += start + 1
         else:
             prefill += tokens
             pairs += tokens * start + tokens * (tokens + 1) // 2
             projected += start if kind.is_projected else 0
-    return StepLoad(prefill, pairs, decodes, tuple(context_tokens), projected, samples)
+    return StepLoad(prefill, pairs, sum(decodes), tuple(context_tokens), projected, samples, tuple(decodes))

@@ -152,8 +152,11 @@ class View:
         """Seconds of an iteration in which these running requests decode and nothing else runs; needs a cost model."""
         assert self.context.cost_model is not None
         tokens, kind = self.running.tokens[index], self.running.kind[index]
-        context_tokens = tuple(int(tokens[kind == k.index].sum()) for k in KINDS)
-        return self.context.cost_model.step_s(StepLoad(decode_requests=len(index), context_tokens=context_tokens))
+        of_kind = [kind == k.index for k in KINDS]
+        context_tokens = tuple(int(tokens[mine].sum()) for mine in of_kind)
+        decodes = tuple(int(mine.sum()) for mine in of_kind)
+        load = StepLoad(decode_requests=len(index), context_tokens=context_tokens, decodes=decodes)
+        return self.context.cost_model.step_s(load)
 
     def _remaining(self, queue: Queue) -> Floats | None:
         if not self.options.prediction:
