@@ -41,6 +41,9 @@ class EngineConfig:
     stall_slo_ms: float | None = None
     """Default SLO for every single gap, in milliseconds, which strict attainment adds; default: the larger of
     --tbt-slo-ms and the smaller of --ttft-slo-ms and 1000."""
+    abandon_after: float | None = None
+    """End a request (503 slo_abandoned, or finish_reason abandoned) once its next token is this many seconds past its
+    SLO and it is not being served; for `serve` only; default: never."""
     max_num_queued_reqs: int = 1024
     """Maximum number of waiting requests; further ones get 503."""
     tensor_parallel_size: int = 1
@@ -65,6 +68,7 @@ class EngineConfig:
         check_at_least(self, 1, ("block_size", "tensor_parallel_size", "max_num_queued_reqs"))
         if self.block_size & (self.block_size - 1) or self.block_size > 128:
             raise ValueError(f"block_size={self.block_size} must be a power of two, at most 128")
+        check_at_least(self, 0, ("abandon_after",))
         check_greater(self, 0, ("ttft_slo_ms", "tbt_slo_ms", "stall_slo_ms"))
         if not 0 < self.device_memory_utilization <= 1:
             raise ValueError(
@@ -76,3 +80,11 @@ class EngineConfig:
         """The SLO of a request that brings none."""
         stall_s = None if self.stall_slo_ms is None else self.stall_slo_ms / 1e3
         return Slo(self.ttft_slo_ms / 1e3, self.tbt_slo_ms / 1e3, stall_s)
+
+    def check_offline(self) -> None:
+        """Raise ValueError if it is of no use without clients that wait."""
+        if self.abandon_after is not None:
+            raise ValueError(
+                f"abandon_after={self.abandon_after:g}: offline requests are never abandoned, since nobody waits for "
+                "them; leave it out"
+            )

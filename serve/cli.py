@@ -67,6 +67,9 @@ class RunBatch:
     distributed: OmitArgPrefixes[DistributedOptions] = field(default_factory=DistributedOptions)
     replicas: OmitArgPrefixes[RayBatchOptions] = field(default_factory=RayBatchOptions)
 
+    def __post_init__(self) -> None:
+        self.engine.check_offline()
+
     def run(self) -> int:
         """Answer what is unanswered."""
         from apt_jax.serve.batch.batch_jobs import run_batch

@@ -61,6 +61,10 @@ class PredictedLate(RuntimeError):
         return type(self), (str(self), self.late_s)
 
 
+class SloAbandoned(RuntimeError):
+    """The request was ended before its first token, since its SLO could no longer be kept (--abandon-after)."""
+
+
 @dataclass(frozen=True)
 class ErrorReply:
     """Status and `error` object of an HTTP error reply."""
@@ -72,8 +76,8 @@ class ErrorReply:
 
     @property
     def reason(self) -> str | None:
-        """Why a request was refused, for metrics; None where it was not refused but failed."""
-        if self.status == 500:
+        """Why a request was refused, for metrics; None where it was not refused but failed, or ended."""
+        if self.status == 500 or self.code == "slo_abandoned":
             return None
         return "bad_request" if self.status == 400 or self.code is None else self.code
 
@@ -86,6 +90,7 @@ ERROR_REPLIES: tuple[tuple[type[Exception], ErrorReply], ...] = (
     (BadRequest, ErrorReply(400, "invalid_request_error", None)),
     (QueueFull, ErrorReply(503, "server_error", "queue_full", RETRY_AFTER_S)),
     (PredictedLate, ErrorReply(503, "server_error", "predicted_late", RETRY_AFTER_S)),
+    (SloAbandoned, ErrorReply(503, "server_error", "slo_abandoned", RETRY_AFTER_S)),
     (RequestTimeout, ErrorReply(504, "server_error", "timeout")),
     (NotReady, ErrorReply(503, "server_error", "not_ready", RETRY_AFTER_S)),
     (EngineFailure, ErrorReply(500, "server_error", "engine_failure")),

@@ -99,7 +99,9 @@ class LLM:
     def __init__(self, model: str | None = None, **options: Any):
         _check_known(options)
         loading = {f.name: options.pop(f.name) for f in dataclasses.fields(LoadOptions) if f.name in options}
-        self.engine = build_engine(model, engine_config=EngineConfig(**options), **loading)
+        config = EngineConfig(**options)
+        config.check_offline()
+        self.engine = build_engine(model, engine_config=config, **loading)
         self.engine.warm_up(progress=True)
         self._numbers = itertools.count()
 

@@ -89,7 +89,7 @@ class Engine:
         self.sampling_defaults = dict(sampling_defaults or {})
         self.max_model_len = setup.config.max_model_len
         self.runner, self.builder, self.state = setup.runner, setup.builder, setup.state
-        self.policy_context = PolicyContext(seed=self.config.seed)
+        self.policy_context = PolicyContext(seed=self.config.seed, abandon_after_s=self.config.abandon_after)
         self.policy = make_policy(self.config.scheduling_policy, self.policy_context)
         self.times = StepTimes(
             setup.cost_model, self.config.calibrate and getattr(self.policy, "uses_cost_model", False)
@@ -151,7 +151,9 @@ class Engine:
 
     def renew_policy(self) -> None:
         """Continue with a fresh policy, which knows the device's times and nothing else. The engine must be idle."""
-        self.policy_context = PolicyContext(self.times.fitted_model, seed=self.config.seed)
+        self.policy_context = PolicyContext(
+            self.times.fitted_model, seed=self.config.seed, abandon_after_s=self.config.abandon_after
+        )
         self.policy = make_policy(self.config.scheduling_policy, self.policy_context)
 
     def add(

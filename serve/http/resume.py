@@ -1,6 +1,7 @@
 """Finish the requests that an earlier run of the server left unfinished: `--resume-from FILE`."""
 
 import asyncio
+import dataclasses
 import json
 import logging
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 
 from apt_jax.line_file import FileInUse, LineFile, line_of
 from apt_jax.output import QueueFull
+from apt_jax.request import OFFLINE_SLO
 from apt_jax.serve.errors import PredictedLate, error_reply
 from apt_jax.serve.http.service import Service
 from apt_jax.serve.http.snapshot import is_of, restore
@@ -125,6 +127,8 @@ class Resumption:
     async def _generate(self, service: Service, generation: Generation[Any], samples: list[Any]) -> None:
         while True:
             service.check_accepts()
+            if service.served_model().engine.config.abandon_after is not None:  # nobody waits for these
+                samples = [dataclasses.replace(sample, slo=OFFLINE_SLO) for sample in samples]
             group = service.backend.submit(samples)
             try:
                 await group.accepted()

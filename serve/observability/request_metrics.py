@@ -15,6 +15,7 @@ TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000)
 REJECTIONS = tuple(sorted({reply.reason for _, reply in ERROR_REPLIES if reply.reason is not None}))
 MISSES = {"queue_full", "predicted_late", "not_ready", "timeout"}  # rejections that miss an SLO; bad input does not
 
+STAGES = ("waiting", "running")  # for the first token; with tokens already
 REASONS = tuple(reason.value for reason in FinishReason)
 SLOS = ("strict", "both", "ttft", "tbt")  # "both" is the paper's reading: the 99th percentile of gaps
 
@@ -42,6 +43,9 @@ class RequestMetrics(Instruments):
         self.attained = self._counter("apt:slo_attained", "Requests that attained their SLO.", "slo", SLOS)
         self.missed = self._counter(
             *("apt:slo_missed", "Requests that broke it; refused and failed ones too.", "slo", SLOS)
+        )
+        self.abandoned = self._counter(
+            "apt:requests_abandoned", "Requests ended by --abandon-after, before and after a token.", "stage", STAGES
         )
         self.rejected = self._counter("apt:requests_rejected", "Requests refused, by reason.", "reason", REJECTIONS)
         self.tasks = self._gauge("apt:event_loop_tasks", "Tasks of the server's event loop, this reading's own too.")
@@ -84,6 +88,9 @@ class RequestMetrics(Instruments):
 
     def _finish(self, request: Request, reason: FinishReason, counts: bool) -> None:
         self.success.labels(**self._labels, finished_reason=reason.value).inc()
+        if reason is FinishReason.ABANDONED:
+            stage = "running" if request.output_token_ids else "waiting"
+            self.abandoned.labels(**self._labels, stage=stage).inc()
         if request.gaps_s:
             self.longest_gap.observe(request.longest_gap_s)
         by_itself = reason in (FinishReason.STOP, FinishReason.LENGTH)

@@ -21,7 +21,7 @@ from apt_jax.serve.errors import BadRequest, ContextTooLong, EngineFailure, Mode
 from apt_jax.serve.json_text import json_pieces
 from apt_jax.serve.openai.replies import PromptTokenLogprob
 from apt_jax.serve.openai.requests import GenerationRequest, bad_request, slo_of
-from apt_jax.serve.openai.slo_report import slo_report
+from apt_jax.serve.openai.slo_report import is_unanswered, slo_abandoned, slo_report
 from apt_jax.serve.openai.sse import event
 from apt_jax.serve.runtime.samples import Sample, fan_out
 from apt_jax.tokenization.token_texts import ByteTokenTexts, TokenTexts
@@ -143,7 +143,7 @@ class Generation[Body: GenerationRequest]:
     @property
     def is_whole(self) -> bool:
         """Whether every sample has ended without an abort."""
-        return all(choice.finish_reason in (FinishReason.STOP, FinishReason.LENGTH) for choice in self.choices)
+        return all(choice.finish_reason not in (None, FinishReason.ABORT) for choice in self.choices)
 
     @property
     def num_values(self) -> int:
@@ -177,6 +177,7 @@ class Generation[Body: GenerationRequest]:
 
         Raises:
             EngineFailure: the engine ended the sample with an error.
+            SloAbandoned: it was the last one, and all were abandoned before they had a token.
         """
         choice = self.choices[sample.index]
         first, output = not choice.started, self._wanted(output)
@@ -198,6 +199,7 @@ class Generation[Body: GenerationRequest]:
 
         Raises:
             EngineFailure: the engine ended the sample with an error.
+            SloAbandoned: it was the last one, and all were abandoned before they had a token.
         """
         choice = self.choices[sample.index]
         varies = sample.params.logprobs is not None or self.body.return_token_ids or self._wants_running_usage
@@ -234,6 +236,7 @@ class Generation[Body: GenerationRequest]:
 
         Raises:
             EngineFailure: the engine ended the sample with an error.
+            SloAbandoned: it was the last one, and all were abandoned before they had a token.
         """
         self._add(self.choices[sample.index], self._wanted(output))
 
@@ -292,6 +295,8 @@ class Generation[Body: GenerationRequest]:
             choice.prompt_logprobs = output.prompt_logprobs
         choice.finish_reason = output.finish_reason
         self.num_unfinished -= output.finish_reason is not None
+        if self.is_finished and is_unanswered(output) and not any(choice.token_ids for choice in self.choices):
+            raise slo_abandoned(output.request)
 
     def _prompt_logprobs(self, choice: Choice) -> list[dict[str, PromptTokenLogprob] | None] | None:
         """vLLM's list, an object per prompt token; the first token has none. None where they are not known."""

@@ -4,7 +4,7 @@ from typing import Literal, NotRequired, TypedDict
 
 from apt_jax.serve.openai.slo_report import SloReport
 
-FinishReasonName = Literal["stop", "length", "abort"]
+FinishReasonName = Literal["stop", "length", "abort", "abandoned"]
 
 
 class Usage(TypedDict):

@@ -1,9 +1,11 @@
-"""The SLO report of a finished request, for its response; the terms are those of docs/api.md."""
+"""What a response says of its SLO: the report, and the error of one that was abandoned; the terms are docs/api.md's."""
 
 from collections.abc import Sequence
 from typing import TypedDict
 
+from apt_jax.output import Output
 from apt_jax.request import FinishReason, Request
+from apt_jax.serve.errors import SloAbandoned
 
 
 class SloReport(TypedDict):
@@ -49,6 +51,25 @@ def slo_report(requests: Sequence[Request]) -> SloReport:
         "preemptions": sum(request.num_preemptions for request in requests),
         "conversions": sum(request.num_conversions for request in requests),
     }
+
+
+def is_unanswered(output: Output) -> bool:
+    """Whether a sample was abandoned before it had a token."""
+    return output.finish_reason is FinishReason.ABANDONED and not output.request.output_token_ids
+
+
+def slo_abandoned(request: Request) -> SloAbandoned:
+    """The error of a response without any token."""
+    return SloAbandoned(
+        f"the first token did not come within its SLO of {request.slo.ttft_s:g} s and what --abandon-after adds; try "
+        "again later, or send a longer slo.ttft_ms"
+    )
+
+
+def check_begun(outputs: Sequence[Output], num_samples: int) -> None:
+    """Raises SloAbandoned if the first `outputs` of a response say that no token will come for any of its samples."""
+    if len(outputs) == num_samples and all(is_unanswered(output) for output in outputs):
+        raise slo_abandoned(outputs[0].request)
 
 
 def _ms(seconds: float) -> float:

@@ -41,6 +41,16 @@ class Group:
         while not (self._accepted or self.closed):
             await self._change()
 
+    async def begun(self) -> list[Output]:
+        """Wait for the first outputs, which stay to be iterated over; none if the group is closed.
+
+        Raises:
+            NotReady, EngineFailure, RequestTimeout: nothing will come.
+        """
+        while not (self._pending or self.closed):
+            await self._change()
+        return [output for _, output in self._pending]
+
     async def __aiter__(self) -> AsyncIterator[list[tuple[Sample, Output]]]:
         """Raises NotReady or EngineFailure when the engine stops or fails."""
         while not self.closed:

@@ -6,7 +6,7 @@ from apt_jax.request import FinishReason
 from apt_jax.scheduling.plan import Abandoned, Reason
 from tests.model.test_engine import CONFIG
 from tests.support.checkpoint_folders import random_model
-from tests.support.engines import GREEDY, Orders, make_engine
+from tests.support.engines import GREEDY, Orders, finish, make_engine
 
 
 def test_a_request_that_the_policy_abandons_is_reported_once_with_what_it_has():
@@ -39,3 +39,15 @@ def test_a_request_that_the_policy_abandons_is_reported_once_with_what_it_has():
         assert told == ["first", "second"]
         assert first.output_token_ids == [token for o in outputs for token in o.token_ids] and first.output_token_ids
         assert engine.state.pool.num_free == engine.state.pool.num_blocks
+
+
+def test_the_operator_s_limit_ends_what_waits_and_leaves_what_is_served():
+    engine = make_engine(random_model(CONFIG, seed=0), CONFIG, max_num_seqs=1, ttft_slo_ms=0.001, abandon_after=0.0)
+    for _ in range(2):  # also after the policy was made anew
+        served = engine.add([5, 6], replace(GREEDY, max_tokens=4), request_id="served")
+        waiting = engine.add([7], GREEDY, request_id="waiting")
+        (output,) = [o for o in engine.step() if o.finish_reason is not None]
+        assert (output.request, output.finish_reason, output.token_ids) == (waiting, FinishReason.ABANDONED, ())
+        finish(engine)
+        assert served.finish_reason is FinishReason.LENGTH and not served.attained
+        engine.renew_policy()

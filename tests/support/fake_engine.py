@@ -92,7 +92,7 @@ class FakeEngine:
         self.last_plan = Plan()
         self.schedule_s = 0.0
         self.predictor = PolicyContext().predictor
-        self._policy = make_policy("fcfs")
+        self._policy = make_policy("fcfs", PolicyContext(abandon_after_s=self.config.abandon_after))
         self._requests: dict[str, Request] = {}
         self._ended: list[Output] = []
         self._steps = threading.Semaphore(0) if paced else None
@@ -183,6 +183,9 @@ class FakeEngine:
         self.last_plan = self._policy.schedule(self.state, now)
         self.schedule_s = time.monotonic() - now
         spans = self.state.apply(self.last_plan, now)
+        for abandoned in self.last_plan.abandoned:
+            del self._requests[abandoned.request.request_id]
+            self._ended.append(Output(abandoned.request, "", (), (), FinishReason.ABANDONED))
         outputs = [*self._ended, *(self._sample(span.request, now) for span in spans if span.samples)]
         self._ended = []
         return outputs

@@ -8,6 +8,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+from apt_jax.scheduling.abandonment import Abandoning
 from apt_jax.scheduling.policies.apt.policy import Apt, AptPaper
 from apt_jax.scheduling.policies.edf import EarliestDeadlineFirst
 from apt_jax.scheduling.policies.fcfs import Fcfs
@@ -53,11 +54,10 @@ def make_policy(name: str, context: PolicyContext | None = None) -> Policy:
     policy = POLICIES[base]
     context = context or PolicyContext()
     options = getattr(policy, "Options", None)
-    if options is None:
-        if settings:
-            raise ValueError(f"policy {base!r} takes no options, got {':'.join(settings)!r}")
-        return policy(context)
-    return policy(context, _parse_options(base, options, settings))
+    if options is None and settings:
+        raise ValueError(f"policy {base!r} takes no options, got {':'.join(settings)!r}")
+    made = policy(context) if options is None else policy(context, _parse_options(base, options, settings))
+    return made if context.abandon_after_s is None else Abandoning(made, context.abandon_after_s)
 
 
 def _parse_options(base: str, options: type, settings: list[str]) -> Any:

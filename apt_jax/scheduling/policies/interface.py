@@ -21,6 +21,7 @@ class PolicyContext:
     cost_model: CostModel | None = None
     predictor: LengthPredictor = field(default_factory=LengthPredictor)
     seed: int = 0
+    abandon_after_s: float | None = None  # see `abandonment.py`; `make_policy` sees to it for every policy
 
     @property
     def rho_s(self) -> float:

@@ -28,6 +28,7 @@ class BenchThroughput:
     def __post_init__(self) -> None:
         check_finite(self)
         check_at_least(self, 0, ("temperature",))
+        self.engine.check_offline()
 
 
 @dataclass(frozen=True)
@@ -54,3 +55,4 @@ class BenchLatency:
     def __post_init__(self) -> None:
         check_at_least(self, 1, ("batch_size", "input_len", "output_len", "num_iters"))
         check_at_least(self, 0, ("num_iters_warmup",))
+        self.engine.check_offline()

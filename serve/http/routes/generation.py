@@ -18,6 +18,7 @@ from apt_jax.serve.json_text import parse_json
 from apt_jax.serve.openai.endpoints import Endpoint
 from apt_jax.serve.openai.generation import Generation, as_bad_request
 from apt_jax.serve.openai.requests import GenerationRequest
+from apt_jax.serve.openai.slo_report import check_begun
 from apt_jax.serve.openai.sse import PiecesResponse, SseResponse, close_on_disconnect, event
 from apt_jax.serve.runtime.group import Group
 
@@ -68,6 +69,8 @@ async def generate(endpoint: Endpoint, service: Service, http: Request) -> Respo
         except ValueError as error:
             raise as_bad_request(error, body) from error
         if body.stream:
+            if model.engine.config.abandon_after is not None:  # the status must wait for the first token
+                check_begun(await group.begun(), len(generation.samples))
             return SseResponse(_events(generation, group), cleanup.pop_all())
         return await _whole(service, generation, group, cleanup)
 
