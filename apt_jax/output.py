@@ -1,5 +1,6 @@
 """The output of a step for one request. Without jax, so that modules that only pass it on stay light."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from apt_jax.request import FinishReason, Request
@@ -49,10 +50,10 @@ class Output:
     request: Request
     text: str
     token_ids: tuple[int, ...]
-    logprobs: tuple[TokenLogprobs, ...]
+    logprobs: Sequence[TokenLogprobs]
     finish_reason: FinishReason | None
     error: str | None = None
-    prompt_logprobs: tuple[TokenLogprobs, ...] | None = None
+    prompt_logprobs: Sequence[TokenLogprobs] | None = None
 
     def without_answer(self) -> "Output":
         """For a prompt that was only to be scored: no token was asked for, so none ended it early."""

@@ -5,14 +5,14 @@ A prompt may be prefilled in several iterations, lose its cache in between and b
 once. Iterations in which no request wants any cost nothing.
 """
 
-import math
 from collections.abc import Sequence
+from itertools import groupby
 
 import numpy as np
 
 from apt_jax.batching.arrays import Batch, ScoreChunk
 from apt_jax.execution.sampling import Scored
-from apt_jax.output import TokenLogprobs
+from apt_jax.logprob_rows import LogprobRows
 from apt_jax.request import Request, Status
 from apt_jax.scheduling.state import Span
 
@@ -23,13 +23,13 @@ class PromptLogprobs:
     def __init__(self, rows: int):
         self._rows = rows
         self._asked: dict[str, int] = {}  # positions that the device has been asked for
-        self._found: dict[str, list[TokenLogprobs]] = {}
+        self._found: dict[str, LogprobRows] = {}
 
     def add(self, request: Request) -> None:
         """A request has come."""
         if request.params.prompt_logprobs is not None:
             self._asked[request.request_id] = 0
-            self._found[request.request_id] = []
+            self._found[request.request_id] = LogprobRows()
 
     def wanted(self, spans: Sequence[Span]) -> bool:
         """Whether any of these spans covers a position that is wanted and was not asked for."""
@@ -66,25 +66,28 @@ class PromptLogprobs:
         """Keep what the device has found for `chunks`; returns the requests for which a result is NaN."""
         bad: dict[int, Request] = {}
         for chunk, scored in zip(chunks, scores, strict=True):
-            logprobs, ranks = scored.logprob.tolist(), scored.rank.tolist()
-            for row, request in enumerate(chunk.requests):
+            start = 0
+            for request_id, group in groupby(chunk.requests, key=lambda request: request.request_id):
+                request, *others = group
+                rows = slice(start, start + 1 + len(others))
+                start = rows.stop
                 if request.status is Status.FINISHED:
                     continue
-                if math.isnan(logprobs[row]):
+                if np.isnan(scored.logprob[rows]).any():
                     bad[id(request)] = request
                     continue
                 count = request.params.prompt_logprobs
-                ids, values = scored.top_ids[row, :count].tolist(), scored.top_logprobs[row, :count].tolist()
-                top = tuple(zip(ids, values, strict=True))
-                entry = TokenLogprobs(int(chunk.target[row]), logprobs[row], ranks[row], top)
-                self._found[request.request_id].append(entry)
+                top_ids, top_logprobs = scored.top_ids[rows, :count], scored.top_logprobs[rows, :count]
+                self._found[request_id].extend_from_arrays(
+                    chunk.target[rows], scored.rank[rows], scored.logprob[rows], top_ids, top_logprobs
+                )
         return list(bad.values())
 
-    def pop(self, request: Request) -> tuple[TokenLogprobs, ...] | None:
+    def pop(self, request: Request) -> LogprobRows | None:
         """All results of a request, once; None if it wants none or has had them. Its prompt must have been run."""
         if request.request_id not in self._asked:
             return None
-        found = tuple(self._found[request.request_id])
+        found = self._found[request.request_id]
         assert len(found) == request.num_prompt_tokens - 1, (request.request_id, len(found))
         self.forget(request.request_id)
         return found

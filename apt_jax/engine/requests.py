@@ -9,6 +9,7 @@ from apt_jax.engine.text import OutputTexts
 from apt_jax.engine.validation import RequestRules
 from apt_jax.engine_config import EngineConfig
 from apt_jax.execution.sampling import Sampled
+from apt_jax.logprob_rows import LogprobRows
 from apt_jax.output import Output, QueueFull, TokenLogprobs
 from apt_jax.request import FinishReason, Request, SamplingParams, Slo
 from apt_jax.scheduling.state import SchedulerState
@@ -98,7 +99,7 @@ class Requests:
         prompt_logprobs = self.prompt_logprobs.pop(request)
         if reason is not None:
             self._forget(request)
-        logprobs = _token_logprobs(request, token, row, host)
+        logprobs = token_logprobs(request, token, row, host)
         return Output(request, shown, (token,), logprobs, reason, prompt_logprobs=prompt_logprobs)
 
     def end(self, request: Request, reason: FinishReason, error: str | None = None) -> None:
@@ -119,10 +120,12 @@ class Requests:
         self.prompt_logprobs.forget(request.request_id)
 
 
-def _token_logprobs(request: Request, token: int, row: int, host: Sampled) -> tuple[TokenLogprobs, ...]:
+def token_logprobs(request: Request, token: int, row: int, host: Sampled) -> Sequence[TokenLogprobs]:
+    """What a request wants of the token that was sampled in `row` of an iteration."""
     count = request.params.logprobs
     if count is None:
         return ()
-    ids, values = host.top_ids[row, :count].tolist(), host.top_logprobs[row, :count].tolist()
-    top = tuple(zip(ids, values, strict=True))
-    return (TokenLogprobs(token, float(host.logprob[row]), int(host.rank[row]), top),)
+    found, here = LogprobRows(), slice(row, row + 1)
+    top_ids, top_logprobs = host.top_ids[here, :count], host.top_logprobs[here, :count]
+    found.extend_from_arrays(np.array([token]), host.rank[here], host.logprob[here], top_ids, top_logprobs)
+    return found

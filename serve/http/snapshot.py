@@ -8,6 +8,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+from apt_jax.logprob_rows import LogprobRows
 from apt_jax.output import TokenLogprobs
 from apt_jax.request import FinishReason, SamplingParams, Slo
 from apt_jax.serve.http.snapshot_file import VERSION
@@ -107,5 +108,7 @@ def _plain(entries: Sequence[TokenLogprobs] | None) -> list[dict[str, Any]] | No
     return None if entries is None else [dataclasses.asdict(entry) for entry in entries]
 
 
-def _token_logprobs(entries: list[dict[str, Any]]) -> list[TokenLogprobs]:
-    return [TokenLogprobs(e["token_id"], e["logprob"], e["rank"], tuple((i, p) for i, p in e["top"])) for e in entries]
+def _token_logprobs(entries: list[dict[str, Any]]) -> LogprobRows:
+    return LogprobRows(
+        TokenLogprobs(e["token_id"], e["logprob"], e["rank"], tuple((i, p) for i, p in e["top"])) for e in entries
+    )

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 from pydantic_core import to_json
 
 from apt_jax.engine.interface import EngineFacts
+from apt_jax.logprob_rows import LogprobRows
 from apt_jax.output import ContextExceeded, Output, TokenLogprobs
 from apt_jax.request import FinishReason, Request, Slo
 from apt_jax.serve.errors import BadRequest, ContextTooLong, EngineFailure, ModelNotFound
@@ -48,7 +49,7 @@ class Choice:
 
     text: list[str] = field(default_factory=list)
     token_ids: list[int] = field(default_factory=list)
-    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    logprobs: LogprobRows = field(default_factory=LogprobRows)
     prompt_logprobs: Sequence[TokenLogprobs] | None = None  # of its prompt but for the first token, once known
     finish_reason: FinishReason | None = None
     token_texts: TokenTexts | None = None  # of the tokens rendered so far, if log-probabilities are wanted

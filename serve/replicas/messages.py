@@ -4,7 +4,7 @@ A ticket is one attempt at one group of samples: a group that moves to another r
 outputs of the old replica are ignored.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -86,8 +86,8 @@ class Brought:
     index: int
     text: str
     token_ids: tuple[int, ...]
-    logprobs: tuple[TokenLogprobs, ...] = ()
-    prompt_logprobs: tuple[TokenLogprobs, ...] | None = None
+    logprobs: Sequence[TokenLogprobs] = ()
+    prompt_logprobs: Sequence[TokenLogprobs] | None = None
     queued_s: float | None = None  # with the first token: arrival to being scheduled
     ending: "Ending | None" = None
 

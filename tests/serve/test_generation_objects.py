@@ -1,5 +1,6 @@
 """The objects of a completion, streamed and whole, output by output."""
 
+import gc
 import json
 import math
 from dataclasses import replace
@@ -170,3 +171,17 @@ def test_every_event_of_a_chat_is_a_chunk_and_its_first_has_the_role():
     assert deltas == [{"role": "assistant", "content": "y"}, {"content": "z"}, {"content": "!"}, {"content": "?"}]
     whole = framed.response()
     assert whole["object"] == "chat.completion" and whole["choices"][0]["message"]["content"] == "yz!?"
+
+
+def test_the_likely_tokens_of_an_answer_are_few_objects_for_the_garbage_collector():
+    """Two dozen a token would be 1.4 million for 128 samples of 500: it held Python's lock for 0.2 s each time."""
+    generation = prepared(n=1, max_tokens=100, logprobs=20)
+    sample, plain = output(generation, 0, "b")
+    gc.collect()
+    before = len(gc.get_objects())
+    for _ in range(100):
+        entry = TokenLogprobs(98, -0.5, 1, tuple((i, -0.5 - i) for i in range(20)))
+        generation.collect(sample, replace(plain, logprobs=(entry,)))
+    gc.collect()
+    assert len(generation.choices[0].logprobs) == 100
+    assert len(gc.get_objects()) - before < 50

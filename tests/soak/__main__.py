@@ -23,6 +23,7 @@ from tests.soak.client import Outcome, complete, send_raw
 from tests.soak.server import Server
 from tests.soak.stalls import stalls
 
+TEMPLATE = "{% for message in messages %}{{ message.content }}\n{% endfor %}"
 PATHS = (b"/v1/completions", b"/v1/chat/completions", b"/tokenize", b"/detokenize", b"/debug/profile")
 WORDS = ("def", "return", "the", "file", "of", "a", "list", "is", "not", "self", "import", "for", "in", "class", "(")
 
@@ -231,7 +232,16 @@ def main() -> None:
     wanted = asked.only.split(",")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        keep = ["--snapshot-file", str(folder / "left.jsonl"), "--resume-from", str(folder / "left.jsonl")]
+        template = folder / "template.jinja"
+        template.write_text(TEMPLATE)
+        keep = [
+            "--chat-template",
+            str(template),
+            "--snapshot-file",
+            str(folder / "left.jsonl"),
+            "--resume-from",
+            str(folder / "left.jsonl"),
+        ]
         alive: list[Server] = []
 
         def start(clock_jumps: bool = False) -> Server:

@@ -22,8 +22,11 @@ with open(path, "ab", buffering=0) as times:
     while True:
         s = socket.create_connection((host, port))
         s.sendall(request)
-        while s.recv(65536):
-            times.write(struct.pack("d", time.monotonic()))
+        begun = False
+        while data := s.recv(65536):
+            if begun or b"data: " in data:
+                times.write(struct.pack("d", time.monotonic() if begun else -time.monotonic()))
+                begun = True
 """
 LIMIT_S = 60.0
 
@@ -36,21 +39,25 @@ class Bystander:
         self._process = process
 
     @property
-    def seen(self) -> list[float]:
-        """When something came, by this machine's monotonic clock."""
+    def seen(self) -> list[tuple[float, bool]]:
+        """When something came, by this machine's monotonic clock, and whether it was the first of a stream."""
         data = self._times.read_bytes()
-        return [at for (at,) in struct.iter_unpack("d", data[: len(data) // 8 * 8])]
+        return [(abs(at), at < 0) for (at,) in struct.iter_unpack("d", data[: len(data) // 8 * 8])]
 
     def worst_gap_s(self, began_s: float, ended_s: float) -> float:
-        """The longest time without anything within a span, waiting until the stream goes on after it."""
+        """The longest time without anything within a span, waiting until the stream goes on after it.
+
+        The time to the first token is no gap: a stream that is asked for again may wait for its turn.
+        """
         limit_s = time.monotonic() + LIMIT_S
-        while not (seen := self.seen) or seen[-1] < ended_s:
+        while not (seen := self.seen) or seen[-1][0] < ended_s:
             assert time.monotonic() < limit_s, (
                 f"the stream has stopped; its client's exit code is {self._process.poll()}"
             )
             time.sleep(0.005)
-        times = [began_s, *(at for at in seen if at >= began_s)]
-        return max(b - a for a, b in itertools.pairwise(times) if a <= ended_s)
+        pieces = [(began_s, False), *(piece for piece in seen if piece[0] >= began_s)]
+        pairs = itertools.pairwise(pieces)
+        return max((b - a for (a, _), (b, is_first) in pairs if a <= ended_s and not is_first), default=0.0)
 
 
 @contextlib.contextmanager

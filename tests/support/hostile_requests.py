@@ -14,13 +14,12 @@ WORDS = "def read(file, size): return the list of all 12345 words\n"
 
 @dataclass(frozen=True)
 class Hostile:
-    """One request: `make` gives its body. `bounded`: its memory is its body's affair, not that of a large answer."""
+    """One request: `make` gives its body."""
 
     name: str
     path: str
     make: Callable[[], bytes]
     status: int = 400
-    bounded: bool = True
     is_chunked: bool = False  # in chunks of one byte
 
     def wire(self) -> bytes:
@@ -117,37 +116,32 @@ ANSWERED = (
     Hostile(
         "samples with likely tokens",
         COMPLETIONS,
-        _body(prompt=[5], n=64, max_tokens=200, logprobs=20),
+        _body(prompt=[5], n=128, max_tokens=500, logprobs=20, ignore_eos=True),
         200,
-        bounded=False,
     ),
     Hostile(
         "samples of a chat with likely tokens",
         CHAT,
         _body(messages=[_message("a")], n=64, max_tokens=100, logprobs=True, top_logprobs=20),
         200,
-        bounded=False,
     ),
     Hostile(
         "a stream with likely tokens",
         COMPLETIONS,
         _body(prompt=[5], n=64, max_tokens=100, logprobs=20, stream=True),
         200,
-        bounded=False,
     ),
     Hostile(
         "prompts with likely tokens",
         COMPLETIONS,
-        lambda: _body(prompt=[[5] * 1000] * 32, max_tokens=1, prompt_logprobs=20)(),
+        lambda: _body(prompt=[[5] * 1000] * 64, max_tokens=1, prompt_logprobs=20)(),
         200,
-        bounded=False,
     ),
     Hostile(
         "echoes of long prompts",
         COMPLETIONS,
         lambda: _body(prompt=[[5] * 1000] * 100, max_tokens=1, echo=True, return_token_ids=True)(),
         200,
-        bounded=False,
     ),
     Hostile(
         "usage in every event of many prompts",
@@ -159,23 +153,22 @@ ANSWERED = (
             stream_options={"include_usage": True, "continuous_usage_stats": True},
         )(),
         200,
-        bounded=False,
     ),
     Hostile(
         "samples with a bias for many tokens",
         COMPLETIONS,
         lambda: _body(prompt=[[5]] * 7, n=128, max_tokens=1, seed=1, logit_bias=_numbered(300))(),
         200,
-        bounded=False,
     ),
 )
 
 
-def send(host: str, port: int, wire: bytes, timeout_s: float = 60.0) -> int:
-    """Send a request and read the answer to its end without keeping it; its status."""
+def send(host: str, port: int, wire: bytes, timeout_s: float = 60.0) -> tuple[int, int]:
+    """Send a request and read the answer to its end without keeping it; its status and bytes."""
     with socket.create_connection((host, port), timeout=timeout_s) as connection:
         connection.sendall(wire)
-        status = connection.recv(65536).split(b" ", 2)[1]
-        while connection.recv(1 << 20):
-            pass
-    return int(status)
+        head = connection.recv(65536)
+        num_bytes = len(head)
+        while piece := connection.recv(1 << 20):
+            num_bytes += len(piece)
+    return int(head.split(b" ", 2)[1]), num_bytes
