@@ -52,7 +52,8 @@ def set_up(weights: Weights, model_config: ModelConfig, config: EngineConfig) ->
     """Make the parts of an engine. Of several processes that run one, all call it at the same time.
 
     Args:
-        weights: on the devices, laid out for the attention backend of `config` (`execution/weights/choice.py`).
+        weights: on the devices, laid out for the attention backend and block size of `config`
+            (`execution/weights/choice.py`).
 
     Raises:
         ValueError: the configuration cannot be served (context, memory, backend); one sentence with the cure.
@@ -108,7 +109,7 @@ def _make_runner(weights: Weights, model_config: ModelConfig, config: EngineConf
     pages = table_pages(config.max_model_len, config.block_size, pages_multiple(config.block_size))
     shapes = Shapes(limits.max_num_seqs, config.max_model_len, pages, config.block_size, KindMix(limits.kinds))
     buckets = Buckets(max_num_seqs=limits.max_num_seqs, max_num_batched_tokens=limits.max_num_batched_tokens)
-    return Runner(weights, model_config, shapes, buckets, config.attention_backend)
+    return Runner(weights, model_config, shapes, buckets)
 
 
 def _check_devices(runner: Runner, config: EngineConfig) -> None:

@@ -14,8 +14,6 @@ import numpy as np
 from apt_jax.batching.arrays import Batch
 from apt_jax.batching.buckets import Buckets
 from apt_jax.cache import BlockTable
-from apt_jax.cpu_kernels.calls import KERNELS as CPU_KERNELS
-from apt_jax.engine_config import AttentionBackend
 from apt_jax.execution.arguments import Arguments, Shapes
 from apt_jax.execution.compiler import Compiler, temporary_bytes
 from apt_jax.execution.forms.interface import Form
@@ -24,34 +22,19 @@ from apt_jax.execution.forms.native import NativeForm
 from apt_jax.execution.forms.stacked import StackedForm
 from apt_jax.execution.interface import StepResults
 from apt_jax.execution.programs import AnyKey, ConversionKey, GatherKey, Programs, SamplerKey, ScorerKey, StepKey
-from apt_jax.execution.weights.choice import kernels_for
 from apt_jax.execution.weights.layout import Weights
 from apt_jax.model_config import ModelConfig
 from apt_jax.models.sharding import EVERYWHERE, POOL, zeros
 
 
 class Runner:
-    """Runs batches on the devices that hold the weights. Pool and history are replaced by every step.
+    """Runs batches on the devices that hold the weights, with the attention kernels that they are laid out for.
 
-    Raises:
-        ValueError: the kernels that were asked for do not work here, or the weights are laid out for others.
+    Pool and history are replaced by every step.
     """
 
-    def __init__(
-        self,
-        weights: Weights,
-        model_config: ModelConfig,
-        shapes: Shapes,
-        buckets: Buckets,
-        attention_backend: AttentionBackend = "xla",
-    ):
+    def __init__(self, weights: Weights, model_config: ModelConfig, shapes: Shapes, buckets: Buckets):
         self.model_config, self.shapes, self.weights = model_config, shapes, weights
-        self.kernels = kernels_for(
-            attention_backend, model_config, block_size=shapes.block_size, dtype=weights.dtype, device=weights.device,
-            num_devices=self.num_devices,
-        )  # fmt: skip
-        if weights.packs and self.kernels is not CPU_KERNELS:
-            raise ValueError(f"the weights are packed for other kernels than those of {attention_backend=}")
         form: type[StackedForm] | type[LayeredForm] = StackedForm
         if weights.layers is not None:
             form = NativeForm if NativeForm.takes(weights) else LayeredForm
@@ -59,7 +42,7 @@ class Runner:
         self.buckets = buckets if self.pads else buckets.largest()
         self.arguments = Arguments(model_config, shapes, self.buckets, weights.dtype, weights.device, weights.parallel)
         compiler = Compiler(self.arguments, self.attention)
-        made: Form = form(weights, self.arguments, self.kernels, compiler)
+        made: Form = form(weights, self.arguments, weights.kernels, compiler)
         self.programs = Programs(made, weights, self.arguments, compiler)
         self.num_blocks = 0
         self._pool: jax.Array
@@ -88,7 +71,7 @@ class Runner:
     @property
     def attention(self) -> str:
         """Which implementation of attention runs: the kernels' name, or xla."""
-        return self.kernels.name if self.kernels else "xla"
+        return self.weights.kernels.name if self.weights.kernels else "xla"
 
     @property
     def num_programs(self) -> int:

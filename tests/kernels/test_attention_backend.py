@@ -11,6 +11,7 @@ from apt_jax.attention import selection as attention_backend
 from apt_jax.attention.prefix import absorbing_is_cheaper
 from apt_jax.attention.selection import select_kernels
 from apt_jax.cache import CacheKind
+from apt_jax.engine_config import EngineConfig
 from apt_jax.model_config import ModelConfig
 from apt_jax.pallas_kernels import dispatch
 from apt_jax.pallas_kernels.dispatch import (
@@ -21,6 +22,7 @@ from apt_jax.pallas_kernels.dispatch import (
     check_prefix,
     self_check,
 )
+from apt_jax.serve.runtime.build import build_engine
 from tests.golden import load_golden
 from tests.golden.compare import load_golden_model
 from tests.support.engines import GREEDY, Orders, finish, make_engine, run
@@ -51,7 +53,7 @@ def test_every_cache_kind_gives_the_greedy_tokens_of_transformers(mixed, tmp_pat
     engine = make_engine(
         load_golden_model(golden, tmp_path), config, num_blocks=300, attention_backend="pallas", max_num_seqs=16
     )
-    assert engine.runner.kernels is not None
+    assert engine.runner.weights.kernels is not None
     treatments = ("kv", "hidden") if mixed else TREATMENTS
     ids = {f"{prompt}-{how}": (prompt, how) for how in treatments for prompt in range(len(golden.prompts))}
     engine.policy = Orders(
@@ -118,6 +120,18 @@ def test_pallas_on_a_cpu_says_that_it_is_slow_and_auto_takes_xla_for_several(cap
         kernels = select_kernels("pallas", TINY, **options)
     assert kernels is not None and kernels.name == "tpu-interpreted"
     assert "interprets the TPU kernels" in caplog.text
+
+
+@pytest.mark.parametrize(("backend", "sentence"), [("auto", "attention: "), ("pallas", "interprets the TPU kernels")])
+def test_kernels_are_selected_once_from_a_folder_to_an_engine(backend, sentence, caplog):
+    """The loader lays the weights out for them, and the programs attend with them: one check, one line in the log."""
+    config = EngineConfig(attention_backend=backend, max_model_len=64, max_num_seqs=2, num_blocks=32)
+    with caplog.at_level(logging.INFO, "apt_jax.attention.selection"):
+        engine = build_engine(None, engine_config=config)
+    lines = [record.message for record in caplog.records if record.name == "apt_jax.attention.selection"]
+    assert len(lines) == 1 and sentence in lines[0]
+    kernels = engine.runner.weights.kernels
+    assert engine.runner.attention == ("xla" if kernels is None else kernels.name)
 
 
 def check(kernels: Kernels) -> str | None:

@@ -117,7 +117,7 @@ def test_a_rows_products_do_not_depend_on_the_other_rows(of_rows, of_kernel):
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_logits_of_any_number_of_rows_with_the_models_own_table(dtype):
     model = OPT(TINY, dtype=dtype, rngs=nnx.Rngs(0))
-    weights = LayerLayout.of(model, jax.devices("cpu")[0], packs=True).lay_out(model)
+    weights = LayerLayout.of(model, jax.devices("cpu")[0], calls.KERNELS).lay_out(model)
     own = weights.model(weights.outer.arrays)
     ids = jnp.arange(TINY.vocab_size)
     np.testing.assert_array_equal(own.embed(ids, ids), model.embed(ids, ids))

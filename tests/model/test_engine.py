@@ -58,7 +58,7 @@ def test_steps_update_the_pool_in_place():
     num_blocks = 2048
     pool_bytes = np.prod(pool_shape(config, num_blocks, 16)) * 4
     for layout in (
-        LayerLayout.of(model, jax.devices()[0], packs=False),
+        LayerLayout.of(model, jax.devices()[0]),
         StackedLayout(jax.devices()[0]),
     ):  # a CPU's, an accelerator's
         compiled = Runner(layout.lay_out(model), config, shapes, buckets).programs

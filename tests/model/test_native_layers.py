@@ -12,6 +12,7 @@ from apt_jax.attention.kinds import KindMix
 from apt_jax.batching.arrays import Rows, Tokens
 from apt_jax.cache import CacheKind
 from apt_jax.cpu_kernels import library
+from apt_jax.cpu_kernels.calls import KERNELS as CPU_KERNELS
 from apt_jax.cpu_kernels.large_pages import LargePages
 from apt_jax.execution.forms.interface import WholeStep
 from apt_jax.execution.forms.layered import LayeredStep
@@ -86,7 +87,7 @@ def blocks_of(requests):
 
 def packed_weights(model):
     """A copy of a model's weights as the C++ kernels take them."""
-    return LayerLayout.of(model, jax.devices("cpu")[0], packs=True).lay_out(model)
+    return LayerLayout.of(model, jax.devices("cpu")[0], CPU_KERNELS).lay_out(model)
 
 
 class Step:

@@ -16,11 +16,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from apt_jax.cpu_kernels.calls import KERNELS as CPU_KERNELS
 from apt_jax.cpu_kernels.large_pages import LargePages
 from apt_jax.cpu_kernels.packed import PACKED_OUTPUTS, PackedKernel, can_pack, pack, packed_bytes
 from apt_jax.execution.weights.layout import InModule, ModuleArrays, Path, Placed, WeightLayout, Weights, paths_of
 from apt_jax.models.kernels import TransposedKernel
 from apt_jax.models.linear import Head, Linear
+from apt_jax.pallas_kernels.dispatch import Kernels
 
 _LAYERS, _TABLE = "layers", "embedding"
 
@@ -32,17 +34,23 @@ class LayerLayout(WeightLayout):
     Attributes:
         inputs: axes of a kernel's inputs, by its path.
         head: path of what logits are made with: the table of embeddings, or a kernel of its own.
-        packs: kernels are multiplied by `cpu_kernels`, packed in their own dtype; else by XLA, as float32. So are those
-            of keys and values if heads are not whole packed tiles: attention reads them by heads.
+        kernels: see `Weights`. With those in C++ projections are packed in their own dtype and multiplied in C++, else
+            by XLA, as float32. So are those of keys and values if heads are not whole packed tiles: attention reads
+            them by heads.
     """
 
     device: jax.Device
     inputs: Mapping[Path, int]
     head: Path
-    packs: bool = False
+    kernels: Kernels | None = None
+
+    @property
+    def packs(self) -> bool:
+        """Whether projections are packed for the C++ matmul (`cpu_kernels/packed.py`)."""
+        return self.kernels is CPU_KERNELS
 
     @classmethod
-    def of(cls, model: nnx.Module, device: jax.Device, *, packs: bool) -> "LayerLayout":
+    def of(cls, model: nnx.Module, device: jax.Device, kernels: Kernels | None = None) -> "LayerLayout":
         """The layout for `model`, of which only shapes are used."""
         inputs = {
             (*map(str, path), "kernel"): len(module.inputs)
@@ -50,7 +58,7 @@ class LayerLayout(WeightLayout):
             if isinstance(module, Linear)
         }
         heads = [(*map(str, path), "kernel") for path, m in nnx.iter_modules(model) if isinstance(m, Head)]
-        return cls(device, inputs, heads[0] if heads else ("embed_tokens", _TABLE), packs)
+        return cls(device, inputs, heads[0] if heads else ("embed_tokens", _TABLE), kernels)
 
     def sharding(self, path: Path, shape: tuple[int, ...]) -> jax.sharding.Sharding:
         """See `WeightLayout`."""
@@ -90,7 +98,7 @@ class LayerLayout(WeightLayout):
             ModuleArrays.of(model.layers, [(one.arrays[i], one.in_module) for one in of_layers])
             for i in range(len(of_layers[0].arrays))
         ]
-        return Weights(ModuleArrays.of(model, outer), layers, dtype, self.packs)
+        return Weights(ModuleArrays.of(model, outer), layers, dtype, self.kernels)
 
     def _place_head(self, path: Path, array: jax.Array) -> Placed:
         """A table `[V, E]` or a kernel `[E, V]` that logits are made with."""

@@ -13,6 +13,7 @@ from apt_jax.execution.weights.tpu_layouts import tpu_format
 from apt_jax.models.interface import Model
 from apt_jax.models.kernels import Kernel
 from apt_jax.models.sharding import Parallel
+from apt_jax.pallas_kernels.dispatch import Kernels
 
 type InModule = Callable[[jax.Array], Kernel] | None
 """What an array is in a module's parameter; None is the array itself."""
@@ -60,14 +61,14 @@ class Weights:
     Attributes:
         outer: all arrays; where the layers have arrays of their own, empty arrays stand for theirs.
         layers: the arrays of each layer, all of the same structure; None if they are stacked.
-        packs: kernels are packed for the C++ matmul (`cpu_kernels/packed.py`).
+        kernels: what the programs attend with; None is XLA. The weights are laid out for them.
         parallel: the devices that they are split over.
     """
 
     outer: ModuleArrays
     layers: list[ModuleArrays] | None
     dtype: np.dtype
-    packs: bool = False
+    kernels: Kernels | None = None
     parallel: Parallel | None = None
 
     @property
@@ -117,11 +118,13 @@ class StackedLayout(WeightLayout):
 
     Attributes:
         custom_layouts: they lie in memory as `execution/weights/tpu_layouts.py` says.
+        kernels: see `Weights`.
     """
 
     device: jax.Device
     parallel: Parallel | None = None
     custom_layouts: bool = False
+    kernels: Kernels | None = None
 
     def sharding(self, path: Path, shape: tuple[int, ...]) -> jax.sharding.Sharding:
         """See `WeightLayout`."""
@@ -139,7 +142,7 @@ class StackedLayout(WeightLayout):
         """See `WeightLayout`."""
         found = [placed[path] for path in paths_of(model)]
         outer = ModuleArrays.of(model, [(one.arrays[0], one.in_module) for one in found])
-        return Weights(outer, None, np.dtype(outer.arrays[0].dtype), parallel=self.parallel)
+        return Weights(outer, None, np.dtype(outer.arrays[0].dtype), self.kernels, self.parallel)
 
 
 def path_of(path: Sequence[object]) -> Path:
