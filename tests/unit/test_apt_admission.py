@@ -20,7 +20,6 @@ PATIENT = Slo(60.0, 60.0)
 class Slower(CostModel):
     """A hidden token costs 1/1,024 s more than one in KV; decodes alone take `decode`, whatever they read."""
 
-    rho_s = 1 / 1024
     attention_s = (1 / 1024, 1 / 512)
     decode = 0.5
 
@@ -29,7 +28,7 @@ class Slower(CostModel):
 
 
 class AsFast(Slower):
-    rho_s, decode = 0.0, 0.25
+    decode = 0.25
     attention_s = (1 / 512, 1 / 512)
 
 

@@ -24,7 +24,7 @@ TURNS = "apt:prediction=off:mixed=off"
 class Toy(CostModel):
     """1/1,024 s a token, besides those that are free; hidden as fast as KV. What it is asked is written down."""
 
-    token_s, rho_s, attention_s = 1 / 1024, 0.0, (1 / 1024, 1 / 1024)
+    token_s, attention_s = 1 / 1024, (1 / 1024, 1 / 1024)
     free_tokens, decode, both = 0, 0.0, 0.0
     asked = ()
 
@@ -263,10 +263,10 @@ def test_the_lane_evicts_by_value_per_block():
 
 
 def test_a_hidden_cache_as_fast_as_kv_is_converted():
-    for rho_s, converts in ((0.0, True), (-1e-9, False)):
+    for hidden_s, converts in ((1 / 1024, True), (1 / 1024 - 1e-9, False)):
         state = make_state(32, mode="hybrid")
         run(state, "hidden", 7, kind=CacheKind.HIDDEN)
-        plan = decide(state, 0.5, model=toy(rho_s=rho_s))
+        plan = decide(state, 0.5, model=toy(attention_s=(1 / 1024, hidden_s)))
         assert ("convert hidden CONVERTED_MEMORY_FREE" in plan) is converts
 
 

@@ -23,11 +23,6 @@ class PolicyContext:
     seed: int = 0
     abandon_after_s: float | None = None  # see `abandonment.py`; `make_policy` sees to it for every policy
 
-    @property
-    def rho_s(self) -> float:
-        """Seconds per hidden token and iteration against KV; 0 as long as nothing is known."""
-        return 0.0 if self.cost_model is None else self.cost_model.rho_s
-
 
 class Policy(Protocol):
     """Decides each iteration. It reads the state and never changes it; `now` is in seconds."""

@@ -37,11 +37,11 @@ def admit(view: View, draft: Draft) -> Draft:
 def _solve(view: View, capacity: int) -> tuple[Ints, Bools]:
     """Waiting requests to admit into `capacity` blocks, best first, and whether as hidden."""
     candidates = np.flatnonzero(~view.lane_w)
-    kv_block_s = (view.context.rho_s or UNKNOWN_RHO_S) * view.block_size / CacheKind.KV.blocks_per_page
+    kv_block_s = (view.rho_s or UNKNOWN_RHO_S) * view.block_size / CacheKind.KV.blocks_per_page
     problem = Problem(
         pending_s=view.values_w[candidates],
         kv_blocks=CacheKind.KV.blocks_per_page * view.pages_w[candidates],
-        may_be_kv=np.full(len(candidates), CacheKind.KV in view.kinds),
+        may_be_kv=np.full(len(candidates), view.kv_kind is not None),
         may_be_hidden=_may_be_hidden(view, candidates),
         capacity_blocks=capacity,
         num_requests=view.num_counted,
@@ -57,15 +57,15 @@ def _may_be_hidden(view: View, candidates: Ints) -> Bools:
     The formulation counts a hidden request's delay for one iteration, but it lasts as long as the request. R
     requests in T seconds become R + 1 in T + d: more tokens per second only if R d < T.
     """
-    model = view.context.cost_model
-    allowed = np.full(len(candidates), CacheKind.HIDDEN in view.kinds)
-    if not view.is_hybrid or model is None or model.rho_s <= 0 or not view.options.sustained:
+    model, hidden = view.context.cost_model, view.hidden_kind
+    allowed = np.full(len(candidates), hidden is not None)
+    if model is None or hidden is None or view.rho_s <= 0 or not view.options.sustained:
         return allowed
     running = np.flatnonzero(view.running.decoding)
     tokens = view.waiting.tokens[candidates].astype(np.float64)
     if view.remaining_w is not None:
         tokens = tokens + view.remaining_w[candidates] / 2
-    delay_s = len(running) * model.attention_s[CacheKind.HIDDEN.index] * tokens
+    delay_s = len(running) * model.attention_s[hidden.index] * tokens
     return allowed & (delay_s <= view.decode_s(running))
 
 
@@ -110,7 +110,8 @@ def _take(view: View, draft: Draft, order: Ints, is_hidden: Bools, spare: int, l
         preempted.update(dict.fromkeys(chosen, Reason.PREEMPTED_LATE))
         room += given - offer.blocks
         seats += gained - 1
-        kind = CacheKind.HIDDEN if offer.is_hidden else CacheKind.KV
+        kind = view.hidden_kind if offer.is_hidden else view.kv_kind
+        assert kind is not None
         admitted.append(Admission(offer.position, kind, _reason(view, kind, offer.is_late), offer.blocks, chosen))
     return replace(draft, preempted=preempted, admitted=tuple(admitted), free_blocks=room + spare, seats=seats)
 
@@ -144,8 +145,8 @@ def _forecast(view: View, draft: Draft) -> Floats | None:
 def _reason(view: View, kind: CacheKind, late: bool) -> Reason:
     if late:
         return Reason.ADMITTED_LATE
-    if kind is CacheKind.KV:
+    if not kind.is_projected:
         return Reason.ADMITTED_KV
     if not view.is_hybrid:
         return Reason.ADMITTED_HIDDEN
-    return Reason.ADMITTED_HIDDEN_FASTER if view.context.rho_s < 0 else Reason.ADMITTED_HIDDEN_SERVES_MORE
+    return Reason.ADMITTED_HIDDEN_FASTER if view.rho_s < 0 else Reason.ADMITTED_HIDDEN_SERVES_MORE

@@ -4,7 +4,7 @@ from itertools import compress, repeat
 
 import numpy as np
 
-from apt_jax.cache import KINDS, CacheKind
+from apt_jax.cache import KINDS
 from apt_jax.request import Request
 from apt_jax.scheduling.plan import Converted, Plan, Preempted, Reason, Scheduled, Waited
 from apt_jax.scheduling.policies.apt.budget import within_budget
@@ -34,7 +34,9 @@ def build_plan(view: View, draft: Draft) -> Plan:
 
 def _decodes(view: View, draft: Draft, converted: list[int]) -> list[Scheduled]:
     kind = view.running.kind.copy()
-    kind[converted] = CacheKind.KV.index
+    if converted:
+        assert view.kv_kind is not None
+        kind[converted] = view.kv_kind.index
     kinds = [KINDS[k] for k in kind[draft.decode_index].tolist()]
     requests = _pick(view.running, draft.decodes & draft.stays)
     return list(map(Scheduled._make, zip(requests, repeat(1), kinds, repeat(Reason.DECODES))))

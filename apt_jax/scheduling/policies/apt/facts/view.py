@@ -39,10 +39,28 @@ class View:
         """Cache kinds that a request may be admitted with, the preferred one first."""
         return self.state.limits.kinds
 
+    @cached_property
+    def kv_kind(self) -> CacheKind | None:
+        """The first of them that is read as it is stored: KV in the formulation, at whole cost in blocks."""
+        return next((kind for kind in self.kinds if not kind.is_projected), None)
+
+    @cached_property
+    def hidden_kind(self) -> CacheKind | None:
+        """The first of them that has to be projected: hidden in the formulation, at half the cost in blocks."""
+        return next((kind for kind in self.kinds if kind.is_projected), None)
+
     @property
     def is_hybrid(self) -> bool:
         """Whether a request may be admitted as KV or as hidden."""
-        return CacheKind.KV in self.kinds and CacheKind.HIDDEN in self.kinds
+        return self.kv_kind is not None and self.hidden_kind is not None
+
+    @cached_property
+    def rho_s(self) -> float:
+        """Seconds of an iteration per token as `hidden_kind` against `kv_kind`; 0 without a choice or a cost model."""
+        model, kv, hidden = self.context.cost_model, self.kv_kind, self.hidden_kind
+        if model is None or kv is None or hidden is None:
+            return 0.0
+        return model.attention_s[hidden.index] - model.attention_s[kv.index]
 
     @property
     def least_blocks_per_page(self) -> int:
