@@ -74,12 +74,12 @@ def main(args: Args) -> None:
     finally:
         http.should_exit = True
         thread.join()
-    print(
-        "| router | attained | P99 of first-token times, ms | mean, ms | P99 of gaps, ms |\n|---|---:|---:|---:|---:|"
-    )
+    head = "router | attained strictly | by P99 of gaps | P99 of first-token times, ms | mean, ms | P99 of gaps, ms"
+    print(f"| {head} |\n|---|---:|---:|---:|---:|---:|")
     for name, runs in found.items():
         cells = [statistics.median(run[key] for run in runs) for key in runs[0]]
-        print(f"| {name} | {cells[0]:.1%} | {cells[1]:.0f} | {cells[2]:.0f} | {cells[3]:.0f} |")
+        shown = [f"{cell:.1%}" for cell in cells[:2]] + [f"{cell:.0f}" for cell in cells[2:]]
+        print(f"| {' | '.join([name, *shown])} |")
 
 
 def bench(url: str, args: Args, seed: int) -> dict[str, float]:
@@ -90,7 +90,7 @@ def bench(url: str, args: Args, seed: int) -> dict[str, float]:
         *args.bench,
     ]
     run = bench_serve(url, flags)
-    return {key: run[key] for key in ("attainment", "p99_ttft_ms", "mean_ttft_ms", "p99_itl_ms")}
+    return {key: run[key] for key in ("strict_attainment", "attainment", "p99_ttft_ms", "mean_ttft_ms", "p99_itl_ms")}
 
 
 if __name__ == "__main__":

@@ -186,7 +186,8 @@ def test_servers_that_sleep_and_wake_and_one_client(tmp_path, monkeypatch, capsy
     assert servers.main(args) == 0
     found = json.loads(output.read_text())
     assert [(run["server"], run["rate"]) for run in found["runs"]] == [("apt-jax", 20), ("apt-jax", 40)]
-    assert all(run["completed"] == 4 and run["attainment"] == 1 for run in found["runs"])
+    assert all(run["completed"] == 4 and run["strict_attainment"] == run["attainment"] == 1 for run in found["runs"])
+    assert found["effective_throughput"] == found["effective_throughput_paper"]
     assert plot.stat().st_size > 10_000
     assert "| apt-jax | 100% | 100% | 40.00 |" in capsys.readouterr().out
 

@@ -51,13 +51,19 @@ def test_our_server_answers_every_request_and_the_file_has_vllm_s_names(tmp_path
     assert (found["total_input_tokens"], found["total_output_tokens"]) == (12 * 12, 12 * 6)
     assert found["request_goodput"] == found["request_throughput"] == pytest.approx(12 / found["duration"])
     assert found["total_token_throughput"] == pytest.approx(18 * found["request_throughput"])
-    assert found["attainment"] == 1.0 and found["effective_throughput"] == {"0.7": 60, "0.9": 60, "0.99": 60}
+    assert found["strict_attainment"] == found["attainment"] == 1.0
+    assert found["effective_throughput"] == found["effective_throughput_paper"] == {"0.7": 60, "0.9": 60, "0.99": 60}
+    assert found["stall_slo_ms"] == 60000 and found["turned_away"] == 0 and found["sustained"] is None
+    assert 0 < found["longest_gap_ms"] <= found["longest_wait_ms"] and len(found["backlog_by_quarter"]) == 4
+    assert [entry["requests"] for entry in found["attainment_by_class"]["prompt_quartile"]] == [12]
     assert (found["model_id"], found["endpoint_type"], found["request_rate"]) == ("tiny", "openai", 60)
     assert found["offered_rate"] == pytest.approx(60) and found["burstiness"] == pytest.approx(4)
     assert len(found["ttfts"]) == 12 and all(len(gaps) == 5 for gaps in found["itls"])
     assert found["arguments"]["num_prompts"] == 12 and found["tokens_per_piece"] == 1.0
     assert plot.read_bytes().startswith(b"\x89PNG")
-    assert "12 answered, 0 failed" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "12 answered, 0 failed" in shown and "attained 100.0% strictly (no gap over 60000 ms)" in shown
+    assert "strictly by prompt quartiles 100.0%" in shown and "sustained: unknown" in shown
 
 
 def test_a_chat_is_text_of_the_length_asked_for(tmp_path, monkeypatch):
@@ -295,3 +301,45 @@ def test_several_rates_are_one_run_each_and_recorded_arrivals_are_kept(tmp_path,
     assert first["planned_times"] == pytest.approx([0, 0.1, 0.2])
     assert second["planned_times"] == pytest.approx([0, 0.05, 0.1])
     assert "effective throughput at 99% attainment: at least 30 requests/s" in capsys.readouterr().out
+
+
+def test_a_freeze_and_who_was_turned_away_are_told_and_the_limits_are_sent(tmp_path, capsys):
+    """Of five requests one stands still for 0.4 s, one is abandoned with a token, one without, one is refused."""
+
+    async def frozen():
+        yield piece("x")
+        await asyncio.sleep(0.4)
+        yield piece("y", "length")
+        yield usage(4, 2)
+        yield DONE
+
+    async def abandoned():
+        yield piece("x")
+        yield piece("", "abandoned")
+        yield usage(4, 1)
+        yield DONE
+
+    async def whole():
+        yield piece("x")
+        yield piece("y", "length")
+        yield usage(4, 2)
+        yield DONE
+
+    async def late():
+        yield {"error": {"message": "too late", "type": "server_error", "param": None, "code": "slo_abandoned"}}
+        yield DONE
+
+    scripts = [whole, frozen, abandoned, lambda: JSONResponse({"error": {"message": "full"}}, 503), late, whole]
+    server, output = Scripted(lambda number, body: scripts[number]()), tmp_path / "result.json"
+    flags = ["--num-prompts", 5, "--random-input-len", 4, "--random-output-len", 2, "--request-rate", 5]
+    flags += ["--ttft-slo-ms", 5000, "--tbt-slo-ms", 5000, "--stall-slo-ms", 200]
+    with server.running() as url:
+        assert bench("--base-url", url, *flags, "--output", output) == 0
+    found = json.loads(output.read_text())
+    assert (found["completed"], found["failed"], found["turned_away"]) == (2, 3, 3 / 5)
+    assert (found["attainment"], found["strict_attainment"]) == (2 / 5, 1 / 5)
+    assert found["longest_gap_ms"] >= 390 and found["stall_slo_ms"] == 200
+    assert "the server ended it: abandoned" in found["errors_by_reason"]
+    sent = {name: value for name, value in server.headers[-1].items() if name.startswith("x-slo")}
+    assert sent == {"x-slo-ttft-ms": "5000", "x-slo-tbt-ms": "5000", "x-slo-stall-ms": "200"}
+    assert "60.0% refused or ended" in capsys.readouterr().out

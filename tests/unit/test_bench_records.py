@@ -99,3 +99,42 @@ def test_details_have_one_entry_per_request():
     found = details(Run([record(0.5, [0.6, 0.8]), record(0.0, [], error="x")], 1.0))
     assert found["ttfts"] == [pytest.approx(0.1), None] and found["errors"] == [None, "x"]
     assert found["itls"] == [[pytest.approx(0.2)], []] and {len(values) for values in found.values()} == {2}
+
+
+def test_a_freeze_that_the_99th_percentile_forgives_is_a_strict_miss():
+    steady = [0.05 * k for k in range(1, 101)]
+    frozen = record(0.0, [*steady, steady[-1] + 4.0])  # one gap of 4 s in a hundred
+    assert frozen.attains(SLO) and not frozen.attains_strictly(SLO)
+    found = figures([frozen, record(1.0, [1.2, 1.7]), record(0.0, [0.1, 0.15])])
+    assert (found["attainment"], found["strict_attainment"]) == (pytest.approx(2 / 3), pytest.approx(1 / 3))
+    assert (found["longest_gap_ms"], found["longest_wait_ms"]) == (pytest.approx(4000), pytest.approx(4000))
+    late = figures([record(0.0, [9.0, 9.1])])
+    assert (late["longest_gap_ms"], late["longest_wait_ms"]) == (pytest.approx(100), pytest.approx(9000))
+
+
+def test_tokens_of_kept_requests_count_while_requests_arrive():
+    kept = record(0.0, [0.125, 0.1875, 0.25, 0.3125, 0.375])
+    last = record(0.35, [0.4375, 0.5])
+    found = figures([kept, last, record(0.1, [2.0, 2.1])])
+    assert found["arrivals_s"] == 0.35 and found["kept_token_throughput"] == pytest.approx(4 / 0.35)
+    at_once = figures([kept], duration_s=2.0)
+    assert at_once["kept_token_throughput"] == pytest.approx(5 / 2.0) and at_once["backlog_by_quarter"] is None
+    several = record(0.0, [0.1, 0.2, 0.3], output_tokens=9)
+    several.first_tokens = 3
+    assert [several.tokens_until(at_s) for at_s in (0.05, 0.1, 0.25, 1.0)] == [0.0, 3, 6.0, 9.0]
+
+
+def test_classes_backlog_and_those_turned_away():
+    records = [record(float(k), [k + 0.1, k + 0.15], prompt_tokens=10 * (k + 1)) for k in range(8)]
+    for each in records:
+        each.ended_s = each.planned_s + 1.5
+    records[7].error, records[7].was_turned_away, records[7].ended_s = "HTTP 503: busy", True, 7.0
+    records[6].piece_s = [7.0, 7.1]
+    found = figures(records)
+    by_prompt = found["attainment_by_class"]["prompt_quartile"]
+    assert [(e["from_tokens"], e["to_tokens"], e["strict_attainment"]) for e in by_prompt] == [
+        (10, 20, 1.0), (30, 40, 1.0), (50, 60, 1.0), (70, 80, 0.0),
+    ]  # fmt: skip
+    assert len(found["attainment_by_class"]["output_quartile"]) == 1, "all asked for the same"
+    assert found["turned_away"] == 1 / 8 and found["sustained"] is None
+    assert found["backlog_by_quarter"] == [1, 1, 2, 1]  # at 1.75, 3.5, 5.25 and 7 s

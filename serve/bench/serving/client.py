@@ -14,6 +14,9 @@ from apt_jax.serve.bench.serving.records import Record
 from apt_jax.serve.bench.work import Work
 
 PATHS = {"completions": "/v1/completions", "chat": "/v1/chat/completions"}
+ENDED = ("abort", "abandoned", "error")  # finish reasons of answers that are not whole
+TURNED_AWAY = (429, 503)  # statuses of servers that refuse for lack of room or time
+REFUSALS = ("queue_full", "predicted_late", "slo_abandoned", "timeout", "not_ready")  # the same, as codes in a stream
 SHOWN_CHARS = 160
 IDLE_CONNECTION_S = 2.0  # shorter than servers keep them: none is used just when the server closes it
 
@@ -135,8 +138,9 @@ class Answer:
         chunk = from_json(event)
         if chunk is None:
             return
-        if chunk.get("error") is not None:
+        if (error := chunk.get("error")) is not None:
             self._record.error = f"error in the stream: {_message(chunk)}"
+            self._record.was_turned_away = isinstance(error, dict) and error.get("code") in REFUSALS
         usage = chunk.get("usage")
         self._usage = usage or self._usage
         if not (choices := chunk.get("choices")):
@@ -149,8 +153,9 @@ class Answer:
         bare = "role" in delta or choice.get("finish_reason") is not None
         tokens = self._tokens(choice, usage)
         self._pieces.append(Piece(now, len(text or ""), tokens, bare, text or "" if self._count else ""))
-        if choice.get("finish_reason") in ("abort", "error"):
-            self._record.error = f"the server ended it: {choice['finish_reason']}"
+        if (reason := choice.get("finish_reason")) in ENDED:
+            self._record.error = f"the server ended it: {reason}"
+            self._record.was_turned_away = reason != "error"
 
     def _tokens(self, choice: dict[str, Any], usage: dict[str, Any] | None) -> int | None:
         """Tokens that a chunk brought, by running usage, token ids or log-probabilities; None if it has none."""
@@ -221,6 +226,7 @@ async def ask(session: aiohttp.ClientSession, endpoint: Endpoint, body: bytes, r
         ):
             if reply.status != 200:
                 record.error = _refusal(reply.status, await reply.read())
+                record.was_turned_away = reply.status in TURNED_AWAY
                 return
             async for data in reply.content.iter_any():
                 now = time.perf_counter() - origin
@@ -235,6 +241,8 @@ async def ask(session: aiohttp.ClientSession, endpoint: Endpoint, body: bytes, r
         record.error = _failure(error)
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         record.error = f"no OpenAI stream: {type(error).__name__}"
+    finally:
+        record.ended_s = time.perf_counter() - origin
 
 
 def _refusal(status: int, text: bytes) -> str:

@@ -17,7 +17,6 @@ from tqdm import tqdm
 
 from apt_jax.files import EVERYBODY, check_plot, check_writable, replace_file
 from apt_jax.progress import is_hidden
-from apt_jax.request import Slo
 from apt_jax.serve.bench.serving.client import Endpoint, Refused, ask, first_model, open_session, plain_base
 from apt_jax.serve.bench.serving.load import load
 from apt_jax.serve.bench.serving.options import GOODPUT_METRICS, METRICS, BenchServe
@@ -32,6 +31,7 @@ if TYPE_CHECKING:
 
 LOWEST_SHARE = 1 / 64  # of the first rate: where a search gives up
 SECRET = "..."
+READINGS = {"strict": "strict_attainment", "paper": "attainment"}  # and the figure of each
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +41,10 @@ class Point:
     rate: float
     run: Run
     figures: dict[str, Any]
+
+    def reaches(self, reading: str, target: float) -> bool:
+        """Whether enough requests attained their SLO in one of the `READINGS`, at a rate not known to pile up."""
+        return bool(self.figures[READINGS[reading]] >= target and self.figures["sustained"] is not False)
 
 
 class Serving:
@@ -53,7 +57,7 @@ class Serving:
 
     def __init__(self, args: BenchServe):
         self.args = args
-        self.slo = Slo(args.ttft_slo_ms / 1e3, args.tbt_slo_ms / 1e3)
+        self.slo = args.slo
         self.goodput = parse_goodput(args.goodput)
         self.metrics = parse_names("percentile_metrics", args.percentile_metrics, METRICS)
         self.percentiles = parse_numbers("metric_percentiles", args.metric_percentiles, 0, 100)
@@ -125,6 +129,7 @@ class Serving:
             "max_concurrency": self.args.max_concurrency,
             "ttft_slo_ms": self.args.ttft_slo_ms,
             "tbt_slo_ms": self.args.tbt_slo_ms,
+            "stall_slo_ms": self.slo.stall_limit_s * 1e3,
         }
         figures = summarise(run, slo=self.slo, goodput=self.goodput, metrics=self.metrics, percentiles=self.percentiles)
         point = Point(rate, run, given | figures | (details(run) if self.args.save_detailed else {}))
@@ -134,22 +139,25 @@ class Serving:
             print(f"warning: {line}", file=sys.stderr)
         return point
 
-    def search(self, start: float) -> dict[float, float]:
-        """Effective throughput at each target; runs are shared between targets."""
+    def search(self, start: float) -> None:
+        """Measure around the highest rate that reaches each target strictly and lasts; runs are shared."""
 
         def reaches(rate: float, target: float) -> bool:
             rate = float(f"{rate:.4g}")
             point = next((p for p in self.points if p.rate == rate), None) or self.measure(rate)
-            return bool(point.figures["attainment"] >= target)
+            return point.reaches("strict", target)
 
         lowest, tolerance = start * LOWEST_SHARE, self.args.sweep_tolerance
-        return effective_throughput(reaches, self.targets, start=start, lowest=lowest, tolerance=tolerance)
+        effective_throughput(reaches, self.targets, start=start, lowest=lowest, tolerance=tolerance)
 
-    def effective(self) -> dict[float, float]:
-        """The highest rate measured that reaches each target; 0 if none did."""
+    def effective(self) -> dict[str, dict[float, float]]:
+        """In each reading, the highest rate measured that reaches each target and lasts; 0 if none did."""
         return {
-            target: max((p.rate for p in self.points if p.figures["attainment"] >= target), default=0.0)
-            for target in self.targets
+            reading: {
+                target: max((p.rate for p in self.points if p.reaches(reading, target)), default=0.0)
+                for target in self.targets
+            }
+            for reading in READINGS
         }
 
     async def _load(self, works: list[Work], planned: list[float], on_done: Callable[[Record], None]) -> Run:
@@ -175,7 +183,9 @@ def run(args: BenchServe) -> int:
     serving.warm_up()
     for rate in rates:
         serving.measure(rate)
-    found = serving.search(rates[0]) if args.sweep else serving.effective()
+    if args.sweep:
+        serving.search(rates[0])
+    found = serving.effective()
     points = sorted(serving.points, key=lambda point: point.rate)
     if len(points) > 1:
         print_points([point.figures for point in points], found)
@@ -184,7 +194,7 @@ def run(args: BenchServe) -> int:
     if args.plot is not None:
         from apt_jax.serve.bench.serving.pictures import draw
 
-        draw(args.plot, [(p.rate, p.figures["attainment"], p.run) for p in points], serving.slo)
+        draw(args.plot, [(p.rate, p.figures["strict_attainment"], p.run) for p in points], serving.slo)
     return int(not any(point.figures["completed"] for point in points))
 
 
@@ -248,7 +258,8 @@ async def _find_endpoint(args: BenchServe) -> tuple[Endpoint, int | None]:
     key = args.api_key or os.environ.get("OPENAI_API_KEY") or os.environ.get("APT_JAX_API_KEY")
     headers = {"content-type": "application/json"} | ({"authorization": f"Bearer {key}"} if key else {})
     if args.send_slo:
-        headers |= {"x-slo-ttft-ms": f"{args.ttft_slo_ms:g}", "x-slo-tbt-ms": f"{args.tbt_slo_ms:g}"}
+        parts = {"ttft": args.slo.ttft_s, "tbt": args.slo.tbt_s, "stall": args.slo.stall_limit_s}
+        headers |= {f"x-slo-{name}-ms": f"{seconds * 1e3:.9g}" for name, seconds in parts.items()}
     fields: dict[str, Any] = {"temperature": args.temperature}
     if args.ignore_eos:
         fields["ignore_eos"] = True
@@ -293,14 +304,17 @@ def _run[T](main: Coroutine[Any, Any, T]) -> T:
     return uvloop.run(main)
 
 
-def _write(path: Path, args: BenchServe, points: list[Point], found: dict[float, float]) -> None:
+def _write(path: Path, args: BenchServe, points: list[Point], found: dict[str, dict[float, float]]) -> None:
     """One run is one flat object, as vLLM's benchmark writes it; several are a list `points`."""
     flags = dataclasses.asdict(args)
     flags |= flags.pop("work")
     flags |= {"api_key": SECRET if args.api_key else None}
     rest: dict[str, Any] = {
         "arguments": {name: str(value) if isinstance(value, Path) else value for name, value in flags.items()},
-        "effective_throughput": {f"{target:g}": _finite(rate) for target, rate in found.items()},
+        **{
+            name: {f"{target:g}": _finite(rate) for target, rate in found[reading].items()}
+            for name, reading in (("effective_throughput", "strict"), ("effective_throughput_paper", "paper"))
+        },
     }
     result = {**points[0].figures, **rest} if len(points) == 1 else {"points": [p.figures for p in points], **rest}
     replace_file(path, (json.dumps(result, indent=1, default=_plain) + "\n").encode(), mode=EVERYBODY)

@@ -7,6 +7,7 @@ from typing import Literal
 from tyro.conf import OmitArgPrefixes
 
 from apt_jax.ranges import check_at_least, check_cv, check_finite, check_greater
+from apt_jax.request import Slo
 from apt_jax.serve.bench.work_options import WorkOptions
 
 METRICS = ("ttft", "tpot", "itl", "e2el")
@@ -49,13 +50,16 @@ class BenchServe:
     sweep_tolerance: float = 0.1
     """Precision of the search, as a share of the rate; each halving costs one more run."""
     targets: str = "0.7,0.9,0.99"
-    """Attainment targets for effective throughput."""
+    """Attainment targets for effective throughput; a search is for strict attainment."""
     ttft_slo_ms: float = 1000.0
     """SLO for the time to the first token, in milliseconds."""
     tbt_slo_ms: float = 1000.0
     """SLO for the 99th percentile of a request's gaps between tokens, in milliseconds."""
+    stall_slo_ms: float | None = None
+    """SLO for every single gap, in milliseconds, for strict attainment; default: as `serve --stall-slo-ms`."""
     send_slo: bool = True
-    """Send the SLOs in the headers x-slo-ttft-ms and x-slo-tbt-ms; servers that do not know them ignore them."""
+    """Send the SLOs in the headers x-slo-ttft-ms, x-slo-tbt-ms and x-slo-stall-ms; servers that do not know them
+    ignore them."""
     goodput: tuple[str, ...] = ()
     """Limits in ms, such as ttft:500 tpot:50 e2el:10000: report the requests per second that meet all of them."""
     ignore_eos: bool = True
@@ -85,7 +89,7 @@ class BenchServe:
         if self.burstiness is not None and self.cv is not None:
             raise ValueError(f"burstiness={self.burstiness} and cv={self.cv} say the same thing; give one of them")
         check_finite(self, may_be_infinite=("burstiness",))
-        check_greater(self, 0, ("burstiness", "ttft_slo_ms", "tbt_slo_ms", "request_timeout"))
+        check_greater(self, 0, ("burstiness", "ttft_slo_ms", "tbt_slo_ms", "stall_slo_ms", "request_timeout"))
         check_at_least(self, 1e-3, ("sweep_tolerance",))  # rates have four digits
         check_at_least(self, 0, ("cv", "temperature", "num_warmups"))
         check_at_least(self, 1, ("max_concurrency", "max_model_len"))
@@ -93,3 +97,12 @@ class BenchServe:
             check_cv(self.cv)
         elif self.burstiness is not None:
             check_cv(self.burstiness**-0.5, f"burstiness={self.burstiness}")
+
+    @property
+    def slo(self) -> Slo:
+        """The SLO of every request."""
+        return Slo(
+            self.ttft_slo_ms / 1e3,
+            self.tbt_slo_ms / 1e3,
+            None if self.stall_slo_ms is None else self.stall_slo_ms / 1e3,
+        )

@@ -3,6 +3,7 @@
 Seconds count from the start of the run. Latencies count from the planned arrival, whenever the request was sent.
 """
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from apt_jax.request import Slo
+from apt_jax.run_figures import backlog_by_quarter, by_quartile, is_sustained
 
 
 @dataclass
@@ -27,6 +29,8 @@ class Record:
     output_tokens: int = 0
     first_tokens: int = 1  # of them, in the first piece
     error: str | None = None
+    ended_s: float | None = None  # when the answer was complete, or it failed
+    was_turned_away: bool = False  # refused by the server, or ended before it was done
 
     @property
     def has_failed(self) -> bool:
@@ -64,9 +68,24 @@ class Record:
         """Planned arrival to sending: late clients, and waiting for --max-concurrency."""
         return (self.planned_s if self.sent_s is None else self.sent_s) - self.planned_s
 
+    @property
+    def longest_gap_s(self) -> float:
+        """The longest gap between pieces; 0 without one."""
+        return max(self.gaps_s, default=0.0)
+
     def attains(self, slo: Slo) -> bool:
-        """Whether it attained its SLO; a failed one did not."""
+        """Whether it attained its SLO as the paper reads it; a failed one did not."""
         return not self.has_failed and slo.is_kept(self.ttft_s, self.gaps_s)
+
+    def attains_strictly(self, slo: Slo) -> bool:
+        """Whether it attained its SLO without any gap longer than the stall limit."""
+        return not self.has_failed and slo.is_kept_strictly(self.ttft_s, self.gaps_s)
+
+    def tokens_until(self, time_s: float) -> float:
+        """Output tokens that had come by `time_s`, each piece after the first taken for equally many."""
+        pieces = sum(at_s <= time_s for at_s in self.piece_s)
+        further = (self.output_tokens - self.first_tokens) / max(len(self.piece_s) - 1, 1)
+        return self.first_tokens + further * (pieces - 1) if pieces else 0.0
 
 
 @dataclass(frozen=True)
@@ -87,9 +106,18 @@ class Run:
         """How late the client came to a request at worst, waiting for --max-concurrency not counted."""
         return max((r.started_s - r.planned_s for r in self.records if r.started_s is not None), default=0.0)
 
+    @property
+    def window_s(self) -> float:
+        """Seconds in which requests were due to arrive; 0 if all were at once."""
+        return max((record.planned_s for record in self.records), default=0.0)
+
     def attainment(self, slo: Slo) -> float:
-        """Share of all requests sent that attained their SLO."""
+        """Share of all requests sent that attained their SLO as the paper reads it."""
         return _share(record.attains(slo) for record in self.records)
+
+    def strict_attainment(self, slo: Slo) -> float:
+        """Share of all requests sent that attained their SLO strictly."""
+        return _share(record.attains_strictly(slo) for record in self.records)
 
 
 def summarise(
@@ -112,9 +140,11 @@ def summarise(
         "output_throughput": output_tokens / duration,
         "total_token_throughput": (input_tokens + output_tokens) / duration,
         "max_concurrent_requests": _most_at_once(done),
+        "strict_attainment": run.strict_attainment(slo),
         "attainment": run.attainment(slo),
         "ttft_attainment": _share(not r.has_failed and r.ttft_s <= slo.ttft_s for r in run.records),
         "tbt_attainment": _share(not r.has_failed and slo.is_kept(0.0, r.gaps_s) for r in run.records),
+        **who_pays(run, slo),
         "tokens_per_piece": output_tokens / pieces if pieces else None,
         "short_answers": sum(r.output_tokens < r.asked_tokens for r in done),
         "max_client_lag_ms": run.max_lag_s * 1e3,
@@ -124,6 +154,30 @@ def summarise(
     for name in metrics:
         result |= _statistics(name, _values(name, done), percentiles)
     return result | _statistics("client_queue_time", [r.queue_s for r in done], percentiles)
+
+
+def who_pays(run: Run, slo: Slo) -> dict[str, Any]:
+    """What the shares of attainment hide: freezes, classes, requests turned away, and whether the rate lasts. Pure."""
+    records, window_s = run.records, run.window_s
+    strictly, kept = [r.attains_strictly(slo) for r in records], [r.attains(slo) for r in records]
+    arrivals = [r.planned_s for r in records]
+    ends = [math.inf if r.ended_s is None else r.ended_s for r in records]
+    waits = [wait for r in records if r.piece_s for wait in (r.ttft_s, r.longest_gap_s)]
+    over_s = window_s or run.duration_s
+    tokens = sum(r.tokens_until(over_s) for r, is_kept in zip(records, strictly, strict=True) if is_kept)
+    return {
+        "longest_gap_ms": max((r.longest_gap_s for r in records), default=0.0) * 1e3,
+        "longest_wait_ms": max(waits, default=0.0) * 1e3,
+        "attainment_by_class": {
+            "prompt_quartile": by_quartile([r.prompt_tokens for r in records], strictly, kept),
+            "output_quartile": by_quartile([r.asked_tokens for r in records], strictly, kept),
+        },
+        "kept_token_throughput": tokens / max(over_s, 1e-9),
+        "turned_away": _share(r.was_turned_away for r in records),
+        "arrivals_s": window_s,
+        "backlog_by_quarter": backlog_by_quarter(arrivals, ends, window_s) if window_s else None,
+        "sustained": is_sustained(arrivals, ends, window_s),
+    }
 
 
 def details(run: Run) -> dict[str, list[Any]]:
