@@ -4,7 +4,7 @@ import dataclasses
 from typing import Literal
 
 from apt_jax.cache import CacheMode
-from apt_jax.ranges import check_at_least, check_finite, check_greater
+from apt_jax.ranges import check_at_least, check_finite, check_greater, check_share
 from apt_jax.request import Slo
 
 AttentionBackend = Literal["auto", "xla", "pallas", "native"]
@@ -70,10 +70,7 @@ class EngineConfig:
             raise ValueError(f"block_size={self.block_size} must be a power of two, at most 128")
         check_at_least(self, 0, ("abandon_after",))
         check_greater(self, 0, ("ttft_slo_ms", "tbt_slo_ms", "stall_slo_ms"))
-        if not 0 < self.device_memory_utilization <= 1:
-            raise ValueError(
-                f"device_memory_utilization={self.device_memory_utilization} must be greater than 0 and at most 1"
-            )
+        check_share(self, ("device_memory_utilization",))
 
     @property
     def slo(self) -> Slo:

@@ -39,3 +39,11 @@ def check_greater(options: Any, low: float, names: Iterable[str]) -> None:
         value = getattr(options, name)
         if value is not None and not value > low:
             raise ValueError(f"{name}={value} must be greater than {low:g}")
+
+
+def check_share(options: Any, names: Iterable[str]) -> None:
+    """Raise ValueError if a field is not greater than 0 and at most 1; None passes."""
+    for name in names:
+        value = getattr(options, name)
+        if value is not None and not 0 < value <= 1:
+            raise ValueError(f"{name}={value} must be greater than 0 and at most 1")

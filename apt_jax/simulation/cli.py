@@ -16,12 +16,14 @@ from apt_jax.progress import is_hidden
 from apt_jax.routing.catalogue import make_router
 from apt_jax.scheduling.costs.cost_model import HiddenMode
 from apt_jax.scheduling.policies.catalogue import make_policy
+from apt_jax.scheduling.policies.vllm.defaults import BASELINES
 from apt_jax.simulation.experiment import Experiment
 from apt_jax.simulation.options import SimulateArgs
 from apt_jax.simulation.report import Report
 from apt_jax.simulation.search import START_RATE, effective_throughput
 from apt_jax.simulation.simulator import Sample
 
+DEFAULT_MODES = ("kv", "hybrid")
 UNCUT_COLUMNS = 10_000  # on a narrow terminal lines wrap, and no figure is cut
 
 Configuration = tuple[str, CacheMode, HiddenMode]
@@ -36,13 +38,19 @@ def configurations(args: SimulateArgs) -> list[Configuration]:
     policies = _names(args.policies, "policies")
     for policy in policies:
         make_policy(policy)
-    modes = _chosen(args.cache_modes, tuple(MODE_KINDS), "cache_modes")
+    given = _chosen(args.cache_modes, tuple(MODE_KINDS), "cache_modes") if args.cache_modes else None
     attentions = _chosen(args.hidden_attention, ("recompute", "absorbed", "one-pass"), "hidden_attention")
     return [
         (policy, cast(CacheMode, mode), cast(HiddenMode, attention))
-        for policy, mode, attention in itertools.product(policies, modes, attentions)
+        for policy in policies
+        for mode, attention in itertools.product(given or _default_modes(policy), attentions)
         if keeps_hidden(cast(CacheMode, mode)) or attention == attentions[0]
     ]
+
+
+def _default_modes(policy: str) -> tuple[str, ...]:
+    baseline = BASELINES.get(policy.split(":")[0])
+    return DEFAULT_MODES if baseline is None else (baseline.cache_mode,)
 
 
 def run(args: SimulateArgs) -> dict[str, Any]:
@@ -82,7 +90,7 @@ def run(args: SimulateArgs) -> dict[str, Any]:
     found = _search(chosen, targets)
     result = {
         "arguments": {f.name: getattr(args, f.name) for f in fields(args) if f.name not in ("json", "plot")},
-        "num_blocks": experiment.pool_blocks,
+        "num_blocks": experiment.pool_blocks(),
         "block_size": experiment.block_size,
         "runs": [report.as_dict() for report in reports],
         "effective_throughput": found,
@@ -94,7 +102,7 @@ def run(args: SimulateArgs) -> dict[str, Any]:
     if args.plot is not None:
         from apt_jax.simulation.plots import draw
 
-        draw(args.plot, reports, timelines, first_tokens, experiment.pool_blocks)
+        draw(args.plot, reports, timelines, first_tokens, experiment.pool_blocks())
     return result
 
 
@@ -123,10 +131,11 @@ def _attention(mode: str, hidden_attention: str) -> str:
 
 
 def _print(console: Console, experiment: Experiment, reports: list[Report], found: list[dict[str, Any]]) -> None:
-    tokens = experiment.pool_blocks // CacheKind.KV.blocks_per_page * experiment.block_size
+    num_blocks = experiment.pool_blocks()
+    tokens = num_blocks // CacheKind.KV.blocks_per_page * experiment.block_size
     console.print(
         f"{experiment.model} on {experiment.tensor_parallel_size} x {experiment.hardware}, {experiment.workload}: "
-        f"{experiment.pool_blocks} blocks, {tokens} tokens as KV{_instances(experiment)}"
+        f"{num_blocks} blocks, {tokens} tokens as KV{_instances(experiment)}"
     )
     if reports:
         routed = ["router", "instances"] if experiment.is_routed else []

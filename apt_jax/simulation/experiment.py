@@ -1,7 +1,7 @@
 """One simulated configuration by its names, as the command line gives them, and the points it can be asked for."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from apt_jax.cache import CacheMode
@@ -12,6 +12,7 @@ from apt_jax.scheduling.costs.cost_model import CostModel, HiddenMode, cache_blo
 from apt_jax.scheduling.costs.hardware import HARDWARE, MODELS, by_name
 from apt_jax.scheduling.policies.catalogue import make_policy
 from apt_jax.scheduling.policies.interface import PolicyContext
+from apt_jax.scheduling.policies.vllm.defaults import BASELINES, DEFAULT_LIMITS
 from apt_jax.scheduling.state import Limits
 from apt_jax.simulation.fleet import Fleet
 from apt_jax.simulation.instance import Instance
@@ -19,10 +20,15 @@ from apt_jax.simulation.report import Report, summarise
 from apt_jax.simulation.simulator import Outcome, simulate_fleet
 from apt_jax.simulation.workload import MIN_DURATION_S, Arrival, Lengths, load_lengths, make_arrivals
 
+DEFAULT_UTILIZATION = 0.9  # of the device's memory
+
 
 @dataclass(frozen=True)
 class Experiment:
-    """What stays fixed while policies, cache modes and rates vary. Field names are the command-line flags."""
+    """What stays fixed while policies, cache modes and rates vary. Field names are the command-line flags.
+
+    `None` in a limit or in the share of memory stands for the default, which may be that of the policy (`set_up_for`).
+    """
 
     model: str = "opt-13b"
     hardware: str = "a100-40gb"
@@ -34,9 +40,9 @@ class Experiment:
     tbt_slo_ms: float = 1000.0
     seed: int = 0
     block_size: int = 16
-    max_num_seqs: int = 256
-    max_num_batched_tokens: int = 2048
-    device_memory_utilization: float = 0.9
+    max_num_seqs: int | None = None
+    max_num_batched_tokens: int | None = None
+    device_memory_utilization: float | None = None
     num_blocks: int | None = None
     duration_s: float = MIN_DURATION_S
     instances: int = 1
@@ -57,22 +63,35 @@ class Experiment:
             self.lengths, rate=rate, num_requests=self.num_requests, cv=cv, seed=self.seed, duration_s=self.duration_s
         ), rate
 
+    def set_up_for(self, policy: str) -> "Experiment":
+        """This experiment with nothing left open: a baseline has the defaults of the server that it stands for."""
+        baseline = BASELINES.get(policy.split(":")[0])
+        tokens, seqs = DEFAULT_LIMITS if baseline is None else baseline.limits_on(self.hardware)
+        share = DEFAULT_UTILIZATION if baseline is None else baseline.device_memory_utilization
+        return replace(
+            self,
+            max_num_seqs=self.max_num_seqs or seqs,
+            max_num_batched_tokens=self.max_num_batched_tokens or tokens,
+            device_memory_utilization=self.device_memory_utilization or share,
+        )
+
     def cost_model(self, hidden_attention: HiddenMode) -> CostModel:
         """Physics of the device."""
         model, hardware = by_name(MODELS, self.model, "model"), by_name(HARDWARE, self.hardware, "hardware")
         return CostModel(model, hardware, hidden_attention, self.tensor_parallel_size)
 
-    @cached_property
-    def pool_blocks(self) -> int:
+    def pool_blocks(self, policy: str = "") -> int:
         """Blocks of the pool: `num_blocks`, or what the device's memory leaves."""
         if self.num_blocks is not None:
             return self.num_blocks
+        ready = self.set_up_for(policy)
+        assert ready.max_num_batched_tokens and ready.max_num_seqs and ready.device_memory_utilization
         return cache_blocks(
             self.cost_model("absorbed"),
             block_size=self.block_size,
-            max_num_batched_tokens=self.max_num_batched_tokens,
-            max_num_seqs=self.max_num_seqs,
-            utilization=self.device_memory_utilization,
+            max_num_batched_tokens=ready.max_num_batched_tokens,
+            max_num_seqs=ready.max_num_seqs,
+            utilization=ready.device_memory_utilization,
         )
 
     def run(
@@ -99,7 +118,7 @@ class Experiment:
             return outcome, None
         report = summarise(
             outcome, policy=policy, cache_mode=cache_mode, hidden_attention=hidden_attention, rate=rate,
-            num_blocks=self.pool_blocks, instances=self.instances, router=self.router if self.is_routed else "",
+            num_blocks=self.pool_blocks(policy), instances=self.instances, router=self.router if self.is_routed else "",
             report_interval_s=self.report_interval_s,
         )  # fmt: skip
         return outcome, report
@@ -115,15 +134,20 @@ class Experiment:
         Raises:
             ValueError: a name or number is bad; the message says which.
         """
-        cost_model = self.cost_model(hidden_attention)
+        cost_model, ready, num_blocks = (
+            self.cost_model(hidden_attention),
+            self.set_up_for(policy),
+            self.pool_blocks(policy),
+        )
+        assert ready.max_num_seqs and ready.max_num_batched_tokens
         limits = Limits(
-            self.max_num_seqs, self.max_num_batched_tokens, cache_mode, watermark_blocks=self.pool_blocks // 100
+            ready.max_num_seqs, ready.max_num_batched_tokens, cache_mode, watermark_blocks=num_blocks // 100
         )
 
         def start(name: str) -> Instance:
             context = PolicyContext(cost_model, seed=self.seed + int(name))
             return Instance(
-                make_policy(policy, context), cost_model, num_blocks=self.pool_blocks, limits=limits,
+                make_policy(policy, context), cost_model, num_blocks=num_blocks, limits=limits,
                 block_size=self.block_size, name=name,
             )  # fmt: skip
 

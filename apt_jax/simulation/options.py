@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from apt_jax.ranges import check_at_least, check_cv, check_finite, check_greater
+from apt_jax.ranges import check_at_least, check_cv, check_finite, check_greater, check_share
 
 
 @dataclass(frozen=True)
@@ -27,8 +27,8 @@ class SimulateArgs:
     """Requests per point; more if these would arrive in less than --duration-s."""
     policies: str = "fcfs,apt"
     """Scheduling policies, with options as NAME:option=value:option=value."""
-    cache_modes: str = "kv,hybrid"
-    """Cache modes: kv, hidden, hybrid."""
+    cache_modes: str = ""
+    """Cache modes: kv, hidden, hybrid; default: kv,hybrid, or kv for vllm-v0 and vllm-v1."""
     hidden_attention: str = "absorbed"
     """Attention over hidden blocks: absorbed, as this package runs it on the device; one-pass, by a kernel that reads
     each vector once; recompute, as in Apt-Serve."""
@@ -40,10 +40,12 @@ class SimulateArgs:
     """Attainment targets, such as 0.7,0.9,0.99: search for the highest rate that reaches each."""
     seed: int = 0
     """Seed of arrivals and lengths."""
-    max_num_seqs: int = 256
-    """Maximum number of requests in one iteration."""
-    max_num_batched_tokens: int = 2048
-    """Maximum number of tokens in one iteration."""
+    max_num_seqs: int | None = None
+    """Maximum number of requests in one iteration; default: 256, or vLLM's on the device for vllm-v0 and vllm-v1."""
+    max_num_batched_tokens: int | None = None
+    """Maximum number of tokens in one iteration; default: 2048, or vLLM's on the device for vllm-v0 and vllm-v1."""
+    device_memory_utilization: float | None = None
+    """Share of the device's memory for weights, activations and cache; default: 0.9, or 0.92 for vllm-v1."""
     block_size: int = 16
     """Tokens per cache block."""
     num_blocks: int | None = None
@@ -69,5 +71,6 @@ class SimulateArgs:
         check_at_least(self, 0, ("duration_s", "report_interval_s", "seed"))
         check_at_least(self, 1, ("tensor_parallel_size", "num_requests", "max_num_seqs", "max_num_batched_tokens"))
         check_at_least(self, 1, ("block_size", "num_blocks", "instances", "max_instances"))
+        check_share(self, ("device_memory_utilization",))
         if self.cv is not None:
             check_cv(self.cv)

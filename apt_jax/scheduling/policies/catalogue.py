@@ -18,6 +18,8 @@ from apt_jax.scheduling.policies.priority import Priority
 from apt_jax.scheduling.policies.random_order import RandomOrder
 from apt_jax.scheduling.policies.sarathi import Sarathi
 from apt_jax.scheduling.policies.sjf import ShortestJobFirst
+from apt_jax.scheduling.policies.vllm.v0 import VllmV0
+from apt_jax.scheduling.policies.vllm.v1 import VllmV1
 
 # Called with a `PolicyContext` and, if the class has a dataclass `Options`, an instance of that.
 POLICIES: dict[str, Callable[..., Policy]] = {
@@ -30,6 +32,8 @@ POLICIES: dict[str, Callable[..., Policy]] = {
     "random": RandomOrder,
     "sarathi": Sarathi,
     "sjf": ShortestJobFirst,
+    "vllm-v0": VllmV0,
+    "vllm-v1": VllmV1,
 }
 
 

@@ -19,6 +19,8 @@ def serve_in_order(
     waiting: Sequence[Request],
     running: Sequence[Request],
     may_preempt: MayPreempt | None = None,
+    *,
+    whole_prompts: bool = False,
 ) -> Plan:
     """A prefill iteration if one fits, else a decode iteration.
 
@@ -27,8 +29,9 @@ def serve_in_order(
         waiting: `state.waiting` in the order to admit.
         running: `state.running`, those to keep longest first.
         may_preempt: `(waiting, running)` -> whether the first may take the second's memory; None is never.
+        whole_prompts: as in `plan_prefill`.
     """
-    scheduled, preempted, waited = plan_prefill(state, waiting, running, may_preempt)
+    scheduled, preempted, waited = plan_prefill(state, waiting, running, may_preempt, whole_prompts=whole_prompts)
     if not scheduled:
         return plan_decode(state, running, waited)
     gone = {entry.request.order for entry in preempted}
@@ -45,10 +48,15 @@ def plan_prefill(
     may_preempt: MayPreempt | None = None,
     budget: int | None = None,
     claimed_blocks: int = 0,
+    *,
+    watermark_blocks: int | None = None,
+    whole_prompts: bool = False,
 ) -> tuple[list[Scheduled], list[Preempted], tuple[Waited, ...]]:
     """Prefills in order within the token budget, sequence limit and free blocks above the watermark.
 
-    Stops at the first request that does not fit. `claimed_blocks` are free ones that others of this iteration take.
+    Stops at the first request that does not fit. `claimed_blocks` are free ones that others of this iteration take;
+    `watermark_blocks` replaces the limits' own. With `whole_prompts` one that exceeds what is left of the budget waits,
+    unless it is the first and would exceed any.
     """
     budget = state.limits.max_num_batched_tokens if budget is None else budget
     scheduled: list[Scheduled] = []
@@ -62,8 +70,9 @@ def plan_prefill(
             victims.remove(request)
             budget -= tokens
     free, seats = state.pool.num_free - claimed_blocks, state.limits.max_num_seqs - len(state.running)
+    watermark = state.limits.watermark_blocks if watermark_blocks is None else watermark_blocks
     # a request that runs alone may use the last block: nobody else grows
-    spare = state.limits.watermark_blocks if state.running else 0
+    spare = watermark if state.running else 0
     for position, request in enumerate(waiting):
         blocked: Reason | None = None
         choice: tuple[CacheKind, Reason] | None = None
@@ -76,7 +85,7 @@ def plan_prefill(
             assert victim.table is not None
             taken.append(Preempted(victim, Reason.PREEMPTED_FOR_EARLIER))
             free, seats = free + victim.table.num_blocks, seats + 1
-        if budget <= 0:
+        if budget <= 0 or (whole_prompts and scheduled and request.num_uncomputed_tokens > budget):
             blocked = Reason.WAITS_FOR_TOKENS
         elif seats <= 0:
             blocked = Reason.WAITS_FOR_SEQUENCES
@@ -93,7 +102,7 @@ def plan_prefill(
         free -= state.blocks_needed(request, kind)
         budget -= tokens
         seats -= 1
-        spare = state.limits.watermark_blocks
+        spare = watermark
     return scheduled, preempted, ()
 
 
