@@ -1,8 +1,8 @@
-"""Simulated `vllm-v0` and `vllm-v1` beside published figures of vLLM for OPT-13B: `python -m experiments.vllm_figures`.
+"""Simulated `vllm-v0` and `vllm-v1` compared with published figures of vLLM for OPT-13B.
 
 Kwon et al., SOSP 2023 (arXiv 2309.06180), one A100 with 40 GB, ShareGPT, Poisson arrivals over an hour: table 1 (tokens
 that fit), figure 12a (normalized latency: mean of a request's latency divided by its output) and figure 13a (requests
-that run at once, at 2 requests/s).
+that run at once, at 2 requests/s). Run `python -m experiments.studies.vllm_figures`.
 """
 
 import argparse
