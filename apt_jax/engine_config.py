@@ -33,7 +33,7 @@ class EngineConfig:
     cache_mode: CacheMode = "hybrid"
     """What requests cache: keys and values (kv), hidden vectors at half the memory (hidden), or either (hybrid)."""
     scheduling_policy: str = "apt"
-    """Scheduling policy, with options as NAME:option=value; docs/scheduling describes them."""
+    """Scheduling policy, or MODULE:CLASS of your own, with options as NAME:option=value; see docs/scheduling."""
     ttft_slo_ms: float = 1000.0
     """Default SLO for the time to the first token, in milliseconds."""
     tbt_slo_ms: float = 1000.0

@@ -43,6 +43,7 @@ OTHER_TOOLS = {  # flags of docker, apt-get, useradd, gcloud and uv
             "--kv-cache-memory-bytes",
             "--num-gpu-blocks-override",
             "--enable-chunked-prefill",
+            "--scheduler-cls",
         ),
         *("--data-parallel-size", "--enable-log-requests", "--enforce-eager", "--enable-prefix-caching"),
         *("--quantization", "--kv-cache-dtype", "--cpu-offload-gb", "--kv-offloading-size", "--pipeline-parallel-size"),
