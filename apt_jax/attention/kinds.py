@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from apt_jax.batching.arrays import Rows
-from apt_jax.cache import CacheKind
+from apt_jax.cache import CacheKind, Vector
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,10 @@ class KindMix:
 
     def __iter__(self) -> Iterator[CacheKind]:
         return iter(self.kinds)
+
+    def keep(self, vector: Vector) -> bool:
+        """Whether one of the kinds keeps that vector of each token."""
+        return any(vector in kind.spec.vectors for kind in self.kinds)
 
     @property
     def asks(self) -> bool:

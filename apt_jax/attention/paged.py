@@ -31,7 +31,7 @@ from apt_jax.attention.xla import (
     start_softmax,
 )
 from apt_jax.batching.arrays import Rows, Tokens
-from apt_jax.cache import CacheKind
+from apt_jax.cache import Vector
 from apt_jax.models.collectives import local_slice
 from apt_jax.models.interface import Attend
 from apt_jax.models.linear import AttentionProjections, KeyValueProjections
@@ -73,11 +73,11 @@ def paged_attention(
         q, kv = projections.query(h), projections.kv
         if kv.splits_inputs:
             h = local_slice(h, axis=1)
-        if decode_only and CacheKind.KV not in kinds:
+        if decode_only and not kinds.keep(Vector.KEY):
             k = v = jnp.zeros_like(q)  # a hidden row never uses its own k and v
         elif decode_only and kinds.asks:
             k, v = jax.lax.cond(
-                jnp.any(rows.of_kind(CacheKind.KV) & (rows.length > 0)),
+                jnp.any(rows.keep(Vector.KEY) & (rows.length > 0)),
                 lambda: kv.keys_values(h),
                 lambda: (jnp.zeros_like(q), jnp.zeros_like(q)),
             )
@@ -111,12 +111,12 @@ def _decode(
 ) -> jax.Array:
     """One query per row `[R, N, H]` over the row's first `context [R]` cached tokens; float32 `[R, N, H]`."""
     slices = projections.splits_inputs
-    is_hidden = rows.of_kind(CacheKind.HIDDEN)
+    is_hidden = rows.keep(Vector.HIDDEN)
     hidden = (is_hidden & (context > 0))[:, None, None]
 
     def of_hidden(otherwise: jax.Array) -> jax.Array:
         wide = absorb_query(projections, q)
-        (blocks,) = rows.tables_of(CacheKind.HIDDEN)
+        blocks = rows.table_of(Vector.HIDDEN)
         length = jnp.where(is_hidden, context, 0)
         if slices:  # a kernel cannot sum the devices' scores before its softmax
             found = hidden_decode_slices(wide.astype(pool.dtype), pool, blocks, length).out
@@ -126,13 +126,13 @@ def _decode(
             found = hidden_decode(wide, pool, blocks, length).out
         return jnp.where(hidden, absorbed_values(projections, found), otherwise)
 
-    if CacheKind.KV not in kinds:
+    if not kinds.keep(Vector.KEY):
         return of_hidden(jnp.zeros(q.shape, jnp.float32))
     length = jnp.where(is_hidden, 0, context)
     decode = kv_decode if kernels is None else kernels.kv_decode
-    key_blocks, value_blocks = rows.tables_of(CacheKind.KV)
+    key_blocks, value_blocks = rows.table_of(Vector.KEY), rows.table_of(Vector.VALUE)
     out = decode(q, pool, key_blocks, value_blocks, length).out
-    if CacheKind.HIDDEN not in kinds:
+    if not kinds.keep(Vector.HIDDEN):
         return out
     if not kinds.asks:
         return of_hidden(out)
@@ -159,10 +159,10 @@ def _chunks(
     if kernels is not None and kernels.kv_prefix is not None and not projections.splits_inputs:
         return merge_prefix(own, projections, q, pool, rows, prefix, kernels, kinds).out
     # with few queries absorbing (T*N*D per cached token) is cheaper than re-projecting (D*D)
-    absorbs = CacheKind.HIDDEN in kinds and T <= H
-    is_hidden = rows.of_kind(CacheKind.HIDDEN)
-    key_blocks, value_blocks = rows.tables_of(CacheKind.KV)
-    (hidden_blocks,) = rows.tables_of(CacheKind.HIDDEN)
+    absorbs = kinds.keep(Vector.HIDDEN) and T <= H
+    is_hidden = rows.keep(Vector.HIDDEN)
+    key_blocks, value_blocks = rows.table_of(Vector.KEY), rows.table_of(Vector.VALUE)
+    hidden_blocks = rows.table_of(Vector.HIDDEN)
 
     def keys_values(r: jax.Array, chunk: jax.Array, valid: jax.Array) -> tuple[jax.Array, jax.Array]:
         def cached() -> tuple[jax.Array, jax.Array]:
@@ -172,9 +172,9 @@ def _chunks(
             h = read_chunk(pool, hidden_blocks[r], chunk, valid, dtype=q.dtype)
             return projections.keys_values(h)
 
-        if CacheKind.KV in kinds and CacheKind.HIDDEN in kinds and not absorbs:
+        if kinds.keep(Vector.KEY) and kinds.keep(Vector.HIDDEN) and not absorbs:
             return jax.lax.cond(is_hidden[r], projected, cached)
-        return cached() if CacheKind.KV in kinds else projected()
+        return cached() if kinds.keep(Vector.KEY) else projected()
 
     def by_head(r: jax.Array) -> Partial:
         return attend_by_head(q, prefix[r], lambda chunk, valid: keys_values(r, chunk, valid))
@@ -189,7 +189,7 @@ def _chunks(
         def with_prefix() -> Partial:
             if not absorbs:
                 part = by_head(r)
-            elif CacheKind.KV in kinds:
+            elif kinds.keep(Vector.KEY):
                 part = jax.lax.cond(is_hidden[r], absorbed, by_head, r)
             else:
                 part = absorbed(r)

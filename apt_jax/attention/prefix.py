@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from apt_jax.attention.absorption import absorb_query, absorbed_values, key_bias_score
 from apt_jax.attention.kinds import KindMix
 from apt_jax.batching.arrays import Rows
-from apt_jax.cache import CacheKind
+from apt_jax.cache import Vector
 from apt_jax.models.linear import KeyValueProjections
 from apt_jax.pallas_kernels.dispatch import Kernels
 from apt_jax.pallas_kernels.reference import Partial, merge
@@ -49,16 +49,16 @@ def merge_prefix(
     """
     assert kernels.kv_prefix is not None
     first = rows.last - rows.length + 1
-    is_hidden = rows.of_kind(CacheKind.HIDDEN)
-    if CacheKind.KV in kinds:
+    is_hidden = rows.keep(Vector.HIDDEN)
+    if kinds.keep(Vector.KEY):
         length = jnp.where(is_hidden, 0, prefix)
 
         def over_kv(own: Partial) -> Partial:
-            tables = rows.tables_of(CacheKind.KV)
+            tables = rows.table_of(Vector.KEY), rows.table_of(Vector.VALUE)
             return merge(own, kernels.kv_prefix(q, pool, *tables, length, first, rows.length))  # type: ignore[misc]
 
         own = _if(jnp.any(length > 0), over_kv, own)
-    if CacheKind.HIDDEN in kinds:
+    if kinds.keep(Vector.HIDDEN):
         length = jnp.where(is_hidden, prefix, 0)
         absorbs = absorbing_is_cheaper(
             rows.length, length, heads=q.shape[1], head_dim=q.shape[2], reads=kernels.hidden_prefix_reads
@@ -95,7 +95,7 @@ def _over_absorbed(
 ) -> Partial:  # fmt: skip
     """`own` merged with attention over hidden vectors, absorbed `ABSORBED_TOKENS` at a time where there are any."""
     T = q.shape[0]
-    (blocks,) = rows.tables_of(CacheKind.HIDDEN)
+    blocks = rows.table_of(Vector.HIDDEN)
     size = min(ABSORBED_TOKENS, T)
 
     def one_tile(i: jax.Array, own: Partial) -> Partial:
@@ -125,7 +125,7 @@ def _over_projected(
 ) -> Partial:  # fmt: skip
     """`own` merged with attention over hidden vectors, row by row projected to keys and values."""
     S, D = pool.shape[1:]
-    (blocks,) = rows.tables_of(CacheKind.HIDDEN)
+    blocks = rows.table_of(Vector.HIDDEN)
     W = blocks.shape[1]
     step = max(PROJECTED_TOKENS // S, 1)  # pages
     pages = -(-W // step) * step

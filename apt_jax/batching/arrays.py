@@ -3,11 +3,13 @@
 Shape letters: T token slots of the bucket, R row slots, W pages per table.
 """
 
+from functools import reduce
+from operator import or_
 from typing import Any, NamedTuple
 
 from apt_jax.batching.buckets import Bucket
 from apt_jax.batching.sampling_rows import Sampling
-from apt_jax.cache import KINDS, CacheKind
+from apt_jax.cache import KINDS, CacheKind, Vector
 from apt_jax.request import Request
 from apt_jax.scheduling.state import Span
 
@@ -40,9 +42,14 @@ class Rows(NamedTuple):
         """bool `[R]`: rows of that kind."""
         return self.kind == kind.index
 
-    def tables_of(self, kind: CacheKind) -> tuple[Array, ...]:
-        """Block tables that rows of `kind` have, one for each of its vectors."""
-        return self.tables[: kind.blocks_per_page]
+    def keep(self, vector: Vector) -> Array:
+        """bool `[R]`: rows whose kind keeps that vector of each token."""
+        return reduce(or_, (self.of_kind(kind) for kind in KINDS if vector in kind.spec.vectors))
+
+    def table_of(self, vector: Vector) -> Array:
+        """Block table `[R, W]` of that vector, in rows that keep it; it is at the same place in every such kind."""
+        (place,) = {kind.spec.vectors.index(vector) for kind in KINDS if vector in kind.spec.vectors}
+        return self.tables[place]
 
     def from_block(self, base: Array) -> "Rows":
         """The same with block `base` of the pool as the tables' block 0: a layer's."""

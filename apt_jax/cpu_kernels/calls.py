@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from apt_jax.batching.arrays import Rows
-from apt_jax.cache import CacheKind
+from apt_jax.cache import Vector
 from apt_jax.pallas_kernels.dispatch import Kernels
 from apt_jax.pallas_kernels.reference import Partial
 
@@ -70,8 +70,8 @@ def all_layers(
     shapes = (jax.ShapeDtypeStruct(x.shape, x.dtype), jax.ShapeDtypeStruct(pool.shape, pool.dtype))
     call = jax.ffi.ffi_call("apt_all_layers", shapes, input_output_aliases={0: 0, 1: 1})
     new_x, new_pool = call(
-        x, pool, rows.start, rows.length, rows.last, rows.wanted, rows.of_kind(CacheKind.HIDDEN),
-        *rows.tables_of(CacheKind.KV),
+        x, pool, rows.start, rows.length, rows.last, rows.wanted, rows.keep(Vector.HIDDEN),
+        *rows.tables,
         *parameters,
         heads=np.int64(heads), ffn=np.int64(ffn_dim), blocks=np.int64(num_blocks), norm_first=norm_first,
     )  # fmt: skip

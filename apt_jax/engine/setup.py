@@ -7,7 +7,7 @@ from pathlib import Path
 from apt_jax.attention.kinds import KindMix
 from apt_jax.batching.buckets import Buckets
 from apt_jax.batching.builder import BatchBuilder, table_pages
-from apt_jax.cache import BlockPool, CacheKind
+from apt_jax.cache import BlockPool, Vector
 from apt_jax.engine.calibration import base_model, calibration_path
 from apt_jax.engine.memory import MemoryBudget, share_memory
 from apt_jax.engine_config import EngineConfig
@@ -124,7 +124,7 @@ def _check_devices(runner: Runner, config: EngineConfig) -> None:
             "device(s); load them with the same number"
         )
     parallel = runner.weights.parallel
-    keeps_hidden = CacheKind.HIDDEN in runner.shapes.kinds
+    keeps_hidden = runner.shapes.kinds.keep(Vector.HIDDEN)
     if parallel is not None and runner.num_devices > 1 and keeps_hidden and not parallel.hidden:
         raise ValueError(
             f"cache_mode={config.cache_mode!r} needs k and v split by inputs, and these weights are split by heads; "

@@ -55,9 +55,9 @@ def convert_layer(
     """`convert_blocks` in layer number `index` (int32 scalar) only. Pure."""
     nowhere = pool.shape[0]
     base = index * num_blocks
-    first = jnp.where(hidden_blocks < num_blocks, base + hidden_blocks, nowhere)
-    second = jnp.where(hidden_blocks < num_blocks, base + value_blocks, nowhere)
-    h = pool[jnp.minimum(first, nowhere - 1)]
+    key_rows = jnp.where(hidden_blocks < num_blocks, base + hidden_blocks, nowhere)
+    value_rows = jnp.where(hidden_blocks < num_blocks, base + value_blocks, nowhere)
+    h = pool[jnp.minimum(key_rows, nowhere - 1)]
     k, v = (x.reshape(h.shape) for x in layer.self_attn.keys_values(h))
-    pool = pool.at[first].set(k.astype(pool.dtype), mode="drop")
-    return pool.at[second].set(v.astype(pool.dtype), mode="drop")
+    pool = pool.at[key_rows].set(k.astype(pool.dtype), mode="drop")
+    return pool.at[value_rows].set(v.astype(pool.dtype), mode="drop")

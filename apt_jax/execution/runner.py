@@ -140,14 +140,13 @@ class Runner:
     def convert(self, tables: Sequence[BlockTable]) -> None:
         """Compute keys and values for tables that have just become KV; keys sit where hidden vectors were."""
         convert = self.programs[ConversionKey(self.num_blocks)]
-        first, second = ([block for table in tables for block in table.blocks[v]] for v in (0, 1))
+        keys, values = (np.concatenate([table.blocks[v] for table in tables]) for v in (0, 1))
         size = self.arguments.convert_pages
-        for at in range(0, len(first), size):
-            blocks = np.full((2, size), self.num_blocks, np.int32)
-            part = slice(at, at + size)
-            blocks[0, : len(first[part])] = first[part]
-            blocks[1, : len(second[part])] = second[part]
-            self._pool = convert(self._pool, blocks[0], blocks[1])
+        for at in range(0, len(keys), size):
+            padded = np.full((2, size), self.num_blocks, np.int32)
+            pages = len(keys[at : at + size])
+            padded[0, :pages], padded[1, :pages] = keys[at : at + pages], values[at : at + pages]
+            self._pool = convert(self._pool, *padded)
 
     def _keys(self) -> Iterator[AnyKey]:
         """All programs that serving needs."""

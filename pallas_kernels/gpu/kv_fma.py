@@ -128,12 +128,12 @@ def _body(  # type: ignore[no-untyped-def]
         at = plgpu.broadcasted_iota(jnp.int32, shape[:1], 0, layout=per_row)
         at_wide = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=layout)
 
-        def step(turn: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        def step(number: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
             top, total, acc = carry
-            turns = [turn * strides_at_once + i for i in range(strides_at_once)]
+            now = [number * strides_at_once + i for i in range(strides_at_once)]  # strides
             # past the end the last valid rows are read again
-            keys, values = ([load(b, jnp.minimum(t, strides - 1)) for t in turns] for b in (key_blocks, value_blocks))
-            valid = [todo * heads - t * stride_rows - tile * TILE_ROWS for t in turns]  # rows, from the first on
+            keys, values = ([load(b, jnp.minimum(t, strides - 1)) for t in now] for b in (key_blocks, value_blocks))
+            valid = [todo * heads - t * stride_rows - tile * TILE_ROWS for t in now]  # rows, from the first on
             scores = [plgpu.layout_cast((k * queries).sum(axis=1), per_row) for k in keys]
             scores = [jnp.where(at < n, s, NEVER) for n, s in zip(valid, scores, strict=True)]
             new_top = functools.reduce(jnp.maximum, scores, top)

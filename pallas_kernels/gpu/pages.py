@@ -125,8 +125,8 @@ def stream_keys_values(
 
     @pl.loop(0, chunks)
     def _(chunk: jax.Array) -> None:
-        for turn, (_, pages) in enumerate(tables):
-            load = 2 * chunk + turn
+        for source, (_, pages) in enumerate(tables):
+            load = 2 * chunk + source
             slot = lax.rem(load, slots)
 
             @pl.when(load >= slots)

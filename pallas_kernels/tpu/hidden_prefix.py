@@ -2,7 +2,7 @@
 
 Absorbed queries are D wide per token and head. All (token, head) pairs lie in one list and are taken in tiles, so that
 VMEM holds a tile of them and its sums whatever the number of tokens; each chunk of vectors is read from HBM once per
-tile, and used twice. One turn is a tile and one row's prefix.
+tile, and used twice. One step is a tile and one row's prefix.
 """
 
 import functools
@@ -17,7 +17,7 @@ from jax.typing import DTypeLike
 from apt_jax.pallas_kernels.reference import NEVER, Partial
 from apt_jax.pallas_kernels.tpu import paging as tpu_paging
 from apt_jax.pallas_kernels.tpu import query_tiles as tpu_query_tiles
-from apt_jax.pallas_kernels.tpu.paging import LANES, Ref, Source, Turns
+from apt_jax.pallas_kernels.tpu.paging import LANES, Ref, Source, Steps
 from apt_jax.pallas_kernels.tpu.query_tiles import Work
 
 TILE_BYTES = 11 * 2**19  # of the sums of a tile
@@ -148,5 +148,5 @@ def _kernel(
         mine = tpu_query_tiles.own_queries(work, item, tile, lse.shape)
         lse[...] = jnp.where(mine, jnp.broadcast_to(top + jnp.log(total), lse.shape), lse[...])
 
-    turns = Turns(num_turns=count[0], row=lambda turn: rows[turn])
-    tpu_paging.for_each_turn(turns, length, pool, [Source(blocks, buffer, arrived)], next_buffer, serve)
+    steps = Steps(num_steps=count[0], row=lambda step: rows[step])
+    tpu_paging.run_step(steps, length, pool, [Source(blocks, buffer, arrived)], next_buffer, serve)

@@ -1,6 +1,6 @@
 """Attention of prefill chunks over cached keys and values on a TPU; what it computes: `reference.kv_prefix_attention`.
 
-One turn is a tile of queries, one row's prefix and one group of heads: only the group's columns of the pages are read,
+One step is a tile of queries, one row's prefix and one group of heads: only the group's columns of the pages are read,
 so that buffers and sums are small for every model. With up to 256 queries in a tile each key is used that often once it
 is in VMEM, which is about what a chip's compute and bandwidth balance at.
 
@@ -20,7 +20,7 @@ from jax.experimental.pallas import tpu as pltpu
 from apt_jax.pallas_kernels.reference import NEVER, Partial
 from apt_jax.pallas_kernels.tpu import paging as tpu_paging
 from apt_jax.pallas_kernels.tpu import query_tiles as tpu_query_tiles
-from apt_jax.pallas_kernels.tpu.paging import LANES, Ref, Source, Turns
+from apt_jax.pallas_kernels.tpu.paging import LANES, Ref, Source, Steps
 from apt_jax.pallas_kernels.tpu.query_tiles import Work
 
 TILE = 256  # queries
@@ -70,7 +70,7 @@ def kv_prefix_attention(
 
     def spec(block: tuple[int | None, ...], place) -> pl.BlockSpec:  # type: ignore[no-untyped-def]
         def index(core, step, tiles, _, count, *__):  # type: ignore[no-untyped-def]
-            group, item = _turn(jnp.minimum(step, _num_turns(core, count, groups, cores) - 1), core, count, cores)
+            group, item = _group_item(jnp.minimum(step, _num_steps(core, count, groups, cores) - 1), core, count, cores)
             return place(group, tiles[item])
 
         return pl.BlockSpec(block, index)
@@ -137,15 +137,15 @@ def _in_windows(q: jax.Array, group: int) -> jax.Array:
     return jnp.stack(placed, axis=2).reshape(T, N, width).transpose(1, 0, 2)
 
 
-def _num_turns(core: jax.Array, count: Ref, groups: int, cores: int) -> jax.Array:
-    """Turns of a core; 1 where there is no work, for the index of blocks that nobody reads."""
+def _num_steps(core: jax.Array, count: Ref, groups: int, cores: int) -> jax.Array:
+    """Steps of a core; 1 where there is no work, for the index of blocks that nobody reads."""
     return lax.div(groups - core + cores - 1, cores) * jnp.maximum(count[0], 1)
 
 
-def _turn(turn: jax.Array, core: jax.Array, count: Ref, cores: int) -> tuple[jax.Array, jax.Array]:
-    """Group and item: all items of a group, then the core's next group."""
+def _group_item(step: jax.Array, core: jax.Array, count: Ref, cores: int) -> tuple[jax.Array, jax.Array]:
+    """Group and item of a step: all items of a group, then the core's next group."""
     items = jnp.maximum(count[0], 1)
-    return lax.div(turn, items) * cores + core, lax.rem(turn, items)
+    return lax.div(step, items) * cores + core, lax.rem(step, items)
 
 
 def _kernel(
@@ -209,7 +209,7 @@ def _kernel(
             return carry
 
         walk(body, 0)
-        _, item = _turn(step, core, count, cores)
+        _, item = _group_item(step, core, count, cores)
         found_lse = jnp.zeros_like(lse)
         for h, window in enumerate(windows):
             row_total = jnp.sum(total[h], axis=1, keepdims=True)
@@ -220,14 +220,14 @@ def _kernel(
         mine = tpu_query_tiles.own_queries(work, item, tile, lse.shape)
         lse[...] = jnp.where(mine, found_lse, lse[...])
 
-    def first_column(turn: jax.Array) -> jax.Array:
-        at = _turn(turn, core, count, cores)[0] * columns
+    def first_column(step: jax.Array) -> jax.Array:
+        at = _group_item(step, core, count, cores)[0] * columns
         return pl.multiple_of(at, LANES) if columns % LANES == 0 else at
 
-    turns = Turns(
-        num_turns=jnp.where(count[0] > 0, _num_turns(core, count, groups, cores), 0),
-        row=lambda turn: rows[_turn(turn, core, count, cores)[1]],
+    steps = Steps(
+        num_steps=jnp.where(count[0] > 0, _num_steps(core, count, groups, cores), 0),
+        row=lambda step: rows[_group_item(step, core, count, cores)[1]],
         first_column=first_column,
     )
     sources = [Source(key_blocks, keys, keys_arrived), Source(value_blocks, values, values_arrived)]
-    tpu_paging.for_each_turn(turns, length, pool, sources, next_buffer, serve)
+    tpu_paging.run_step(steps, length, pool, sources, next_buffer, serve)

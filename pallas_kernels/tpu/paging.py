@@ -1,9 +1,8 @@
 """What the TPU kernels share: distributing rows over cores, and reading a row's pages chunk by chunk from HBM.
 
-A kernel runs on a grid (cores, steps). A step takes one turn, which serves one row: its pages are copied from the pool
-in HBM to one of two VMEM buffers, a chunk of tokens at a time, while the other buffer is computed on; during a turn's
-last chunk the first chunk of the core's next turn is already being copied, so a core waits only for its very first
-read.
+A kernel runs on a grid (cores, steps). A step serves one row: its pages are copied from the pool in HBM to one of two
+VMEM buffers, a chunk of tokens at a time, while the other buffer is computed on; during a step's last chunk the first
+chunk of the core's next step is already being copied, so a core waits only for its very first read.
 
 Shape letters as in `reference.py`; C is the tokens of a chunk.
 """
@@ -45,12 +44,12 @@ class Source(NamedTuple):
     arrived: Ref  # DMA semaphores [2]
 
 
-class Turns(NamedTuple):
-    """What this core does, step by step: turns `0 .. num_turns`."""
+class Steps(NamedTuple):
+    """What this core does in its steps `0 .. num_steps`; the grid may have more, which do nothing."""
 
-    num_turns: jax.Array
-    row: Callable[[jax.Array], jax.Array]  # of a turn
-    first_column: Callable[[jax.Array], jax.Array] | None = None  # of a turn, where buffers hold a part of the columns
+    num_steps: jax.Array
+    row: Callable[[jax.Array], jax.Array]  # of a step
+    first_column: Callable[[jax.Array], jax.Array] | None = None  # of a step, where buffers hold a part of the columns
 
 
 def chunk_tokens(width: int, block_size: int, itemsize: int, num_sources: int) -> int:
@@ -94,7 +93,7 @@ def check_shapes(query: jax.Array, pool: jax.Array, columns: int, interpret: obj
 
 
 def order_rows(length: jax.Array) -> RowOrder:
-    """Sort rows by length, so that cores that take turns get equal work. Pure; the same for every layer."""
+    """Sort rows by length: cores, which serve every `cores`-th row, get equal work. Pure; the same for every layer."""
     order = jnp.argsort(-length).astype(jnp.int32)
     return RowOrder(order, jnp.sum(length > 0, dtype=jnp.int32)[None], length.astype(jnp.int32))
 
@@ -112,9 +111,9 @@ def row_spec(block_shape: tuple[int, ...], cores: int) -> pl.BlockSpec:
     """
 
     def index(core: jax.Array, step: jax.Array, order: Ref, count: Ref, *_: Ref) -> tuple[jax.Array | int, ...]:
-        turn = step * cores + core
-        idle = turn >= jnp.maximum(count[0], cores)
-        return order[jnp.where(idle, turn - cores, turn)], *(0 for _ in block_shape)
+        place = step * cores + core  # in `order`
+        idle = place >= jnp.maximum(count[0], cores)
+        return order[jnp.where(idle, place - cores, place)], *(0 for _ in block_shape)
 
     return pl.BlockSpec((None, *block_shape), index)
 
@@ -152,44 +151,44 @@ def for_each_row(
     *,
     cores: int,
 ) -> None:
-    """In a kernel with one turn per row: `for_each_turn` over the rows that `row_order` gives this core."""
+    """In a kernel with one step per row: `run_step` for the rows that `row_order` gives this core."""
     core = pl.program_id(0)
-    turns = Turns(
-        num_turns=lax.div(row_order.num_rows[0] - core + cores - 1, cores),
-        row=lambda turn: row_order.order[turn * cores + core],
+    steps = Steps(
+        num_steps=lax.div(row_order.num_rows[0] - core + cores - 1, cores),
+        row=lambda step: row_order.order[step * cores + core],
     )
-    for_each_turn(turns, row_order.length, pool, sources, next_buffer, serve)
+    run_step(steps, row_order.length, pool, sources, next_buffer, serve)
 
 
-def for_each_turn(
-    turns: Turns, length: Ref, pool: Ref, sources: Sequence[Source], next_buffer: Ref, serve: Callable[..., None]
+def run_step(
+    steps: Steps, length: Ref, pool: Ref, sources: Sequence[Source], next_buffer: Ref, serve: Callable[..., None]
 ) -> None:
-    """In a kernel: run `serve(walk)` for this step's turn, if there is one; its row has tokens.
+    """In a kernel: run `serve(walk)` for this step's row, if it has one; the row has tokens.
 
     `walk(body, carry)` calls `body(buffer_index, num_valid, carry)` for each chunk once it has arrived and returns the
     last carry. The buffers' tokens from `num_valid` on are 0 by then, whatever the pool holds.
     """
-    turn = pl.program_id(1)
+    step = pl.program_id(1)
     pages, S, width = sources[0].buffer.shape[1:]
     C = pages * S
 
     def copy(
-        turn: jax.Array,
+        step: jax.Array,
         chunk: jax.Array | int,
         buffer: jax.Array | int,
         act: Callable[[Any], None],
         unroll: bool = False,
     ) -> None:
-        row = turns.row(turn)
+        row = steps.row(step)
         needed = jnp.minimum(lax.div(length[row] + S - 1, S) - chunk * pages, pages)
 
         def one_page(page: jax.Array | int, _: None) -> None:
             for source in sources:
                 block = source.blocks[row, chunk * pages + page]
-                if turns.first_column is None:
+                if steps.first_column is None:
                     vectors = pool.at[block]
                 else:
-                    vectors = pool.at[block, :, pl.ds(turns.first_column(turn), width)]
+                    vectors = pool.at[block, :, pl.ds(steps.first_column(step), width)]
                 act(pltpu.make_async_copy(vectors, source.buffer.at[buffer, page], source.arrived.at[buffer]))
 
         if not unroll:
@@ -205,11 +204,11 @@ def for_each_turn(
         def _() -> None:
             lax.fori_loop(0, needed, one_page, None)
 
-    def start(turn: jax.Array, chunk: jax.Array | int, buffer: jax.Array | int, unroll: bool = False) -> None:
-        copy(turn, chunk, buffer, lambda dma: dma.start(), unroll)
+    def start(step: jax.Array, chunk: jax.Array | int, buffer: jax.Array | int, unroll: bool = False) -> None:
+        copy(step, chunk, buffer, lambda dma: dma.start(), unroll)
 
     def walk(body: Callable[..., Any], carry: Any) -> Any:
-        tokens = length[turns.row(turn)]
+        tokens = length[steps.row(step)]
         chunks = lax.div(tokens + C - 1, C)
         first_buffer = next_buffer[0]
 
@@ -218,13 +217,13 @@ def for_each_turn(
 
             @pl.when(chunk + 1 < chunks)
             def _() -> None:
-                start(turn, chunk + 1, 1 - buffer, unroll=True)
+                start(step, chunk + 1, 1 - buffer, unroll=True)
 
-            @pl.when((chunk + 1 == chunks) & (turn + 1 < turns.num_turns))
+            @pl.when((chunk + 1 == chunks) & (step + 1 < steps.num_steps))
             def _() -> None:
-                start(turn + 1, 0, 1 - buffer)
+                start(step + 1, 0, 1 - buffer)
 
-            copy(turn, chunk, buffer, lambda dma: dma.wait())
+            copy(step, chunk, buffer, lambda dma: dma.wait())
             num_valid = jnp.minimum(tokens - chunk * C, C)
 
             @pl.when(num_valid < C)
@@ -238,12 +237,12 @@ def for_each_turn(
         next_buffer[0] = lax.rem(first_buffer + chunks, 2)
         return carry
 
-    @pl.when(turn < turns.num_turns)
+    @pl.when(step < steps.num_steps)
     def _() -> None:
-        @pl.when(turn == 0)
+        @pl.when(step == 0)
         def _() -> None:
             next_buffer[0] = 0
-            start(turn, 0, 0)
+            start(step, 0, 0)
 
         serve(walk)
 

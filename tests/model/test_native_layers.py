@@ -101,7 +101,7 @@ class Step:
         for r, (cached, now, hidden) in enumerate(requests):
             for position in range(cached if now else 0):
                 page, offset = divmod(position, BLOCK_SIZE)
-                for table in self.rows.tables_of(HIDDEN if hidden else KV):
+                for table in map(self.rows.table_of, (HIDDEN if hidden else KV).spec.vectors):
                     pool[:, table[r, page], offset] = rng.normal(size=(config.num_hidden_layers, config.hidden_size))
         self.pool = jnp.asarray(pool.reshape(-1, BLOCK_SIZE, config.hidden_size), dtype)
         self.history = jnp.zeros((R, PAGES * BLOCK_SIZE), jnp.int32)
