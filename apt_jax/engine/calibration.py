@@ -39,6 +39,7 @@ MAX_SECONDS = 10.0
 _BATCHES = (1, 4, 16, 64, 256)
 _CONTEXTS = (31, 250, 1000)
 _PROMPTS = (16, 64, 256, 1024)
+_CHUNKS = (16, 64, 512)
 
 
 def base_model(runner: Runner) -> CostModel:
@@ -134,8 +135,10 @@ def _iterations(trials: Trials) -> Iterator[list[Shape]]:
         candidates += [[(kind, context, 1)] * batch for context in contexts for batch in batches]
         candidates += [[(kind, 0, prompt)] for prompt in prompts]
         candidates += [[(kind, 0, prompt // 4)] * 4 for prompt in prompts if prompt >= 64]
-        chunk = min(64, limits.max_num_batched_tokens)
-        candidates += [[(kind, context, min(chunk, longest - context))] for context in contexts if context < longest]
+        candidates += [
+            [(kind, context, min(chunk, longest - context, limits.max_num_batched_tokens))]
+            for context in contexts for chunk in _CHUNKS if context < longest
+        ]  # fmt: skip
         candidates += [[*[(kind, 200, 1)] * batch, (kind, 0, 64)] for batch in (4, 16) if longest > 200]
     if len(limits.kinds) > 1:
         candidates += [

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from apt_jax.cache import KINDS
 from apt_jax.scheduling.costs.cost_model import CostModel
 from apt_jax.scheduling.costs.fit import Calibration
-from apt_jax.scheduling.costs.step_load import StepLoad, step_load
+from apt_jax.scheduling.costs.step_load import Chunk, StepLoad, step_load
 from apt_jax.scheduling.plan import Plan
 from apt_jax.scheduling.state import SchedulerState, Span
 
@@ -31,9 +31,12 @@ class StepTimes:
         held = pool.num_blocks * pool.block_size
         cached = [min(held // kind.blocks_per_page, seats * max_model_len) for kind in KINDS]
         context_tokens = tuple(count if kind in limits.kinds else 0 for kind, count in zip(KINDS, cached, strict=True))
-        projected = sum(count for kind, count in zip(KINDS, context_tokens, strict=True) if kind.is_projected)
+        prefixes: list[Chunk] = []
+        for kind, count in zip(KINDS, context_tokens, strict=True):
+            prompts = -(-count // max_model_len)
+            prefixes += [Chunk(kind.index, -(-tokens // prompts), max_model_len)] * prompts
         decodes = tuple(seats if kind in limits.kinds else 0 for kind in KINDS)
-        largest = StepLoad(tokens, tokens * max_model_len, seats, context_tokens, projected, seats, decodes)
+        largest = StepLoad(tokens, tokens * max_model_len, seats, context_tokens, 0, seats, decodes, tuple(prefixes))
         return self.calibration.model.step_s(largest)
 
     def load(self, plan: Plan, spans: Sequence[Span]) -> StepLoad | None:

@@ -134,11 +134,12 @@ class Experiment:
         Raises:
             ValueError: a name or number is bad; the message says which.
         """
-        cost_model, ready, num_blocks = (
-            self.cost_model(hidden_attention),
-            self.set_up_for(policy),
-            self.pool_blocks(policy),
-        )
+        if policy.split(":")[0] in BASELINES:
+            hidden_attention = (
+                "one-pass"  # a server with kernels of its own: it does without those that are lacking here
+            )
+        cost_model, ready = self.cost_model(hidden_attention), self.set_up_for(policy)
+        num_blocks = self.pool_blocks(policy)
         assert ready.max_num_seqs and ready.max_num_batched_tokens
         limits = Limits(
             ready.max_num_seqs, ready.max_num_batched_tokens, cache_mode, watermark_blocks=num_blocks // 100

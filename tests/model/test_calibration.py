@@ -46,7 +46,7 @@ def test_decodes_and_prompts_of_every_kind_are_measured(model):
     for seen in (
         lambda x: x.context_tokens[KV] and not x.prefill_tokens,
         lambda x: x.context_tokens[HIDDEN] and not x.prefill_tokens,
-        lambda x: x.prefill_tokens >= 16, lambda x: x.projected_tokens, lambda x: x.decode_requests >= 8,
+        lambda x: x.prefill_tokens >= 16, lambda x: x.chunks, lambda x: x.decode_requests >= 8,
     ):  # fmt: skip
         assert any(map(seen, loads)), loads
     engine.state.check()
@@ -63,7 +63,7 @@ def test_what_is_measured_tells_every_term_apart(mode):
             loads.append(trial.load)
     base = CostModel(MODELS["opt-13b"], HARDWARE["h200"])
     truth = base.with_scales(
-        Scales(1.5, 1.2, 1.3, 4.0, attention=(1.1, 0.6), pairs=2.0, per_request_s=(4e-6, 9e-5), mixing=1.7)
+        Scales(1.5, 1.2, 1.3, 4.0, attention=(1.1, 0.6), pairs=2.0, per_request_s=(4e-6, 9e-5), mixing=1.7, prefix=2.5)
     )
     fitted = fit(base, [Observation(load, truth.step_s(load)) for load in loads])
     hidden = [(model.request_s[HIDDEN], model.attention_s[HIDDEN]) for model in (fitted, truth)]
@@ -73,6 +73,7 @@ def test_what_is_measured_tells_every_term_apart(mode):
         for tokens in (30, 300, 2000):
             assert fitted.hidden_delay_s(tokens) == pytest.approx(truth.hidden_delay_s(tokens), abs=3e-6), tokens
         assert fitted.scales.mixing == pytest.approx(1.7, rel=0.1)
+    assert fitted.scales.prefix == pytest.approx(2.5, rel=0.1)
 
 
 def test_an_engine_gives_the_same_tokens_with_and_without(model, folder):

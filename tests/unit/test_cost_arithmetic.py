@@ -10,7 +10,7 @@ from apt_jax.model_config import GROUP_BYTES, ModelConfig
 from apt_jax.scheduling.costs.cost_model import CostModel, Scales, cache_blocks
 from apt_jax.scheduling.costs.fit import Calibration, Observation, fit, relative_errors
 from apt_jax.scheduling.costs.hardware import HARDWARE, MODELS, Hardware
-from apt_jax.scheduling.costs.step_load import PaddedSizes, StepLoad, step_load
+from apt_jax.scheduling.costs.step_load import Chunk, PaddedSizes, StepLoad, step_load
 from apt_jax.scheduling.plan import Converted, Plan, Reason, Scheduled
 from tests.support.scheduling_loop import make_state
 from tests.support.tiny_states import run, wait
@@ -165,11 +165,11 @@ def test_a_mixed_step_is_counted_from_its_plan():
     )
     assert step_load(plan, spans) == StepLoad(
         prefill_tokens=7, prefill_pairs=(5 + 6 + 7) + (1 + 2 + 3 + 4), decode_requests=3, context_tokens=(9 + 6, 5),
-        projected_tokens=4, samples=4, decodes=(2, 1),
+        samples=4, decodes=(2, 1), chunks=(Chunk(HIDDEN, 3, 4),),
     )  # fmt: skip
 
 
-def test_a_kv_chunk_projects_nothing_and_a_conversion_projects_what_is_cached():
+def test_a_chunk_and_a_conversion_are_counted_with_what_is_cached():
     state = make_state(100, mode="hybrid")
     chunked = run(state, "chunked", 9, computed=4)
     hidden = run(state, "hidden", 6, 2, kind=CacheKind.HIDDEN)
@@ -180,7 +180,7 @@ def test_a_kv_chunk_projects_nothing_and_a_conversion_projects_what_is_cached():
         converted=(Converted(hidden, Reason.CONVERTED_MEMORY_FREE),),
     )
     # `hidden` has 7 of its 8 tokens cached; by the time it is counted the plan is applied: the eighth is too
-    assert step_load(plan, spans) == StepLoad(5, 5 + 6 + 7 + 8 + 9, 1, (8, 0), 8, 2, (1, 0))
+    assert step_load(plan, spans) == StepLoad(5, 5 + 6 + 7 + 8 + 9, 1, (8, 0), 8, 2, (1, 0), (Chunk(KV, 5, 4),))
 
 
 def test_a_prompt_of_one_token_is_a_prompt():
@@ -217,16 +217,20 @@ def loads(count, seed=0):
         prompt = int(rng.choice([0, 1, 4, 60, 900]))
         decodes = [(1, 0), (30, 0), (0, 1), (0, 30), (7, 9), (20, 15)][int(rng.integers(6))]
         context_tokens = tuple(n * int(rng.integers(1, 60)) for n in decodes)
-        yield StepLoad(
-            prompt, prompt * (prompt + 1) // 2, sum(decodes), context_tokens, samples=sum(decodes), decodes=decodes
+        chunks = (
+            (Chunk(int(rng.integers(2)), prompt, int(rng.integers(1, 400))),) if prompt and rng.random() < 0.5 else ()
         )
+        yield StepLoad(
+            prompt, prompt * (prompt + 1) // 2 + sum(c.tokens * c.cached_tokens for c in chunks), sum(decodes),
+            context_tokens, samples=sum(decodes), decodes=decodes, chunks=chunks,
+        )  # fmt: skip
 
 
 TRUTHS = [
     Scales(),
     Scales(overhead=30.0), Scales(dense=3.0), Scales(attention=(4.0, 1.0)), Scales(attention=(1.0, 5.0)),
     Scales(pairs=6.0), Scales(per_request_s=(2.0, 0.5)), Scales(per_request_s=(0.0, 3.0)), Scales(exchange=7.0),
-    Scales(mixing=5.0), Scales(mixing=0.0), Scales(knee=1.0),
+    Scales(mixing=5.0), Scales(mixing=0.0), Scales(prefix=6.0), Scales(knee=1.0),
     Scales(knee=2.0, dense=2.0, attention=(0.5, 1.0)),
 ]  # fmt: skip
 
@@ -239,7 +243,7 @@ def test_fit_finds_each_scale_that_made_the_times(truth, devices):
     observed = [Observation(load, true_model.step_s(load)) for load in loads(150)]
     fitted = fit(base.with_scales(Scales(9.0, 9.0, 9.0)), observed)
     assert relative_errors(fitted, observed).max() < 0.02
-    for name in ("attention", "pairs", "mixing"):
+    for name in ("attention", "pairs", "mixing", "prefix"):
         assert getattr(fitted.scales, name) == pytest.approx(getattr(truth, name), rel=0.03, abs=0.01), name
     slower = [model.request_s[HIDDEN] - model.request_s[KV] for model in (fitted, true_model)]
     assert slower[0] == pytest.approx(slower[1], rel=0.03, abs=0.05)
@@ -251,7 +255,7 @@ def test_what_was_not_seen_keeps_its_scale():
         Observation(StepLoad(prefill_tokens=n), 2 * base.step_s(StepLoad(prefill_tokens=n))) for n in range(1, 20)
     ]
     scales = fit(base, observed).scales
-    assert (*scales.attention, scales.pairs, scales.exchange, scales.mixing) == (1.0, 1.0, 1.0, 1.0, 1.0)
+    assert (*scales.attention, scales.pairs, scales.exchange, scales.mixing, scales.prefix) == (1.0,) * 6
     assert scales.per_request_s == base.request_s
 
 
@@ -265,8 +269,8 @@ def test_an_outlier_does_not_bend_the_fit():
 def test_eight_observations_are_enough_and_errors_are_shares_of_what_was_measured():
     observed = [Observation(load, ONE.step_s(load)) for load in loads(8)]
     assert relative_errors(fit(ONE, observed), observed).max() < 0.02
-    assert relative_errors(ONE, [Observation(o.load, 4 * o.seconds) for o in observed[:1]]).tolist() == [0.75]
-    assert relative_errors(ONE, [Observation(o.load, o.seconds / 4) for o in observed[:1]]).tolist() == [3.0]
+    assert relative_errors(ONE, [Observation(o.load, 4 * o.seconds) for o in observed[:1]]) == pytest.approx([0.75])
+    assert relative_errors(ONE, [Observation(o.load, o.seconds / 4) for o in observed[:1]]) == pytest.approx([3.0])
 
 
 def test_one_iteration_that_took_no_time_is_refused():
@@ -276,8 +280,9 @@ def test_one_iteration_that_took_no_time_is_refused():
 
 
 def test_a_calibration_is_fitted_again_after_so_many_steps():
+    requests = tuple(2 * s for s in ONE.request_s)
     twice = ONE.with_scales(
-        Scales(2.0, 2.0, attention=(2.0, 2.0), pairs=2.0, per_request_s=tuple(2 * s for s in ONE.request_s), mixing=2.0)
+        Scales(2.0, 2.0, attention=(2.0, 2.0), pairs=2.0, per_request_s=requests, mixing=2.0, prefix=2.0)
     )
     steps = [(load, twice.step_s(load)) for load in loads(30)]
     calibration = Calibration(ONE, refit_every=10)
@@ -307,7 +312,7 @@ def test_only_start_up_s_iterations_and_the_newest_512_are_kept(tmp_path):
     again = Calibration.load(tmp_path / "cost.json", ONE)
     assert again is not None and again.num_observations == 8 and again.median_error() < 0.02
     text = (tmp_path / "cost.json").read_text()
-    (tmp_path / "cost.json").write_text(text.replace('"version": 3', '"version": 2'))
+    (tmp_path / "cost.json").write_text(text.replace('"version": 4', '"version": 3'))
     assert Calibration.load(tmp_path / "cost.json", ONE) is None
 
 

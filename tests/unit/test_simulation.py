@@ -15,7 +15,7 @@ from apt_jax.model_config import ModelConfig
 from apt_jax.request import SamplingParams
 from apt_jax.scheduling.costs.cost_model import CostModel
 from apt_jax.scheduling.costs.hardware import HARDWARE, MODELS
-from apt_jax.scheduling.costs.step_load import StepLoad, step_load
+from apt_jax.scheduling.costs.step_load import Chunk, StepLoad, step_load
 from apt_jax.scheduling.plan import Plan
 from apt_jax.scheduling.plan_log import plan_dict
 from apt_jax.scheduling.policies.catalogue import make_policy
@@ -195,7 +195,9 @@ def test_one_request_takes_the_time_of_its_iterations():
     )
     chunks = [
         model.step_s(StepLoad(prefill_tokens=64, prefill_pairs=64 * 65 // 2)),
-        model.step_s(StepLoad(prefill_tokens=36, prefill_pairs=36 * 64 + 36 * 37 // 2, samples=1)),
+        model.step_s(
+            StepLoad(prefill_tokens=36, prefill_pairs=36 * 64 + 36 * 37 // 2, samples=1, chunks=(Chunk(0, 36, 64),))
+        ),
     ]
     decode = StepLoad(decode_requests=1, samples=1, decodes=(1, 0))
     decodes = [model.step_s(replace(decode, context_tokens=(n, 0))) for n in (101, 102)]

@@ -30,7 +30,8 @@ from apt_jax.cache import KINDS, CacheKind, per_kind
 from apt_jax.model_config import GROUP_BYTES, ModelConfig
 from apt_jax.scheduling.costs.decode_kernels import ONE_PASS, RECOMPUTE, DecodeKernel, Rates
 from apt_jax.scheduling.costs.hardware import Hardware
-from apt_jax.scheduling.costs.step_load import PaddedSizes, StepLoad
+from apt_jax.scheduling.costs.prefix_kernels import ONE_READ, PROJECTED, XLA, PrefixKernel
+from apt_jax.scheduling.costs.step_load import Chunk, PaddedSizes, StepLoad
 
 HiddenMode = Literal["absorbed", "one-pass", "recompute"]
 Floats = NDArray[np.float64]
@@ -53,6 +54,7 @@ class Scales:
     per_request_s: tuple[float, ...] | None = None
     exchange: float = 1.0  # of what devices exchange for each token and layer, attention's scores not included
     mixing: float = 1.0  # of `mixing_s`
+    prefix: float = 1.0  # of what chunks of prompts pay for the tokens cached before them
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,12 @@ class CostModel:
             seconds += context_tokens * token_s
         for requests, request_s in zip(load.decodes, self.request_s, strict=True):
             seconds += requests * request_s
-        return seconds + load.prefill_pairs * self.pair_s + self.scales.mixing * self.mixing_s(load)
+        return (
+            seconds
+            + load.prefill_pairs * self.pair_s
+            + self.scales.mixing * self.mixing_s(load)
+            + (self.scales.prefix * self.prefixes_s(load))
+        )
 
     def compute_s(self, load: StepLoad) -> float:
         """Seconds of an iteration's matrix products at full rate, those of attention not included."""
@@ -99,6 +106,27 @@ class CostModel:
         if math.isinf(knee):
             return np.maximum(read_s, compute_s)
         return (read_s**knee + compute_s**knee) ** (1 / knee)
+
+    def prefix_s(self, kind: CacheKind, tokens: int, cached_tokens: int) -> float:
+        """Seconds that a chunk of `tokens` costs because `cached_tokens` of its prompt are cached as `kind`.
+
+        They are read, or projected again, or absorbed, whichever the device does. The chunk's query-key pairs and its
+        own tokens are not included, nor what other tokens of the iteration add where the device runs XLA's loops.
+        """
+        return self.scales.prefix * self._prefix_s(Chunk(kind.index, tokens, cached_tokens), tokens)
+
+    def prefixes_s(self, load: StepLoad) -> float:
+        """The same for all chunks of an iteration, at scale 1."""
+        slots = load.prefill_tokens + load.decode_requests
+        return sum(self._prefix_s(chunk, slots) for chunk in load.chunks)
+
+    def _prefix_s(self, chunk: Chunk, slots: int) -> float:
+        kernel: PrefixKernel = {"one-pass": ONE_READ, "recompute": PROJECTED}.get(
+            self.hidden_mode, self.hardware.prefix_kernel
+        )
+        if self.devices > 1 and KINDS[chunk.kind].is_projected:
+            kernel = XLA
+        return self._layers * kernel.seconds(chunk, self.model, self._rates, slots) if chunk.cached_tokens else 0.0
 
     def mixing_s(self, load: StepLoad) -> float:
         """Seconds that hidden decodes add to an iteration beside what each of them costs, at scale 1.

@@ -19,14 +19,14 @@ from numpy.typing import NDArray
 from apt_jax.cache import KINDS
 from apt_jax.files import replace_file
 from apt_jax.scheduling.costs.cost_model import CostModel, Scales
-from apt_jax.scheduling.costs.step_load import StepLoad
+from apt_jax.scheduling.costs.step_load import Chunk, StepLoad
 
 MIN_OBSERVATIONS = 8
 RECENT_OBSERVATIONS = 512  # real iterations kept in addition to those measured at start-up
 _BENDS = tuple(float(x) for x in np.geomspace(0.02, 50.0, 29))
 _KNEES = (1.0, 2.0, 4.0, 16.0)
 _ROBUST_PASSES = 5
-_VERSION, _BY_KIND = 3, ("context_tokens", "decodes")  # of a stored calibration
+_VERSION, _BY_KIND = 4, ("context_tokens", "decodes")  # of a stored calibration
 _TYPICAL_ERROR = 0.15  # relative; observations much further off lose their weight
 
 
@@ -63,14 +63,16 @@ def fit(model: CostModel, observations: Sequence[Observation], around: Scales | 
     else:
         grid = [(around.compute * float(step), around.knee) for step in np.geomspace(0.8, 1.25, 5)]
     best: tuple[float, Scales] | None = None
-    unseen = [1.0, 1.0, *(1.0 for _ in KINDS), *base.request_s, 1.0, 1.0, 1.0]
+    unseen = [1.0, 1.0, *(1.0 for _ in KINDS), *base.request_s, 1.0, 1.0, 1.0, 1.0]
     for bend, knee in grid:
         dense = base.blend(weights_s, compute_s * bend, knee)
         error, scale = _solve(np.column_stack([dense, others]) / seconds[:, None], unseen)
         if best is None or error < best[0] - 1e-12:
-            dense_scale, overhead, *per_kind, pairs, exchange, mixing = scale
+            dense_scale, overhead, *per_kind, pairs, exchange, mixing, prefix = scale
             attention, per_request_s = tuple(per_kind[: len(KINDS)]), tuple(per_kind[len(KINDS) :])
-            best = error, Scales(overhead, dense_scale, bend, knee, attention, pairs, per_request_s, exchange, mixing)
+            best = error, Scales(
+                overhead, dense_scale, bend, knee, attention, pairs, per_request_s, exchange, mixing, prefix
+            )  # fmt: skip
     assert best is not None
     return model.with_scales(best[1])
 
@@ -94,9 +96,9 @@ def _solve(relative: NDArray[np.float64], unseen: Sequence[float]) -> tuple[floa
 def _terms(
     model: CostModel, observations: Sequence[Observation]
 ) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
-    """Seconds at scale 1: weight reads, products, and columns `[n, 4 + 2 kinds]`.
+    """Seconds at scale 1: weight reads, products, and columns `[n, 5 + 2 kinds]`.
 
-    The columns: overhead, context by kind, requests by kind (their number), pairs, exchange, mixing.
+    The columns: overhead, context by kind, requests by kind (their number), pairs, exchange, mixing, prefixes.
     """
     compute, others = [], []
     for load in (model.sizes.pad(o.load) for o in observations):
@@ -109,6 +111,7 @@ def _terms(
                 load.prefill_pairs * model.pair_s,
                 model.exchange_s(load),
                 model.mixing_s(load),
+                model.prefixes_s(load),
             )
         )
     return np.full(len(compute), model.weights_s), np.array(compute), np.array(others)
@@ -171,7 +174,14 @@ class Calibration:
             raw = json.loads(path.read_text(encoding="utf-8"))
             if (raw["version"], raw["kinds"]) != (_VERSION, [kind.spec.name for kind in KINDS]):
                 return None
-            rows = [{**row, **{name: tuple(row[name]) for name in _BY_KIND}} for row in raw["observations"]]
+            rows = [
+                {
+                    **row,
+                    **{name: tuple(row[name]) for name in _BY_KIND},
+                    "chunks": tuple(Chunk(*c) for c in row["chunks"]),
+                }
+                for row in raw["observations"]
+            ]
             stored = cls(model, [Observation(seconds=row.pop("seconds"), load=StepLoad(**row)) for row in rows])
         except (OSError, ValueError, KeyError, TypeError):
             return None

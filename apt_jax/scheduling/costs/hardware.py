@@ -20,6 +20,7 @@ from apt_jax.scheduling.costs.decode_kernels import (
     XLA_AMPERE,
     DecodeKernel,
 )
+from apt_jax.scheduling.costs.prefix_kernels import HOPPER, ONE_READ, TPU, XLA, PrefixKernel
 
 GIB = 2**30
 
@@ -41,6 +42,7 @@ class Hardware:
         link_latency_s: of one collective. Assumed.
         kv_kernel, hidden_kernel: what this package's decode attention runs there.
         split_hidden_kernel: the same for hidden requests of a model split over several of them.
+        prefix_kernel: what attention of prompts' later chunks over their cached tokens runs.
     """
 
     name: str
@@ -56,38 +58,41 @@ class Hardware:
     kv_kernel: DecodeKernel = KV
     hidden_kernel: DecodeKernel = ONE_PASS
     split_hidden_kernel: DecodeKernel = SLICES_GPU
+    prefix_kernel: PrefixKernel = ONE_READ
 
 
 _ALL = (
     Hardware(
-        "a100-40gb", 40 * GIB, 312e12, 1555e9, 300e9, "NVIDIA A100 datasheet, SXM4 40 GB", hidden_kernel=XLA_AMPERE
+        "a100-40gb", 40 * GIB, 312e12, 1555e9, 300e9, "NVIDIA A100 datasheet, SXM4 40 GB",
+        hidden_kernel=XLA_AMPERE, prefix_kernel=XLA,
     ),
     Hardware(
-        "a100-80gb", 80 * GIB, 312e12, 2039e9, 300e9, "NVIDIA A100 datasheet, SXM4 80 GB", hidden_kernel=XLA_AMPERE
+        "a100-80gb", 80 * GIB, 312e12, 2039e9, 300e9, "NVIDIA A100 datasheet, SXM4 80 GB",
+        hidden_kernel=XLA_AMPERE, prefix_kernel=XLA,
     ),
     Hardware(
         "h100-80gb", 80 * GIB, 989.4e12, 3350e9, 450e9, "NVIDIA H100 datasheet, SXM5, without sparsity",
-        hidden_kernel=TWO_PASSES,
+        hidden_kernel=TWO_PASSES, prefix_kernel=HOPPER,
     ),
     Hardware(
         "h200", 141e9, 989.4e12, 4800e9, 450e9, "NVIDIA H200 datasheet, SXM, without sparsity",
-        hidden_kernel=TWO_PASSES,
+        hidden_kernel=TWO_PASSES, prefix_kernel=HOPPER,
     ),
     Hardware(
         "tpu-v5e", 16 * GIB, 197e12, 819e9, 200e9, "Google Cloud TPU v5e system architecture",
-        kv_kernel=KV_V5E, hidden_kernel=HIDDEN_V5E, split_hidden_kernel=SLICES_TPU,
+        kv_kernel=KV_V5E, hidden_kernel=HIDDEN_V5E, split_hidden_kernel=SLICES_TPU, prefix_kernel=TPU,
     ),
     Hardware(
         "tpu-v5p", 95 * GIB, 459e12, 2765e9, 600e9, "Google Cloud TPU v5p system architecture",
-        kv_kernel=KV_V5P, hidden_kernel=HIDDEN_V5P, split_hidden_kernel=SLICES_TPU,
+        kv_kernel=KV_V5P, hidden_kernel=HIDDEN_V5P, split_hidden_kernel=SLICES_TPU, prefix_kernel=TPU,
     ),
     Hardware(
         "tpu-v6e", 32 * GIB, 918e12, 1638e9, 400e9, "Google Cloud TPU v6e (Trillium) system architecture",
-        kv_kernel=KV_V6E, hidden_kernel=HIDDEN_V6E, split_hidden_kernel=SLICES_TPU,
+        kv_kernel=KV_V6E, hidden_kernel=HIDDEN_V6E, split_hidden_kernel=SLICES_TPU, prefix_kernel=TPU,
     ),
     Hardware(
         "tpu7x", 192 * GIB, 2307e12, 7380e9, 600e9, "Google Cloud TPU7x (Ironwood) system architecture",
-        kv_kernel=KV_TPU7X, hidden_kernel=HIDDEN_TPU7X, split_hidden_kernel=SLICES_TPU,
+        kv_kernel=KV_TPU7X, hidden_kernel=HIDDEN_TPU7X, split_hidden_kernel=SLICES_TPU, prefix_kernel=TPU,
     ),
 )  # fmt: skip
 HARDWARE = {hardware.name: hardware for hardware in _ALL}

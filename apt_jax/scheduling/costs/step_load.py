@@ -3,10 +3,19 @@
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from apt_jax.cache import KINDS
 from apt_jax.scheduling.plan import Plan
 from apt_jax.scheduling.state import Span
+
+
+class Chunk(NamedTuple):
+    """Tokens of a prompt that an iteration computes after `cached_tokens` of it; `kind` is the `CacheKind.index`."""
+
+    kind: int
+    tokens: int
+    cached_tokens: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,10 +27,10 @@ class StepLoad:
         prefill_pairs: query-key pairs of their attention; a whole prompt of n has n (n + 1) / 2.
         decode_requests: requests that compute one new token.
         context_tokens: tokens of context that decoding requests read, by `CacheKind.index` of the request.
-        projected_tokens: cached hidden tokens projected to keys and values once: the earlier chunks of a hidden
-            request's prefill, and conversions to KV.
+        projected_tokens: cached hidden tokens that conversions to KV project to keys and values.
         samples: requests that sample a token.
         decodes: of `decode_requests`, those of each kind, by `CacheKind.index`.
+        chunks: prompts of which earlier tokens are cached.
     """
 
     prefill_tokens: int = 0
@@ -31,6 +40,7 @@ class StepLoad:
     projected_tokens: int = 0
     samples: int = 0
     decodes: tuple[int, ...] = (0,) * len(KINDS)
+    chunks: tuple[Chunk, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -67,6 +77,7 @@ def step_load(plan: Plan, spans: Sequence[Span]) -> StepLoad:
     prefill = pairs = samples = 0
     projected = sum(entry.request.num_computed_tokens for entry in plan.converted)
     context_tokens, decodes = [0] * len(KINDS), [0] * len(KINDS)
+    chunks: list[Chunk] = []
     for span in spans:
         start, tokens = span.start, span.num_tokens
         kind = span.request.table.kind  # type: ignore[union-attr]
@@ -77,5 +88,8 @@ def step_load(plan: Plan, spans: Sequence[Span]) -> StepLoad:
         else:
             prefill += tokens
             pairs += tokens * start + tokens * (tokens + 1) // 2
-            projected += start if kind.is_projected else 0
-    return StepLoad(prefill, pairs, sum(decodes), tuple(context_tokens), projected, samples, tuple(decodes))
+            if start:
+                chunks.append(Chunk(kind.index, tokens, start))
+    return StepLoad(
+        prefill, pairs, sum(decodes), tuple(context_tokens), projected, samples, tuple(decodes), tuple(chunks)
+    )  # fmt: skip
