@@ -19,7 +19,7 @@ from apt_jax.serve.replicas.replica import Replica, ReplicaStatus
 from apt_jax.serve.replicas.route import Route
 from apt_jax.serve.runtime.group import Group
 from apt_jax.serve.runtime.observer import Observer, Stepped
-from apt_jax.serve.runtime.samples import Sample
+from apt_jax.serve.runtime.samples import Sample, has_broken_slo
 from apt_jax.serve.runtime.status import EngineStatus
 
 MOST_MOVES = 3  # of a group, after replicas were lost under it: it may be what breaks them
@@ -205,13 +205,15 @@ class Fleet:
         if route is None:
             return
         self._forget(route)
-        outputs = self._aborted(route)
-        self._tell(outputs, {output.request.request_id for output in outputs})
+        outputs, now = self._aborted(route), self._clock()
+        broken = group.left_s is not None
+        records = [output.request for output in outputs]
+        self._tell(outputs, {r.request_id for r in records if not (broken and has_broken_slo(r, now))})
 
     def _aborted(self, route: Route) -> list[Output]:
         return [progress.aborted() for progress in route.unfinished.values()]
 
-    def _tell(self, outputs: list[Output], abandoned: set[str]) -> None:
-        stepped = Stepped(outputs, abandoned, self._clock())
+    def _tell(self, outputs: list[Output], cancelled: set[str]) -> None:
+        stepped = Stepped(outputs, cancelled, self._clock())
         for observer in self.observers:
             observer.brought(stepped)

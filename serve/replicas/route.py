@@ -14,7 +14,7 @@ from apt_jax.request import FinishReason, Request
 from apt_jax.routing.interface import RouteRequest
 from apt_jax.serve.replicas.messages import Brought, Command, Submit
 from apt_jax.serve.runtime.group import Group
-from apt_jax.serve.runtime.samples import Sample
+from apt_jax.serve.runtime.samples import Sample, record_tokens
 
 
 @dataclass(eq=False)
@@ -60,12 +60,7 @@ class Progress:
         if tokens:
             if brought.queued_s is not None and request.first_scheduled_s is None:
                 request.first_scheduled_s = request.arrival_s + brought.queued_s
-            if request.last_token_s is None:
-                request.first_token_s = now
-            else:
-                request.gaps_s.append(now - request.last_token_s)
-            request.last_token_s = now
-            request.output_token_ids.extend(tokens)
+            record_tokens(request, tokens, now)
         prompt_logprobs = None if self.has_prompt_logprobs else brought.prompt_logprobs
         self.has_prompt_logprobs |= prompt_logprobs is not None
         reason = error = None

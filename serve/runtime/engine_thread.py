@@ -16,13 +16,13 @@ from functools import partial
 
 from apt_jax.engine.interface import ServingEngine
 from apt_jax.output import DeviceLost, Output, PolicyFailed, QueueFull
-from apt_jax.request import FinishReason
+from apt_jax.request import FinishReason, Request
 from apt_jax.routing.instance import InstanceLoad
 from apt_jax.serve.errors import EngineFailure, NotReady, PredictedLate
 from apt_jax.serve.runtime.admission import Admission
 from apt_jax.serve.runtime.group import Group
 from apt_jax.serve.runtime.observer import Observer, Stepped
-from apt_jax.serve.runtime.samples import Sample
+from apt_jax.serve.runtime.samples import Sample, as_sent, has_broken_slo, record_of
 from apt_jax.serve.runtime.status import EngineStatus, Watchdog, WatchLimits
 
 logger = logging.getLogger("apt_jax.serve")
@@ -43,10 +43,11 @@ class _Command(enum.Enum):
 
 @dataclass(frozen=True)
 class _Active:
-    """A sample that the engine works on."""
+    """A sample that the engine works on, and its record, which only the loop changes."""
 
     group: Group
     sample: Sample
+    record: Request
 
 
 class EngineThread:
@@ -76,6 +77,7 @@ class EngineThread:
         self._gate = threading.Lock()  # no request enters the inbox once the status says that nobody reads it
         self._inbox: queue.SimpleQueue[Group | _Abort | _Command] = queue.SimpleQueue()
         self._active: dict[str, _Active] = {}
+        self._cancelled: dict[str, _Active] = {}  # until the engine has ended them
         self._stopping = False
         self._failed_steps = 0  # of the engine's own, as counted last
         self._mail: list[Callable[[], None]] = []  # what the loop is to be told, in order
@@ -202,14 +204,12 @@ class EngineThread:
             self.watchdog.judge((), failed=True)
             self._recover(engine, error)
         else:
-            stepped = Stepped(outputs, {o.request.request_id for o in outputs} - self._active.keys(), began)
-            self._deliver(outputs)
+            self._deliver(outputs, began)
             figures = engine.figures()
             self.watchdog.judge(outputs, failed=figures.num_failed_steps > self._failed_steps)
             self._failed_steps = figures.num_failed_steps
             for observer in self.observers:
-                observer.brought(stepped)
-                observer.stepped(figures, stepped)
+                observer.stepped(figures, Stepped(outputs, (), began))
         if not engine.has_unfinished:
             self._check_idle(engine)
 
@@ -245,7 +245,9 @@ class EngineThread:
                     self._admit(engine, command)
             case _Abort():
                 for sample in command.group.samples:
-                    if self._active.pop(sample.request_id, None) is not None:
+                    active = self._active.pop(sample.request_id, None)
+                    if active is not None:
+                        self._cancelled[sample.request_id] = active
                         engine.abort(sample.request_id)
             case _Command.ABORT_ALL | _Command.STOP:
                 self._stopping |= command is _Command.STOP
@@ -258,8 +260,8 @@ class EngineThread:
             if self.admission is not None:
                 self.admission.check(engine, group.samples)
             for sample in group.samples:
-                sample.add_to(engine)
-                self._active[sample.request_id] = _Active(group, sample)
+                record = record_of(sample.add_to(engine))
+                self._active[sample.request_id] = _Active(group, sample, record)
                 added.append(sample.request_id)
         except Exception as error:
             for request_id in added:
@@ -272,19 +274,39 @@ class EngineThread:
         else:
             self._mail.append(group.accept)
 
-    def _deliver(self, outputs: Sequence[Output]) -> None:
+    def _deliver(self, outputs: Sequence[Output], began_s: float) -> None:
         delivered: list[tuple[_Active, Output]] = []
+        unwanted: list[tuple[_Active | None, Output]] = []
         for output in outputs:
             request_id = output.request.request_id
             active = self._active.get(request_id)
-            if active is None:  # aborted meanwhile
+            if active is None:
+                unwanted.append((self._cancelled.pop(request_id, None), output))
                 continue
             if output.finish_reason is not None:
                 del self._active[request_id]
             if output.finish_reason is FinishReason.ERROR:
                 logger.error("request %s ended with an error: %s", request_id, output.error)
             delivered.append((active, output))
-        self._mail.append(partial(_hand_out, delivered))
+        if outputs:
+            self._mail.append(partial(self._hand_out, delivered, unwanted, began_s))
+
+    def _hand_out(
+        self, delivered: list[tuple[_Active, Output]], unwanted: list[tuple[_Active | None, Output]], began_s: float
+    ) -> None:
+        """On the loop: outputs are ready to be sent, and those that nobody wants any more are over."""
+        now, outputs, cancelled = time.monotonic(), [], set()
+        for active, output in delivered:
+            outputs.append(as_sent(active.record, output, now))
+            active.group.receive(active.sample, outputs[-1])
+        for left, output in unwanted:
+            outputs.append(output if left is None else as_sent(left.record, output, now))
+            left_s = None if left is None else left.group.left_s
+            if left is None or left_s is None or not has_broken_slo(left.record, left_s):
+                cancelled.add(output.request.request_id)
+        stepped = Stepped(outputs, cancelled, began_s)
+        for observer in self.observers:
+            observer.brought(stepped)
 
     def _recover(self, engine: ServingEngine, error: Exception) -> None:
         """A step raised: end the requests that the engine holds, and go on without them.
@@ -353,11 +375,6 @@ class EngineThread:
             self._loop.call_soon_threadsafe(_open, mail)
         except RuntimeError:  # the loop is closed: nobody waits any more
             logger.debug("the event loop is closed; %d messages dropped", len(mail))
-
-
-def _hand_out(delivered: list[tuple[_Active, Output]]) -> None:
-    for active, output in delivered:
-        active.group.receive(active.sample, output)
 
 
 def _open(mail: list[Callable[[], None]]) -> None:

@@ -1,6 +1,7 @@
 """A group: the samples of one client request, seen from the asyncio loop that waits for them."""
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Callable, Sequence
 
 from apt_jax.output import Output
@@ -18,7 +19,7 @@ class Group:
     def __init__(self, samples: Sequence[Sample], on_close: Callable[["Group"], None]):
         self.samples = samples
         self.closed = False
-        self.abandoned = False
+        self.left_s: float | None = None  # when the client disconnected, on the engine's clock
         self._on_close = on_close
         self._unfinished = len(samples)
         self._accepted = False
@@ -29,7 +30,7 @@ class Group:
     @property
     def is_wanted(self) -> bool:
         """Whether a client still waits for the accepted samples and the engine has not stopped."""
-        return self._accepted and not self.abandoned and isinstance(self._error, NotReady | None)
+        return self._accepted and self.left_s is None and isinstance(self._error, NotReady | None)
 
     async def accepted(self) -> None:
         """Wait until the engine has queued every sample, or the group is closed.
@@ -72,7 +73,7 @@ class Group:
 
     def abandon(self) -> None:
         """The client has disconnected: the rest is not wanted."""
-        self.abandoned = True
+        self.left_s = time.monotonic()
         self.close()
 
     def expire(self, error: Exception) -> None:

@@ -1,7 +1,7 @@
 """Notifications of the engine's thread to metrics, logs, histories and traces, which never influence it.
 
-`brought` and `lost` are about requests only: in front of replicas they are called where the clients are, on the event
-loop; the others where an engine is.
+`brought` is about requests as their clients see them and is called on the event loop, when tokens are ready to be sent;
+the others are called where an engine is, in its thread. `lost` is called in either.
 """
 
 from collections.abc import Collection, Sequence
@@ -15,16 +15,19 @@ from apt_jax.serve.runtime.samples import Sample
 
 @dataclass(frozen=True)
 class Stepped:
-    """One step: its outputs, ids of requests that their client had cancelled, and when it began."""
+    """One step: its outputs, ids of requests that were cancelled before a limit was broken, and when it began."""
 
     outputs: Sequence[Output]
-    abandoned: Collection[str]
+    cancelled: Collection[str]
     began_s: float
 
     def counts(self, output: Output) -> bool:
-        """Whether a request ends with this output and so attained or missed its SLO; not if its client cancelled it."""
+        """Whether a request ends with this output and so attained or missed its SLO.
+
+        One that its client cancelled says nothing, unless it left after a limit was broken.
+        """
         if output.finish_reason is FinishReason.ABORT:
-            return output.request.request_id not in self.abandoned
+            return output.request.request_id not in self.cancelled
         return output.finish_reason is not None
 
 
@@ -35,7 +38,7 @@ class Observer:
         """The engine is compiled."""
 
     def brought(self, step: Stepped) -> None:
-        """The outputs of a step, wherever it ran."""
+        """The outputs of a step, wherever it ran, as they are handed out."""
 
     def lost(self, samples: Sequence[Sample]) -> None:
         """These end with an error, without an output."""

@@ -1,10 +1,17 @@
-"""A sample: one engine request among those that a client's request (or one of its prompts) is split into."""
+"""A sample: one engine request among those that a client's request (or one of its prompts) is split into.
 
+And its record, a `Request` as its client sees it: its times are those at which its tokens were ready to be sent, on the
+event loop, not those at which the engine had them. So a loop that stands still counts, and a client that reads slowly
+does not. Answers, metrics, logs and traces are about records; the scheduler's own times are the engine's.
+"""
+
+import copy
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from apt_jax.engine.interface import ServingEngine
+from apt_jax.output import Output
 from apt_jax.request import Request, SamplingParams, Slo
 
 
@@ -40,6 +47,47 @@ class Sample:
             arrival_s=self.arrival_s,
             output_token_ids=self.output_token_ids,
         )
+
+
+def record_of(request: Request) -> Request:
+    """The record of a request that was just added to an engine."""
+    record = copy.copy(request)
+    record.output_token_ids, record.gaps_s, record.cache_history = list(request.output_token_ids), [], []
+    return record
+
+
+def record_tokens(record: Request, token_ids: Sequence[int], now: float) -> None:
+    """Tokens are ready to be sent, `now` on the engine's clock."""
+    if record.last_token_s is None:
+        record.first_token_s = now
+    else:
+        record.gaps_s.append(now - record.last_token_s)
+    record.last_token_s = now
+    record.output_token_ids.extend(token_ids)
+
+
+def as_sent(record: Request, output: Output, now: float) -> Output:
+    """An engine's output that is ready to be sent, with its record instead of the engine's request.
+
+    The engine may be steps ahead: what it still changes in its request is only read once that has ended.
+    """
+    request, reason = output.request, output.finish_reason
+    if output.token_ids:
+        record.first_scheduled_s = request.first_scheduled_s
+        record_tokens(record, output.token_ids, now)
+    if reason is not None:
+        record.status, record.finish_reason, record.stop_reason = request.status, reason, request.stop_reason
+        record.cache_history, record.first_scheduled_s = request.cache_history, request.first_scheduled_s
+        record.num_preemptions, record.num_conversions = request.num_preemptions, request.num_conversions
+    return Output(record, output.text, output.token_ids, output.logprobs, reason, output.error, output.prompt_logprobs)
+
+
+def has_broken_slo(record: Request, now: float) -> bool:
+    """Whether a limit is broken that a client which leaves `now` need not have waited for."""
+    slo, ttft_s = record.slo, record.ttft_s
+    if ttft_s is None or record.last_token_s is None:
+        return now - record.arrival_s > slo.ttft_s
+    return now - record.last_token_s > slo.stall_limit_s or not slo.is_kept_strictly(ttft_s, record.gaps_s)
 
 
 def fan_out(

@@ -46,8 +46,8 @@ def output(of, tokens=1, reason=None):
     return Output(of, "", (5,) * tokens, (), reason)
 
 
-def brought(figures, *outputs, abandoned=()):
-    figures.brought(Stepped(outputs, abandoned, 0.0))
+def brought(figures, *outputs, cancelled=()):
+    figures.brought(Stepped(outputs, cancelled, 0.0))
 
 
 def stepped(figures, num_scheduled):
@@ -108,7 +108,7 @@ def test_what_its_client_gave_up_does_not_count_and_what_the_server_aborted_does
     figures = Recent()
     gone, stopped = ended(FinishReason.ABORT, name="gone"), ended(FinishReason.ABORT, name="stopped")
     brought(
-        figures, output(gone, 0, FinishReason.ABORT), output(stopped, 0, FinishReason.ABORT), abandoned={"gone"}
+        figures, output(gone, 0, FinishReason.ABORT), output(stopped, 0, FinishReason.ABORT), cancelled={"gone"}
     )  # fmt: skip
     assert (figures.figures()["requests"], figures.figures()["attainment"]) == (1, 0.0)
 

@@ -192,7 +192,7 @@ def test_a_full_queue_sends_a_request_to_another_replica():
     run(main)
 
 
-def test_who_leaves_frees_blocks_and_counts_as_abandoned():
+def test_who_leaves_frees_blocks_and_is_told_as_cancelled():
     async def main():
         async with keeping(Replicas(make_engine=paced)) as r:
             steps = []
@@ -202,7 +202,7 @@ def test_who_leaves_frees_blocks_and_counts_as_abandoned():
             engine.allow_step(2)
             await until(lambda: len(steps) >= 1)
             group.abandon()
-            assert steps[-1].abandoned == {"q"} and steps[-1].outputs[0].finish_reason is FinishReason.ABORT
+            assert steps[-1].cancelled == {"q"} and steps[-1].outputs[0].finish_reason is FinishReason.ABORT
             engine.allow_step(1000)
             await until(lambda: engine.is_idle)
             count = len(steps)
@@ -212,7 +212,7 @@ def test_who_leaves_frees_blocks_and_counts_as_abandoned():
             for step in steps:
                 Endings(attainment).brought(step)
             assert attainment.share(steps[-1].began_s) is None  # who leaves tells nothing
-            Endings(attainment).brought(replace(steps[-1], abandoned=()))
+            Endings(attainment).brought(replace(steps[-1], cancelled=()))
             assert attainment.share(steps[-1].began_s) is not None
 
     run(main)

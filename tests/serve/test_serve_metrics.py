@@ -164,7 +164,7 @@ def test_conversions_preemptions_and_demotions_come_from_the_plans():
 
     class Step:
         outputs = ()
-        abandoned = ()
+        cancelled = ()
 
     engine.last_plan = Plan(
         preempted=(Preempted(request, Reason.PREEMPTED_LATE),),

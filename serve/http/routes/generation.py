@@ -12,7 +12,7 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from apt_jax.serve.errors import CLIENT_CLOSED_REQUEST, RequestTimeout, error_reply
+from apt_jax.serve.errors import CLIENT_CLOSED_REQUEST, RequestTimeout, error_reply, reason_of
 from apt_jax.serve.http.service import Service
 from apt_jax.serve.json_text import parse_json
 from apt_jax.serve.openai.endpoints import Endpoint
@@ -71,7 +71,7 @@ async def generate(endpoint: Endpoint, service: Service, http: Request) -> Respo
         if body.stream:
             if model.engine.config.abandon_after is not None:  # the status must wait for the first token
                 check_begun(await group.begun(), len(generation.samples))
-            return SseResponse(_events(generation, group), cleanup.pop_all())
+            return SseResponse(_events(service, generation, group), cleanup.pop_all())
         return await _whole(service, generation, group, cleanup)
 
 
@@ -96,7 +96,7 @@ async def _whole(
     return PiecesResponse(service.pieces(generation.response_pieces()), cleanup.pop_all())
 
 
-async def _events(generation: Generation[Any], group: Group) -> AsyncGenerator[bytes]:
+async def _events(service: Service, generation: Generation[Any], group: Group) -> AsyncGenerator[bytes]:
     """Server-sent events; what has come since the last send goes out in one piece, or in several if it is much."""
     at_once = generation.outputs_at_once
     try:
@@ -112,5 +112,7 @@ async def _events(generation: Generation[Any], group: Group) -> AsyncGenerator[b
         if generation.wants_usage:
             yield event(generation.usage_chunk())
     except Exception as error:  # the status line has gone out; OpenAI's clients know an error event
+        if isinstance(error, RequestTimeout):  # else it is counted where it ended
+            service.refused(str(reason_of(error)))
         yield event(error_reply(error)[1])
     yield b"data: [DONE]\n\n"
