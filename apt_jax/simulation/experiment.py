@@ -10,6 +10,7 @@ from apt_jax.routing.autoscaler import Autoscaler, AutoscalerOptions
 from apt_jax.routing.catalogue import DEFAULT_ROUTER, make_router
 from apt_jax.scheduling.costs.cost_model import CostModel, HiddenMode, cache_blocks
 from apt_jax.scheduling.costs.hardware import HARDWARE, MODELS, by_name
+from apt_jax.scheduling.costs.host_times import host_time
 from apt_jax.scheduling.policies.catalogue import make_policy
 from apt_jax.scheduling.policies.interface import PolicyContext
 from apt_jax.scheduling.policies.vllm.defaults import BASELINES, DEFAULT_LIMITS
@@ -150,6 +151,7 @@ class Experiment:
             return Instance(
                 make_policy(policy, context), cost_model, num_blocks=num_blocks, limits=limits,
                 block_size=self.block_size, name=name,
+                host_time=host_time(policy),
             )  # fmt: skip
 
         return Fleet(

@@ -7,6 +7,7 @@ from apt_jax.cache import BlockPool, per_kind
 from apt_jax.request import Request
 from apt_jax.routing.instance import InstanceLoad, instance_load
 from apt_jax.scheduling.costs.cost_model import CostModel
+from apt_jax.scheduling.costs.host_times import HostTime
 from apt_jax.scheduling.costs.step_load import step_load
 from apt_jax.scheduling.length import LengthPredictor
 from apt_jax.scheduling.plan import Plan
@@ -43,6 +44,7 @@ class Instance:
         limits: Limits,
         block_size: int = 16,
         name: str = "0",
+        host_time: HostTime = HostTime(),  # noqa: B008  # frozen; none, unless it is known
         on_plan: Callable[[Plan, float], None] | None = None,
     ):
         self.name = name
@@ -50,6 +52,7 @@ class Instance:
         self.samples: list[Sample] = []
         self.is_busy = False
         self._policy, self._cost_model, self._on_plan = policy, cost_model, on_plan
+        self._host_time = host_time
         self._output_tokens: list[int] = []  # by arrival number; the policy never sees it
         self._spans: list[Span] = []
         self._abandoned: list[Request] = []
@@ -64,6 +67,7 @@ class Instance:
 
     def begin(self, now: float) -> float | None:
         """Plan and start an iteration; when it ends. None if the policy has nothing to do."""
+        host_s = self._host_time.seconds(self.state.num_unfinished)
         plan = self._policy.schedule(self.state, now) if self.state.num_unfinished else Plan()
         if plan.is_empty:
             return None
@@ -72,7 +76,7 @@ class Instance:
         self._report = None
         self._spans = self.state.apply(plan, now)
         self._abandoned = [abandoned.request for abandoned in plan.abandoned]
-        self._start_s, self._end_s = now, now + self._cost_model.step_s(step_load(plan, self._spans))
+        self._start_s, self._end_s = now, now + host_s + self._cost_model.step_s(step_load(plan, self._spans))
         self.is_busy = True
         return self._end_s
 
