@@ -181,6 +181,14 @@ def test_a_hidden_request_is_converted_where_a_page_for_everyone_is_left(num_blo
     )
 
 
+@pytest.mark.parametrize(("num_blocks", "converts"), [(8, True), (7, False)])
+def test_a_page_that_the_converted_request_begins_is_counted_once(num_blocks, converts):
+    """Its ninth token begins a third page: 6 blocks as KV, that page's included, and 2 for it to grow again."""
+    state = make_state(num_blocks, mode="hybrid")
+    run(state, "a", 8, kind=HIDDEN)
+    assert fcfs(state)[0] == ("convert a CONVERTED_MEMORY_FREE" if converts else "run a 1 hidden DECODES")
+
+
 def test_the_oldest_hidden_one_that_decodes_is_converted_and_the_others_keep_their_kind():
     state = make_state(60, mode="hybrid")
     run(state, "kv")

@@ -147,15 +147,18 @@ def plan_decode(state: SchedulerState, running: Sequence[Request], waited: tuple
 
 
 def plan_conversion(state: SchedulerState, free: int) -> tuple[Converted, ...]:
-    """The oldest request that can be converted, if every running one can then still grow by a page of the new kind."""
+    """The oldest request that can be converted, if every running one can then still grow by a page of the new kind.
+
+    `free` are blocks that nobody holds and nobody who decodes takes in this iteration.
+    """
     if not any(kind.converts_to in state.limits.kinds for kind in state.limits.kinds):
         return ()
     for request in state.running:
         assert request.table is not None
         kind = request.table.kind.converts_to
         if kind is not None and request.is_decoding and not request.is_exhausted:
-            # the new page that this step may add costs more blocks of the new kind than counted in `free`
-            extra = state.blocks_needed(request, kind) - request.table.num_blocks
+            # a page that this step adds is no longer in `free`, as one of the old kind
+            extra = state.blocks_needed(request, kind) - request.table.num_blocks - state.blocks_to_grow(request)
             if free - extra >= state.limits.watermark_blocks + kind.blocks_per_page * len(state.running):
                 return (Converted(request, Reason.CONVERTED_MEMORY_FREE),)
             return ()
