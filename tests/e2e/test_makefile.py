@@ -123,5 +123,5 @@ def test_an_interrupted_installation_is_done_again(machine):
 def test_the_quick_tests_are_there():
     said = subprocess.run(["make", "-n", "test-fast"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     (command,) = (line for line in said.splitlines() if " pytest " in line)
-    named = [word for word in command.split() if word.startswith("tests/")]
+    named = [word.removeprefix("--ignore=") for word in command.split() if "tests/" in word]
     assert "tests/unit" in named and all((ROOT / name).exists() for name in named)

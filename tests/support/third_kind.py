@@ -47,7 +47,7 @@ def simulate_all() -> dict[str, dict[str, dict[str, int]]]:
     from apt_jax.simulation.simulator import Stalled, simulate
     from apt_jax.simulation.workload import load_lengths, make_arrivals
 
-    arrivals = make_arrivals(load_lengths("sharegpt"), rate=8.0, num_requests=20, cv=2.0, seed=3, duration_s=1.0)
+    arrivals = make_arrivals(load_lengths("sharegpt"), rate=8.0, num_requests=8, cv=2.0, seed=3, duration_s=1.0)
     found = {}
     for policy in policy_names():
         for mode in MODES:
@@ -61,8 +61,8 @@ def simulate_all() -> dict[str, dict[str, dict[str, int]]]:
                 made = make_policy(policy, PolicyContext(costs, seed=1))
                 try:
                     outcome = simulate(
-                        arrivals, made, cost_model=costs, num_blocks=400,
-                        limits=Limits(64, 1024, mode, watermark_blocks=4), on_plan=note,
+                        arrivals, made, cost_model=costs, num_blocks=200,
+                        limits=Limits(64, 1024, mode, watermark_blocks=2), on_plan=note,
                     )  # fmt: skip
                     ends = Counter(request.finish_reason.value for request in outcome.requests)
                 except Stalled:

@@ -20,7 +20,7 @@ def simulated():
 def test_every_policy_serves_requests_of_another_kind(policy, attention, simulated):
     for mode, kinds in (("hidden8", {"hidden8"}), ("hybrid8", {"kv", "hidden8"})):
         found = simulated[f"{policy} {mode} {attention}"]
-        assert found["ends"] == {"stop": 20}
+        assert found["ends"] == {"stop": 8}
         assert set(found["kinds"]) <= kinds
 
 
