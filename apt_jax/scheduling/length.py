@@ -18,7 +18,8 @@ from apt_jax.request import FinishReason, Request
 WINDOW = 1000  # newest outputs kept per class
 ENOUGH = 30  # samples that a class needs to answer by itself
 PRIOR_TOKENS = 256.0
-NUM_CLASSES = 6
+_CLASS_TOKENS = np.array([16, 64, 256, 1024, 4096])  # a class begins with each
+NUM_CLASSES = len(_CLASS_TOKENS) + 1
 _GRID = 2.0 ** (np.arange(0, 65) / 4)  # tokens generated so far, up to 65,536
 
 
@@ -52,8 +53,7 @@ class LengthPredictor:
 
     def remaining_tokens(self, prompt_tokens: ArrayLike, generated_tokens: ArrayLike) -> NDArray[np.float64]:
         """Expected tokens still to come, at least 1. Arguments and answer are arrays of one shape."""
-        generated = np.maximum(np.asarray(generated_tokens, np.float64), 1.0)
-        column = np.minimum((4 * np.log2(generated)).astype(np.int64), len(_GRID) - 1)
+        column = np.searchsorted(_GRID[1:], generated_tokens, side="right")  # the last point that is no more
         answer: NDArray[np.float64] = self._table[_classes(prompt_tokens), column]
         return answer
 
@@ -67,8 +67,7 @@ class LengthPredictor:
 
 def _classes(prompt_tokens: ArrayLike) -> NDArray[np.int64]:
     """Prompt class: below 16, 64, 256, 1024, 4096 tokens, or more."""
-    tokens = np.maximum(np.asarray(prompt_tokens, np.float64), 1.0)
-    return np.clip(np.floor(np.log2(tokens) / 2 - 1), 0, NUM_CLASSES - 1).astype(np.int64)
+    return np.asarray(np.searchsorted(_CLASS_TOKENS, prompt_tokens, side="right"))
 
 
 def _residual_life(ordered: NDArray[np.float64], prior: float) -> NDArray[np.float64]:

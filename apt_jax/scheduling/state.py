@@ -9,6 +9,7 @@ from apt_jax.cache import KINDS, MODE_KINDS, BlockPool, BlockTable, CacheKind, C
 from apt_jax.request import FinishReason, Request, Status
 from apt_jax.scheduling.plan import Plan, Scheduled
 from apt_jax.scheduling.plan_log import PlanLog
+from apt_jax.scheduling.progress import Progress, progress_of
 
 
 @dataclass(frozen=True)
@@ -81,23 +82,17 @@ class SchedulerState:
         self._next_order += 1
         self.waiting.append(request)
 
+    def running_progress(self) -> Progress:
+        """Columns of the running requests, in their order."""
+        return progress_of(self.running)
+
     def apply(self, plan: Plan, now: float) -> list[Span]:
         """Carry out a plan: queues, blocks and token counts change; returns the device's work in plan order.
 
         Raises:
             OutOfBlocks: the policy planned past the pool.
         """
-        self.plans.record(plan, now)
-        for abandoned in plan.abandoned:
-            self.finish(abandoned.request, FinishReason.ABANDONED)
-        for preempted in plan.preempted:
-            self._preempt(preempted.request)
-        for converted in plan.converted:
-            table = converted.request.table
-            assert table is not None
-            self.pool.convert(table)
-            converted.request.num_conversions += 1
-            converted.request.cache_history.append(table.kind)
+        self._clear(plan, now)
         return [self._start(entry, now) for entry in plan.scheduled]
 
     def commit(self, request: Request, token_id: int, now: float) -> FinishReason | None:
@@ -156,6 +151,20 @@ class SchedulerState:
         for queue in (self.running, self.waiting):
             orders = [r.order for r in queue]
             assert orders == sorted(set(orders)), "a queue is out of order or holds a request twice"
+
+    def _clear(self, plan: Plan, now: float) -> None:
+        """Carry out all of a plan but what it schedules."""
+        self.plans.record(plan, now)
+        for abandoned in plan.abandoned:
+            self.finish(abandoned.request, FinishReason.ABANDONED)
+        for preempted in plan.preempted:
+            self._preempt(preempted.request)
+        for converted in plan.converted:
+            table = converted.request.table
+            assert table is not None
+            self.pool.convert(table)
+            converted.request.num_conversions += 1
+            converted.request.cache_history.append(table.kind)
 
     def _start(self, entry: Scheduled, now: float) -> Span:
         request, num_tokens, kind, _ = entry

@@ -8,13 +8,12 @@ from apt_jax.request import Request
 from apt_jax.routing.instance import InstanceLoad, instance_load
 from apt_jax.scheduling.costs.cost_model import CostModel
 from apt_jax.scheduling.costs.host_times import HostTime
-from apt_jax.scheduling.costs.step_load import step_load
 from apt_jax.scheduling.length import LengthPredictor
 from apt_jax.scheduling.plan import Plan
 from apt_jax.scheduling.policies.interface import Policy
-from apt_jax.scheduling.state import Limits, SchedulerState, Span
-
-EOS, TOKEN = 2, 5
+from apt_jax.scheduling.state import Limits
+from apt_jax.simulation.requests.columns import SimulatedRequest
+from apt_jax.simulation.requests.state import SimulatedState
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,22 +47,20 @@ class Instance:
         on_plan: Callable[[Plan, float], None] | None = None,
     ):
         self.name = name
-        self.state = SchedulerState(BlockPool(num_blocks, block_size), limits)
+        self.state = SimulatedState(BlockPool(num_blocks, block_size), limits)
         self.samples: list[Sample] = []
         self.is_busy = False
         self._policy, self._cost_model, self._on_plan = policy, cost_model, on_plan
         self._host_time = host_time
-        self._output_tokens: list[int] = []  # by arrival number; the policy never sees it
-        self._spans: list[Span] = []
+        self._num_scheduled = 0
         self._abandoned: list[Request] = []
         self._start_s = self._end_s = 0.0
         self._report: InstanceLoad | None = None
 
-    def add(self, request: Request, output_tokens: int) -> None:
+    def add(self, request: SimulatedRequest, output_tokens: int) -> None:
         """Queue a request, which will end after `output_tokens`."""
         self._report = None
-        self.state.add(request)
-        self._output_tokens.append(output_tokens)
+        self.state.submit(request, output_tokens)
 
     def begin(self, now: float) -> float | None:
         """Plan and start an iteration; when it ends. None if the policy has nothing to do."""
@@ -74,28 +71,22 @@ class Instance:
         if self._on_plan is not None:
             self._on_plan(plan, now)
         self._report = None
-        self._spans = self.state.apply(plan, now)
+        load = self.state.advance(plan, now)
+        self._num_scheduled = len(plan.scheduled)
         self._abandoned = [abandoned.request for abandoned in plan.abandoned]
-        self._start_s, self._end_s = now, now + host_s + self._cost_model.step_s(step_load(plan, self._spans))
+        self._start_s, self._end_s = now, now + host_s + self._cost_model.step_s(load)
         self.is_busy = True
         return self._end_s
 
     def end(self) -> list[Request]:
         """Commit the iteration's tokens; the requests that finished, those that its plan abandoned included."""
-        state, now, finished = self.state, self._end_s, self._abandoned
+        state, now = self.state, self._end_s
+        finished = [*self._abandoned, *state.complete(now)]
         for request in finished:
             self._policy.finished(request, now)
-        for span in self._spans:
-            if not span.samples:
-                continue
-            request = span.request
-            is_last = len(request.output_token_ids) + 1 >= self._output_tokens[request.order]
-            if state.commit(request, EOS if is_last else TOKEN, now) is not None:
-                self._policy.finished(request, now)
-                finished.append(request)
         held_blocks = per_kind(state.pool.num_held)
         running, waiting = len(state.running), len(state.waiting)
-        sample = Sample(self._start_s, now, len(self._spans), running, waiting, held_blocks)
+        sample = Sample(self._start_s, now, self._num_scheduled, running, waiting, held_blocks)
         self.samples.append(sample)
         self._report, self.is_busy = None, False
         return finished

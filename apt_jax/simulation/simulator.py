@@ -1,7 +1,7 @@
 """A virtual clock around the real scheduler: the same policies, queues and block pools as the engine's.
 
 Only two things differ from serving: the clock jumps by the cost model's time for each iteration, and tokens carry no
-meaning. Policies cannot see a request's output length: it ends with an end-of-sequence token when its length is
+meaning. Policies cannot see a request's output length: it ends as if by an end-of-sequence token when its length is
 reached. One loop of events serves one instance and many: the next arrival, or the end of the next iteration.
 """
 
@@ -9,17 +9,17 @@ import heapq
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from apt_jax.request import Request, SamplingParams, Slo
+from apt_jax.request import SamplingParams, Slo
 from apt_jax.scheduling.costs.cost_model import CostModel
 from apt_jax.scheduling.plan import Plan
 from apt_jax.scheduling.policies.interface import Policy
 from apt_jax.scheduling.state import Limits
 from apt_jax.simulation.fleet import Fleet
-from apt_jax.simulation.instance import EOS, Instance, Sample
+from apt_jax.simulation.instance import Instance, Sample
+from apt_jax.simulation.requests.columns import SimulatedRequest
 from apt_jax.simulation.workload import Arrival
 
 _PARAMS = SamplingParams(max_tokens=None)
-_EOS_IDS = frozenset({EOS})
 
 
 class Stalled(RuntimeError):
@@ -39,7 +39,7 @@ class Outcome:
         by_instance: requests that each instance was given; one number for one instance.
     """
 
-    requests: list[Request]
+    requests: list[SimulatedRequest]
     samples_by_instance: list[list[Sample]] = field(default_factory=list)
     backlog: int = 0
     makespan_s: float = 0.0
@@ -129,8 +129,8 @@ def simulate_fleet(
         now, number = events[0]
         instance = fleet.instances[number]
         if instance.is_busy:
-            for request in fleet.end(number, now):
-                missed += not request.attained
+            for ended in fleet.end(number, now):
+                missed += not ended.attained
                 finished += 1
                 if on_progress is not None and finished % 50 == 0:
                     on_progress(finished)
@@ -154,14 +154,13 @@ def simulate_fleet(
     return outcome
 
 
-def _request(index: int, arrival: Arrival, slo: Slo, max_model_len: int) -> Request:
+def _request(index: int, arrival: Arrival, slo: Slo, max_model_len: int) -> SimulatedRequest:
     assert arrival.prompt_tokens + arrival.output_tokens <= max_model_len
-    return Request(
+    return SimulatedRequest(
         request_id=f"r{index}",
         prompt_token_ids=range(arrival.prompt_tokens),
         params=_PARAMS,
         arrival_s=arrival.arrival_s,
         max_new_tokens=max_model_len - arrival.prompt_tokens,
-        eos_token_ids=_EOS_IDS,
         slo=slo,
     )

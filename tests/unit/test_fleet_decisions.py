@@ -2,12 +2,13 @@
 
 import pytest
 
-from apt_jax.request import Request, SamplingParams, Slo
+from apt_jax.request import SamplingParams, Slo
 from apt_jax.routing.catalogue import make_router
 from apt_jax.scheduling.policies.catalogue import make_policy
 from apt_jax.scheduling.state import Limits
 from apt_jax.simulation.fleet import Fleet
-from apt_jax.simulation.instance import EOS, Instance
+from apt_jax.simulation.instance import Instance
+from apt_jax.simulation.requests.columns import SimulatedRequest
 from tests.unit.test_simulated_timeline import SECONDS
 
 
@@ -38,9 +39,7 @@ class Scripted:
 
 
 def a_request(number, now, slo=None):
-    return Request(
-        f"r{number}", range(7), SamplingParams(max_tokens=None), now, 50, frozenset({EOS}), slo or Slo(1.0, 1.0)
-    )
+    return SimulatedRequest(f"r{number}", range(7), SamplingParams(max_tokens=None), now, 50, slo=slo or Slo(1.0, 1.0))
 
 
 def send(fleet, now, number=0, output=1, **fields):

@@ -98,7 +98,9 @@ class CostModel:
 
     def dense_s(self, compute_s: float) -> float:
         """Seconds of the weight-bound part, given its matrix products: whichever is slower, reading or computing."""
-        return self.scales.dense * float(self.blend(self.weights_s, compute_s * self.scales.compute, self.scales.knee))
+        read_s, products_s, knee = self.weights_s, compute_s * self.scales.compute, self.scales.knee
+        seconds = max(read_s, products_s) if math.isinf(knee) else self.blend(read_s, products_s, knee)
+        return self.scales.dense * seconds
 
     @staticmethod
     def blend[N: (float, Floats)](read_s: N, compute_s: N, knee: float) -> N:

@@ -3,6 +3,7 @@
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from operator import add
 from typing import NamedTuple
 
 from apt_jax.cache import KINDS
@@ -41,6 +42,19 @@ class StepLoad:
     samples: int = 0
     decodes: tuple[int, ...] = (0,) * len(KINDS)
     chunks: tuple[Chunk, ...] = ()
+
+    def __add__(self, other: "StepLoad") -> "StepLoad":
+        """Both in one iteration."""
+        return StepLoad(
+            self.prefill_tokens + other.prefill_tokens,
+            self.prefill_pairs + other.prefill_pairs,
+            self.decode_requests + other.decode_requests,
+            tuple(map(add, self.context_tokens, other.context_tokens)),
+            self.projected_tokens + other.projected_tokens,
+            self.samples + other.samples,
+            tuple(map(add, self.decodes, other.decodes)),
+            self.chunks + other.chunks,
+        )
 
 
 @dataclass(frozen=True)

@@ -5,11 +5,16 @@ running order are preempted. `fcfs`, `random`, `sjf`, `edf`, `priority` and `mlf
 """
 
 from collections.abc import Callable, Sequence
+from itertools import compress
 
-from apt_jax.cache import CacheKind
+import numpy as np
+
+from apt_jax.cache import CacheKind, per_kind
 from apt_jax.request import Request
 from apt_jax.scheduling.plan import Converted, Plan, Preempted, Reason, Scheduled, Waited
 from apt_jax.scheduling.state import SchedulerState
+
+BLOCKS_PER_PAGE = np.array(per_kind(lambda kind: kind.blocks_per_page), np.int64)  # by `CacheKind.index`
 
 MayPreempt = Callable[[Request, Request], bool]
 
@@ -62,8 +67,9 @@ def plan_prefill(
     scheduled: list[Scheduled] = []
     preempted: list[Preempted] = []
     victims = list(running)
-    for request in running:
-        if not request.is_decoding and request.num_uncomputed_tokens > 0 and budget > 0:
+    prefilling = _prefilling(state)
+    for request in running if prefilling else ():
+        if request.order in prefilling and budget > 0:
             assert request.cache_kind is not None
             tokens = min(request.num_uncomputed_tokens, budget)
             scheduled.append(Scheduled(request, tokens, request.cache_kind, Reason.CONTINUES_PREFILL))
@@ -106,6 +112,13 @@ def plan_prefill(
     return scheduled, preempted, ()
 
 
+def _prefilling(state: SchedulerState) -> set[int]:
+    """Arrival numbers of the running requests in the middle of their prefill."""
+    progress = state.running_progress()
+    unfinished = (progress.tokens > progress.computed) & ~progress.is_decoding
+    return set(compress((r.order for r in state.running), unfinished.tolist())) if unfinished.any() else set()
+
+
 def choose_kind(state: SchedulerState, request: Request, free_blocks: int) -> tuple[CacheKind, Reason] | None:
     """The first kind of the cache mode in which the request's known tokens fit; None if none does."""
     kinds = state.limits.kinds
@@ -119,9 +132,11 @@ def choose_kind(state: SchedulerState, request: Request, free_blocks: int) -> tu
 
 def plan_decode(state: SchedulerState, running: Sequence[Request], waited: tuple[Waited, ...]) -> Plan:
     """One token for every decoding request; the last of `running` are preempted while blocks are short."""
+    free, scheduled = _decode_all(state, running)
+    if free >= 0:
+        return _with_conversion(state, free, scheduled, [], waited)
     victims = list(running)  # also those still prefilling hold blocks
-    free = state.pool.num_free
-    scheduled: list[Scheduled] = []
+    free, scheduled = state.pool.num_free, []
     preempted: list[Preempted] = []
     gone: set[int] = set()
     for request in running:
@@ -140,6 +155,27 @@ def plan_decode(state: SchedulerState, running: Sequence[Request], waited: tuple
             assert request.table is not None
             free -= need
             scheduled.append(Scheduled(request, 1, request.table.kind, Reason.DECODES))
+    return _with_conversion(state, free, scheduled, preempted, waited)
+
+
+def _decode_all(state: SchedulerState, running: Sequence[Request]) -> tuple[int, list[Scheduled]]:
+    """Blocks left free if all that can decode do, negative if they are too few; and their entries."""
+    progress = state.running_progress()
+    decodes = progress.is_decoding & (progress.generated < progress.max_new_tokens)
+    pages = np.maximum(-(-progress.tokens // state.pool.block_size) - progress.pages, 0)
+    free = state.pool.num_free - int((pages * BLOCKS_PER_PAGE[progress.kind])[decodes].sum())
+    if free < 0:
+        return free, []
+    if not decodes.all():
+        able = set(compress((r.order for r in state.running), decodes.tolist()))
+        running = [r for r in running if r.order in able]
+    return free, [Scheduled(r, 1, r.table.kind, Reason.DECODES) for r in running]  # type: ignore[union-attr]
+
+
+def _with_conversion(
+    state: SchedulerState, free: int, scheduled: list[Scheduled], preempted: list[Preempted],
+    waited: tuple[Waited, ...],
+) -> Plan:  # fmt: skip
     converted = () if state.waiting or preempted else plan_conversion(state, free)
     kinds = {entry.request.order: entry.kind for entry in converted}
     entries = [Scheduled(s.request, 1, kinds.get(s.request.order, s.kind), s.reason) for s in scheduled if kinds]

@@ -1,6 +1,6 @@
 """Turns the chosen draft into a `Plan`: what each request computes, and why the others wait."""
 
-from itertools import compress, repeat
+from itertools import compress
 
 import numpy as np
 
@@ -33,13 +33,11 @@ def build_plan(view: View, draft: Draft) -> Plan:
 
 
 def _decodes(view: View, draft: Draft, converted: list[int]) -> list[Scheduled]:
-    kind = view.running.kind.copy()
-    if converted:
+    entries, computes = list(view.running.decodes), draft.decodes & draft.stays
+    for i in converted:
         assert view.kv_kind is not None
-        kind[converted] = view.kv_kind.index
-    kinds = [KINDS[k] for k in kind[draft.decode_index].tolist()]
-    requests = _pick(view.running, draft.decodes & draft.stays)
-    return list(map(Scheduled._make, zip(requests, repeat(1), kinds, repeat(Reason.DECODES))))
+        entries[i] = entries[i]._replace(kind=view.kv_kind)
+    return entries if computes.all() else list(compress(entries, computes.tolist()))
 
 
 def _chunks(view: View, draft: Draft, budget: int) -> list[Scheduled]:

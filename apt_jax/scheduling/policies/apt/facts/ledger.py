@@ -8,9 +8,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from apt_jax.cache import per_kind
+from apt_jax.cache import KINDS, per_kind
 from apt_jax.request import Request, Status
+from apt_jax.scheduling.plan import Reason, Scheduled
 from apt_jax.scheduling.policies.apt.knapsack.problem import Bools, Floats, Ints
+from apt_jax.scheduling.progress import Progress, progress_of
 from apt_jax.scheduling.state import SchedulerState
 
 _BLOCKS_PER_PAGE = np.array(per_kind(lambda kind: kind.blocks_per_page), np.int64)
@@ -22,7 +24,8 @@ class Queue:
 
     `since_s` is the last token or arrival; `tokens` are all known tokens; `uncomputed` those not cached yet;
     `late_gaps` counts gaps over the SLO; `started` says that the first token is out, `missed_first` that it was late;
-    `kind` is the `CacheKind.index`; `kind`, `pages_held` and `blocks_per_page` are 0 for a waiting request.
+    `kind` is the `CacheKind.index`; `kind`, `pages_held` and `blocks_per_page` are 0 for a waiting request; `decodes`
+    are the entries with which running ones decode.
     """
 
     requests: Sequence[Request]
@@ -40,6 +43,7 @@ class Queue:
     pages_held: Ints
     kind: Ints
     blocks_per_page: Ints
+    decodes: Sequence[Scheduled] = ()
 
     def __len__(self) -> int:
         return len(self.requests)
@@ -76,9 +80,12 @@ class Ledger:
         self._next = 0  # first arrival number never seen
         # of each request, and, as far as it changes, what it looked like when it last ran
         self._times = np.zeros((4, capacity))  # arrival, both SLOs, since
-        self._counts = np.zeros((7, capacity), np.int64)  # prompt, most new tokens, and as in `_progress`
+        # prompt, most new tokens, tokens, uncomputed tokens, late gaps, started, missed the first
+        self._counts = np.zeros((7, capacity), np.int64)
         self._ran: list[Request] = []
         self._ran_orders = self._waiting_orders = np.zeros(0, np.int64)
+        self._ran_kind = np.zeros(0, np.int64)
+        self._decodes: list[Scheduled] = []
         self._waiting = self._waiting_queue([])
 
     def update(self, state: SchedulerState) -> tuple[Queue, Queue]:
@@ -96,18 +103,22 @@ class Ledger:
         came = [r for r in (*self._ran, *fresh) if r.table is None and r.status is Status.WAITING]
         if came:
             column = _orders(came) - self._base
-            since_s, *changing = _progress(came, self._times[:, column], self._counts[0, column])
-            self._times[3, column] = since_s
-            self._counts[2:, column] = changing
+            arrival_s, ttft_slo_s = self._times[:2, column]
+            now = progress_of(came)
+            started = ~np.isnan(now.first_token_s)
+            self._times[3, column] = np.where(started, now.last_token_s, arrival_s)
+            missed = now.first_token_s - arrival_s > ttft_slo_s  # NaN, before the first token, is not
+            self._counts[2:, column] = now.tokens, now.tokens - now.computed, now.late_gaps, started, missed
         admitted = np.zeros(0, np.int64)
         if running != self._ran:
             orders = _orders(running)
             admitted = np.setdiff1d(orders, self._ran_orders, assume_unique=True)
             self._ran, self._ran_orders = list(running), orders
+            self._ran_kind, self._decodes = np.zeros(0, np.int64), []
         if came or len(admitted) or len(waiting) != len(self._waiting):
             self._waiting_orders = _moved(self._waiting_orders, waiting, came, admitted)
             self._waiting = self._waiting_queue(list(waiting))
-        return self._waiting, self._running_queue()
+        return self._waiting, self._running_queue(state.running_progress())
 
     def _waiting_queue(self, requests: list[Request]) -> Queue:
         column = self._waiting_orders - self._base
@@ -119,17 +130,19 @@ class Ledger:
             started > 0, missed > 0, nothing, nothing, nothing,
         )  # fmt: skip
 
-    def _running_queue(self) -> Queue:
-        column, running = self._ran_orders - self._base, self._ran
-        times, (prompt, most_new) = self._times[:, column], self._counts[:2, column]
-        arrival_s, ttft_slo_s, tbt_slo_s, _ = times
-        since_s, tokens, uncomputed, late_gaps, started, missed = _progress(running, times, prompt)
-        tables = [r.table for r in running]
-        pages = np.array([table.num_pages for table in tables], np.int64)  # type: ignore[union-attr]
-        kind = np.array([table.kind.index for table in tables], np.int64)  # type: ignore[union-attr]
+    def _running_queue(self, progress: Progress) -> Queue:
+        arrival_s, ttft_slo_s, tbt_slo_s, _ = self._times[:, self._ran_orders - self._base]
+        started = ~np.isnan(progress.first_token_s)
+        tokens, kind = progress.tokens, progress.kind
+        if len(self._ran_kind) != len(self._ran) or (kind != self._ran_kind).any():
+            kinds = [KINDS[k] for k in kind.tolist()]
+            self._decodes = [Scheduled(r, 1, k, Reason.DECODES) for r, k in zip(self._ran, kinds, strict=True)]
+            self._ran_kind = kind
         return Queue(
-            running, since_s, arrival_s, ttft_slo_s, tbt_slo_s, prompt, most_new, tokens, uncomputed, late_gaps,
-            started, missed, pages, kind, _BLOCKS_PER_PAGE[kind],
+            self._ran, np.where(started, progress.last_token_s, arrival_s), arrival_s, ttft_slo_s, tbt_slo_s,
+            progress.prompt_tokens, progress.max_new_tokens, tokens, tokens - progress.computed, progress.late_gaps,
+            started, progress.first_token_s - arrival_s > ttft_slo_s, progress.pages, kind, _BLOCKS_PER_PAGE[kind],
+            self._decodes,
         )  # fmt: skip
 
     def _make_room(self, oldest: int, newest: int) -> None:
@@ -165,19 +178,3 @@ def _moved(orders: Ints, waiting: list[Request], came: list[Request], admitted: 
         orders = np.insert(orders, np.searchsorted(orders, new), new)
     # every one that came is known, so a difference in number means that some ended while they waited
     return orders if len(orders) == len(waiting) else _orders(waiting)
-
-
-def _progress(
-    requests: list[Request], times: Floats, prompt_tokens: Ints
-) -> tuple[Floats, Ints, Ints, Ints, Bools, Bools]:
-    """What changes as they run: pending since, tokens, uncomputed tokens, late gaps, started, missed first token."""
-    arrival_s, ttft_slo_s = times[:2]
-    first_s = np.array([r.first_token_s for r in requests], np.float64)  # None becomes NaN
-    last_s = np.array([r.last_token_s for r in requests], np.float64)
-    generated = np.array([len(r.output_token_ids) + r.num_inflight_tokens for r in requests], np.int64)
-    computed = np.array([r.num_computed_tokens for r in requests], np.int64)
-    late_gaps = np.array([r.num_late_gaps for r in requests], np.int64)
-    started = ~np.isnan(first_s)
-    tokens = prompt_tokens + generated
-    missed = started & (first_s - arrival_s > ttft_slo_s)
-    return np.where(started, last_s, arrival_s), tokens, tokens - computed, late_gaps, started, missed

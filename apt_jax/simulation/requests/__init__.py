@@ -1,0 +1,1 @@
+"""Simulated requests: what they are promised, and their counters in arrays."""

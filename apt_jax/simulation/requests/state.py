@@ -1,0 +1,129 @@
+"""The scheduler's state with counters in arrays: what one iteration does to all that decode is a few numpy calls.
+
+Queues, blocks, admissions and preemptions are the engine's own (`SchedulerState`); only "one more token" is done for
+all at once. `tests/unit/test_simulated_state.py` compares both, request by request.
+"""
+
+from typing import cast
+
+import numpy as np
+
+from apt_jax.cache import KINDS, BlockPool
+from apt_jax.request import FinishReason, Request
+from apt_jax.scheduling.costs.step_load import StepLoad, step_load
+from apt_jax.scheduling.plan import Plan
+from apt_jax.scheduling.progress import Ints, Progress
+from apt_jax.scheduling.state import Limits, SchedulerState, Span
+from apt_jax.simulation.requests.columns import Columns, SimulatedRequest
+
+_OTHERS = (0,) * (len(KINDS) - 1)  # kinds but the first
+
+
+class SimulatedState(SchedulerState):
+    """Queues and blocks of one simulated instance. `advance` starts an iteration, `complete` ends it."""
+
+    def __init__(self, pool: BlockPool, limits: Limits):
+        super().__init__(pool, limits)
+        self.columns = Columns()
+        self._plan = Plan()  # under way
+        self._sampling = np.zeros(0, np.int64)  # arrival numbers that sample in it
+        self._orders: Ints | None = None  # of `running`; None: to be collected
+        self._progress: Progress | None = None  # the same
+
+    def submit(self, request: SimulatedRequest, output_tokens: int) -> None:
+        """Add a request, which ends after `output_tokens`."""
+        self.add(request)
+        self.columns.add(request, output_tokens)
+
+    def running_progress(self) -> Progress:
+        """Columns of the running requests, in their order."""
+        if self._orders is None:
+            self._orders = np.array([r.order for r in self.running], np.int64)
+        if self._progress is None:
+            self._progress = self.columns.progress(self._orders)
+        return self._progress
+
+    def advance(self, plan: Plan, now: float) -> StepLoad:
+        """Carry out a plan as `apply` does; what its iteration computes and reads."""
+        self._progress = None
+        if plan.preempted:
+            self._orders = None
+        self._clear(plan, now)
+        for converted in plan.converted:
+            self._note_table(converted.request)
+        self._plan = plan
+        decoders: list[SimulatedRequest] = []
+        spans: list[Span] = []
+        for entry in plan.scheduled:
+            request = cast(SimulatedRequest, entry[0])
+            if entry[1] == 1 and request.table is not None:
+                decoders.append(request)
+                continue
+            if request.table is None:
+                self._orders = None
+            spans.append(self._start(entry, now))
+            self._note_table(request)
+        decoded, decoding = self._decode(decoders)
+        chunks = [span.request.order for span in spans if span.samples]
+        self._sampling = np.concatenate([decoding, np.array(chunks, np.int64)]) if chunks else decoding
+        return (step_load(plan, spans) if spans or plan.converted else StepLoad()) + decoded
+
+    def complete(self, now: float) -> list[Request]:
+        """Commit the iteration's tokens at `now`; the requests that finished, in the order of its plan."""
+        self._progress = None
+        orders = self._sampling
+        if not len(orders):
+            return []
+        last = self.columns.commit(orders, now)
+        if not last.any():
+            return []
+        ended = set(orders[last].tolist())
+        finished = [entry.request for entry in self._plan.scheduled if entry.request.order in ended]
+        for request in finished:
+            self.finish(request, FinishReason.STOP)
+        return finished
+
+    def finish(self, request: Request, reason: FinishReason) -> None:
+        """End a request, as the engine does."""
+        self._orders = self._progress = None
+        super().finish(request, reason)
+
+    def _decode(self, requests: list[SimulatedRequest]) -> tuple[StepLoad, Ints]:
+        """Compute one token of each of `requests`, which run; the load of that, and who samples."""
+        columns, block_size = self.columns, self.pool.block_size
+        orders = self._orders
+        if orders is None or len(requests) != len(orders):
+            orders = np.array([r.order for r in requests], np.int64)
+        known = columns.prompt[orders] + columns.generated[orders]
+        end = columns.computed[orders] + 1
+        full = known > columns.pages[orders] * block_size
+        if full.any():
+            for order, tokens in zip(orders[full].tolist(), known[full].tolist(), strict=True):
+                table = columns.requests[order].table
+                assert table is not None
+                self.pool.grow(table, tokens)
+                columns.pages[order] = table.num_pages
+        columns.computed[orders] = end
+        is_last = end >= known
+        assert (end <= known).all()
+        samples = orders if is_last.all() else orders[is_last]
+        assert (columns.generated[samples] < columns.max_new[samples]).all(), "a request has all its tokens"
+        columns.generated[samples] += 1
+        columns.inflight[samples] = 1
+        kinds, total = columns.kind[orders], int(end.sum())
+        if not kinds.any():
+            context_tokens, decodes = (total, *_OTHERS), (len(orders), *_OTHERS)
+        else:
+            masks = [kinds == kind.index for kind in KINDS]
+            context_tokens = tuple(int(end[mask].sum()) for mask in masks)
+            decodes = tuple(int(np.count_nonzero(mask)) for mask in masks)
+        load = StepLoad(
+            decode_requests=len(orders), context_tokens=context_tokens, samples=len(samples), decodes=decodes
+        )
+        return load, samples
+
+    def _note_table(self, request: Request) -> None:
+        table = request.table
+        assert table is not None
+        self.columns.pages[request.order] = table.num_pages
+        self.columns.kind[request.order] = table.kind.index
