@@ -1,6 +1,8 @@
 """What decode attention costs on each preset, against figures counted by hand and those of the kernels' notes."""
 
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -121,3 +123,23 @@ def test_loops_and_bytes_of_a_toy_by_hand():
     looped = replace(kernel, loops=Loops(4, 3, 6.0, 2))
     assert looped.token_s(toy, hidden, 10.0, rates) == pytest.approx((3 * 16 + 5 * 2 + 6 * 16 / 4) / 1000)
     assert looped.own_s(toy, hidden, 7.0, rates) == pytest.approx(32 / 1000 + 7 * 4 / 2)
+
+
+DEVICES = {
+    "A100 40 GB": ("a100-40gb", "absorbed"), "A100 40 GB, `one-pass`": ("a100-40gb", "one-pass"),
+    "H100": ("h100-80gb", "absorbed"), "H200": ("h200", "absorbed"), "v5e": ("tpu-v5e", "absorbed"),
+    "v5p": ("tpu-v5p", "absorbed"), "v6e": ("tpu-v6e", "absorbed"), "tpu7x": ("tpu7x", "absorbed"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("label", DEVICES)
+def test_the_page_on_the_cost_model_shows_its_figures(label):
+    model = opt_13b(*DEVICES[label])
+    page = (Path(__file__).parents[2] / "docs/cost_model.md").read_text(encoding="utf-8")
+    row, *_ = re.findall(rf"^\| {re.escape(label)} \| [^|]+ \| (\S+) \| (\S+) \| (\S+) \| (\S+), (\S+) \|$", page, re.M)
+    alone = StepLoad(decode_requests=1, decodes=(0, 1))
+    again = [model.mixing_s(load) for load in (alone, replace(alone, prefill_tokens=1, prefill_pairs=1))]
+    found = [1e6 * model.attention_s[KV], 1e6 * model.attention_s[HIDDEN], 1e6 * model.request_s[HIDDEN]]
+    for text, value in zip(row, [*found, *(1e3 * s for s in again)], strict=True):
+        digits = len(text.partition(".")[2])
+        assert float(text.replace(",", "")) == pytest.approx(value, abs=0.51 * 10**-digits), (text, value)

@@ -204,7 +204,7 @@ def _hidden_tpu(cycles_per_s: float, cycles: Mapping[int, float]) -> DecodeKerne
     )
 
 
-KV_V5E, HIDDEN_V5E = _kv_tpu(1.5e9, {5120: 9.9}), _hidden_tpu(1.5e9, {5120: 10.5})
-KV_V5P, HIDDEN_V5P = _kv_tpu(2 * 1.75e9, {5120: 10.0}), _hidden_tpu(2 * 1.75e9, {5120: 10.6})
-KV_V6E, HIDDEN_V6E = _kv_tpu(1.75e9, {5120: 8.5}), _hidden_tpu(1.75e9, {5120: 7.1})
+KV_V5E, HIDDEN_V5E = _kv_tpu(1.5e9, {4096: 9.0, 5120: 9.9}), _hidden_tpu(1.5e9, {4096: 7.9, 5120: 10.5})
+KV_V5P, HIDDEN_V5P = _kv_tpu(2 * 1.75e9, {4096: 8.9, 5120: 10.0}), _hidden_tpu(2 * 1.75e9, {4096: 8.0, 5120: 10.6})
+KV_V6E, HIDDEN_V6E = _kv_tpu(1.75e9, {4096: 7.7, 5120: 8.5}), _hidden_tpu(1.75e9, {4096: 5.7, 5120: 7.1})
 KV_TPU7X, HIDDEN_TPU7X = _kv_tpu(2 * 1.91e9, {5120: 7.6}), _hidden_tpu(2 * 1.91e9, {5120: 8.1})

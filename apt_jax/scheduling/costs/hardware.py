@@ -61,37 +61,47 @@ class Hardware:
     prefix_kernel: PrefixKernel = ONE_READ
 
 
+# Links: half of the bidirectional NVLink or inter-chip (ICI) figure of the same document.
+_NVIDIA = "https://resources.nvidia.com"
+_A100 = (
+    "https://www.nvidia.com/content/dam/en-zz/Solutions/Data-Center/a100/pdf/"
+    "nvidia-a100-datasheet-us-nvidia-1758950-r4-web.pdf"
+)
+_H100 = f"{_NVIDIA}/en-us-tensor-core/nvidia-tensor-core-gpu-datasheet"
+_H200 = f"{_NVIDIA}/en-us-data-center-overview-mc/en-us-data-center-overview/hpc-datasheet-sc23-h200"
+_TPU = "https://docs.cloud.google.com/tpu/docs"
+
 _ALL = (
     Hardware(
-        "a100-40gb", 40 * GIB, 312e12, 1555e9, 300e9, "NVIDIA A100 datasheet, SXM4 40 GB",
+        "a100-40gb", 40 * GIB, 312e12, 1555e9, 300e9, f"NVIDIA A100 datasheet, SXM4 40 GB: {_A100}",
         hidden_kernel=XLA_AMPERE, prefix_kernel=XLA,
     ),
     Hardware(
-        "a100-80gb", 80 * GIB, 312e12, 2039e9, 300e9, "NVIDIA A100 datasheet, SXM4 80 GB",
+        "a100-80gb", 80 * GIB, 312e12, 2039e9, 300e9, f"NVIDIA A100 datasheet, SXM4 80 GB: {_A100}",
         hidden_kernel=XLA_AMPERE, prefix_kernel=XLA,
     ),
     Hardware(
-        "h100-80gb", 80 * GIB, 989.4e12, 3350e9, 450e9, "NVIDIA H100 datasheet, SXM5, without sparsity",
+        "h100-80gb", 80 * GIB, 989.4e12, 3350e9, 450e9, f"NVIDIA H100 datasheet, SXM5, without sparsity: {_H100}",
         hidden_kernel=TWO_PASSES, prefix_kernel=HOPPER,
     ),
     Hardware(
-        "h200", 141e9, 989.4e12, 4800e9, 450e9, "NVIDIA H200 datasheet, SXM, without sparsity",
+        "h200", 141e9, 989.4e12, 4800e9, 450e9, f"NVIDIA H200 datasheet, SXM, without sparsity: {_H200}",
         hidden_kernel=TWO_PASSES, prefix_kernel=HOPPER,
     ),
     Hardware(
-        "tpu-v5e", 16 * GIB, 197e12, 819e9, 200e9, "Google Cloud TPU v5e system architecture",
+        "tpu-v5e", 16 * GIB, 197e12, 819e9, 200e9, f"Google Cloud, TPU v5e: {_TPU}/v5e",
         kv_kernel=KV_V5E, hidden_kernel=HIDDEN_V5E, split_hidden_kernel=SLICES_TPU, prefix_kernel=TPU,
     ),
     Hardware(
-        "tpu-v5p", 95 * GIB, 459e12, 2765e9, 600e9, "Google Cloud TPU v5p system architecture",
+        "tpu-v5p", 95 * GIB, 459e12, 2765e9, 600e9, f"Google Cloud, TPU v5p: {_TPU}/v5p",
         kv_kernel=KV_V5P, hidden_kernel=HIDDEN_V5P, split_hidden_kernel=SLICES_TPU, prefix_kernel=TPU,
     ),
     Hardware(
-        "tpu-v6e", 32 * GIB, 918e12, 1638e9, 400e9, "Google Cloud TPU v6e (Trillium) system architecture",
+        "tpu-v6e", 32 * GIB, 918e12, 1638e9, 400e9, f"Google Cloud, TPU v6e (Trillium): {_TPU}/v6e",
         kv_kernel=KV_V6E, hidden_kernel=HIDDEN_V6E, split_hidden_kernel=SLICES_TPU, prefix_kernel=TPU,
     ),
     Hardware(
-        "tpu7x", 192 * GIB, 2307e12, 7380e9, 600e9, "Google Cloud TPU7x (Ironwood) system architecture",
+        "tpu7x", 192 * GIB, 2307e12, 7380e9, 600e9, f"Google Cloud, TPU7x (Ironwood): {_TPU}/tpu7x",
         kv_kernel=KV_TPU7X, hidden_kernel=HIDDEN_TPU7X, split_hidden_kernel=SLICES_TPU, prefix_kernel=TPU,
     ),
 )  # fmt: skip
