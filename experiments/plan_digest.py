@@ -26,7 +26,8 @@ POOLS = {"ample": 6000, "short": 700}  # blocks
 OPTIONS = (
     *(f"apt:value={value}" for value in ("absolute", "slack", "footprint", "longest")),
     "apt:fallback=constant", "apt:fallback=none", "apt:mixed=off", "apt:prediction=off", "apt:convert=off",
-    "apt:sustained=off", "apt:patience_s=0.5:lane_share=0.5",
+    "apt:sustained=off", "apt:margin=0:late_margin=0", "apt:readmit_first=off", "apt:paced=off", "apt:fit_victims=off",
+    "apt:priorities=off", "apt:patience_s=0.5:lane_share=0.5",
 )  # fmt: skip
 
 

@@ -146,7 +146,7 @@ def test_one_seat_costs_one_victim():
     run(state, "large", 7, arrival_s=-5.0)
     wait(state, "fresh", 8, arrival_s=1.0)
     assert decide(state, 1.1) == [
-        "preempt large PREEMPTED_LATE", "run small 1 kv DECODES", "run fresh 8 kv ADMITTED_KV",
+        "preempt small PREEMPTED_LATE", "run large 1 kv DECODES", "run fresh 8 kv ADMITTED_KV",
     ]  # fmt: skip
 
 

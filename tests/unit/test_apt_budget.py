@@ -53,21 +53,29 @@ def toy(scales=None, **figures):
         (None, {"decode": 0.0625}, 64),
         (Scales(compute=2.0), {}, 64),
         (Scales(dense=4.0), {}, 32),
-        (None, {"decode": 0.125}, 16), (None, {"decode": 0.5}, 16), (None, {"decode": 0.5, "free_tokens": 19}, 17),
+        # as long again as a step that takes a quarter itself, but no more than half of what is left of the promise
+        (None, {"decode": 0.125}, 128), (None, {"decode": 0.25}, 128), (None, {"decode": 0.375}, 64),
+        (None, {"decode": 0.5}, 16), (None, {"decode": 0.5, "free_tokens": 19}, 17),
     ],
 )  # fmt: skip
 def test_tokens_that_the_tightest_gap_pays_for(scales, figures, tokens):
+    """The essay takes 1.76 s of products, or more, of 1.3 times as much: half of that is not enough."""
+    scales = scales or Scales()
+    first_s = 1.3 * 1800 / 1024 * scales.compute * scales.dense
     state = make_state(4000, tokens=2048)
     run(state, "loose", 7, slo=PATIENT)
     run(state, "tight", 7, slo=Slo(1.0, 0.5))
-    wait(state, "essay", 1800, arrival_s=0.04)
+    wait(state, "essay", 1800, arrival_s=0.04, slo=Slo(first_s, 60.0))
     assert decide(state, 0.05, model=toy(scales, **figures))[-1] == f"run essay {tokens} kv ADMITTED_KV"
 
 
-def test_those_that_decode_alone_limit_nothing_for_a_prompt_alone():
+def test_a_prompt_alone_has_a_quarter_of_the_first_token_s_promise_whatever_its_gaps():
+    """A quarter of 4 s, and 0.5 s is what an iteration takes anyway."""
     state = make_state(4000, tokens=2048)
-    wait(state, "essay", 1800, arrival_s=0.04, slo=Slo(1.0, 0.001))
-    assert decide(state, 0.05, model=toy()) == ["run essay 1800 kv ADMITTED_KV"]
+    wait(state, "essay", 1800, arrival_s=0.04, slo=Slo(4.0, 0.001))
+    assert decide(state, 0.05, model=toy()) == ["run essay 512 kv ADMITTED_KV"]
+    assert decide(state, 0.05, model=toy(free_tokens=100)) == ["run essay 612 kv ADMITTED_KV"]
+    assert decide(state, 0.05, "apt:prediction=off:paced=off", toy()) == ["run essay 1800 kv ADMITTED_KV"]
 
 
 @pytest.mark.parametrize("model", [toy(), None])
@@ -124,11 +132,12 @@ def test_without_a_cost_model_they_take_turns():
 
 
 @pytest.mark.parametrize(
-    ("limit", "tokens"),
-    [(64, 10), (9, 7), (3, 1), (2, 1)],  # 4 of the newcomer and 6 of a prompt under way, within the limit
+    ("limit", "free", "tokens"),
+    # 4 of the newcomer and 6 of a prompt under way, within the limit and what is free beside two decodes
+    [(64, 99, 10), (64, 12, 10), (64, 8, 6), (9, 99, 7), (3, 99, 1), (2, 99, 1), (64, 0, 1)],
 )
-def test_what_the_cost_model_is_asked_about(limit, tokens):
-    state, model = make_state(64, tokens=limit), toy()
+def test_what_the_cost_model_is_asked_about(limit, free, tokens):
+    state, model = make_state(64, tokens=limit), toy(free_tokens=free)
     run(state, "a", 7, slo=PATIENT)
     run(state, "b", 7, slo=PATIENT)
     run(state, "half", 10, computed=4)

@@ -228,15 +228,33 @@ def test_longest_ignores_memory_and_footprint_counts_the_future():
 # -- the forecast -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("blocks", "is_admitted"), [(111, True), (109, False)])
-def test_the_forecast_refuses_what_would_not_fit_later(blocks, is_admitted):
+@pytest.mark.parametrize(
+    ("margin", "blocks"),
+    [(0, 110), (0.5, 149), (1, 187), (2, 272)],  # 109.8, and 76.4 for each deviation; for two more at 512 tokens
+)
+def test_the_forecast_refuses_what_would_not_fit_later(margin, blocks):
     """256 tokens to come: after 256 more both still run with probability 1/e, and would hold (317 / 4 + 1/2) 2 = 159.5
-    and (276 / 4 + 1/2) 2 = 139 blocks: 109.8 expected, the most of all horizons."""
-    state = make_state(blocks)
-    run(state, "fine", 60, slo=PATIENT)
-    wait(state, "fresh", 20, arrival_s=1.0)
-    assert ("run fresh 20 kv ADMITTED_KV" in decide(state, 1.1, "apt")) is is_admitted
-    assert "run fresh 20 kv ADMITTED_KV" in decide(state, 1.1)
+    and (276 / 4 + 1/2) 2 = 139 blocks: 109.8 expected. The deviation of the running one is sqrt((1 - 1/e) / e) 158.5.
+
+    After 512 more: 75.1 expected of both, and a deviation of 98.0.
+    """
+    for late, option in ((False, "margin"), (True, "late_margin")):
+        for there in (blocks, blocks - 1):
+            state = make_state(there)
+            run(state, "fine", 60, slo=PATIENT)
+            wait(state, "fresh", 20, arrival_s=-1.0 if late else 1.0)
+            line = f"run fresh 20 kv ADMITTED_{'LATE' if late else 'KV'}"
+            assert (line in decide(state, 1.1, f"apt:{option}={margin}")) is (there == blocks)
+            assert line in decide(state, 1.1)
+
+
+def test_a_late_request_leaves_twice_as_much_free_as_one_in_time():
+    for blocks, admitted in ((186, []), (187, ["fresh"]), (271, ["fresh"]), (272, ["fresh", "late"])):
+        for name in ("fresh", "late"):
+            state = make_state(blocks)
+            run(state, "fine", 60, slo=PATIENT)
+            wait(state, name, 20, arrival_s=-1.0 if name == "late" else 1.0)
+            assert (decide(state, 1.1, "apt")[-1].split()[0] == "run") is (name in admitted)
 
 
 def test_the_forecast_counts_those_admitted_before_it_and_lets_the_first_pass():
@@ -249,8 +267,8 @@ def test_the_forecast_counts_those_admitted_before_it_and_lets_the_first_pass():
 
 @pytest.mark.parametrize(("watermark", "is_admitted"), [(1, True), (2, False)])
 def test_the_forecast_keeps_the_watermark_free(watermark, is_admitted):
-    """111 blocks for the 109.8 of the case above."""
-    state = make_state(111, watermark=watermark)
+    """188 blocks for the 186.2 of the case above."""
+    state = make_state(188, watermark=watermark)
     run(state, "fine", 60, slo=PATIENT)
     wait(state, "fresh", 20, arrival_s=1.0)
     assert ("run fresh 20 kv ADMITTED_KV" in decide(state, 1.1, "apt")) is is_admitted
@@ -267,10 +285,14 @@ def test_the_forecast_counts_those_of_the_lane(blocks, is_admitted):
     assert ("run fresh 20 kv ADMITTED_KV" in plan) is is_admitted
 
 
-def test_a_victims_future_is_free_for_the_one_it_makes_room_for():
-    """The late one would hold 80 of 100 blocks later; without it the newcomer's 51 fit beside nobody else's."""
-    state = make_state(100)
-    run(state, "late", 180, arrival_s=-5.0)  # 90 blocks and 2 of growth
-    run(state, "tiny", 2, slo=PATIENT)  # 2 blocks; later (259 / 4 + 1/2) 2 / e = 48 blocks
-    wait(state, "fresh", 20, arrival_s=1.0)
-    assert decide(state, 1.1, "apt")[0] == "preempt late PREEMPTED_LATE"
+@pytest.mark.parametrize(("blocks", "first"), [(162, "preempt late PREEMPTED_LATE"), (161, "run late 1 kv DECODES")])
+def test_a_victims_future_is_free_for_the_one_it_makes_room_for(blocks, first):
+    """Without the late one 48.0 and 51.1 blocks are expected and the deviation is 62.4, all in 256 tokens' time.
+
+    With it 249 more: 100.5 expected, and a deviation of 148.
+    """
+    state = make_state(blocks)
+    run(state, "late", 300, arrival_s=-5.0)  # 150 blocks and 2 of growth
+    run(state, "tiny", 2, slo=PATIENT)  # 2 blocks; later (259 / 4 + 1/2) 2 / e, or 0.482 x 129.5 more
+    wait(state, "fresh", 20, arrival_s=1.0)  # 10 blocks
+    assert decide(state, 1.1, "apt")[0] == first

@@ -100,29 +100,46 @@ def test_without_aging_there_is_no_lane_and_without_a_fallback_nobody_is_late():
 # -- lateness -----------------------------------------------------------------------------------------------------
 
 
-def queue(generated, late_gaps=0, started=True, missed_first=False):
+def queue(generated, late_gaps=0, started=True, missed=False, given_up=False):
+    """First token due after 2 s, gaps of 1 s, stall limit 4 s."""
     n = len(generated)
-    ints, zeros = np.array(generated, np.int64) + 10, np.zeros(n, np.int64)
+    tokens, zeros, no = np.array(generated, np.int64) + 10, np.zeros(n, np.int64), np.zeros(n, np.bool_)
     return Queue(
-        [None] * n, np.zeros(n), np.zeros(n), np.full(n, 2.0), np.full(n, 1.0), np.full(n, 10), np.full(n, 999), ints,
-        zeros, np.full(n, late_gaps), np.full(n, started), np.full(n, missed_first), zeros, zeros, zeros,
+        [None] * n, since_s=np.zeros(n), arrival_s=np.zeros(n), ttft_slo_s=np.full(n, 2.0), tbt_slo_s=np.full(n, 1.0),
+        stall_slo_s=np.full(n, 4.0), prompt_tokens=np.full(n, 10), max_new_tokens=np.full(n, 999), tokens=tokens,
+        uncomputed=zeros, late_gaps=np.full(n, late_gaps), started=no | started, missed=no | missed,
+        given_up=no | given_up, priority=zeros, pages_held=zeros, kind=zeros, blocks_per_page=zeros,
     )  # fmt: skip
+
+
+def late(queue, pending_s, remaining=None, prefill_s=0.0):
+    n = len(queue)
+    remaining = None if remaining is None else np.array(remaining)
+    return is_late(queue, np.zeros(n) + pending_s, remaining, np.zeros(n) + prefill_s).tolist()
 
 
 def test_one_gap_in_a_hundred_is_forgiven():
     """1 late gap: forgiven from 101 tokens on (100 gaps); a second one that is running from 201 tokens on."""
-    in_time, pending = np.zeros(3), np.full(3, 1.5)
-    assert list(is_late(queue([100, 101, 150], 1), in_time, None)) == [True, False, False]
-    assert list(is_late(queue([150, 200, 201], 1), pending, None)) == [True, True, False]
-    assert list(is_late(queue([50, 50, 50], 1), in_time, np.array([49.0, 50.0, 51.0]))) == [True, True, False]
-    assert list(is_late(queue([5, 5, 5]), np.array([0.9, 1.0, 1.1]), None)) == [False, False, True]
+    assert late(queue([100, 101, 150], 1), 0.0) == [True, False, False]
+    assert late(queue([150, 200, 201], 1), 1.5) == [True, True, False]
+    assert late(queue([50, 50, 50], 1), 0.0, [49.0, 50.0, 51.0]) == [True, True, False]
+    assert late(queue([5, 5, 5]), np.array([0.9, 1.0, 1.1])) == [False, False, True]
 
 
-def test_a_first_token_is_late_after_its_own_slo_and_a_missed_one_is_never_made_up():
-    pending = np.array([1.9, 2.0, 2.1])
-    assert list(is_late(queue([0, 0, 0], started=False), pending, None)) == [False, False, True]
-    assert is_late(queue([900] * 3, missed_first=True), np.zeros(3), None).all()
-    assert not is_overdue(queue([900] * 3, missed_first=True), np.zeros(3)).any(), "the paper forgets it"
+def test_no_gap_beyond_the_stall_limit_is_forgiven():
+    assert late(queue([900] * 3), np.array([3.9, 4.0, 4.1])) == [False, False, True]
+
+
+def test_a_first_token_is_late_after_its_own_slo_and_what_is_missed_is_never_made_up():
+    assert late(queue([0, 0, 0], started=False), np.array([1.9, 2.0, 2.1])) == [False, False, True]
+    assert late(queue([900], missed=True), 0.0) == late(queue([900], given_up=True), 0.0) == [True]
+    assert not is_overdue(queue([900], missed=True, given_up=True), np.zeros(1)).any(), "the paper forgets it"
+
+
+def test_a_prompt_that_takes_longer_than_what_is_left_is_late_already():
+    """A first token after 2 s, or the next one after a preemption within the stall limit of 4 s."""
+    assert late(queue([0, 0], started=False), 0.5, prefill_s=np.array([1.5, 1.51])) == [False, True]
+    assert late(queue([900, 900]), 0.5, prefill_s=np.array([3.5, 3.51])) == [False, True]
 
 
 # -- iteration type and budget ------------------------------------------------------------------------------------
@@ -175,7 +192,7 @@ def test_the_tightest_gap_promise_limits_the_chunk():
     state = make_state(4000, tokens=2048)
     run(state, "loose", 7, slo=PATIENT)
     run(state, "tight", 7, slo=Slo(1.0, 0.3))
-    wait(state, "essay", 1800, arrival_s=0.04)
+    wait(state, "essay", 1800, arrival_s=0.04, slo=Slo(0.4, 60.0))  # takes 0.25 s, and half of its limit is 0.2 s
     decode_s = A100.step_s(StepLoad(decode_requests=2, context_tokens=(16, 0), decodes=(2, 0)))
     tokens = A100.free_tokens - 2 + int((0.075 - decode_s) / A100.token_s)
     assert 300 < tokens < 900
@@ -185,7 +202,7 @@ def test_the_tightest_gap_promise_limits_the_chunk():
 def test_a_prompt_always_gets_a_few_tokens():
     state = make_state(4000, tokens=2048)
     run(state, "tight", 7, slo=Slo(1.0, 0.001))
-    wait(state, "essay", 1800)
+    wait(state, "essay", 1800, slo=Slo(1000.0, 60.0))
     slow = A100.with_scales(Scales(compute=1000.0))
     assert decide(state, 0.0005, model=slow)[-1] == "run essay 16 kv ADMITTED_KV"
 

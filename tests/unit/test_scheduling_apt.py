@@ -20,6 +20,7 @@ from apt_jax.scheduling.policies.interface import PolicyContext
 from tests.support.scheduling_loop import TINY, make_state, request, serve, step
 
 A100 = CostModel(MODELS["opt-13b"], HARDWARE["a100-40gb"], "one-pass")
+PATIENT = Slo(60.0, 60.0)
 PADDED = PaddedSizes((1, 8), (60, 4096))
 SLOW_HIDDEN = dataclasses.replace(A100, hidden_mode="recompute")
 
@@ -64,10 +65,10 @@ def test_slow_hidden_attention_is_not_used_where_it_slows_the_batch_down():
         state = make_state(20_000, mode="hybrid", tokens=100_000, max_num_seqs=100)
         policy = make_policy(f"apt:value=absolute:prediction=off:sustained={option}", PolicyContext(SLOW_HIDDEN))
         for k in range(39):
-            state.add(request(1000, 50, name=f"first{k}", slo=Slo(20.0, 20.0)))
+            state.add(request(1000, 50, name=f"first{k}", slo=PATIENT))
         step(state, policy, 0.1)
         for k in range(10):
-            state.add(request(1000, 50, arrival_s=0.1, name=f"then{k}", slo=Slo(20.0, 20.0)))
+            state.add(request(1000, 50, arrival_s=0.1, name=f"then{k}", slo=PATIENT))
         step(state, policy, 8.0)
         assert {r.cache_kind for r in state.running} == kinds
 

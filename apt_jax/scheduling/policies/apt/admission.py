@@ -10,7 +10,8 @@ import numpy as np
 from apt_jax.cache import CacheKind
 from apt_jax.scheduling.plan import Reason
 from apt_jax.scheduling.policies.apt.draft import Admission, Draft
-from apt_jax.scheduling.policies.apt.eviction import late_victims
+from apt_jax.scheduling.policies.apt.eviction import choose_victims, late_victims
+from apt_jax.scheduling.policies.apt.facts.forecast import Forecast
 from apt_jax.scheduling.policies.apt.facts.view import View
 from apt_jax.scheduling.policies.apt.knapsack.greedy import solve_greedy
 from apt_jax.scheduling.policies.apt.knapsack.problem import Bools, Floats, Ints, Problem
@@ -90,26 +91,28 @@ def _take(view: View, draft: Draft, order: Ints, is_hidden: Bools, spare: int, l
     forecast = _forecast(view, draft)
     victims = late_running.tolist()
     preempted, admitted = dict(draft.preempted), list(draft.admitted)
-    room, seats = draft.free_blocks - spare, draft.seats
+    room, seats, fit = draft.free_blocks - spare, draft.seats, view.options.fit_victims
     for offer in _offers(view, order, is_hidden):
         if (seats <= 0 or room < offer.least_blocks) and not (victims and offer.any_in_time):
             break
-        gained, given = 0, 0  # victims that this one needs, and their blocks
-        while (offer.blocks > room + given or seats + gained <= 0) and gained < len(victims) and not offer.is_late:
-            given += int(draft.claims[victims[gained]])
-            gained += 1
-        if offer.blocks > room + given or seats + gained <= 0:
+        chosen: tuple[int, ...] | None = ()  # victims that this one needs
+        if offer.blocks > room or seats <= 0:
+            chosen = None if offer.is_late else choose_victims(draft, victims, offer.blocks - room, seats, fit=fit)
+        if chosen is None:
             continue
         if forecast is not None and offer.expected is not None:
-            left = forecast + view.expected_r(np.array(victims[:gained])).sum(axis=0) if gained else forecast
-            others = bool(admitted) or len(view.running) > len(preempted) + gained
-            if others and (left < offer.expected).any():
+            later = forecast
+            if chosen:
+                gone = np.array(chosen)
+                later = forecast.without(view.expected_r(gone).sum(axis=0), view.variance_r(gone).sum(axis=0))
+            others = bool(admitted) or len(view.running) > len(preempted) + len(chosen)
+            if others and not later.allows(offer.expected, is_late=offer.is_late):
                 continue
-            forecast = left - offer.expected
-        chosen, victims = tuple(victims[:gained]), victims[gained:]
+            forecast = later.after(offer.expected)
+        victims = [victim for victim in victims if victim not in chosen]
         preempted.update(dict.fromkeys(chosen, Reason.PREEMPTED_LATE))
-        room += given - offer.blocks
-        seats += gained - 1
+        room += sum(int(draft.claims[victim]) for victim in chosen) - offer.blocks
+        seats += len(chosen) - 1
         kind = view.hidden_kind if offer.is_hidden else view.kv_kind
         assert kind is not None
         admitted.append(Admission(offer.position, kind, _reason(view, kind, offer.is_late), offer.blocks, chosen))
@@ -130,16 +133,18 @@ def _offers(view: View, order: Ints, is_hidden: Bools) -> Iterator[_Offer]:
         yield from map(_Offer._make, zip(*columns, expected, strict=False))
 
 
-def _forecast(view: View, draft: Draft) -> Floats | None:
-    """`[horizons]` blocks expected to be free, the watermark kept; None without prediction."""
+def _forecast(view: View, draft: Draft) -> Forecast | None:
+    """With the requests that stay and the lane's; None without prediction."""
     if view.remaining_r is None:
         return None
-    expected = view.expected_r(np.flatnonzero(draft.stays)).sum(axis=0)
+    staying = np.flatnonzero(draft.stays)
+    expected = view.expected_r(staying).sum(axis=0)
     if draft.admitted:
         index = np.array([entry.position for entry in draft.admitted])
         per_page = np.array([entry.kind.blocks_per_page for entry in draft.admitted])
         expected = expected + view.expected_w(index, per_page).sum(axis=0)
-    return np.asarray(view.state.pool.num_blocks - view.state.limits.watermark_blocks - expected)
+    free = view.state.pool.num_blocks - view.state.limits.watermark_blocks - expected
+    return Forecast(free, view.variance_r(staying).sum(axis=0), view.options.margin, view.options.late_margin)
 
 
 def _reason(view: View, kind: CacheKind, late: bool) -> Reason:

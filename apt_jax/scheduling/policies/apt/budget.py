@@ -1,40 +1,112 @@
-"""How many prompt tokens an iteration may compute, and whom they reach."""
+"""How long the prompts of an iteration may take, in seconds of their matrix products.
 
+Products that are computed while the weights are read cost nothing. An iteration takes as many prompt tokens as that
+hides, and more only where a first token (or the next one after a preemption) would come too late otherwise, within a
+quarter of the tightest promise.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from apt_jax.cache import KINDS, CacheKind
+from apt_jax.request import Request
+from apt_jax.scheduling.costs.cost_model import CostModel
+from apt_jax.scheduling.costs.step_load import StepLoad
+from apt_jax.scheduling.plan import Reason
 from apt_jax.scheduling.policies.apt.draft import Draft
-from apt_jax.scheduling.policies.apt.facts.view import View
+from apt_jax.scheduling.policies.apt.facts.view import View, prompt_token_s
 
-STEP_SHARE = 0.25  # of the tightest gap SLO that one iteration may last
-MIN_PREFILL_TOKENS = 16
-
-
-def prefill_budget(view: View, draft: Draft) -> int:
-    """Prompt tokens that fit together with the draft's decodes: within the token limit and every gap SLO."""
-    index = draft.decode_index
-    budget = view.state.limits.max_num_batched_tokens - len(index)
-    model = view.context.cost_model
-    if model is None or not len(index):
-        return max(budget, 0)
-    limit_s = STEP_SHARE * float(view.running.tbt_slo_s[index].min())
-    per_token_s = max(model.token_s * model.scales.compute * model.scales.dense, 1e-12)
-    free = max(0, model.free_tokens - len(index))  # computed while the weights are read
-    affordable = free + int(max(0.0, limit_s - view.decode_s(index)) / per_token_s)
-    return max(min(budget, max(affordable, MIN_PREFILL_TOKENS)), 0)
+STEP_SHARE = 0.25  # of the tightest promise, a gap or a first token, that one iteration may last
+TARGET_SHARE = 0.5  # of its limit after which a prompt is to be computed, if that can still be
 
 
-def within_budget(view: View, draft: Draft) -> tuple[Draft, int]:
-    """`draft` without the last admissions that the prefill budget does not reach, and its budget.
+@dataclass(frozen=True)
+class Prompt:
+    """A request with prompt tokens to compute: one that runs, or one that the draft admits.
 
-    Those preempted for them stay, which takes tokens of the budget: hence the loop.
+    `admission` is its index in the draft's admissions, None for one that runs. `computed` tokens are cached already.
+    `slack_s` is what is left of `limit_s`, within which its next token is due; infinite for a late one.
     """
-    while True:
-        budget = prefill_budget(view, draft)
-        left = budget - int(view.running.uncomputed[draft.prefills & draft.stays].sum())
-        reached = 0
-        for entry in draft.admitted:
-            if left <= 0:
-                break
-            left -= int(view.waiting.uncomputed[entry.position])
-            reached += 1
-        if reached == len(draft.admitted):
-            return draft, budget
-        draft = draft.without_last(len(draft.admitted) - reached)
+
+    request: Request
+    kind: CacheKind
+    reason: Reason
+    admission: int | None
+    uncomputed: int
+    computed: int
+    limit_s: float
+    slack_s: float
+    in_lane: bool
+
+    def prefix_s(self, model: CostModel, tokens: int) -> float:
+        """Seconds that a chunk of `tokens` takes for what is cached already."""
+        return model.prefix_s(self.kind, tokens, self.computed) if self.computed and tokens else 0.0
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Of one iteration, in seconds.
+
+    `free_s` of prompts' products are hidden, `given_s` is what is given to them, free ones included. The iteration may
+    become longer by `most_extra_s`, by products and by what chunks pay for their prefixes.
+    """
+
+    free_s: float
+    given_s: float
+    most_extra_s: float
+
+
+def prompts(view: View, draft: Draft) -> list[Prompt]:
+    """Those of the draft: if paced, the lane first, then by what is left of their limits, late ones last."""
+    running, waiting = view.running, view.waiting
+    found = [
+        Prompt(
+            running.requests[i], KINDS[running.kind[i]], Reason.CONTINUES_PREFILL, None, int(running.uncomputed[i]),
+            int(running.tokens[i] - running.uncomputed[i]), float(running.limit_s[i]), float(view.slack_r[i]),
+            bool(view.lane_r[i]),
+        )
+        for i in np.flatnonzero(draft.prefills & draft.stays).tolist()
+    ]  # fmt: skip
+    found += [
+        Prompt(
+            waiting.requests[i], entry.kind, entry.reason, k, int(waiting.uncomputed[i]), 0,
+            float(waiting.limit_s[i]), float(view.slack_w[i]), bool(view.lane_w[i]),
+        )
+        for k, entry in enumerate(draft.admitted)
+        for i in [entry.position]
+    ]  # fmt: skip
+    if not view.options.paced:
+        return found
+    return sorted(found, key=lambda prompt: (not prompt.in_lane, prompt.slack_s))
+
+
+def prefill_budget(view: View, draft: Draft, wanted: list[Prompt]) -> Budget:
+    """What the iteration of `draft` gives to these prompts; everything if not paced or without a cost model."""
+    model, decodes = view.context.cost_model, draft.decode_index
+    if model is None or not view.options.paced:
+        return Budget(np.inf, np.inf, np.inf)
+    free_s = max(0, model.free_tokens - len(decodes)) * prompt_token_s(model)
+    step_s = view.decode_s(decodes) if len(decodes) else model.step_s(StepLoad(1))
+    promise_s = view.tightest_s(decodes)
+    extra_s = max(STEP_SHARE * promise_s - step_s, min(step_s, (promise_s - step_s) / 2), 0.0)
+    needed_s = _needed_s(model, wanted, free_s, step_s) if len(decodes) else np.inf  # nobody waits for its next token
+    return Budget(free_s, min(free_s + extra_s, max(free_s, needed_s)), extra_s)
+
+
+def _needed_s(model: CostModel, wanted: list[Prompt], free_s: float, step_s: float) -> float:
+    """Seconds of products per iteration with which all prompts in time are computed by their targets.
+
+    The first of them need W seconds of products within s seconds. An iteration with b seconds of products lasts
+    T + b - F, F of them being free; so s / (T + b - F) iterations are enough if b (s - W) >= W (T - F).
+    """
+    needed_s = work_s = 0.0
+    for prompt in wanted:
+        if np.isinf(prompt.slack_s):
+            continue
+        work_s += prompt.uncomputed * prompt_token_s(model) + prompt.prefix_s(model, prompt.uncomputed)
+        target_s = max(prompt.slack_s - (1 - TARGET_SHARE) * prompt.limit_s, prompt.slack_s / 2) - step_s
+        if target_s <= work_s:
+            return np.inf
+        needed_s = max(needed_s, work_s * max(step_s - free_s, 0.0) / (target_s - work_s))
+    return needed_s

@@ -3,7 +3,7 @@
 An attempt that turns out badly is dropped and the next one starts afresh.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import NamedTuple
@@ -64,13 +64,19 @@ class Draft:
         """Indices of the running requests that decode."""
         return np.flatnonzero(self.decodes & self.stays)
 
-    def without_last(self, count: int) -> "Draft":
-        """This draft without its last `count` admissions: those preempted for them stay."""
-        kept, dropped = self.admitted[: len(self.admitted) - count], self.admitted[len(self.admitted) - count :]
-        spared = {victim for entry in dropped for victim in entry.victims}
-        freed = sum(entry.blocks for entry in dropped) - int(self.claims[list(spared)].sum())
+    def without(self, dropped: Collection[int]) -> "Draft":
+        """This draft without these admissions, by index; those preempted for them stay as far as there is room."""
+        kept = tuple(entry for k, entry in enumerate(self.admitted) if k not in dropped)
+        gone = [entry for k, entry in enumerate(self.admitted) if k in dropped]
+        free = self.free_blocks + sum(entry.blocks for entry in gone)
+        seats, spared = self.seats + len(gone), set()
+        for entry in reversed(gone):
+            for victim in entry.victims:
+                if self.claims[victim] <= free and seats > 0:
+                    free, seats = free - int(self.claims[victim]), seats - 1
+                    spared.add(victim)
         return replace(
-            self, admitted=kept, free_blocks=self.free_blocks + freed, seats=self.seats + count - len(spared),
+            self, admitted=kept, free_blocks=free, seats=seats,
             preempted={i: reason for i, reason in self.preempted.items() if i not in spared},
         )  # fmt: skip
 

@@ -1,5 +1,7 @@
 """Which running requests give up their memory: those worth least when it runs out, and late ones for others."""
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from apt_jax.cache import CacheKind
@@ -47,6 +49,35 @@ def _least_valuable(view: View, need: Ints) -> Ints:
 
 
 def late_victims(view: View, draft: Draft) -> Ints:
-    """Indices of the late running requests outside the lane, which make room for those in time; the largest first."""
+    """Indices of the late running requests outside the lane, which make room for those in time.
+
+    The smallest first; without `fit_victims` the largest.
+    """
     victims = np.flatnonzero(view.late_r & ~view.lane_r & draft.stays)
-    return victims[np.argsort(-draft.claims[victims], kind="stable")]
+    claims = draft.claims[victims]
+    return victims[np.argsort(claims if view.options.fit_victims else -claims, kind="stable")]
+
+
+def choose_victims(
+    draft: Draft, victims: Sequence[int], short_blocks: int, seats: int, *, fit: bool = True
+) -> tuple[int, ...] | None:
+    """Which of `victims`, from `late_victims`, are preempted for one request: as little as possible is computed twice.
+
+    Args:
+        draft: says what each gives back.
+        victims: indices of running requests.
+        short_blocks: blocks that the request lacks.
+        seats: requests that may still be admitted.
+        fit: as `fit_victims` of the options; otherwise they are taken in order.
+
+    Returns: the smallest one that gives enough, after the largest ones where none does; None if all are too few.
+    """
+    left, chosen = list(victims), []
+    while short_blocks > 0 or seats <= 0:
+        if not left:
+            return None
+        enough = (k for k, victim in enumerate(left) if draft.claims[victim] >= short_blocks)
+        chosen.append(left.pop(next(enough, len(left) - 1) if fit else 0))
+        short_blocks -= int(draft.claims[chosen[-1]])
+        seats += 1
+    return tuple(chosen)

@@ -4,10 +4,9 @@ from itertools import compress
 
 import numpy as np
 
-from apt_jax.cache import KINDS
 from apt_jax.request import Request
 from apt_jax.scheduling.plan import Converted, Plan, Preempted, Reason, Scheduled, Waited
-from apt_jax.scheduling.policies.apt.budget import within_budget
+from apt_jax.scheduling.policies.apt.chunks import share_out
 from apt_jax.scheduling.policies.apt.conversion import conversions
 from apt_jax.scheduling.policies.apt.draft import Draft
 from apt_jax.scheduling.policies.apt.facts.ledger import Queue
@@ -21,8 +20,7 @@ def build_plan(view: View, draft: Draft) -> Plan:
     converted = conversions(view, draft)
     chunks: list[Scheduled] = []
     if draft.admitted or draft.prefills.any():
-        draft, budget = within_budget(view, draft)
-        chunks = _chunks(view, draft, budget)
+        draft, chunks = share_out(view, draft)
     scheduled = (*_decodes(view, draft, converted), *chunks)
     return Plan(
         scheduled=scheduled,
@@ -38,26 +36,6 @@ def _decodes(view: View, draft: Draft, converted: list[int]) -> list[Scheduled]:
         assert view.kv_kind is not None
         entries[i] = entries[i]._replace(kind=view.kv_kind)
     return entries if computes.all() else list(compress(entries, computes.tolist()))
-
-
-def _chunks(view: View, draft: Draft, budget: int) -> list[Scheduled]:
-    """Prompt chunks of `budget` tokens in all: prefills under way first, then the admitted, both in order."""
-    running, waiting = view.running, view.waiting
-    wanted = [
-        (running.requests[i], int(running.uncomputed[i]), KINDS[running.kind[i]], Reason.CONTINUES_PREFILL)
-        for i in np.flatnonzero(draft.prefills & draft.stays).tolist()
-    ]
-    wanted += [
-        (waiting.requests[entry.position], int(waiting.uncomputed[entry.position]), entry.kind, entry.reason)
-        for entry in draft.admitted
-    ]
-    chunks = []
-    for request, uncomputed, kind, reason in wanted:
-        if budget <= 0:
-            break
-        chunks.append(Scheduled(request, min(uncomputed, budget), kind, reason))
-        budget -= uncomputed
-    return chunks
 
 
 def _waited(view: View, draft: Draft) -> tuple[Waited, ...]:

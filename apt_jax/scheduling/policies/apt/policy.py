@@ -47,7 +47,10 @@ class Apt:
         self._last_s = now
         waiting, running = self._ledger.update(state)
         view = View(self._context, self._options, state, waiting, running, now, tick_s)
-        return build_plan(view, choose_draft(view))
+        plan = build_plan(view, choose_draft(view))
+        if self._options.fallback == "aging":
+            self._ledger.give_up(view.late_w, view.late_r)
+        return plan
 
     def finished(self, request: Request, now: float) -> None:
         """Learn its length."""

@@ -2,10 +2,10 @@
 
 from apt_jax.scheduling.costs.step_load import StepLoad
 from apt_jax.scheduling.policies.apt.admission import admit
-from apt_jax.scheduling.policies.apt.budget import prefill_budget
+from apt_jax.scheduling.policies.apt.budget import prefill_budget, prompts
 from apt_jax.scheduling.policies.apt.draft import Draft
 from apt_jax.scheduling.policies.apt.eviction import start_draft
-from apt_jax.scheduling.policies.apt.facts.view import View
+from apt_jax.scheduling.policies.apt.facts.view import View, prompt_token_s
 from apt_jax.scheduling.policies.apt.lane import admit_lane
 
 
@@ -31,7 +31,9 @@ def _gains_by_mixing(view: View, draft: Draft) -> bool:
     wanted += int(view.waiting.uncomputed[[entry.position for entry in draft.admitted]].sum())
     if not decodes or not wanted:
         return True
-    tokens = min(wanted, max(prefill_budget(view, draft), 1))
+    given_s = prefill_budget(view, draft, prompts(view, draft)).given_s
+    most = min(view.state.limits.max_num_batched_tokens - decodes, given_s / prompt_token_s(model))
+    tokens = min(wanted, max(int(most), 1))
     decode, prefill = StepLoad(decode_requests=decodes, samples=decodes), StepLoad(tokens, samples=1)
     both = StepLoad(tokens, decode_requests=decodes, samples=decodes + 1)
     return model.step_s(both) <= model.step_s(decode) + model.step_s(prefill)

@@ -22,17 +22,18 @@ Fallback = Literal["aging", "constant", "none"]
 DEMOTED_VALUE = 1e-4  # of the paper's released code
 
 
-def is_late(queue: Queue, pending_s: Floats, remaining_tokens: Floats | None) -> Bools:
-    """`[n]` whether a request can no longer attain its SLO.
+def is_late(queue: Queue, pending_s: Floats, remaining_tokens: Floats | None, prefill_s: Floats) -> Bools:
+    """`[n]` whether a request can no longer attain its SLO, strictly read.
 
-    That is so when its first token is overdue, or more gaps are too long than the 99th percentile forgives: one
-    in a hundred of all gaps. `remaining_tokens` are the tokens expected to come; without them only the gaps so far
-    count.
+    That is so when its first token or a stall limit is overdue, or will be even if its prompt is computed at once,
+    which takes `prefill_s`; or when more gaps are too long than the 99th percentile forgives: one in a hundred of all
+    gaps. `remaining_tokens` are the tokens expected to come; without them only the gaps so far count.
     """
     total = queue.generated + (0 if remaining_tokens is None else remaining_tokens)
     forgiven = np.floor(np.maximum(total - 1, 0) / 100)
     gaps = queue.late_gaps + (pending_s > queue.tbt_slo_s)
-    return queue.missed_first | np.where(queue.started, gaps > forgiven, pending_s > queue.ttft_slo_s)
+    overdue = pending_s + prefill_s > queue.limit_s
+    return queue.missed | queue.given_up | overdue | (queue.started & (gaps > forgiven))
 
 
 def is_overdue(queue: Queue, pending_s: Floats) -> Bools:

@@ -4,7 +4,7 @@ A waiting request does not change, so per plan only new arrivals and running req
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -23,9 +23,10 @@ class Queue:
     """Columns of one queue in order of arrival; arrays are `[n]`, times in seconds.
 
     `since_s` is the last token or arrival; `tokens` are all known tokens; `uncomputed` those not cached yet;
-    `late_gaps` counts gaps over the SLO; `started` says that the first token is out, `missed_first` that it was late;
-    `kind` is the `CacheKind.index`; `kind`, `pages_held` and `blocks_per_page` are 0 for a waiting request; `decodes`
-    are the entries with which running ones decode.
+    `late_gaps` counts gaps over the SLO; `started` says that the first token is out, `missed` that it was late or that
+    a gap was longer than the stall limit; `given_up` that it was late once, which does not turn back; `kind` is the
+    `CacheKind.index`; `kind`, `pages_held` and `blocks_per_page` are 0 for a waiting request; `decodes` are the
+    entries with which running ones decode.
     """
 
     requests: Sequence[Request]
@@ -33,13 +34,16 @@ class Queue:
     arrival_s: Floats
     ttft_slo_s: Floats
     tbt_slo_s: Floats
+    stall_slo_s: Floats
     prompt_tokens: Ints
     max_new_tokens: Ints
     tokens: Ints
     uncomputed: Ints
     late_gaps: Ints
     started: Bools
-    missed_first: Bools
+    missed: Bools
+    given_up: Bools
+    priority: Ints
     pages_held: Ints
     kind: Ints
     blocks_per_page: Ints
@@ -67,6 +71,11 @@ class Queue:
         """Pages that all known tokens take."""
         return -(-self.tokens // block_size)
 
+    @property
+    def limit_s(self) -> Floats:
+        """Seconds since the last token or arrival within which the next token is due: first token, or stall limit."""
+        return np.where(self.started, self.stall_slo_s, self.ttft_slo_s)
+
     def slo_s(self) -> Floats:
         """The SLO of the next token: time to first token, or gap."""
         return np.where(self.started, self.tbt_slo_s, self.ttft_slo_s)
@@ -79,9 +88,9 @@ class Ledger:
         self._base = 0  # arrival number of column 0
         self._next = 0  # first arrival number never seen
         # of each request, and, as far as it changes, what it looked like when it last ran
-        self._times = np.zeros((4, capacity))  # arrival, both SLOs, since
-        # prompt, most new tokens, tokens, uncomputed tokens, late gaps, started, missed the first
-        self._counts = np.zeros((7, capacity), np.int64)
+        self._times = np.zeros((5, capacity))  # arrival, the three SLOs, since
+        # prompt, most new tokens, priority, given up, tokens, uncomputed tokens, late gaps, started, missed
+        self._counts = np.zeros((9, capacity), np.int64)
         self._ran: list[Request] = []
         self._ran_orders = self._waiting_orders = np.zeros(0, np.int64)
         self._ran_kind = np.zeros(0, np.int64)
@@ -98,17 +107,19 @@ class Ledger:
         self._next = max(self._next, newest + 1)
         if fresh:
             column = _orders(fresh) - self._base
-            self._times[:3, column] = np.array([(r.arrival_s, r.slo.ttft_s, r.slo.tbt_s) for r in fresh]).T
-            self._counts[:2, column] = np.array([(len(r.prompt_token_ids), r.max_new_tokens) for r in fresh]).T
+            slos = [(r.arrival_s, r.slo.ttft_s, r.slo.tbt_s, r.slo.stall_limit_s) for r in fresh]
+            self._times[:4, column] = np.array(slos).T
+            counts = [(len(r.prompt_token_ids), r.max_new_tokens, r.priority, 0) for r in fresh]
+            self._counts[:4, column] = np.array(counts).T
         came = [r for r in (*self._ran, *fresh) if r.table is None and r.status is Status.WAITING]
         if came:
             column = _orders(came) - self._base
             arrival_s, ttft_slo_s = self._times[:2, column]
             now = progress_of(came)
             started = ~np.isnan(now.first_token_s)
-            self._times[3, column] = np.where(started, now.last_token_s, arrival_s)
-            missed = now.first_token_s - arrival_s > ttft_slo_s  # NaN, before the first token, is not
-            self._counts[2:, column] = now.tokens, now.tokens - now.computed, now.late_gaps, started, missed
+            self._times[4, column] = np.where(started, now.last_token_s, arrival_s)
+            missed = _missed(now, arrival_s, ttft_slo_s)
+            self._counts[4:, column] = now.tokens, now.tokens - now.computed, now.late_gaps, started, missed
         admitted = np.zeros(0, np.int64)
         if running != self._ran:
             orders = _orders(running)
@@ -118,20 +129,29 @@ class Ledger:
         if came or len(admitted) or len(waiting) != len(self._waiting):
             self._waiting_orders = _moved(self._waiting_orders, waiting, came, admitted)
             self._waiting = self._waiting_queue(list(waiting))
+        self._waiting = replace(self._waiting, given_up=self._counts[3, self._waiting_orders - self._base] > 0)
         return self._waiting, self._running_queue(state.running_progress())
+
+    def give_up(self, waiting: Bools, running: Bools) -> None:
+        """Remember those of the last update's queues that are marked as late for good."""
+        for orders, late in ((self._waiting_orders, waiting), (self._ran_orders, running)):
+            self._counts[3, orders[late] - self._base] = 1
 
     def _waiting_queue(self, requests: list[Request]) -> Queue:
         column = self._waiting_orders - self._base
-        arrival_s, ttft_slo_s, tbt_slo_s, since_s = self._times[:, column]
-        prompt, most_new, tokens, uncomputed, late_gaps, started, missed = self._counts[:, column]
+        arrival_s, ttft_slo_s, tbt_slo_s, stall_slo_s, since_s = self._times[:, column]
+        prompt, most_new, priority, given_up, *changing = self._counts[:, column]
+        tokens, uncomputed, late_gaps, started, missed = changing
         nothing = np.zeros_like(tokens)
         return Queue(
-            requests, since_s, arrival_s, ttft_slo_s, tbt_slo_s, prompt, most_new, tokens, uncomputed, late_gaps,
-            started > 0, missed > 0, nothing, nothing, nothing,
+            requests, since_s, arrival_s, ttft_slo_s, tbt_slo_s, stall_slo_s, prompt, most_new, tokens, uncomputed,
+            late_gaps, started > 0, missed > 0, given_up > 0, priority, nothing, nothing, nothing,
         )  # fmt: skip
 
     def _running_queue(self, progress: Progress) -> Queue:
-        arrival_s, ttft_slo_s, tbt_slo_s, _ = self._times[:, self._ran_orders - self._base]
+        column = self._ran_orders - self._base
+        arrival_s, ttft_slo_s, tbt_slo_s, stall_slo_s, _ = self._times[:, column]
+        priority, given_up = self._counts[2:4, column]
         started = ~np.isnan(progress.first_token_s)
         tokens, kind = progress.tokens, progress.kind
         if len(self._ran_kind) != len(self._ran) or (kind != self._ran_kind).any():
@@ -140,9 +160,9 @@ class Ledger:
             self._ran_kind = kind
         return Queue(
             self._ran, np.where(started, progress.last_token_s, arrival_s), arrival_s, ttft_slo_s, tbt_slo_s,
-            progress.prompt_tokens, progress.max_new_tokens, tokens, tokens - progress.computed, progress.late_gaps,
-            started, progress.first_token_s - arrival_s > ttft_slo_s, progress.pages, kind, _BLOCKS_PER_PAGE[kind],
-            self._decodes,
+            stall_slo_s, progress.prompt_tokens, progress.max_new_tokens, tokens, tokens - progress.computed,
+            progress.late_gaps, started, _missed(progress, arrival_s, ttft_slo_s), given_up > 0, priority,
+            progress.pages, kind, _BLOCKS_PER_PAGE[kind], self._decodes,
         )  # fmt: skip
 
     def _make_room(self, oldest: int, newest: int) -> None:
@@ -153,6 +173,11 @@ class Ledger:
             table[:, : old.shape[1]] = old
             setattr(self, name, table)
         self._base = oldest
+
+
+def _missed(progress: Progress, arrival_s: Floats, ttft_slo_s: Floats) -> Bools:
+    """Whether the first token was late, which NaN, before it, is not, or a gap was longer than the stall limit."""
+    return np.asarray((progress.first_token_s - arrival_s > ttft_slo_s) | (progress.stalls > 0))
 
 
 def _newer(queue: list[Request], order: int) -> list[Request]:

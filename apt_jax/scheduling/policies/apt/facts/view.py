@@ -10,8 +10,9 @@ from functools import cached_property
 import numpy as np
 
 from apt_jax.cache import KINDS, CacheKind
+from apt_jax.scheduling.costs.cost_model import CostModel
 from apt_jax.scheduling.costs.step_load import StepLoad
-from apt_jax.scheduling.policies.apt.facts.forecast import expected_blocks
+from apt_jax.scheduling.policies.apt.facts.forecast import expected_blocks, variance_blocks
 from apt_jax.scheduling.policies.apt.facts.lateness import DEMOTED_VALUE, is_late, is_overdue, lane
 from apt_jax.scheduling.policies.apt.facts.ledger import Queue
 from apt_jax.scheduling.policies.apt.knapsack.problem import Bools, Floats, Ints
@@ -20,6 +21,14 @@ from apt_jax.scheduling.policies.interface import PolicyContext
 from apt_jax.scheduling.state import SchedulerState
 
 LEAST_SLACK_S = 0.01
+PRIORITY_WEIGHT = 8.0  # a request of priority p - 1 is worth as much as this many of priority p
+READMITTED_WEIGHT = 1000.0  # of a preempted request that can still be kept, against a newcomer
+MOST_PRIORITY = 10  # priorities beyond it, in either direction, count like it
+
+
+def prompt_token_s(model: CostModel) -> float:
+    """Seconds of products of one more prompt token, where these and not reading the weights take the time."""
+    return max(model.token_s * model.scales.compute * model.scales.dense, 1e-12)
 
 
 @dataclass(frozen=True)
@@ -119,6 +128,14 @@ class View:
             running.tokens[index], running.blocks_per_page[index], self.remaining_r[index], self.block_size
         )
 
+    def variance_r(self, index: Ints) -> Floats:
+        """`[len(index), horizons]` variance of what these running requests hold; needs prediction."""
+        assert self.remaining_r is not None
+        running = self.running
+        return variance_blocks(
+            running.tokens[index], running.blocks_per_page[index], self.remaining_r[index], self.block_size
+        )
+
     # -- time ---------------------------------------------------------------------------------------------------
 
     @cached_property
@@ -150,6 +167,27 @@ class View:
     def lane_r(self) -> Bools:
         """Whether it is in the lane (`lateness.py`)."""
         return self._lanes[1]
+
+    # -- limits -------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def slack_w(self) -> Floats:
+        """Seconds left of the limit of its next token; infinite for a late one."""
+        return self._slack(self.waiting, self.late_w)
+
+    @cached_property
+    def slack_r(self) -> Floats:
+        """Seconds left of the limit of its next token; infinite for a late one."""
+        return self._slack(self.running, self.late_r)
+
+    def _slack(self, queue: Queue, late: Bools) -> Floats:
+        return np.where(late, np.inf, queue.limit_s + queue.since_s - self.now)
+
+    def tightest_s(self, decode_index: Ints) -> float:
+        """Seconds of the tightest promise: the gap of these that decode, or the first token of anyone unfinished."""
+        gap_s = self.running.tbt_slo_s[decode_index].min(initial=np.inf)
+        first_s = min(q.ttft_slo_s.min(initial=np.inf) for q in (self.waiting, self.running))
+        return float(min(gap_s, first_s))
 
     @cached_property
     def num_counted(self) -> int:
@@ -187,7 +225,14 @@ class View:
             return np.zeros(len(queue), np.bool_)
         if self.options.fallback == "constant" and not self.options.prediction:
             return is_overdue(queue, pending_s)
-        return is_late(queue, pending_s, remaining)
+        return is_late(queue, pending_s, remaining, self._prefill_s(queue))
+
+    def _prefill_s(self, queue: Queue) -> Floats:
+        """`[n]` least seconds until the first token, or the next one after a preemption, is computed."""
+        model = self.context.cost_model
+        if model is None:
+            return np.zeros(len(queue))
+        return np.where(queue.decoding, 0.0, queue.uncomputed * prompt_token_s(model))
 
     @cached_property
     def _lanes(self) -> tuple[Bools, Bools]:
@@ -213,4 +258,8 @@ class View:
             value = value * queue.tokens / ((queue.tokens + remaining / 2) * remaining)
         elif self.options.value == "longest":
             value = value * queue.pages(self.block_size)  # the solver divides by blocks
+        if self.options.readmit_first:
+            value = np.where(queue.started & (queue.pages_held == 0) & ~late, value * READMITTED_WEIGHT, value)
+        if self.options.priorities:
+            value = value * PRIORITY_WEIGHT ** -np.clip(queue.priority, -MOST_PRIORITY, MOST_PRIORITY)
         return np.where(late, value * DEMOTED_VALUE, value)
