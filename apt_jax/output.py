@@ -55,6 +55,12 @@ class Output:
     error: str | None = None
     prompt_logprobs: Sequence[TokenLogprobs] | None = None
 
+    def of(self, request: Request) -> "Output":
+        """The same for another record of the request. Made for every token, so without a constructor's checks."""
+        made = object.__new__(Output)
+        made.__dict__.update(self.__dict__, request=request)
+        return made
+
     def without_answer(self) -> "Output":
         """For a prompt that was only to be scored: no token was asked for, so none ended it early."""
         reason = FinishReason.LENGTH if self.finish_reason is FinishReason.STOP else self.finish_reason

@@ -79,7 +79,7 @@ def as_sent(record: Request, output: Output, now: float) -> Output:
         record.status, record.finish_reason, record.stop_reason = request.status, reason, request.stop_reason
         record.cache_history, record.first_scheduled_s = request.cache_history, request.first_scheduled_s
         record.num_preemptions, record.num_conversions = request.num_preemptions, request.num_conversions
-    return Output(record, output.text, output.token_ids, output.logprobs, reason, output.error, output.prompt_logprobs)
+    return output.of(record)
 
 
 def has_broken_slo(record: Request, now: float) -> bool:

@@ -74,7 +74,7 @@ class Counter(asyncio.Protocol):
 
     def __init__(self, tokens: int, total: list[int]):
         body = json.dumps({"prompt": "a", "max_tokens": tokens, "stream": True}).encode()
-        head = f"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: {len(body)}\r\n\r\n"
+        head = f"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: {len(body)}\r\n\r\n"
         self._request, self._total = head.encode() + body, total
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
