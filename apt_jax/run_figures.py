@@ -5,12 +5,15 @@ unfinished requests do not grow (`is_sustained`), and a total can hide a class t
 """
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import numpy as np
 
 SUSTAINED_S = 900.0  # of arrivals, without which nobody can say whether a rate lasts
 MOST_GROWTH = 0.01  # of unfinished requests, as a share of the offered rate
-SAMPLES = 200  # of the second half, through which the slope is fitted
+SHORTEST_SHARE = 0.9  # of SUSTAINED_S, that the last arrival may come after
+PARTS = 10  # of the second half, through whose means the slope is fitted
+T_95 = 1.86  # 95% of Student's t with PARTS - 2 degrees of freedom lie below
 
 
 def unfinished_at(times_s: Sequence[float], arrivals_s: Sequence[float], ends_s: Sequence[float]) -> list[int]:
@@ -29,17 +32,35 @@ def backlog_by_quarter(arrivals_s: Sequence[float], ends_s: Sequence[float], win
     return unfinished_at([window_s * quarter / 4 for quarter in (1, 2, 3, 4)], arrivals_s, ends_s)
 
 
-def backlog_growth(arrivals_s: Sequence[float], ends_s: Sequence[float], window_s: float) -> float:
-    """Requests per second by which the unfinished ones grow over the window's second half (least squares). Pure."""
-    times_s = np.linspace(window_s / 2, window_s, SAMPLES)
-    return float(np.polyfit(times_s - window_s / 2, unfinished_at(times_s.tolist(), arrivals_s, ends_s), 1)[0])
+def backlog_growth(arrivals_s: Sequence[float], ends_s: Sequence[float], window_s: float) -> tuple[float, float]:
+    """Requests per second by which unfinished ones grow over the window's second half, and the standard error. Pure.
+
+    Least squares through the means of ten equal parts of that half. A part is long against the time that a request
+    stays, so what is left over after the line is nearly independent from part to part, and its size says how far
+    chance moves the slope; neighbouring counts of single moments are not independent and would not.
+    """
+    edges = np.linspace(window_s / 2, window_s, PARTS + 1)
+    starts, ends = np.asarray(arrivals_s, np.float64), np.asarray(ends_s, np.float64)
+    spent = [
+        np.clip(np.minimum(ends, last) - np.maximum(starts, first), 0, None).sum() for first, last in pairwise(edges)
+    ]
+    means, times = np.array(spent) / np.diff(edges), (edges[:-1] + edges[1:]) / 2
+    centred = times - times.mean()
+    slope = float((centred * means).sum() / (centred**2).sum())
+    left = means - means.mean() - slope * centred
+    return slope, float(np.sqrt((left**2).sum() / (PARTS - 2) / (centred**2).sum()))
 
 
 def is_sustained(arrivals_s: Sequence[float], ends_s: Sequence[float], window_s: float) -> bool | None:
-    """Whether the unfinished requests grow by less than 1% of the rate; None if the window is too short. Pure."""
-    if window_s < SUSTAINED_S or not arrivals_s:
+    """Whether the unfinished requests grow by less than 1% of the rate; None if the window is too short. Pure.
+
+    A rate does not last if they grow by more with 95% confidence: a flat backlog that wavers is no growth. The last
+    arrival of `SUSTAINED_S` seconds of random arrivals may come a little before their end.
+    """
+    if window_s < SHORTEST_SHARE * SUSTAINED_S or not arrivals_s:
         return None
-    return backlog_growth(arrivals_s, ends_s, window_s) < MOST_GROWTH * len(arrivals_s) / window_s
+    slope, error = backlog_growth(arrivals_s, ends_s, window_s)
+    return slope - T_95 * error < MOST_GROWTH * len(arrivals_s) / window_s
 
 
 def by_quartile(lengths: Sequence[int], strictly: Sequence[bool], kept: Sequence[bool]) -> list[dict[str, float]]:

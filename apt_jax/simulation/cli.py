@@ -4,29 +4,31 @@ import itertools
 import json as json_format
 import math
 from dataclasses import fields, replace
+from pathlib import Path
 from typing import Any, cast
 
-from rich.console import Console
-from rich.table import Table
 from tqdm import tqdm
 
-from apt_jax.cache import MODE_KINDS, CacheKind, CacheMode, keeps_hidden
+from apt_jax.cache import MODE_KINDS, CacheMode, keeps_hidden
 from apt_jax.files import EVERYBODY, check_plot, check_writable, replace_file
+from apt_jax.host_limits import usable_processors
 from apt_jax.progress import is_hidden
 from apt_jax.routing.catalogue import make_router
+from apt_jax.run_figures import SUSTAINED_S
 from apt_jax.scheduling.costs.cost_model import HiddenMode
 from apt_jax.scheduling.policies.catalogue import make_policy
 from apt_jax.scheduling.policies.vllm.defaults import BASELINES
-from apt_jax.simulation.experiment import Experiment
+from apt_jax.simulation.experiment import Configuration, Experiment
 from apt_jax.simulation.options import SimulateArgs
-from apt_jax.simulation.report import Report
-from apt_jax.simulation.search import START_RATE, effective_throughput
-from apt_jax.simulation.simulator import Sample
+from apt_jax.simulation.report import means_over_seeds
+from apt_jax.simulation.tables import print_result
+from apt_jax.simulation.throughput.points import Job, Point, Task, run_jobs
+from apt_jax.simulation.throughput.questions import READINGS, Question
+from apt_jax.simulation.throughput.searches import search, throughput_rows
+from apt_jax.simulation.workload import MIN_DURATION_S
 
 DEFAULT_MODES = ("kv", "hybrid")
-UNCUT_COLUMNS = 10_000  # on a narrow terminal lines wrap, and no figure is cut
-
-Configuration = tuple[str, CacheMode, HiddenMode]
+UNRECORDED = ("json", "plot", "jobs")  # flags that change no figure
 
 
 def configurations(args: SimulateArgs) -> list[Configuration]:
@@ -54,20 +56,25 @@ def _default_modes(policy: str) -> tuple[str, ...]:
 
 
 def run(args: SimulateArgs) -> dict[str, Any]:
-    """Simulate, print a table, write the files asked for; returns what the JSON file holds.
+    """Simulate, print tables, write the files asked for; returns what the JSON file holds.
 
     Raises:
         ValueError: a flag has a bad value; the message says which and what there is.
     """
-    experiment = Experiment(**{f.name: getattr(args, f.name) for f in fields(Experiment) if hasattr(args, f.name)})
+    targets = _numbers(args.effective_throughput, "effective_throughput")
+    if any(not 0 < target <= 1 for target in targets):
+        raise ValueError(f"effective_throughput={args.effective_throughput} must be shares between 0 and 1, e.g. 0.9")
+    given = {f.name: getattr(args, f.name) for f in fields(Experiment) if hasattr(args, f.name)}
+    if args.duration_s is None:
+        given["duration_s"] = SUSTAINED_S if targets else MIN_DURATION_S
+    experiment = Experiment(**given)
     routed = [replace(experiment, router=router) for router in _names(args.router, "router")]
     for each in routed:
         make_router(each.router)
     chosen = list(itertools.product(routed if experiment.is_routed else [experiment], configurations(args)))
-    targets = _numbers(args.effective_throughput, "effective_throughput")
-    if any(not 0 < target <= 1 for target in targets):
-        raise ValueError(f"effective_throughput={args.effective_throughput} must be shares between 0 and 1, e.g. 0.9")
+    seeds = _seeds(args)
     recorded = experiment.lengths.arrival_s is not None
+    experiment.request_classes  # noqa: B018  # a bad file is refused before anything is simulated
     rates: list[float | None] = [*_numbers(args.rate, "rate")] or ([None] if recorded else [1.0, 2.0, 3.0])
     if targets and not args.rate:
         rates = []
@@ -75,97 +82,81 @@ def run(args: SimulateArgs) -> dict[str, Any]:
     check_plot(args.plot)
     if args.plot is not None and not rates:
         raise ValueError("nothing to plot: give --rate")
-    reports: list[Report] = []
-    timelines: dict[Any, list[Sample]] = {}
-    first_tokens: dict[Any, list[float]] = {}
-    with tqdm(total=len(chosen) * len(rates), desc="points", unit="point", disable=is_hidden(bool(rates))) as bar:
-        for (each, configuration), rate in itertools.product(chosen, rates):
-            bar.set_postfix_str(f"{'/'.join(configuration)} at {rate or experiment.lengths.recorded_rate:g}/s")
-            outcome, report = each.run(*configuration, rate)
-            assert report is not None
-            reports.append(report)
-            timelines[report.key] = outcome.samples_by_instance[0]
-            first_tokens[report.key] = [r.ttft_s for r in outcome.requests if r.ttft_s is not None]
-            bar.update()
-    found = _search(chosen, targets)
+    questions = [Question(reading, target) for reading in READINGS for target in targets]
+    points, found = _simulate(args, chosen, rates, seeds, questions)
+    reports = [point.report for point in points if point.report is not None]
     result = {
-        "arguments": {f.name: getattr(args, f.name) for f in fields(args) if f.name not in ("json", "plot")},
+        "arguments": {f.name: _plain(getattr(args, f.name)) for f in fields(args) if f.name not in UNRECORDED},
         "num_blocks": experiment.pool_blocks(),
         "block_size": experiment.block_size,
         "runs": [report.as_dict() for report in reports],
+        "means": means_over_seeds(reports),
         "effective_throughput": found,
     }
-    _print(Console(width=UNCUT_COLUMNS), experiment, reports, found)
+    print_result(experiment, reports, result, seeds)
     if args.json is not None:
         text = json_format.dumps(result, indent=1, sort_keys=False) + "\n"
         replace_file(args.json, text.encode(), mode=EVERYBODY)
     if args.plot is not None:
         from apt_jax.simulation.plots import draw
 
-        draw(args.plot, reports, timelines, first_tokens, experiment.pool_blocks())
+        first = [(report.key, point) for report, point in zip(reports, points, strict=True) if report.seed == seeds[0]]
+        drawn = [report for report in reports if report.seed == seeds[0]]
+        timelines = {key: point.samples for key, point in first}
+        draw(args.plot, drawn, timelines, {k: p.first_tokens_s for k, p in first}, experiment.pool_blocks())
     return result
 
 
-def _search(chosen: list[tuple[Experiment, Configuration]], targets: list[float]) -> list[dict[str, Any]]:
-    found = []
-    for experiment, (policy, mode, attention) in tqdm(
-        chosen, desc="searches", unit="search", disable=is_hidden(bool(targets))
-    ):
-        if targets:
-            rates = effective_throughput(
-                experiment.reaches(policy, mode, attention), targets, start=START_RATE * experiment.instances
-            )
-            router = {"router": experiment.router} if experiment.is_routed else {}
-            found += [
-                {
-                    "policy": policy, "cache_mode": mode, "hidden_attention": attention, **router, "target": target,
-                    "rate": float(f"{rates[target]:.4g}"),
-                }
-                for target in targets
-            ]  # fmt: skip
-    return found
+def _simulate(
+    args: SimulateArgs, chosen: list[tuple[Experiment, Configuration]], rates: list[float | None], seeds: list[int],
+    questions: list[Question],
+) -> tuple[list[Point], list[dict[str, Any]]]:  # fmt: skip
+    """Points in order of configuration, rate and seed, and rows of effective throughput; in parallel processes."""
+    jobs: list[Job] = [
+        _one(Task(replace(each, seed=seed), configuration, rate, with_timeline=args.plot is not None))
+        for (each, configuration), rate, seed in itertools.product(chosen, rates, seeds)
+    ]
+    num_points = len(jobs)
+    if questions:
+        jobs += [
+            search(replace(each, seed=seed), configuration, questions)
+            for (each, configuration), seed in itertools.product(chosen, seeds)
+        ]
+    with tqdm(total=num_points or None, desc="points", unit="point", disable=is_hidden()) as bar:
+
+        def note(task: Task) -> None:
+            bar.set_postfix_str(f"{'/'.join(task.configuration)} at {task.rate or 0:g}/s")
+            bar.update()
+
+        answers = run_jobs(jobs, args.jobs or usable_processors(), note)
+    rows = []
+    for number, (each, configuration) in enumerate(chosen if questions else []):
+        first = num_points + number * len(seeds)
+        policy, mode, attention = configuration
+        names = {"policy": policy, "cache_mode": mode, "hidden_attention": attention}
+        if each.is_routed:
+            names["router"] = each.router
+        found = answers[first : first + len(seeds)]
+        rows += throughput_rows(names, questions, seeds, found, each.fluid_bound(configuration))
+    return answers[:num_points], rows
 
 
-def _attention(mode: str, hidden_attention: str) -> str:
-    return hidden_attention if keeps_hidden(cast(CacheMode, mode)) else "-"
+def _one(task: Task) -> Job:
+    point = yield task
+    return point
 
 
-def _print(console: Console, experiment: Experiment, reports: list[Report], found: list[dict[str, Any]]) -> None:
-    num_blocks = experiment.pool_blocks()
-    tokens = num_blocks // CacheKind.KV.blocks_per_page * experiment.block_size
-    console.print(
-        f"{experiment.model} on {experiment.tensor_parallel_size} x {experiment.hardware}, {experiment.workload}: "
-        f"{num_blocks} blocks, {tokens} tokens as KV{_instances(experiment)}"
-    )
-    if reports:
-        routed = ["router", "instances"] if experiment.is_routed else []
-        table = Table(*routed, "policy", "cache", "hidden", "rate", "attained", "TTFT ok", "TBT ok", "TTFT p50/p99 s",
-                      "TBT p99 s", "batch", "preempt", "convert", "backlog", "longest wait s")  # fmt: skip
-        for r in reports:
-            where = [r.router, f"{r.mean_instances:.1f}"] if experiment.is_routed else []
-            table.add_row(
-                *where, r.policy, r.cache_mode, _attention(r.cache_mode, r.hidden_attention), f"{r.rate:g}",
-                f"{r.attainment:.1%}", f"{r.ttft_attainment:.1%}", f"{r.tbt_attainment:.1%}",
-                f"{r.p50_ttft_s:.2f}/{r.p99_ttft_s:.2f}", f"{r.p99_tbt_s:.3f}", f"{r.mean_batch:.0f}",
-                str(r.preemptions), str(r.conversions), str(r.backlog), f"{r.longest_wait_s:.1f}",
-            )  # fmt: skip
-        console.print(table)
-    if found:
-        routed = ["router"] if experiment.is_routed else []
-        table = Table(*routed, "policy", "cache", "hidden", "target", "effective throughput (requests/s)")
-        for row in found:
-            hidden = _attention(row["cache_mode"], row["hidden_attention"])
-            names = [row[name] for name in (*routed, "policy", "cache_mode")]
-            table.add_row(*names, hidden, f"{row['target']:.0%}", f"{row['rate']:.2f}")
-        console.print(table)
+def _seeds(args: SimulateArgs) -> list[int]:
+    if not args.seeds:
+        return [args.seed]
+    parts = [part.strip() for part in args.seeds.split(",") if part.strip()]
+    if not parts or not all(part.isdecimal() for part in parts):
+        raise ValueError(f"seeds={args.seeds!r} must be whole numbers of at least 0 separated by commas, e.g. 0,1,2")
+    return list(dict.fromkeys(map(int, parts)))
 
 
-def _instances(experiment: Experiment) -> str:
-    if not experiment.is_routed:
-        return ""
-    most = "" if experiment.max_instances is None else f" to {experiment.max_instances}"
-    age = f", reports up to {experiment.report_interval_s:g} s old" if experiment.report_interval_s else ""
-    return f"; {experiment.instances}{most} instances{age}"
+def _plain(value: Any) -> Any:
+    return str(value) if isinstance(value, Path) else value
 
 
 def _names(text: str, flag: str) -> list[str]:

@@ -2,9 +2,12 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
+from pathlib import Path
 
-from apt_jax.cache import CacheMode
+import numpy as np
+
+from apt_jax.cache import MODE_KINDS, CacheMode
 from apt_jax.request import Slo
 from apt_jax.routing.autoscaler import Autoscaler, AutoscalerOptions
 from apt_jax.routing.catalogue import DEFAULT_ROUTER, make_router
@@ -18,9 +21,15 @@ from apt_jax.scheduling.state import Limits
 from apt_jax.simulation.fleet import Fleet
 from apt_jax.simulation.instance import Instance
 from apt_jax.simulation.report import Report, summarise
+from apt_jax.simulation.requests.classes import RequestClass, load_classes
 from apt_jax.simulation.simulator import Outcome, simulate_fleet
+from apt_jax.simulation.throughput.bound import fluid_bound
+from apt_jax.simulation.throughput.questions import Question, are_decided
 from apt_jax.simulation.workload import MIN_DURATION_S, Arrival, Lengths, load_lengths, make_arrivals
 
+Configuration = tuple[str, CacheMode, HiddenMode]  # policy, cache mode, hidden attention
+
+BOUND_REQUESTS = 20_000  # drawn of mixed classes for the fluid bound
 DEFAULT_UTILIZATION = 0.9  # of the device's memory
 
 
@@ -39,12 +48,15 @@ class Experiment:
     num_requests: int = 1000
     ttft_slo_ms: float = 1000.0
     tbt_slo_ms: float = 1000.0
+    stall_slo_ms: float | None = None
+    classes: Path | None = None
     seed: int = 0
     block_size: int = 16
     max_num_seqs: int | None = None
     max_num_batched_tokens: int | None = None
     device_memory_utilization: float | None = None
     num_blocks: int | None = None
+    max_num_queued_reqs: int = 1024
     duration_s: float = MIN_DURATION_S
     instances: int = 1
     max_instances: int | None = None
@@ -54,15 +66,33 @@ class Experiment:
     @cached_property
     def lengths(self) -> Lengths:
         """The workload's table."""
-        return load_lengths(self.workload, by_name(MODELS, self.model, "model").max_position_embeddings)
+        return self._table(self.workload)
+
+    @property
+    def slo(self) -> Slo:
+        """The SLO of requests that have none of their own."""
+        stall_s = None if self.stall_slo_ms is None else self.stall_slo_ms / 1000
+        return Slo(self.ttft_slo_ms / 1000, self.tbt_slo_ms / 1000, stall_s)
+
+    @cached_property
+    def request_classes(self) -> list[tuple[RequestClass, Lengths | None]]:
+        """The classes of `classes`, each with its own table if it names one."""
+        if self.classes is None:
+            return []
+        found = load_classes(self.classes, self.slo)
+        return [(each, None if each.workload is None else self._table(each.workload)) for each in found]
+
+    def _table(self, workload: str) -> Lengths:
+        return load_lengths(workload, by_name(MODELS, self.model, "model").max_position_embeddings, self.slo)
 
     def arrivals(self, rate: float | None) -> tuple[list[Arrival], float]:
         """Requests at `rate` (None: as recorded), and that rate. Without `cv`, recorded arrivals keep their pattern."""
         rate = self.lengths.recorded_rate if rate is None else rate
         cv = 1.0 if self.cv is None and self.lengths.arrival_s is None else self.cv
         return make_arrivals(
-            self.lengths, rate=rate, num_requests=self.num_requests, cv=cv, seed=self.seed, duration_s=self.duration_s
-        ), rate
+            self.lengths, rate=rate, num_requests=self.num_requests, cv=cv, seed=self.seed, duration_s=self.duration_s,
+            classes=self.request_classes,
+        ), rate  # fmt: skip
 
     def set_up_for(self, policy: str) -> "Experiment":
         """This experiment with nothing left open: a baseline has the defaults of the server that it stands for."""
@@ -80,6 +110,10 @@ class Experiment:
         """Physics of the device."""
         model, hardware = by_name(MODELS, self.model, "model"), by_name(HARDWARE, self.hardware, "hardware")
         return CostModel(model, hardware, hidden_attention, self.tensor_parallel_size)
+
+    def _cost_model_for(self, policy: str, hidden_attention: HiddenMode) -> CostModel:
+        """Physics of the device under a policy: a baseline is a server with kernels of its own, which lacks none."""
+        return self.cost_model("one-pass" if policy.split(":")[0] in BASELINES else hidden_attention)
 
     def pool_blocks(self, policy: str = "") -> int:
         """Blocks of the pool: `num_blocks`, or what the device's memory leaves."""
@@ -103,26 +137,42 @@ class Experiment:
         rate: float | None,
         *,
         on_progress: Callable[[int], None] | None = None,
-        is_decided: Callable[[int, int], bool] | None = None,
+        questions: tuple[Question, ...] = (),
     ) -> tuple[Outcome, Report | None]:
-        """One point; without a report if `is_decided(missed, left)` ended it early."""
+        """One point; with `questions` it ends as soon as they are decided, then without a report."""
         arrivals, rate = self.arrivals(rate)
         outcome = simulate_fleet(
             arrivals,
             self.fleet(policy, cache_mode, hidden_attention),
-            slo=Slo(self.ttft_slo_ms / 1000, self.tbt_slo_ms / 1000),
+            slo=self.slo,
             max_model_len=by_name(MODELS, self.model, "model").max_position_embeddings,
             on_progress=on_progress,
-            is_decided=is_decided,
+            is_decided=partial(are_decided, questions) if questions else None,
+            max_num_queued_reqs=self.max_num_queued_reqs,
         )
         if any(request.finish_reason is None for request in outcome.requests):
             return outcome, None
         report = summarise(
             outcome, policy=policy, cache_mode=cache_mode, hidden_attention=hidden_attention, rate=rate,
             num_blocks=self.pool_blocks(policy), instances=self.instances, router=self.router if self.is_routed else "",
-            report_interval_s=self.report_interval_s,
+            report_interval_s=self.report_interval_s, seed=self.seed,
+            fluid_bound=self.fluid_bound((policy, cache_mode, hidden_attention)),
         )  # fmt: skip
         return outcome, report
+
+    def fluid_bound(self, configuration: Configuration) -> float:
+        """Requests per second that the instances could serve for long, whatever the policy (`throughput/bound.py`)."""
+        policy, cache_mode, hidden_attention = configuration
+        prompt, output = self.lengths.prompt_tokens, self.lengths.output_tokens
+        if self.request_classes:
+            arrivals, _ = replace(self, num_requests=BOUND_REQUESTS, duration_s=0.0).arrivals(1.0)
+            prompt, output = (np.array([getattr(a, f"{n}_tokens") for a in arrivals]) for n in ("prompt", "output"))
+        ready = self.set_up_for(policy)
+        assert ready.max_num_seqs
+        return max(self.instances, self.max_instances or 0) * fluid_bound(
+            prompt, output, self._cost_model_for(policy, hidden_attention), kinds=MODE_KINDS[cache_mode],
+            num_blocks=self.pool_blocks(policy), block_size=self.block_size, max_num_seqs=ready.max_num_seqs,
+        )  # fmt: skip
 
     @property
     def is_routed(self) -> bool:
@@ -135,11 +185,7 @@ class Experiment:
         Raises:
             ValueError: a name or number is bad; the message says which.
         """
-        if policy.split(":")[0] in BASELINES:
-            hidden_attention = (
-                "one-pass"  # a server with kernels of its own: it does without those that are lacking here
-            )
-        cost_model, ready = self.cost_model(hidden_attention), self.set_up_for(policy)
+        cost_model, ready = self._cost_model_for(policy, hidden_attention), self.set_up_for(policy)
         num_blocks = self.pool_blocks(policy)
         assert ready.max_num_seqs and ready.max_num_batched_tokens
         limits = Limits(
@@ -163,25 +209,3 @@ class Experiment:
             if self.max_instances is None
             else Autoscaler(AutoscalerOptions(self.instances, self.max_instances)),
         )
-
-    def reaches(
-        self, policy: str, cache_mode: CacheMode, hidden_attention: HiddenMode
-    ) -> Callable[[float, float], bool]:
-        """For the search: whether attainment at a rate is at least a target. Left as soon as that is decided."""
-        known: dict[tuple[float, float], bool] = {}
-
-        def test(rate: float, target: float) -> bool:
-            if (rate, target) in known:
-                return known[rate, target]
-            allowed = int((1 - target) * len(self.arrivals(rate)[0]) + 1e-9)
-            counts = [0, 0]
-
-            def is_decided(missed: int, left: int) -> bool:
-                counts[:] = missed, left
-                return missed > allowed or missed + left <= allowed
-
-            self.run(policy, cache_mode, hidden_attention, rate, is_decided=is_decided)
-            known[rate, target] = counts[0] <= allowed
-            return known[rate, target]
-
-        return test

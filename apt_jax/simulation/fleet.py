@@ -10,6 +10,7 @@ from apt_jax.routing.instance import InstanceLoad
 from apt_jax.routing.interface import Router, RouteRequest
 from apt_jax.scheduling.length import LengthPredictor
 from apt_jax.simulation.instance import Instance
+from apt_jax.simulation.requests.columns import SimulatedRequest
 
 CHECK_EVERY_S = 1.0  # between two decisions of the autoscaler
 ENOUGH_FINISHED = 20  # requests from which on an attainment is reported to the autoscaler
@@ -79,7 +80,7 @@ class Fleet:
         self.members[number].num_requests += 1
         return number
 
-    def end(self, number: int, now: float) -> list[Request]:
+    def end(self, number: int, now: float) -> list[SimulatedRequest]:
         """End the iteration of an instance; the requests that finished."""
         instance = self.instances[number]
         if self._router is None:

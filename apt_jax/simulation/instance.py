@@ -2,9 +2,9 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import cast
 
 from apt_jax.cache import BlockPool, per_kind
-from apt_jax.request import Request
 from apt_jax.routing.instance import InstanceLoad, instance_load
 from apt_jax.scheduling.costs.cost_model import CostModel
 from apt_jax.scheduling.costs.host_times import HostTime
@@ -53,7 +53,7 @@ class Instance:
         self._policy, self._cost_model, self._on_plan = policy, cost_model, on_plan
         self._host_time = host_time
         self._num_scheduled = 0
-        self._abandoned: list[Request] = []
+        self._abandoned: list[SimulatedRequest] = []
         self._start_s = self._end_s = 0.0
         self._report: InstanceLoad | None = None
 
@@ -73,12 +73,12 @@ class Instance:
         self._report = None
         load = self.state.advance(plan, now)
         self._num_scheduled = len(plan.scheduled)
-        self._abandoned = [abandoned.request for abandoned in plan.abandoned]
+        self._abandoned = [cast(SimulatedRequest, abandoned.request) for abandoned in plan.abandoned]
         self._start_s, self._end_s = now, now + host_s + self._cost_model.step_s(load)
         self.is_busy = True
         return self._end_s
 
-    def end(self) -> list[Request]:
+    def end(self) -> list[SimulatedRequest]:
         """Commit the iteration's tokens; the requests that finished, those that its plan abandoned included."""
         state, now = self.state, self._end_s
         finished = [*self._abandoned, *state.complete(now)]

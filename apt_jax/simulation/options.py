@@ -18,7 +18,7 @@ class SimulateArgs:
     """Number of devices that the model is split over."""
     workload: str = "sharegpt"
     """sharegpt, humaneval, longbench, azure, a mix such as sharegpt+longbench, or a CSV file with columns
-    arrival_s (optional), prompt_tokens, output_tokens."""
+    prompt_tokens, output_tokens and, as wanted, arrival_s, ttft_slo_ms, tbt_slo_ms, stall_slo_ms, priority, class."""
     rate: str = ""
     """Requests per second, such as 1,2,3; default: 1,2,3, or the recorded rate of a workload with arrivals."""
     cv: float | None = None
@@ -36,10 +36,18 @@ class SimulateArgs:
     """SLO for the time to the first token, in milliseconds."""
     tbt_slo_ms: float = 1000.0
     """SLO for the 99th percentile of a request's gaps between tokens, in milliseconds."""
+    stall_slo_ms: float | None = None
+    """Limit of every single gap, for strict attainment; default: the gap SLO or, if larger, that of the first token
+    up to 1 s."""
+    classes: Path | None = None
+    """Classes of requests, CSV or JSON: share, name, ttft_ms, tbt_ms, stall_ms, priority, workload."""
     effective_throughput: str = ""
-    """Attainment targets, such as 0.7,0.9,0.99: search for the highest rate that reaches each."""
+    """Attainment targets, such as 0.7,0.9,0.99: search for the highest rate that reaches each and lasts, read strictly
+    and as in Apt-Serve's paper."""
     seed: int = 0
     """Seed of arrivals and lengths."""
+    seeds: str = ""
+    """Several seeds, such as 0,1,2, instead of --seed: every figure with its mean and standard deviation."""
     max_num_seqs: int | None = None
     """Maximum number of requests in one iteration; default: 256, or vLLM's on the device for vllm-v0 and vllm-v1."""
     max_num_batched_tokens: int | None = None
@@ -50,8 +58,11 @@ class SimulateArgs:
     """Tokens per cache block."""
     num_blocks: int | None = None
     """Number of cache blocks; default: as many as fit into the device's memory next to the weights."""
-    duration_s: float = 300.0
-    """Minimum duration of arrivals; short traces flatter policies that starve requests."""
+    max_num_queued_reqs: int = 1024
+    """Maximum number of waiting requests of an instance; further ones are refused and count as missed."""
+    duration_s: float | None = None
+    """Minimum duration of arrivals; default: 300 s, and 900 s with --effective-throughput, which whether a rate lasts
+    takes; short traces flatter policies that starve requests."""
     instances: int = 1
     """Number of instances of the model; --rate is the total over all of them."""
     router: str = "pending-time"
@@ -60,6 +71,8 @@ class SimulateArgs:
     """Interval of an instance's reports to the router; 0: the router always sees the current state."""
     max_instances: int | None = None
     """Upper limit for autoscaling from --instances; a new instance takes requests after 30 s."""
+    jobs: int | None = None
+    """Number of processes; default: one for each usable CPU. The figures do not depend on it."""
     json: Path | None = None
     """JSON file for all results."""
     plot: Path | None = None
@@ -67,10 +80,12 @@ class SimulateArgs:
 
     def __post_init__(self) -> None:
         check_finite(self)
-        check_greater(self, 0, ("cv", "ttft_slo_ms", "tbt_slo_ms"))
+        check_greater(self, 0, ("cv", "ttft_slo_ms", "tbt_slo_ms", "stall_slo_ms"))
         check_at_least(self, 0, ("duration_s", "report_interval_s", "seed"))
         check_at_least(self, 1, ("tensor_parallel_size", "num_requests", "max_num_seqs", "max_num_batched_tokens"))
-        check_at_least(self, 1, ("block_size", "num_blocks", "instances", "max_instances"))
+        check_at_least(
+            self, 1, ("block_size", "num_blocks", "instances", "max_instances", "max_num_queued_reqs", "jobs")
+        )
         check_share(self, ("device_memory_utilization",))
         if self.cv is not None:
             check_cv(self.cv)

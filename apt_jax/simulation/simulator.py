@@ -6,17 +6,21 @@ reached. One loop of events serves one instance and many: the next arrival, or t
 """
 
 import heapq
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
-from apt_jax.request import SamplingParams, Slo
+from apt_jax.request import FinishReason, SamplingParams, Slo, Status
+from apt_jax.run_figures import is_sustained
 from apt_jax.scheduling.costs.cost_model import CostModel
 from apt_jax.scheduling.plan import Plan
 from apt_jax.scheduling.policies.interface import Policy
 from apt_jax.scheduling.state import Limits
 from apt_jax.simulation.fleet import Fleet
 from apt_jax.simulation.instance import Instance, Sample
-from apt_jax.simulation.requests.columns import SimulatedRequest
+from apt_jax.simulation.requests.classes import Terms
+from apt_jax.simulation.requests.columns import Columns, SimulatedRequest
 from apt_jax.simulation.workload import Arrival
 
 _PARAMS = SamplingParams(max_tokens=None)
@@ -24,6 +28,22 @@ _PARAMS = SamplingParams(max_tokens=None)
 
 class Stalled(RuntimeError):
     """The policy did nothing although requests are unfinished and nothing else will happen."""
+
+
+class Standing(NamedTuple):
+    """How many requests of a simulation have missed their SLO so far, in both readings, and how many can still.
+
+    `unfinished` are all that have not ended, `to_come` those of them that have not arrived, of `total` requests.
+    """
+
+    missed_strictly: int
+    missed: int
+    unfinished: int
+    to_come: int
+    total: int
+
+
+NOBODY = Standing(0, 0, 0, 0, 0)
 
 
 @dataclass
@@ -37,6 +57,7 @@ class Outcome:
         makespan_s: when the last iteration ended.
         instance_s: seconds of all instances together, from the time each was asked for until it ended.
         by_instance: requests that each instance was given; one number for one instance.
+        standing: at the end.
     """
 
     requests: list[SimulatedRequest]
@@ -45,6 +66,21 @@ class Outcome:
     makespan_s: float = 0.0
     instance_s: float = 0.0
     by_instance: list[int] = field(default_factory=list)
+    standing: Standing = NOBODY
+
+    @property
+    def arrivals_s(self) -> float:
+        """When the last request arrived."""
+        return self.requests[-1].arrival_s
+
+    @property
+    def ends_s(self) -> list[float]:
+        """When each request ended, however it did; infinity of those that the simulation left."""
+        return [math.inf if r.ended_s is None else r.ended_s for r in self.requests]
+
+    def is_sustained(self) -> bool | None:
+        """Whether the rate lasts; None if arrivals were too short to say (`run_figures`)."""
+        return is_sustained([r.arrival_s for r in self.requests], self.ends_s, self.arrivals_s)
 
     @property
     def samples(self) -> list[Sample]:
@@ -64,7 +100,8 @@ def simulate(
     max_model_len: int = 2048,
     on_plan: Callable[[Plan, float], None] | None = None,
     on_progress: Callable[[int], None] | None = None,
-    is_decided: Callable[[int, int], bool] | None = None,
+    is_decided: Callable[[Standing], bool] | None = None,
+    max_num_queued_reqs: int | None = None,
 ) -> Outcome:
     """Serve `arrivals` to the end on one instance.
 
@@ -79,7 +116,8 @@ def simulate(
         max_model_len: longest context.
         on_plan: called with every plan and the time it was made.
         on_progress: called now and then with the number of finished requests.
-        is_decided: called with the numbers of missed and of unfinished requests; True ends the simulation early.
+        is_decided: called after every iteration; True ends the simulation early.
+        max_num_queued_reqs: arrivals beyond so many waiting requests are refused, as by the server; None refuses none.
 
     Raises:
         Stalled: the policy planned nothing while requests wait and none is still to arrive.
@@ -92,8 +130,9 @@ def simulate(
         )
 
     return simulate_fleet(
-        arrivals, Fleet(start), slo=slo, max_model_len=max_model_len, on_progress=on_progress, is_decided=is_decided
-    )
+        arrivals, Fleet(start), slo=slo, max_model_len=max_model_len, on_progress=on_progress, is_decided=is_decided,
+        max_num_queued_reqs=max_num_queued_reqs,
+    )  # fmt: skip
 
 
 def simulate_fleet(
@@ -103,7 +142,8 @@ def simulate_fleet(
     slo: Slo | None = None,
     max_model_len: int = 2048,
     on_progress: Callable[[int], None] | None = None,
-    is_decided: Callable[[int, int], bool] | None = None,
+    is_decided: Callable[[Standing], bool] | None = None,
+    max_num_queued_reqs: int | None = None,
 ) -> Outcome:
     """Serve `arrivals` to the end on a fresh `fleet`; arguments and errors as `simulate`."""
     requests = [_request(i, a, slo or Slo(), max_model_len) for i, a in enumerate(arrivals)]
@@ -115,13 +155,25 @@ def simulate_fleet(
     outcome = Outcome(requests)
     events: list[tuple[float, int]] = []  # when an instance's iteration ends; an idle one wakes to begin one
     awake: set[int] = set()  # instances with an event
-    now, arrived, missed, finished, backlog = 0.0, 0, 0, 0, None
+    refused = Columns()
+    now, arrived, finished, backlog = 0.0, 0, 0, None
+    missed = missed_strictly = 0
+
+    def standing() -> Standing:
+        return Standing(missed_strictly, missed, len(requests) - finished, len(requests) - arrived, len(requests))
+
     while arrived < len(requests) or events:
         if arrived < len(requests) and (not events or requests[arrived].arrival_s <= events[0][0]):
-            now = max(now, requests[arrived].arrival_s)
-            number = fleet.route(requests[arrived], now)
-            fleet.instances[number].add(requests[arrived], arrivals[arrived].output_tokens)
+            coming = requests[arrived]
+            now = max(now, coming.arrival_s)
+            number = fleet.route(coming, now)
+            instance = fleet.instances[number]
             arrived += 1
+            if max_num_queued_reqs is not None and len(instance.state.waiting) >= max_num_queued_reqs:
+                _refuse(coming, refused, now)
+                finished, missed, missed_strictly = finished + 1, missed + 1, missed_strictly + 1
+                continue
+            instance.add(coming, arrivals[arrived - 1].output_tokens)
             if number not in awake:  # it plans when all that arrive now are there
                 awake.add(number)
                 heapq.heappush(events, (now, number))
@@ -130,11 +182,13 @@ def simulate_fleet(
         instance = fleet.instances[number]
         if instance.is_busy:
             for ended in fleet.end(number, now):
+                ended.ended_s = now
                 missed += not ended.attained
+                missed_strictly += not ended.attained_strictly
                 finished += 1
                 if on_progress is not None and finished % 50 == 0:
                     on_progress(finished)
-            if is_decided is not None and is_decided(missed, len(requests) - finished):
+            if is_decided is not None and is_decided(standing()):
                 break
         if backlog is None and arrived == len(requests):
             backlog = arrived - finished
@@ -147,20 +201,31 @@ def simulate_fleet(
     else:
         if finished < len(requests):
             raise Stalled(f"nothing scheduled at {now:.3f} s, {len(requests) - finished} requests unfinished")
-    outcome.makespan_s, outcome.backlog = now, backlog or 0
+    outcome.makespan_s, outcome.backlog, outcome.standing = now, backlog or 0, standing()
     outcome.samples_by_instance = [instance.samples for instance in fleet.instances]
     outcome.instance_s = fleet.instance_s(now)
     outcome.by_instance = [member.num_requests for member in fleet.members]
     return outcome
 
 
+def _refuse(request: SimulatedRequest, refused: Columns, now: float) -> None:
+    """End a request at its arrival, as the server does whose queue is full."""
+    request.order = len(refused.requests)
+    refused.add(request, 0)
+    request.status, request.finish_reason, request.ended_s = Status.FINISHED, FinishReason.ABORT, now
+
+
 def _request(index: int, arrival: Arrival, slo: Slo, max_model_len: int) -> SimulatedRequest:
     assert arrival.prompt_tokens + arrival.output_tokens <= max_model_len
-    return SimulatedRequest(
+    terms = arrival.terms or Terms(slo)
+    request = SimulatedRequest(
         request_id=f"r{index}",
         prompt_token_ids=range(arrival.prompt_tokens),
         params=_PARAMS,
         arrival_s=arrival.arrival_s,
         max_new_tokens=max_model_len - arrival.prompt_tokens,
-        slo=slo,
+        slo=terms.slo,
+        priority=terms.priority,
     )
+    request.class_name, request.target_tokens = terms.name, arrival.output_tokens
+    return request

@@ -3,14 +3,23 @@
 import csv
 import io
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from importlib import resources
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from apt_jax.request import Slo
+from apt_jax.simulation.requests.classes import DEFAULT_CLASS, RequestClass, Terms, terms_of
+
 NAMED = ("sharegpt", "humaneval", "longbench", "azure")
+TERMS = {  # column of a table -> cell of `terms_of`
+    "ttft_slo_ms": "ttft_ms", "tbt_slo_ms": "tbt_ms", "stall_slo_ms": "stall_ms", "priority": "priority",
+    "class": "name",
+}  # fmt: skip
 MIN_DURATION_S = 300.0  # shorter traces flatter policies that starve
 MOST_TOKENS = 10**9  # in a cell
 MOST_ARRIVALS = 10**7  # of one run
@@ -18,12 +27,16 @@ MOST_ARRIVALS = 10**7  # of one run
 
 @dataclass(frozen=True)
 class Lengths:
-    """A table of requests: `[n]` prompt and output tokens, and `[n]` arrival seconds if they were recorded."""
+    """A table of requests: `[n]` prompt and output tokens, `[n]` arrival seconds if they were recorded, and terms.
+
+    `terms` has an entry for each row if the table has such columns, else none.
+    """
 
     name: str
     prompt_tokens: NDArray[np.int64]
     output_tokens: NDArray[np.int64]
     arrival_s: NDArray[np.float64] | None = None
+    terms: tuple[Terms, ...] = ()
 
     @property
     def recorded_rate(self) -> float:
@@ -48,12 +61,14 @@ class Arrival:
     arrival_s: float
     prompt_tokens: int
     output_tokens: int
+    terms: Terms | None = None  # None: the simulation's
 
 
-def load_lengths(workload: str, max_model_len: int = 2048) -> Lengths:
+def load_lengths(workload: str, max_model_len: int = 2048, slo: Slo | None = None) -> Lengths:
     """A named workload, or a CSV with columns prompt_tokens, output_tokens and, if recorded, arrival_s.
 
-    Several, joined by `+`, are mixed: as many requests of each, recorded arrivals left out.
+    A file may also have the columns ttft_slo_ms, tbt_slo_ms, stall_slo_ms, priority and class; where one is empty `slo`
+    holds. Several workloads, joined by `+`, are mixed: as many requests of each, recorded arrivals and terms left out.
 
     Requests longer than `max_model_len` are left out.
 
@@ -70,32 +85,38 @@ def load_lengths(workload: str, max_model_len: int = 2048) -> Lengths:
         if not path.is_file():
             raise ValueError(f"workload {workload!r} is neither a file nor one of {', '.join(NAMED)}")
         text = path.read_text("utf-8-sig")
-    rows = _rows(workload, text)
-    rows = rows[rows[:, -2] + rows[:, -1] <= max_model_len]
+    rows, terms = _rows(workload, text, slo or Slo())
+    fits = rows[:, -2] + rows[:, -1] <= max_model_len
+    rows, terms = rows[fits], [each for each, is_in in zip(terms, fits, strict=False) if is_in]
     if not len(rows):
         raise ValueError(f"workload {workload} has no request of at most {max_model_len} tokens")
     arrival = None
     if rows.shape[1] == 3:
-        rows = rows[np.argsort(rows[:, 0], kind="stable")]
+        order = np.argsort(rows[:, 0], kind="stable")
+        rows, terms = rows[order], [terms[i] for i in order] if terms else []
         arrival = rows[:, 0] - rows[0, 0]
-    return Lengths(workload, rows[:, -2].astype(np.int64), rows[:, -1].astype(np.int64), arrival)
+    return Lengths(workload, rows[:, -2].astype(np.int64), rows[:, -1].astype(np.int64), arrival, tuple(terms))
 
 
-def _rows(workload: str, text: str) -> NDArray[np.float64]:
-    """`[n, 2 or 3]` cells of a table: arrival_s if it has them, prompt_tokens, output_tokens."""
+@lru_cache(maxsize=16)  # each point of a search asks again
+def _rows(workload: str, text: str, slo: Slo) -> tuple[NDArray[np.float64], list[Terms]]:
+    """`[n, 2 or 3]` cells of a table: arrival_s if it has them, prompt_tokens, output_tokens; and its terms, if any."""
     reader = csv.DictReader(io.StringIO(text, newline=""))
     columns = reader.fieldnames or []
     for column in ("prompt_tokens", "output_tokens"):
         if column not in columns:
             raise ValueError(f"workload {workload} has no column {column}; it has {', '.join(columns)}")
     wanted = [c for c in ("arrival_s", "prompt_tokens", "output_tokens") if c in columns]
-    rows = []
+    rows, terms, has_terms = [], [], any(column in columns for column in TERMS)
     try:
         for row in reader:
             rows.append([_cell(column, row[column]) for column in wanted])
+            if has_terms:
+                cells = {name: row.get(column) for column, name in TERMS.items()}
+                terms.append(terms_of(cells, slo, "terms", cells.pop("name") or DEFAULT_CLASS))
     except (ValueError, csv.Error) as error:
         raise ValueError(f"workload {workload}, line {reader.line_num}: {error}") from error
-    return np.array(rows, np.float64).reshape(-1, len(wanted))
+    return np.array(rows, np.float64).reshape(-1, len(wanted)), terms
 
 
 def _cell(column: str, text: str | None) -> float:
@@ -123,14 +144,18 @@ def _mixed(tables: list[Lengths]) -> Lengths:
 
 
 def make_arrivals(
-    lengths: Lengths, *, rate: float, num_requests: int, cv: float | None, seed: int, duration_s: float = MIN_DURATION_S
-) -> list[Arrival]:
+    lengths: Lengths, *, rate: float, num_requests: int, cv: float | None, seed: int,
+    duration_s: float = MIN_DURATION_S, classes: Sequence[tuple[RequestClass, Lengths | None]] = (),
+) -> list[Arrival]:  # fmt: skip
     """Requests at `rate` per second: `num_requests`, or more if those would arrive within `duration_s` seconds.
 
     Lengths are drawn from the table in shuffled passes (each row once per pass). Gaps are Gamma distributed with
     mean 1/rate and coefficient of variation `cv` (1 is Poisson). With `cv` None the recorded arrivals are
     stretched to `rate`, repeated end to end if they are too few, in their order. Times scale with 1/rate for a
     fixed seed: two rates see the same pattern.
+
+    With `classes` each request is of one of them, drawn in proportion to their shares, and has its terms; its lengths
+    are from the class' own table, if there is one.
     """
     numbers = (rate, num_requests, *(() if cv is None else (cv,)))
     if not all(0 < number < math.inf for number in numbers) or not 0 <= duration_s < math.inf:
@@ -145,10 +170,19 @@ def make_arrivals(
         times, index = recorded_times(lengths, count, rate=rate), np.arange(count) % rows
     else:
         times, index = gamma_times(count, rate=rate, cv=cv, seed=seed), shuffled_rows(rows, count, seed=seed)
-    return [
-        Arrival(float(t), int(p), int(o))
-        for t, p, o in zip(times, lengths.prompt_tokens[index], lengths.output_tokens[index], strict=True)
-    ]
+    prompt, output = lengths.prompt_tokens[index], lengths.output_tokens[index]
+    terms: list[Terms | None] = [lengths.terms[i] for i in index] if lengths.terms else [None] * count
+    if classes:
+        shares = np.array([each.share for each, _ in classes])
+        drawn = np.random.default_rng([seed, 2]).choice(len(classes), count, p=shares / shares.sum())
+        for number, (each, own) in enumerate(classes):
+            places = np.flatnonzero(drawn == number)
+            for place in places:
+                terms[place] = each.terms
+            if own is not None and len(places):
+                own_index = shuffled_rows(len(own.prompt_tokens), len(places), seed=seed)
+                prompt[places], output[places] = own.prompt_tokens[own_index], own.output_tokens[own_index]
+    return [Arrival(float(t), int(p), int(o), each) for t, p, o, each in zip(times, prompt, output, terms, strict=True)]
 
 
 def gamma_times(count: int, *, rate: float, cv: float, seed: int) -> NDArray[np.float64]:

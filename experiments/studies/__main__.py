@@ -6,12 +6,17 @@ stopped: points that NAME.json has are not simulated again.
 
 import argparse
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from apt_jax.simulation.search import effective_throughput
+from apt_jax.host_limits import usable_processors
+from apt_jax.run_figures import SUSTAINED_S
+from apt_jax.simulation.throughput.points import Job, Task, run_jobs
+from apt_jax.simulation.throughput.questions import READINGS, Question
+from apt_jax.simulation.throughput.searches import search, throughput_rows
 from experiments.studies.catalogue import STUDIES, Case, Study
 from experiments.studies.pictures import draw_rates, draw_routing, draw_targets
 from experiments.studies.tables import rates_table, routing_table, targets_table
@@ -19,31 +24,47 @@ from experiments.studies.tables import rates_table, routing_table, targets_table
 Row = dict[str, Any]
 
 
-def run(study: Study, path: Path) -> list[Row]:
+def run(study: Study, path: Path, num_processes: int = 1) -> list[Row]:
     """The rows of a study; those that `path` has are taken from it, and it is written after each new one."""
     rows: list[Row] = json.loads(path.read_text("utf-8"))["rows"] if path.exists() else []
-    points = study.points
-    wanted = {(case.label, rate) for case, rate in points}
-    rows = [row for row in rows if (row["case"], row.get("rate")) in wanted]
+    wanted = {(case.label, rate) for case, rate in study.points}
+    rows = [row for row in rows if (row["case"], row.get("rate")) in wanted and has_figures(row)]
     done = {(row["case"], row.get("rate")) for row in rows}
-    for case, rate in tqdm([p for p in points if (p[0].label, p[1]) not in done], desc=study.name, unit="point"):
-        start = max((max(row["rates"].values()) for row in rows if "rates" in row), default=1.0)
-        rows.append(_simulate(case, rate) if rate is not None else _search(case, study.targets, start))
-        path.write_text(json.dumps({"question": study.question, "rows": rows}, indent=1) + "\n", "utf-8")
     order = [case.label for case in study.cases]
-    return sorted(rows, key=lambda row: (order.index(row["case"]), row.get("rate", 0)))
+
+    def keep(case: Case, rate: float | None) -> Job:
+        row = yield from _simulate(case, rate) if rate is not None else _search(case, study.targets)
+        rows.append({"case": case.label, **row})
+        rows.sort(key=lambda row: (order.index(row["case"]), row.get("rate", 0)))
+        path.write_text(json.dumps({"question": study.question, "rows": rows}, indent=1) + "\n", "utf-8")
+        bar.update()
+
+    missing = [point for point in study.points if (point[0].label, point[1]) not in done]
+    with tqdm(total=len(missing), desc=study.name, unit="point") as bar:
+        run_jobs([keep(*point) for point in missing], num_processes)
+    return rows
 
 
-def _simulate(case: Case, rate: float) -> Row:
-    _, report = case.experiment.run(case.policy, case.cache_mode, case.hidden_attention, rate)
-    assert report is not None
-    return {"case": case.label, **report.as_dict()}
+def has_figures(row: Row) -> bool:
+    """Whether a row of a file has today's figures; older ones are simulated again."""
+    return "effective_throughput" in row or "strict_attainment" in row
 
 
-def _search(case: Case, targets: tuple[float, ...], start: float) -> Row:
-    reaches = case.experiment.reaches(case.policy, case.cache_mode, case.hidden_attention)
-    found = effective_throughput(reaches, targets, start=start)
-    return {"case": case.label, "rates": {f"{target:g}": float(f"{rate:.4g}") for target, rate in found.items()}}
+def _simulate(case: Case, rate: float) -> Job:
+    point = yield Task(case.experiment, case.configuration, rate)
+    assert point.report is not None
+    return point.report.as_dict()
+
+
+def _search(case: Case, targets: tuple[float, ...]) -> Job:
+    """Effective throughput in both readings, and the bound."""
+    questions = [Question(reading, target) for reading in READINGS for target in targets]
+    experiment = replace(case.experiment, duration_s=max(case.experiment.duration_s, SUSTAINED_S))
+    found = yield from search(experiment, case.configuration, questions)
+    policy, mode, attention = case.configuration
+    names = {"policy": policy, "cache_mode": mode, "hidden_attention": attention}
+    bound = experiment.fluid_bound(case.configuration)
+    return {"effective_throughput": throughput_rows(names, questions, [experiment.seed], [found], bound)}
 
 
 def main() -> None:
@@ -52,12 +73,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", choices=[*names, []], help=f"default: all of {', '.join(names)}")
     parser.add_argument("--out", type=Path, default=Path("docs/studies"))
+    parser.add_argument("--jobs", type=int, default=usable_processors(), help="processes; default: one per CPU")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     for study in STUDIES:
         if args.names and study.name not in args.names:
             continue
-        rows = run(study, args.out / f"{study.name}.json")
+        rows = run(study, args.out / f"{study.name}.json", args.jobs)
         if study.over:
             table, draw = routing_table, draw_routing
         else:

@@ -5,7 +5,9 @@ from dataclasses import dataclass, field, replace
 
 from apt_jax.cache import CacheMode
 from apt_jax.scheduling.costs.cost_model import HiddenMode
-from apt_jax.simulation.experiment import Experiment
+from apt_jax.simulation.experiment import Configuration, Experiment
+
+SHARES = ("strict_attainment", "attainment", "worst_class")
 
 
 @dataclass(frozen=True)
@@ -18,6 +20,11 @@ class Case:
     hidden_attention: HiddenMode = "absorbed"
     experiment: Experiment = field(default_factory=Experiment)
     rates: tuple[float, ...] = ()
+
+    @property
+    def configuration(self) -> Configuration:
+        """What the experiment is run with."""
+        return self.policy, self.cache_mode, self.hidden_attention
 
 
 @dataclass(frozen=True)
@@ -33,7 +40,14 @@ class Study:
     cases: tuple[Case, ...]
     rates: tuple[float, ...] = ()
     targets: tuple[float, ...] = ()
-    columns: tuple[str, ...] = ("attainment", "mean_batch", "p99_ttft_s", "p99_tbt_s", "preemptions")
+    columns: tuple[str, ...] = (
+        "strict_attainment",
+        "attainment",
+        "mean_batch",
+        "p99_ttft_s",
+        "p99_tbt_s",
+        "preemptions",
+    )
     over: str = ""
 
     @property
@@ -95,37 +109,37 @@ STUDIES = (
              ("HumanEval", replace(SHORT, workload="humaneval")), ("LongBench", replace(SHORT, workload="longbench"))),
     Study("cliff", "How does attainment fall with the rate?", _cases(DEFAULT, BASELINE, PAPER, BEST),
           rates=(1, 2, 3, 4, 6, 8, 10),
-          columns=("attainment", "p50_ttft_s", "p99_ttft_s", "p99_tbt_s", "mean_batch", "backlog", "longest_wait_s")),
+          columns=(*SHARES, "p50_ttft_s", "p99_ttft_s", "p99_tbt_s", "mean_batch", "backlog", "longest_wait_s")),
     Study("memory", "Scheduling off: what does the cache alone change when memory is short?",
           (Case("KV", "fcfs", "kv"), Case("hybrid, recompute", "fcfs", "hybrid", "recompute"),
            Case("hybrid, absorbed", "fcfs", "hybrid"), Case("hidden, recompute", "fcfs", "hidden", "recompute"),
            Case("hidden, absorbed", "fcfs", "hidden")),
           rates=(2, 4, 6),
-          columns=("attainment", "mean_batch", "p50_ttft_s", "p99_tbt_s", "preemptions", "conversions")),
+          columns=(*SHARES, "mean_batch", "p50_ttft_s", "p99_tbt_s", "preemptions", "conversions")),
     Study("scheduler", "KV only: what does the order of service change when requests queue?",
           tuple(Case(policy, policy, "kv") for policy in (
               "fcfs", "random", "sarathi", "mlfq", "sjf", "edf", "apt-paper", "apt")),
           rates=(2, 3, 4),
-          columns=("attainment", "p50_queue_s", "p99_queue_s", "p99_tbt_s", "preemptions", "longest_wait_s")),
+          columns=(*SHARES, "p50_queue_s", "p99_queue_s", "p99_tbt_s", "preemptions", "longest_wait_s")),
     Study("mechanisms", "Which part helps: hidden blocks, absorbed attention, the mix of kinds?",
           (Case("KV", "apt", "kv"), Case("hidden, recompute", "apt", "hidden", "recompute"),
            Case("hybrid, recompute", "apt", "hybrid", "recompute"), Case("hidden, absorbed", "apt", "hidden"),
            Case("hybrid, absorbed", "apt", "hybrid")),
           rates=(4, 7),
-          columns=("attainment", "mean_batch", "p99_ttft_s", "p99_tbt_s", "preemptions", "conversions")),
+          columns=(*SHARES, "mean_batch", "p99_ttft_s", "p99_tbt_s", "preemptions", "conversions")),
     Study("value", "How much does the value function matter? Gap promise 200 ms.",
           tuple(Case(f"value={value}", f"apt:value={value}", "hybrid", "absorbed", Experiment(tbt_slo_ms=200))
                 for value in ("pending", "absolute", "slack", "footprint", "longest")),
           rates=(7,),
-          columns=("attainment", "ttft_attainment", "tbt_attainment", "p99_tbt_s", "preemptions", "longest_wait_s")),
+          columns=(*SHARES, "ttft_attainment", "tbt_attainment", "p99_tbt_s", "preemptions", "longest_wait_s")),
     Study("prediction", "Does predicting output lengths help?",
           (Case("on", "apt", "hybrid"), Case("off", "apt:prediction=off", "hybrid")),
           rates=(4, 7),
-          columns=("attainment", "preemptions", "p99_tbt_s", "mean_batch", "longest_wait_s")),
+          columns=(*SHARES, "preemptions", "p99_tbt_s", "mean_batch", "longest_wait_s")),
     Study("fallback", "What becomes of late requests, and what does it cost the others?",
           tuple(Case(name, f"apt:fallback={name}", "hybrid") for name in ("none", "constant", "aging")),
           rates=(7, 9),
-          columns=("attainment", "longest_wait_s", "p99_ttft_s", "backlog", "preemptions")),
+          columns=(*SHARES, "longest_wait_s", "p99_ttft_s", "backlog", "preemptions")),
     _targets("bursts", "What do bursts do? Gamma gaps with coefficient of variation 2 and 4.",
              ("cv 2", replace(SHORT, cv=2.0)), ("cv 4", replace(SHORT, cv=4.0))),
     _targets("larger", "Larger models over several devices.",

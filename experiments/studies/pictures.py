@@ -8,7 +8,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from experiments.studies.catalogue import Study
-from experiments.studies.tables import OVER, head, place
+from experiments.studies.tables import OVER, head, place, throughput
 
 Rows = Sequence[dict[str, Any]]
 
@@ -38,7 +38,9 @@ def draw_routing(study: Study, rows: Rows, path: Path) -> None:
     for axes, policy in zip(figure.subplots(1, len(policies), squeeze=False).flat, policies, strict=True):
         own = [row for row in rows if row["policy"] == policy]
         for router in dict.fromkeys(row["router"] for row in own):
-            points = sorted((place(study, row), 100 * row["attainment"]) for row in own if row["router"] == router)
+            points = sorted(
+                (place(study, row), 100 * row["strict_attainment"]) for row in own if row["router"] == router
+            )
             axes.plot([x for x, _ in points], [y for _, y in points], "o-", ms=3, label=router)
         axes.set(title=f"{policy} in every instance", xlabel=OVER[study.over], ylabel="attained, %")
         if study.over == "instances":
@@ -57,7 +59,9 @@ def draw_targets(study: Study, rows: Rows, path: Path) -> None:
     height = 0.8 / len(study.targets)
     for k, target in enumerate(study.targets):
         places = [i + k * height for i in range(len(rows))]
-        axes.barh(places, [row["rates"][f"{target:g}"] for row in rows], height, label=f"{target:.0%} attained")
+        axes.barh(
+            places, [throughput(row, "strict", target)["rate"] for row in rows], height, label=f"{target:.0%} strictly"
+        )
     axes.set_yticks([i + 0.4 - height / 2 for i in range(len(rows))], [row["case"] for row in rows], fontsize=8)
     axes.invert_yaxis()
     axes.set_xlabel("effective throughput, requests/s")

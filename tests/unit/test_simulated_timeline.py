@@ -21,7 +21,8 @@ from apt_jax.simulation.instance import Sample
 from apt_jax.simulation.options import SimulateArgs
 from apt_jax.simulation.report import summarise
 from apt_jax.simulation.search import effective_throughput, interpolated_throughput
-from apt_jax.simulation.simulator import simulate
+from apt_jax.simulation.simulator import Standing, simulate
+from apt_jax.simulation.throughput.questions import Question, are_decided
 from apt_jax.simulation.workload import (
     Arrival,
     Lengths,
@@ -110,6 +111,11 @@ def test_the_timeline_of_three_requests():
     ]
 
 
+def quartile(first, last, count, share):
+    shares = {"strict_attainment": share, "attainment": share}
+    return {"from_tokens": first, "to_tokens": last, "requests": count, **shares}
+
+
 @pytest.mark.parametrize("mode", ["kv", "hidden"])
 def test_the_report_over_them(mode):
     slo = Slo(1.5, 1.25)
@@ -122,6 +128,15 @@ def test_the_report_over_them(mode):
     assert found.pop("cache_mix") == pytest.approx({**held, "free": 1 - sum(held.values())}, rel=1e-5)
     assert found == {
         "policy": "fcfs", "cache_mode": mode, "hidden_attention": "absorbed", "rate": 2.0, "num_requests": 3,
+        "seed": 0, "strict_attainment": 0.333333, "worst_class": 0.0, "attainment_by_class": {
+            "slo_class": [{"name": "default", "requests": 3, "strict_attainment": 0.333333, "attainment": 0.333333}],
+            "prompt_quartile": [quartile(4, 4, 3, 0.333333)],
+            "output_quartile": [quartile(1, 1, 1, 0.0), quartile(2, 2, 1, 1.0), quartile(3, 3, 1, 0.0)],
+        },
+        "turned_away": 0.0, "kept_token_throughput": 0.0,  # b's tokens come after the last arrival
+        "sustained": None, "backlog_by_quarter": [0, 1, 2, 3],
+        # ten parts of 1..2 s, half of them with one request and half with two, at 1.5 requests/s
+        "backlog_growth": round(1.25 / 0.825 / 1.5, 5), "fluid_bound": 0.0, "drain_s": 2.5, "longest_gap_s": 2.25,
         "attainment": 0.333333,  # b alone: a has a gap of 2.25 s, c waits 2 s
         "ttft_attainment": 0.666667, "tbt_attainment": 0.666667,
         "p50_ttft_s": 1.5, "p99_ttft_s": 2.0, "p50_tbt_s": 1.25, "p99_tbt_s": 2.25, "p50_queue_s": 0.5,
@@ -146,6 +161,7 @@ def test_percentiles_are_the_value_above_that_share_of_each_figure():
     outcome.requests = [request(arrival_s=8.0) for _ in range(200)]
     for k, done in enumerate(outcome.requests):
         done.first_scheduled_s, done.first_token_s, done.gaps_s = 8.0 + k / 16, 8.0 + k / 8, [k / 4]
+        done.ended_s, done.class_name, done.target_tokens = None, "any", 1
     report = summarise(outcome, policy="", cache_mode="kv", hidden_attention="", rate=1.0, num_blocks=20)
     assert (report.p50_queue_s, report.p50_ttft_s, report.p50_tbt_s) == (100 / 16, 100 / 8, 100 / 4)
     assert (report.p99_queue_s, report.p99_ttft_s, report.p99_tbt_s) == (198 / 16, 198 / 8, 198 / 4)
@@ -161,9 +177,9 @@ def test_nobody_decodes_so_nobody_has_a_gap():
 
 def test_a_search_is_told_how_many_missed_and_are_left_and_may_end_it():
     told = []
-    timeline(slo=Slo(1.5, 1.25), is_decided=lambda missed, left: bool(told.append((missed, left))))
+    timeline(slo=Slo(1.5, 1.25), is_decided=lambda s: bool(told.append((s.missed, s.unfinished))))
     assert told == [(0, 3), (0, 3), (1, 2), (1, 1), (2, 0)]
-    outcome = timeline(slo=Slo(1.5, 1.25), is_decided=lambda missed, left: missed == 1)
+    outcome = timeline(slo=Slo(1.5, 1.25), is_decided=lambda standing: standing.missed == 1)
     assert outcome.makespan_s == 4.0
     assert [r.finish_reason for r in outcome.requests] == [None, None, FinishReason.STOP]
 
@@ -242,33 +258,28 @@ def test_the_rate_between_measured_ones(points, rate):
     assert interpolated_throughput(points, 0.9) == pytest.approx(rate)
 
 
-class Fixed(Experiment):
-    """Ten requests; at a rate of `r` the first `r` of them miss."""
-
-    def arrivals(self, rate):
-        return [None] * 10, rate
-
-    def run(self, policy, cache_mode, hidden_attention, rate, *, on_progress=None, is_decided=None):
-        self.__dict__.setdefault("runs", []).append(rate)
-        for ended in range(1, 11):
-            if is_decided(min(ended, int(rate)), 10 - ended):
-                self.__dict__.setdefault("ended", []).append(ended)
-                return
-
-
 @pytest.mark.parametrize(
-    ("missed", "target", "reached", "ended"),
+    ("missed", "unfinished", "target", "kept", "decided"),
     [
-        (1, 0.9, True, 10), (2, 0.9, False, 2), (1, 1.0, False, 1), (0, 1.0, True, 10),
-        (0, 0.9, True, 9),  # one is left, and one may miss
-        (2, 0.7, True, 9), (3, 0.7, True, 10), (4, 0.7, False, 4),
+        (1, 0, 0.9, True, True), (2, 8, 0.9, False, True), (1, 9, 1.0, False, True), (0, 1, 1.0, True, False),
+        (0, 1, 0.9, True, True),  # one is left, and one may miss
+        (0, 2, 0.9, True, False), (3, 1, 0.7, True, False), (4, 6, 0.7, False, True),
     ],
 )  # fmt: skip
-def test_a_point_ends_as_soon_as_its_target_is_decided(missed, target, reached, ended):
-    experiment = Fixed()
-    test = experiment.reaches("fcfs", "kv", "absorbed")
-    assert test(float(missed), target) is reached and test(float(missed), target) is reached
-    assert vars(experiment)["ended"] == [ended], "asked again, it is remembered"
+@pytest.mark.parametrize("reading", ["strict", "paper"])
+def test_a_question_is_decided_as_soon_as_no_request_can_change_it(reading, missed, unfinished, target, kept, decided):
+    both = (missed, 0) if reading == "strict" else (10, missed)  # whoever misses in the paper's reading, misses
+    standing, question = Standing(*both, unfinished, 0, 10), Question(reading, target)
+    assert question.is_kept(standing) is kept and question.is_decided(standing) is decided
+    assert are_decided((question,), standing) is decided
+
+
+def test_a_simulation_ends_early_where_all_is_lost_or_all_have_arrived_and_nothing_can_change():
+    strict, paper = Question("strict", 0.9), Question("paper", 0.9)
+    assert are_decided((strict, paper), Standing(2, 2, 8, 5, 10))
+    assert not are_decided((strict, paper), Standing(2, 1, 1, 1, 10)), "whether the rate lasts is not known yet"
+    assert are_decided((strict, paper), Standing(2, 1, 0, 0, 10))
+    assert not are_decided((strict, paper), Standing(2, 1, 1, 0, 10))
 
 
 def test_each_instance_of_an_experiment_has_its_own_seed(monkeypatch):
@@ -291,7 +302,9 @@ def test_an_experiment_gives_a_hundredth_of_the_pool_as_watermark_to_each_instan
 def test_an_experiment_s_defaults_are_those_of_the_command():
     defaults = {field.name: field.default for field in fields(Experiment)}
     flags = {field.name: field.default for field in fields(SimulateArgs) if field.name in defaults}
-    assert {name: defaults[name] for name in flags} == flags and set(flags) == set(defaults)
+    assert flags.pop("duration_s") is None, "it depends on what is asked for"
+    assert {name: defaults[name] for name in flags} == flags and {*flags, "duration_s"} == set(defaults)
+    assert defaults["max_num_queued_reqs"] == EngineConfig().max_num_queued_reqs
     assert Experiment().set_up_for("apt").device_memory_utilization == EngineConfig().device_memory_utilization
     assert (defaults["ttft_slo_ms"], defaults["tbt_slo_ms"]) == (1000.0, 1000.0)
 

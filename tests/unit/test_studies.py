@@ -10,7 +10,7 @@ from experiments.studies.tables import rates_table, targets_table
 
 SMALL = Experiment(model="opt-125m", hardware="tpu-v5e", workload="humaneval", num_blocks=260, num_requests=10)
 CASES = (Case("KV", "fcfs", "kv", experiment=SMALL), Case("both", "apt", "hybrid", experiment=SMALL))
-STUDY = Study("small", "Why?", CASES, rates=(0.03, 0.06), columns=("attainment", "mean_batch", "longest_wait_s"))
+STUDY = Study("small", "Why?", CASES, rates=(0.03, 0.06), columns=("strict_attainment", "mean_batch", "longest_wait_s"))
 
 
 def test_a_study_goes_on_where_it_was_stopped_with_the_same_figures(tmp_path):
@@ -19,6 +19,7 @@ def test_a_study_goes_on_where_it_was_stopped_with_the_same_figures(tmp_path):
     assert [(r["case"], r["rate"]) for r in rows] == [("KV", 0.03), ("KV", 0.06), ("both", 0.03), ("both", 0.06)]
     stored = json.loads(path.read_text())
     del stored["rows"][1]
+    del stored["rows"][0]["strict_attainment"]  # a row of an older version
     path.write_text(json.dumps(stored))
     assert run(STUDY, path) == rows
     table = rates_table(STUDY, rows)
@@ -27,11 +28,21 @@ def test_a_study_goes_on_where_it_was_stopped_with_the_same_figures(tmp_path):
     assert (tmp_path / "small.png").stat().st_size > 1000
 
 
+def searched(rate):
+    return [
+        {"reading": reading, "target": 0.9, "rate": times * rate, "not_sustained": more * rate, "fluid_bound": 9.0}
+        for reading, times, more in (("strict", 1, 0), ("paper", 2, 3))
+    ]
+
+
 def test_ratios_are_to_the_first_case_of_the_same_experiment(tmp_path):
     study = next(s for s in STUDIES if s.name == "workloads")
-    rows = [{"case": c.label, "rates": {"0.9": 2.0 * k, "0.99": float(k)}} for k, c in enumerate(study.cases, 1)]
+    rows = [{"case": case.label, "effective_throughput": searched(float(k))} for k, case in enumerate(study.cases, 1)]
     lines = targets_table(study, rows).splitlines()[4:]
-    assert [line.split(" | ")[2].strip(" |") for line in lines] == ["1.00", "2.00", "1.00", "1.33"]
+    cells = [[cell.strip(" |") for cell in line.split(" | ")] for line in lines]
+    assert [row[1] for row in cells] == ["1.00", "2.00", "3.00", "4.00"]
+    assert cells[0][2] == "2.00 (3.00)", "a rate that is kept and does not last is in brackets"
+    assert [row[3] for row in cells] == ["1.00", "2.00", "1.00", "1.33"] and cells[0][5] == "9.00"
     draw_targets(study, rows, tmp_path / "bars.png")
     assert (tmp_path / "bars.png").stat().st_size > 1000
 

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from apt_jax.request import FinishReason, Request
 from apt_jax.scheduling.progress import Floats, Ints, Progress
+from apt_jax.simulation.requests.classes import DEFAULT_CLASS
 
 _INTS = ("prompt", "generated", "inflight", "computed", "max_new", "target", "pages", "kind", "late", "stalls")
 _FLOATS = ("tbt_s", "stall_s", "first_s", "last_s", "longest_s")
@@ -27,7 +28,7 @@ class Columns:
         self.requests: list[SimulatedRequest] = []
         self._sampled: list[Ints] = []  # arrival numbers that got a token, by iteration
         self._ends_s: list[float] = []  # of these iterations
-        self._gaps: tuple[Ints, Floats] | None = None
+        self._times: tuple[Ints, Floats] | None = None
         self._name()
 
     def _name(self) -> None:
@@ -67,15 +68,19 @@ class Columns:
         self.inflight[orders] = 0
         self._sampled.append(orders)
         self._ends_s.append(now)
-        self._gaps = None
+        self._times = None
         return self.generated[orders] >= self.target[orders]
+
+    def times_s(self, order: int) -> Floats:
+        """When each token of one request came."""
+        if self._times is None:
+            self._times = self._gather()
+        first, times = self._times
+        return times[first[order] : first[order + 1]]
 
     def gaps_s(self, order: int) -> Floats:
         """Gaps between the tokens of one request."""
-        if self._gaps is None:
-            self._gaps = self._gather()
-        first, times = self._gaps
-        return np.diff(times[first[order] : first[order + 1]])
+        return np.diff(self.times_s(order))
 
     def _gather(self) -> tuple[Ints, Floats]:
         """All tokens' times by request and then by time, and `[n + 1]` where each request's begin."""
@@ -112,6 +117,9 @@ class SimulatedRequest(Request):
     """A request of the simulator: what changes with every token is read from columns, once `Columns.add` set them."""
 
     columns: Columns | None = None
+    ended_s: float | None = None  # when it had its last token, was refused or was abandoned
+    class_name: str = DEFAULT_CLASS
+    target_tokens: int = 0  # length of its output, which no policy reads
 
     num_computed_tokens = _counter("computed")
     num_late_gaps = _counter("late")
@@ -177,6 +185,11 @@ class SimulatedRequest(Request):
     def is_exhausted(self) -> bool:
         """Whether every token it may generate is generated or in flight."""
         return self.num_generated_tokens >= self.max_new_tokens
+
+    def tokens_until(self, time_s: float) -> int:
+        """Tokens that had come by `time_s`."""
+        assert self.columns is not None
+        return int(np.searchsorted(self.columns.times_s(self.order), time_s, side="right"))
 
     @property
     def longest_gap_s(self) -> float:

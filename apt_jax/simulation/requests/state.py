@@ -68,7 +68,7 @@ class SimulatedState(SchedulerState):
         self._sampling = np.concatenate([decoding, np.array(chunks, np.int64)]) if chunks else decoding
         return (step_load(plan, spans) if spans or plan.converted else StepLoad()) + decoded
 
-    def complete(self, now: float) -> list[Request]:
+    def complete(self, now: float) -> list[SimulatedRequest]:
         """Commit the iteration's tokens at `now`; the requests that finished, in the order of its plan."""
         self._progress = None
         orders = self._sampling
@@ -78,7 +78,8 @@ class SimulatedState(SchedulerState):
         if not last.any():
             return []
         ended = set(orders[last].tolist())
-        finished = [entry.request for entry in self._plan.scheduled if entry.request.order in ended]
+        requests = (cast(SimulatedRequest, entry.request) for entry in self._plan.scheduled)
+        finished = [request for request in requests if request.order in ended]
         for request in finished:
             self.finish(request, FinishReason.STOP)
         return finished

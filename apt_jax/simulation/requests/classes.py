@@ -1,0 +1,107 @@
+"""Classes of requests with promises of their own: mixed SLOs, priorities and workloads in one simulation."""
+
+import csv
+import io
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from apt_jax.request import Slo
+
+DEFAULT_CLASS = "default"
+_NUMBERS = {"ttft_ms": "ttft_s", "tbt_ms": "tbt_s", "stall_ms": "stall_s"}
+_COLUMNS = ("name", "share", *_NUMBERS, "priority", "workload")
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What one request is promised: its class, SLO and priority (as `--scheduling-policy priority` reads it)."""
+
+    slo: Slo
+    priority: int = 0
+    name: str = DEFAULT_CLASS
+
+
+@dataclass(frozen=True)
+class RequestClass:
+    """A class: its share of the requests, its terms, and a workload of its own, else the simulation's."""
+
+    share: float
+    terms: Terms
+    workload: str | None = None
+
+
+def load_classes(path: Path, default: Slo) -> list[RequestClass]:
+    """The classes of a CSV file, or of a JSON file with a list of objects.
+
+    Columns: share (any positive numbers, in proportion); name, ttft_ms, tbt_ms, stall_ms, priority, workload as wanted.
+    What is left out is the default.
+
+    Raises:
+        ValueError: there is no such file, or a cell is no such value; one sentence.
+    """
+    if not path.is_file():
+        raise ValueError(f"--classes {path}: there is no such file")
+    text = path.read_text("utf-8-sig")
+    if path.suffix == ".json":
+        try:
+            rows = json.loads(text)
+        except ValueError as error:
+            raise ValueError(f"--classes {path} is no JSON: {error}") from error
+        if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+            raise ValueError(f"--classes {path} must be a list of objects")
+    else:
+        rows = list(csv.DictReader(io.StringIO(text, newline="")))
+    if not rows:
+        raise ValueError(f"--classes {path} has no class")
+    found = []
+    for number, row in enumerate(rows, start=1):
+        where = f"--classes {path}, class {number}"
+        if unknown := [str(key) for key in row if key not in _COLUMNS]:
+            raise ValueError(f"{where}: {', '.join(unknown)} is unknown; known: {', '.join(_COLUMNS)}")
+        share = number_of(row.get("share"), f"{where}: share")
+        if share is None or not share > 0:
+            raise ValueError(f"{where}: share={row.get('share')!r} must be greater than 0")
+        terms = terms_of(row, default, where, name=str(row.get("name") or f"class {number}"))
+        found.append(RequestClass(share, terms, str(row["workload"]) if row.get("workload") else None))
+    names = [found_class.terms.name for found_class in found]
+    if len(set(names)) < len(names):
+        raise ValueError(f"--classes {path}: every class needs a name of its own")
+    return found
+
+
+def terms_of(row: Mapping[str, Any], default: Slo, where: str, name: str) -> Terms:
+    """Terms from the cells `ttft_ms`, `tbt_ms`, `stall_ms` and `priority` of a row; empty ones are the default's.
+
+    A row with promises of its own but no stall limit has the one that follows from them.
+
+    Raises:
+        ValueError: a cell is no such number; the sentence begins with `where`.
+    """
+    given = {column: number_of(row.get(column), f"{where}: {column}") for column in (*_NUMBERS, "priority")}
+    for column in _NUMBERS:
+        value = given[column]
+        if value is not None and not value > 0:
+            raise ValueError(f"{where}: {column}={value:g} must be greater than 0")
+    priority = given["priority"] or 0.0
+    if priority % 1:
+        raise ValueError(f"{where}: priority={priority:g} must be a whole number")
+    own = {field: given[column] / 1000 for column, field in _NUMBERS.items() if given[column] is not None}  # type: ignore[operator]
+    stall_s = own.get("stall_s", None if own else default.stall_s)
+    return Terms(Slo(own.get("ttft_s", default.ttft_s), own.get("tbt_s", default.tbt_s), stall_s), int(priority), name)
+
+
+def number_of(value: Any, what: str) -> float | None:
+    """A cell's number; None of an empty one. ValueError says what it must be."""
+    if value is None or value == "":
+        return None
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if isinstance(value, bool) or not math.isfinite(number):
+        raise ValueError(f"{what}={value!r} must be a number")
+    return number
