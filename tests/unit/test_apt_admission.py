@@ -18,22 +18,23 @@ PATIENT = Slo(60.0, 60.0)
 
 
 class Slower(CostModel):
-    """A hidden token costs 1/1,024 s more than one in KV; decodes alone take `decode`, whatever they read."""
+    """A hidden token costs 1/1,024 s more than one in KV. Decodes take 0.25 s as KV, `hidden_s` with a hidden one."""
 
-    attention_s = (1 / 1024, 1 / 512)
-    decode = 0.5
+    attention_s, request_s = (1 / 1024, 1 / 512), (0.0, 0.0)
+    hidden_s = 0.499  # less than twice as long, for twice the requests: a pool full of hidden ones brings more
 
     def step_s(self, load):
-        return self.decode if load.decode_requests and not load.prefill_tokens else 0.0
+        if not load.decode_requests or load.prefill_tokens:
+            return 0.0
+        return self.hidden_s if load.context_tokens[CacheKind.HIDDEN.index] else 0.25
 
 
-class AsFast(Slower):
-    decode = 0.25
+class TooSlow(Slower):
+    hidden_s = 0.5
+
+
+class AsFast(TooSlow):
     attention_s = (1 / 512, 1 / 512)
-
-
-class Quick(Slower):
-    decode = 0.499
 
 
 def model(kind):
@@ -56,20 +57,54 @@ SERVED = "run new 62 hidden ADMITTED_HIDDEN_SERVES_MORE"
 
 
 @pytest.mark.parametrize(
-    ("options", "kind", "remaining", "is_served"),
+    ("options", "kind", "is_served"),
     [
-        # 2 decodes x 1/512 s x (64 + 128 / 2) tokens are 0.5 s, as long as the iteration
-        ("apt", Slower, 128.0, True),
-        ("apt", Quick, 128.0, False),
-        ("apt", Slower, 129.0, False),
-        ("apt:sustained=off", Quick, 128.0, True),
-        ("apt:prediction=off", Quick, 128.0, True),  # 2 x 1/512 x 64 are half of that
-        ("apt", AsFast, 128.0, True),  # costs nothing more than KV
+        ("apt", Slower, True),
+        ("apt", TooSlow, False),
+        ("apt:prediction=off", Slower, True),
+        ("apt:prediction=off", TooSlow, False),
+        ("apt:sustained=off", TooSlow, True),
+        ("apt", AsFast, True),  # costs nothing more than KV
     ],
 )
-def test_hidden_serves_more_if_the_batch_gains(options, kind, remaining, is_served):
-    found = decide(short(), 1.0, options, model(kind), {9: 1.0, 64: remaining})
+def test_hidden_serves_more_if_a_pool_full_of_it_brings_more(options, kind, is_served):
+    found = decide(short(), 1.0, options, model(kind), {9: 1.0, 64: 128.0})
     assert (SERVED in found) is is_served
+
+
+@pytest.mark.parametrize(("prompt", "kind"), [(28, "kv"), (29, "hidden")])
+@pytest.mark.parametrize("option", ["apt:prediction=off", "apt"])
+def test_kv_costs_nothing_while_half_of_the_pool_stays_free(option, prompt, kind):
+    """Half of 40 blocks is 20; 6 are held, and 14 are 7 pages. A token more makes 8. With lengths, growth counts."""
+    state = make_state(40, mode="hybrid")
+    run(state, "a", 9, slo=PATIENT)
+    wait(state, "new", prompt, arrival_s=0.5)
+    line = decide(state, 1.0, option, model(Slower), {9: 64.0, prompt: 64.0})[-1]
+    assert line.split()[3] == (kind if option != "apt" else "hidden")
+
+
+def test_newcomers_before_it_count_as_kv():
+    """Half of 40 blocks is 20: 10 for each of two, and the third would be beyond."""
+    state = make_state(40, mode="hybrid")
+    for k in range(3):
+        wait(state, f"new{k}", 20, arrival_s=k / 8)
+    found = decide(state, 0.5, model=model(Slower))
+    assert [line.split()[3] for line in found] == ["kv", "kv", "hidden"]
+
+
+def test_what_is_too_large_for_kv_is_hidden_whatever_it_costs():
+    """64 tokens are 32 blocks as KV; the pool has 31."""
+    for arrival_s in (0.5, -30.0):  # by value, and in the lane
+        state = make_state(31, mode="hybrid")
+        wait(state, "new", 64, arrival_s=arrival_s)
+        assert decide(state, 1.0, model=model(TooSlow))[0].split()[3] == "hidden"
+
+
+@pytest.mark.parametrize(("kind", "chosen"), [(Slower, "hidden"), (TooSlow, "kv")])
+def test_the_lane_s_kind_is_the_smallest_if_that_pays(kind, chosen):
+    state = make_state(64, mode="hybrid")
+    wait(state, "old", 16, arrival_s=-30.0)
+    assert decide(state, 0.5, model=model(kind)) == [f"run old 16 {chosen} ADMITTED_LONGEST_LATE"]
 
 
 @pytest.mark.parametrize(("pending_s", "is_served"), [(0.19, True), (0.18, False)])

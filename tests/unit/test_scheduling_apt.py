@@ -41,9 +41,14 @@ def test_short_requests_pass_long_ones_when_memory_is_short():
 
 
 def test_the_kind_follows_rho():
-    for model, kind in ((A100, CacheKind.HIDDEN), (SLOW_HIDDEN, CacheKind.KV)):
-        state, policy = make_state(64, mode="hybrid"), make_policy("apt", PolicyContext(model))
-        state.add(request(16, 3))
+    """On a device where long requests are faster as hidden vectors and short ones as KV; and where none is faster."""
+    for model, prompt, kind in (
+        (A100, 1000, CacheKind.HIDDEN),
+        (A100, 16, CacheKind.KV),
+        (SLOW_HIDDEN, 1000, CacheKind.KV),
+    ):
+        state, policy = make_state(4000, mode="hybrid", tokens=2048), make_policy("apt", PolicyContext(model))
+        state.add(request(prompt, 3))
         assert step(state, policy, 0.1).scheduled[0].kind is kind
 
 

@@ -16,6 +16,7 @@ from apt_jax.scheduling.policies.apt.facts.view import View
 from apt_jax.scheduling.policies.apt.knapsack.greedy import solve_greedy
 from apt_jax.scheduling.policies.apt.knapsack.problem import Bools, Floats, Ints, Problem
 from apt_jax.scheduling.policies.apt.lane import admit_lane
+from apt_jax.scheduling.policies.apt.price import allowed_kinds
 
 UNKNOWN_RHO_S = 1e-9  # without a cost model KV is taken to be faster by next to nothing: first choice while it fits
 OFFERS = 64  # waiting requests looked at in one go
@@ -31,43 +32,26 @@ def admit(view: View, draft: Draft) -> Draft:
     capacity = draft.free_blocks - spare + int(draft.claims[victims].sum())
     if capacity < view.least_blocks_per_page:
         return draft
-    order, is_hidden = _solve(view, capacity)
+    order, is_hidden = _solve(view, draft, capacity)
     return _take(view, draft, order, is_hidden, spare, victims)
 
 
-def _solve(view: View, capacity: int) -> tuple[Ints, Bools]:
+def _solve(view: View, draft: Draft, capacity: int) -> tuple[Ints, Bools]:
     """Waiting requests to admit into `capacity` blocks, best first, and whether as hidden."""
     candidates = np.flatnonzero(~view.lane_w)
     kv_block_s = (view.rho_s or UNKNOWN_RHO_S) * view.block_size / CacheKind.KV.blocks_per_page
+    may_be_kv, may_be_hidden = allowed_kinds(view, draft, candidates)
     problem = Problem(
         pending_s=view.values_w[candidates],
         kv_blocks=CacheKind.KV.blocks_per_page * view.pages_w[candidates],
-        may_be_kv=np.full(len(candidates), view.kv_kind is not None),
-        may_be_hidden=_may_be_hidden(view, candidates),
+        may_be_kv=may_be_kv,
+        may_be_hidden=may_be_hidden,
         capacity_blocks=capacity,
         num_requests=view.num_counted,
         rho_s=kv_block_s if view.is_hybrid else 0.0,  # no choice, no penalty
     )
     solution = solve_greedy(problem)
     return candidates[solution.order], solution.is_hidden[solution.order]
-
-
-def _may_be_hidden(view: View, candidates: Ints) -> Bools:
-    """Whether each may be hidden: where hidden is slower than KV, only if the batch gains from one more like it.
-
-    The formulation counts a hidden request's delay for one iteration, but it lasts as long as the request. R
-    requests in T seconds become R + 1 in T + d: more tokens per second only if R d < T.
-    """
-    model, hidden = view.context.cost_model, view.hidden_kind
-    allowed = np.full(len(candidates), hidden is not None)
-    if model is None or hidden is None or view.rho_s <= 0 or not view.options.sustained:
-        return allowed
-    running = np.flatnonzero(view.running.decoding)
-    tokens = view.waiting.tokens[candidates].astype(np.float64)
-    if view.remaining_w is not None:
-        tokens = tokens + view.remaining_w[candidates] / 2
-    delay_s = len(running) * model.attention_s[hidden.index] * tokens
-    return allowed & (delay_s <= view.decode_s(running))
 
 
 class _Offer(NamedTuple):

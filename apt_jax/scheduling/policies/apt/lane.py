@@ -7,12 +7,13 @@ import numpy as np
 from apt_jax.scheduling.plan import Reason
 from apt_jax.scheduling.policies.apt.draft import Admission, Draft
 from apt_jax.scheduling.policies.apt.facts.view import View
+from apt_jax.scheduling.policies.apt.price import lane_kind
 
 
 def admit_lane(view: View, draft: Draft) -> Draft:
     """`draft` with the waiting requests of the lane admitted, in their smallest kind, the oldest first."""
-    kind = view.kinds[-1]
     for i in np.flatnonzero(view.lane_w).tolist():
+        kind = lane_kind(view, int(view.pages_w[i]))
         need = int(view.pages_w[i]) * kind.blocks_per_page
         victims = _victims(view, draft, need)
         if victims is None:
