@@ -73,14 +73,20 @@ def test_hidden_serves_more_if_a_pool_full_of_it_brings_more(options, kind, is_s
 
 
 @pytest.mark.parametrize(("prompt", "kind"), [(28, "kv"), (29, "hidden")])
-@pytest.mark.parametrize("option", ["apt:prediction=off", "apt"])
-def test_kv_costs_nothing_while_half_of_the_pool_stays_free(option, prompt, kind):
-    """Half of 40 blocks is 20; 6 are held, and 14 are 7 pages. A token more makes 8. With lengths, growth counts."""
+def test_kv_costs_nothing_while_half_of_the_pool_stays_free(prompt, kind):
+    """Half of 40 blocks is 20; 6 are held, and 14 are 7 pages. A token more makes 8."""
     state = make_state(40, mode="hybrid")
     run(state, "a", 9, slo=PATIENT)
     wait(state, "new", prompt, arrival_s=0.5)
-    line = decide(state, 1.0, option, model(Slower), {9: 64.0, prompt: 64.0})[-1]
-    assert line.split()[3] == (kind if option != "apt" else "hidden")
+    assert decide(state, 1.0, model=model(Slower))[-1].split()[3] == kind
+
+
+@pytest.mark.parametrize(("remaining", "kind"), [(1.0, "kv"), (64.0, "hidden")])
+def test_growth_counts_for_the_half(remaining, kind):
+    """10 blocks of 20 as KV; 32 tokens later it is there with e^-0.5 and holds 25.5: 15 are expected."""
+    state = make_state(20, mode="hybrid")
+    wait(state, "new", 17, arrival_s=0.5)
+    assert decide(state, 1.0, "apt", model(Slower), remaining)[-1].split()[3] == kind
 
 
 def test_newcomers_before_it_count_as_kv():
