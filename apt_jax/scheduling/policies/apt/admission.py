@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import repeat
+from operator import ge
 from typing import NamedTuple
 
 import numpy as np
@@ -14,7 +15,7 @@ from apt_jax.scheduling.policies.apt.eviction import choose_victims, late_victim
 from apt_jax.scheduling.policies.apt.facts.forecast import Forecast
 from apt_jax.scheduling.policies.apt.facts.view import View
 from apt_jax.scheduling.policies.apt.knapsack.greedy import solve_greedy
-from apt_jax.scheduling.policies.apt.knapsack.problem import Bools, Floats, Ints, Problem
+from apt_jax.scheduling.policies.apt.knapsack.problem import Bools, Ints, Problem
 from apt_jax.scheduling.policies.apt.lane import admit_lane
 from apt_jax.scheduling.policies.apt.price import allowed_kinds
 
@@ -67,12 +68,13 @@ class _Offer(NamedTuple):
     least_blocks: int
     is_late: bool
     any_in_time: bool
-    expected: Floats | None
+    expected: list[float] | None
 
 
 def _take(view: View, draft: Draft, order: Ints, is_hidden: Bools, spare: int, late_running: Ints) -> Draft:
     """Admit in order while seats, blocks and the forecast allow; late running requests make room if it is used."""
     forecast = _forecast(view, draft)
+    rooms = None if forecast is None else forecast.rooms()
     victims = late_running.tolist()
     preempted, admitted = dict(draft.preempted), list(draft.admitted)
     room, seats, fit = draft.free_blocks - spare, draft.seats, view.options.fit_victims
@@ -84,15 +86,17 @@ def _take(view: View, draft: Draft, order: Ints, is_hidden: Bools, spare: int, l
             chosen = None if offer.is_late else choose_victims(draft, victims, offer.blocks - room, seats, fit=fit)
         if chosen is None:
             continue
-        if forecast is not None and offer.expected is not None:
-            later = forecast
+        if forecast is not None and rooms is not None and offer.expected is not None:
+            later, left = forecast, rooms
             if chosen:
                 gone = np.array(chosen)
                 later = forecast.without(view.expected_r(gone).sum(axis=0), view.variance_r(gone).sum(axis=0))
+                left = later.rooms()
             others = bool(admitted) or len(view.running) > len(preempted) + len(chosen)
-            if others and not later.allows(offer.expected, is_late=offer.is_late):
+            if others and not all(map(ge, left[offer.is_late], offer.expected)):
                 continue
-            forecast = later.after(offer.expected)
+            forecast = later.after(np.array(offer.expected))
+            rooms = forecast.rooms()
         victims = [victim for victim in victims if victim not in chosen]
         preempted.update(dict.fromkeys(chosen, Reason.PREEMPTED_LATE))
         room += sum(int(draft.claims[victim]) for victim in chosen) - offer.blocks
@@ -113,7 +117,7 @@ def _offers(view: View, order: Ints, is_hidden: Bools) -> Iterator[_Offer]:
         part = slice(first, first + OFFERS)
         columns = [column[part].tolist() for column in (order, is_hidden, blocks, least, late, any_in_time)]
         predicted = view.remaining_w is not None
-        expected = view.expected_w(order[part], per_page[part]) if predicted else repeat(None)
+        expected = view.expected_w(order[part], per_page[part]).tolist() if predicted else repeat(None)
         yield from map(_Offer._make, zip(*columns, expected, strict=False))
 
 

@@ -47,10 +47,10 @@ class Forecast(NamedTuple):
         """The forecast once running requests that were to hold `expected` blocks have given them back."""
         return self._replace(free=self.free + expected, variance=np.maximum(self.variance - variance, 0.0))
 
-    def allows(self, expected: Floats, *, is_late: bool) -> bool:
-        """Whether a request of `expected` blocks fits at every horizon."""
-        kept = (self.late_margin if is_late else self.margin) * np.sqrt(self.variance)
-        return bool((self.free - kept >= expected).all())
+    def rooms(self) -> tuple[list[float], list[float]]:
+        """`[horizons]` blocks that one more request may be expected to hold: one in time, and a late one."""
+        deviation = np.sqrt(self.variance)
+        return (self.free - self.margin * deviation).tolist(), (self.free - self.late_margin * deviation).tolist()
 
     def after(self, expected: Floats) -> "Forecast":
         """The forecast with that request admitted."""
