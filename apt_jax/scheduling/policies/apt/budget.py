@@ -58,7 +58,7 @@ class Budget:
 
 
 def prompts(view: View, draft: Draft) -> list[Prompt]:
-    """Those of the draft: if paced, the lane first, then by what is left of their limits, late ones last."""
+    """Those of the draft: the lane first, the oldest ahead; then, if paced, by what is left of their limits."""
     running, waiting = view.running, view.waiting
     found = [
         Prompt(
@@ -76,9 +76,13 @@ def prompts(view: View, draft: Draft) -> list[Prompt]:
         for k, entry in enumerate(draft.admitted)
         for i in [entry.position]
     ]  # fmt: skip
-    if not view.options.paced:
-        return found
-    return sorted(found, key=lambda prompt: (not prompt.in_lane, prompt.slack_s))
+
+    def urgency(prompt: Prompt) -> float:
+        if prompt.in_lane:
+            return prompt.request.order  # the bound on waiting needs its oldest to come first
+        return prompt.slack_s if view.options.paced else 0.0
+
+    return sorted(found, key=lambda prompt: (not prompt.in_lane, urgency(prompt)))
 
 
 def prefill_budget(view: View, draft: Draft, wanted: list[Prompt]) -> Budget:

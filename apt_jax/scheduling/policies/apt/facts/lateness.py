@@ -5,10 +5,19 @@ served in time (Apt-Serve, section 5). Alone that starves it for as long as othe
 bounds the wait: late requests that have been in the system for `patience_s` queue, in order of arrival, for a lane.
 A request in the lane is scheduled in every iteration, cannot be preempted, and leaves only when finished.
 
-Bound: let a late request have k older unfinished requests when its patience ends. No later arrival ever enters the
-lane before it. The lane always holds its oldest eligible request, which computes at least one prefill chunk or one
-token per iteration. So it is finished after at most the sum, over those k and itself, of (prefill chunks + output
-tokens) iterations, whatever else arrives. `tests/unit/test_scheduling_apt.py` holds the policy to it.
+Bound, in iterations. A request is eligible once it is late and its patience is over, and stays so: being late does not
+turn back. The oldest eligible one is always in the lane, its chunk is the first of the iteration, and nobody takes its
+memory; so in every iteration it computes min(16, what is left of its prompt) tokens or more, or one output token. (It
+needs room for 16 tokens beside one for each of `max_num_seqs`.) With n tokens to compute and o to generate it is served
+by w = ceil(n / 16) + o iterations at the head. Let a request become eligible. Only older requests, and those that hold
+seats in the lane already, can be served before it; the head advances in every iteration. If j of the older ones are
+still in time then and become late afterwards, each may push those behind it out of the lane, whose work is lost. So it
+is finished after at most the sum of w over those and itself, and j times the largest w, whatever else arrives.
+
+In seconds: let an iteration with the decodes alone take T, 16 prompt tokens with their cached prefix C, and let P be
+the tightest promise: a gap of those that decode or a first token of anyone unfinished. `budget.py` makes an iteration
+at most max(P / 4, 2 T, T + C) long by the cost model, attention among the prompts' own tokens, logits, padding and
+weights read again for mixed kinds not counted. `tests/unit/test_apt_lane.py` holds the policy to both.
 """
 
 from typing import Literal

@@ -1,0 +1,112 @@
+"""The bound on a late request's wait (`facts/lateness.py`): long prompts under a flood that never ends.
+
+Every iteration takes as long as the cost model says. In each of them the oldest eligible request must get on, and none
+may be longer than promised.
+"""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from apt_jax.request import Slo
+from apt_jax.scheduling.costs.cost_model import CostModel
+from apt_jax.scheduling.costs.hardware import HARDWARE, MODELS
+from apt_jax.scheduling.costs.step_load import StepLoad, step_load
+from apt_jax.scheduling.plan import Reason
+from apt_jax.scheduling.policies.catalogue import make_policy
+from apt_jax.scheduling.policies.interface import PolicyContext
+from tests.support.apt_plans import decide
+from tests.support.scheduling_loop import make_state, request
+from tests.support.tiny_states import run, wait
+
+A100 = CostModel(MODELS["opt-13b"], HARDWARE["a100-40gb"], "one-pass")
+MODELS_HERE = (A100, replace(A100, hidden_mode="recompute"), CostModel(MODELS["opt-13b"], HARDWARE["h200"]))
+FLOOD = 24  # requests that wait at any time, most of them in time
+SEATS = 12
+LEAST_TOKENS = 16  # that the oldest computes of its prompt in an iteration
+
+
+def longest_s(model, plan, load, unfinished):
+    """What `budget.py` promises for an iteration, and what it does not count."""
+    promise_s = min(r.slo.ttft_s for r in unfinished)
+    prefix_s = 0.0
+    for entry in plan.scheduled:
+        request, tokens = entry.request, min(LEAST_TOKENS, entry.num_tokens)
+        computed = request.num_computed_tokens - entry.num_tokens  # the plan has been applied
+        if entry.reason is Reason.DECODES:
+            promise_s = min(promise_s, request.slo.tbt_s)
+        elif computed and not prefix_s:  # of the first chunk
+            prefix_s = model.prefix_s(entry.kind, tokens, computed)
+    alone = replace(load, prefill_tokens=0, prefill_pairs=0, samples=load.decode_requests, chunks=())
+    alone_s = model.step_s(alone if load.decode_requests else StepLoad(1))
+    least_s = alone_s + LEAST_TOKENS * model.token_s + prefix_s
+    uncounted_s = load.prefill_pairs * model.pair_s + load.samples * model.logits_s
+    uncounted_s += model.mixing_s(load) - model.mixing_s(alone)
+    return max(promise_s / 4, 2 * alone_s, least_s) + uncounted_s
+
+
+def serve_late_ones(seed):
+    rng = np.random.default_rng(seed)
+    model, mode = MODELS_HERE[seed % 3], ("kv", "hybrid", "hidden")[seed // 3 % 3]
+    slos = [Slo(float(rng.choice([0.3, 1.0, 5.0])), float(rng.choice([0.05, 0.2, 1.0]))) for _ in range(3)]
+    options = f"apt:patience_s=2:lane_share={rng.choice([0, 0.3, 1])}:mixed={'off' if seed % 5 == 0 else 'on'}"
+    policy = make_policy(options, PolicyContext(model))
+    state = make_state(int(rng.integers(160, 500)), 16, SEATS, int(rng.choice([SEATS + 16, 256, 2048])), mode)
+
+    def draw(now, name, most_output):
+        prompt, output = int(rng.integers(300, 1200)), int(rng.integers(1, most_output))
+        return request(prompt, output, now, slos[int(rng.integers(3))], name=name)
+
+    late = [draw(-30.0, f"late{k}", 12) for k in range(int(rng.integers(1, 4)))]
+    for r in late:
+        state.add(r)
+    bound = sum(-(-r.num_prompt_tokens // LEAST_TOKENS) + r.max_new_tokens for r in late)
+    now, iterations = 0.0, 0
+    while oldest := next((r for r in late if r.finish_reason is None), None):
+        for k in range(FLOOD - len(state.waiting)):
+            state.add(draw(now, f"fresh{iterations}.{k}", 40))
+        unfinished = [*state.waiting, *state.running]
+        plan = policy.schedule(state, now)
+        left = oldest.num_uncomputed_tokens
+        spans = state.apply(plan, now)
+        load = step_load(plan, spans)
+        seconds = model.step_s(load)
+        assert seconds <= longest_s(model, plan, load, unfinished) * (1 + 1e-9)
+        computed = {s.request.request_id: s.num_tokens for s in spans}.get(oldest.request_id, 0)
+        assert computed >= min(LEAST_TOKENS, left), (iterations, oldest.request_id, left)
+        now += seconds
+        for span in spans:
+            if span.samples and state.commit(span.request, 5, now) is not None:
+                policy.finished(span.request, now)
+        iterations += 1
+    assert iterations <= bound
+
+
+@pytest.mark.parametrize("seed", range(120))
+def test_the_oldest_late_one_gets_on_in_every_iteration_however_long_the_prompts(seed):
+    serve_late_ones(seed)
+
+
+def test_in_the_lane_the_oldest_comes_first_even_if_another_has_begun():
+    """16 tokens beside one decode: for the older one, which waits, and not for the prompt under way."""
+    for options in ("", ":paced=off", ":mixed=off"):
+        state = make_state(400, tokens=17)
+        wait(state, "older", 40, arrival_s=-40.0)
+        run(state, "begun", 40, computed=20, arrival_s=-30.0)
+        run(state, "talker", 7)
+        plan = decide(state, 0.5, f"apt:prediction=off:lane_share=1{options}")
+        assert [line for line in plan if line.startswith("run")] == [
+            "run talker 1 kv DECODES", "run older 16 kv ADMITTED_LONGEST_LATE",
+        ]  # fmt: skip
+
+
+def test_the_lane_comes_before_the_most_urgent_prompt():
+    """20 tokens are left beside the decode: 16 of the lane's prompt in time to come, 4 of the urgent one."""
+    state = make_state(400, tokens=21)
+    run(state, "urgent", 40, computed=20, arrival_s=0.0)
+    run(state, "old", 40, computed=24, arrival_s=-30.0)
+    run(state, "talker", 7)
+    assert decide(state, 0.5) == [
+        "run talker 1 kv DECODES", "run old 16 kv CONTINUES_PREFILL", "run urgent 4 kv CONTINUES_PREFILL",
+    ]  # fmt: skip
