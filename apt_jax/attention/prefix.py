@@ -142,10 +142,10 @@ def _over_projected(
             return jax.lax.dynamic_update_slice(keys_values, jnp.stack(both), (0, piece * step, 0, 0))
 
         keys_values = jax.lax.fori_loop(0, -(-length[r] // (step * S)), project, keys_values)
-        tables = jnp.arange(2 * pages, dtype=jnp.int32).reshape(2, 1, pages)
+        key_blocks = jnp.arange(pages, dtype=jnp.int32)[None]
         one = (jax.lax.dynamic_slice_in_dim(a, r, 1) for a in (length, first, rows.length))
         assert kernels.kv_prefix is not None
-        part = kernels.kv_prefix(q, keys_values.reshape(2 * pages, S, D), tables[0], tables[1], *one)
+        part = kernels.kv_prefix(q, keys_values.reshape(-1, S, D), key_blocks, key_blocks + pages, *one)
         mine = (slot >= first[r]) & (slot < first[r] + rows.length[r])
         merged = merge(own, part)
         own = Partial(jnp.where(mine[..., None], merged.out, own.out), jnp.where(mine, merged.lse, own.lse))
