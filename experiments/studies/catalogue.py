@@ -1,12 +1,16 @@
 """The question of each study, and the points that answer it. OPT-13B on one A100 (40 GB) unless a case differs."""
 
 import itertools
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 from apt_jax.cache import CacheMode
 from apt_jax.scheduling.costs.cost_model import HiddenMode
 from apt_jax.simulation.experiment import Configuration, Experiment
+from experiments.studies.settings import SETTINGS
 
+FOLDER = Path(__file__).parent
+DEFAULT = SETTINGS["a100-13b-one-pass"].experiment
 SHARES = ("strict_attainment", "attainment", "worst_class")
 
 
@@ -17,8 +21,8 @@ class Case:
     label: str
     policy: str
     cache_mode: CacheMode
-    hidden_attention: HiddenMode = "absorbed"
-    experiment: Experiment = field(default_factory=Experiment)
+    hidden_attention: HiddenMode = "one-pass"
+    experiment: Experiment = DEFAULT
     rates: tuple[float, ...] = ()
 
     @property
@@ -56,9 +60,15 @@ class Study:
         return [(case, rate) for case in self.cases for rate in (case.rates or self.rates or (None,))]
 
 
-BASELINE = ("fcfs, KV", "fcfs", "kv", "absorbed")
+# on devices whose kernels this package has: what it runs there; else the kernel that reads every vector once
+VLLM_0 = ("vllm-v0, KV", "vllm-v0", "kv", "absorbed")
+VLLM_1 = ("vllm-v1, KV", "vllm-v1", "kv", "absorbed")
+SARATHI = ("sarathi, hidden", "sarathi", "hidden", "absorbed")
+BEST = ("apt, hybrid", "apt", "hybrid", "absorbed")
 PAPER = ("paper: apt-paper, hybrid, recompute", "apt-paper", "hybrid", "recompute")
-BEST = ("apt, hybrid, absorbed", "apt", "hybrid", "absorbed")
+SARATHI_ONE_PASS = ("sarathi, hidden, one pass", "sarathi", "hidden", "one-pass")
+BEST_ONE_PASS = ("apt, hybrid, one pass", "apt", "hybrid", "one-pass")
+BASELINE = VLLM_1
 
 
 def _cases(experiment: Experiment, *kinds: tuple[str, str, str, str], prefix: str = "") -> tuple[Case, ...]:
@@ -70,7 +80,7 @@ def _cases(experiment: Experiment, *kinds: tuple[str, str, str, str], prefix: st
 
 def _targets(
     name: str, question: str, *experiments: tuple[str, Experiment], targets: tuple[float, ...] = (0.9,),
-    kinds: tuple[tuple[str, str, str, str], ...] = (BASELINE, BEST),
+    kinds: tuple[tuple[str, str, str, str], ...] = (BASELINE, BEST_ONE_PASS),
 ) -> Study:  # fmt: skip
     cases = [_cases(experiment, *kinds, prefix=f"{label}: " if label else "") for label, experiment in experiments]
     return Study(name, question, sum(cases, ()), targets=targets)
@@ -94,26 +104,40 @@ def _routed(
             duration_s=duration_s,
         )  # fmt: skip
         total = tuple(round(number * rate, 6) for rate in rates)
-        cases.append(Case(f"{policy}, {router}{varied}", policy, mode, "absorbed", each, total))
+        cases.append(Case(f"{policy}, {router}{varied}", policy, mode, "one-pass", each, total))
     return tuple(cases)
 
 
-DEFAULT = Experiment()
-AZURE = Experiment(workload="azure")
-MIXED = Experiment(workload="sharegpt+longbench")
-SHORT = Experiment(num_requests=300)  # still 300 seconds of arrivals, see `make_arrivals`
+AZURE = replace(DEFAULT, workload="azure")
+LONG = replace(DEFAULT, duration_s=900.0)  # long enough to say whether a rate lasts
+MIXED = replace(DEFAULT, workload="sharegpt+longbench")
+SHORT = replace(DEFAULT, num_requests=300)  # still 300 seconds of arrivals, see `make_arrivals`
 STUDIES = (
     _targets("sharegpt", "What request rate keeps the promise for 90% and 99% of all requests?", ("", DEFAULT),
-             targets=(0.9, 0.99), kinds=(BASELINE, PAPER, BEST)),
+             targets=(0.9, 0.99), kinds=(VLLM_0, VLLM_1, PAPER, SARATHI_ONE_PASS, BEST_ONE_PASS)),
+    _targets("devices", "And on devices that the kernels of this package are written for?",
+             *((name, SETTINGS[name].experiment) for name in ("v6e-13b", "v6e-6.7b", "v5e-6.7b", "h200-13b-10gb")),
+             targets=(0.9, 0.99), kinds=(VLLM_1, SARATHI, BEST)),
     _targets("workloads", "Does it hold for other request lengths?",
              ("HumanEval", replace(SHORT, workload="humaneval")), ("LongBench", replace(SHORT, workload="longbench"))),
-    Study("cliff", "How does attainment fall with the rate?", _cases(DEFAULT, BASELINE, PAPER, BEST),
-          rates=(1, 2, 3, 4, 6, 8, 10),
+    Study("cliff", "How does attainment fall with the rate?",
+          _cases(DEFAULT, VLLM_1, PAPER, SARATHI_ONE_PASS, BEST_ONE_PASS),
+          rates=(1, 2, 3, 4, 5, 6, 8),
           columns=(*SHARES, "p50_ttft_s", "p99_ttft_s", "p99_tbt_s", "mean_batch", "backlog", "longest_wait_s")),
+    Study("policies", "Hidden blocks for all, 900 s of arrivals: what does the policy alone change, and who pays?",
+          tuple(Case(policy, policy, "hidden", experiment=LONG)
+                for policy in ("fcfs", "sarathi", "edf", "sjf", "mlfq", "apt")),
+          rates=(4.4, 5.0),
+          columns=(*SHARES, "longest_gap_s", "longest_wait_s", "backlog_growth", "preemptions")),
+    Study("classes", "Chats (0.5 s, gaps of 0.1 s) and a fifth of summaries (30 s, 5 s), 900 s, hidden blocks.",
+          tuple(Case(policy, policy, "hidden", experiment=replace(LONG, classes=FOLDER / "chats_and_summaries.csv"))
+                for policy in ("fcfs", "sarathi", "edf", "sjf", "mlfq", "apt")),
+          rates=(2.0, 3.0),
+          columns=(*SHARES, "longest_gap_s", "longest_wait_s", "backlog_growth", "preemptions")),
     Study("memory", "Scheduling off: what does the cache alone change when memory is short?",
           (Case("KV", "fcfs", "kv"), Case("hybrid, recompute", "fcfs", "hybrid", "recompute"),
-           Case("hybrid, absorbed", "fcfs", "hybrid"), Case("hidden, recompute", "fcfs", "hidden", "recompute"),
-           Case("hidden, absorbed", "fcfs", "hidden")),
+           Case("hybrid, one pass", "fcfs", "hybrid"), Case("hidden, recompute", "fcfs", "hidden", "recompute"),
+           Case("hidden, one pass", "fcfs", "hidden")),
           rates=(2, 4, 6),
           columns=(*SHARES, "mean_batch", "p50_ttft_s", "p99_tbt_s", "preemptions", "conversions")),
     Study("scheduler", "KV only: what does the order of service change when requests queue?",
@@ -123,22 +147,22 @@ STUDIES = (
           columns=(*SHARES, "p50_queue_s", "p99_queue_s", "p99_tbt_s", "preemptions", "longest_wait_s")),
     Study("mechanisms", "Which part helps: hidden blocks, absorbed attention, the mix of kinds?",
           (Case("KV", "apt", "kv"), Case("hidden, recompute", "apt", "hidden", "recompute"),
-           Case("hybrid, recompute", "apt", "hybrid", "recompute"), Case("hidden, absorbed", "apt", "hidden"),
-           Case("hybrid, absorbed", "apt", "hybrid")),
-          rates=(4, 7),
+           Case("hybrid, recompute", "apt", "hybrid", "recompute"), Case("hidden, one pass", "apt", "hidden"),
+           Case("hybrid, one pass", "apt", "hybrid")),
+          rates=(4, 5),
           columns=(*SHARES, "mean_batch", "p99_ttft_s", "p99_tbt_s", "preemptions", "conversions")),
     Study("value", "How much does the value function matter? Gap promise 200 ms.",
-          tuple(Case(f"value={value}", f"apt:value={value}", "hybrid", "absorbed", Experiment(tbt_slo_ms=200))
+          tuple(Case(f"value={value}", f"apt:value={value}", "hybrid", "one-pass", replace(DEFAULT, tbt_slo_ms=200))
                 for value in ("pending", "absolute", "slack", "footprint", "longest")),
-          rates=(7,),
+          rates=(5,),
           columns=(*SHARES, "ttft_attainment", "tbt_attainment", "p99_tbt_s", "preemptions", "longest_wait_s")),
     Study("prediction", "Does predicting output lengths help?",
           (Case("on", "apt", "hybrid"), Case("off", "apt:prediction=off", "hybrid")),
-          rates=(4, 7),
+          rates=(4, 5),
           columns=(*SHARES, "preemptions", "p99_tbt_s", "mean_batch", "longest_wait_s")),
     Study("fallback", "What becomes of late requests, and what does it cost the others?",
           tuple(Case(name, f"apt:fallback={name}", "hybrid") for name in ("none", "constant", "aging")),
-          rates=(7, 9),
+          rates=(5, 6),
           columns=(*SHARES, "longest_wait_s", "p99_ttft_s", "backlog", "preemptions")),
     _targets("bursts", "What do bursts do? Gamma gaps with coefficient of variation 2 and 4.",
              ("cv 2", replace(SHORT, cv=2.0)), ("cv 4", replace(SHORT, cv=4.0))),
