@@ -60,10 +60,11 @@ class Budget:
 def prompts(view: View, draft: Draft) -> list[Prompt]:
     """Those of the draft: the lane first, the oldest ahead; then, if paced, by what is left of their limits."""
     running, waiting = view.running, view.waiting
+    limit_r, limit_w = running.limit_s, waiting.limit_s
     found = [
         Prompt(
             running.requests[i], KINDS[running.kind[i]], Reason.CONTINUES_PREFILL, None, int(running.uncomputed[i]),
-            int(running.tokens[i] - running.uncomputed[i]), float(running.limit_s[i]), float(view.slack_r[i]),
+            int(running.tokens[i] - running.uncomputed[i]), float(limit_r[i]), float(view.slack_r[i]),
             bool(view.lane_r[i]),
         )
         for i in np.flatnonzero(draft.prefills & draft.stays).tolist()
@@ -71,7 +72,7 @@ def prompts(view: View, draft: Draft) -> list[Prompt]:
     found += [
         Prompt(
             waiting.requests[i], entry.kind, entry.reason, k, int(waiting.uncomputed[i]), 0,
-            float(waiting.limit_s[i]), float(view.slack_w[i]), bool(view.lane_w[i]),
+            float(limit_w[i]), float(view.slack_w[i]), bool(view.lane_w[i]),
         )
         for k, entry in enumerate(draft.admitted)
         for i in [entry.position]

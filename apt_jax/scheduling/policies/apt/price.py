@@ -27,8 +27,8 @@ def allowed_kinds(view: View, draft: Draft, candidates: Ints) -> tuple[Bools, Bo
     if kv is None or hidden is None or model is None or not view.options.sustained:
         return as_kv, as_hidden
     tokens = _mean_tokens(view, candidates)
-    delay_s = np.array([model.hidden_delay_s(float(n)) for n in tokens])
-    slower = delay_s > 0
+    at_none_s = model.hidden_delay_s(0)  # linear in tokens
+    slower = at_none_s + (model.hidden_delay_s(1) - at_none_s) * tokens > 0
     if not slower.any():
         return as_kv, as_hidden
     if hidden_pays(view):
