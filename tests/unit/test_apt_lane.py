@@ -17,7 +17,7 @@ from apt_jax.scheduling.plan import Reason
 from apt_jax.scheduling.policies.catalogue import make_policy
 from apt_jax.scheduling.policies.interface import PolicyContext
 from tests.support.apt_plans import decide
-from tests.support.scheduling_loop import make_state, request
+from tests.support.scheduling_loop import make_state, request, step
 from tests.support.tiny_states import run, wait
 
 A100 = CostModel(MODELS["opt-13b"], HARDWARE["a100-40gb"], "one-pass")
@@ -110,3 +110,24 @@ def test_the_lane_comes_before_the_most_urgent_prompt():
     assert decide(state, 0.5) == [
         "run talker 1 kv DECODES", "run old 16 kv CONTINUES_PREFILL", "run urgent 4 kv CONTINUES_PREFILL",
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("options", ["", ":convert=off"])
+def test_one_of_the_lane_that_outgrows_the_pool_as_kv_begins_again_as_hidden(options):
+    """12 blocks are 24 tokens as KV; all 35 are 9 blocks as hidden. Where hidden is far slower it has KV first.
+
+    Ten iterations bring ten tokens each time: the first computes what is known, 15 or 25 tokens.
+    """
+    slow = type("Slow", (CostModel,), {"attention_s": (1e-9, 1e-2)})(MODELS["opt-13b"], HARDWARE["h200"])
+    state = make_state(12, mode="hybrid")
+    policy = make_policy(f"apt:patience_s=1{options}", PolicyContext(slow))
+    old = request(15, 20, -5.0, name="old")
+    state.add(old)
+    kinds, now = [], 0.0
+    while old.finish_reason is None:
+        state.add(request(8, 2, now))
+        plan = step(state, policy, now)
+        kinds += [entry.kind.value for entry in plan.scheduled if entry.request is old]
+        now += 0.03
+        assert now < 3.0
+    assert kinds == ["kv"] * 10 + ["hidden"] * 10

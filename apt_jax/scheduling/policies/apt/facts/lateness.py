@@ -10,9 +10,10 @@ turn back. The oldest eligible one is always in the lane, its chunk is the first
 memory; so in every iteration it computes min(16, what is left of its prompt) tokens or more, or one output token. (It
 needs room for 16 tokens beside one for each of `max_num_seqs`.) With n tokens to compute and o to generate it is served
 by w = ceil(n / 16) + o iterations at the head. Let a request become eligible. Only older requests, and those that hold
-seats in the lane already, can be served before it; the head advances in every iteration. If j of the older ones are
-still in time then and become late afterwards, each may push those behind it out of the lane, whose work is lost. So it
-is finished after at most the sum of w over those and itself, and j times the largest w, whatever else arrives.
+seats or blocks in the lane already, can be served before it; the head advances in every iteration. If j of the older
+ones are still in time then and become late afterwards, each may push those behind it out of the lane, whose work is
+lost; so is the work of one that outgrows the pool as KV, and begins again as hidden. So a request is finished after at
+most the sum of w over those and itself, and j times the largest w (2 j + 1 times with KV), whatever else arrives.
 
 In seconds: let an iteration with the decodes alone take T, 16 prompt tokens with their cached prefix C, and let P be
 the tightest promise: a gap of those that decode or a first token of anyone unfinished. `budget.py` makes an iteration

@@ -238,8 +238,9 @@ class View:
     def _lanes(self) -> tuple[Bools, Bools]:
         if self.options.fallback != "aging":
             return np.zeros(len(self.waiting), np.bool_), np.zeros(len(self.running), np.bool_)
+        late_running = self.late_r & (self.need_r <= self.state.pool.num_blocks)  # as KV it may outgrow the pool
         return lane(
-            self.waiting, self.running, self.late_w, self.late_r, now=self.now, patience_s=self.options.patience_s,
+            self.waiting, self.running, self.late_w, late_running, now=self.now, patience_s=self.options.patience_s,
             blocks_waiting=self.pages_w * self.least_blocks_per_page, blocks_running=self.need_r,
             share_blocks=int(self.options.lane_share * self.state.pool.num_blocks),
         )  # fmt: skip
