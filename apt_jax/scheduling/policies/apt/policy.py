@@ -6,8 +6,11 @@ chooses; (3) decode and prefill run together where the cost model says that is f
 cumulative pending time runs; (4) hidden requests are converted to KV where memory stays free and KV is faster.
 Requests that can no longer keep their SLO are demoted, with a bound on their wait (`facts/lateness.py`).
 
-`facts/` holds what is known, `draft.py` what an attempt decides (`eviction.py`, `lane.py`, `admission.py`),
-`turns.py` which attempt is carried out, `plan.py` the plan made of it.
+`facts/` holds what is known: `ledger.py` the queues as columns, `view.py` needs and values, `lateness.py` who can no
+longer keep its SLO and the lane, `forecast.py` the blocks expected to be held later. `draft.py` is what one attempt has
+decided; `eviction.py`, `lane.py`, `admission.py` and `price.py` decide who gives up memory, who is admitted, as what
+kind; `turns.py` says which attempt is carried out; `budget.py` and `chunks.py` how many prompt tokens, and whose;
+`conversion.py` which caches become KV; `plan.py` makes the plan. `knapsack/` is the problem as data and its solvers.
 `apt-paper` is the original without what is added here. Source: Apt-Serve, arXiv 2504.07494, sections 4 and 5.
 """
 
