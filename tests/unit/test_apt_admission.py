@@ -89,6 +89,24 @@ def test_growth_counts_for_the_half(remaining, kind):
     assert decide(state, 1.0, "apt", model(Slower), remaining)[-1].split()[3] == kind
 
 
+class Apart(Slower):
+    """An iteration with both kinds takes `both_s` longer."""
+
+    def mixing_s(self, load):
+        return self.both_s if all(load.decodes[kind.index] for kind in (CacheKind.KV, CacheKind.HIDDEN)) else 0.0
+
+
+@pytest.mark.parametrize(("both_s", "chosen"), [(8 / 1024, "kv"), (9 / 1024, "hidden")])
+def test_kv_is_not_worth_an_iteration_with_both_kinds(both_s, chosen):
+    """For each of two that decode KV saves 4 tokens x 1/1,024 s. Plenty is free."""
+    state = make_state(64, mode="hybrid")
+    run(state, "a", 3, slo=PATIENT)
+    run(state, "b", 3, slo=PATIENT)
+    wait(state, "new", 4, arrival_s=0.5)
+    costs = model(type("Apart", (Apart,), {"both_s": both_s}))
+    assert decide(state, 1.0, model=costs)[-1].split()[3] == chosen
+
+
 def test_newcomers_before_it_count_as_kv():
     """Half of 40 blocks is 20: 10 for each of two, and the third would be beyond."""
     state = make_state(40, mode="hybrid")

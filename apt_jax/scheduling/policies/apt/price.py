@@ -28,14 +28,25 @@ def allowed_kinds(view: View, draft: Draft, candidates: Ints) -> tuple[Bools, Bo
         return as_kv, as_hidden
     tokens = _mean_tokens(view, candidates)
     at_none_s = model.hidden_delay_s(0)  # linear in tokens
-    slower = at_none_s + (model.hidden_delay_s(1) - at_none_s) * tokens > 0
+    delay_s = at_none_s + (model.hidden_delay_s(1) - at_none_s) * tokens
+    slower = delay_s > 0
     if not slower.any():
         return as_kv, as_hidden
     if hidden_pays(view):
         scarce = _scarce_as_kv(view, draft, candidates, kv)
+        if not _is_worth_mixing(view, model, float(delay_s[slower].mean())):
+            scarce[:] = True
     else:
         scarce = view.pages_w[candidates] * kv.blocks_per_page > view.state.pool.num_blocks  # not even alone
     return ~(slower & scarce), ~(slower & ~scarce)
+
+
+def _is_worth_mixing(view: View, model: CostModel, delay_s: float) -> bool:
+    """Whether KV saves the running requests more than an iteration with both kinds costs."""
+    both = StepLoad(decode_requests=2, decodes=per_kind(lambda kind: int(kind in (view.kv_kind, view.hidden_kind))))
+    hidden = StepLoad(decode_requests=2, decodes=per_kind(lambda kind: 2 * (kind is view.hidden_kind)))
+    mixing_s = model.scales.mixing * (model.mixing_s(both) - model.mixing_s(hidden))
+    return max(1, int(view.running.decoding.sum())) * delay_s >= mixing_s
 
 
 def lane_kind(view: View, pages: int) -> CacheKind:
