@@ -60,7 +60,7 @@ def urgent(tokens, **fields):
         (129, 0.0, 128),  # free, and more than the 64 needed
         (257, 0.0, 256),
         (2000, 0.0, 1024),
-        # half of the limit is over, half of the rest is aimed at: 1.375 s are left of it
+        # half of the limit is over: half of the rest is 1.625 s, a step before it
         (0, 3.25, 682),  # 0.25 / 0.375 s
         (0, 4.0, 1024),  # 1.25 s of which a step takes 0.25: all that is allowed, 1.375 s
     ],
@@ -80,6 +80,14 @@ def test_what_is_needed_counts_those_that_are_due_before():
     assert chunks(decide(state, 0.0, model=toy(decode=0.25))) == [("a", 128)]
     run(state, "b", 513, computed=1, slo=Slo(5.5, 60.0))
     assert chunks(decide(state, 0.0, model=toy(decode=0.25))) == [("a", 170)]
+
+
+def test_what_is_needed_counts_the_prefix():
+    """0.75 s of products and 0.25 s for 1,024 cached tokens: as much as the essay above."""
+    state = make_state(4000, tokens=4096, mode="hidden")
+    run(state, "talker", 7, kind=CacheKind.HIDDEN, slo=PATIENT)
+    run(state, "half", 1792, kind=CacheKind.HIDDEN, computed=1024, slo=Slo(6.5, 60.0))
+    assert chunks(decide(state, 0.0, model=toy(decode=0.25, free_tokens=1))) == [("half", 128)]
 
 
 def test_late_prompts_need_nothing():

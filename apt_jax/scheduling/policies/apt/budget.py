@@ -18,7 +18,7 @@ from apt_jax.scheduling.policies.apt.draft import Draft
 from apt_jax.scheduling.policies.apt.facts.view import View, prompt_token_s
 
 STEP_SHARE = 0.25  # of the tightest promise, a gap or a first token, that one iteration may last
-TARGET_SHARE = 0.5  # of its limit after which a prompt is to be computed, if that can still be
+TARGET_SHARE = 0.5  # of what is left of its limit within which a prompt is to be computed
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Prompt:
     """A request with prompt tokens to compute: one that runs, or one that the draft admits.
 
     `admission` is its index in the draft's admissions, None for one that runs. `computed` tokens are cached already.
-    `slack_s` is what is left of `limit_s`, within which its next token is due; infinite for a late one.
+    `slack_s` is what is left of the limit within which its next token is due; infinite for a late one.
     """
 
     request: Request
@@ -35,7 +35,6 @@ class Prompt:
     admission: int | None
     uncomputed: int
     computed: int
-    limit_s: float
     slack_s: float
     in_lane: bool
 
@@ -60,11 +59,10 @@ class Budget:
 def prompts(view: View, draft: Draft) -> list[Prompt]:
     """Those of the draft: the lane first, the oldest ahead; then, if paced, by what is left of their limits."""
     running, waiting = view.running, view.waiting
-    limit_r, limit_w = running.limit_s, waiting.limit_s
     found = [
         Prompt(
             running.requests[i], KINDS[running.kind[i]], Reason.CONTINUES_PREFILL, None, int(running.uncomputed[i]),
-            int(running.tokens[i] - running.uncomputed[i]), float(limit_r[i]), float(view.slack_r[i]),
+            int(running.tokens[i] - running.uncomputed[i]), float(view.slack_r[i]),
             bool(view.lane_r[i]),
         )
         for i in np.flatnonzero(draft.prefills & draft.stays).tolist()
@@ -72,7 +70,7 @@ def prompts(view: View, draft: Draft) -> list[Prompt]:
     found += [
         Prompt(
             waiting.requests[i], entry.kind, entry.reason, k, int(waiting.uncomputed[i]), 0,
-            float(limit_w[i]), float(view.slack_w[i]), bool(view.lane_w[i]),
+            float(view.slack_w[i]), bool(view.lane_w[i]),
         )
         for k, entry in enumerate(draft.admitted)
         for i in [entry.position]
@@ -110,7 +108,7 @@ def _needed_s(model: CostModel, wanted: list[Prompt], free_s: float, step_s: flo
         if np.isinf(prompt.slack_s):
             continue
         work_s += prompt.uncomputed * prompt_token_s(model) + prompt.prefix_s(model, prompt.uncomputed)
-        target_s = max(prompt.slack_s - (1 - TARGET_SHARE) * prompt.limit_s, prompt.slack_s / 2) - step_s
+        target_s = TARGET_SHARE * prompt.slack_s - step_s
         if target_s <= work_s:
             return np.inf
         needed_s = max(needed_s, work_s * max(step_s - free_s, 0.0) / (target_s - work_s))
