@@ -16,7 +16,7 @@ from functools import partial
 
 from apt_jax.engine.interface import ServingEngine
 from apt_jax.output import DeviceLost, Output, PolicyFailed, QueueFull
-from apt_jax.request import FinishReason, Request
+from apt_jax.request import OFFLINE_SLO, FinishReason, Request, SamplingParams
 from apt_jax.routing.instance import InstanceLoad
 from apt_jax.serve.errors import EngineFailure, NotReady, PredictedLate
 from apt_jax.serve.runtime.admission import Admission
@@ -29,6 +29,8 @@ logger = logging.getLogger("apt_jax.serve")
 
 SEE_LOG = "its log has the details"
 REPORT_S = 1.0  # between two looks at the engine's health, for the log
+PROBE_S = 10.0  # between two probes of an unhealthy engine that has nothing to do
+PROBE = Sample("probe", 0, (0,), SamplingParams(max_tokens=1, temperature=0.0, ignore_eos=True), OFFLINE_SLO)
 
 
 @dataclass(frozen=True)
@@ -208,8 +210,9 @@ class EngineThread:
             figures = engine.figures()
             self.watchdog.judge(outputs, failed=figures.num_failed_steps > self._failed_steps)
             self._failed_steps = figures.num_failed_steps
+            shown = [output for output in outputs if output.request.request_id != PROBE.request_id]
             for observer in self.observers:
-                observer.stepped(figures, Stepped(outputs, (), began))
+                observer.stepped(figures, Stepped(shown, (), began))
         if not engine.has_unfinished:
             self._check_idle(engine)
 
@@ -223,16 +226,23 @@ class EngineThread:
             observer.idle(figures, lost)
 
     def _read_inbox(self, engine: ServingEngine) -> None:
-        """Process the inbox; waits for a message when idle, and after a failed step for a while before the next."""
+        """Process the inbox; waits for a message when idle, and after a failed step for a while before the next.
+
+        An idle engine that is unhealthy is probed: a load balancer that sees it so sends no request that could show
+        that it works again.
+        """
         until = time.monotonic() + self.watchdog.pause_s
         block = not engine.has_unfinished
         while True:
             left_s = 0.0 if self._stopping else until - time.monotonic()
             if left_s > 0:
                 self._post()
+            idle_s = PROBE_S if self.watchdog.is_exhausted and not self._stopping else None
             try:
-                command = self._inbox.get(block or left_s > 0, None if block else max(left_s, 0.0))
+                command = self._inbox.get(block or left_s > 0, idle_s if block else max(left_s, 0.0))
             except queue.Empty:
+                if block:
+                    self._admit(engine, Group([PROBE], on_close=lambda probe: None))
                 return
             block = False
             with self.watchdog.working():
@@ -281,7 +291,8 @@ class EngineThread:
             request_id = output.request.request_id
             active = self._active.get(request_id)
             if active is None:
-                unwanted.append((self._cancelled.pop(request_id, None), output))
+                if request_id != PROBE.request_id:
+                    unwanted.append((self._cancelled.pop(request_id, None), output))
                 continue
             if output.finish_reason is not None:
                 del self._active[request_id]
@@ -297,6 +308,8 @@ class EngineThread:
         """On the loop: outputs are ready to be sent, and those that nobody wants any more are over."""
         now, outputs, cancelled = time.monotonic(), [], set()
         for active, output in delivered:
+            if active.sample is PROBE:  # no client's
+                continue
             outputs.append(as_sent(active.record, output, now))
             active.group.receive(active.sample, outputs[-1])
         for left, output in unwanted:
@@ -321,14 +334,15 @@ class EngineThread:
         if self._stopping and not self._active:
             raise EngineFailure("a step failed while the engine stopped") from error
         is_first = self.watchdog.num_failed == 1
+        samples = [active.sample for active in self._active.values() if active.sample is not PROBE]
         goes_on = isinstance(error, PolicyFailed) and not self.watchdog.is_exhausted
         if goes_on:
             if is_first:  # once in a row, not for every attempt
-                logger.error("a step failed, its %d requests wait", len(self._active), exc_info=error)
-        elif self._active or is_first:
-            logger.error("a step failed; ending its %d requests", len(self._active), exc_info=error)
+                logger.error("a step failed, its %d requests wait", len(samples), exc_info=error)
+        elif samples or is_first:
+            logger.error("a step failed; ending its %d requests", len(samples), exc_info=error)
             for observer in self.observers:
-                observer.lost([active.sample for active in self._active.values()])
+                observer.lost(samples)
         for observer in self.observers:
             observer.failed(engine.figures())
         if not goes_on:

@@ -141,6 +141,52 @@ def test_health_is_503_after_the_stated_number_of_failed_steps_and_200_after_a_g
     run(main)
 
 
+def test_an_idle_engine_that_is_unhealthy_is_probed_until_it_works(monkeypatch, caplog):
+    """A load balancer sends an unhealthy server nothing: without a request nothing showed that it works again."""
+    monkeypatch.setattr("apt_jax.serve.runtime.engine_thread.PROBE_S", 0.01)
+    engine = FakeEngine(tokenizer=CharTokenizer())
+
+    async def main():
+        async with serving(engine, max_failed_steps=2) as client:
+            engine.fails_with = RuntimeError("device on fire")
+            for _ in range(2):
+                assert (await client.post("/v1/completions", json=BODY)).status_code == 500
+            watchdog, before = client.service.backend.watchdog, (await client.get("/metrics")).text
+            await until(lambda: watchdog.num_failed >= 6)
+            assert (await client.get("/health")).status_code == 503
+            engine.fails_with = None
+            await until(lambda: watchdog.trouble is None)
+            assert (await client.get("/health")).json() == {"status": "ready"}
+            await until(lambda: engine.is_idle)
+            after, steps = (await client.get("/metrics")).text, engine.num_steps
+            assert metric(after, "apt:failed_steps_total") > metric(before, "apt:failed_steps_total")
+            for name in ("vllm:generation_tokens_total", "vllm:e2e_request_latency_seconds_count"):
+                assert metric(after, name) == metric(before, name), "a probe is no request"
+            await asyncio.sleep(0.05)
+            assert engine.num_steps == steps, "a healthy engine is left alone"
+            assert (await client.post("/v1/completions", json=BODY)).json()["choices"][0]["text"] == "bc"
+
+    with caplog.at_level(logging.ERROR):
+        run(main)
+    assert caplog.text.count("device on fire") == 2
+
+
+def test_probing_a_policy_that_raises_ends_with_the_server():
+    engine = FakeEngine(tokenizer=CharTokenizer())
+
+    async def main():
+        async with serving(engine, max_failed_steps=1) as client:
+            thread = client.service.backend
+            engine.fails_with = PolicyFailed("policy 'odd' raised: division by zero")
+            assert (await client.post("/v1/completions", json=BODY)).status_code == 500
+            await until(lambda: thread.watchdog.num_failed >= 3)
+            assert thread.status is EngineStatus.READY and await asyncio.to_thread(thread.stop, 5)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("apt_jax.serve.runtime.engine_thread.PROBE_S", 0.01)
+        run(main)
+
+
 def test_a_step_that_does_not_return_is_seen_from_outside_and_forgotten_when_it_does():
     engine = FakeEngine(tokenizer=CharTokenizer(), paced=True)
     clock = Clock()

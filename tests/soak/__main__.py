@@ -138,7 +138,7 @@ def hostile(server: Server, scale: float) -> str:
             del text[numbers.randrange(len(text)) :]
         length = len(text) + (numbers.randint(1, 50) if kind == 5 else 0)
         path = numbers.choice(PATHS)
-        return b"POST %s HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\nconnection: close\r\n\r\n%s" % (
+        return b"POST %s HTTP/1.1\r\nhost: localhost\r\ncontent-length: %d\r\nconnection: close\r\n\r\n%s" % (
             path,
             length,
             text,
