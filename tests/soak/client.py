@@ -34,8 +34,8 @@ async def complete(
         return outcome
     try:
         data = json.dumps(body).encode()
-        head = f"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\ncontent-length: {len(data)}\r\n\r\n"
-        writer.write(head.encode() + data)
+        head = "POST /v1/completions HTTP/1.1\r\nhost: localhost\r\nconnection: close"
+        writer.write(f"{head}\r\ncontent-length: {len(data)}\r\n\r\n".encode() + data)
         await writer.drain()
         if leave_after == 0:
             return outcome
