@@ -1,6 +1,7 @@
 """Finish the requests that an earlier run of the server left unfinished: `--resume-from FILE`."""
 
 import asyncio
+import contextlib
 import dataclasses
 import json
 import logging
@@ -13,7 +14,7 @@ from apt_jax.request import OFFLINE_SLO
 from apt_jax.serve.errors import PredictedLate, error_reply
 from apt_jax.serve.http.service import Service
 from apt_jax.serve.http.snapshot import is_of, restore
-from apt_jax.serve.http.snapshot_file import read_snapshot, write_snapshot
+from apt_jax.serve.http.snapshot_file import read_snapshot, set_damaged_aside, write_snapshot
 from apt_jax.serve.openai.generation import Generation
 from apt_jax.serve.runtime.status import EngineStatus
 
@@ -35,6 +36,8 @@ class Resumption:
 
     def __init__(self, path: Path):
         self._path = path.expanduser().absolute()
+        with contextlib.suppress(OSError):  # then it is refused
+            set_damaged_aside(self._path)
         self.results_path = self._path.with_name(f"{path.name}.results.jsonl")
         self._done: set[str] = set()
         self._records: list[dict[str, Any]] = []

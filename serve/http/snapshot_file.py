@@ -7,6 +7,7 @@ requests, and lines that this server cannot read stay in it as they are.
 import contextlib
 import fcntl
 import glob
+import itertools
 import json
 import logging
 import os
@@ -23,6 +24,7 @@ from apt_jax.serve.openai.endpoints import ENDPOINTS_BY_PREFIX
 from apt_jax.serve.options import DEFAULT_SNAPSHOT_FILE
 
 VERSION = 2  # 1 did not name the model
+START = b'{"version": '  # of every record
 LOCK_TIMEOUT_S, LOCK_RETRY_S = 10.0, 0.02
 PROBE = bytes(64 * 1024)  # there must be room for this much when the server starts
 
@@ -85,7 +87,7 @@ def write_snapshot(path: Path, records: Iterable[dict[str, Any]], done: Containe
 
 
 def check_snapshot_file(name: str) -> Path:
-    """The file called `name`, absolute, once it is known that a snapshot can be added to it.
+    """The file called `name`, absolute, once it is known that a snapshot can be added to it; see `set_damaged_aside`.
 
     The default name is only warned about, since nobody chose it: `keep_records` then finds another place.
 
@@ -94,6 +96,7 @@ def check_snapshot_file(name: str) -> Path:
     """
     path = Path(name).expanduser().absolute()
     try:
+        set_damaged_aside(path)
         with _locked(Path(os.path.realpath(path))) as file:
             _usable(path, _read(file))
             with tempfile.TemporaryFile(dir=path.parent) as probe:
@@ -112,6 +115,29 @@ def check_snapshot_file(name: str) -> Path:
             *(path, reason),
         )
     return path
+
+
+def set_damaged_aside(path: Path) -> None:
+    """Rename a snapshot of which nothing can be read, so that a supervised server can start; nothing is removed.
+
+    It is torn, or of another version. What looks like somebody else's text stays, for the caller to refuse.
+    """
+    path = Path(os.path.realpath(path))
+    if not path.is_file() or not _is_damaged(path, path.read_bytes()):
+        return
+    with _locked(path) as file:
+        data = _read(file)
+        if not _is_damaged(path, data):
+            return
+        aside = next(
+            other for n in itertools.count(1) if not (other := path.with_name(f"{path.name}.unreadable-{n}")).exists()
+        )
+        path.rename(aside)
+        sync_folder(path.parent)
+    logger.error(
+        "no request in %s can be read (%s); the file is %s now, and its requests are not finished",
+        *(path, _entries(path, data)[0].fault, aside),
+    )
 
 
 def keep_records(path: Path, records: list[dict[str, Any]]) -> Path | None:
@@ -197,11 +223,30 @@ def _usable(path: Path, data: bytes) -> list[Entry]:
     Raises:
         ValueError: there are some, and none is a record.
     """
-    lines = enumerate(data.split(b"\n"), start=1)
-    entries = [_entry(path, number, line) for number, line in lines if line.strip()]
+    entries = _entries(path, data)
     if entries and all(entry.record is None for entry in entries):
         raise ValueError(f"{entries[0].fault}; move the file away, or choose another one")
     return entries
+
+
+def _entries(path: Path, data: bytes) -> list[Entry]:
+    lines = enumerate(data.split(b"\n"), start=1)
+    return [_entry(path, number, line) for number, line in lines if line.strip()]
+
+
+def _is_damaged(path: Path, data: bytes) -> bool:
+    """Whether this was a snapshot, and no line of it can be read."""
+    entries = _entries(path, data)
+    if not entries or any(entry.record is not None for entry in entries):
+        return False
+    return any(entry.line.startswith(START) for entry in entries) or not _is_text(data)
+
+
+def _is_text(data: bytes) -> bool:
+    try:
+        return "\0" not in data.decode()
+    except UnicodeDecodeError:
+        return False
 
 
 def _entry(path: Path, number: int, line: bytes) -> Entry:

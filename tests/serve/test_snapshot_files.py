@@ -51,26 +51,65 @@ def in_the_way(folder, kind):
         case "torn":
             path.write_text(json.dumps(kept("a"))[:60])
             return path, "line 1 is damaged, or no snapshot of a request"
+        case "zeros":
+            path.write_bytes(bytes(5000))
+            return path, "line 1 is damaged, or no snapshot of a request"
+        case "noise":
+            path.write_bytes(b"\xff\xfe\n\x80")
+            return path, "line 1 is damaged, or no snapshot of a request"
         case "old":
             path.write_text(json.dumps({**kept("a"), "version": 1}) + "\n")
             return path, "line 1 is of version 1, this server reads 2"
     raise AssertionError(kind)
 
 
-KINDS = ["missing folder", "folder", "file as folder", "pipe", "foreign", "torn", "old"]
+KINDS = ["missing folder", "folder", "file as folder", "pipe", "foreign", "torn", "old", "zeros", "noise"]
 
 
 def contents(folder):
     return {p.name: p.read_bytes() if p.is_file() else None for p in folder.rglob("*")}
 
 
-@pytest.mark.parametrize("kind", KINDS)
+DAMAGED = ["torn", "old", "zeros", "noise"]
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in DAMAGED])
 def test_what_is_in_the_way_is_said_at_the_start_and_left_as_it_is(tmp_path, kind):
     path, why = in_the_way(tmp_path, kind)
     before = contents(tmp_path)
     with pytest.raises(ValueError, match=f"--snapshot-file {path} cannot be used: .*{why}.*; name a file in a folder"):
         check_snapshot_file(str(path))
     assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("kind", DAMAGED)
+def test_a_damaged_snapshot_is_set_aside_so_that_a_supervised_server_starts(tmp_path, caplog, kind):
+    """The shipped unit file names one file in both flags; the server was started again and again, for ever."""
+    path, why = in_the_way(tmp_path, kind)
+    data, first = path.read_bytes(), path.with_name("left.jsonl.unreadable-1")
+    assert check_snapshot_file(str(path)) == path and Resumption(path).results_path.name == "left.jsonl.results.jsonl"
+    assert contents(tmp_path) == {first.name: data}
+    assert f"no request in {path} can be read ({path} {why}); the file is {first} now" in caplog.text
+    path.write_bytes(data)
+    Resumption(path)
+    assert contents(tmp_path) == {first.name: data, "left.jsonl.unreadable-2": data}
+    write_snapshot(path, [kept("a")])
+    assert ids(path) == ["a"]
+
+
+def test_a_snapshot_is_not_set_aside_for_one_damaged_line_or_where_it_cannot_be_moved(tmp_path, monkeypatch):
+    path = tmp_path / "left.jsonl"
+    write_snapshot(path, [kept("a")])
+    path.write_bytes(b"\0\0\n" + path.read_bytes())
+    check_snapshot_file(str(path))
+    assert [p.name for p in tmp_path.iterdir()] == ["left.jsonl"] and ids(path) == ["a"]
+    path.write_bytes(bytes(10))
+    monkeypatch.setattr("pathlib.Path.rename", lambda *_: (_ for _ in ()).throw(PermissionError(13, "denied")))
+    with pytest.raises(ValueError, match="move the file away"):
+        Resumption(path)
+    with pytest.raises(ValueError, match="cannot be used: denied"):
+        check_snapshot_file(str(path))
+    assert contents(tmp_path) == {"left.jsonl": bytes(10)}
 
 
 @pytest.mark.parametrize("kind", KINDS)
