@@ -25,6 +25,7 @@ from apt_jax.checkpoints.placement import PlainLayout, stored_dtype
 from apt_jax.checkpoints.skeleton import Skeleton
 from apt_jax.checkpoints.source import COMPANION_FILES, resolve
 from apt_jax.files import sync_folder
+from apt_jax.text_file import read_json
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,7 +135,7 @@ def _copy_companions(source: Path, target: Path, dtype: np.dtype) -> None:
         if (source / name).is_file():
             shutil.copyfile(source / name, target / name)
     path = target / "config.json"
-    fields = json.loads(path.read_text(encoding="utf-8"))
+    fields = read_json(path)
     fields.pop("torch_dtype", None)  # the older name of the same field
     path.write_text(json.dumps({**fields, "dtype": dtype.name}, indent=2) + "\n", encoding="utf-8")
 

@@ -6,7 +6,6 @@ matter of checkpoints, and models know nothing of files. Above this folder nothi
 `execution/forms/native.py` does, for the layers that it calls C++ for.
 """
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from apt_jax.checkpoints.mapping import WeightMapping
 from apt_jax.checkpoints.mappings.opt import OPT_MAPPING
 from apt_jax.model_config import ModelConfig
 from apt_jax.models.opt import OPT
+from apt_jax.text_file import read_json
 
 
 @dataclass(frozen=True)
@@ -77,10 +77,10 @@ def read_config(folder: Path) -> ModelConfig:
     """
     path = folder / "config.json"
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
+        raw = read_json(path)
     except FileNotFoundError as error:
         raise CheckpointError(f"{path} is missing; {folder} is no model folder") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except ValueError as error:
         raise CheckpointError(f"{path} is not valid JSON: {first_line(error)}") from error
     if not isinstance(raw, dict):
         raise CheckpointError(f"{path} holds a JSON {type(raw).__name__}, not an object")

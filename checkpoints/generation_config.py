@@ -1,6 +1,5 @@
 """generation_config.json of a model's folder: the token ids that end a text, and the model's defaults of sampling."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -8,6 +7,7 @@ from typing import Any
 
 from apt_jax.checkpoints.errors import CheckpointError
 from apt_jax.request import SamplingParams
+from apt_jax.text_file import read_json
 
 FILE = "generation_config.json"
 AUTO, NEUTRAL = "auto", ("none", "vllm")  # values of --generation-config beside a folder
@@ -42,7 +42,7 @@ def read_generation_config(folder: Path, choice: str = AUTO) -> GenerationConfig
             raise CheckpointError(f"--generation-config {choice}: there is no {path}; give a folder, auto or none")
         return GenerationConfig()
     try:
-        value = json.loads(path.read_text(encoding="utf-8-sig"))
+        value = read_json(path)
     except ValueError as error:
         raise CheckpointError(f"{path} is not JSON: {error}") from error
     if not isinstance(value, dict):

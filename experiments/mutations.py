@@ -202,10 +202,17 @@ def is_noticed(mutation: Mutation | None, options: Sequence[str], limit_s: float
     return True
 
 
+def _module_path(text: str) -> Path:
+    """The path by which a file is imported: serve, checkpoints and pallas_kernels are links in apt_jax."""
+    path = Path(text)
+    linked = "apt_jax" / path
+    return linked if path.parts[0] != "apt_jax" and linked.exists() else path
+
+
 def main() -> int:
     """Print survivors and a table by file; the exit code is 1 if the tests fail without a mutation."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("files", nargs="+", type=Path, help="relative to the repository's root")
+    parser.add_argument("files", nargs="+", type=_module_path, help="relative to the repository's root")
     parser.add_argument("--tests", nargs="+", required=True)
     parser.add_argument("--sample", type=int, help="mutations tried in all; default: every one")
     parser.add_argument("--seed", type=int, default=0)

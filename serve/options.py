@@ -25,8 +25,8 @@ def listed(name: str, given: tuple[str, ...]) -> tuple[str, ...]:
     for text in given:
         try:
             found += json.loads(text) if text.lstrip().startswith("[") and '"' in text else text.split(",")
-        except ValueError as error:
-            raise ValueError(f"{name}={text!r} is not a JSON list; give values separated by commas") from error
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{name}={text[:80]!r} is not a JSON list; give values separated by commas") from error
     found = [value.strip() if isinstance(value, str) else "" for value in found]
     if not all(found):
         raise ValueError(f"{name}={','.join(given)!r} has an empty value; give texts separated by commas")
@@ -97,6 +97,8 @@ class ServerOptions:
     """Names that the Host header may have, by commas; *: any; default: localhost on a loopback address, else any."""
     request_read_timeout: float = 60.0
     """Seconds within which a client must send its request, headers and body; a slower one gets 408."""
+    response_write_timeout: float = 300.0
+    """Seconds within which a client must take some of its answer; one that reads nothing is disconnected."""
     request_timeout: float | None = None
     """Seconds after which an unfinished request gets 504 and its blocks are freed; default: no limit."""
     reject_predicted_late: bool = False
@@ -131,8 +133,9 @@ class ServerOptions:
             raise ValueError(f"port={self.port} must be between 0 and 65535")
         if self.max_body_bytes < 1:
             raise ValueError(f"max_body_bytes={self.max_body_bytes} must be at least 1")
-        if not 0 < self.request_read_timeout < 1e6:
-            raise ValueError(f"request_read_timeout={self.request_read_timeout} must be greater than 0 seconds")
+        for name in ("request_read_timeout", "response_write_timeout"):
+            if not 0 < (seconds := getattr(self, name)) < 1e6:
+                raise ValueError(f"{name}={seconds} must be greater than 0 seconds")
         if self.request_timeout is not None and not self.request_timeout > 0:
             raise ValueError(f"request_timeout={self.request_timeout} must be greater than 0 seconds")
         check_at_least(self, 1, ("max_failed_steps",))

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from apt_jax.files import replace_file
+from apt_jax.text_file import read_json
 
 _SOURCES = ("*.json", "*.txt", "*.model", "*.jinja", "additional_chat_templates/*.jinja")
 _FORM = 1  # of what is kept; another number makes all files new
@@ -29,7 +30,7 @@ class TokenizerStore:
         """What was saved for the model's folder `source` as its files are now; None if nothing was."""
         path = self._path(source)
         try:
-            return json.loads(path.read_text(encoding="utf-8"))
+            return read_json(path)
         except FileNotFoundError:
             return None
         except (OSError, ValueError) as error:

@@ -12,6 +12,7 @@ from typing import Any
 from apt_jax.checkpoints.errors import CheckpointError
 from apt_jax.checkpoints.formats.weight_files import MANIFEST
 from apt_jax.files import EVERYBODY, replace_file
+from apt_jax.text_file import read_json
 
 _VERSION = 1
 
@@ -65,7 +66,7 @@ class Manifest:
     @classmethod
     def _parse(cls, path: Path) -> "Manifest":
         try:
-            fields: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+            fields: dict[str, Any] = read_json(path)
             version = fields.pop("version")
             if version == _VERSION:
                 return cls(**fields)

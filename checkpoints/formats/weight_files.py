@@ -3,12 +3,12 @@
 import dataclasses
 import enum
 import importlib.util
-import json
 import re
 from collections.abc import Collection
 from pathlib import Path
 
 from apt_jax.checkpoints.errors import CheckpointError, some
+from apt_jax.text_file import read_json
 
 
 class LoadFormat(enum.StrEnum):
@@ -125,7 +125,7 @@ def find_weight_files(folder: Path, load_format: LoadFormat) -> WeightFiles:
 
 def _read_index(path: Path) -> dict[str, str]:
     try:
-        weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        weight_map = read_json(path)["weight_map"]
         ok = isinstance(weight_map, dict) and weight_map and all(isinstance(v, str) for v in weight_map.values())
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path} is truncated or corrupt; fetch it again") from error

@@ -1,6 +1,5 @@
 """The requests of a benchmark: lengths from a table, prompts as token ids or as texts of exactly that many tokens."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from numpy.typing import NDArray
 
 from apt_jax.serve.bench.work_options import WorkOptions
 from apt_jax.simulation.workload import Lengths, load_lengths, recorded_times, shuffled_rows
+from apt_jax.text_file import read_json
 
 if TYPE_CHECKING:
     from apt_jax.tokenization.tokenizer import Tokenizer
@@ -147,7 +147,7 @@ def _sharegpt(path: Path, tokenizer: "Tokenizer | None", longest: int) -> Datase
     if tokenizer is None:
         raise ValueError(f"the texts of {path} need a tokenizer to be counted; give --tokenizer")
     try:
-        conversations = json.loads(path.read_text(encoding="utf-8"))
+        conversations = read_json(path)
         turns = [[str(turn["value"]) for turn in c["conversations"][:2]] for c in conversations]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(

@@ -1,7 +1,8 @@
-"""HTTP over a connection, with a limit on the time in which a request must arrive.
+"""HTTP over a connection, with limits on the time in which a request must arrive and its answer must be taken.
 
 uvicorn limits how long a connection may be idle between requests, but not how long a client may take to send one: a
-client that sends a byte now and then would hold its connection, and a task, for as long as it likes. And it reads
+client that sends a byte now and then would hold its connection, and a task, for as long as it likes. So would one that
+asks for a long answer and reads nothing, with the answer's memory. And uvicorn reads
 whatever has come in one go, which takes a second where a body comes in thousands of chunks of one byte.
 """
 
@@ -78,15 +79,18 @@ class TimedProtocol(H11Protocol):
     """Ends a connection that has not sent a whole request, headers and body, in `read_timeout_s` seconds.
 
     The time runs from the connection, and for later requests on it from their first byte. A client whose request has
-    begun gets 408 where nothing else was answered.
+    begun gets 408 where nothing else was answered. One that takes none of its answer for `write_timeout_s` seconds is
+    cut off, as if it had disconnected.
     """
 
     read_timeout_s = 60.0
+    write_timeout_s = 300.0
 
     def __init__(self, *args: Any, **options: Any):
         super().__init__(*args, **options)
         self.conn: StrictConnection = StrictConnection(h11.SERVER, self.config.h11_max_incomplete_event_size or 16384)
         self._deadline: asyncio.TimerHandle | None = None
+        self._reader_check: asyncio.TimerHandle | None = None
         # whom to tell if the newest answers on this connection are not sent when the server ends
         self.answers: deque[Callable[[], None]] = deque(maxlen=MAX_UNSENT)
         app, self.app = self.app, self._called
@@ -117,6 +121,7 @@ class TimedProtocol(H11Protocol):
 
     async def _called(self, scope: Any, receive: Any, send: Any) -> None:
         """The application, which finds this connection in its state."""
+        self._forget_reader()
         if not self.has_unsent:
             self.answers.clear()
         scope["state"]["connection"] = self
@@ -140,9 +145,45 @@ class TimedProtocol(H11Protocol):
         self._start_clock()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Cancel the time limit."""
+        """Cancel the time limits."""
         self._stop_clock()
+        self._forget_reader()
         super().connection_lost(exc)
+
+    def pause_writing(self) -> None:
+        """The client is slower than its answer."""
+        super().pause_writing()
+        self._watch_reader()
+
+    def resume_writing(self) -> None:
+        """The client has taken enough; more is written now."""
+        self._forget_reader()
+        super().resume_writing()
+
+    def on_response_complete(self) -> None:
+        """The rest of the answer is left to the transport."""
+        super().on_response_complete()
+        self._watch_reader()
+
+    def _watch_reader(self) -> None:
+        """Look later whether the client has taken anything; nothing is written until then, or this is forgotten."""
+        self._forget_reader()
+        if self.has_unsent:
+            unsent = self.transport.get_write_buffer_size()
+            self._reader_check = self.loop.call_later(self.write_timeout_s, self._check_reader, unsent)
+
+    def _forget_reader(self) -> None:
+        if self._reader_check is not None:
+            self._reader_check.cancel()
+            self._reader_check = None
+
+    def _check_reader(self, unsent: int) -> None:
+        if self.transport.get_write_buffer_size() >= unsent:
+            fields = {"client": (self.client or ("",))[0], "limit_s": self.write_timeout_s}
+            access.info("a client that reads nothing is cut off", extra={"fields": fields})
+            self.transport.abort()
+        else:
+            self._watch_reader()
 
     def handle_events(self) -> None:
         """Start or stop the time limit, depending on whether a request is incomplete."""
@@ -213,6 +254,7 @@ class TimedProtocol(H11Protocol):
         return str(state.get("request_id") or id_of(Headers(raw=self.headers)))
 
 
-def timed_protocol(read_timeout_s: float) -> type[TimedProtocol]:
-    """The protocol with a limit of its own."""
-    return type("TimedProtocol", (TimedProtocol,), {"read_timeout_s": read_timeout_s})
+def timed_protocol(read_timeout_s: float, write_timeout_s: float) -> type[TimedProtocol]:
+    """The protocol with limits of its own."""
+    limits = {"read_timeout_s": read_timeout_s, "write_timeout_s": write_timeout_s}
+    return type("TimedProtocol", (TimedProtocol,), limits)

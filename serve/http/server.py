@@ -177,7 +177,8 @@ def http_config(app: ASGIApp, options: ServerOptions) -> uvicorn.Config:
     """How uvicorn serves `app`."""
     return uvicorn.Config(
         app,
-        http=timed_protocol(options.request_read_timeout),  # of h11, which limits headers that are still coming in
+        # of h11, which limits headers that are still coming in
+        http=timed_protocol(options.request_read_timeout, options.response_write_timeout),
         h11_max_incomplete_event_size=options.max_header_bytes,
         ws="none",
         log_config=None,

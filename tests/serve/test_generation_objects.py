@@ -9,6 +9,7 @@ import pytest
 
 from apt_jax.output import Output, TokenLogprobs
 from apt_jax.request import FinishReason, Request, SamplingParams
+from apt_jax.serve.errors import EngineFailure
 from apt_jax.serve.openai.chat_completions import ChatCompletion
 from apt_jax.serve.openai.chat_requests import parse_chat
 from apt_jax.serve.openai.completions import Completion
@@ -26,12 +27,14 @@ def prepared(**body):
 
 
 def output(generation, index, text, reason=None, tokens=None):
-    """Sample `index` brings these characters, and maybe ends."""
+    """Sample `index` brings these characters, with log-probabilities if they are wanted, and maybe ends."""
     sample = generation.samples[index]
     request = Request(sample.request_id, sample.prompt_token_ids, SamplingParams(), 0.0, 9)
     request.first_token_s, request.finish_reason, request.num_preemptions = 0.25, reason, index + 1
     ids = tuple(text.encode("latin-1")) if tokens is None else tokens
-    return sample, Output(request, text, ids, (), reason)
+    count = sample.params.logprobs
+    scores = () if count is None else tuple(TokenLogprobs(i, -i / 100, 1, ((i + 1, -0.5),) * count) for i in ids)
+    return sample, Output(request, text, ids, scores, reason)
 
 
 BRINGS = [
@@ -44,6 +47,7 @@ BRINGS = [
     "options",
     [
         {}, {"stream_options": {"include_usage": True}}, {"return_token_ids": True}, {"echo": True}, {"logprobs": 0},
+        {"logprobs": 1},
         {"stream_options": {"include_usage": True, "continuous_usage_stats": True}},
         {"stream_options": {"continuous_usage_stats": True}},
     ],
@@ -116,6 +120,41 @@ def test_a_whole_object_reports_the_slo_of_all_and_of_each():
         ("bcd", [98, 99, 100], [2, 97])
     ] * 2
     assert whole["usage"] == {"prompt_tokens": 2, "completion_tokens": 6, "total_tokens": 8}
+
+
+def test_what_was_streamed_can_be_written_as_a_whole_with_offsets_from_its_beginning():
+    generation = prepared(stream=True, max_tokens=9, logprobs=0, echo=True)
+    offsets = []
+    for text, reason in (("b", None), ("cd", None), ("e", FinishReason.STOP)):
+        entry = json.loads(generation.streamed(*output(generation, 0, text, reason)).removeprefix(b"data: "))
+        offsets += entry["choices"][0]["logprobs"]["text_offset"]
+    for _ in range(2):  # writing it again changes nothing
+        (choice,) = generation.response()["choices"]
+        assert choice["logprobs"]["text_offset"] == offsets == [1, 2, 3, 4]
+        assert [choice["text"][at] for at in offsets] == choice["logprobs"]["tokens"]
+
+
+def test_scores_of_the_prompt_that_came_for_an_echo_are_no_prompt_logprobs():
+    generation = prepared(max_tokens=9, logprobs=0, echo=True)
+    assert generation.samples[0].params.prompt_logprobs == 0
+    sample, brought = output(generation, 0, "b", FinishReason.STOP)
+    generation.collect(sample, replace(brought, prompt_logprobs=(TokenLogprobs(97, -2.0, 3, ()),)))
+    (choice,) = generation.response()["choices"]
+    assert "prompt_logprobs" not in choice and choice["logprobs"]["token_logprobs"] == [None, -2.0, -0.98]
+
+
+def test_an_engine_s_error_is_told_up_to_its_200th_character_without_its_details():
+    generation = prepared(max_tokens=9)
+    sample, brought = output(generation, 0, "", FinishReason.ERROR)
+    for error, told in (
+        ("x" * 300 + "y", "x" * 200),
+        ("a line\nits details", "a line"),
+        ("", "unknown"),
+        (None, "unknown"),
+    ):
+        with pytest.raises(EngineFailure) as caught:
+            generation.collect(sample, replace(brought, error=error))
+        assert str(caught.value) == f"the engine failed on this request: {told}"
 
 
 def test_a_sample_that_was_resumed_as_ended_leaves_the_report_out():

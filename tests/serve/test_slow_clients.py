@@ -1,9 +1,10 @@
-"""Answers that are finished when the server stops, and whose clients have not read them."""
+"""Clients that do not read their answers: while the server runs, and when it stops."""
 
 import contextlib
 import json
 import socket
 import threading
+import time
 
 import pytest
 
@@ -27,11 +28,11 @@ BODY = {"prompt": ["a", "b", "c", "d"], "n": 2, "max_tokens": 100, "logprobs": 5
 class Stopping:
     """A server whose sockets hold next to nothing; `stop()` is a SIGTERM."""
 
-    def __init__(self, flush_s, monkeypatch):
+    def __init__(self, flush_s, monkeypatch, **options):
         monkeypatch.setattr(server_module, "FLUSH_S", flush_s)
         self.engine = FakeEngine(tokenizer=CharTokenizer())
         self.thread = EngineThread(lambda: self.engine)
-        options = ServerOptions(shutdown_timeout=0)
+        options = ServerOptions(shutdown_timeout=0, **options)
         self.service = Service.of_engine(self.thread, "tiny", options)
         self.listener = listen("127.0.0.1", 0)
         self.listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, BUFFER_BYTES)
@@ -101,3 +102,31 @@ def test_a_client_that_has_gone_and_one_that_was_refused_are_not_kept(monkeypatc
     server.stop()
     assert server.stopped() == []
     refused.close()
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_reads_nothing_is_cut_off_and_its_answer_let_go(monkeypatch, caplog, stream):
+    """It would hold its connection and its answer's memory for ever, and many of them all that there is."""
+    server = Stopping(0.1, monkeypatch, response_write_timeout=0.2)
+    with caplog.at_level("INFO", "apt_jax.access"):
+        client = server.ask(stream=stream)
+        until(lambda: server.service.num_generating == 0 and not server.http.server_state.connections)
+    with contextlib.suppress(ConnectionResetError):
+        assert b"[DONE]" not in read_all(client)
+    assert "a client that reads nothing is cut off" in caplog.text
+    server.stop()
+    assert server.stopped() == [], "as if it had disconnected"
+
+
+def test_a_client_that_reads_slowly_is_not_cut_off(monkeypatch):
+    server = Stopping(0.1, monkeypatch, response_write_timeout=3.0)
+    client = server.ask(stream=True)
+    found, began = b"", time.monotonic()
+    with contextlib.closing(client):
+        while piece := client.recv(4096):
+            found += piece
+            if time.monotonic() - began < 4.5:
+                time.sleep(0.1)
+    assert found.endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n")
+    server.stop()
+    assert server.stopped() == []

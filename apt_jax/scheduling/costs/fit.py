@@ -20,6 +20,7 @@ from apt_jax.cache import KINDS
 from apt_jax.files import replace_file
 from apt_jax.scheduling.costs.cost_model import CostModel, Scales
 from apt_jax.scheduling.costs.step_load import Chunk, StepLoad
+from apt_jax.text_file import read_json
 
 MIN_OBSERVATIONS = 8
 RECENT_OBSERVATIONS = 512  # real iterations kept in addition to those measured at start-up
@@ -171,7 +172,7 @@ class Calibration:
     def load(cls, path: Path, model: CostModel) -> "Calibration | None":
         """The calibration stored at `path`; None if there is none, or it cannot be used."""
         try:
-            raw = json.loads(path.read_text(encoding="utf-8"))
+            raw = read_json(path)
             if (raw["version"], raw["kinds"]) != (_VERSION, [kind.spec.name for kind in KINDS]):
                 return None
             rows = [
