@@ -1,19 +1,48 @@
-"""Files that others read while they are replaced, and folders that are kept from start to start."""
+"""Files that others read while they are replaced, those that users bring, and folders kept from start to start."""
 
 import atexit
 import contextlib
 import errno
+import json
 import logging
 import os
 import shutil
 import stat
 import tempfile
 from pathlib import Path
+from typing import Any
 
 logger = logging.getLogger(__name__)
 
 OWNER_ONLY, EVERYBODY = 0o600, 0o666  # modes of new files; the process's umask takes bits away
 _CANNOT_SYNC = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP}
+
+
+def read_text(path: Path) -> str:
+    """The text of a UTF-8 file; a byte order mark is left out.
+
+    Raises:
+        ValueError: it is not UTF-8; one sentence without the file's name.
+        OSError: it cannot be read.
+    """
+    data = path.read_bytes()
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"not UTF-8 text (byte 0x{data[error.start]:02x} at {error.start})") from error
+
+
+def read_json(path: Path) -> Any:
+    """The value of a JSON file.
+
+    Raises:
+        ValueError: it is not JSON, or nested too deeply; one sentence without the file's name.
+        OSError: it cannot be read.
+    """
+    try:
+        return json.loads(read_text(path))
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
 
 
 def replace_file(path: Path, data: bytes, *, mode: int = OWNER_ONLY, durable: bool = False) -> None:

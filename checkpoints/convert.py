@@ -24,8 +24,7 @@ from apt_jax.checkpoints.load import parse_format, read_parameters
 from apt_jax.checkpoints.placement import PlainLayout, stored_dtype
 from apt_jax.checkpoints.skeleton import Skeleton
 from apt_jax.checkpoints.source import COMPANION_FILES, resolve
-from apt_jax.files import sync_folder
-from apt_jax.text_file import read_json
+from apt_jax.files import read_json, sync_folder
 
 
 @dataclasses.dataclass(frozen=True)

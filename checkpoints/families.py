@@ -16,9 +16,9 @@ from flax import nnx
 from apt_jax.checkpoints.errors import CheckpointError, first_line
 from apt_jax.checkpoints.mapping import WeightMapping
 from apt_jax.checkpoints.mappings.opt import OPT_MAPPING
+from apt_jax.files import read_json
 from apt_jax.model_config import ModelConfig
 from apt_jax.models.opt import OPT
-from apt_jax.text_file import read_json
 
 
 @dataclass(frozen=True)

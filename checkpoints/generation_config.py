@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from apt_jax.checkpoints.errors import CheckpointError
+from apt_jax.files import read_json
 from apt_jax.request import SamplingParams
-from apt_jax.text_file import read_json
 
 FILE = "generation_config.json"
 AUTO, NEUTRAL = "auto", ("none", "vllm")  # values of --generation-config beside a folder

@@ -11,8 +11,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from apt_jax.files import replace_file
-from apt_jax.text_file import read_json
+from apt_jax.files import read_json, replace_file
 
 _SOURCES = ("*.json", "*.txt", "*.model", "*.jinja", "additional_chat_templates/*.jinja")
 _FORM = 1  # of what is kept; another number makes all files new

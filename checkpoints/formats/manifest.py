@@ -11,8 +11,7 @@ from typing import Any
 
 from apt_jax.checkpoints.errors import CheckpointError
 from apt_jax.checkpoints.formats.weight_files import MANIFEST
-from apt_jax.files import EVERYBODY, replace_file
-from apt_jax.text_file import read_json
+from apt_jax.files import EVERYBODY, read_json, replace_file
 
 _VERSION = 1
 

@@ -8,7 +8,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 from apt_jax.checkpoints.errors import CheckpointError, some
-from apt_jax.text_file import read_json
+from apt_jax.files import read_json
 
 
 class LoadFormat(enum.StrEnum):

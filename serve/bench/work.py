@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from apt_jax.files import read_json
 from apt_jax.serve.bench.work_options import WorkOptions
 from apt_jax.simulation.workload import Lengths, load_lengths, recorded_times, shuffled_rows
-from apt_jax.text_file import read_json
 
 if TYPE_CHECKING:
     from apt_jax.tokenization.tokenizer import Tokenizer

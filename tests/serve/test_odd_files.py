@@ -10,12 +10,12 @@ from apt_jax.checkpoints.families import read_config
 from apt_jax.checkpoints.formats.manifest import Manifest
 from apt_jax.checkpoints.formats.weight_files import MANIFEST
 from apt_jax.checkpoints.generation_config import FILE, read_generation_config
+from apt_jax.files import read_json, read_text
 from apt_jax.scheduling.costs.fit import Calibration
 from apt_jax.serve.bench.work import load_dataset
 from apt_jax.serve.bench.work_options import WorkOptions
 from apt_jax.serve.options import ServerOptions
 from apt_jax.simulation.workload import load_lengths
-from apt_jax.text_file import read_json, read_text
 from apt_jax.tokenization.tokenizer_store import TokenizerStore
 
 ODD = {

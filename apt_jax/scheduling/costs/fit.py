@@ -17,10 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from apt_jax.cache import KINDS
-from apt_jax.files import replace_file
+from apt_jax.files import read_json, replace_file
 from apt_jax.scheduling.costs.cost_model import CostModel, Scales
 from apt_jax.scheduling.costs.step_load import Chunk, StepLoad
-from apt_jax.text_file import read_json
 
 MIN_OBSERVATIONS = 8
 RECENT_OBSERVATIONS = 512  # real iterations kept in addition to those measured at start-up
