@@ -19,7 +19,7 @@ from apt_jax.logprob_rows import LogprobRows
 from apt_jax.output import ContextExceeded, Output, TokenLogprobs
 from apt_jax.request import FinishReason, Request, Slo
 from apt_jax.serve.errors import BadRequest, ContextTooLong, EngineFailure, ModelNotFound
-from apt_jax.serve.json_text import json_pieces
+from apt_jax.serve.json_text import SHOWN_VALUE_CHARS, json_pieces
 from apt_jax.serve.openai.replies import PromptTokenLogprob
 from apt_jax.serve.openai.requests import GenerationRequest, bad_request, slo_of
 from apt_jax.serve.openai.slo_report import is_unanswered, slo_abandoned, slo_report
@@ -337,8 +337,8 @@ class Generation[Body: GenerationRequest]:
 
 def check_model(name: str | None, served: str) -> None:
     """Raises ModelNotFound if a body names another model than the served one."""
-    if name not in (None, served):
-        raise ModelNotFound(f"the model {name!r} is not served here; use {served!r}", "model")
+    if name is not None and name != served:
+        raise ModelNotFound(f"the model {name[:SHOWN_VALUE_CHARS]!r} is not served here; use {served!r}", "model")
 
 
 def check_length(text: str, tokenizer: "Tokenizer", max_model_len: int, param: str) -> None:

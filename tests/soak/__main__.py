@@ -121,7 +121,8 @@ def hostile(server: Server, scale: float) -> str:
     numbers, count = random.Random(2), max(int(2000 * scale), 100)
     good = json.dumps({"prompt": "a", "max_tokens": 1, "stop": ["x"], "logit_bias": {"5": 1}, "slo": {"ttft_ms": 5}})
 
-    def noise() -> bytes:
+    def noise() -> tuple[bytes, bool]:
+        """Bytes to send, and whether they end before their body does."""
         kind = numbers.randrange(6)
         text = bytearray(good.encode())
         if kind == 0:
@@ -138,18 +139,19 @@ def hostile(server: Server, scale: float) -> str:
             del text[numbers.randrange(len(text)) :]
         length = len(text) + (numbers.randint(1, 50) if kind == 5 else 0)
         path = numbers.choice(PATHS)
-        return b"POST %s HTTP/1.1\r\nhost: localhost\r\ncontent-length: %d\r\nconnection: close\r\n\r\n%s" % (
+        head = b"POST %s HTTP/1.1\r\nhost: localhost\r\ncontent-length: %d\r\nconnection: close\r\n\r\n" % (
             path,
             length,
-            text,
         )
+        return head + text, length > len(text)
 
     async def run() -> collections.Counter[int]:
         slots = asyncio.Semaphore(50)
 
         async def one() -> int:
             async with slots:
-                return await send_raw(server.port, noise())
+                data, ends = noise()
+                return await send_raw(server.port, data, ends=ends)
 
         return collections.Counter(await asyncio.gather(*(one() for _ in range(count))))
 

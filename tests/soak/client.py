@@ -59,13 +59,13 @@ async def complete(
     return outcome
 
 
-async def send_raw(port: int, data: bytes, timeout_s: float = 20) -> int:
-    """Send any bytes, close the writing side; the status that comes back, 0 if none."""
+async def send_raw(port: int, data: bytes, *, ends: bool = False, timeout_s: float = 20) -> int:
+    """Send any bytes; the status that comes back, 0 if none. `ends`: there is no more, whatever the head says."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     try:
         writer.write(data)
         await writer.drain()
-        if writer.can_write_eof():
+        if ends and writer.can_write_eof():
             writer.write_eof()
         answer = await asyncio.wait_for(reader.read(4096), timeout_s)
         return int(answer.split(b" ", 2)[1]) if answer.startswith(b"HTTP/") else 0
