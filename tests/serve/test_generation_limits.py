@@ -212,6 +212,6 @@ def test_how_much_a_response_has_to_write(body, values):
 
 def test_a_long_model_s_name_is_not_sent_back():
     """4 MB of a body came back as 4 MB of an answer."""
-    with pytest.raises(ModelNotFound, match="^the model 'xxx") as caught:
+    with pytest.raises(ModelNotFound, match=r"^the model 'xxx") as caught:
         prepare(model="x" * 100_000)
     assert len(str(caught.value)) < 200
