@@ -3,6 +3,7 @@
 import csv
 import io
 import math
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -12,6 +13,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from apt_jax.files import read_text
 from apt_jax.request import Slo
 from apt_jax.simulation.requests.classes import DEFAULT_CLASS, RequestClass, Terms, terms_of
 
@@ -21,6 +23,7 @@ TERMS = {  # column of a table -> cell of `terms_of`
     "class": "name",
 }  # fmt: skip
 MIN_DURATION_S = 300.0  # shorter traces flatter policies that starve
+SHOWN_CHARS = 120  # of a table's head in a sentence
 MOST_TOKENS = 10**9  # in a cell
 MOST_ARRIVALS = 10**7  # of one run
 
@@ -84,7 +87,10 @@ def load_lengths(workload: str, max_model_len: int = 2048, slo: Slo | None = Non
         path = Path(workload)
         if not path.is_file():
             raise ValueError(f"workload {workload!r} is neither a file nor one of {', '.join(NAMED)}")
-        text = path.read_text("utf-8-sig")
+        try:
+            text = read_text(path)
+        except ValueError as error:
+            raise ValueError(f"workload {workload} is {error}") from error
     rows, terms = _rows(workload, text, slo or Slo())
     fits = rows[:, -2] + rows[:, -1] <= max_model_len
     rows, terms = rows[fits], [each for each, is_in in zip(terms, fits, strict=False) if is_in]
@@ -102,10 +108,14 @@ def load_lengths(workload: str, max_model_len: int = 2048, slo: Slo | None = Non
 def _rows(workload: str, text: str, slo: Slo) -> tuple[NDArray[np.float64], list[Terms]]:
     """`[n, 2 or 3]` cells of a table: arrival_s if it has them, prompt_tokens, output_tokens; and its terms, if any."""
     reader = csv.DictReader(io.StringIO(text, newline=""))
-    columns = reader.fieldnames or []
+    try:
+        columns = reader.fieldnames or []
+    except csv.Error as error:
+        raise ValueError(f"workload {workload}, line 1: {error}") from error
     for column in ("prompt_tokens", "output_tokens"):
         if column not in columns:
-            raise ValueError(f"workload {workload} has no column {column}; it has {', '.join(columns)}")
+            found = textwrap.shorten(", ".join(map(ascii, columns)), SHOWN_CHARS)
+            raise ValueError(f"workload {workload} has no column {column}; it has {found}")
     wanted = [c for c in ("arrival_s", "prompt_tokens", "output_tokens") if c in columns]
     rows, terms, has_terms = [], [], any(column in columns for column in TERMS)
     try:
