@@ -25,10 +25,7 @@ def test_every_policy_serves_requests_of_another_kind(policy, attention, simulat
 
 
 def test_apt_weighs_the_kind_that_the_mode_has(simulated):
-    """Of a quarter of KV's bytes, read once, it is faster for long contexts; KV is for short ones in a free pool.
-
-    Recomputed it brings fewer tokens per second than KV even in a full pool.
-    """
+    """Of a quarter of KV's bytes, read once, it is the faster kind; recomputed it brings less even in a full pool."""
     one_pass, recomputed = (simulated[f"apt hybrid8 {attention}"]["kinds"] for attention in ("one-pass", "recompute"))
-    assert one_pass["hidden8"] > one_pass["kv"] > 0
+    assert set(one_pass) == {"hidden8"}
     assert set(recomputed) == {"kv"}
