@@ -254,8 +254,8 @@ def test_the_lane_evicts_until_both_a_seat_and_the_blocks_are_there():
         assert [line.split()[0] for line in decide(state, 0.5)] == ["preempt", "preempt", "run"]
 
 
-def test_the_lane_evicts_by_value_per_block():
-    """Equal values: the large one (16 blocks) goes. As hidden 0.5 s for a block are more than 0.67 s for two."""
+def test_the_lane_evicts_one_that_gives_enough_or_the_one_with_most_time():
+    """`large` alone gives the 16 blocks. Either gives a hidden one: `two` may stall for 2 s, `one` for 1 s."""
     state = make_state(20)
     run(state, "small", 3, slo=PATIENT)
     run(state, "large", 31, slo=PATIENT)
@@ -263,7 +263,7 @@ def test_the_lane_evicts_by_value_per_block():
     assert decide(state, 0.5)[0] == "preempt large PREEMPTED_FOR_LONGEST_LATE"
     state = make_state(3, mode="hidden")
     run(state, "one", 3, kind=CacheKind.HIDDEN, slo=Slo(1.0, 1.0))
-    run(state, "two", 7, kind=CacheKind.HIDDEN, slo=Slo(1.0, 0.75))
+    run(state, "two", 7, kind=CacheKind.HIDDEN, slo=Slo(1.0, 0.75, 2.0))
     wait(state, "old", 4, arrival_s=-30.0)
     assert decide(state, 0.5)[0] == "preempt two PREEMPTED_FOR_LONGEST_LATE"
 

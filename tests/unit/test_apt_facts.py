@@ -15,11 +15,12 @@ from apt_jax.scheduling.costs.hardware import HARDWARE, MODELS
 from apt_jax.scheduling.policies.apt import policy
 from apt_jax.scheduling.policies.apt.facts.forecast import HORIZONS, expected_blocks
 from apt_jax.scheduling.policies.apt.facts.lateness import is_overdue
+from apt_jax.scheduling.policies.apt.facts.ledger import Ledger
 from apt_jax.scheduling.policies.apt.facts.view import View
 from apt_jax.scheduling.policies.apt.options import AptOptions, PaperOptions
 from apt_jax.scheduling.policies.interface import PolicyContext
 from tests.support.apt_plans import view_of
-from tests.support.scheduling_loop import make_state
+from tests.support.scheduling_loop import TINY, make_state
 from tests.support.tiny_states import generate, run, wait
 
 PATIENT = Slo(60.0, 60.0)
@@ -208,8 +209,8 @@ def lanes(state, now, **options):
 
 
 def test_the_lane_holds_the_oldest_of_both_queues_up_to_its_share():
-    """Blocks in the smallest kind: 2, 2 (KV, it runs), 1 and 1 of the share."""
-    state = make_state(60, mode="hybrid")
+    """Blocks in the smallest kind: 2, 2 (KV, it runs), 1 and 1 of the share. There are seats enough."""
+    state = make_state(60, mode="hybrid", max_num_seqs=400)
     wait(state, "w1", 8, arrival_s=-40.0)
     run(state, "r1", 3, arrival_s=-40.0)
     wait(state, "w2", 4, arrival_s=-40.0)
@@ -238,12 +239,27 @@ def test_the_first_running_one_of_the_lane_may_exceed_its_share():
     assert lanes(state, 1.0, lane_share=0.01) == ([], ["r1"])
 
 
-def test_sixteen_of_each_queue_are_looked_at():
-    state = make_state(400, max_num_seqs=99)
+def test_the_lane_has_a_share_of_the_seats_too():
+    """10% of 99 are 9; at least one."""
+    state = make_state(4000, max_num_seqs=99)
     for k in range(20):
         run(state, f"r{k}", 3, arrival_s=-40.0)
         wait(state, f"w{k}", 3, arrival_s=-40.0)
-    assert [len(names) for names in lanes(state, 1.0, lane_share=1.0)] == [16, 16]
+    assert [len(names) for names in lanes(state, 1.0, lane_share=0.1)] == [4, 5]
+    assert [len(names) for names in lanes(state, 1.0, lane_share=0.0)] == [0, 1]
+
+
+def test_who_has_entered_the_lane_stays_in_it():
+    """Its share has room for one of 2 blocks. An older one that becomes late waits until the younger one has ended."""
+    state, ledger = make_state(40), Ledger()
+    wait(state, "older", 3, arrival_s=-40.0, slo=Slo(60.0, 60.0))
+    younger = run(state, "younger", 3, arrival_s=-39.0)
+    options = AptOptions(prediction=False, lane_share=0.05)
+    ledger.update(state)
+    ledger.enter_lane([younger])
+    view = View(PolicyContext(TINY), options, state, *ledger.update(state), 50.0, 0.0)
+    assert (view.lane_w.tolist(), view.lane_r.tolist()) == ([False], [True])
+    assert view.late_w.tolist() == [True]
 
 
 # -- options -------------------------------------------------------------------------------------------------------

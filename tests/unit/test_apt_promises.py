@@ -1,14 +1,19 @@
 """What `apt` promises over a whole load, simulated: the mix of kinds never hurts, and an overload ends when it ends."""
 
 import statistics
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from apt_jax.request import Slo
-from apt_jax.scheduling.costs.hardware import MODELS
+from apt_jax.scheduling.costs.cost_model import CostModel
+from apt_jax.scheduling.costs.hardware import HARDWARE, MODELS
+from apt_jax.scheduling.policies.catalogue import make_policy
+from apt_jax.scheduling.policies.interface import PolicyContext
+from apt_jax.scheduling.state import Limits
 from apt_jax.simulation.experiment import Experiment
-from apt_jax.simulation.simulator import simulate_fleet
+from apt_jax.simulation.simulator import simulate, simulate_fleet
 from apt_jax.simulation.workload import Arrival, load_lengths
 
 SEEDS = (0, 1)
@@ -53,3 +58,19 @@ def test_a_minute_after_an_overload_promises_are_kept_again():
         requests = simulate_fleet(arrivals, fleet, slo=Slo(), max_model_len=MOST_TOKENS).requests
         kept[policy] = sum(requests[k].attained_strictly for k in later) / len(later)
     assert kept["apt"] >= 0.95 > kept["sarathi"], kept
+
+
+def test_more_samples_than_seats_do_not_preempt_one_another():
+    """128 requests of 500 tokens for 64 seats, while a stream runs; all that wait are late soon, and grow old.
+
+    Before, older ones that became late pushed younger ones out of the lane: 1,936 preemptions, and the stream stalled.
+    """
+    slow = replace(HARDWARE["a100-40gb"], overhead_s=0.1)  # an iteration takes as long as on a small machine
+    model = CostModel(MODELS["opt-125m"], slow, "one-pass")
+    arrivals = [Arrival(0.0, 20, 900), *(Arrival(2.0, 10, 250) for _ in range(128))]
+    requests = simulate(
+        arrivals, make_policy("apt", PolicyContext(model)), cost_model=model, num_blocks=20_000,
+        limits=Limits(64, 2048, "hybrid"),
+    ).requests  # fmt: skip
+    assert requests[0].attained_strictly
+    assert sum(request.num_preemptions for request in requests) < 16

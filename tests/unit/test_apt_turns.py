@@ -55,7 +55,7 @@ def test_the_lane_is_as_wide_as_its_share_and_takes_the_oldest():
     assert decide(state, 0.5, "apt:prediction=off:lane_share=0.45")[2] != "run old2 8 kv ADMITTED_LONGEST_LATE"
 
 
-def test_the_lane_evicts_the_least_value_per_block_and_only_as_much_as_it_needs():
+def test_the_lane_evicts_who_has_most_time_and_only_as_much_as_it_needs():
     """8 blocks wanted, 2 free: `cheap` (6 blocks, 0.5 of 60 s) goes, `dear` (6 blocks, 0.5 of 1 s) stays."""
     state = make_state(14)
     run(state, "dear", 11)
@@ -108,7 +108,7 @@ def queue(generated, late_gaps=0, started=True, missed=False, given_up=False):
         [None] * n, since_s=np.zeros(n), arrival_s=np.zeros(n), ttft_slo_s=np.full(n, 2.0), tbt_slo_s=np.full(n, 1.0),
         stall_slo_s=np.full(n, 4.0), prompt_tokens=np.full(n, 10), max_new_tokens=np.full(n, 999), tokens=tokens,
         uncomputed=zeros, late_gaps=np.full(n, late_gaps), started=no | started, missed=no | missed,
-        given_up=no | given_up, priority=zeros, pages_held=zeros, kind=zeros, blocks_per_page=zeros,
+        given_up=no | given_up, in_lane=no, priority=zeros, pages_held=zeros, kind=zeros, blocks_per_page=zeros,
     )  # fmt: skip
 
 

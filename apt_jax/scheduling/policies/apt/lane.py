@@ -29,20 +29,20 @@ def admit_lane(view: View, draft: Draft) -> Draft:
 
 
 def _victims(view: View, draft: Draft, need: int) -> tuple[int, ...] | None:
-    """Whom to preempt, outside the lane and the least value per block first, so that a seat and `need` blocks are free.
+    """Whom to preempt, outside the lane, so that a seat and `need` blocks are free; None if that cannot be had.
 
-    None if that cannot be had.
+    Late ones first, then those with most time left, of these the smallest: the first that gives enough, or as many as
+    it takes.
     """
-    free, seats = draft.free_blocks, draft.seats
-    if seats > 0 and need <= free:
+    short, seats = need - draft.free_blocks, draft.seats
+    if seats > 0 and short <= 0:
         return ()
-    victims: list[int] = []
-    for victim in np.argsort(view.values_r / np.maximum(view.need_r, 1), kind="stable").tolist():
-        if victim in draft.preempted or view.lane_r[victim]:
-            continue
-        victims.append(victim)
-        free += int(draft.claims[victim])
-        seats += 1
-        if seats > 0 and need <= free:
-            return tuple(victims)
+    outside = np.flatnonzero(~view.lane_r & draft.stays)
+    ordered = outside[np.lexsort((draft.claims[outside], -view.slack_r[outside]))].tolist()
+    alone = next((victim for victim in ordered if draft.claims[victim] >= short and seats >= 0), None)
+    if alone is not None:
+        return (alone,)
+    for count, given in enumerate(np.cumsum(draft.claims[ordered]).tolist(), 1):
+        if given >= short and seats + count > 0:
+            return tuple(ordered[:count])
     return None

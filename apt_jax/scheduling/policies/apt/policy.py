@@ -14,10 +14,12 @@ kind; `turns.py` says which attempt is carried out; `budget.py` and `chunks.py` 
 `apt-paper` is the original without what is added here. Source: Apt-Serve, arXiv 2504.07494, sections 4 and 5.
 """
 
+from itertools import compress
+
 import numpy as np
 
 from apt_jax.request import Request
-from apt_jax.scheduling.plan import Plan
+from apt_jax.scheduling.plan import Plan, Reason
 from apt_jax.scheduling.policies.apt.facts.ledger import Ledger
 from apt_jax.scheduling.policies.apt.facts.view import View
 from apt_jax.scheduling.policies.apt.options import AptOptions, PaperOptions
@@ -53,6 +55,8 @@ class Apt:
         plan = build_plan(view, choose_draft(view))
         if self._options.fallback == "aging":
             self._ledger.give_up(view.late_w, view.late_r)
+            admitted = [entry.request for entry in plan.scheduled if entry.reason is Reason.ADMITTED_LONGEST_LATE]
+            self._ledger.enter_lane([*compress(running.requests, view.lane_r.tolist()), *admitted])
         return plan
 
     def finished(self, request: Request, now: float) -> None:

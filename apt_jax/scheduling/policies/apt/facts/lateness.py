@@ -3,17 +3,15 @@
 A late request is demoted: its value shrinks to 1/10,000, so it never takes memory from a request that can still be
 served in time (Apt-Serve, section 5). Alone that starves it for as long as others keep coming. The aging fallback
 bounds the wait: late requests that have been in the system for `patience_s` queue, in order of arrival, for a lane.
-A request in the lane is scheduled in every iteration, cannot be preempted, and leaves only when finished.
+A request that has entered the lane is scheduled in every iteration, cannot be preempted, and leaves only when finished.
 
 Bound, in iterations. A request is eligible once it is late and its patience is over, and stays so: being late does not
-turn back. The oldest eligible one is always in the lane, its chunk is the first of the iteration, and nobody takes its
-memory; so in every iteration it computes min(16, what is left of its prompt) tokens or more, or one output token. (It
-needs room for 16 tokens beside one for each of `max_num_seqs`.) With n tokens to compute and o to generate it is served
-by w = ceil(n / 16) + o iterations at the head. Let a request become eligible. Only older requests, and those that hold
-seats or blocks in the lane already, can be served before it; the head advances in every iteration. If j of the older
-ones are still in time then and become late afterwards, each may push those behind it out of the lane, whose work is
-lost; so is the work of one that outgrows the pool as KV, and begins again as hidden. So a request is finished after at
-most the sum of w over those and itself, and j times the largest w (2 j + 1 times with KV), whatever else arrives.
+turn back. The oldest in the lane gets the first chunk of every iteration and nobody takes its memory, so it computes
+min(16, what is left of its prompt) tokens or more, or one output token. (It needs room for 16 tokens beside one for
+each of `max_num_seqs`.) With n tokens to compute and o to generate it is served by w = ceil(n / 16) + o iterations.
+Only older requests, and those in the lane already, go before a request that is eligible; none of them is sent back, but
+one that outgrows the pool as KV, which begins again as hidden. So a request is finished after at most the sum of w over
+those and itself (twice, where it may be KV), whatever else arrives.
 
 In seconds: let an iteration with the decodes alone take T, 16 prompt tokens with their cached prefix C, and let P be
 the tightest promise: a gap of those that decode or a first token of anyone unfinished. `budget.py` makes an iteration
@@ -53,21 +51,27 @@ def is_overdue(queue: Queue, pending_s: Floats) -> Bools:
 
 def lane(
     waiting: Queue, running: Queue, late_waiting: Bools, late_running: Bools, *, now: float, patience_s: float,
-    blocks_waiting: Ints, blocks_running: Ints, share_blocks: int,
+    blocks_waiting: Ints, blocks_running: Ints, share_blocks: int, share_seats: int,
 ) -> tuple[Bools, Bools]:  # fmt: skip
-    """Masks of the waiting and running requests in the lane: the oldest eligible ones, while they fit in its share.
+    """Masks of the waiting and running requests in the lane: who has entered it, then the oldest eligible ones.
 
-    At least one is in it if any is eligible. `blocks_*` is what each takes in its smallest kind.
+    Those that have not entered it yet come in while all fit in its shares of blocks and of seats; at least one is in it
+    if any is eligible. `blocks_*` is what each takes in its smallest kind.
     """
-    eligible_w = np.flatnonzero(late_waiting & (now - waiting.arrival_s > patience_s))
-    eligible_r = np.flatnonzero(late_running & (now - running.arrival_s > patience_s))
-    in_w, in_r = np.zeros(len(waiting), np.bool_), np.zeros(len(running), np.bool_)
-    entries = [(waiting.requests[i].order, True, i) for i in eligible_w[:16]]
-    entries += [(running.requests[i].order, False, i) for i in eligible_r[:16]]
-    used = 0
-    for _, is_waiting, i in sorted(entries):
-        used += int((blocks_waiting if is_waiting else blocks_running)[i])
-        if used > share_blocks and (in_w.any() or in_r.any()):
+    in_w, in_r = late_waiting & waiting.in_lane, late_running & running.in_lane
+    seats = int(in_w.sum() + in_r.sum())
+    blocks = int(blocks_waiting[in_w].sum() + blocks_running[in_r].sum())
+    entries = [
+        (queue.requests[i].order, int(needed[i]), mask, i)
+        for queue, late, needed, mask in (
+            (waiting, late_waiting, blocks_waiting, in_w),
+            (running, late_running, blocks_running, in_r),
+        )
+        for i in np.flatnonzero(late & ~mask & (now - queue.arrival_s > patience_s))[:share_seats].tolist()
+    ]
+    for _, needed, mask, i in sorted(entries, key=lambda entry: entry[0]):
+        seats, blocks = seats + 1, blocks + needed
+        if seats > 1 and (seats > share_seats or blocks > share_blocks):
             break
-        (in_w if is_waiting else in_r)[i] = True
+        mask[i] = True
     return in_w, in_r

@@ -18,15 +18,18 @@ from apt_jax.scheduling.state import SchedulerState
 _BLOCKS_PER_PAGE = np.array(per_kind(lambda kind: kind.blocks_per_page), np.int64)
 
 
+_LATE, _IN_LANE = 1, 2  # standings
+
+
 @dataclass(frozen=True)
 class Queue:
     """Columns of one queue in order of arrival; arrays are `[n]`, times in seconds.
 
     `since_s` is the last token or arrival; `tokens` are all known tokens; `uncomputed` those not cached yet;
     `late_gaps` counts gaps over the SLO; `started` says that the first token is out, `missed` that it was late or that
-    a gap was longer than the stall limit; `given_up` that it was late once, which does not turn back; `kind` is the
-    `CacheKind.index`; `kind`, `pages_held` and `blocks_per_page` are 0 for a waiting request; `decodes` are the
-    entries with which running ones decode.
+    a gap was longer than the stall limit; `given_up` that it was late once, which does not turn back; `in_lane` that it
+    has entered the lane; `kind` is the `CacheKind.index`; this, `pages_held` and `blocks_per_page` are 0 for a waiting
+    request; `decodes` are the entries with which running ones decode.
     """
 
     requests: Sequence[Request]
@@ -43,6 +46,7 @@ class Queue:
     started: Bools
     missed: Bools
     given_up: Bools
+    in_lane: Bools
     priority: Ints
     pages_held: Ints
     kind: Ints
@@ -89,7 +93,7 @@ class Ledger:
         self._next = 0  # first arrival number never seen
         # of each request, and, as far as it changes, what it looked like when it last ran
         self._times = np.zeros((5, capacity))  # arrival, the three SLOs, since
-        # prompt, most new tokens, priority, given up, tokens, uncomputed tokens, late gaps, started, missed
+        # prompt, most new tokens, priority, standing (0 in time), tokens, uncomputed tokens, late gaps, started, missed
         self._counts = np.zeros((9, capacity), np.int64)
         self._ran: list[Request] = []
         self._ran_orders = self._waiting_orders = np.zeros(0, np.int64)
@@ -129,29 +133,36 @@ class Ledger:
         if came or len(admitted) or len(waiting) != len(self._waiting):
             self._waiting_orders = _moved(self._waiting_orders, waiting, came, admitted)
             self._waiting = self._waiting_queue(list(waiting))
-        self._waiting = replace(self._waiting, given_up=self._counts[3, self._waiting_orders - self._base] > 0)
+        standing = self._counts[3, self._waiting_orders - self._base]
+        self._waiting = replace(self._waiting, given_up=standing >= _LATE, in_lane=standing == _IN_LANE)
         return self._waiting, self._running_queue(state.running_progress())
 
     def give_up(self, waiting: Bools, running: Bools) -> None:
         """Remember those of the last update's queues that are marked as late for good."""
         for orders, late in ((self._waiting_orders, waiting), (self._ran_orders, running)):
-            self._counts[3, orders[late] - self._base] = 1
+            column = orders[late] - self._base
+            self._counts[3, column] = np.maximum(self._counts[3, column], _LATE)
+
+    def enter_lane(self, requests: Sequence[Request]) -> None:
+        """Remember these of the last update's queues as in the lane until they end."""
+        self._counts[3, _orders(requests) - self._base] = _IN_LANE
 
     def _waiting_queue(self, requests: list[Request]) -> Queue:
         column = self._waiting_orders - self._base
         arrival_s, ttft_slo_s, tbt_slo_s, stall_slo_s, since_s = self._times[:, column]
-        prompt, most_new, priority, given_up, *changing = self._counts[:, column]
+        prompt, most_new, priority, standing, *changing = self._counts[:, column]
         tokens, uncomputed, late_gaps, started, missed = changing
         nothing = np.zeros_like(tokens)
         return Queue(
             requests, since_s, arrival_s, ttft_slo_s, tbt_slo_s, stall_slo_s, prompt, most_new, tokens, uncomputed,
-            late_gaps, started > 0, missed > 0, given_up > 0, priority, nothing, nothing, nothing,
+            late_gaps, started > 0, missed > 0, standing >= _LATE, standing == _IN_LANE, priority, nothing, nothing,
+            nothing,
         )  # fmt: skip
 
     def _running_queue(self, progress: Progress) -> Queue:
         column = self._ran_orders - self._base
         arrival_s, ttft_slo_s, tbt_slo_s, stall_slo_s, _ = self._times[:, column]
-        priority, given_up = self._counts[2:4, column]
+        priority, standing = self._counts[2:4, column]
         started = ~np.isnan(progress.first_token_s)
         tokens, kind = progress.tokens, progress.kind
         if len(self._ran_kind) != len(self._ran) or (kind != self._ran_kind).any():
@@ -161,8 +172,8 @@ class Ledger:
         return Queue(
             self._ran, np.where(started, progress.last_token_s, arrival_s), arrival_s, ttft_slo_s, tbt_slo_s,
             stall_slo_s, progress.prompt_tokens, progress.max_new_tokens, tokens, tokens - progress.computed,
-            progress.late_gaps, started, _missed(progress, arrival_s, ttft_slo_s), given_up > 0, priority,
-            progress.pages, kind, _BLOCKS_PER_PAGE[kind], self._decodes,
+            progress.late_gaps, started, _missed(progress, arrival_s, ttft_slo_s), standing >= _LATE,
+            standing == _IN_LANE, priority, progress.pages, kind, _BLOCKS_PER_PAGE[kind], self._decodes,
         )  # fmt: skip
 
     def _make_room(self, oldest: int, newest: int) -> None:
@@ -190,7 +201,7 @@ def _newer(queue: list[Request], order: int) -> list[Request]:
     return found
 
 
-def _orders(requests: list[Request]) -> Ints:
+def _orders(requests: Sequence[Request]) -> Ints:
     return np.array([r.order for r in requests], np.int64)
 
 

@@ -243,6 +243,7 @@ class View:
             self.waiting, self.running, self.late_w, late_running, now=self.now, patience_s=self.options.patience_s,
             blocks_waiting=self.pages_w * self.least_blocks_per_page, blocks_running=self.need_r,
             share_blocks=int(self.options.lane_share * self.state.pool.num_blocks),
+            share_seats=max(1, int(self.options.lane_share * self.state.limits.max_num_seqs)),
         )  # fmt: skip
 
     def _values(self, queue: Queue, late: Bools, remaining: Floats | None) -> Floats:
