@@ -29,7 +29,7 @@ class AptOptions:
         fit_victims: preempt the smallest late request that gives enough; off: the largest ones first.
         priorities: the value of a request counts by its priority.
         patience_s: time in the system after which a late request queues for the lane.
-        lane_share: share of the blocks that the lane may fill.
+        lane_share: share of the blocks, and of the seats, that the lane may fill.
 
     Raises:
         ValueError: a value is unknown or out of range.
