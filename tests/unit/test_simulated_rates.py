@@ -192,7 +192,10 @@ def test_classes_have_promises_priorities_and_lengths_of_their_own(tmp_path, kin
     [("name,share\na,0\n", "share='0' must be greater than 0"), ("name,share\na,x\n", "share='x' must be a number"),
      ("name,share,speed\na,1,2\n", "speed is unknown; known: name, share"), ("name,share\n", "has no class"),
      ("name,share\na,1\na,2\n", "a name of its own"), ("name,share,ttft_ms\na,1,-5\n", "ttft_ms=-5 must be"),
-     ("name,share,priority\na,1,1.5\n", "priority=1.5 must be a whole number")],
+     ("name,share,priority\na,1,1.5\n", "priority=1.5 must be a whole number"),
+     ("name,share\na,1,2\n", "class 1: there are more cells than columns"),
+     ("name,share\na,1e308\nb,1e308\n", "the shares are too large"),
+     (f"name,share\n{'a' * 200_000},1\n", "c.csv cannot be read: field larger than field limit")],
 )  # fmt: skip
 def test_a_bad_file_of_classes_is_refused_in_one_sentence(tmp_path, text, message):
     (tmp_path / "c.csv").write_text(text)
@@ -200,6 +203,20 @@ def test_a_bad_file_of_classes_is_refused_in_one_sentence(tmp_path, text, messag
         load_classes(tmp_path / "c.csv", Slo())
     with pytest.raises(ValueError, match="there is no such file"):
         load_classes(tmp_path / "d.csv", Slo())
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "message"),
+    [("c.csv", b"name,share\n\xff,1\n", "c.csv cannot be read: not UTF-8 text"),
+     ("c.json", b"[\xff]", "c.json cannot be read: not UTF-8 text"),
+     ("c.json", b"[" * 100_000, "c.json cannot be read: nested too deeply"),
+     ("c.json", b"[", "c.json cannot be read: Expecting value"),
+     ("c.json", b'{"share": 1}', "must be a list of objects")],
+)  # fmt: skip
+def test_a_file_that_holds_no_classes_is_refused_by_name(tmp_path, name, data, message):
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(ValueError, match=message):
+        load_classes(tmp_path / name, Slo())
 
 
 def test_a_workload_s_columns_give_requests_terms_of_their_own(tmp_path):

@@ -2,13 +2,13 @@
 
 import csv
 import io
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from apt_jax.files import read_json, read_text
 from apt_jax.request import Slo
 
 DEFAULT_CLASS = "default"
@@ -45,21 +45,19 @@ def load_classes(path: Path, default: Slo) -> list[RequestClass]:
     """
     if not path.is_file():
         raise ValueError(f"--classes {path}: there is no such file")
-    text = path.read_text("utf-8-sig")
-    if path.suffix == ".json":
-        try:
-            rows = json.loads(text)
-        except ValueError as error:
-            raise ValueError(f"--classes {path} is no JSON: {error}") from error
-        if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-            raise ValueError(f"--classes {path} must be a list of objects")
-    else:
-        rows = list(csv.DictReader(io.StringIO(text, newline="")))
+    try:
+        rows = _rows(path)
+    except (ValueError, csv.Error) as error:
+        raise ValueError(f"--classes {path} cannot be read: {error}") from error
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise ValueError(f"--classes {path} must be a list of objects")
     if not rows:
         raise ValueError(f"--classes {path} has no class")
     found = []
     for number, row in enumerate(rows, start=1):
         where = f"--classes {path}, class {number}"
+        if None in row:  # csv's key for what is left
+            raise ValueError(f"{where}: there are more cells than columns")
         if unknown := [str(key) for key in row if key not in _COLUMNS]:
             raise ValueError(f"{where}: {', '.join(unknown)} is unknown; known: {', '.join(_COLUMNS)}")
         share = number_of(row.get("share"), f"{where}: share")
@@ -70,7 +68,15 @@ def load_classes(path: Path, default: Slo) -> list[RequestClass]:
     names = [found_class.terms.name for found_class in found]
     if len(set(names)) < len(names):
         raise ValueError(f"--classes {path}: every class needs a name of its own")
+    if not math.isfinite(sum(found_class.share for found_class in found)):
+        raise ValueError(f"--classes {path}: the shares are too large to be added")
     return found
+
+
+def _rows(path: Path) -> Any:
+    if path.suffix == ".json":
+        return read_json(path)
+    return list(csv.DictReader(io.StringIO(read_text(path), newline="")))
 
 
 def terms_of(row: Mapping[str, Any], default: Slo, where: str, name: str) -> Terms:
