@@ -2,7 +2,7 @@
 
 import difflib
 from collections.abc import Sized
-from typing import Any, ClassVar
+from typing import Any, ClassVar, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, GetJsonSchemaHandler, ValidationError, model_validator
 from pydantic_core import CoreSchema
@@ -84,14 +84,25 @@ def first_fault(error: ValidationError, model: type[BaseModel]) -> BadRequest:
             return BadRequest(refused(path[-1], field), name)
         case "extra_forbidden":
             known = path[-1] if len(path[-1]) <= SHOWN_VALUE_CHARS else ""
-            near = difflib.get_close_matches(known, model.model_fields, n=1)
+            near = difflib.get_close_matches(known, _holder(model, path).model_fields, n=1)
             hint = f"; did you mean {near[0]}?" if near else ""
             return BadRequest(f"unknown field {shown('.'.join(path))}{hint}", name[:SHOWN_VALUE_CHARS])
         case "missing":
             return BadRequest(f"field {name} is missing", name)
         case "value_error":
             return BadRequest(str(fault["ctx"]["error"]), name)
+        case "model_type":
+            return BadRequest(f"{name}={shown(fault['input'])}: input should be a JSON object", name)
     return BadRequest(f"{name}={shown(fault['input'])}: {_lower_first(fault['msg'])}", name)
+
+
+def _holder(model: type[BaseModel], path: list[str]) -> type[BaseModel]:
+    """The model of the object that holds the last field of `path`; `model` if that is in none of its own."""
+    for part in path[:-1]:
+        field = model.model_fields.get(part)
+        kinds = () if field is None else (field.annotation, *get_args(field.annotation))
+        model = next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)), model)
+    return model
 
 
 def _lower_first(text: str) -> str:

@@ -206,6 +206,20 @@ def test_the_gap_slo_has_two_spellings_which_must_agree():
     assert caught.value.param == "x-slo-tbt-ms"
 
 
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [("slo", 5, "slo=5: input should be a JSON object"), ("slo", [], "slo=[]: input should be a JSON object"),
+     ("slo", {"tpot_ms": 5}, 'unknown field "slo.tpot_ms"; did you mean tbt_ms?'),
+     ("slo", {"ttft": 5}, 'unknown field "slo.ttft"; did you mean ttft_ms?'),
+     ("slo", {"seeds": 5}, 'unknown field "slo.seeds"'),
+     ("stream_options", True, "stream_options=true: input should be a JSON object")],
+)  # fmt: skip
+def test_what_is_wrong_in_an_object_of_the_body_is_told_by_its_own_fields(field, value, message):
+    with pytest.raises(BadRequest) as caught:
+        parse_completion({"prompt": "a", "stream": True, field: value})
+    assert str(caught.value) == message
+
+
 @pytest.mark.parametrize("text", ["", "fast", "0", "-1", "nan", "inf"])
 def test_a_bad_slo_header_is_refused(text):
     for header in ("x-slo-ttft-ms", "x-slo-tbt-ms", "x-slo-tpot-ms", "x-slo-stall-ms"):
