@@ -141,7 +141,7 @@ def test_simulate_prints_a_table_and_writes_json(tmp_path, capsys):
     assert run("simulate", *flags.split(), "--cache-modes", "kv", "--json", str(out)) == 0
     record = json.loads(out.read_text())["runs"][0]
     assert (record["policy"], record["cache_mode"], record["rate"]) == ("fcfs", "kv", 0.03)
-    assert "attained" in capsys.readouterr().out
+    assert "strict" in capsys.readouterr().out
 
 
 def test_simulate_names_what_there_is(capsys):
