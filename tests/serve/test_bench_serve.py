@@ -54,7 +54,10 @@ def test_our_server_answers_every_request_and_the_file_has_vllm_s_names(tmp_path
     assert found["strict_attainment"] == found["attainment"] == 1.0
     assert found["effective_throughput"] == found["effective_throughput_paper"] == {"0.7": 60, "0.9": 60, "0.99": 60}
     assert found["stall_slo_ms"] == 60000 and found["turned_away"] == 0 and found["sustained"] is None
-    assert 0 < found["longest_gap_ms"] <= found["longest_wait_ms"] and len(found["backlog_by_quarter"]) == 4
+    longest_gap_s = max(gap for gaps in found["itls"] for gap in gaps)  # 0 if all tokens of each came in one piece
+    assert found["longest_gap_ms"] == pytest.approx(1e3 * longest_gap_s)
+    assert found["longest_wait_ms"] == pytest.approx(1e3 * max(longest_gap_s, *found["ttfts"]))
+    assert len(found["backlog_by_quarter"]) == 4
     assert [entry["requests"] for entry in found["attainment_by_class"]["prompt_quartile"]] == [12]
     assert (found["model_id"], found["endpoint_type"], found["request_rate"]) == ("tiny", "openai", 60)
     assert found["offered_rate"] == pytest.approx(60) and found["burstiness"] == pytest.approx(4)
