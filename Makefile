@@ -37,9 +37,11 @@ test: lint
 	JAX_PLATFORMS=cpu $(BIN)/python -m pytest --numprocesses=auto --maxprocesses=4 --dist=loadfile $(ARGS)
 
 # The tiers that compile next to nothing, and what says first that a kernel's reference or the model is wrong; without
-# two files of tests that keep a core busy for a minute, by load on a server and by processes killed at every write.
+# the longest files: load on a server, processes killed at every write, slow clients, whole simulated loads.
 FAST := tests/unit tests/serve tests/kernels/test_kernels_reference.py tests/model/test_opt.py tests/e2e/test_makefile.py \
-	--ignore=tests/serve/test_hostile_requests.py --ignore=tests/serve/test_kill_windows.py
+	--ignore=tests/serve/test_hostile_requests.py --ignore=tests/serve/test_kill_windows.py \
+	--ignore=tests/serve/test_slow_clients.py --ignore=tests/serve/test_bench_serve.py \
+	--ignore=tests/serve/test_serve_resume.py --ignore=tests/unit/test_apt_promises.py
 
 test-fast: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
