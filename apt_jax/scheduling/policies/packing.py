@@ -119,6 +119,30 @@ def _prefilling(state: SchedulerState) -> set[int]:
     return set(compress((r.order for r in state.running), unfinished.tolist())) if unfinished.any() else set()
 
 
+def plan_mixed(
+    state: SchedulerState, token_budget: int, *, least_tokens: int = 0, watermark_blocks: int | None = None
+) -> Plan:
+    """Decode everything, and spend what is left of the token budget on prompts in order of arrival.
+
+    `least_tokens` of prompts are computed whatever the decodes take; the watermark is the limits' unless given.
+    """
+    decode = plan_decode(state, state.running, ())
+    budget = min(token_budget, state.limits.max_num_batched_tokens) - len(decode.scheduled)
+    gone = {entry.request.order for entry in decode.preempted}
+    prefill, _, waited = plan_prefill(
+        state,
+        # after a preemption nobody is admitted: the blocks are needed by those that run
+        () if gone or decode.converted else state.waiting,
+        [r for r in state.running if r.order not in gone],
+        budget=max(budget, least_tokens),
+        claimed_blocks=sum(state.blocks_to_grow(entry.request) for entry in decode.scheduled),
+        watermark_blocks=watermark_blocks,
+    )
+    return Plan(
+        scheduled=(*decode.scheduled, *prefill), preempted=decode.preempted, converted=decode.converted, waited=waited
+    )
+
+
 def choose_kind(state: SchedulerState, request: Request, free_blocks: int) -> tuple[CacheKind, Reason] | None:
     """The first kind of the cache mode in which the request's known tokens fit; None if none does."""
     kinds = state.limits.kinds

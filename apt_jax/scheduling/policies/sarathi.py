@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from apt_jax.request import Request
 from apt_jax.scheduling.plan import Plan
 from apt_jax.scheduling.policies.interface import PolicyContext
-from apt_jax.scheduling.policies.packing import plan_decode, plan_prefill
+from apt_jax.scheduling.policies.packing import plan_mixed
 from apt_jax.scheduling.state import SchedulerState
 
 
@@ -30,18 +30,7 @@ class Sarathi:
 
     def schedule(self, state: SchedulerState, now: float) -> Plan:
         """Decodes and prompt chunks together."""
-        decode = plan_decode(state, state.running, ())
-        budget = min(self._options.token_budget, state.limits.max_num_batched_tokens) - len(decode.scheduled)
-        gone = {entry.request.order for entry in decode.preempted}
-        running = [r for r in state.running if r.order not in gone]
-        growth = sum(state.blocks_to_grow(entry.request) for entry in decode.scheduled)
-        # after a preemption nobody is admitted: the blocks are needed by those that run
-        waiting = () if gone or decode.converted else state.waiting
-        prefill, _, waited = plan_prefill(state, waiting, running, budget=max(budget, 1), claimed_blocks=growth)
-        return Plan(
-            scheduled=(*decode.scheduled, *prefill), preempted=decode.preempted, converted=decode.converted,
-            waited=waited,
-        )  # fmt: skip
+        return plan_mixed(state, self._options.token_budget, least_tokens=1)
 
     def finished(self, request: Request, now: float) -> None:
         """Nothing to learn."""

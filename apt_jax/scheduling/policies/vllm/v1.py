@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from apt_jax.request import Request
 from apt_jax.scheduling.plan import Plan
 from apt_jax.scheduling.policies.interface import PolicyContext
-from apt_jax.scheduling.policies.packing import plan_decode, plan_prefill
+from apt_jax.scheduling.policies.packing import plan_mixed
 from apt_jax.scheduling.state import SchedulerState
 
 
@@ -32,16 +32,7 @@ class VllmV1:
 
     def schedule(self, state: SchedulerState, now: float) -> Plan:
         """Decodes and prompt chunks together."""
-        decode = plan_decode(state, state.running, ())
-        budget = min(self._options.token_budget, state.limits.max_num_batched_tokens) - len(decode.scheduled)
-        gone = {entry.request.order for entry in decode.preempted}
-        running = [r for r in state.running if r.order not in gone]
-        prefill, _, waited = plan_prefill(
-            state, () if gone or decode.converted else state.waiting, running, budget=max(budget, 0),
-            claimed_blocks=sum(state.blocks_to_grow(entry.request) for entry in decode.scheduled), watermark_blocks=0,
-        )  # fmt: skip
-        scheduled = (*decode.scheduled, *prefill)
-        return Plan(scheduled=scheduled, preempted=decode.preempted, converted=decode.converted, waited=waited)
+        return plan_mixed(state, self._options.token_budget, watermark_blocks=0)
 
     def finished(self, request: Request, now: float) -> None:
         """Nothing to learn."""
