@@ -32,12 +32,12 @@ def allowed_kinds(view: View, draft: Draft, candidates: Ints) -> tuple[Bools, Bo
     slower = delay_s > 0
     if not slower.any():
         return as_kv, as_hidden
-    if hidden_pays(view):
-        scarce = _scarce_as_kv(view, draft, candidates, kv)
-        if not _is_worth_mixing(view, model, float(delay_s[slower].mean())):
-            scarce[:] = True
-    else:
+    if not hidden_pays(view):
         scarce = view.pages_w[candidates] * kv.blocks_per_page > view.state.pool.num_blocks  # not even alone
+    elif _is_worth_mixing(view, model, float(delay_s[slower].mean())):
+        scarce = _scarce_as_kv(view, draft, candidates, kv)
+    else:
+        scarce = np.ones(len(candidates), np.bool_)
     return ~(slower & scarce), ~(slower & ~scarce)
 
 
