@@ -2,7 +2,7 @@
 
     python tests/soak [--scale 0.1] [--only streams,random,...] [serve flags]
 
-Each scenario checks what must hold and prints what it saw; the first that fails ends the run with its reason.
+Each scenario checks what must hold and prints what it saw. After one that fails the next has a new server.
 Scale 1 is 1,000 concurrent streams and 10,000 requests.
 """
 
@@ -18,6 +18,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from tests.soak.client import Outcome, complete, send_raw
 from tests.soak.server import Server
@@ -116,41 +117,40 @@ def slow(server: Server, scale: float) -> str:
     return f"20 quick streams took {took_s:.1f} s beside 20 slow ones"
 
 
+GOOD = json.dumps({"prompt": "a", "max_tokens": 1, "stop": ["x"], "logit_bias": {"5": 1}, "slo": {"ttft_ms": 5}})
+
+
+def noise(numbers: random.Random) -> tuple[bytes, bool]:
+    """Bytes to send, and whether they end before a request does."""
+    kind = numbers.randrange(6)
+    text = bytearray(GOOD.encode())
+    if kind == 0:
+        return numbers.randbytes(numbers.randint(1, 3000)), True
+    if kind == 1:
+        for _ in range(numbers.randint(1, 6)):
+            text[numbers.randrange(len(text))] = numbers.randrange(256)
+    elif kind == 2:
+        text = bytearray(b"[" * numbers.randint(1, 50_000))
+    elif kind == 3:
+        wrong = numbers.choice([[[]], [[1e9]], {}, 7, [-5], "\ud800", [10**30]])
+        text = bytearray(json.dumps({"prompt": wrong}).encode())
+    elif kind == 4:
+        del text[numbers.randrange(len(text)) :]
+    length = len(text) + (numbers.randint(1, 50) if kind == 5 else 0)
+    head = b"POST %s HTTP/1.1\r\nhost: localhost\r\ncontent-length: %d\r\nconnection: close\r\n\r\n"
+    return head % (numbers.choice(PATHS), length) + text, length > len(text)
+
+
 def hostile(server: Server, scale: float) -> str:
     """Bytes and bodies that are wrong in every way get a 4xx or a closed connection, never a 5xx."""
     numbers, count = random.Random(2), max(int(2000 * scale), 100)
-    good = json.dumps({"prompt": "a", "max_tokens": 1, "stop": ["x"], "logit_bias": {"5": 1}, "slo": {"ttft_ms": 5}})
-
-    def noise() -> tuple[bytes, bool]:
-        """Bytes to send, and whether they end before their body does."""
-        kind = numbers.randrange(6)
-        text = bytearray(good.encode())
-        if kind == 0:
-            return numbers.randbytes(numbers.randint(1, 3000))
-        if kind == 1:
-            for _ in range(numbers.randint(1, 6)):
-                text[numbers.randrange(len(text))] = numbers.randrange(256)
-        elif kind == 2:
-            text = bytearray(b"[" * numbers.randint(1, 50_000))
-        elif kind == 3:
-            wrong = numbers.choice([[[]], [[1e9]], {}, 7, [-5], "\ud800", [10**30]])
-            text = bytearray(json.dumps({"prompt": wrong}).encode())
-        elif kind == 4:
-            del text[numbers.randrange(len(text)) :]
-        length = len(text) + (numbers.randint(1, 50) if kind == 5 else 0)
-        path = numbers.choice(PATHS)
-        head = b"POST %s HTTP/1.1\r\nhost: localhost\r\ncontent-length: %d\r\nconnection: close\r\n\r\n" % (
-            path,
-            length,
-        )
-        return head + text, length > len(text)
 
     async def run() -> collections.Counter[int]:
         slots = asyncio.Semaphore(50)
 
         async def one() -> int:
             async with slots:
-                data, ends = noise()
+                data, ends = noise(numbers)
                 return await send_raw(server.port, data, ends=ends)
 
         return collections.Counter(await asyncio.gather(*(one() for _ in range(count))))
@@ -252,33 +252,44 @@ def main() -> None:
             alive.append(Server(folder, *keep, *flags, clock_jumps=clock_jumps))
             return alive[-1]
 
+        faults: dict[str, str] = {}
+
+        def run(part: Callable[..., str], *more: Any, clock_jumps: bool = False) -> None:
+            """A part on the server that is there, on a new one after a part that failed."""
+            name = part.__name__
+            if name not in wanted:
+                return
+            try:
+                server = alive[-1] if alive and not clock_jumps else start(clock_jumps=clock_jumps)
+                before = server.settle()
+                seen = part(server, asked.scale, *more)
+                report(name, seen, before, alive[-1].settle())
+                assert not alive[-1].count("Traceback"), f"a traceback in the log: {alive[-1].tail()}"
+            except Exception as error:
+                faults[name] = f"{type(error).__name__}: {error}"
+                print(f"{name:10} FAILED: {faults[name]}", flush=True)
+                if alive:
+                    print(alive[-1].troubles(), file=sys.stderr, flush=True)
+                    alive.pop().kill()
+
         try:
-            server = start()
-            idle = server.settle()
-            for step in (streams, mixed, slow, hostile, stalls):
-                if step.__name__ in wanted:
-                    report(step.__name__, step(server, asked.scale), idle, server.settle())
-            for step in (terminated, killed):
-                if step.__name__ in wanted:
-                    report(step.__name__, step(alive[-1], asked.scale, start))
-            if "clock" in wanted:
-                report("clock", clock(start(clock_jumps=True), asked.scale))
-            assert not alive[-1].count("Traceback"), alive[-1].tail()
-        except BaseException:
-            if alive:
-                print(alive[-1].troubles(), file=sys.stderr)
-            raise
+            for part in (streams, mixed, slow, hostile, stalls):
+                run(part)
+            for part in (terminated, killed):
+                run(part, start)
+            run(clock, clock_jumps=True)
         finally:
             while alive:
                 alive.pop().kill()
+        if faults:
+            sys.exit(f"failed: {', '.join(faults)}")
 
 
-def report(name: str, seen: str, before: dict[str, float] | None = None, after: dict[str, float] | None = None) -> None:
-    """One line per scenario; with memory, file descriptors and tasks since the start where one server lives on."""
-    if before is not None and after is not None:
-        seen += f" [rss {before['rss_mb']:.0f} -> {after['rss_mb']:.0f} MB,"
-        seen += f" fds {before['fds']:.0f} -> {after['fds']:.0f},"
-        seen += f" tasks {before['apt:event_loop_tasks']:.0f} -> {after['apt:event_loop_tasks']:.0f}]"
+def report(name: str, seen: str, before: dict[str, float], after: dict[str, float]) -> None:
+    """One line per scenario, with memory, file descriptors and tasks before and after."""
+    seen += f" [rss {before['rss_mb']:.0f} -> {after['rss_mb']:.0f} MB,"
+    seen += f" fds {before['fds']:.0f} -> {after['fds']:.0f},"
+    seen += f" tasks {before['apt:event_loop_tasks']:.0f} -> {after['apt:event_loop_tasks']:.0f}]"
     print(f"{name:10} ok: {seen}", flush=True)
 
 
