@@ -9,6 +9,7 @@ under SLA Guarantees" (ASPLOS 2025); conditioning on tokens so far is the mean r
 """
 
 from collections import deque
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -18,6 +19,7 @@ from apt_jax.request import FinishReason, Request
 WINDOW = 1000  # newest outputs kept per class
 ENOUGH = 30  # samples that a class needs to answer by itself
 PRIOR_TOKENS = 256.0
+Counts = NDArray[np.int64] | NDArray[np.float64]
 _CLASS_TOKENS = np.array([16, 64, 256, 1024, 4096])  # a class begins with each
 NUM_CLASSES = len(_CLASS_TOKENS) + 1
 _GRID = 2.0 ** (np.arange(0, 65) / 4)  # tokens generated so far, up to 65,536
@@ -56,6 +58,12 @@ class LengthPredictor:
         column = np.searchsorted(_GRID[1:], generated_tokens, side="right")  # the last point that is no more
         answer: NDArray[np.float64] = self._table[_classes(prompt_tokens), column]
         return answer
+
+    def remaining_of(
+        self, requests: Sequence[Request], prompt_tokens: Counts, generated_tokens: Counts
+    ) -> NDArray[np.float64]:
+        """`[n]` the same for these requests, whose counts are given."""
+        return self.remaining_tokens(prompt_tokens, generated_tokens)
 
     def _rebuild(self) -> None:
         self._stale = 0

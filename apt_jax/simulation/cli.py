@@ -21,6 +21,7 @@ from apt_jax.scheduling.policies.vllm.defaults import BASELINES
 from apt_jax.simulation.experiment import Configuration, Experiment
 from apt_jax.simulation.options import SimulateArgs
 from apt_jax.simulation.report import means_over_seeds
+from apt_jax.simulation.requests.surge import Surge
 from apt_jax.simulation.tables import print_result
 from apt_jax.simulation.throughput.points import Job, Point, Task, run_jobs
 from apt_jax.simulation.throughput.questions import READINGS, Question
@@ -65,6 +66,7 @@ def run(args: SimulateArgs) -> dict[str, Any]:
     if any(not 0 < target <= 1 for target in targets):
         raise ValueError(f"effective_throughput={args.effective_throughput} must be shares between 0 and 1, e.g. 0.9")
     given = {f.name: getattr(args, f.name) for f in fields(Experiment) if hasattr(args, f.name)}
+    given["surge"] = Surge.parse(args.surge) if args.surge else None
     if args.duration_s is None:
         given["duration_s"] = SUSTAINED_S if targets else MIN_DURATION_S
     experiment = Experiment(**given)

@@ -14,6 +14,7 @@ from apt_jax.routing.catalogue import DEFAULT_ROUTER, make_router
 from apt_jax.scheduling.costs.cost_model import CostModel, HiddenMode, cache_blocks
 from apt_jax.scheduling.costs.hardware import HARDWARE, MODELS, by_name
 from apt_jax.scheduling.costs.host_times import host_time
+from apt_jax.scheduling.length import LengthPredictor
 from apt_jax.scheduling.policies.catalogue import make_policy
 from apt_jax.scheduling.policies.interface import PolicyContext
 from apt_jax.scheduling.policies.vllm.defaults import BASELINES, DEFAULT_LIMITS
@@ -22,6 +23,8 @@ from apt_jax.simulation.fleet import Fleet
 from apt_jax.simulation.instance import Instance
 from apt_jax.simulation.report import Report, summarise
 from apt_jax.simulation.requests.classes import RequestClass, load_classes
+from apt_jax.simulation.requests.known_lengths import KnownLengths
+from apt_jax.simulation.requests.surge import Surge
 from apt_jax.simulation.simulator import Outcome, simulate_fleet
 from apt_jax.simulation.throughput.bound import fluid_bound
 from apt_jax.simulation.throughput.questions import Question, are_decided
@@ -58,6 +61,8 @@ class Experiment:
     num_blocks: int | None = None
     max_num_queued_reqs: int = 1024
     duration_s: float = MIN_DURATION_S
+    surge: Surge | None = None
+    known_lengths: bool = False
     instances: int = 1
     max_instances: int | None = None
     router: str = DEFAULT_ROUTER
@@ -91,7 +96,7 @@ class Experiment:
         cv = 1.0 if self.cv is None and self.lengths.arrival_s is None else self.cv
         return make_arrivals(
             self.lengths, rate=rate, num_requests=self.num_requests, cv=cv, seed=self.seed, duration_s=self.duration_s,
-            classes=self.request_classes,
+            classes=self.request_classes, surge=self.surge,
         ), rate  # fmt: skip
 
     def set_up_for(self, policy: str) -> "Experiment":
@@ -156,7 +161,7 @@ class Experiment:
             outcome, policy=policy, cache_mode=cache_mode, hidden_attention=hidden_attention, rate=rate,
             num_blocks=self.pool_blocks(policy), instances=self.instances, router=self.router if self.is_routed else "",
             report_interval_s=self.report_interval_s, seed=self.seed,
-            fluid_bound=self.fluid_bound((policy, cache_mode, hidden_attention)),
+            fluid_bound=self.fluid_bound((policy, cache_mode, hidden_attention)), surge=self.surge,
         )  # fmt: skip
         return outcome, report
 
@@ -193,7 +198,8 @@ class Experiment:
         )
 
         def start(name: str) -> Instance:
-            context = PolicyContext(cost_model, seed=self.seed + int(name))
+            predictor = KnownLengths() if self.known_lengths else LengthPredictor()
+            context = PolicyContext(cost_model, predictor=predictor, seed=self.seed + int(name))
             return Instance(
                 make_policy(policy, context), cost_model, num_blocks=num_blocks, limits=limits,
                 block_size=self.block_size, name=name,

@@ -63,6 +63,11 @@ class SimulateArgs:
     duration_s: float | None = None
     """Minimum duration of arrivals; default: 300 s, and 900 s with --effective-throughput, which whether a rate lasts
     takes; short traces flatter policies that starve requests."""
+    surge: str | None = None
+    """A stretch of overload, START_S:SECONDS:FACTOR: 300:300:3 is three times the rate from the 300th second for 300
+    seconds; attainment is then also told by phase: before, surge, minute after, later."""
+    known_lengths: bool = False
+    """Policies know the length of every output in advance: a bound on what predicting them better could bring."""
     instances: int = 1
     """Number of instances of the model; --rate is the total over all of them."""
     router: str = "pending-time"

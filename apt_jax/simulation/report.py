@@ -10,6 +10,7 @@ from apt_jax.cache import KINDS
 from apt_jax.request import FinishReason
 from apt_jax.run_figures import backlog_by_quarter, backlog_growth, by_quartile
 from apt_jax.simulation.requests.columns import SimulatedRequest
+from apt_jax.simulation.requests.surge import Surge
 from apt_jax.simulation.simulator import Outcome
 
 MEANS = (  # figures with a mean over seeds
@@ -27,6 +28,7 @@ class Report:
         attainment: the same as the paper reads it: the 99th percentile of gaps.
         attainment_by_class: both, of each SLO class and each quartile of prompt and output length.
         worst_class: the lowest strict attainment of those.
+        attainment_by_phase: both, of those that came before a surge, in it, within a minute after it and later.
         turned_away: share that was refused or abandoned.
         kept_token_throughput: tokens per second of requests kept strictly, those that came while requests arrived.
         backlog: unfinished requests when the last one arrived; `backlog_by_quarter` after each quarter of the arrivals.
@@ -51,6 +53,7 @@ class Report:
     attainment: float
     worst_class: float
     attainment_by_class: dict[str, list[dict[str, Any]]]
+    attainment_by_phase: list[dict[str, Any]]
     turned_away: float
     kept_token_throughput: float
     sustained: bool | None
@@ -94,6 +97,7 @@ class Report:
 def summarise(
     outcome: Outcome, *, policy: str, cache_mode: str, hidden_attention: str, rate: float, num_blocks: int,
     instances: int = 1, router: str = "", report_interval_s: float = 0.0, seed: int = 0, fluid_bound: float = 0.0,
+    surge: Surge | None = None,
 ) -> Report:  # fmt: skip
     """The report of a finished simulation."""
     requests = outcome.requests
@@ -124,6 +128,7 @@ def summarise(
         attainment=_share(kept),
         worst_class=min(entry["strict_attainment"] for entries in classes.values() for entry in entries),
         attainment_by_class=classes,
+        attainment_by_phase=surge.by_phase(arrivals, strictly, kept) if surge else [],
         turned_away=_share(r.finish_reason in (FinishReason.ABORT, FinishReason.ABANDONED) for r in requests),
         kept_token_throughput=kept_tokens / over_s,
         sustained=outcome.is_sustained(),

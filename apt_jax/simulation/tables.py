@@ -34,6 +34,8 @@ def print_result(experiment: Experiment, reports: list[Report], result: dict[str
     )
     if reports:
         console.print(_runs(experiment, reports, seeds))
+        if experiment.surge is not None:
+            console.print(_phases(experiment, reports, seeds))
         if any(report.sustained is None for report in reports):
             console.print(f"whether a rate lasts is unknown: that takes {SUSTAINED_S:g} s of arrivals (--duration-s)")
     if reports and len(seeds) > 1:
@@ -55,6 +57,22 @@ def _runs(experiment: Experiment, reports: list[Report], seeds: list[int]) -> Ta
             f"{r.longest_gap_s:.1f}", f"{r.longest_wait_s:.1f}", f"{r.kept_token_throughput:.0f}",
             f"{r.mean_batch:.0f}", str(r.preemptions), str(r.conversions), " ".join(map(str, r.backlog_by_quarter)),
             LASTS[r.sustained], f"{r.drain_s:.0f}",
+        )  # fmt: skip
+    return table
+
+
+def _phases(experiment: Experiment, reports: list[Report], seeds: list[int]) -> Table:
+    """Strict attainment of those that came before, in and after the surge."""
+    names = list(dict.fromkeys(phase["name"] for report in reports for phase in report.attainment_by_phase))
+    seeded = ["seed"] if len(seeds) > 1 else []
+    columns = ("policy", "cache", "hidden", "rate")
+    table = Table(*_routed(experiment), *seeded, *columns, *names, title="strict attainment by phase (requests)")
+    for r in reports:
+        found = {p["name"]: f"{p['strict_attainment']:.1%} ({p['requests']})" for p in r.attainment_by_phase}
+        where = [r.router] if _routed(experiment) else []
+        table.add_row(
+            *where, *([str(r.seed)] if seeded else []), r.policy, r.cache_mode,
+            _attention(r.cache_mode, r.hidden_attention), f"{r.rate:g}", *(found.get(name, "-") for name in names),
         )  # fmt: skip
     return table
 

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from apt_jax.files import read_text
 from apt_jax.request import Slo
 from apt_jax.simulation.requests.classes import DEFAULT_CLASS, RequestClass, Terms, terms_of
+from apt_jax.simulation.requests.surge import Surge
 
 NAMED = ("sharegpt", "humaneval", "longbench", "azure")
 TERMS = {  # column of a table -> cell of `terms_of`
@@ -156,6 +157,7 @@ def _mixed(tables: list[Lengths]) -> Lengths:
 def make_arrivals(
     lengths: Lengths, *, rate: float, num_requests: int, cv: float | None, seed: int,
     duration_s: float = MIN_DURATION_S, classes: Sequence[tuple[RequestClass, Lengths | None]] = (),
+    surge: Surge | None = None,
 ) -> list[Arrival]:  # fmt: skip
     """Requests at `rate` per second: `num_requests`, or more if those would arrive within `duration_s` seconds.
 
@@ -166,20 +168,24 @@ def make_arrivals(
 
     With `classes` each request is of one of them, drawn in proportion to their shares, and has its terms; its lengths
     are from the class' own table, if there is one.
+
+    A `surge` moves arrivals together where it raises the rate; `rate` is the base then.
     """
     numbers = (rate, num_requests, *(() if cv is None else (cv,)))
     if not all(0 < number < math.inf for number in numbers) or not 0 <= duration_s < math.inf:
         raise ValueError(f"{rate=}, {num_requests=} and {cv=} must all be greater than 0, and {duration_s=} at least 0")
-    if max(num_requests, rate * duration_s) > MOST_ARRIVALS:
+    expected = rate * duration_s * (1.0 if surge is None else surge.mean_factor(duration_s))
+    if max(num_requests, expected) > MOST_ARRIVALS:
         raise ValueError(
             f"{rate=:g} for {duration_s=:g} or {num_requests=} are more than {MOST_ARRIVALS:,} requests; lower one"
         )
-    count = max(num_requests, math.ceil(rate * duration_s))
+    count = max(num_requests, math.ceil(expected))
     rows = len(lengths.prompt_tokens)
     if cv is None:
         times, index = recorded_times(lengths, count, rate=rate), np.arange(count) % rows
     else:
         times, index = gamma_times(count, rate=rate, cv=cv, seed=seed), shuffled_rows(rows, count, seed=seed)
+    times = times if surge is None else surge.times(times)
     prompt, output = lengths.prompt_tokens[index], lengths.output_tokens[index]
     terms: list[Terms | None] = [lengths.terms[i] for i in index] if lengths.terms else [None] * count
     if classes:

@@ -19,7 +19,7 @@ from apt_jax.simulation.throughput.questions import READINGS, Question
 from apt_jax.simulation.throughput.searches import search, throughput_rows
 from experiments.studies.catalogue import STUDIES, Case, Study
 from experiments.studies.pictures import draw_rates, draw_routing, draw_targets
-from experiments.studies.tables import rates_table, routing_table, targets_table
+from experiments.studies.tables import rates_table, routing_table, seed_of, targets_table
 
 Row = dict[str, Any]
 
@@ -27,19 +27,20 @@ Row = dict[str, Any]
 def run(study: Study, path: Path, num_processes: int = 1) -> list[Row]:
     """The rows of a study; those that `path` has are taken from it, and it is written after each new one."""
     rows: list[Row] = json.loads(path.read_text("utf-8"))["rows"] if path.exists() else []
-    wanted = {(case.label, rate) for case, rate in study.points}
-    rows = [row for row in rows if (row["case"], row.get("rate")) in wanted and has_figures(row)]
-    done = {(row["case"], row.get("rate")) for row in rows}
+    wanted = {(case.label, rate, seed) for case, rate, seed in study.points}
+    rows = [row for row in rows if has_figures(row) and _key(row) in wanted]
+    done = {_key(row) for row in rows}
     order = [case.label for case in study.cases]
 
-    def keep(case: Case, rate: float | None) -> Job:
-        row = yield from _simulate(case, rate) if rate is not None else _search(case, study.targets)
+    def keep(case: Case, rate: float | None, seed: int) -> Job:
+        seeded = replace(case, experiment=replace(case.experiment, seed=seed))
+        row = yield from _simulate(seeded, rate) if rate is not None else _search(seeded, study.targets)
         rows.append({"case": case.label, **row})
-        rows.sort(key=lambda row: (order.index(row["case"]), row.get("rate", 0)))
+        rows.sort(key=lambda row: (order.index(row["case"]), row.get("rate", 0), seed_of(row)))
         path.write_text(json.dumps({"question": study.question, "rows": rows}, indent=1) + "\n", "utf-8")
         bar.update()
 
-    missing = [point for point in study.points if (point[0].label, point[1]) not in done]
+    missing = [point for point in study.points if (point[0].label, *point[1:]) not in done]
     with tqdm(total=len(missing), desc=study.name, unit="point") as bar:
         run_jobs([keep(*point) for point in missing], num_processes)
     return rows
@@ -50,10 +51,16 @@ def has_figures(row: Row) -> bool:
     return "effective_throughput" in row or "strict_attainment" in row
 
 
+def _key(row: Row) -> tuple[str, float | None, int]:
+    return row["case"], row.get("rate"), seed_of(row)
+
+
 def _simulate(case: Case, rate: float) -> Job:
     point = yield Task(case.experiment, case.configuration, rate)
     assert point.report is not None
-    return point.report.as_dict()
+    row = point.report.as_dict()
+    phases = {phase["name"].replace(" ", "_"): phase["strict_attainment"] for phase in point.report.attainment_by_phase}
+    return {**row, **phases}
 
 
 def _search(case: Case, targets: tuple[float, ...]) -> Job:

@@ -4,9 +4,10 @@ import itertools
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from apt_jax.cache import CacheMode
+from apt_jax.cache import MODE_KINDS, CacheMode
 from apt_jax.scheduling.costs.cost_model import HiddenMode
 from apt_jax.simulation.experiment import Configuration, Experiment
+from apt_jax.simulation.requests.surge import Surge
 from experiments.studies.settings import SETTINGS
 
 FOLDER = Path(__file__).parent
@@ -35,8 +36,9 @@ class Case:
 class Study:
     """Cases at rates (attainment and what goes with it), or searched for effective throughput at targets.
 
-    `columns` are fields of the report that its table shows; the first two are drawn. A study of routers says with
-    `over` which field its table and plot run over: rate (of an instance), instances or report_interval_s.
+    `columns` are fields of the report that its table shows; the first two are drawn. Every point is simulated with each
+    of `seeds`; tables have means and spreads. A study of routers says with `over` which field its table and plot run
+    over: rate (of an instance), instances or report_interval_s.
     """
 
     name: str
@@ -53,11 +55,17 @@ class Study:
         "preemptions",
     )
     over: str = ""
+    seeds: tuple[int, ...] = (0,)
 
     @property
-    def points(self) -> list[tuple[Case, float | None]]:
-        """What is simulated, in this order; a rate of None is a search."""
-        return [(case, rate) for case in self.cases for rate in (case.rates or self.rates or (None,))]
+    def points(self) -> list[tuple[Case, float | None, int]]:
+        """What is simulated, in this order: case, rate and seed; a rate of None is a search."""
+        return [
+            (case, rate, seed)
+            for case in self.cases
+            for rate in (case.rates or self.rates or (None,))
+            for seed in self.seeds
+        ]
 
 
 # on devices whose kernels this package has: what it runs there; else the kernel that reads every vector once
@@ -80,10 +88,27 @@ def _cases(experiment: Experiment, *kinds: tuple[str, str, str, str], prefix: st
 
 def _targets(
     name: str, question: str, *experiments: tuple[str, Experiment], targets: tuple[float, ...] = (0.9,),
-    kinds: tuple[tuple[str, str, str, str], ...] = (BASELINE, BEST_ONE_PASS),
+    kinds: tuple[tuple[str, str, str, str], ...] = (BASELINE, BEST_ONE_PASS), seeds: tuple[int, ...] = (0,),
 ) -> Study:  # fmt: skip
     cases = [_cases(experiment, *kinds, prefix=f"{label}: " if label else "") for label, experiment in experiments]
-    return Study(name, question, sum(cases, ()), targets=targets)
+    return Study(name, question, sum(cases, ()), targets=targets, seeds=seeds)
+
+
+def _modes(*settings: tuple[str, HiddenMode, tuple[float, ...]]) -> tuple[Case, ...]:
+    """KV alone, hidden alone and both, on each of these: a setting's name, its hidden attention and its rates."""
+    return tuple(
+        Case(f"{name}, {attention}: {mode}", "apt", mode, attention, SETTINGS[name].experiment, rates)
+        for name, attention, rates in settings
+        for mode in MODE_KINDS
+    )
+
+
+def _options(*options: str, experiment: Experiment, mode: CacheMode = "hybrid") -> tuple[Case, ...]:
+    """`apt` with its defaults, and with each of these options."""
+    return (
+        Case("defaults", "apt", mode, experiment=experiment),
+        *(Case(option, f"apt:{option}", mode, experiment=experiment) for option in options),
+    )
 
 
 ROUTERS = ("pending-time", "least-requests", "round-robin", "power-of-two")
@@ -111,13 +136,15 @@ def _routed(
 AZURE = replace(DEFAULT, workload="azure")
 LONG = replace(DEFAULT, duration_s=900.0)  # long enough to say whether a rate lasts
 MIXED = replace(DEFAULT, workload="sharegpt+longbench")
+SEEDS = (0, 1, 2)
+OVERLOAD = replace(DEFAULT, duration_s=900.0, surge=Surge(200.0, 300.0, 3.0))
 SHORT = replace(DEFAULT, num_requests=300)  # still 300 seconds of arrivals, see `make_arrivals`
 STUDIES = (
     _targets("sharegpt", "What request rate keeps the promise for 90% and 99% of all requests?", ("", DEFAULT),
-             targets=(0.9, 0.99), kinds=(VLLM_0, VLLM_1, PAPER, SARATHI_ONE_PASS, BEST_ONE_PASS)),
+             targets=(0.9, 0.99), kinds=(VLLM_0, VLLM_1, PAPER, SARATHI_ONE_PASS, BEST_ONE_PASS), seeds=SEEDS),
     _targets("devices", "And on a device that the kernels of this package are written for?",
              *((name, SETTINGS[name].experiment) for name in ("v6e-13b", "v6e-6.7b")),
-             targets=(0.9, 0.99), kinds=(VLLM_1, SARATHI, BEST)),
+             targets=(0.9, 0.99), kinds=(VLLM_1, SARATHI, BEST), seeds=SEEDS),
     _targets("more-devices", "And on others?",
              *((name, SETTINGS[name].experiment) for name in ("v5e-6.7b", "h200-13b-10gb")),
              targets=(0.9, 0.99), kinds=(VLLM_1, SARATHI, BEST)),
@@ -137,6 +164,36 @@ STUDIES = (
                 for policy in ("fcfs", "sarathi", "edf", "sjf", "mlfq", "apt")),
           rates=(2.0, 3.0),
           columns=(*SHARES, "longest_gap_s", "longest_wait_s", "backlog_growth", "preemptions")),
+    Study("overload", "Three times the base rate for 300 s of 900, hidden blocks, a base of 2.8/s: who is kept when?",
+          tuple(Case(policy, policy, "hidden", experiment=OVERLOAD)
+                for policy in ("fcfs", "sarathi", "edf", "sjf", "mlfq", "apt")),
+          rates=(2.8,), seeds=SEEDS,
+          columns=("strict_attainment", "worst_class", "before", "surge", "minute_after", "later", "longest_wait_s")),
+    Study("kinds", "Is the mix of kinds ever worse than the better of KV alone and hidden alone?",
+          _modes(("a100-13b-one-pass", "one-pass", (3.5, 5.2)), ("a100-13b", "recompute", (2.0, 2.6)),
+                 ("a100-6.7b-one-pass", "one-pass", (9.0,)), ("v6e-13b", "absorbed", (1.5, 3.0)),
+                 ("v6e-6.7b", "absorbed", (12.0,)), ("v5e-6.7b", "absorbed", (1.0, 2.0)),
+                 ("h200-13b-10gb", "absorbed", (4.0, 8.0))),
+          seeds=(0, 1, 2, 3, 4), columns=("strict_attainment", "worst_class", "mean_batch", "preemptions")),
+    Study("lengths", "What is kept of the worst class, and what does it cost the others to keep more?",
+          tuple(
+              replace(case, label=f"{name}: {case.label}", rates=rates,
+                      hidden_attention=SETTINGS[name].hidden_attention)
+              for name, rates in (("a100-13b-one-pass", (4.5, 5.0)), ("v6e-13b", (2.8, 3.2, 3.5)))
+              for case in _options("value=longest", "value=absolute", "lane_share=0.2", "late_margin=1",
+                                   experiment=replace(SETTINGS[name].experiment, duration_s=900.0))),
+          columns=(*SHARES, "backlog_growth", "longest_wait_s", "preemptions")),
+    Study("options", "What is each part of the policy worth?",
+          _options("mixed=off", "convert=off", "prediction=off", "paced=off", "readmit_first=off", "fit_victims=off",
+                   "patience_s=5", "patience_s=60", "lane_share=0", "lane_share=0.2", experiment=LONG),
+          rates=(4.6, 5.2), columns=(*SHARES, "backlog_growth", "longest_wait_s", "preemptions")),
+    Study("oracle", "What could knowing output lengths in advance bring?",
+          (Case("not predicted", "apt:prediction=off", "hybrid", experiment=LONG),
+           Case("learnt from finished requests", "apt", "hybrid", experiment=LONG),
+           Case("known", "apt", "hybrid", experiment=replace(LONG, known_lengths=True)),
+           Case("known, no margin", "apt:margin=0:late_margin=0", "hybrid",
+                experiment=replace(LONG, known_lengths=True))),
+          rates=(4.6, 5.2, 5.6), columns=(*SHARES, "backlog_growth", "mean_batch", "preemptions")),
     Study("memory", "Scheduling off: what does the cache alone change when memory is short?",
           (Case("KV", "fcfs", "kv"), Case("hybrid, recompute", "fcfs", "hybrid", "recompute"),
            Case("hybrid, one pass", "fcfs", "hybrid"), Case("hidden, recompute", "fcfs", "hidden", "recompute"),
@@ -159,10 +216,6 @@ STUDIES = (
                 for value in ("pending", "absolute", "slack", "footprint", "longest")),
           rates=(5,),
           columns=(*SHARES, "ttft_attainment", "tbt_attainment", "p99_tbt_s", "preemptions", "longest_wait_s")),
-    Study("prediction", "Does predicting output lengths help?",
-          (Case("on", "apt", "hybrid"), Case("off", "apt:prediction=off", "hybrid")),
-          rates=(4, 5),
-          columns=(*SHARES, "preemptions", "p99_tbt_s", "mean_batch", "longest_wait_s")),
     Study("fallback", "What becomes of late requests, and what does it cost the others?",
           tuple(Case(name, f"apt:fallback={name}", "hybrid") for name in ("none", "constant", "aging")),
           rates=(5, 6),

@@ -8,7 +8,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from experiments.studies.catalogue import Study
-from experiments.studies.tables import OVER, head, place, throughput
+from experiments.studies.tables import OVER, by_point, head, mean, place, throughput
 
 Rows = Sequence[dict[str, Any]]
 
@@ -19,7 +19,8 @@ def draw_rates(study: Study, rows: Rows, path: Path) -> None:
     FigureCanvasAgg(figure)
     for axes, column in zip(figure.subplots(1, 2).flat, study.columns[:2], strict=True):
         for case in study.cases:
-            points = [(row["rate"], row[column]) for row in rows if row["case"] == case.label]
+            groups = {rate: group for (label, rate), group in by_point(rows).items() if label == case.label}
+            points = [(rate, mean(group, column)) for rate, group in groups.items() if rate is not None]
             scale = 100 if column.endswith("attainment") else 1
             axes.plot([x for x, _ in points], [scale * y for _, y in points], "o-", ms=3, label=case.label)
         axes.set(xlabel="requests/s", ylabel=head(column) + (", %" if column.endswith("attainment") else ""))
@@ -53,16 +54,20 @@ def draw_routing(study: Study, rows: Rows, path: Path) -> None:
 
 def draw_targets(study: Study, rows: Rows, path: Path) -> None:
     """A group of bars per case, one bar per target."""
-    figure = Figure(figsize=(9, 0.9 + 0.36 * len(rows)), layout="constrained", dpi=90)
+    figure = Figure(figsize=(9, 0.9 + 0.36 * len(study.cases)), layout="constrained", dpi=90)
     FigureCanvasAgg(figure)
     axes = figure.subplots()
     height = 0.8 / len(study.targets)
+    cases = {case: group for (case, _), group in by_point(rows).items()}
     for k, target in enumerate(study.targets):
-        places = [i + k * height for i in range(len(rows))]
+        places = [i + k * height for i in range(len(cases))]
         axes.barh(
-            places, [throughput(row, "strict", target)["rate"] for row in rows], height, label=f"{target:.0%} strictly"
+            places,
+            [throughput(group, "strict", target)["rate"] for group in cases.values()],
+            height,
+            label=f"{target:.0%} strictly",
         )
-    axes.set_yticks([i + 0.4 - height / 2 for i in range(len(rows))], [row["case"] for row in rows], fontsize=8)
+    axes.set_yticks([i + 0.4 - height / 2 for i in range(len(cases))], list(cases), fontsize=8)
     axes.invert_yaxis()
     axes.set_xlabel("effective throughput, requests/s")
     axes.grid(alpha=0.3, axis="x")

@@ -133,6 +133,7 @@ def test_the_report_over_them(mode):
             "prompt_quartile": [quartile(4, 4, 3, 0.333333)],
             "output_quartile": [quartile(1, 1, 1, 0.0), quartile(2, 2, 1, 1.0), quartile(3, 3, 1, 0.0)],
         },
+        "attainment_by_phase": [],
         "turned_away": 0.0, "kept_token_throughput": 0.0,  # b's tokens come after the last arrival
         "sustained": None, "backlog_by_quarter": [0, 1, 2, 3],
         # ten parts of 1..2 s, half of them with one request and half with two, at 1.5 requests/s

@@ -1,12 +1,13 @@
 """The studies' bookkeeping: going on after an interruption, ratios, and a small study end to end."""
 
 import json
+from dataclasses import replace
 
 from apt_jax.simulation.experiment import Experiment
 from experiments.studies.__main__ import run
 from experiments.studies.catalogue import STUDIES, Case, Study
 from experiments.studies.pictures import draw_rates, draw_targets
-from experiments.studies.tables import rates_table, targets_table
+from experiments.studies.tables import head, rates_table, targets_table
 
 SMALL = Experiment(model="opt-125m", hardware="tpu-v5e", workload="humaneval", num_blocks=260, num_requests=10)
 CASES = (Case("KV", "fcfs", "kv", experiment=SMALL), Case("both", "apt", "hybrid", experiment=SMALL))
@@ -28,9 +29,16 @@ def test_a_study_goes_on_where_it_was_stopped_with_the_same_figures(tmp_path):
     assert (tmp_path / "small.png").stat().st_size > 1000
 
 
-def searched(rate):
+def searched(rate, seed=0):
     return [
-        {"reading": reading, "target": 0.9, "rate": times * rate, "not_sustained": more * rate, "fluid_bound": 9.0}
+        {
+            "reading": reading,
+            "target": 0.9,
+            "rate": times * rate,
+            "not_sustained": more * rate,
+            "fluid_bound": 9.0,
+            "seeds": [seed],
+        }
         for reading, times, more in (("strict", 1, 0), ("paper", 2, 3))
     ]
 
@@ -47,7 +55,23 @@ def test_ratios_are_to_the_first_case_of_the_same_experiment(tmp_path):
     assert (tmp_path / "bars.png").stat().st_size > 1000
 
 
-def test_names_and_labels_are_unique():
+def test_several_seeds_are_means_with_their_spread(tmp_path):
+    study = replace(STUDY, rates=(0.06,), seeds=(0, 1, 2))
+    rows = run(study, tmp_path / "small.json")
+    assert [(r["case"], r["seed"]) for r in rows] == [(case, seed) for case in ("KV", "both") for seed in (0, 1, 2)]
+    assert len({r["mean_batch"] for r in rows}) > 2, "another seed is another run"
+    made_up = [{"case": "KV", "rate": 1.0, "seed": k, "strict_attainment": x} for k, x in enumerate((0.5, 0.7, 0.9))]
+    table = rates_table(replace(study, columns=("strict_attainment",)), made_up)
+    assert "| KV | 1 | 70.0% ± 11.5 |" in table and "3 seeds" in table  # sqrt(0.04 / 3)
+    draw_rates(study, rows, tmp_path / "small.png")
+    study = replace(STUDY, rates=(), cases=CASES[:1], targets=(0.9,), seeds=(0, 1))
+    found = [{"case": "KV", "effective_throughput": searched(rate, seed)} for seed, rate in enumerate((1.0, 2.0))]
+    line = targets_table(study, found).splitlines()[-1]
+    assert [cell.strip() for cell in line.split("|")][1:4] == ["KV", "1.50 ± 0.71", "3.00 ± 1.41 (4.50)"]
+
+
+def test_every_column_has_a_heading_and_names_and_labels_are_unique():
+    assert all(head(column) for study in STUDIES for column in study.columns)
     assert len({s.name for s in STUDIES}) == len(STUDIES)
     for study in STUDIES:
         assert len({c.label for c in study.cases}) == len(study.cases), study.name

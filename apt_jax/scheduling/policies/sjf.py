@@ -35,5 +35,5 @@ class ShortestJobFirst:
         generated = np.array([r.num_generated_tokens for r in requests], np.float64)
         uncomputed = np.array([r.num_uncomputed_tokens for r in requests], np.float64)
         waited_s = np.array([r.pending_s(now) for r in requests], np.float64)
-        work = uncomputed + self._context.predictor.remaining_tokens(prompt, generated)
+        work = uncomputed + self._context.predictor.remaining_of(requests, prompt, generated)
         return [requests[i] for i in np.argsort(work - TOKENS_PER_WAITED_S * waited_s, kind="stable")]

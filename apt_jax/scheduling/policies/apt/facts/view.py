@@ -217,7 +217,7 @@ class View:
     def _remaining(self, queue: Queue) -> Floats | None:
         if not self.options.prediction:
             return None
-        return self.context.predictor.remaining_tokens(queue.prompt_tokens, queue.generated)
+        return self.context.predictor.remaining_of(queue.requests, queue.prompt_tokens, queue.generated)
 
     def _late(self, queue: Queue, remaining: Floats | None) -> Bools:
         pending_s = self.now - queue.since_s
