@@ -4,7 +4,7 @@ import dataclasses
 from typing import Literal
 
 from apt_jax.cache import CacheMode
-from apt_jax.ranges import check_at_least, check_finite, check_greater, check_share
+from apt_jax.ranges import check_at_least, check_block_size, check_finite, check_greater, check_share
 from apt_jax.request import Slo
 
 AttentionBackend = Literal["auto", "xla", "pallas", "native"]
@@ -66,9 +66,8 @@ class EngineConfig:
             *(self, 1, ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "num_blocks", "cache_memory_bytes"))
         )
         check_at_least(self, 1, ("block_size", "tensor_parallel_size", "max_num_queued_reqs"))
-        if self.block_size & (self.block_size - 1) or self.block_size > 128:
-            raise ValueError(f"block_size={self.block_size} must be a power of two, at most 128")
-        check_at_least(self, 0, ("abandon_after",))
+        check_block_size(self.block_size)
+        check_at_least(self, 0, ("abandon_after", "seed"))
         check_greater(self, 0, ("ttft_slo_ms", "tbt_slo_ms", "stall_slo_ms"))
         check_share(self, ("device_memory_utilization",))
 

@@ -9,6 +9,7 @@ import os
 import shutil
 import stat
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +58,10 @@ def replace_file(path: Path, data: bytes, *, mode: int = OWNER_ONLY, durable: bo
     path = Path(os.path.realpath(path))
     before = path.stat().st_mode if path.exists() else None
     if before is not None and not stat.S_ISREG(before):
-        path.write_bytes(data)
+        try:
+            path.write_bytes(data)
+        except OSError as error:  # of the write it has no name
+            raise OSError(error.errno, error.strerror, str(path)) from error
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     if mode != OWNER_ONLY:
@@ -92,6 +96,15 @@ def write_all(file: int, data: bytes) -> None:
         rest = rest[os.write(file, rest) :]
 
 
+def check_readable(path: Path, flag: str) -> None:
+    """Raises ValueError if there is nothing to read at `path`, named by `flag`; checks before the work starts."""
+    if not os.path.exists(path):
+        why = "is a link to no file" if path.is_symlink() else "does not exist"
+        raise ValueError(f"{flag} {path} {why}; give the name of a file")
+    if not os.access(path, os.R_OK):
+        raise ValueError(f"{flag} {path} cannot be read: permission denied; choose another file")
+
+
 def check_writable(path: Path | None, flag: str) -> None:
     """Raises ValueError if a result cannot be written to `path`, named by `flag`; checks before the work starts."""
     if path is None:
@@ -102,6 +115,17 @@ def check_writable(path: Path | None, flag: str) -> None:
         raise ValueError(f"{flag} {path}: there is no folder {path.parent}; make it, or choose another file")
     if not os.access(path if path.exists() else path.parent, os.W_OK):
         raise ValueError(f"{flag} {path} cannot be written: permission denied; choose another file")
+
+
+def check_apart(paths: Mapping[str, Path | None]) -> None:
+    """Raises ValueError if two flags name one file on disk, of which the second result would replace the first."""
+    seen: dict[str, str] = {}
+    for flag, path in paths.items():
+        if path is None or (path.exists() and not path.is_file()):
+            continue
+        first = seen.setdefault(os.path.realpath(path), flag)
+        if first != flag:
+            raise ValueError(f"{first} and {flag} both name {path}; give each a file of its own")
 
 
 def check_plot(path: Path | None) -> None:

@@ -1,6 +1,7 @@
 """Frozen description of a model: its shape and its special tokens."""
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -112,6 +113,21 @@ class ModelConfig:
             activation_function=activation,
             checkpoint_dtype=_checkpoint_dtype(fields),
         )
+
+    def check_split(self, num_devices: int) -> None:
+        """Refuse a number of devices over which the model cannot be split evenly.
+
+        Raises:
+            ValueError: heads or ffn_dim are not divisible; the message reports what is allowed.
+        """
+        heads, ffn = self.num_attention_heads, self.ffn_dim
+        if heads % num_devices or ffn % num_devices:
+            common = math.gcd(heads, ffn)
+            allowed = ", ".join(str(n) for n in range(1, common + 1) if common % n == 0)
+            raise ValueError(
+                f"tensor_parallel_size={num_devices} does not divide num_attention_heads={heads} and ffn_dim={ffn}; "
+                f"--tensor-parallel-size may be {allowed}"
+            )
 
     def to_hf(self) -> dict[str, Any]:
         """The mapping of a Hugging Face `config.json`, which `from_hf` reads back."""

@@ -6,6 +6,7 @@ from collections.abc import Collection, Iterable
 from typing import Any
 
 MIN_CV, MAX_CV = 0.01, 100.0  # beyond, arrival gaps are regular, or all but one of them are 0
+MAX_BLOCK_SIZE = 128
 
 
 def check_cv(cv: float, what: str | None = None) -> None:
@@ -31,6 +32,20 @@ def check_at_least(options: Any, low: float, names: Iterable[str]) -> None:
         value = getattr(options, name)
         if value is not None and not value >= low:
             raise ValueError(f"{name}={value} must be at least {low:g}")
+
+
+def check_at_most(options: Any, high: float, names: Iterable[str]) -> None:
+    """Raise ValueError if a field is more than `high`; None passes."""
+    for name in names:
+        value = getattr(options, name)
+        if value is not None and not value <= high:
+            raise ValueError(f"{name}={value} must be at most {high:g}")
+
+
+def check_block_size(block_size: int) -> None:
+    """Raise ValueError if a cache block cannot have so many tokens."""
+    if not 0 < block_size <= MAX_BLOCK_SIZE or block_size & (block_size - 1):
+        raise ValueError(f"block_size={block_size} must be a power of two, at most {MAX_BLOCK_SIZE}")
 
 
 def check_greater(options: Any, low: float, names: Iterable[str]) -> None:

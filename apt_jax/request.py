@@ -6,7 +6,7 @@ import math
 import numbers
 import operator
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 
 from apt_jax.cache import BlockTable, CacheKind
@@ -44,6 +44,16 @@ class Slo:
         if self.stall_s is not None:
             return self.stall_s
         return max(self.tbt_s, min(self.ttft_s, DEFAULT_STALL_S))
+
+    def with_parts(
+        self, ttft_s: float | None = None, tbt_s: float | None = None, stall_s: float | None = None
+    ) -> "Slo":
+        """This one with the parts that are given: what a request, or a class of them, asks for over the default.
+
+        A stall limit that neither gives follows from the other two as they then are (`stall_limit_s`).
+        """
+        given = {"ttft_s": ttft_s, "tbt_s": tbt_s, "stall_s": stall_s}
+        return replace(self, **{name: value for name, value in given.items() if value is not None})
 
     def is_kept(self, ttft_s: float, gaps_s: Sequence[float]) -> bool:
         """Whether a request with this first-token time and these gaps attains it as the paper reads it.

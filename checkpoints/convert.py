@@ -23,7 +23,7 @@ from apt_jax.checkpoints.formats.weight_files import MANIFEST, ORBAX_WEIGHTS, Lo
 from apt_jax.checkpoints.load import parse_format, read_parameters
 from apt_jax.checkpoints.placement import PlainLayout, stored_dtype
 from apt_jax.checkpoints.skeleton import Skeleton
-from apt_jax.checkpoints.source import COMPANION_FILES, resolve
+from apt_jax.checkpoints.source import COMPANION_FILES, check_revision, resolve
 from apt_jax.files import read_json, sync_folder
 
 
@@ -51,12 +51,14 @@ def convert(
     step: a conversion that is interrupted leaves nothing that loads, and what it left is removed by the next one.
 
     Raises:
-        CheckpointError: `destination` exists, or `source` cannot be loaded.
+        CheckpointError: `destination` exists or cannot be made, or `source` cannot be loaded.
+        OSError: it cannot be written.
     """
     destination = destination.expanduser().absolute()
     _remove_abandoned(destination)
     _check_absent(destination)
     requested = parse_format(load_format)
+    check_revision(source, revision)
     folder = resolve(source, revision=revision, load_format=requested)
     config = read_config(folder)
     chosen = choose_format([path.name for path in folder.iterdir()], requested, str(folder))
@@ -89,7 +91,14 @@ def verify(folder: Path) -> None:
 
 
 def _check_absent(destination: Path) -> None:
+    if destination.is_symlink() and not destination.is_dir():
+        raise CheckpointError(f"{destination} is a link to no folder; name a new folder or delete it first")
     if not destination.exists():
+        outer = next(folder for folder in destination.parents if os.path.lexists(folder))
+        if not outer.is_dir():
+            raise CheckpointError(f"{destination} cannot be made, since {outer} is no folder; name another")
+        if not os.access(outer, os.W_OK | os.X_OK):
+            raise CheckpointError(f"{destination} cannot be made: no permission to write in {outer}; name another")
         return
     if (destination / ORBAX_WEIGHTS).is_dir() and not (destination / MANIFEST).exists():
         raise CheckpointError(f"{destination} is left from an interrupted conversion; delete it and convert again")
@@ -100,7 +109,10 @@ def _check_absent(destination: Path) -> None:
 def _beside(destination: Path) -> Iterator[Path]:
     """A new folder in one next to `destination`, which is removed at the end; a lock tells that it is in use."""
     outer = destination.with_name(f"{_partial(destination)}{secrets.token_hex(4)}")
-    outer.mkdir(parents=True)
+    try:
+        outer.mkdir(parents=True)
+    except OSError as error:
+        raise CheckpointError(f"{destination} cannot be made: {error.strerror}; name another folder") from error
     lock = os.open(outer, os.O_RDONLY)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX)

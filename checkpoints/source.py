@@ -47,6 +47,13 @@ def resolve(model: str | None, *, revision: str | None = None, load_format: Load
     return _from_hub(model, revision, load_format)
 
 
+def check_revision(model: str | None, revision: str | None) -> None:
+    """Raises CheckpointError if a revision of the hub is asked of a folder, which has one state only."""
+    if revision and (model is None or Path(model).expanduser().is_dir()):
+        what = "the bundled demo" if model is None else f"the folder {model}"
+        raise CheckpointError(f"revision={revision!r} is for models of the hub, and {what} has none; leave it out")
+
+
 def _from_hub(repository: str, revision: str | None, load_format: LoadFormat) -> Path:
     from huggingface_hub import HfApi, errors, snapshot_download
 

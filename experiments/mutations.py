@@ -215,6 +215,7 @@ def main() -> int:
     parser.add_argument("files", nargs="+", type=_module_path, help="relative to the repository's root")
     parser.add_argument("--tests", nargs="+", required=True)
     parser.add_argument("--sample", type=int, help="mutations tried in all; default: every one")
+    parser.add_argument("--only", nargs="+", help="try those drawn of these files alone, with tests of their own")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--limit-s", type=float, default=60.0, help="a run that takes longer counts as noticed")
     parser.add_argument("--preload", nargs="*", default=[], help="packages that the tests load anyway, such as jax")
@@ -234,6 +235,8 @@ def main() -> int:
     found = [mutation for path in args.files for mutation in Mutator(path).mutations()]
     if args.sample is not None and args.sample < len(found):
         found = [found[i] for i in sorted(random.Random(args.seed).sample(range(len(found)), args.sample))]
+    if args.only is not None:
+        found = [mutation for mutation in found if any(map(mutation.path.match, args.only))]
     tried: dict[Path, list[bool]] = defaultdict(list)
     for mutation in found:
         noticed = is_noticed(mutation, options, args.limit_s)

@@ -4,12 +4,12 @@ import dataclasses
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-import tyro
 from tyro.conf import OmitArgPrefixes, OmitSubcommandPrefixes, Positional, arg, subcommand
 
 from apt_jax.engine_config import EngineConfig
+from apt_jax.flags.reader import parse
 from apt_jax.pallas_kernels.bench import kernels
 from apt_jax.serve.bench.offline.options import BenchLatency, BenchThroughput
 from apt_jax.serve.bench.serving.options import BenchServe
@@ -184,9 +184,26 @@ def _follow(model: str | None, load: LoadOptions, config: EngineConfig) -> int:
     raise AssertionError("only process 0 gets an engine")
 
 
+COMMANDS: dict[str, type] = {
+    "serve": Serve, "run-batch": RunBatch, "convert": Convert, "simulate": Simulate, "bench serve": BenchServe,
+    "bench throughput": BenchThroughput, "bench latency": BenchLatency, "bench kernels": kernels.BenchKernels,
+    "bench": Bench,
+}  # fmt: skip
+
+
+def read_command(arguments: list[str]) -> Any:
+    """The command. One that is named first is read alone, so that errors and help are its own."""
+    for name, kind in COMMANDS.items():
+        words = name.split()
+        if arguments[: len(words)] == words:
+            command = parse(kind, f"apt-jax {name}", arguments[len(words) :])
+            return Bench(command) if len(words) > 1 else command
+    return parse(AptJax, "apt-jax", arguments).command
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line; exits with 0, 1 (it failed), 2 (wrong usage) or 130 (interrupted)."""
-    command = tyro.cli(AptJax, prog="apt-jax", args=arguments).command
+    command = read_command(sys.argv[1:] if arguments is None else arguments)
     set_up_logs(command.server.log_format if isinstance(command, Serve) else "text")
     try:
         code = command.run()

@@ -61,6 +61,8 @@ def set_up_logs(log_format: LogFormat = "text") -> None:
 
 def tell(error: object) -> None:
     """Write to standard error what the user can cure: a sentence, or a record where the logs are JSON."""
+    if isinstance(error, OSError) and error.strerror:  # without its number
+        error = error.strerror if error.filename is None else f"{error.strerror}: {error.filename!r}"
     formats = {type(handler.formatter) for handler in logging.getLogger().handlers}
     if JsonFormatter in formats:
         logging.getLogger("apt_jax.serve").error("%s", error)

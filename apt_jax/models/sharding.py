@@ -97,14 +97,7 @@ class Parallel:
         Raises:
             ValueError: heads or ffn_dim are not divisible; the message reports what is allowed.
         """
-        heads, ffn, count = config.num_attention_heads, config.ffn_dim, self.num_devices
-        if heads % count or ffn % count:
-            common = math.gcd(heads, ffn)
-            allowed = ", ".join(str(n) for n in range(1, common + 1) if common % n == 0)
-            raise ValueError(
-                f"tensor_parallel_size={count} does not divide num_attention_heads={heads} and ffn_dim={ffn}; "
-                f"--tensor-parallel-size may be {allowed}"
-            )
+        config.check_split(self.num_devices)
 
     def weight_sharding(self, path: tuple[str, ...], shape: tuple[int, ...]) -> NamedSharding:
         """Where the parameter at NNX `path` lies; an axis that is not divisible has to be padded with zeros."""

@@ -2,13 +2,12 @@
 
 import sys
 
-import tyro
-
+from apt_jax.flags.reader import parse
 from apt_jax.simulation.cli import run
 from apt_jax.simulation.options import SimulateArgs
 
 if __name__ == "__main__":
     try:
-        run(tyro.cli(SimulateArgs, prog="python -m apt_jax.simulation"))
-    except ValueError as error:
+        run(parse(SimulateArgs, "python -m apt_jax.simulation"))
+    except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")

@@ -2,15 +2,15 @@
 
 import itertools
 import json as json_format
-import math
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, cast, get_args
 
 from tqdm import tqdm
 
 from apt_jax.cache import MODE_KINDS, CacheMode, keeps_hidden
-from apt_jax.files import EVERYBODY, check_plot, check_writable, replace_file
+from apt_jax.files import EVERYBODY, check_apart, check_plot, check_writable, replace_file
+from apt_jax.flags.lists import listed_counts, listed_names, listed_numbers
 from apt_jax.host_limits import usable_processors
 from apt_jax.progress import is_hidden
 from apt_jax.routing.catalogue import make_router
@@ -29,6 +29,7 @@ from apt_jax.simulation.throughput.searches import search, throughput_rows
 from apt_jax.simulation.workload import MIN_DURATION_S
 
 DEFAULT_MODES = ("kv", "hybrid")
+MAX_RATE = 1e9  # requests per second
 UNRECORDED = ("json", "plot", "jobs")  # flags that change no figure
 
 
@@ -38,11 +39,11 @@ def configurations(args: SimulateArgs) -> list[Configuration]:
     Raises:
         ValueError: an unknown policy, cache mode or hidden attention.
     """
-    policies = _names(args.policies, "policies")
+    policies = listed_names("policies", args.policies)
     for policy in policies:
         make_policy(policy)
-    given = _chosen(args.cache_modes, tuple(MODE_KINDS), "cache_modes") if args.cache_modes else None
-    attentions = _chosen(args.hidden_attention, ("recompute", "absorbed", "one-pass"), "hidden_attention")
+    given = listed_names("cache_modes", args.cache_modes, tuple(MODE_KINDS)) if args.cache_modes else None
+    attentions = listed_names("hidden_attention", args.hidden_attention, get_args(HiddenMode))
     return [
         (policy, cast(CacheMode, mode), cast(HiddenMode, attention))
         for policy in policies
@@ -62,33 +63,37 @@ def run(args: SimulateArgs) -> dict[str, Any]:
     Raises:
         ValueError: a flag has a bad value; the message says which and what there is.
     """
-    targets = _numbers(args.effective_throughput, "effective_throughput")
-    if any(not 0 < target <= 1 for target in targets):
-        raise ValueError(f"effective_throughput={args.effective_throughput} must be shares between 0 and 1, e.g. 0.9")
+    asked = args.effective_throughput
+    targets = listed_numbers("effective_throughput", asked, high=1.0) if asked else []
     given = {f.name: getattr(args, f.name) for f in fields(Experiment) if hasattr(args, f.name)}
     given["surge"] = Surge.parse(args.surge) if args.surge else None
+    given["seed"] = args.seed or 0
     if args.duration_s is None:
         given["duration_s"] = SUSTAINED_S if targets else MIN_DURATION_S
     experiment = Experiment(**given)
-    routed = [replace(experiment, router=router) for router in _names(args.router, "router")]
+    routed = [replace(experiment, router=router) for router in listed_names("router", args.router)]
     for each in routed:
         make_router(each.router)
     chosen = list(itertools.product(routed if experiment.is_routed else [experiment], configurations(args)))
-    seeds = _seeds(args)
+    seeds = listed_counts("seeds", args.seeds, 0) if args.seeds else [experiment.seed]
     recorded = experiment.lengths.arrival_s is not None
     experiment.request_classes  # noqa: B018  # a bad file is refused before anything is simulated
-    rates: list[float | None] = [*_numbers(args.rate, "rate")] or ([None] if recorded else [1.0, 2.0, 3.0])
-    if targets and not args.rate:
+    rates: list[float | None] = [None] if recorded else [1.0, 2.0, 3.0]
+    if args.rate:
+        rates = [*listed_numbers("rate", args.rate, high=MAX_RATE)]
+    elif targets:
         rates = []
     check_writable(args.json, "--json")
     check_plot(args.plot)
+    check_apart({"--json": args.json, "--plot": args.plot})
     if args.plot is not None and not rates:
         raise ValueError("nothing to plot: give --rate")
     questions = [Question(reading, target) for reading in READINGS for target in targets]
     points, found = _simulate(args, chosen, rates, seeds, questions)
     reports = [point.report for point in points if point.report is not None]
     result = {
-        "arguments": {f.name: _plain(getattr(args, f.name)) for f in fields(args) if f.name not in UNRECORDED},
+        "arguments": {f.name: _plain(getattr(args, f.name)) for f in fields(args) if f.name not in UNRECORDED}
+        | {"seed": experiment.seed},
         "num_blocks": experiment.pool_blocks(),
         "block_size": experiment.block_size,
         "runs": [report.as_dict() for report in reports],
@@ -148,39 +153,5 @@ def _one(task: Task) -> Job:
     return point
 
 
-def _seeds(args: SimulateArgs) -> list[int]:
-    if not args.seeds:
-        return [args.seed]
-    parts = [part.strip() for part in args.seeds.split(",") if part.strip()]
-    if not parts or not all(part.isdecimal() for part in parts):
-        raise ValueError(f"seeds={args.seeds!r} must be whole numbers of at least 0 separated by commas, e.g. 0,1,2")
-    return list(dict.fromkeys(map(int, parts)))
-
-
 def _plain(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else value
-
-
-def _names(text: str, flag: str) -> list[str]:
-    names = [name.strip() for name in text.split(",") if name.strip()]
-    if not names:
-        raise ValueError(f"{flag} is empty; give at least one name")
-    return names
-
-
-def _chosen(text: str, known: tuple[str, ...], flag: str) -> list[str]:
-    names = _names(text, flag)
-    for name in names:
-        if name not in known:
-            raise ValueError(f"unknown {flag} {name!r}; known: {', '.join(known)}")
-    return names
-
-
-def _numbers(text: str, flag: str) -> list[float]:
-    try:
-        numbers = [float(part) for part in text.split(",") if part.strip()]
-    except ValueError as error:
-        raise ValueError(f"{flag}={text!r} must be numbers separated by commas") from error
-    if any(not 0 < number < math.inf for number in numbers):
-        raise ValueError(f"{flag}={text!r} must be numbers greater than 0")
-    return numbers

@@ -25,7 +25,7 @@ from apt_jax.simulation.report import Report, summarise
 from apt_jax.simulation.requests.classes import RequestClass, load_classes
 from apt_jax.simulation.requests.known_lengths import KnownLengths
 from apt_jax.simulation.requests.surge import Surge
-from apt_jax.simulation.simulator import Outcome, simulate_fleet
+from apt_jax.simulation.simulator import Outcome, Stalled, simulate_fleet
 from apt_jax.simulation.throughput.bound import fluid_bound
 from apt_jax.simulation.throughput.questions import Question, are_decided
 from apt_jax.simulation.workload import MIN_DURATION_S, Arrival, Lengths, load_lengths, make_arrivals
@@ -33,6 +33,7 @@ from apt_jax.simulation.workload import MIN_DURATION_S, Arrival, Lengths, load_l
 Configuration = tuple[str, CacheMode, HiddenMode]  # policy, cache mode, hidden attention
 
 BOUND_REQUESTS = 20_000  # drawn of mixed classes for the fluid bound
+MOST_BLOCKS = 10**8  # of all instances; each takes some 40 bytes here
 DEFAULT_UTILIZATION = 0.9  # of the device's memory
 
 
@@ -112,8 +113,13 @@ class Experiment:
         )
 
     def cost_model(self, hidden_attention: HiddenMode) -> CostModel:
-        """Physics of the device."""
+        """Physics of the device.
+
+        Raises:
+            ValueError: an unknown name, or a number of devices that the model cannot be split over.
+        """
         model, hardware = by_name(MODELS, self.model, "model"), by_name(HARDWARE, self.hardware, "hardware")
+        model.check_split(self.tensor_parallel_size)
         return CostModel(model, hardware, hidden_attention, self.tensor_parallel_size)
 
     def _cost_model_for(self, policy: str, hidden_attention: HiddenMode) -> CostModel:
@@ -122,17 +128,21 @@ class Experiment:
 
     def pool_blocks(self, policy: str = "") -> int:
         """Blocks of the pool: `num_blocks`, or what the device's memory leaves."""
-        if self.num_blocks is not None:
-            return self.num_blocks
         ready = self.set_up_for(policy)
         assert ready.max_num_batched_tokens and ready.max_num_seqs and ready.device_memory_utilization
-        return cache_blocks(
+        num_blocks = self.num_blocks or cache_blocks(
             self.cost_model("absorbed"),
             block_size=self.block_size,
             max_num_batched_tokens=ready.max_num_batched_tokens,
             max_num_seqs=ready.max_num_seqs,
             utilization=ready.device_memory_utilization,
         )
+        if num_blocks * max(self.instances, self.max_instances or 0) > MOST_BLOCKS:
+            raise ValueError(
+                f"{num_blocks} cache blocks in each instance are more than the {MOST_BLOCKS:,} in all that can be "
+                "simulated; lower --num-blocks or --instances, or raise --block-size"
+            )
+        return num_blocks
 
     def run(
         self,
@@ -146,15 +156,21 @@ class Experiment:
     ) -> tuple[Outcome, Report | None]:
         """One point; with `questions` it ends as soon as they are decided, then without a report."""
         arrivals, rate = self.arrivals(rate)
-        outcome = simulate_fleet(
-            arrivals,
-            self.fleet(policy, cache_mode, hidden_attention),
-            slo=self.slo,
-            max_model_len=by_name(MODELS, self.model, "model").max_position_embeddings,
-            on_progress=on_progress,
-            is_decided=partial(are_decided, questions) if questions else None,
-            max_num_queued_reqs=self.max_num_queued_reqs,
-        )
+        try:
+            outcome = simulate_fleet(
+                arrivals,
+                self.fleet(policy, cache_mode, hidden_attention),
+                slo=self.slo,
+                max_model_len=by_name(MODELS, self.model, "model").max_position_embeddings,
+                on_progress=on_progress,
+                is_decided=partial(are_decided, questions) if questions else None,
+                max_num_queued_reqs=self.max_num_queued_reqs,
+            )
+        except Stalled as error:
+            raise ValueError(
+                f"policy {policy!r} ({cache_mode}) stalls: {error}; a plan must advance, admit or preempt a request, "
+                "see docs/scheduling"
+            ) from error
         if any(request.finish_reason is None for request in outcome.requests):
             return outcome, None
         report = summarise(

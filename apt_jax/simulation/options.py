@@ -3,7 +3,17 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from apt_jax.ranges import check_at_least, check_cv, check_finite, check_greater, check_share
+from apt_jax.ranges import (
+    check_at_least,
+    check_at_most,
+    check_block_size,
+    check_cv,
+    check_finite,
+    check_greater,
+    check_share,
+)
+
+MOST_INSTANCES = 1000
 
 
 @dataclass(frozen=True)
@@ -44,8 +54,8 @@ class SimulateArgs:
     effective_throughput: str = ""
     """Attainment targets, such as 0.7,0.9,0.99: search for the highest rate that reaches each and lasts, read strictly
     and as in Apt-Serve's paper."""
-    seed: int = 0
-    """Seed of arrivals and lengths."""
+    seed: int | None = None
+    """Seed of arrivals and lengths; default: 0."""
     seeds: str = ""
     """Several seeds, such as 0,1,2, instead of --seed: every figure with its mean and standard deviation."""
     max_num_seqs: int | None = None
@@ -92,5 +102,11 @@ class SimulateArgs:
             self, 1, ("block_size", "num_blocks", "instances", "max_instances", "max_num_queued_reqs", "jobs")
         )
         check_share(self, ("device_memory_utilization",))
+        check_at_most(self, MOST_INSTANCES, ("instances", "max_instances"))
+        check_block_size(self.block_size)
         if self.cv is not None:
             check_cv(self.cv)
+        if self.max_instances is not None and self.max_instances < self.instances:
+            raise ValueError(f"max_instances={self.max_instances} must be at least instances={self.instances}")
+        if self.seeds and self.seed is not None:
+            raise ValueError(f"seed={self.seed} and seeds={self.seeds!r} say the same thing; give one of them")

@@ -129,7 +129,7 @@ def summarise(
         worst_class=min(entry["strict_attainment"] for entries in classes.values() for entry in entries),
         attainment_by_class=classes,
         attainment_by_phase=surge.by_phase(arrivals, strictly, kept) if surge else [],
-        turned_away=_share(r.finish_reason in (FinishReason.ABORT, FinishReason.ABANDONED) for r in requests),
+        turned_away=_share(r.finish_reason in (FinishReason.ERROR, FinishReason.ABANDONED) for r in requests),
         kept_token_throughput=kept_tokens / over_s,
         sustained=outcome.is_sustained(),
         backlog_by_quarter=backlog_by_quarter(arrivals, ends, window_s),

@@ -212,7 +212,7 @@ def _refuse(request: SimulatedRequest, refused: Columns, now: float) -> None:
     """End a request at its arrival, as the server does whose queue is full."""
     request.order = len(refused.requests)
     refused.add(request, 0)
-    request.status, request.finish_reason, request.ended_s = Status.FINISHED, FinishReason.ABORT, now
+    request.status, request.finish_reason, request.ended_s = Status.FINISHED, FinishReason.ERROR, now
 
 
 def _request(index: int, arrival: Arrival, slo: Slo, max_model_len: int) -> SimulatedRequest:

@@ -19,10 +19,10 @@ from apt_jax.simulation.requests.classes import DEFAULT_CLASS, RequestClass, Ter
 from apt_jax.simulation.requests.surge import Surge
 
 NAMED = ("sharegpt", "humaneval", "longbench", "azure")
-TERMS = {  # column of a table -> cell of `terms_of`
-    "ttft_slo_ms": "ttft_ms", "tbt_slo_ms": "tbt_ms", "stall_slo_ms": "stall_ms", "priority": "priority",
-    "class": "name",
+TERMS = {  # cell of `terms_of` -> column of a table
+    "ttft_ms": "ttft_slo_ms", "tbt_ms": "tbt_slo_ms", "stall_ms": "stall_slo_ms", "priority": "priority",
 }  # fmt: skip
+CLASS = "class"  # the column of its name
 MIN_DURATION_S = 300.0  # shorter traces flatter policies that starve
 SHOWN_CHARS = 120  # of a table's head in a sentence
 MOST_TOKENS = 10**9  # in a cell
@@ -117,14 +117,17 @@ def _rows(workload: str, text: str, slo: Slo) -> tuple[NDArray[np.float64], list
         if column not in columns:
             found = textwrap.shorten(", ".join(map(ascii, columns)), SHOWN_CHARS)
             raise ValueError(f"workload {workload} has no column {column}; it has {found}")
+    if repeated := [column for column in (*columns,) if columns.count(column) > 1]:
+        raise ValueError(f"workload {workload} has the column {repeated[0][:SHOWN_CHARS]!a} twice; leave one out")
     wanted = [c for c in ("arrival_s", "prompt_tokens", "output_tokens") if c in columns]
-    rows, terms, has_terms = [], [], any(column in columns for column in TERMS)
+    rows, terms, has_terms = [], [], any(column in columns for column in (*TERMS.values(), CLASS))
     try:
         for row in reader:
+            if None in row:  # csv's key for what is left
+                raise ValueError("there are more cells than columns")
             rows.append([_cell(column, row[column]) for column in wanted])
             if has_terms:
-                cells = {name: row.get(column) for column, name in TERMS.items()}
-                terms.append(terms_of(cells, slo, "terms", cells.pop("name") or DEFAULT_CLASS))
+                terms.append(terms_of(row, slo, "", row.get(CLASS) or DEFAULT_CLASS, TERMS))
     except (ValueError, csv.Error) as error:
         raise ValueError(f"workload {workload}, line {reader.line_num}: {error}") from error
     return np.array(rows, np.float64).reshape(-1, len(wanted)), terms
@@ -132,10 +135,12 @@ def _rows(workload: str, text: str, slo: Slo) -> tuple[NDArray[np.float64], list
 
 def _cell(column: str, text: str | None) -> float:
     """A cell's number; ValueError says what it must be."""
+    if text is None:
+        raise ValueError(f"there is no cell for {column}")
     try:
-        value = float(text or "")
+        value = float(text)
     except ValueError as error:
-        raise ValueError(f"{column}={text!r} must be a number") from error
+        raise ValueError(f"{column}={text[:SHOWN_CHARS]!r} must be a number") from error
     if column == "arrival_s":
         if not 0 <= value < math.inf:
             raise ValueError(f"arrival_s={text} must be seconds, at least 0")

@@ -13,7 +13,10 @@ from typing import Annotated, Any, Literal
 from tyro.conf import arg
 
 from apt_jax.files import EVERYBODY, check_writable, replace_file
+from apt_jax.flags.lists import listed_counts, listed_names
+from apt_jax.ranges import check_block_size
 
+MOST_TOKENS = 10**9
 Chip = Literal["auto", "h200", "h100", "a100", "v5e", "v5p", "v6e", "tpu7x"]
 
 
@@ -47,6 +50,13 @@ class BenchKernels:
     output: Annotated[Path | None, arg(aliases=["-o"])] = None
     """JSON file for all results; a folder with --all."""
 
+    def __post_init__(self) -> None:
+        check_block_size(self.block_size)
+        chosen = [name for name in ("end_to_end", "chunks", "writes", "all") if getattr(self, name)]
+        if len(chosen) > 1:
+            flags = " and ".join(f"--{name.replace('_', '-')}" for name in chosen)
+            raise ValueError(f"{flags} measure different things; give one of them")
+
 
 def run(args: BenchKernels) -> int:
     """Run the command; 1 if nothing could be measured that should be.
@@ -55,12 +65,15 @@ def run(args: BenchKernels) -> int:
         ValueError: a flag has an unknown or impossible value.
     """
     from apt_jax.pallas_kernels.bench.kernel_counts import CHIPS, WAYS, Shape, count, counted_table
-    from apt_jax.scheduling.costs.hardware import MODELS, by_name
+    from apt_jax.scheduling.costs.hardware import MODELS
 
     check_writable(args.output, "--output")
-    models, batches, contexts = args.model.split(","), _numbers("batch", args.batch), _numbers("context", args.context)
-    for model in models:
-        by_name(MODELS, model, "model")
+    models = listed_names("model", args.model, MODELS)
+    batches, contexts = listed_counts("batch", args.batch, 1), listed_counts("context", args.context, 1)
+    if max(batches) * max(contexts) > MOST_TOKENS:
+        raise ValueError(
+            f"batch={args.batch!r} and context={args.context!r} are more than {MOST_TOKENS:,} tokens; lower one"
+        )
     if args.all:
         return _run_parts(args)
     shapes = [Shape(model, batch, context) for model in models for batch in batches for context in contexts]
@@ -182,16 +195,6 @@ def _report_copy(device: Any, copy_bytes_per_s: float) -> float:
 
     print(f"{device.device_kind} ({device.platform}), jax {jax.__version__}: copies {copy_bytes_per_s / 1e9:.0f} GB/s")
     return copy_bytes_per_s
-
-
-def _numbers(flag: str, text: str) -> list[int]:
-    try:
-        numbers = [int(part) for part in text.split(",")]
-    except ValueError:
-        raise ValueError(f"--{flag} {text!r} is not a list of numbers such as 8,32") from None
-    if min(numbers) < 1:
-        raise ValueError(f"--{flag} {text!r}: numbers must be at least 1")
-    return numbers
 
 
 def _write(args: BenchKernels, found: dict[str, Any], device: Any = None) -> None:

@@ -9,6 +9,7 @@ import contextlib
 import hashlib
 import json
 import logging
+import os
 import re
 import shutil
 import stat
@@ -53,6 +54,8 @@ def readable_twice(path: Path) -> Iterator[Path]:
     mode = path.stat().st_mode
     if stat.S_ISDIR(mode):
         raise ValueError(f"{path} is a folder; give a file of requests")
+    if stat.S_ISBLK(mode) or stat.S_ISSOCK(mode) or (stat.S_ISCHR(mode) and not _ends(path)):
+        raise ValueError(f"{path} is a device or socket, not a file; give a file of requests")
     # an open file under /dev/fd is read on from where another read stopped, on some systems
     if stat.S_ISREG(mode) and not path.is_relative_to("/dev"):
         _check_encoding(path, path)
@@ -61,12 +64,19 @@ def readable_twice(path: Path) -> Iterator[Path]:
     logger.info("%s can be read only once; reading all of it before the first answer", path)
     with tempfile.TemporaryFile(prefix="apt-jax-batch-") as copy:
         with path.open("rb") as file:
-            shutil.copyfileobj(file, copy, READ_BYTES)
+            while piece := file.read1(READ_BYTES):  # a terminal says only once that it is at its end
+                copy.write(piece)
         copy.flush()
         logger.info("read %d bytes of %s", copy.tell(), path)
         with _named(copy) as name:
             _check_encoding(name, path)
             yield name
+
+
+def _ends(device: Path) -> bool:
+    """Whether a character device is a terminal or empty, not one that gives bytes for ever."""
+    with device.open("rb", buffering=0) as file:
+        return file.isatty() or os.path.samefile(device, os.devnull)
 
 
 @contextlib.contextmanager

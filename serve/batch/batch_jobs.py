@@ -15,6 +15,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from apt_jax.engine.interface import ServingEngine
 from apt_jax.engine_config import EngineConfig
+from apt_jax.files import check_readable, check_writable
 from apt_jax.output import Output
 from apt_jax.progress import is_hidden
 from apt_jax.request import OFFLINE_SLO
@@ -256,7 +257,9 @@ def parse_line(line: Line) -> BatchLine:
 
 
 def check_files(source: Path, output: Path) -> None:
-    """Raises ValueError if a job would write what it reads."""
+    """Raises ValueError if a job cannot read what it is to answer, or would write it."""
+    check_readable(source, "--input")
+    check_writable(output, "--output")
     if output.exists() and output.samefile(source):
         raise ValueError(f"{source} is both input and output; choose another output")
 

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from apt_jax.files import read_json
 from apt_jax.serve.bench.work_options import WorkOptions
-from apt_jax.simulation.workload import Lengths, load_lengths, recorded_times, shuffled_rows
+from apt_jax.simulation.workload import NAMED, Lengths, load_lengths, recorded_times, shuffled_rows
 
 if TYPE_CHECKING:
     from apt_jax.tokenization.tokenizer import Tokenizer
@@ -64,9 +64,19 @@ def load_dataset(
     longest = max_model_len or DEFAULT_MAX_MODEL_LEN
     if options.dataset == "random":
         return Dataset(_random_lengths(options, seed, longest))
+    check_dataset(options)
     if options.dataset.endswith(".json"):
         return _sharegpt(Path(options.dataset), tokenizer, longest)
     return Dataset(load_lengths(options.dataset, longest))
+
+
+def check_dataset(options: WorkOptions) -> None:
+    """Raises ValueError if `options.dataset` names nothing; checks before a model is loaded."""
+    if options.dataset in ("random", *NAMED):
+        return
+    for name in [options.dataset] if options.dataset.endswith(".json") else options.dataset.split("+"):
+        if name not in NAMED and not Path(name).is_file():
+            raise ValueError(f"dataset={name!r} is neither a file nor one of random, {', '.join(NAMED)}")
 
 
 def make_work(

@@ -2,7 +2,10 @@
 
 from dataclasses import dataclass
 
-from apt_jax.ranges import check_at_least
+from apt_jax.ranges import check_at_least, check_at_most
+
+MOST_REQUESTS = 10**7  # of one run
+MOST_TOKENS = 10**9
 
 
 @dataclass(frozen=True)
@@ -25,6 +28,8 @@ class WorkOptions:
 
     def __post_init__(self) -> None:
         check_at_least(self, 1, ("num_prompts", "random_input_len", "random_output_len"))
+        check_at_most(self, MOST_REQUESTS, ("num_prompts",))
+        check_at_most(self, MOST_TOKENS, ("random_input_len", "random_output_len", "vocab_size"))
         if not 0 <= self.random_range_ratio < 1:
             raise ValueError(f"random_range_ratio={self.random_range_ratio} must be at least 0 and less than 1")
         if self.vocab_size < 11:

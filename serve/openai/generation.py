@@ -81,6 +81,7 @@ class Generation[Body: GenerationRequest]:
         self.samples = samples
         self.choices = [Choice() for _ in samples]
         self.num_unfinished = len(samples)
+        self.reports_slo = True
         self._tokenizer = tokenizer
         self._num_prompt_tokens: int | None = None
         self._num_completion_tokens: int | None = None
@@ -99,8 +100,8 @@ class Generation[Body: GenerationRequest]:
     ) -> Self:
         """Check a body against the model that is served and fan it out into samples. Tokenises; touches no state.
 
-        `headers` (names in lower case) may carry the SLO, which otherwise is `otherwise_slo` or the engine's. Token
-        ids are the engine's to check.
+        `headers` (names in lower case) may carry the SLO, which otherwise is `otherwise_slo`, of which the response
+        says nothing then, or the engine's. Token ids are the engine's to check.
 
         Raises:
             ModelNotFound: the body names another model.
@@ -121,15 +122,11 @@ class Generation[Body: GenerationRequest]:
         prompts = cls._prompts(body, model)
         if body.asked_max_tokens is not None:
             check_room(max(map(len, prompts)), body.asked_max_tokens, engine.max_model_len)
-        samples = fan_out(
-            request_id,
-            prompts,
-            params,
-            slo=slo_of(body.slo, headers or {}, otherwise_slo or engine.config.slo),
-            priority=body.priority or 0,
-            arrival_s=arrival_s,
-        )
-        return cls(body, request_id, model.name, engine.tokenizer, prompts, samples)
+        slo = slo_of(body.slo, headers or {}, otherwise_slo or engine.config.slo)
+        samples = fan_out(request_id, prompts, params, slo=slo, priority=body.priority or 0, arrival_s=arrival_s)
+        made = cls(body, request_id, model.name, engine.tokenizer, prompts, samples)
+        made.reports_slo = slo != otherwise_slo
+        return made
 
     @classmethod
     def _prompts(cls, body: Body, model: ServedModel) -> list[Sequence[int]]:
@@ -191,7 +188,7 @@ class Generation[Body: GenerationRequest]:
         chunk = self._object([entry], stream=True)
         if self.wants_usage:
             chunk["usage"] = self.usage() if self._wants_running_usage else None
-        if output.finish_reason is not None:
+        if output.finish_reason is not None and self.reports_slo:
             chunk["slo"] = slo_report([output.request])
         return chunk
 
@@ -251,7 +248,8 @@ class Generation[Body: GenerationRequest]:
 
     def _response(self, choices: Iterable[dict[str, Any]]) -> dict[str, Any]:
         requests = [choice.request for choice in self.choices if choice.request is not None]
-        report = {"slo": slo_report(requests)} if len(requests) == len(self.samples) else {}  # not when it was resumed
+        is_known = self.reports_slo and len(requests) == len(self.samples)  # not when it was resumed
+        report = {"slo": slo_report(requests)} if is_known else {}
         return {**self._object(choices), "usage": self.usage(), **report}
 
     def _entries(self) -> Iterator[dict[str, Any]]:
@@ -262,7 +260,7 @@ class Generation[Body: GenerationRequest]:
             if self.body.return_token_ids:
                 entry["token_ids"] = list(choice.token_ids)
                 entry["prompt_token_ids"] = list(sample.prompt_token_ids)
-            if choice.request is not None and len(self.samples) > 1:
+            if choice.request is not None and len(self.samples) > 1 and self.reports_slo:
                 entry["slo"] = slo_report([choice.request])
             yield entry
 

@@ -296,11 +296,13 @@ def check_stream(body: GenerationRequest) -> None:
 def slo_of(body: SloBody | None, headers: Mapping[str, str], default: Slo) -> Slo:
     """The SLO of a request, part by part: its body's `slo`, else the `SLO_HEADERS`, else `default`.
 
+    A header that came several times is one with its values separated by commas, as proxies may write it too.
+
     Raises:
         BadRequest: a header is not a number of milliseconds from MIN_SLO_MS to MAX_SLO_MS, even if it is not needed,
-            or two spellings of one header differ.
+            or its values, or those of two spellings, differ.
     """
-    chosen = {"ttft_s": default.ttft_s, "tbt_s": default.tbt_s, "stall_s": default.stall_s}
+    chosen: dict[str, float] = {}
     for part, names in SLO_HEADERS.items():
         given = {name: _milliseconds(name, headers[name]) for name in names if name in headers}
         if len({*given.values()}) > 1:
@@ -310,19 +312,23 @@ def slo_of(body: SloBody | None, headers: Mapping[str, str], default: Slo) -> Sl
         given_ms = next(iter(given.values()), None) if in_body is None else in_body
         if given_ms is not None:
             chosen[f"{part}_s"] = given_ms / 1000
-    return Slo(**chosen)  # type: ignore[arg-type]
+    return default.with_parts(**chosen)
 
 
 def _milliseconds(name: str, text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = float("nan")
-    if not MIN_SLO_MS <= value <= MAX_SLO_MS:
+    values = []
+    for part in text.split(","):
+        try:
+            values.append(float(part))
+        except ValueError:
+            values.append(float("nan"))
+    if not all(MIN_SLO_MS <= value <= MAX_SLO_MS for value in values):
         raise BadRequest(
             f"header {name}: {shown(text)} must be a number of milliseconds greater than 0, up to 1e9", name
         )
-    return value
+    if len({*values}) > 1:
+        raise BadRequest(f"header {name} came several times, with {shown(text)}; send it once", name)
+    return values[0]
 
 
 def _not_empty[T: (str, list[int])](value: T, name: str) -> T:

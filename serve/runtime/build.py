@@ -14,7 +14,7 @@ from apt_jax.checkpoints.families import read_config
 from apt_jax.checkpoints.formats.weight_files import LoadFormat
 from apt_jax.checkpoints.generation_config import AUTO, GenerationConfig, read_generation_config
 from apt_jax.checkpoints.load import load_model, parse_format
-from apt_jax.checkpoints.source import resolve
+from apt_jax.checkpoints.source import check_revision, resolve
 from apt_jax.engine.engine import Engine
 from apt_jax.engine.memory import check_longest_request
 from apt_jax.engine.setup import set_up, without_gaps
@@ -60,6 +60,7 @@ def build_engine(
     parallel = Parallel.over(devices, hidden=keeps_hidden(engine_config.cache_mode)) if split else None
     platform = Platform.of(jax.local_devices()[0])
     make_policy(engine_config.scheduling_policy)
+    check_revision(model, revision)
     folder = resolve(model, revision=revision, load_format=parse_format(load_format))
     model_config = read_config(folder)
     without_gaps(engine_config, model_config, platform)

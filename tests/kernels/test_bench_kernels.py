@@ -1,6 +1,7 @@
 """`apt-jax bench kernels`: counts by hand, measuring on the CPU that is here, and one failure among many results."""
 
 import json
+import re
 import sys
 
 import jax
@@ -215,3 +216,22 @@ def test_summary_holds_results_against_the_aims():
         "opt-13b: rho, ns per hidden token and step: -2.00 to -2.00",
     ]
     assert kernel_parts.summary({}) == []
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        ({"batch": "8,8"}, "batch='8,8' has 8 twice; leave one out"),
+        ({"batch": "0"}, "batch='0' must be whole numbers separated by commas, at least 1"),
+        ({"context": ""}, "context='' must be whole numbers"),
+        ({"context": "1000000000"}, "batch='8,32,128' and context='1000000000' are more than 1,000,000,000 tokens"),
+        ({"model": "opt-13b,opt-13b"}, "model='opt-13b,opt-13b' has opt-13b twice"),
+        ({"model": "opt-7b"}, "model='opt-7b': unknown 'opt-7b'; known: opt-125m"),
+        ({"block_size": 0}, "block_size=0 must be a power of two, at most 128"),
+        ({"chunks": True, "writes": True}, "--chunks and --writes measure different things; give one of them"),
+        ({"end_to_end": True, "all": True}, "--end-to-end and --all measure different things"),
+    ],
+)
+def test_flags_that_make_no_sense_are_refused_in_one_sentence(flags, sentence):
+    with pytest.raises(ValueError, match="^" + re.escape(sentence)):
+        run(BenchKernels(device="h200", **flags))

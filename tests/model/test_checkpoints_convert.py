@@ -22,6 +22,8 @@ from apt_jax.checkpoints.export import export_huggingface
 from apt_jax.checkpoints.formats.manifest import Manifest
 from apt_jax.checkpoints.formats.weight_files import MANIFEST, LoadFormat
 from apt_jax.checkpoints.load import load_model
+from apt_jax.engine_config import EngineConfig
+from apt_jax.serve.runtime.build import build_engine
 from tests.support.checkpoint_folders import (
     VARIANTS,
     assert_same_parameters,
@@ -108,6 +110,39 @@ def test_dtype_of_the_checkpoint_is_kept_or_changed(tmp_path):
         stored = tensor.astype(np.float16).astype(ml_dtypes.bfloat16)
         np.testing.assert_array_equal(back[name], stored.astype(np.float32))
     assert load_model(str(tmp_path / "kept"), dtype="float16").dtype == np.float16
+
+
+@pytest.mark.parametrize(
+    ("destination", "sentence"),
+    [
+        ("file/new", "cannot be made, since {}/file is no folder; name another"),
+        ("file/a/b", "cannot be made, since {}/file is no folder; name another"),
+        ("link", "is a link to no folder; name a new folder or delete it first"),
+        ("shut/new", "cannot be made: no permission to write in {}/shut; name another"),
+    ],
+)
+def test_a_place_where_no_folder_can_be_is_told_before_the_source_is_read(tmp_path, destination, sentence, monkeypatch):
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to(tmp_path / "link")
+    (tmp_path / "shut").mkdir()
+    monkeypatch.setattr(os, "access", lambda path, mode: path.name != "shut")  # who is root may write everywhere
+    with pytest.raises(CheckpointError) as caught:
+        convert("no/such/source", tmp_path / destination)
+    assert str(caught.value) == f"{tmp_path / destination} {sentence.format(tmp_path)}"
+    assert not (tmp_path / "shut/new").exists()
+
+
+def test_where_the_folder_cannot_be_made_the_destination_is_named(tmp_path, source):
+    with pytest.raises(CheckpointError, match=r"^/proc/new cannot be made: No such file or directory; name another"):
+        convert(source, Path("/proc/new"))
+
+
+@pytest.mark.parametrize("model", [None, "."])
+def test_a_folder_has_no_revisions(tmp_path, model):
+    with pytest.raises(CheckpointError, match=r"revision='v2' is for models of the hub, and the .* has none; leave"):
+        convert(model, tmp_path / "new", revision="v2")
+    with pytest.raises(CheckpointError, match=r"revision='v2' is for models of the hub"):
+        build_engine(model, engine_config=EngineConfig(), revision="v2")
 
 
 def test_existing_destination_is_left_alone(tmp_path, source, converted):

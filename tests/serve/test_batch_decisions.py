@@ -52,6 +52,18 @@ def test_lines_are_served_without_a_hurry_unless_they_ask_for_it(tmp_path):
     assert [r.priority for r in engine.given] == [0, 3] and Slo(86_400.0, 86_400.0) == OFFLINE_SLO
 
 
+def test_only_a_line_that_asks_for_an_slo_is_told_of_it(tmp_path):
+    """A day for the first token says nothing, of one sample or several."""
+    body = {"prompt": "a", "max_tokens": 2}
+    several = line("three", {**body, "n": 2, "slo": {"stall_ms": 7}})
+    lines = [line("one"), line("two", {**body, "n": 2}), several, line("four", {**body, "slo": {}})]
+    _, results = run_job(tmp_path, FakeEngine(tokenizer=CharTokenizer()), *lines)
+    bodies = [results[number]["response"]["body"] for number in (1, 2, 3, 4)]
+    assert ["slo" in body for body in bodies] == [False, False, True, False]
+    assert ["slo" in choice for body in bodies[1:3] for choice in body["choices"]] == [False, False, True, True]
+    assert (bodies[2]["slo"]["stall_slo_ms"], bodies[2]["slo"]["ttft_slo_ms"]) == (7.0, 86_400_000.0)
+
+
 def test_what_a_run_counts(tmp_path):
     body = {"prompt": "a", "max_tokens": 3, "n": 2}
     lines = [line("a", body), line("b"), "{", line("c", {"prompt": ""})]

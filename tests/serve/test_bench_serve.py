@@ -226,7 +226,7 @@ def test_a_wrong_key_is_one_sentence(capsys, monkeypatch):
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [
-        (["--request-rate", "1,fast"], "request_rate='1,fast' must be numbers separated by commas, greater than 0"),
+        (["--request-rate", "1,fast"], "request_rate='1,fast' must be numbers separated by commas, greater than 1e-06"),
         (["--goodput", "itl:3"], "--goodput 'itl:3' must be one of ttft, tpot, e2el"),
         (["--percentile-metrics", "ttft,gap"], "unknown 'gap'; known: ttft, tpot, itl, e2el"),
         (["--targets", "90"], "targets='90' must be numbers separated by commas, greater than 0 and at most 1"),
@@ -235,6 +235,22 @@ def test_a_wrong_key_is_one_sentence(capsys, monkeypatch):
         (["--sweep", "--request-rate", "1,inf"], "a sweep cannot begin at inf"),
         (["--extra-body", "[1]"], "extra_body='[1]' must be a JSON object"),
         (["--model", "m", "--dataset-arrivals"], "dataset=random recorded no arrivals"),
+        (["--request-rate", "1,2,1"], "request_rate='1,2,1' has 1 twice; leave one out"),
+        (["--request-rate", "1e-300"], "greater than 1e-06"),
+        (["--targets", "0.9,0.90"], "targets='0.9,0.90' has 0.9 twice"),
+        (["--metric-percentiles", "99,99"], "metric_percentiles='99,99' has 99 twice"),
+        (["--percentile-metrics", "ttft,ttft"], "percentile_metrics='ttft,ttft' has ttft twice"),
+        (["--percentile-metrics", ""], "percentile_metrics='' has an empty value"),
+        (["--goodput", "ttft:1", "ttft:2"], "--goodput 'ttft:2': ttft has a limit already; leave one out"),
+        (["--goodput", "ttft:0"], "--goodput 'ttft:0' must be one of"),
+        (["--goodput", "ttft:inf"], "--goodput 'ttft:inf' must be one of"),
+        (["--extra-body", '{"stream": false}'], "has stream, which the benchmark sets itself; leave it out"),
+        (["--base-url", "http://[::1"], "base_url='http://[::1' is no address such as http://127.0.0.1:8000"),
+        (["--base-url", "http://127.0.0.1:99999"], "base_url='http://127.0.0.1:99999' is no address"),
+        (["--base-url", "http://:80"], "base_url='http://:80' is no address"),
+        (["--base-url", "http://a b"], "base_url='http://a b' is no address"),
+        (["--dataset", "none.csv"], "dataset='none.csv' is neither a file nor one of random, sharegpt, humaneval,"),
+        (["--output", "a.svg", "--plot", "./a.svg"], "--output and --plot both name a.svg; give each a file of"),
     ],
 )
 def test_what_cannot_be_asked_ends_with_1_and_one_sentence(flags, sentence, capsys):
@@ -243,9 +259,23 @@ def test_what_cannot_be_asked_ends_with_1_and_one_sentence(flags, sentence, caps
     assert line.startswith("error: ") and sentence in line
 
 
-def test_cv_and_burstiness_exclude_each_other(capsys):
-    assert bench("--cv", 1, "--burstiness", 1) == 2
-    assert "say the same thing" in " ".join(capsys.readouterr().err.split())
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (["--cv", 1, "--burstiness", 1], "burstiness=1.0 and cv=1.0 say the same thing; give one of them"),
+        (["--dataset-arrivals", "--cv", 2], "cv=2.0 is of drawn arrivals; leave out --dataset-arrivals"),
+        (["--dataset-arrivals", "--burstiness", 2], "burstiness=2.0 is of drawn arrivals"),
+        (["--seed", -1], "seed=-1 must be at least 0"),
+        (["--num-prompts", 10**20], f"num_prompts={10**20} must be at most 1e+07"),
+        (["--random-input-len", 10**10], f"random_input_len={10**10} must be at most 1e+09"),
+        (["--api-key", "a\nb"], "api_key has characters that no HTTP header can carry; give the key alone"),
+        (["--api-key", "schlüssel"], "api_key has characters that no HTTP header can carry"),
+    ],
+)
+def test_flags_that_contradict_each_other_or_a_limit_are_wrong_usage(flags, sentence, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    assert bench(*flags) == 2
+    assert sentence in " ".join(capsys.readouterr().err.split())
 
 
 def test_limits_of_goodput_are_milliseconds_by_name():

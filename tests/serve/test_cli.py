@@ -12,7 +12,8 @@ import pytest
 import apt_jax.serve.cli
 import apt_jax.serve.runtime.build
 from apt_jax.engine_config import EngineConfig
-from apt_jax.serve.cli import main
+from apt_jax.serve.cli import COMMANDS, main
+from apt_jax.serve.logs import tell
 from apt_jax.serve.options import LoadOptions, ServerOptions
 from apt_jax.serve.replicas.options import parse_resources
 
@@ -86,6 +87,78 @@ def test_wrong_usage_ends_with_2_and_says_what_is_wrong(arguments, sentence, cap
     assert sentence in " ".join(text.replace("│", " ").split()) and "Traceback" not in text
 
 
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["simulate", "--jobs", "x"], "Error parsing --jobs: 'x' is not a whole number"),
+        (["simulate", "--jobs", "1.5"], "Error parsing --jobs: '1.5' is not a whole number"),
+        (["simulate", "--seed="], "Error parsing --seed: '' is not a whole number"),
+        (["simulate", "--cv", "wide"], "Error parsing --cv: 'wide' is not a number"),
+        (["serve", "--port", "http"], "Error parsing --port: 'http' is not a whole number"),
+        (["bench", "latency", "--batch-size", "1e3"], "Error parsing --batch-size: '1e3' is not a whole number"),
+    ],
+)
+def test_a_value_that_is_no_number_is_told_in_one_sentence(arguments, sentence, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    assert run(*arguments) == 2
+    text = capsys.readouterr().err
+    assert sentence in text and "could be instantiated" not in text
+
+
+def test_numbers_that_may_be_left_out_may_be_none(ran):
+    assert run("serve", "--max-num-seqs", "None", "--max-model-len", "64", "--max-step-seconds", "1e2") == 0
+    (command,) = ran
+    assert (command.engine.max_num_seqs, command.engine.max_model_len) == (None, 64)
+    assert command.server.max_step_seconds == 100.0
+
+
+LEAVES = [name for name in COMMANDS if name != "bench"]
+
+
+@pytest.mark.parametrize("name", LEAVES)
+def test_an_error_points_to_the_help_of_its_own_command(name, capsys):
+    assert run(*name.split(), "--no-such-flag") == 2
+    assert f"apt-jax {name} --help" in " ".join(capsys.readouterr().err.replace("│", " ").split())
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        (
+            "simulate",
+            "default: the gap SLO or, if larger, that of the first token up to 1 s.",
+        ),
+        ("serve", "adds; default: the larger of --tbt-slo-ms and the smaller of --ttft-slo-ms and 1000."),
+        (
+            "bench serve",
+            "headers x-slo-ttft-ms, x-slo-tbt-ms and x-slo-stall-ms; servers that do not know them ignore them.",
+        ),
+        (
+            "bench throughput",
+            "a CSV file with prompt_tokens, output_tokens and, optionally, arrival_s; or",
+        ),
+    ],
+)
+def test_help_is_broken_where_the_terminal_ends_and_nowhere_else(name, text, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "1000")
+    assert run(*name.split(), "--help") == 0
+    assert text in capsys.readouterr().out
+
+
+def test_an_error_of_the_system_is_a_sentence_without_its_number(capsys):
+    tell(FileNotFoundError(2, "No such file or directory", "a.jsonl"))
+    assert capsys.readouterr().err == "error: No such file or directory: 'a.jsonl'\n"
+    tell(OSError(28, "No space left on device"))
+    assert capsys.readouterr().err == "error: No space left on device\n"
+
+
+def test_the_package_runs_as_the_command():
+    done = subprocess.run(
+        [sys.executable, "-m", "apt_jax.serve", "simulate", "--rate", "0"], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 1 and done.stderr.startswith("error: rate='0' must be numbers")
+
+
 def command(*arguments):
     """The command in a process of its own."""
     line = [sys.executable, "-m", "apt_jax.serve.cli", *map(str, arguments)]
@@ -95,7 +168,7 @@ def command(*arguments):
 def test_help_does_not_import_jax():
     code = (
         "import sys; sys.argv = ['apt-jax', '--help']\n"
-        "try:\n  from apt_jax.serve.cli import main; main()\n"
+        "try:\n  from apt_jax.serve.cli import COMMANDS, main; main()\n"
         "finally:\n  print(*sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
@@ -112,7 +185,7 @@ def test_help_does_not_import_jax():
         (["serve", "--chat-template", "{tmp}/broken/bad.jinja"], "{tmp}/broken/bad.jinja is not a Jinja template"),
         (["serve", "--chat-template", "{tmp}/none", "--port", "0"], "No such file or directory: '{tmp}/none"),
         (["convert", "no/such/folder/at/all", "{tmp}/out"], "there is no folder no/such/folder/at/all"),
-        (["run-batch", "-i", "{tmp}/none.jsonl", "-o", "{tmp}/out.jsonl"], "No such file or directory: '{tmp}/none"),
+        (["run-batch", "-i", "{tmp}/none.jsonl", "-o", "{tmp}/out.jsonl"], "--input {tmp}/none.jsonl does not exist"),
     ],
 )
 def test_what_cannot_be_done_ends_with_1_and_one_sentence(arguments, sentence, tmp_path, capsys):

@@ -2,6 +2,9 @@
 
 import codecs
 import json
+import os
+import socket
+from pathlib import Path
 
 import pytest
 
@@ -12,7 +15,8 @@ from apt_jax.checkpoints.formats.weight_files import MANIFEST
 from apt_jax.checkpoints.generation_config import FILE, read_generation_config
 from apt_jax.files import read_json, read_text
 from apt_jax.scheduling.costs.fit import Calibration
-from apt_jax.serve.bench.work import load_dataset
+from apt_jax.serve.batch.batch_file import readable_twice
+from apt_jax.serve.bench.work import check_dataset, load_dataset
 from apt_jax.serve.bench.work_options import WorkOptions
 from apt_jax.serve.options import ServerOptions
 from apt_jax.simulation.workload import load_lengths
@@ -96,3 +100,37 @@ def test_a_flag_that_is_a_deep_list_is_a_sentence():
     with pytest.raises(ValueError, match="is not a JSON list"):
         ServerOptions(allowed_hosts=('["a",' + "[" * 100_000,))
     assert ServerOptions(allowed_hosts=(json.dumps(["a", "b"]),)).allowed_hosts == ("a", "b")
+
+
+def test_a_device_that_gives_bytes_for_ever_is_no_file_of_requests(tmp_path):
+    """Copies of /dev/zero filled the disk."""
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(tmp_path / "socket"))
+        for path in (Path("/dev/zero"), Path("/dev/full"), tmp_path / "socket"):
+            with pytest.raises(ValueError, match=f"{path} is a device or socket, not a file"), readable_twice(path):
+                pytest.fail("it was read")
+
+
+def test_nothing_and_a_terminal_are_read_to_their_end():
+    with readable_twice(Path("/dev/null")) as copy:
+        assert copy.read_bytes() == b""
+    keyboard, terminal = os.openpty()
+    try:
+        os.write(keyboard, b"typed\n\x04")
+        with readable_twice(Path(os.ttyname(terminal))) as copy:
+            assert copy.read_bytes() == b"typed\n"
+    finally:
+        os.close(keyboard)
+        os.close(terminal)
+
+
+@pytest.mark.parametrize("dataset", ["none.csv", "none.json", "sharegpt+none", "sharegtp", "", "/tmp"])
+def test_a_dataset_that_is_not_there_is_told_before_a_model_is_loaded(dataset):
+    with pytest.raises(ValueError, match=r"^dataset='.*' is neither a file nor one of random, sharegpt"):
+        check_dataset(WorkOptions(dataset=dataset))
+
+
+def test_datasets_that_are_there_pass(tmp_path):
+    (tmp_path / "w.csv").touch()
+    for dataset in ("random", "azure", "sharegpt+longbench", str(tmp_path / "w.csv"), f"azure+{tmp_path / 'w.csv'}"):
+        check_dataset(WorkOptions(dataset=dataset))

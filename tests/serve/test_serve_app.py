@@ -287,6 +287,8 @@ def test_slo_of_headers_and_body_reaches_the_engine():
     slo, priority = seen[0]
     assert (slo.ttft_s, slo.tbt_s, priority) == (0.3, 0.04, 7)
     assert exchange({"prompt": "a"}, headers={"x-slo-tbt-ms": "soon"}).status_code == 400
+    twice = exchange({"prompt": "a"}, headers=[("x-slo-tbt-ms", "40"), ("x-slo-tbt-ms", "50")])
+    assert twice.status_code == 400 and twice.json()["error"]["param"] == "x-slo-tbt-ms"
 
 
 def test_a_full_queue_gives_503_with_retry_after():

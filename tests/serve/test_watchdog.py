@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+from contextlib import asynccontextmanager
 
 import pytest
 
@@ -15,6 +16,8 @@ from tests.support.asgi_service import run, serving, until
 from tests.support.fake_engine import CharTokenizer, FakeEngine
 from tests.support.local_replicas import Replicas, keeping
 
+ON_FIRE = RuntimeError("device on fire")
+ODD = PolicyFailed("policy 'odd' raised: division by zero")
 BODY = {"prompt": "a", "max_tokens": 2}
 
 
@@ -24,6 +27,26 @@ class Clock:
 
     def __call__(self) -> float:
         return self.now
+
+
+@pytest.fixture
+def clock():
+    return Clock()
+
+
+@pytest.fixture
+def engine():
+    return FakeEngine(tokenizer=CharTokenizer())
+
+
+@asynccontextmanager
+async def failing(engine, error, num_replies=0, **options):
+    """A client of a server whose engine raises `error`, which that many requests were told of."""
+    async with serving(engine, **options) as client:
+        engine.fails_with = error
+        for _ in range(num_replies):
+            assert (await client.post("/v1/completions", json=BODY)).status_code == 500
+        yield client
 
 
 def output(*token_ids, reason=None):
@@ -86,8 +109,7 @@ def test_pauses_double_up_to_a_second_and_outlast_one_before_the_limit():
         (500.0, 0.1, 500.0),
     ],
 )
-def test_the_limit_of_a_step(given, predicted_s, limit_s):
-    clock = Clock()
+def test_the_limit_of_a_step(clock, given, predicted_s, limit_s):
     watchdog = Watchdog(WatchLimits(max_step_s=given), clock)
     watchdog.watch(lambda: predicted_s)
     assert watchdog.max_step_s == limit_s and watchdog.stuck is None
@@ -118,12 +140,9 @@ async def healthy(client) -> float:
     return metric((await client.get("/metrics")).text, "apt:engine_healthy")
 
 
-def test_health_is_503_after_the_stated_number_of_failed_steps_and_200_after_a_good_one():
-    engine = FakeEngine(tokenizer=CharTokenizer())
-
+def test_health_is_503_after_the_stated_number_of_failed_steps_and_200_after_a_good_one(engine):
     async def main():
-        async with serving(engine, max_failed_steps=3) as client:
-            engine.fails_with = RuntimeError("device on fire")
+        async with failing(engine, ON_FIRE, max_failed_steps=3) as client:
             for attempt in range(3):
                 assert (await client.post("/v1/completions", json=BODY)).status_code == 500
                 assert (await client.get("/health")).status_code == (200 if attempt < 2 else 503)
@@ -141,16 +160,12 @@ def test_health_is_503_after_the_stated_number_of_failed_steps_and_200_after_a_g
     run(main)
 
 
-def test_an_idle_engine_that_is_unhealthy_is_probed_until_it_works(monkeypatch, caplog):
+def test_an_idle_engine_that_is_unhealthy_is_probed_until_it_works(engine, monkeypatch, caplog):
     """A load balancer sends an unhealthy server nothing: without a request nothing showed that it works again."""
     monkeypatch.setattr("apt_jax.serve.runtime.engine_thread.PROBE_S", 0.01)
-    engine = FakeEngine(tokenizer=CharTokenizer())
 
     async def main():
-        async with serving(engine, max_failed_steps=2) as client:
-            engine.fails_with = RuntimeError("device on fire")
-            for _ in range(2):
-                assert (await client.post("/v1/completions", json=BODY)).status_code == 500
+        async with failing(engine, ON_FIRE, 2, max_failed_steps=2) as client:
             watchdog, before = client.service.backend.watchdog, (await client.get("/metrics")).text
             await until(lambda: watchdog.num_failed >= 6)
             assert (await client.get("/health")).status_code == 503
@@ -171,25 +186,20 @@ def test_an_idle_engine_that_is_unhealthy_is_probed_until_it_works(monkeypatch, 
     assert caplog.text.count("device on fire") == 2
 
 
-def test_probing_a_policy_that_raises_ends_with_the_server():
-    engine = FakeEngine(tokenizer=CharTokenizer())
+def test_probing_a_policy_that_raises_ends_with_the_server(engine, monkeypatch):
+    monkeypatch.setattr("apt_jax.serve.runtime.engine_thread.PROBE_S", 0.01)
 
     async def main():
-        async with serving(engine, max_failed_steps=1) as client:
+        async with failing(engine, ODD, 1, max_failed_steps=1) as client:
             thread = client.service.backend
-            engine.fails_with = PolicyFailed("policy 'odd' raised: division by zero")
-            assert (await client.post("/v1/completions", json=BODY)).status_code == 500
             await until(lambda: thread.watchdog.num_failed >= 3)
             assert thread.status is EngineStatus.READY and await asyncio.to_thread(thread.stop, 5)
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("apt_jax.serve.runtime.engine_thread.PROBE_S", 0.01)
-        run(main)
+    run(main)
 
 
-def test_a_step_that_does_not_return_is_seen_from_outside_and_forgotten_when_it_does():
+def test_a_step_that_does_not_return_is_seen_from_outside_and_forgotten_when_it_does(clock):
     engine = FakeEngine(tokenizer=CharTokenizer(), paced=True)
-    clock = Clock()
 
     async def main():
         async with serving(engine, max_step_seconds=90) as client:
@@ -213,10 +223,7 @@ def test_a_step_that_does_not_return_is_seen_from_outside_and_forgotten_when_it_
     run(main)
 
 
-def test_loading_and_warming_up_are_not_watched():
-    engine = FakeEngine()
-    clock = Clock()
-
+def test_loading_and_warming_up_are_not_watched(clock, engine):
     async def main():
         held = asyncio.Event()
         loop = asyncio.get_running_loop()
@@ -235,12 +242,9 @@ def test_loading_and_warming_up_are_not_watched():
     run(main)
 
 
-def test_requests_wait_while_the_policy_raises_and_the_error_is_logged_once(caplog):
-    engine = FakeEngine(tokenizer=CharTokenizer())
-
+def test_requests_wait_while_the_policy_raises_and_the_error_is_logged_once(engine, caplog):
     async def main():
-        async with serving(engine) as client:
-            engine.fails_with = PolicyFailed("policy 'odd' raised: division by zero")
+        async with failing(engine, ODD) as client:
             task = asyncio.create_task(client.post("/v1/completions", json=BODY))
             await until(lambda: client.service.backend.watchdog.num_failed >= 4)
             assert not task.done()
@@ -255,12 +259,9 @@ def test_requests_wait_while_the_policy_raises_and_the_error_is_logged_once(capl
     assert caplog.text.count("division by zero") == 1 and "its 1 requests wait" in caplog.text
 
 
-def test_a_policy_that_goes_on_raising_ends_the_requests_and_is_renewed_and_the_engine_goes_on():
-    engine = FakeEngine(tokenizer=CharTokenizer())
-
+def test_a_policy_that_goes_on_raising_ends_the_requests_and_is_renewed_and_the_engine_goes_on(engine):
     async def main():
-        async with serving(engine, max_failed_steps=4) as client:
-            engine.fails_with = PolicyFailed("policy 'odd' raised: division by zero")
+        async with failing(engine, ODD, max_failed_steps=4) as client:
             replies = await asyncio.gather(*(client.post("/v1/completions", json=BODY) for _ in range(3)))
             assert [reply.status_code for reply in replies] == [500] * 3
             assert (await client.get("/health")).status_code == 503 and engine.num_policies >= 2
@@ -272,9 +273,8 @@ def test_a_policy_that_goes_on_raising_ends_the_requests_and_is_renewed_and_the_
     run(main)
 
 
-def test_a_step_that_fails_when_no_request_is_left_does_not_end_the_engine():
+def test_a_step_that_fails_when_no_request_is_left_does_not_end_the_engine(engine):
     """A request that was aborted is still to be reported; such a step ended the engine for good."""
-    engine = FakeEngine(tokenizer=CharTokenizer())
     step, failures = engine.step, iter([RuntimeError("once"), RuntimeError("twice")])
 
     def failing():
@@ -294,13 +294,12 @@ def test_a_step_that_fails_when_no_request_is_left_does_not_end_the_engine():
     run(main)
 
 
-def test_aborts_are_heard_during_a_pause_and_stopping_ends_an_engine_that_only_fails():
+def test_aborts_are_heard_during_a_pause_and_stopping_ends_an_engine_that_only_fails(engine):
     async def main():
-        engine = FakeEngine()
         thread = EngineThread(lambda: engine)
         thread.start()
         await until(lambda: thread.status is EngineStatus.READY)
-        engine.fails_with = PolicyFailed("policy 'odd' raised")
+        engine.fails_with = ODD
         group = thread.submit(fan_out("r", [[10]], SamplingParams(max_tokens=5)))
         await group.accepted()
         await until(lambda: thread.watchdog.num_failed >= 2)
@@ -314,9 +313,8 @@ def test_aborts_are_heard_during_a_pause_and_stopping_ends_an_engine_that_only_f
     run(main)
 
 
-def test_a_replica_whose_engine_is_stuck_is_replaced_and_its_requests_go_on_elsewhere(monkeypatch):
+def test_a_replica_whose_engine_is_stuck_is_replaced_and_its_requests_go_on_elsewhere(clock, monkeypatch):
     monkeypatch.setattr("apt_jax.serve.replicas.keeper.CHECK_S", 0.01)
-    clock = Clock()
 
     async def main():
         engines = [FakeEngine(paced=True)]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from apt_jax.files import EVERYBODY, replace_file
+from apt_jax.files import EVERYBODY, check_apart, check_readable, replace_file
 from tests.support.import_graph import ROOT, sources
 
 # What writes without replacing, with the reason.
@@ -90,3 +90,30 @@ def test_nothing_in_the_package_writes_a_file_in_place():
     }
     assert found == WRITERS.keys(), "use replace_file, or say why not"
     assert all((Path(ROOT) / path).is_file() for path in WRITERS)
+
+
+def test_what_cannot_be_read_is_told_with_its_flag(tmp_path, monkeypatch):
+    (tmp_path / "link").symlink_to(tmp_path / "none")
+    (tmp_path / "secret").touch()
+    monkeypatch.setattr(os, "access", lambda path, mode: mode != os.R_OK)  # who is root may read everything
+    for name, sentence in (
+        ("none", "--input {} does not exist; give the name of a file"),
+        ("link", "--input {} is a link to no file; give the name of a file"),
+        ("secret", "--input {} cannot be read: permission denied; choose another file"),
+    ):
+        with pytest.raises(ValueError, match="--input") as caught:
+            check_readable(tmp_path / name, "--input")
+        assert str(caught.value) == sentence.format(tmp_path / name)
+
+
+def test_one_file_has_one_result(tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "a")
+    check_apart({"--json": tmp_path / "a", "--plot": None, "--output": tmp_path / "b"})
+    check_apart({"--json": Path("/dev/null"), "--plot": Path("/dev/null")})
+    with pytest.raises(ValueError, match=f"--json and --plot both name {tmp_path}/link; give each a file of its own"):
+        check_apart({"--json": tmp_path / "a", "--plot": tmp_path / "link"})
+
+
+def test_a_device_that_takes_nothing_is_named():
+    with pytest.raises(OSError, match=r"No space left on device: '/dev/full'"):
+        replace_file(Path("/dev/full"), b"a")

@@ -20,7 +20,7 @@ from tests.support.import_graph import LINKED, ROOT, Source, circles, sources
 LAYERS = (
     ("pallas_kernels",),
     ("apt_jax/*",),
-    ("apt_jax/models", "apt_jax/tokenization"),
+    ("apt_jax/flags", "apt_jax/models", "apt_jax/tokenization"),
     ("apt_jax/scheduling",),
     ("apt_jax/batching", "apt_jax/routing"),
     ("apt_jax/cpu_kernels", "apt_jax/simulation"),
@@ -37,7 +37,7 @@ LAYERS = (
     ("serve/http",),
     ("serve/llm.py", "serve/bench"),
     ("pallas_kernels/bench",),
-    ("serve/cli.py",),
+    ("serve/cli.py serve/__main__.py",),
     ("experiments",),
     ("tests",),
 )

@@ -43,6 +43,15 @@ def test_a_flag_that_is_no_sensible_number_is_refused_by_name(options, name, val
         options(**{name: value})
 
 
+def test_seeds_and_block_sizes_are_checked_where_flags_are():
+    with pytest.raises(ValueError, match="seed=-1 must be at least 0"):
+        EngineConfig(seed=-1)
+    for size in (-8, 0, 3, 256):
+        with pytest.raises(ValueError, match=f"block_size={size} must be"):
+            EngineConfig(block_size=size)
+    assert EngineConfig(block_size=128).block_size == 128
+
+
 def test_the_options_of_policies_are_checked_too():
     found = [
         (policy, name)

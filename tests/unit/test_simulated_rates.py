@@ -158,7 +158,7 @@ def test_arrivals_beyond_the_queue_are_refused_and_have_missed():
         max_num_queued_reqs=4,
     )  # fmt: skip
     reasons = [r.finish_reason for r in outcome.requests]
-    assert reasons == [*[FinishReason.STOP] * 4, *[FinishReason.ABORT] * 2, FinishReason.STOP]
+    assert reasons == [*[FinishReason.STOP] * 4, *[FinishReason.ERROR] * 2, FinishReason.STOP]
     refused = outcome.requests[4]
     assert (refused.ended_s, refused.ttft_s, refused.gaps_s, refused.attained_strictly) == (0.0, None, [], False)
     assert (outcome.standing.missed, outcome.standing.missed_strictly, outcome.standing.unfinished) == (2, 2, 0)
@@ -227,10 +227,10 @@ def test_a_workload_s_columns_give_requests_terms_of_their_own(tmp_path):
     )
     lengths = load_lengths(str(path), slo=Slo(2.0, 0.7, 0.9))
     first, second = make_arrivals(lengths, rate=1.0, num_requests=2, cv=None, seed=0, duration_s=0.0)
-    assert (first.prompt_tokens, first.terms.slo, first.terms.priority) == (20, Slo(0.5, 0.1), 3)
+    assert (first.prompt_tokens, first.terms.slo, first.terms.priority) == (20, Slo(0.5, 0.1, 0.9), 3)
     assert (second.prompt_tokens, second.terms.slo, second.terms.name) == (30, Slo(2.0, 0.7, 0.9), "default")
     path.write_text("prompt_tokens,output_tokens,ttft_slo_ms\n3,4,soon\n")
-    with pytest.raises(ValueError, match=r"line 2: .*ttft_ms='soon' must be a number"):
+    with pytest.raises(ValueError, match=r"line 2: ttft_slo_ms='soon' must be a number"):
         load_lengths(str(path))
 
 

@@ -304,7 +304,8 @@ def test_an_experiment_s_defaults_are_those_of_the_command():
     defaults = {field.name: field.default for field in fields(Experiment)}
     flags = {field.name: field.default for field in fields(SimulateArgs) if field.name in defaults}
     assert flags.pop("duration_s") is None, "it depends on what is asked for"
-    assert {name: defaults[name] for name in flags} == flags and {*flags, "duration_s"} == set(defaults)
+    assert flags.pop("seed") is None and defaults["seed"] == 0, "so that --seeds beside --seed is noticed"
+    assert {name: defaults[name] for name in flags} == flags and {*flags, "duration_s", "seed"} == set(defaults)
     assert defaults["max_num_queued_reqs"] == EngineConfig().max_num_queued_reqs
     assert Experiment().set_up_for("apt").device_memory_utilization == EngineConfig().device_memory_utilization
     assert (defaults["ttft_slo_ms"], defaults["tbt_slo_ms"]) == (1000.0, 1000.0)

@@ -18,11 +18,16 @@ def plan(policy, state):
     return lines(make_policy(policy).schedule(state, 0.0))
 
 
+def old_and_new(old_tokens, new_tokens, num_blocks=100, **limits):
+    """`old` decodes and `new` waits."""
+    state = make_state(num_blocks, **limits)
+    run(state, "old", old_tokens)
+    wait(state, "new", new_tokens)
+    return state
+
+
 def test_v0_prefills_first_and_nobody_decodes_meanwhile():
-    state = make_state(100)
-    run(state, "old", 4)
-    wait(state, "new", 8)
-    assert plan("vllm-v0", state) == ["run new 8 kv ADMITTED_KV", "wait old WAITS_FOR_PREFILL"]
+    assert plan("vllm-v0", old_and_new(4, 8)) == ["run new 8 kv ADMITTED_KV", "wait old WAITS_FOR_PREFILL"]
 
 
 def test_v0_never_splits_a_prompt():
@@ -45,10 +50,7 @@ def test_v0_splits_only_what_no_iteration_could_hold():
 @pytest.mark.parametrize(("policy", "admitted"), [("vllm-v0", False), ("sarathi", False), ("vllm-v1", True)])
 def test_the_watermark_holds_for_v0_and_not_for_v1(policy, admitted):
     """Of 6 blocks 4 are free, all of which `new` takes; one is to stay free."""
-    state = make_state(6, watermark=1)
-    run(state, "old", 3)
-    wait(state, "new", 8)
-    found = plan(policy, state)
+    found = plan(policy, old_and_new(3, 8, 6, watermark=1))
     assert ("run new 8 kv ADMITTED_KV" in found) is admitted
     assert ("wait new WAITS_FOR_BLOCKS" in found) is not admitted
 
@@ -75,9 +77,7 @@ def test_v1_takes_the_smaller_of_its_own_budget_and_the_engines():
 
 def test_v1_admits_only_what_fits_as_a_whole():
     """5 tokens of budget and 4 free blocks: the chunk of 5 would fit, the prompt of 12 does not."""
-    state = make_state(6, tokens=6)
-    run(state, "old", 3)
-    wait(state, "new", 12)
+    state = old_and_new(3, 12, 6, tokens=6)
     wait(state, "short", 4)
     assert plan("vllm-v1", state) == ["run old 1 kv DECODES", "wait new WAITS_FOR_BLOCKS", "wait short WAITS_BEHIND"]
 
@@ -92,10 +92,7 @@ def test_v1_preempts_the_last_and_admits_nobody_then():
 
 def test_v1_counts_what_decodes_take_before_it_admits():
     """8 blocks: 4 held, 2 for the decode's next page, 2 left: a prompt of 5 tokens needs 4."""
-    state = make_state(8)
-    run(state, "old", 8)
-    wait(state, "new", 5)
-    assert plan("vllm-v1", state) == ["run old 1 kv DECODES", "wait new WAITS_FOR_BLOCKS"]
+    assert plan("vllm-v1", old_and_new(8, 5, 8)) == ["run old 1 kv DECODES", "wait new WAITS_FOR_BLOCKS"]
 
 
 def test_v1_admits_up_to_its_seats():

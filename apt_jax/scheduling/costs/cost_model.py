@@ -318,7 +318,9 @@ def cache_blocks(
     blocks = int(free // (c.num_hidden_layers * c.hidden_size * BYTES * block_size))
     if blocks < 2:
         raise ValueError(
-            f"weights of {weights / 1e9:.1f} GB leave no room for a cache in {devices} x "
-            f"{model.hardware.memory_bytes / 1e9:.1f} GB; raise --tensor-parallel-size or take larger --hardware"
+            f"weights of {weights / 1e9:.1f} GB and activations of {activations * devices / 1e9:.1f} GB (for "
+            f"{max_num_batched_tokens=} and {max_num_seqs=}) leave no room for a cache in {utilization:g} of {devices} "
+            f"x {model.hardware.memory_bytes / 1e9:.1f} GB; raise --tensor-parallel-size, take larger --hardware, or "
+            "lower --max-num-batched-tokens or --max-num-seqs"
         )
     return blocks

@@ -57,6 +57,8 @@ def find_policy(name: str) -> tuple[str, Callable[..., Policy], list[str]]:
     if base in POLICIES:
         return base, POLICIES[base], settings
     if settings and "=" not in settings[0]:
+        if not (base and settings[0]):
+            raise ValueError(f"scheduling_policy={name!r} lacks a name; give NAME:option=value or MODULE:CLASS")
         return f"{base}:{settings[0]}", policy_class(base, settings[0]), settings[1:]
     installed = installed_policy(base)
     if installed is None:

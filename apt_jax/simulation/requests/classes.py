@@ -13,6 +13,7 @@ from apt_jax.request import Slo
 
 DEFAULT_CLASS = "default"
 _NUMBERS = {"ttft_ms": "ttft_s", "tbt_ms": "tbt_s", "stall_ms": "stall_s"}
+MAX_PRIORITY = 2**63 - 1
 _COLUMNS = ("name", "share", *_NUMBERS, "priority", "workload")
 
 
@@ -61,9 +62,11 @@ def load_classes(path: Path, default: Slo) -> list[RequestClass]:
         if unknown := [str(key) for key in row if key not in _COLUMNS]:
             raise ValueError(f"{where}: {', '.join(unknown)} is unknown; known: {', '.join(_COLUMNS)}")
         share = number_of(row.get("share"), f"{where}: share")
-        if share is None or not share > 0:
+        if share is None:
+            raise ValueError(f"{where} has no share; give a number greater than 0")
+        if not share > 0:
             raise ValueError(f"{where}: share={row.get('share')!r} must be greater than 0")
-        terms = terms_of(row, default, where, name=str(row.get("name") or f"class {number}"))
+        terms = terms_of(row, default, f"{where}: ", name=str(row.get("name") or f"class {number}"))
         found.append(RequestClass(share, terms, str(row["workload"]) if row.get("workload") else None))
     names = [found_class.terms.name for found_class in found]
     if len(set(names)) < len(names):
@@ -79,25 +82,33 @@ def _rows(path: Path) -> Any:
     return list(csv.DictReader(io.StringIO(read_text(path), newline="")))
 
 
-def terms_of(row: Mapping[str, Any], default: Slo, where: str, name: str) -> Terms:
+def terms_of(
+    row: Mapping[str, Any], default: Slo, where: str, name: str, columns: Mapping[str, str] | None = None
+) -> Terms:
     """Terms from the cells `ttft_ms`, `tbt_ms`, `stall_ms` and `priority` of a row; empty ones are the default's.
 
-    A row with promises of its own but no stall limit has the one that follows from them.
+    Args:
+        row: cells by column.
+        default: as the server's, part by part (`Slo.with_parts`).
+        where: how a sentence about a bad cell begins.
+        name: of the class.
+        columns: their names in `row` where these differ.
 
     Raises:
-        ValueError: a cell is no such number; the sentence begins with `where`.
+        ValueError: a cell is no such number.
     """
-    given = {column: number_of(row.get(column), f"{where}: {column}") for column in (*_NUMBERS, "priority")}
-    for column in _NUMBERS:
-        value = given[column]
+    known = columns or {}
+    names = {each: known.get(each, each) for each in (*_NUMBERS, "priority")}
+    given = {each: number_of(row.get(column), f"{where}{column}") for each, column in names.items()}
+    for each in _NUMBERS:
+        value = given[each]
         if value is not None and not value > 0:
-            raise ValueError(f"{where}: {column}={value:g} must be greater than 0")
+            raise ValueError(f"{where}{names[each]}={value:g} must be greater than 0")
     priority = given["priority"] or 0.0
-    if priority % 1:
-        raise ValueError(f"{where}: priority={priority:g} must be a whole number")
-    own = {field: given[column] / 1000 for column, field in _NUMBERS.items() if given[column] is not None}  # type: ignore[operator]
-    stall_s = own.get("stall_s", None if own else default.stall_s)
-    return Terms(Slo(own.get("ttft_s", default.ttft_s), own.get("tbt_s", default.tbt_s), stall_s), int(priority), name)
+    if priority % 1 or abs(priority) > MAX_PRIORITY:
+        raise ValueError(f"{where}{names['priority']}={priority:g} must be a whole number")
+    own = {part: value / 1000 for each, part in _NUMBERS.items() if (value := given[each]) is not None}
+    return Terms(default.with_parts(**own), int(priority), name)
 
 
 def number_of(value: Any, what: str) -> float | None:

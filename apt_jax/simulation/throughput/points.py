@@ -74,7 +74,8 @@ def run_jobs(
     Raises:
         ValueError: as `Experiment.run`, of the first task that fails.
     """
-    if num_processes == 1 or len(jobs) == 0:
+    num_processes = min(num_processes, len(jobs))  # no job runs two tasks at once
+    if num_processes <= 1:
         return [_alone(job, on_point) for job in jobs]
     answers: list[Any] = [None] * len(jobs)
     running: dict[Future[Point], tuple[int, Task]] = {}

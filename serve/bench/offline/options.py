@@ -6,8 +6,8 @@ from pathlib import Path
 from tyro.conf import OmitArgPrefixes
 
 from apt_jax.engine_config import EngineConfig
-from apt_jax.ranges import check_at_least, check_finite
-from apt_jax.serve.bench.work_options import WorkOptions
+from apt_jax.ranges import check_at_least, check_at_most, check_finite
+from apt_jax.serve.bench.work_options import MOST_REQUESTS, MOST_TOKENS, WorkOptions
 from apt_jax.serve.options import LoadOptions, Model
 
 
@@ -55,4 +55,6 @@ class BenchLatency:
     def __post_init__(self) -> None:
         check_at_least(self, 1, ("batch_size", "input_len", "output_len", "num_iters"))
         check_at_least(self, 0, ("num_iters_warmup",))
+        check_at_most(self, MOST_REQUESTS, ("batch_size", "num_iters", "num_iters_warmup"))
+        check_at_most(self, MOST_TOKENS, ("input_len", "output_len"))
         self.engine.check_offline()

@@ -11,7 +11,7 @@ from apt_jax.files import check_writable
 from apt_jax.progress import is_hidden
 from apt_jax.serve.bench.offline.measure import Tally, checked, open_engine, samples_of, write_result
 from apt_jax.serve.bench.offline.options import BenchThroughput
-from apt_jax.serve.bench.work import Work, load_dataset, make_work
+from apt_jax.serve.bench.work import Work, check_dataset, load_dataset, make_work
 from apt_jax.serve.runtime.driver import Driver
 
 
@@ -22,6 +22,7 @@ def run(args: BenchThroughput) -> int:
         ValueError: a flag has a bad value, or a request cannot be served; one sentence.
     """
     check_writable(args.output, "--output")
+    check_dataset(args.work)
     engine = open_engine(args.model, args.load, args.engine)
     works = token_works(args, engine)
     engine.warm_up(progress=True)

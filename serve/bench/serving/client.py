@@ -2,10 +2,12 @@
 
 import asyncio
 import json
+import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import urlsplit
 
 import aiohttp
 from pydantic_core import from_json
@@ -63,6 +65,13 @@ def plain_base(base_url: str) -> str:
     """
     if not base_url.startswith(("http://", "https://")):
         raise ValueError(f"base_url={base_url!r} must begin with http:// or https://")
+    try:
+        parts = urlsplit(base_url)
+        is_address = bool(parts.hostname) and (parts.port or 1) > 0 and not re.search(r"\s", base_url)
+    except ValueError:  # a port that is none, a bracket that is left open
+        is_address = False
+    if not is_address:
+        raise ValueError(f"base_url={base_url!r} is no address such as http://127.0.0.1:8000")
     return base_url.rstrip("/").removesuffix("/v1")
 
 

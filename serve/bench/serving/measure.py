@@ -15,21 +15,24 @@ import numpy as np
 from pydantic_core import from_json
 from tqdm import tqdm
 
-from apt_jax.files import EVERYBODY, check_plot, check_writable, replace_file
+from apt_jax.files import EVERYBODY, check_apart, check_plot, check_writable, replace_file
+from apt_jax.flags.lists import listed_names, listed_numbers
 from apt_jax.progress import is_hidden
 from apt_jax.serve.bench.serving.client import Endpoint, Refused, ask, first_model, open_session, plain_base
 from apt_jax.serve.bench.serving.load import load
 from apt_jax.serve.bench.serving.options import GOODPUT_METRICS, METRICS, BenchServe
 from apt_jax.serve.bench.serving.records import Record, Run, details, summarise
 from apt_jax.serve.bench.tables import print_point, print_points, warnings_of
-from apt_jax.serve.bench.work import Dataset, Work, load_dataset, load_tokenizer, make_work
+from apt_jax.serve.bench.work import Dataset, Work, check_dataset, load_dataset, load_tokenizer, make_work
 from apt_jax.simulation.search import effective_throughput
 from apt_jax.simulation.workload import gamma_times
 
 if TYPE_CHECKING:
     from apt_jax.tokenization.tokenizer import Tokenizer
 
+LOWEST_RATE = 1e-6  # requests per second: one in 11 days
 LOWEST_SHARE = 1 / 64  # of the first rate: where a search gives up
+OWN_FIELDS = ("model", "prompt", "messages", "max_tokens", "stream", "stream_options", "n")  # of a body
 SECRET = "..."
 READINGS = {"strict": "strict_attainment", "paper": "attainment"}  # and the figure of each
 
@@ -59,10 +62,11 @@ class Serving:
         self.args = args
         self.slo = args.slo
         self.goodput = parse_goodput(args.goodput)
-        self.metrics = parse_names("percentile_metrics", args.percentile_metrics, METRICS)
-        self.percentiles = parse_numbers("metric_percentiles", args.metric_percentiles, 0, 100)
-        self.targets = parse_numbers("targets", args.targets, 0, 1)
+        self.metrics = listed_names("percentile_metrics", args.percentile_metrics, METRICS)
+        self.percentiles = listed_numbers("metric_percentiles", args.metric_percentiles, high=100)
+        self.targets = listed_numbers("targets", args.targets, high=1)
         self.cv = args.cv if args.cv is not None else 1 / math.sqrt(args.burstiness or 1.0)
+        check_dataset(args.work)
         if args.endpoint == "chat" and args.tokenizer is None:
             raise ValueError("a chat is text: give --tokenizer, to know how many tokens it has")
         self.tokenizer: Tokenizer | None = load_tokenizer(args.tokenizer)
@@ -172,9 +176,10 @@ def run(args: BenchServe) -> int:
     Raises:
         ValueError: a flag has a bad value, or the server does not answer; one sentence.
     """
-    rates = parse_rates(args.request_rate)
+    rates = listed_numbers("request_rate", args.request_rate, LOWEST_RATE)
     check_writable(args.output, "--output")
     check_plot(args.plot)
+    check_apart({"--output": args.output, "--plot": args.plot})
     if args.sweep and args.request_rate == "inf":
         rates = [1.0]
     if args.sweep and math.inf in rates:
@@ -207,49 +212,17 @@ def parse_goodput(pairs: tuple[str, ...]) -> dict[str, float]:
     limits = {}
     for pair in pairs:
         name, _, text = pair.partition(":")
+        if name in limits:
+            raise ValueError(f"--goodput {pair!r}: {name} has a limit already; leave one out")
         try:
             limits[name] = float(text)
         except ValueError:
             limits[name] = -1.0
-        if name not in GOODPUT_METRICS or not limits[name] >= 0:
+        if name not in GOODPUT_METRICS or not 0 < limits[name] < math.inf:
             raise ValueError(
-                f"--goodput {pair!r} must be one of {', '.join(GOODPUT_METRICS)}, a colon and a limit in ms"
+                f"--goodput {pair!r} must be one of {', '.join(GOODPUT_METRICS)}, a colon and a limit above 0 ms"
             )
     return limits
-
-
-def parse_rates(text: str) -> list[float]:
-    """Rates separated by commas, each greater than 0 or inf."""
-    return parse_numbers("request_rate", text, 0, math.inf)
-
-
-def parse_numbers(flag: str, text: str, low: float, high: float) -> list[float]:
-    """Numbers separated by commas, greater than `low` and at most `high`.
-
-    Raises:
-        ValueError: there is none, or one is something else.
-    """
-    try:
-        numbers = [float(part) for part in text.split(",")]
-    except ValueError:
-        numbers = []
-    if not numbers or any(not low < number <= high for number in numbers):
-        limit = "" if math.isinf(high) else f" and at most {high:g}"
-        raise ValueError(f"{flag}={text!r} must be numbers separated by commas, greater than {low:g}{limit}")
-    return numbers
-
-
-def parse_names(flag: str, text: str, known: tuple[str, ...]) -> list[str]:
-    """Names separated by commas.
-
-    Raises:
-        ValueError: one is unknown.
-    """
-    names = [name.strip() for name in text.split(",") if name.strip()]
-    for name in names:
-        if name not in known:
-            raise ValueError(f"{flag}={text!r}: unknown {name!r}; known: {', '.join(known)}")
-    return names
 
 
 async def _find_endpoint(args: BenchServe) -> tuple[Endpoint, int | None]:
@@ -280,6 +253,8 @@ def _extra_fields(text: str) -> dict[str, Any]:
         fields = None
     if not isinstance(fields, dict):
         raise ValueError(f"extra_body={text!r} must be a JSON object")
+    if own := [name for name in OWN_FIELDS if name in fields]:
+        raise ValueError(f"extra_body={text!r} has {own[0]}, which the benchmark sets itself; leave it out")
     return fields
 
 

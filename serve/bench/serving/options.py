@@ -91,8 +91,12 @@ class BenchServe:
         check_finite(self, may_be_infinite=("burstiness",))
         check_greater(self, 0, ("burstiness", "ttft_slo_ms", "tbt_slo_ms", "stall_slo_ms", "request_timeout"))
         check_at_least(self, 1e-3, ("sweep_tolerance",))  # rates have four digits
-        check_at_least(self, 0, ("cv", "temperature", "num_warmups"))
+        check_at_least(self, 0, ("cv", "temperature", "num_warmups", "seed"))
         check_at_least(self, 1, ("max_concurrency", "max_model_len"))
+        if self.dataset_arrivals and (drawn := [n for n in ("burstiness", "cv") if getattr(self, n) is not None]):
+            raise ValueError(f"{drawn[0]}={getattr(self, drawn[0])} is of drawn arrivals; leave out --dataset-arrivals")
+        if self.api_key is not None and not (self.api_key.isascii() and self.api_key.isprintable()):
+            raise ValueError("api_key has characters that no HTTP header can carry; give the key alone")
         if self.cv is not None:
             check_cv(self.cv)
         elif self.burstiness is not None:

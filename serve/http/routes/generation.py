@@ -47,7 +47,7 @@ async def generate(endpoint: Endpoint, service: Service, http: Request) -> Respo
             body,
             model,
             request_id=f"{endpoint.generation.ID_PREFIX}-{uuid.uuid4().hex}",
-            headers=http.headers,
+            headers={name: ",".join(http.headers.getlist(name)) for name in http.headers},
             arrival_s=arrival_s,
             max_samples=model.engine.config.max_num_queued_reqs,
         )
