@@ -196,7 +196,7 @@ def read_command(arguments: list[str]) -> Any:
     for name, kind in COMMANDS.items():
         words = name.split()
         if arguments[: len(words)] == words:
-            command = parse(kind, f"apt-jax {name}", arguments[len(words) :])
+            command: Any = parse(kind, f"apt-jax {name}", arguments[len(words) :])
             return Bench(command) if len(words) > 1 else command
     return parse(AptJax, "apt-jax", arguments).command
 

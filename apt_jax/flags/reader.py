@@ -56,11 +56,11 @@ def _spell_out(kind: type) -> None:
     for base in reversed(kind.__mro__):
         if dataclasses.is_dataclass(base):
             docs |= _field_docs(base)
-    for field in dataclasses.fields(kind):  # type: ignore[arg-type]
+    for field in dataclasses.fields(kind):
         if field.name in docs:
             field.metadata = MappingProxyType({**field.metadata, "help": docs[field.name]})
         if dataclasses.is_dataclass(group := field.default_factory):
-            _spell_out(group)  # type: ignore[arg-type]
+            _spell_out(group)
 
 
 def _field_docs(kind: type) -> dict[str, str]:

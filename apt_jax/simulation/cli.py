@@ -29,7 +29,7 @@ from apt_jax.simulation.throughput.searches import search, throughput_rows
 from apt_jax.simulation.workload import MIN_DURATION_S
 
 DEFAULT_MODES = ("kv", "hybrid")
-MAX_RATE = 1e9  # requests per second
+MIN_RATE, MAX_RATE = 1e-6, 1e9  # requests per second
 UNRECORDED = ("json", "plot", "jobs")  # flags that change no figure
 
 
@@ -80,7 +80,7 @@ def run(args: SimulateArgs) -> dict[str, Any]:
     experiment.request_classes  # noqa: B018  # a bad file is refused before anything is simulated
     rates: list[float | None] = [None] if recorded else [1.0, 2.0, 3.0]
     if args.rate:
-        rates = [*listed_numbers("rate", args.rate, high=MAX_RATE)]
+        rates = [*listed_numbers("rate", args.rate, MIN_RATE, MAX_RATE)]
     elif targets:
         rates = []
     check_writable(args.json, "--json")

@@ -148,10 +148,12 @@ def simulate_fleet(
     """Serve `arrivals` to the end on a fresh `fleet`; arguments and errors as `simulate`."""
     requests = [_request(i, a, slo or Slo(), max_model_len) for i, a in enumerate(arrivals)]
     state = fleet.instances[0].state
-    for request, arrival in zip(requests, arrivals, strict=True):
+    for arrival in arrivals:
         if not state.fits_alone(arrival.prompt_tokens + arrival.output_tokens):
-            pool = f"{state.pool.num_blocks} blocks of {state.pool.block_size}"
-            raise ValueError(f"{request.request_id} of {arrival} does not fit in {pool}")
+            raise ValueError(
+                f"a request of {arrival.prompt_tokens} + {arrival.output_tokens} tokens does not fit in "
+                f"{state.pool.num_blocks} blocks of {state.pool.block_size} tokens; raise --num-blocks"
+            )
     outcome = Outcome(requests)
     events: list[tuple[float, int]] = []  # when an instance's iteration ends; an idle one wakes to begin one
     awake: set[int] = set()  # instances with an event

@@ -113,6 +113,8 @@ def _rows(workload: str, text: str, slo: Slo) -> tuple[NDArray[np.float64], list
         columns = reader.fieldnames or []
     except csv.Error as error:
         raise ValueError(f"workload {workload}, line 1: {error}") from error
+    if not columns:
+        raise ValueError(f"workload {workload} is empty; give a table with the columns prompt_tokens and output_tokens")
     for column in ("prompt_tokens", "output_tokens"):
         if column not in columns:
             found = textwrap.shorten(", ".join(map(ascii, columns)), SHOWN_CHARS)

@@ -52,7 +52,7 @@ def refused(flags, sentence):
         ({"effective_throughput": "0.9,0.90"}, "effective_throughput='0.9,0.90' has 0.9 twice"),
         ({"effective_throughput": ","}, "effective_throughput=',' must be numbers separated by commas"),
         ({"effective_throughput": "0.9,1.5"}, "greater than 0 and at most 1"),
-        ({"rate": ","}, "rate=',' must be numbers separated by commas, greater than 0 and at most 1e+09"),
+        ({"rate": ","}, "rate=',' must be numbers separated by commas, greater than 1e-06 and at most 1e+09"),
         ({"rate": "inf"}, "rate='inf' must be numbers"),
         ({"policies": "fcfs,"}, "policies='fcfs,' has an empty value; give names separated by commas"),
         ({"seeds": "1,²"}, "seeds='1,²' must be whole numbers separated by commas, at least 0"),
@@ -90,6 +90,13 @@ def test_flags_that_contradict_each_other_or_a_limit(flags, sentence):
         ({"max_num_batched_tokens": 10**9}, "activations of 24576.1 GB (for max_num_batched_tokens=1000000000 and"),
         ({"policies": ":X"}, "scheduling_policy=':X' lacks a name; give NAME:option=value or MODULE:CLASS"),
         ({"policies": "math:"}, "scheduling_policy='math:' lacks a name"),
+        ({"policies": "vllm-v1:token_budget=0"}, "token_budget=0 must be at least 1"),
+        ({"policies": "sarathi:token_budget=-5"}, "token_budget=-5 must be at least 1"),
+        (
+            {"policies": "apt:lane_share=0.1:lane-share=0.2"},
+            "option lane_share of policy 'apt' is given twice; leave one out",
+        ),
+        ({"num_blocks": 2}, "tokens does not fit in 2 blocks of 16 tokens; raise --num-blocks"),
     ],
 )
 def test_what_cannot_be_simulated_is_refused_with_the_cure(flags, sentence):
@@ -130,6 +137,7 @@ def test_a_default_stall_limit_holds_for_classes_as_on_the_server(tmp_path):
         ("prompt_tokens,output_tokens,ttft_slo_ms\n3,4,0\n", "line 2: ttft_slo_ms=0 must be greater than 0"),
         ("prompt_tokens,output_tokens,priority\n3,4,1.5\n", "line 2: priority=1.5 must be a whole number"),
         ("prompt_tokens,output_tokens,priority\n3,4,1e300\n", "line 2: priority=1e+300 must be a whole number"),
+        ("", "is empty; give a table with the columns prompt_tokens and output_tokens"),
         ("prompt_tokens,output_tokens\n3\n", "line 2: there is no cell for output_tokens"),
         ("prompt_tokens,output_tokens\n3,4,5\n", "line 2: there are more cells than columns"),
         ("prompt_tokens,output_tokens,prompt_tokens\n3,4,5\n", "has the column 'prompt_tokens' twice; leave one out"),

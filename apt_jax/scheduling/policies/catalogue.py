@@ -103,6 +103,8 @@ def _parse_options(base: str, options: type, settings: list[str]) -> Any:
         if key not in defaults or not text:
             known = ", ".join(f"{k}={v}" for k, v in defaults.items())
             raise ValueError(f"unknown option {setting!r} of policy {base!r}; known, with defaults: {known}")
+        if key in values:
+            raise ValueError(f"option {key} of policy {base!r} is given twice; leave one out")
         members = typing.get_args(types[key]) or (types[key],)
         if text.lower() == "none" and type(None) in members:
             values[key] = None

@@ -6,6 +6,7 @@ arrival. Source: Sarathi-Serve (Agrawal et al., arXiv 2403.02310).
 
 from dataclasses import dataclass
 
+from apt_jax.ranges import check_at_least
 from apt_jax.request import Request
 from apt_jax.scheduling.plan import Plan
 from apt_jax.scheduling.policies.interface import PolicyContext
@@ -18,6 +19,9 @@ class SarathiOptions:
     """`token_budget`: tokens of one iteration, decodes included; the engine's own limit applies too."""
 
     token_budget: int = 512
+
+    def __post_init__(self) -> None:
+        check_at_least(self, 1, ("token_budget",))
 
 
 class Sarathi:

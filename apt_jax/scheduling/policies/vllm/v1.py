@@ -8,6 +8,7 @@ Source: docs/scheduling/vllm-v1.md.
 
 from dataclasses import dataclass
 
+from apt_jax.ranges import check_at_least
 from apt_jax.request import Request
 from apt_jax.scheduling.plan import Plan
 from apt_jax.scheduling.policies.interface import PolicyContext
@@ -20,6 +21,9 @@ class VllmV1Options:
     """`token_budget`: tokens of one iteration, decodes included; the engine's own limit applies too."""
 
     token_budget: int = 2048
+
+    def __post_init__(self) -> None:
+        check_at_least(self, 1, ("token_budget",))
 
 
 class VllmV1:
