@@ -4,7 +4,14 @@ import jinja2
 import pytest
 
 from apt_jax.serve.openai.chat_requests import MAX_MESSAGES
-from apt_jax.serve.openai.templates.sandbox import TemplateTooCostly, render_template
+from apt_jax.serve.openai.templates.sandbox import (
+    MAX_CHARS,
+    MAX_STEPS,
+    TemplateTooCostly,
+    _Budget,
+    _steps_of,
+    render_template,
+)
 from apt_jax.tokenization.tokenizer import no_advice
 
 CHATML = (
@@ -114,3 +121,70 @@ def test_the_most_messages_fit_into_the_budget():
     chat = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}] * (MAX_MESSAGES // 2)
     for template in (CHATML, ALTERNATING):
         assert render_template(template, chat, add_generation_prompt=True, **TOKENS).count("y") >= MAX_MESSAGES // 2
+
+
+def most(expression):
+    """A template that makes a text or list and says how long it is."""
+    return "{{ (" + expression + ")|length }}"
+
+
+@pytest.mark.parametrize(
+    ("expression", "good", "length"),
+    [
+        ("'x' * {}", MAX_CHARS, MAX_CHARS),
+        ("{} * 'xy'", MAX_CHARS // 2, MAX_CHARS),
+        ("'x' ~ ([0] * {})[0]", MAX_CHARS, 2),
+        ("'x'|center({})", MAX_CHARS, MAX_CHARS),
+        ("'x'.ljust({})", MAX_CHARS, MAX_CHARS),
+        ("'a\nb'|indent({}, first=true)", MAX_CHARS // 2, MAX_CHARS + 3),
+        ("('x' * 4).replace('xx', 'y' * {})", MAX_CHARS // 3, MAX_CHARS // 3 * 2),
+        ("'y' * {} + 'yy'", MAX_CHARS - 2, MAX_CHARS),
+        ("'y' * {} ~ 1", MAX_CHARS - 1, MAX_CHARS),
+        ("['ab', 'c']|join('y' * {})", (MAX_CHARS - 3) // 2 - 1, (MAX_CHARS - 3) // 2 + 2),
+    ],
+)
+def test_a_text_or_list_may_have_exactly_so_many_entries(expression, good, length):
+    assert render_template(most(expression.format(good)), []) == str(length)
+    with pytest.raises(TemplateTooCostly, match=f"more than {MAX_CHARS} entries"):
+        render_template(most(expression.format(good + 2)), [])
+
+
+@pytest.mark.parametrize(
+    ("expression", "text"),
+    [
+        ("2 ** 1024", str(2**1024)),
+        ("2 ** -1024", str(2.0**-1024)),
+        ("(2 ** 1023) ** 2", str(2**2046)),
+        ("1.5 ** 2", "2.25"),
+    ],
+)
+def test_powers_up_to_1024_bits(expression, text):
+    assert render_template("{{ " + expression + " }}", []) == text
+    for costly in ("2 ** 1025", "2 ** -1025", "(2 ** 1024) ** 1"):
+        with pytest.raises(TemplateTooCostly, match="larger than 1024 bits"):
+            render_template("{{ " + costly + " }}", [])
+
+
+def test_a_width_has_four_digits_at_most():
+    assert len(render_template("{{ '%9999d' % 1 }}{{ '{:>9999}'.format(1) }}{{ '%9999d'|format(1) }}", [])) == 3 * 9999
+    for costly in ("'%10000d' % 1", "'{:>10000}'.format(1)", "'%10000d'|format(1)", "'{:>10000}'.format_map({})"):
+        with pytest.raises(TemplateTooCostly, match="more than four digits"):
+            render_template("{{ " + costly + " }}", [])
+
+
+def test_what_steps_cost():
+    assert [_steps_of("x" * n) for n in (0, 1023, 1024, 2048)] == [1, 1, 2, 3]
+    assert [_steps_of(value) for value in ([0] * 5, {}, 7, None)] == [6, 1, 1, 1]
+    budget = _Budget()
+    budget.spend(MAX_STEPS - 1)
+    budget.spend(1)
+    with pytest.raises(TemplateTooCostly, match="steps"):
+        budget.spend(1)
+
+
+def test_a_namespace_keeps_what_a_template_sets():
+    template = "{% set ns = namespace(a=1) %}{% set ns.b = 2 %}{{ ns.a }}{{ ns.b }}"
+    assert render_template(template, []) == "12"
+    for bad in ("{{ namespace(_a=1) }}", "{% set ns = namespace() %}{% set ns._b = 1 %}", "{{ namespace({'_c': 1}) }}"):
+        with pytest.raises(jinja2.TemplateError, match=r"cannot have the attribute '_[abc]'; leave out the first _"):
+            render_template(bad, [])
