@@ -1,0 +1,146 @@
+"""What `apt-jax simulate` prints, draws and writes is what it simulated: every figure in its column."""
+
+import json
+
+import pytest
+from matplotlib.figure import Figure
+
+from apt_jax.simulation.cli import configurations, run
+from apt_jax.simulation.options import SimulateArgs
+
+FLAGS = {
+    "policies": "fcfs", "cache_modes": "kv", "num_requests": 20, "duration_s": 5.0, "num_blocks": 60,
+    "max_num_seqs": 4, "jobs": 1,
+}  # fmt: skip
+
+
+@pytest.fixture
+def simulated(tmp_path, capsys):
+    """Runs with flags of their own; what is returned, and the tables printed, each a list of rows by column."""
+    (tmp_path / "w.csv").write_text("prompt_tokens,output_tokens\n30,4\n200,20\n60,60\n")
+
+    def simulate(**flags):
+        result = run(SimulateArgs(workload=str(tmp_path / "w.csv"), **{**FLAGS, **flags}))
+        tables, lines = [], capsys.readouterr().out.splitlines()
+        for line in lines:
+            cells = [cell.strip() for cell in line.replace("┃", "│").split("│")[1:-1]]
+            if line.startswith("┃"):
+                head = cells
+                tables.append([])
+            elif line.startswith("│"):
+                tables[-1].append(dict(zip(head, cells, strict=True)))
+        return result, tables, lines
+
+    return simulate
+
+
+def test_a_run_is_a_row(simulated):
+    result, (table,), lines = simulated(rate="2,4", cache_modes="kv,hidden")
+    assert lines[0].endswith("w.csv: 60 blocks, 480 tokens as KV")
+    assert lines[-1] == "whether a rate lasts is unknown: that takes 900 s of arrivals (--duration-s)"
+    assert [(r["policy"], r["cache"], r["hidden"], r["rate"]) for r in table] == [
+        ("fcfs", "kv", "-", "2"), ("fcfs", "kv", "-", "4"), ("fcfs", "hidden", "absorbed", "2"),
+        ("fcfs", "hidden", "absorbed", "4"),
+    ]  # fmt: skip
+    assert "seed" not in table[0] and "router" not in table[0] and "instances" not in table[0]
+    for row, figures in zip(table, result["runs"], strict=True):
+        assert row["strict"] == f"{figures['strict_attainment']:.1%}" and row["P99"] == f"{figures['attainment']:.1%}"
+        assert row["backlog by quarter"] == " ".join(map(str, figures["backlog_by_quarter"]))
+        assert (row["sustained"], row["preempt"]) == ("unknown", str(figures["preemptions"]))
+
+
+def test_several_seeds_are_rows_of_their_own_with_a_mean(simulated):
+    result, (runs, means), _ = simulated(rate="4", seeds="0,1,7")
+    assert [row["seed"] for row in runs] == ["0", "1", "7"] and result["arguments"]["seed"] == 0
+    (mean,) = means
+    figures = result["means"][0]["figures"]["strict_attainment"]
+    assert mean["strict"] == f"{figures['mean']:.1%} ± {figures['spread']:.1%}"
+    assert simulated(rate="4", seed=7)[0]["runs"][0] == result["runs"][2]
+    assert len(simulated(rate="4")[1]) == 1, "one seed has no mean"
+
+
+def test_routers_are_compared_in_columns_of_their_own(simulated):
+    result, (runs,), lines = simulated(
+        rate="4", instances=2, max_instances=3, report_interval_s=0.5, router="round-robin,random"
+    )
+    assert lines[0].endswith("; 2 to 3 instances, reports up to 0.5 s old")
+    assert [(row["router"], row["instances"]) for row in runs] == [
+        (r["router"], f"{r['mean_instances']:.1f}") for r in result["runs"]
+    ]
+    assert [row["router"] for row in runs] == ["round-robin", "random"]
+    _, _, lines = simulated(rate="4", instances=2)
+    assert lines[0].endswith("; 2 instances")
+
+
+def test_an_effective_throughput_is_a_row_for_each_reading_and_target(simulated):
+    result, (found,), _ = simulated(effective_throughput="0.5", instances=2, router="round-robin")
+    assert result["runs"] == [] and [row["reading"] for row in found] == ["strict", "paper"]
+    for row, entry in zip(found, result["effective_throughput"], strict=True):
+        rate = row["effective throughput (requests/s)"]
+        assert entry["rate"] > 0 and rate == f"{entry['rate']:.2f} (unknown whether it lasts)"
+        assert (row["router"], row["target"], row["kept but not sustained"]) == ("round-robin", "50%", "-")
+        assert entry["router"] == "round-robin" and row["of the bound"] == f"{entry['share_of_bound']:.0%}"
+
+
+def test_phases_of_a_surge_are_a_table(simulated):
+    _, (_, phases), lines = simulated(rate="2", surge="1:2:3", duration_s=5.0)
+    assert "strict attainment by phase (requests)" in "\n".join(lines)
+    (row,) = phases
+    assert (row["policy"], row["rate"]) == ("fcfs", "2") and len(row) > 5
+
+
+def test_the_rates_without_a_flag(simulated, tmp_path):
+    assert [r["rate"] for r in simulated()[0]["runs"]] == [1.0, 2.0, 3.0]
+    (tmp_path / "w.csv").write_text("arrival_s,prompt_tokens,output_tokens\n0,30,4\n1,20,2\n4,9,9\n")
+    assert [r["rate"] for r in simulated(num_requests=3, duration_s=0.0)[0]["runs"]] == [0.75], "3 requests in 4 s"
+
+
+def test_cache_modes_without_a_flag_are_those_of_the_policy():
+    def chosen(policies, modes=""):
+        return [
+            (policy, mode) for policy, mode, _ in configurations(SimulateArgs(policies=policies, cache_modes=modes))
+        ]
+
+    assert chosen("fcfs,vllm-v1") == [("fcfs", "kv"), ("fcfs", "hybrid"), ("vllm-v1", "kv")]
+    assert chosen("vllm-v0,fcfs", "hidden") == [("vllm-v0", "hidden"), ("fcfs", "hidden")]
+
+
+def test_the_plot_has_the_figures_and_nothing_that_changes_from_run_to_run(simulated, tmp_path, monkeypatch):
+    """Rendering takes seconds and is tested elsewhere."""
+    drawn = []
+
+    def savefig(self, file, **options):
+        drawn.append((self, options))
+        file.write(b"drawn")
+
+    monkeypatch.setattr(Figure, "savefig", savefig)
+    kinds = (("png", {"Software": None}), ("svg", None))
+    for kind, metadata in kinds:
+        path = tmp_path / f"p.{kind}"
+        result, _, _ = simulated(rate="2,4", cache_modes="kv,hidden", seeds="0,1", plot=path)
+        figure, options = drawn.pop()
+        assert path.read_bytes() == b"drawn" and (options["format"], options["metadata"]) == (kind, metadata)
+    cliff, ttft, batch, mix = figure.axes
+    first_seed = [r for r in result["runs"] if r["seed"] == 0]
+    lines = [line for line in cliff.lines]
+    assert [line.get_label() for line in lines] == ["fcfs kv", "fcfs hidden/absorbed"]
+    assert [list(line.get_xdata()) for line in lines] == [[2.0, 4.0]] * 2
+    expected = [100 * r["attainment"] for r in first_seed]
+    assert [y for line in lines for y in line.get_ydata()] == pytest.approx(expected, abs=1e-3)
+    assert cliff.get_ylim() == (0, 102) and cliff.get_legend() is not None and ttft.get_legend() is not None
+    assert ttft.get_xscale() == "log" and [line.get_label() for line in ttft.lines[:2]] == [
+        "fcfs kv at 4/s", "fcfs hidden/absorbed at 4/s",
+    ]  # fmt: skip
+    assert list(ttft.lines[0].get_ydata()[[0, -1]]) == [0, 100]
+    assert batch.get_title() == "requests per iteration" and "instance" not in mix.get_title()
+    held = [max(line.get_ydata()) for line in mix.lines]
+    assert max(held) <= 100 and max(held) > 10
+    simulated(rate="4", instances=2, plot=tmp_path / "q.png")
+    assert drawn.pop()[0].axes[2].get_title() == "requests per iteration, first instance"
+
+
+def test_the_json_file_holds_what_is_returned_and_leaves_out_what_changes_no_figure(simulated, tmp_path):
+    result, _, _ = simulated(rate="2", json=tmp_path / "a.json", plot=None)
+    assert json.loads((tmp_path / "a.json").read_text()) == json.loads(json.dumps(result))
+    assert not {"json", "plot", "jobs"} & result["arguments"].keys()
+    assert (result["num_blocks"], result["block_size"], result["arguments"]["rate"]) == (60, 16, "2")
