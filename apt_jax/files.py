@@ -11,7 +11,7 @@ import stat
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 logger = logging.getLogger(__name__)
 
@@ -19,14 +19,73 @@ OWNER_ONLY, EVERYBODY = 0o600, 0o666  # modes of new files; the process's umask 
 _CANNOT_SYNC = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP}
 
 
-def read_text(path: Path) -> str:
-    """The text of a UTF-8 file; a byte order mark is left out.
+class Unreadable(OSError):
+    """What has a file's name cannot be read; one sentence with the name."""
+
+
+def read_file(path: Path, *, pipe: bool = False) -> bytes:
+    """The bytes of a file on disk, or with `pipe` those that come out of a pipe or a device.
+
+    Never waits for somebody to open the other end of a pipe.
+
+    Raises:
+        FileNotFoundError: there is nothing of that name.
+        Unreadable: it is a folder, a pipe that may not be one or that nobody writes to, or reading it fails.
+    """
+    with _opened(path, pipe) as file:
+        try:
+            os.set_blocking(file.fileno(), True)
+            data = file.read()
+            is_pipe = stat.S_ISFIFO(os.fstat(file.fileno()).st_mode)
+        except OSError as error:
+            raise Unreadable(f"{path} cannot be read: {_words(error)}") from error
+    if is_pipe and not data:
+        raise Unreadable(f"{path} is a pipe that nobody writes to; give a file")
+    return data
+
+
+def check_file(path: Path) -> None:
+    """Raises what `read_file` raises, without reading; for files that a library opens, which could wait for ever."""
+    with _opened(path, pipe=False):
+        pass
+
+
+def _opened(path: Path, pipe: bool) -> BinaryIO:
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise Unreadable(f"{path} cannot be read: {_words(error)}") from error
+    mode = os.fstat(descriptor).st_mode
+    if stat.S_ISREG(mode) or (pipe and not stat.S_ISDIR(mode)):
+        return os.fdopen(descriptor, "rb")
+    os.close(descriptor)
+    kind = "a folder" if stat.S_ISDIR(mode) else "a pipe or a device"
+    raise Unreadable(f"{path} is {kind}; a file is needed there")
+
+
+def reason_of(error: OSError) -> str:
+    """What went wrong, in words, with the file's name where it is known."""
+    words = _words(error)
+    return words if error.filename is None else f"{os.fsdecode(error.filename)}: {words}"
+
+
+def _words(error: OSError) -> str:
+    if error.strerror is None:
+        return str(error)
+    return error.strerror[:1].lower() + error.strerror[1:]
+
+
+def read_text(path: Path, *, pipe: bool = False) -> str:
+    """The text of a UTF-8 file (see `read_file`); a byte order mark is left out.
 
     Raises:
         ValueError: it is not UTF-8; one sentence without the file's name.
-        OSError: it cannot be read.
+        FileNotFoundError: there is nothing of that name.
+        Unreadable: it cannot be read; one sentence.
     """
-    data = path.read_bytes()
+    data = read_file(path, pipe=pipe)
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -38,7 +97,8 @@ def read_json(path: Path) -> Any:
 
     Raises:
         ValueError: it is not JSON, or nested too deeply; one sentence without the file's name.
-        OSError: it cannot be read.
+        FileNotFoundError: there is nothing of that name.
+        Unreadable: it cannot be read; one sentence.
     """
     try:
         return json.loads(read_text(path))

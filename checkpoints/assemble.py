@@ -29,10 +29,11 @@ def assemble(
     dtype: np.dtype,
     layout: WeightLayout,
     progress: Callable[[int], Any],
+    seen: Callable[[tuple[str, ...], np.ndarray], Any],
 ) -> dict[tuple[str, ...], Placed]:
     """Read every tensor of `inventory`, cast it to `dtype` and lay it out; NNX path to parameter.
 
-    `progress` is called with the stored bytes read since the last call.
+    `progress` is called with the stored bytes read since the last call, `seen` with every parameter on the host.
 
     Raises:
         CheckpointError: a file ends early, a value does not fit `dtype`, or a stored tied head differs from the
@@ -52,6 +53,7 @@ def assemble(
         for slot in parts:
             target = host if slot.layer is None else host[slot.layer]
             _fill(target, slot, inventory[slot.name], progress)
+        seen(path, host)
         array = jax.block_until_ready(_put(host, layout.sharding(path, shape)))
         del host
         result[path] = layout.place(path, array)

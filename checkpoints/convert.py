@@ -16,7 +16,7 @@ import numpy as np
 
 from apt_jax.checkpoints.errors import CheckpointError
 from apt_jax.checkpoints.families import read_config
-from apt_jax.checkpoints.formats.fingerprint import weights_fingerprint
+from apt_jax.checkpoints.formats.fingerprint import SampledFingerprint, weights_fingerprint
 from apt_jax.checkpoints.formats.manifest import Manifest
 from apt_jax.checkpoints.formats.orbax_store import save_weights
 from apt_jax.checkpoints.formats.weight_files import MANIFEST, ORBAX_WEIGHTS, LoadFormat, choose_format
@@ -24,7 +24,7 @@ from apt_jax.checkpoints.load import parse_format, read_parameters
 from apt_jax.checkpoints.placement import PlainLayout, stored_dtype
 from apt_jax.checkpoints.skeleton import Skeleton
 from apt_jax.checkpoints.source import COMPANION_FILES, check_revision, resolve
-from apt_jax.files import read_json, sync_folder
+from apt_jax.files import Unreadable, read_file, read_json, sync_folder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +51,8 @@ def convert(
     step: a conversion that is interrupted leaves nothing that loads, and what it left is removed by the next one.
 
     Raises:
-        CheckpointError: `destination` exists or cannot be made, or `source` cannot be loaded.
+        CheckpointError: `destination` exists or cannot be made, or `source` cannot be loaded or has a file that
+            cannot be read.
         OSError: it cannot be written.
     """
     destination = destination.expanduser().absolute()
@@ -63,13 +64,17 @@ def convert(
     config = read_config(folder)
     chosen = choose_format([path.name for path in folder.iterdir()], requested, str(folder))
     skeleton = Skeleton.of(config, stored_dtype(dtype, config))
+    companions = _companions(folder, skeleton.dtype)
     placed, _ = read_parameters(folder, config, skeleton, chosen, PlainLayout.of(_host()))
     parameters = {path: one.arrays[0] for path, one in placed.items()}
-    fingerprint = weights_fingerprint(config, parameters)
+    fingerprint, sample = weights_fingerprint(config, parameters), SampledFingerprint(config)
+    for path, array in parameters.items():
+        sample.add(path, np.asarray(array))
     with _beside(destination) as partial:
         save_weights(partial / ORBAX_WEIGHTS, parameters)
-        _copy_companions(folder, partial, skeleton.dtype)
-        Manifest.of(partial, fingerprint=fingerprint, dtype=skeleton.dtype.name).write(partial)
+        for name, data in companions.items():
+            (partial / name).write_bytes(data)
+        Manifest.of(partial, fingerprint=fingerprint, sample=str(sample), dtype=skeleton.dtype.name).write(partial)
         _check_absent(destination)
         partial.rename(destination)
         sync_folder(destination.parent)
@@ -140,15 +145,20 @@ def _remove_abandoned(destination: Path) -> None:
                 os.close(lock)
 
 
-def _copy_companions(source: Path, target: Path, dtype: np.dtype) -> None:
-    """Copy config and tokenizer files; config.json then names the dtype of the new weights."""
+def _companions(source: Path, dtype: np.dtype) -> dict[str, bytes]:
+    """Config and tokenizer files by name; config.json then names the dtype of the new weights."""
+    found = {}
     for name in COMPANION_FILES:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, target / name)
-    path = target / "config.json"
-    fields = read_json(path)
+        try:
+            found[name] = read_file(source / name)
+        except FileNotFoundError:
+            continue
+        except Unreadable as error:
+            raise CheckpointError(str(error)) from error
+    fields = read_json(source / "config.json")
     fields.pop("torch_dtype", None)  # the older name of the same field
-    path.write_text(json.dumps({**fields, "dtype": dtype.name}, indent=2) + "\n", encoding="utf-8")
+    found["config.json"] = (json.dumps({**fields, "dtype": dtype.name}, indent=2) + "\n").encode()
+    return found
 
 
 def _host() -> jax.sharding.Sharding | None:

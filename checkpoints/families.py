@@ -16,7 +16,7 @@ from flax import nnx
 from apt_jax.checkpoints.errors import CheckpointError, first_line
 from apt_jax.checkpoints.mapping import WeightMapping
 from apt_jax.checkpoints.mappings.opt import OPT_MAPPING
-from apt_jax.files import read_json
+from apt_jax.files import Unreadable, read_json
 from apt_jax.model_config import ModelConfig
 from apt_jax.models.opt import OPT
 
@@ -73,13 +73,15 @@ def read_config(folder: Path) -> ModelConfig:
     """Read config.json in `folder`.
 
     Raises:
-        CheckpointError: there is none, it is no JSON object, or it asks for something that is not supported.
+        CheckpointError: it is missing, unreadable or no JSON object, or asks for something that is not supported.
     """
     path = folder / "config.json"
     try:
         raw = read_json(path)
     except FileNotFoundError as error:
         raise CheckpointError(f"{path} is missing; {folder} is no model folder") from error
+    except Unreadable as error:
+        raise CheckpointError(str(error)) from error
     except ValueError as error:
         raise CheckpointError(f"{path} is not valid JSON: {first_line(error)}") from error
     if not isinstance(raw, dict):

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from apt_jax.checkpoints.errors import CheckpointError
-from apt_jax.files import read_json
+from apt_jax.files import Unreadable, read_json
 from apt_jax.request import SamplingParams
 
 FILE = "generation_config.json"
@@ -33,16 +33,20 @@ def read_generation_config(folder: Path, choice: str = AUTO) -> GenerationConfig
     file. Without a file nothing is said.
 
     Raises:
-        CheckpointError: the file is damaged, a value is out of its range, or a folder given by name has none.
+        CheckpointError: the file is damaged or unreadable, a value is out of its range, or a folder given by name has
+            none.
     """
     named = choice not in (AUTO, *NEUTRAL)
     path = (Path(choice).expanduser() if named else folder) / FILE
-    if not path.is_file():
-        if named:
-            raise CheckpointError(f"--generation-config {choice}: there is no {path}; give a folder, auto or none")
-        return GenerationConfig()
     try:
         value = read_json(path)
+    except FileNotFoundError as error:
+        if named:
+            message = f"--generation-config {choice}: there is no {path}; give a folder, auto or none"
+            raise CheckpointError(message) from error
+        return GenerationConfig()
+    except Unreadable as error:
+        raise CheckpointError(str(error)) from error
     except ValueError as error:
         raise CheckpointError(f"{path} is not JSON: {error}") from error
     if not isinstance(value, dict):

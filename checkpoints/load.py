@@ -14,7 +14,7 @@ from apt_jax.checkpoints.assemble import assemble
 from apt_jax.checkpoints.errors import CheckpointError
 from apt_jax.checkpoints.families import read_config
 from apt_jax.checkpoints.formats.dummy import random_parameters
-from apt_jax.checkpoints.formats.fingerprint import dummy_fingerprint, files_fingerprint
+from apt_jax.checkpoints.formats.fingerprint import SampledFingerprint, dummy_fingerprint
 from apt_jax.checkpoints.formats.inventory import take_inventory
 from apt_jax.checkpoints.formats.manifest import Manifest
 from apt_jax.checkpoints.formats.weight_files import ORBAX_WEIGHTS, LoadFormat, choose_format, find_weight_files
@@ -43,7 +43,7 @@ class Loaded:
     config: ModelConfig
     weights: Weights
     folder: Path  # holds config.json, and the tokenizer if there is one
-    fingerprint: str  # `weights:`, `files:` or `dummy:` and a hash, see `apt_jax.checkpoints.formats.fingerprint`
+    fingerprint: str  # `sample:` or `dummy:` and a hash, see `apt_jax.checkpoints.formats.fingerprint`
     dtype: np.dtype
     load_format: LoadFormat  # never AUTO
     weight_bytes: int  # of all parameters at `dtype`, on all devices together if nothing is replicated
@@ -127,12 +127,13 @@ def read_parameters(
 
         manifest = Manifest.read(folder)
         with _progress(skeleton.nbytes) as bar:
-            return restore_weights(folder / ORBAX_WEIGHTS, skeleton, layout, bar.update), manifest.fingerprint
+            return restore_weights(folder / ORBAX_WEIGHTS, skeleton, layout, bar.update), manifest.sample
     files = find_weight_files(folder, load_format)
     inventory = take_inventory(config, files)
+    fingerprint = SampledFingerprint(config)
     with _progress(sum(tensor.nbytes for tensor in inventory.values())) as bar:
-        parameters = assemble(config, inventory, skeleton.dtype, layout, bar.update)
-    return parameters, files_fingerprint(config, files.paths)
+        parameters = assemble(config, inventory, skeleton.dtype, layout, bar.update, fingerprint.add)
+    return parameters, str(fingerprint)
 
 
 def parse_format(name: str) -> LoadFormat:

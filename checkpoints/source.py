@@ -7,17 +7,9 @@ from pathlib import Path
 
 from apt_jax.checkpoints.errors import CheckpointError, first_line
 from apt_jax.checkpoints.formats.weight_files import MANIFEST, NAMINGS, ORBAX_WEIGHTS, LoadFormat, choose_format
+from apt_jax.tokenization.tokenizer_store import TOKENIZER_FILES
 
 DEMO_FOLDER = Path(__file__).parent / "demo"
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-)
 COMPANION_FILES = ("config.json", "generation_config.json", *TOKENIZER_FILES)
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 from tyro.conf import OmitArgPrefixes, OmitSubcommandPrefixes, Positional, arg, subcommand
 
 from apt_jax.engine_config import EngineConfig
+from apt_jax.files import reason_of
 from apt_jax.flags.reader import parse
 from apt_jax.pallas_kernels.bench import kernels
 from apt_jax.serve.bench.offline.options import BenchLatency, BenchThroughput
@@ -210,7 +211,7 @@ def main(arguments: list[str] | None = None) -> None:
     except KeyboardInterrupt:
         code = 130
     except (ValueError, OSError, EngineFailure) as error:
-        tell(error)
+        tell(reason_of(error) if isinstance(error, OSError) else error)
         code = 1
     sys.exit(code)
 

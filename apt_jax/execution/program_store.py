@@ -27,7 +27,7 @@ from jax.stages import Compiled
 import apt_jax
 from apt_jax import pallas_kernels
 from apt_jax.cpu_kernels.features import cpu_features
-from apt_jax.files import replace_file
+from apt_jax.files import read_file, replace_file
 
 _SOURCE = (".py", ".h", ".cc")
 _OTHER_FOLDERS = ("scheduling", "simulation", "serve", "checkpoints", "pallas_kernels", "bench")  # make no programs
@@ -70,7 +70,7 @@ class ProgramStore:
     @staticmethod
     def _load(path: Path) -> Compiled | None:
         try:
-            return serialize_executable.deserialize_and_load(*pickle.loads(path.read_bytes()))
+            return serialize_executable.deserialize_and_load(*pickle.loads(read_file(path)))
         except FileNotFoundError:
             return None
         except Exception as error:

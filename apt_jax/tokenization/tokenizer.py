@@ -14,9 +14,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from apt_jax.files import Unreadable
 from apt_jax.tokenization.detokenizer import ByteDetokenizer, IncrementalDetokenizer, TokenBytes, WindowDetokenizer
 from apt_jax.tokenization.token_texts import ByteTokenTexts, TokenText, TokenTexts, WindowTokenTexts, shown, spans_of
-from apt_jax.tokenization.tokenizer_store import TokenizerStore
+from apt_jax.tokenization.tokenizer_store import TokenizerStore, check_tokenizer_files
 
 logger = logging.getLogger(__name__)
 
@@ -75,8 +76,12 @@ class Tokenizer:
 
         Raises:
             TokenizerNotFound: there is none.
-            ValueError: its files are incomplete or damaged.
+            ValueError: its files are incomplete, damaged or unreadable.
         """
+        try:
+            check_tokenizer_files(folder)
+        except Unreadable as error:
+            raise ValueError(str(error)) from error
         present = [name for name in _VOCABULARIES if (folder / name).is_file()]
         if not present:
             raise TokenizerNotFound(

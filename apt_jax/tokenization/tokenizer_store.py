@@ -4,6 +4,7 @@ That import takes seconds. The key is a hash of the folder's files and the versi
 folder is trusted like that of compiled programs.
 """
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -11,12 +12,28 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from apt_jax.files import read_json, replace_file
+from apt_jax.files import Unreadable, check_file, read_file, read_json, replace_file
 
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+)
 _SOURCES = ("*.json", "*.txt", "*.model", "*.jinja", "additional_chat_templates/*.jinja")
 _FORM = 1  # of what is kept; another number makes all files new
 
 logger = logging.getLogger(__name__)
+
+
+def check_tokenizer_files(folder: Path) -> None:
+    """Raises Unreadable if one of the files of a tokenizer is there and cannot be read."""
+    for path in (*(folder / name for name in TOKENIZER_FILES), *folder.glob("additional_chat_templates/*.jinja")):
+        with contextlib.suppress(FileNotFoundError):
+            check_file(path)
 
 
 class TokenizerStore:
@@ -48,6 +65,8 @@ class TokenizerStore:
         digest = hashlib.sha256(repr((_FORM, version("transformers"), version("tokenizers"))).encode())
         for pattern in _SOURCES:
             for path in sorted(source.glob(pattern)):
-                digest.update(f"{path.relative_to(source)} {path.stat().st_size} ".encode())
-                digest.update(path.read_bytes())
+                with contextlib.suppress(FileNotFoundError, Unreadable):  # it is no file of the tokenizer
+                    data = read_file(path)
+                    digest.update(f"{path.relative_to(source)} {len(data)} ".encode())
+                    digest.update(data)
         return self._folder / f"{digest.hexdigest()}.json"

@@ -11,9 +11,9 @@ from typing import Any
 
 from apt_jax.checkpoints.errors import CheckpointError
 from apt_jax.checkpoints.formats.weight_files import MANIFEST
-from apt_jax.files import EVERYBODY, read_json, replace_file
+from apt_jax.files import EVERYBODY, Unreadable, read_file, read_json, replace_file
 
-_VERSION = 1
+_VERSION = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,14 +21,15 @@ class Manifest:
     """What `apt-jax convert` wrote."""
 
     fingerprint: str  # of the weights, see `fingerprint.weights_fingerprint`
+    sample: str  # another of them, see `fingerprint.SampledFingerprint`
     dtype: str  # of the weights
     config_hash: str  # of config.json's bytes
     files: dict[str, int]  # path inside the folder to size in bytes, of everything but the manifest
 
     @classmethod
-    def of(cls, folder: Path, *, fingerprint: str, dtype: str) -> "Manifest":
+    def of(cls, folder: Path, *, fingerprint: str, sample: str, dtype: str) -> "Manifest":
         """Describe the files that lie in `folder` now."""
-        return cls(fingerprint, dtype, _hash(folder / "config.json"), _sizes(folder))
+        return cls(fingerprint, sample, dtype, _hash(folder / "config.json"), _sizes(folder))
 
     def write(self, folder: Path) -> None:
         """Put the manifest into `folder` in one step, after everything before it is on disk."""
@@ -45,10 +46,6 @@ class Manifest:
                 file is missing, of another size, or changed.
         """
         path = folder / MANIFEST
-        if not path.is_file():
-            raise CheckpointError(
-                f"{folder} has no {MANIFEST}: its conversion was interrupted; delete it and run `apt-jax convert` again"
-            )
         manifest = cls._parse(path)
         sizes = _sizes(folder)
         for name, size in manifest.files.items():
@@ -67,8 +64,17 @@ class Manifest:
         try:
             fields: dict[str, Any] = read_json(path)
             version = fields.pop("version")
+            if version == 1:  # it had no sample
+                version, fields["sample"] = _VERSION, fields["fingerprint"]
             if version == _VERSION:
                 return cls(**fields)
+        except FileNotFoundError as error:
+            raise CheckpointError(
+                f"{path.parent} has no {MANIFEST}: its conversion was interrupted; delete it and run `apt-jax convert` "
+                "again"
+            ) from error
+        except Unreadable as error:
+            raise CheckpointError(str(error)) from error
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(f"{path} is truncated or corrupt; convert again") from error
         raise CheckpointError(f"{path} has {version=}, and this release reads {_VERSION}; convert again")
@@ -81,6 +87,8 @@ def _sizes(folder: Path) -> dict[str, int]:
 
 def _hash(path: Path) -> str:
     try:
-        return hashlib.blake2b(path.read_bytes(), digest_size=20).hexdigest()
+        return hashlib.blake2b(read_file(path), digest_size=20).hexdigest()
     except FileNotFoundError as error:
         raise CheckpointError(f"{path} is missing") from error
+    except Unreadable as error:
+        raise CheckpointError(str(error)) from error

@@ -8,7 +8,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 from apt_jax.checkpoints.errors import CheckpointError, some
-from apt_jax.files import read_json
+from apt_jax.files import Unreadable, check_file, read_json
 
 
 class LoadFormat(enum.StrEnum):
@@ -98,11 +98,13 @@ def find_weight_files(folder: Path, load_format: LoadFormat) -> WeightFiles:
     """List the files of a Hugging Face format in `folder`, sharded or not.
 
     Raises:
-        CheckpointError: a shard is missing, is there without being in the index, or the index is unreadable; or
-            the folder holds both a whole and a sharded checkpoint.
+        CheckpointError: a file cannot be read; a shard is missing or is not in the index; or the folder holds
+            both a whole and a sharded checkpoint.
     """
     naming = NAMINGS[load_format]
     present = naming.matches([path.name for path in folder.iterdir()])
+    for name in present:
+        _check_readable(folder / name)
     shards = [name for name in present if naming.shard.fullmatch(name)]
     index = folder / naming.index
     if naming.single in present:
@@ -123,10 +125,22 @@ def find_weight_files(folder: Path, load_format: LoadFormat) -> WeightFiles:
     return WeightFiles(load_format, tuple(folder / name for name in sorted(wanted)), index, weight_map)
 
 
+def _check_readable(path: Path) -> None:
+    """The libraries that read weights would wait for ever for a pipe."""
+    try:
+        check_file(path)
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path} is a link to a file that is missing; fetch it again") from error
+    except Unreadable as error:
+        raise CheckpointError(str(error)) from error
+
+
 def _read_index(path: Path) -> dict[str, str]:
     try:
         weight_map = read_json(path)["weight_map"]
         ok = isinstance(weight_map, dict) and weight_map and all(isinstance(v, str) for v in weight_map.values())
+    except Unreadable as error:
+        raise CheckpointError(str(error)) from error
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path} is truncated or corrupt; fetch it again") from error
     if not ok:

@@ -19,6 +19,7 @@ from apt_jax.checkpoints import convert as convert_module
 from apt_jax.checkpoints.convert import convert, verify
 from apt_jax.checkpoints.errors import CheckpointError
 from apt_jax.checkpoints.export import export_huggingface
+from apt_jax.checkpoints.formats.fingerprint import SampledFingerprint
 from apt_jax.checkpoints.formats.manifest import Manifest
 from apt_jax.checkpoints.formats.weight_files import MANIFEST, LoadFormat
 from apt_jax.checkpoints.load import load_model
@@ -69,7 +70,8 @@ def test_restored_equals_source(tmp_path, variant):
     assert_same_parameters(loaded.model, model)
     assert loaded.load_format is LoadFormat.ORBAX
     assert loaded.config == config
-    assert loaded.fingerprint == done.fingerprint
+    assert loaded.fingerprint == load_model(str(tmp_path / "a")).fingerprint
+    assert Manifest.read(tmp_path / "new" / "b").fingerprint == done.fingerprint
     assert loaded.weight_bytes == done.weight_bytes
 
 
@@ -92,6 +94,45 @@ def test_fingerprint_is_of_the_weights_and_not_of_the_files(tmp_path, source):
     write_config(tmp_path / "changed", config)
     write_safetensors(tmp_path / "changed", changed)
     assert convert(str(tmp_path / "changed"), tmp_path / "four").fingerprint != one.fingerprint
+
+
+@pytest.mark.parametrize("stored", ["float32", "float16"])
+def test_the_same_weights_have_one_fingerprint_in_every_form_and_dtype(tmp_path, stored):
+    """A Hugging Face folder and the folder converted from it were two models: a snapshot of one was refused."""
+    config, _, tensors = reference("untied")
+    tensors = {name: tensor.astype(stored) for name, tensor in tensors.items()}
+    for name in ("whole", "sharded", "flax"):
+        write_config(tmp_path / name, config, torch_dtype=stored)
+    write_safetensors(tmp_path / "whole", tensors)
+    write_safetensors(tmp_path / "sharded", tensors, shards=3)
+    write_flax(tmp_path / "flax", flax_tree(config, tensors))
+    convert(str(tmp_path / "flax"), tmp_path / "converted")
+    convert(str(tmp_path / "converted"), tmp_path / "again")
+    names = ("whole", "sharded", "flax", "converted", "again")
+    found = {
+        load_model(str(tmp_path / name), dtype=dtype).fingerprint for name in names for dtype in ("auto", "bfloat16")
+    }
+    assert len(found) == 1 and found.pop().startswith("sample:")
+
+
+def test_another_number_anywhere_is_another_fingerprint(tmp_path):
+    config, _, tensors = reference("plain")
+    found = set()
+    for changed in (None, *tensors):
+        write_config(tmp_path / "a", config)
+        write_safetensors(tmp_path / "a", {n: t * (1.01 if n == changed else 1) for n, t in tensors.items()})
+        found.add(load_model(str(tmp_path / "a")).fingerprint)
+    assert len(found) == 1 + len(tensors)
+
+
+def test_of_a_large_parameter_the_ends_and_what_lies_between_count(tmp_path):
+    found = set()
+    for changed in (slice(0), slice(64), slice(500_000, 502_000), slice(-64, None)):
+        array, fingerprint = np.zeros(1 << 20, np.float32), SampledFingerprint(reference("plain")[0])
+        array[changed] = 1
+        fingerprint.add(("a",), array)
+        found.add(str(fingerprint))
+    assert len(found) == 4
 
 
 def test_dtype_of_the_checkpoint_is_kept_or_changed(tmp_path):
@@ -158,7 +199,8 @@ def test_existing_destination_is_left_alone(tmp_path, source, converted):
     [
         (convert_module, "weights_fingerprint"),
         (convert_module, "save_weights"),
-        (convert_module, "_copy_companions"),
+        (convert_module, "_companions"),
+        (Path, "write_bytes"),  # of a companion
         (Path, "rename"),
         (Manifest, "write"),
         (os, "replace"),  # of the manifest into its place
@@ -278,8 +320,11 @@ def test_damaged_conversion_is_named(source, converted):
     (converted / MANIFEST).write_text(manifest[:-20])
     refused(f"{MANIFEST} is truncated or corrupt")
     fields = json.loads(manifest)
-    (converted / MANIFEST).write_text(json.dumps({**fields, "version": 2}))
-    refused("version=2")
+    (converted / MANIFEST).write_text(json.dumps({**fields, "version": 3}))
+    refused("version=3")
+    del fields["sample"]
+    (converted / MANIFEST).write_text(json.dumps({**fields, "version": 1}))
+    assert load_model(str(converted)).fingerprint == fields["fingerprint"], "an older folder loads"
     (converted / MANIFEST).write_text(json.dumps({**fields, "more": 2}))
     refused("truncated or corrupt")
     (converted / MANIFEST).unlink()
@@ -291,9 +336,10 @@ def test_weights_that_do_not_fit_the_config(tmp_path, source, converted):
     write_config(tmp_path / "other", config)
     write_safetensors(tmp_path / "other", tensors)
     convert(str(tmp_path / "other"), tmp_path / "mixed")
-    fingerprint = Manifest.read(tmp_path / "mixed").fingerprint
+    before = Manifest.read(tmp_path / "mixed")
     shutil.rmtree(tmp_path / "mixed" / "weights")
     shutil.copytree(converted / "weights", tmp_path / "mixed" / "weights")
-    Manifest.of(tmp_path / "mixed", fingerprint=fingerprint, dtype="float32").write(tmp_path / "mixed")
+    described = {"fingerprint": before.fingerprint, "sample": before.sample, "dtype": "float32"}
+    Manifest.of(tmp_path / "mixed", **described).write(tmp_path / "mixed")
     with pytest.raises(CheckpointError, match=r"lacks lm_head.kernel, project_in.kernel, project_out.kernel"):
         load_model(str(tmp_path / "mixed"))

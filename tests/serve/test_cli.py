@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import socket
 import subprocess
 import sys
@@ -183,7 +184,9 @@ def test_help_does_not_import_jax():
         (["serve", "no/such/folder/at/all", "--port", "0"], "there is no folder no/such/folder/at/all"),
         (["serve", "{tmp}/broken", "--port", "0"], "{tmp}/broken/config.json: unsupported model_type='bert'"),
         (["serve", "--chat-template", "{tmp}/broken/bad.jinja"], "{tmp}/broken/bad.jinja is not a Jinja template"),
-        (["serve", "--chat-template", "{tmp}/none", "--port", "0"], "No such file or directory: '{tmp}/none"),
+        (["serve", "--chat-template", "{tmp}/none", "--port", "0"], "{tmp}/none: no such file or directory"),
+        (["serve", "--chat-template", "{tmp}/broken", "--port", "0"], "{tmp}/broken is a folder; a file is needed"),
+        (["serve", "{tmp}/pipe", "--port", "0"], "{tmp}/pipe/config.json is a pipe or a device"),
         (["convert", "no/such/folder/at/all", "{tmp}/out"], "there is no folder no/such/folder/at/all"),
         (["run-batch", "-i", "{tmp}/none.jsonl", "-o", "{tmp}/out.jsonl"], "--input {tmp}/none.jsonl does not exist"),
     ],
@@ -192,6 +195,8 @@ def test_what_cannot_be_done_ends_with_1_and_one_sentence(arguments, sentence, t
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken/config.json").write_text(json.dumps({"model_type": "bert"}))
     (tmp_path / "broken/bad.jinja").write_text("{% for %}")
+    (tmp_path / "pipe").mkdir()
+    os.mkfifo(tmp_path / "pipe/config.json")
     assert run(*(argument.format(tmp=tmp_path) for argument in arguments)) == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ") and sentence.format(tmp=tmp_path) in line
@@ -260,7 +265,7 @@ def test_an_empty_value_of_several_is_refused(capsys):
         (["--scheduling-policy", "apt:lane_share=x"], "option lane_share='x' of policy 'apt' must be"),
         (["--max-model-len", "4096"], "max_model_len=4096 is more than the model's max_position_embeddings=1024"),
         (["--tokenizer", "{tmp}"], "tokenizer"),
-        (["--chat-template", "{tmp}/none"], "No such file or directory: '{tmp}/none"),
+        (["--chat-template", "{tmp}/none"], "{tmp}/none: no such file or directory"),
     ],
 )
 def test_bad_options_are_found_before_the_weights_are_loaded(command, flags, sentence, tmp_path, capsys, monkeypatch):

@@ -4,23 +4,32 @@ import codecs
 import json
 import os
 import socket
+import threading
 from pathlib import Path
 
 import pytest
 
+from apt_jax.checkpoints.convert import convert
 from apt_jax.checkpoints.errors import CheckpointError
 from apt_jax.checkpoints.families import read_config
 from apt_jax.checkpoints.formats.manifest import Manifest
 from apt_jax.checkpoints.formats.weight_files import MANIFEST
 from apt_jax.checkpoints.generation_config import FILE, read_generation_config
-from apt_jax.files import read_json, read_text
+from apt_jax.checkpoints.load import load_model
+from apt_jax.execution.program_store import ProgramStore
+from apt_jax.files import Unreadable, read_file, read_json, read_text
+from apt_jax.request import Slo
 from apt_jax.scheduling.costs.fit import Calibration
 from apt_jax.serve.batch.batch_file import readable_twice
 from apt_jax.serve.bench.work import check_dataset, load_dataset
 from apt_jax.serve.bench.work_options import WorkOptions
+from apt_jax.serve.openai.templates.chat_template import read_template
 from apt_jax.serve.options import ServerOptions
+from apt_jax.simulation.requests.classes import load_classes
 from apt_jax.simulation.workload import load_lengths
-from apt_jax.tokenization.tokenizer_store import TokenizerStore
+from apt_jax.tokenization.tokenizer import Tokenizer
+from apt_jax.tokenization.tokenizer_store import TOKENIZER_FILES, TokenizerStore
+from tests.support.checkpoint_folders import VARIANTS, write_config
 
 ODD = {
     "deep": b"[" * 100_000,
@@ -134,3 +143,109 @@ def test_datasets_that_are_there_pass(tmp_path):
     (tmp_path / "w.csv").touch()
     for dataset in ("random", "azure", "sharegpt+longbench", str(tmp_path / "w.csv"), f"azure+{tmp_path / 'w.csv'}"):
         check_dataset(WorkOptions(dataset=dataset))
+
+
+NO_FILES = {
+    "folder": (Path.mkdir, "is a folder; a file is needed there"),
+    "pipe": (os.mkfifo, "is a pipe or a device; a file is needed there"),  # whoever opened it waited for ever
+    "device": (lambda path: path.symlink_to("/dev/null"), "is a pipe or a device; a file is needed there"),
+    "broken disk": (lambda path: path.symlink_to("/proc/self/mem"), "cannot be read: input/output error"),
+    "circle": (lambda path: path.symlink_to(path), "cannot be read: too many levels of symbolic links"),
+}
+
+
+@pytest.mark.parametrize("kind", NO_FILES)
+def test_what_is_no_file_is_said_in_one_sentence_at_once(tmp_path, kind):
+    make, sentence = NO_FILES[kind]
+    make(tmp_path / "a")
+    for read in (read_file, read_text, read_json):
+        with pytest.raises(Unreadable, match=f"^{tmp_path}/a {sentence}$"):
+            read(tmp_path / "a")
+    with pytest.raises(FileNotFoundError):
+        read_file(tmp_path / "none")
+    assert not [name for name in os.listdir("/proc/self/fd") if leads_to(name, tmp_path)]
+
+
+def leads_to(descriptor, folder):
+    try:
+        return os.readlink(f"/proc/self/fd/{descriptor}").startswith(str(folder))
+    except OSError:
+        return False
+
+
+def test_a_pipe_is_read_where_one_may_be_and_one_without_a_writer_is_refused(tmp_path):
+    reader, writer = os.pipe()
+    sender = threading.Timer(0.2, lambda: (os.write(writer, b"{{ messages[0].content }}"), os.close(writer)))
+    sender.start()
+    assert read_template(Path(f"/proc/self/fd/{reader}")) == "{{ messages[0].content }}"  # as the shell's <(...) is
+    sender.join()
+    os.close(reader)
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(Unreadable, match="pipe is a pipe that nobody writes to"):
+        read_template(tmp_path / "pipe")
+
+
+SHARD, INDEX = "model-00001-of-00001.safetensors", "model.safetensors.index.json"
+WEIGHTS = ("model.safetensors", SHARD, "flax_model.msgpack", "pytorch_model.bin")
+
+
+@pytest.mark.parametrize("name", ["config.json", FILE, MANIFEST, INDEX, *WEIGHTS])
+@pytest.mark.parametrize("kind", NO_FILES)
+def test_a_file_of_a_model_that_is_no_file(tmp_path, kind, name):
+    """A config.json that was a folder was a raw IsADirectoryError, a generation_config.json was passed over."""
+    make, sentence = NO_FILES[kind]
+    if name in WEIGHTS and kind == "broken disk":
+        sentence = "is (truncated|in torch's format)"  # a library reads it
+    if name != "config.json":
+        write_config(tmp_path, VARIANTS["plain"])
+    for other in (SHARD, INDEX) if name in (SHARD, INDEX) else ():
+        (tmp_path / other).write_text(json.dumps({"weight_map": {"a": SHARD}}))
+    (tmp_path / name).unlink(missing_ok=True)
+    make(tmp_path / name)
+    with pytest.raises(CheckpointError, match=f"^{tmp_path}/{name} {sentence}"):
+        read_generation_config(tmp_path) if name == FILE else load_model(str(tmp_path))
+
+
+@pytest.mark.parametrize("name", TOKENIZER_FILES)
+@pytest.mark.parametrize("kind", NO_FILES)
+def test_a_file_of_a_tokenizer_that_is_no_file(tmp_path, kind, name):
+    """A tokenizer.json that was a folder was none: the server took token ids only."""
+    make, sentence = NO_FILES[kind]
+    model, store = tmp_path / "model", TokenizerStore(tmp_path / "kept")
+    write_config(model, VARIANTS["plain"])
+    make(model / name)
+    read_only_when_used = kind == "broken disk"
+    with pytest.raises(ValueError, match=sentence if not read_only_when_used else r"damaged|no tokenizer|merges\.txt"):
+        Tokenizer.from_folder(model, store)
+    if not read_only_when_used:
+        with pytest.raises(CheckpointError, match=f"^{model}/{name} {sentence}$"):
+            convert(str(model), tmp_path / "new", load_format="dummy")
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
+
+
+@pytest.mark.parametrize("kind", NO_FILES)
+def test_what_is_kept_from_start_to_start_and_is_no_file_is_made_again(tmp_path, kind):
+    make, _ = NO_FILES[kind]
+    make(tmp_path / "a")
+    make(tmp_path / "other.json")  # beside a tokenizer, and none of its files
+    assert Calibration.load(tmp_path / "a", None) is None
+    assert ProgramStore._load(tmp_path / "a") is None
+    store = TokenizerStore(tmp_path / "kept")
+    store.save(tmp_path, {"a": 1})
+    assert store.load(tmp_path) == {"a": 1}
+    (kept,) = (tmp_path / "kept").iterdir()
+    kept.unlink()
+    make(kept)
+    assert store.load(tmp_path) is None
+
+
+@pytest.mark.parametrize("kind", NO_FILES)
+def test_datasets_and_workloads_that_are_no_files(tmp_path, kind):
+    make, sentence = NO_FILES[kind]
+    make(tmp_path / "a.json")
+    with pytest.raises((Unreadable, ValueError), match=f"a.json {sentence}"):
+        load_dataset(WorkOptions(dataset=str(tmp_path / "a.json")), seed=0, tokenizer=object())
+    with pytest.raises((Unreadable, ValueError), match=rf"a\.json.* ({sentence}|is neither a file)"):
+        load_lengths(str(tmp_path / "a.json"), 2048)
+    with pytest.raises((Unreadable, ValueError), match=rf"a\.json.* ({sentence}|there is no such file)"):
+        load_classes(tmp_path / "a.json", Slo())

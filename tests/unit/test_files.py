@@ -21,6 +21,25 @@ WRITERS = {
     "pallas_kernels/bench/kernel_parts.py": "into a temporary folder",
 }
 
+# What reads without `read_file`, with the reason.
+READERS = {
+    "apt_jax/cpu_kernels/features.py": "of the system",
+    "apt_jax/cpu_kernels/library.py": "of the package",
+    "apt_jax/execution/program_store.py": "of the package",
+    "apt_jax/files.py": "opens without waiting and looks what it is",
+    "apt_jax/host_limits.py": "of the system",
+    "apt_jax/line_file.py": "looks what it is",
+    "apt_jax/simulation/workload.py": "of the package",
+    "checkpoints/convert.py": "folders, for their locks",
+    "checkpoints/demo_training/corpus.py": "of Python's library",
+    "checkpoints/formats/flax_reader.py": "looked at by `find_weight_files`",
+    "pallas_kernels/bench/kernel_cycles.py": "written just before",
+    "pallas_kernels/bench/kernel_parts.py": "written just before",
+    "serve/batch/batch_file.py": "`readable_twice` looks what it is: a pipe may be waited for",
+    "serve/http/routes/dashboard.py": "of the package",
+    "serve/http/snapshot_file.py": "looks what it is",
+}
+
 
 def modes(path):
     return path.stat().st_mode & 0o777
@@ -80,6 +99,24 @@ def writes(node: ast.AST) -> bool:
     return name in ("write_text", "write_bytes", "savez") or (
         name == "open" and any(set(text) & set("wax+") and set(text) <= set("wax+brt") for text in texts)
     )
+
+
+def reads(node: ast.AST) -> bool:
+    """Whether a call opens a file, other than to write it."""
+    if not isinstance(node, ast.Call) or writes(node):
+        return False
+    name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+    return (name in ("read_text", "read_bytes") and isinstance(node.func, ast.Attribute)) or name == "open"
+
+
+def test_what_a_user_brings_is_read_by_read_file():
+    """A config.json that was a folder was a raw error of the system, one that was a pipe was waited for for ever."""
+    found = {
+        path
+        for path, source in sources().items()
+        if not path.startswith(("tests/", "experiments/")) and any(map(reads, ast.walk(source.tree)))
+    }
+    assert found == READERS.keys(), "use read_file, or say why not"
 
 
 def test_nothing_in_the_package_writes_a_file_in_place():

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import jinja2
 
+from apt_jax.files import read_text
 from apt_jax.serve.errors import BadRequest
 from apt_jax.serve.openai.chat_requests import Message
 from apt_jax.serve.openai.templates.sandbox import render_template
@@ -27,14 +28,15 @@ def read_template(path: Path) -> str:
         OSError: it cannot be read.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_text(path, pipe=True)
+    except ValueError as error:
+        raise ValueError(f"--chat-template {path} is not a Jinja template: {error}") from error
+    try:
         render_template(text, [{"role": "user", "content": "x"}], add_generation_prompt=False)
-    except (jinja2.TemplateSyntaxError, UnicodeDecodeError) as error:
+    except jinja2.TemplateSyntaxError as error:
         raise ValueError(f"--chat-template {path} is not a Jinja template: {error}") from error
     except jinja2.TemplateError:  # a template may refuse this chat
         pass
-    except OSError:
-        raise
     except Exception as error:  # a template is a program: it can raise anything
         raise ValueError(f"--chat-template {path} fails on a chat of one user message: {_reason(error)}") from error
     return text
