@@ -163,6 +163,8 @@ class SamplingParams:
                 raise ValueError(f"stop has {text!r}, every stop must be a string")
             if not text:
                 raise ValueError("stop has an empty string, every stop string needs at least one character")
+        named = (*self.logit_bias, *self.stop_token_ids)  # type: ignore[misc]
+        object.__setattr__(self, "_named_ids", (min(named), max(named)) if named else None)
 
     def with_seed(self, seed: int | None) -> "SamplingParams":
         """These for one sample with its own seed, a checked one; nothing else is checked anew."""
@@ -183,6 +185,9 @@ class SamplingParams:
 
     def check_vocabulary(self, vocab_size: int) -> None:
         """Raise ValueError if a token id in logit_bias or stop_token_ids is not in the vocabulary."""
+        bounds = self._named_ids  # type: ignore[attr-defined]
+        if bounds is None or (bounds[0] >= 0 and bounds[1] < vocab_size):
+            return
         for name in ("logit_bias", "stop_token_ids"):
             for token_id in getattr(self, name):
                 if not 0 <= token_id < vocab_size:

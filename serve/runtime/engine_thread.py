@@ -5,22 +5,21 @@ between steps; the outputs of a step go back with one `call_soon_threadsafe` per
 """
 
 import asyncio
-import enum
 import logging
 import queue
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 
 from apt_jax.engine.interface import ServingEngine
 from apt_jax.output import DeviceLost, Output, PolicyFailed, QueueFull
-from apt_jax.request import OFFLINE_SLO, FinishReason, Request, SamplingParams
+from apt_jax.request import OFFLINE_SLO, FinishReason, SamplingParams
 from apt_jax.routing.instance import InstanceLoad
 from apt_jax.serve.errors import EngineFailure, NotReady, PredictedLate
 from apt_jax.serve.runtime.admission import Admission
-from apt_jax.serve.runtime.group import Group
+from apt_jax.serve.runtime.group import SAMPLES_AT_ONCE, Abort, Active, Command, Entry, Group
 from apt_jax.serve.runtime.observer import Observer, Stepped
 from apt_jax.serve.runtime.samples import Sample, as_sent, has_broken_slo, record_of
 from apt_jax.serve.runtime.status import EngineStatus, Watchdog, WatchLimits
@@ -31,25 +30,6 @@ SEE_LOG = "its log has the details"
 REPORT_S = 1.0  # between two looks at the engine's health, for the log
 PROBE_S = 10.0  # between two probes of an unhealthy engine that has nothing to do
 PROBE = Sample("probe", 0, (0,), SamplingParams(max_tokens=1, temperature=0.0, ignore_eos=True), OFFLINE_SLO)
-
-
-@dataclass(frozen=True)
-class _Abort:
-    group: Group
-
-
-class _Command(enum.Enum):
-    ABORT_ALL = enum.auto()
-    STOP = enum.auto()
-
-
-@dataclass(frozen=True)
-class _Active:
-    """A sample that the engine works on, and its record, which only the loop changes."""
-
-    group: Group
-    sample: Sample
-    record: Request
 
 
 class EngineThread:
@@ -77,9 +57,10 @@ class EngineThread:
         self._on_ready = on_ready
         self._on_failure = on_failure
         self._gate = threading.Lock()  # no request enters the inbox once the status says that nobody reads it
-        self._inbox: queue.SimpleQueue[Group | _Abort | _Command] = queue.SimpleQueue()
-        self._active: dict[str, _Active] = {}
-        self._cancelled: dict[str, _Active] = {}  # until the engine has ended them
+        self._inbox: queue.SimpleQueue[Group | Abort | Command] = queue.SimpleQueue()
+        self._active: dict[str, Active] = {}
+        self._cancelled: dict[str, Active] = {}  # until the engine has ended them
+        self._entering: deque[Entry] = deque()
         self._stopping = False
         self._failed_steps = 0  # of the engine's own, as counted last
         self._mail: list[Callable[[], None]] = []  # what the loop is to be told, in order
@@ -142,7 +123,7 @@ class EngineThread:
 
     def abort(self, group: Group) -> None:
         """End what is unfinished of a group; nothing more comes for it."""
-        self._inbox.put(_Abort(group))
+        self._inbox.put(Abort(group))
 
     def ready_engine(self) -> ServingEngine:
         """The engine, for its configuration and tokenizer.
@@ -156,11 +137,11 @@ class EngineThread:
 
     def abort_all(self) -> None:
         """End every request, with finish reason abort."""
-        self._inbox.put(_Command.ABORT_ALL)
+        self._inbox.put(Command.ABORT_ALL)
 
     def stop(self, timeout_s: float) -> bool:
         """End every request and the thread; False if it is still busy (compiling) after `timeout_s`."""
-        self._inbox.put(_Command.STOP)
+        self._inbox.put(Command.STOP)
         if self._thread.is_alive():
             self._thread.join(timeout_s)
         return not self._thread.is_alive()
@@ -232,7 +213,7 @@ class EngineThread:
         that it works again.
         """
         until = time.monotonic() + self.watchdog.pause_s
-        block = not engine.has_unfinished
+        block = not (engine.has_unfinished or self._entering)
         while True:
             left_s = 0.0 if self._stopping else until - time.monotonic()
             if left_s > 0:
@@ -242,51 +223,65 @@ class EngineThread:
                 command = self._inbox.get(block or left_s > 0, idle_s if block else max(left_s, 0.0))
             except queue.Empty:
                 if block:
-                    self._admit(engine, Group([PROBE], on_close=lambda probe: None))
-                return
+                    self._admit(engine, Entry(Group([PROBE], on_close=lambda probe: None)))
+                break
             block = False
             with self.watchdog.working():
                 self._obey(engine, command)
+        if self._entering:
+            with self.watchdog.working():
+                self._admit(engine, self._entering.popleft())
 
-    def _obey(self, engine: ServingEngine, command: Group | _Abort | _Command) -> None:
+    def _obey(self, engine: ServingEngine, command: Group | Abort | Command) -> None:
         match command:
             case Group():
-                if not command.closed:
-                    self._admit(engine, command)
-            case _Abort():
+                if len(command.samples) > SAMPLES_AT_ONCE:
+                    self._entering.append(Entry(command))
+                else:
+                    self._admit(engine, Entry(command))
+            case Abort():
+                self._entering = deque(entry for entry in self._entering if entry.group is not command.group)
                 for sample in command.group.samples:
                     active = self._active.pop(sample.request_id, None)
                     if active is not None:
                         self._cancelled[sample.request_id] = active
                         engine.abort(sample.request_id)
-            case _Command.ABORT_ALL | _Command.STOP:
-                self._stopping |= command is _Command.STOP
+            case Command.ABORT_ALL | Command.STOP:
+                self._stopping |= command is Command.STOP
+                while self._entering:
+                    self._admit(engine, self._entering.popleft())
                 for request_id in self._active:
                     engine.abort(request_id)  # the next step reports it
 
-    def _admit(self, engine: ServingEngine, group: Group) -> None:
-        added: list[str] = []
+    def _admit(self, engine: ServingEngine, entry: Entry) -> None:
+        """Give the engine the next samples of a group, all or none of which it takes in the end."""
+        group = entry.group
+        if group.closed:
+            return
         try:
-            if self.admission is not None:
+            if not entry.added and self.admission is not None:
                 self.admission.check(engine, group.samples)
-            for sample in group.samples:
+            for sample in entry.left[:SAMPLES_AT_ONCE]:
                 record = record_of(sample.add_to(engine))
-                self._active[sample.request_id] = _Active(group, sample, record)
-                added.append(sample.request_id)
+                self._active[sample.request_id] = Active(group, sample, record)
+                entry.added.append(sample.request_id)
         except Exception as error:
-            for request_id in added:
-                del self._active[request_id]
+            for request_id in entry.added:
+                self._active.pop(request_id, None)  # it may have ended
                 engine.abort(request_id)
             if not isinstance(error, ValueError | QueueFull | PredictedLate):
                 logger.exception("the engine failed to take a request")
                 error = EngineFailure(f"the engine failed to take this request; {SEE_LOG}")
             self._mail.append(partial(group.fail, error))
         else:
-            self._mail.append(group.accept)
+            if entry.left:
+                self._entering.append(entry)
+            else:
+                self._mail.append(group.accept)
 
     def _deliver(self, outputs: Sequence[Output], began_s: float) -> None:
-        delivered: list[tuple[_Active, Output]] = []
-        unwanted: list[tuple[_Active | None, Output]] = []
+        delivered: list[tuple[Active, Output]] = []
+        unwanted: list[tuple[Active | None, Output]] = []
         for output in outputs:
             request_id = output.request.request_id
             active = self._active.get(request_id)
@@ -303,7 +298,7 @@ class EngineThread:
             self._mail.append(partial(self._hand_out, delivered, unwanted, began_s))
 
     def _hand_out(
-        self, delivered: list[tuple[_Active, Output]], unwanted: list[tuple[_Active | None, Output]], began_s: float
+        self, delivered: list[tuple[Active, Output]], unwanted: list[tuple[Active | None, Output]], began_s: float
     ) -> None:
         """On the loop: outputs are ready to be sent, and those that nobody wants any more are over."""
         now, outputs, cancelled = time.monotonic(), [], set()
@@ -377,7 +372,8 @@ class EngineThread:
                 self._mail.append(partial(command.fail, error))
 
     def _fail_groups(self, error: Exception) -> None:
-        groups = {id(active.group): active.group for active in self._active.values()}
+        entering, self._entering = self._entering, deque()
+        groups = {id(item.group): item.group for item in (*self._active.values(), *entering)}
         self._mail.extend(partial(group.fail, error) for group in groups.values())
 
     def _post(self) -> None:

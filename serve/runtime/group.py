@@ -1,12 +1,20 @@
-"""A group: the samples of one client request, seen from the asyncio loop that waits for them."""
+"""A group: the samples of one client request, seen from the asyncio loop that waits for them.
+
+And what the engine's thread is told of groups, and keeps of them.
+"""
 
 import asyncio
+import enum
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass, field
 
 from apt_jax.output import Output
+from apt_jax.request import Request
 from apt_jax.serve.errors import NotReady
 from apt_jax.serve.runtime.samples import Sample
+
+SAMPLES_AT_ONCE = 64  # of a larger group enter before a step: a few milliseconds, so that no stream waits for all
 
 
 class Group:
@@ -110,3 +118,39 @@ class Group:
             raise self._error
         await self._changed.wait()
         self._changed.clear()
+
+
+@dataclass(frozen=True)
+class Abort:
+    """Nobody wants the rest of a group any more."""
+
+    group: Group
+
+
+class Command(enum.Enum):
+    """What concerns all groups."""
+
+    ABORT_ALL = enum.auto()
+    STOP = enum.auto()
+
+
+@dataclass
+class Entry:
+    """A group on its way into the engine."""
+
+    group: Group
+    added: list[str] = field(default_factory=list)  # ids of the samples that the engine has been given
+
+    @property
+    def left(self) -> Sequence[Sample]:
+        """Those that it has not."""
+        return self.group.samples[len(self.added) :]
+
+
+@dataclass(frozen=True)
+class Active:
+    """A sample that the engine works on, and its record, which only the loop changes."""
+
+    group: Group
+    sample: Sample
+    record: Request
