@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from tqdm import tqdm
 
+from apt_jax.checkpoints.mappings.opt import OPT_MAPPING
 from apt_jax.files import replace_file
 from apt_jax.serve.batch.batch_file import ResultFile, count_lines, read_lines
 from apt_jax.serve.batch.batch_jobs import BatchJob
@@ -20,6 +21,7 @@ from apt_jax.serve.http.snapshot_file import check_snapshot_file, keep_records, 
 from apt_jax.serve.openai.completions import Completion
 from apt_jax.serve.openai.generation import ServedModel
 from apt_jax.serve.openai.requests import parse_completion
+from tests.kill_windows.forks import forked
 from tests.support.asgi_service import run, serving, until
 from tests.support.fake_engine import CharTokenizer, FakeEngine
 
@@ -189,6 +191,42 @@ class Converted(Work):
         assert left == [], left
 
 
+class Stored(Work):
+    """A conversion of which nothing is replaced: Orbax and TensorStore write the weights, with threads of their own."""
+
+    def prepare(self, folder: Path) -> None:
+        # all modules and no backend: threads do not live on in a fork
+        import apt_jax.checkpoints.convert  # noqa: F401
+        from tests.support.checkpoint_folders import VARIANTS, write_config, write_safetensors
+
+        config, numbers = VARIANTS["untied"], np.random.default_rng(1)
+        write_config(folder / "source", config)
+        slots = OPT_MAPPING.slots(config)
+        tensors = {n: numbers.normal(size=slot.torch_shape).astype(np.float32) for n, slot in slots.items()}
+        write_safetensors(folder / "source", tensors)
+
+    def do(self, folder: Path) -> None:
+        from apt_jax.checkpoints.convert import convert
+
+        if not (folder / "new").exists():
+            convert(str(folder / "source"), folder / "new")
+
+    def check_killed(self, folder: Path) -> None:
+        if (folder / "new").exists():
+            assert forked(lambda: verify(folder)) == 0, "what is there must be whole"
+
+    def check(self, folder: Path) -> None:
+        assert names(folder) == ["new", "source"]
+        assert forked(lambda: verify(folder)) == 0
+
+
+def verify(folder: Path) -> None:
+    """Read every weight of what was converted, and compare with the fingerprint."""
+    from apt_jax.checkpoints.convert import verify
+
+    verify(folder / "new")
+
+
 WORKS: dict[str, Work] = {
     "batch": Batch(),
     "snapshot": Snapshot(),
@@ -196,4 +234,5 @@ WORKS: dict[str, Work] = {
     "results": Results(),
     "replaced": Replaced(),
     "convert": Converted(),
+    "orbax": Stored(),
 }

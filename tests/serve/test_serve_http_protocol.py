@@ -143,6 +143,24 @@ def test_an_answer_may_take_longer_than_its_request():
     assert engine.is_idle
 
 
+def test_a_client_that_shuts_down_its_sending_side_has_left():
+    """The end of its stream looks like that of a client that is gone, whose blocks must be freed at once."""
+    engine = FakeEngine(tokenizer=CharTokenizer(), paced=True)
+    service = Service.of_engine(EngineThread(lambda: engine), "tiny", ServerOptions())
+    with live(service) as url, connection((urlsplit(url).hostname, urlsplit(url).port)) as client:
+        client.sendall(HEAD % len(BODY) + BODY)
+        until(lambda: engine.state.num_unfinished == 1)
+        client.shutdown(socket.SHUT_WR)
+        assert everything(client) == b""
+        engine.allow_step(1000)
+        until(lambda: engine.state.num_unfinished == 0)
+        assert engine.figures().num_held_blocks == 0
+        with connection((urlsplit(url).hostname, urlsplit(url).port)) as other:
+            other.sendall(b"GET /version HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n")
+            other.shutdown(socket.SHUT_WR)
+            assert everything(other).startswith(b"HTTP/1.1 200"), "what is answered at once is answered"
+
+
 def test_the_limit_is_checked():
     with pytest.raises(ValueError, match="request_read_timeout=0 must be greater than 0 seconds"):
         ServerOptions(request_read_timeout=0)
