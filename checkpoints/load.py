@@ -130,10 +130,10 @@ def read_parameters(
             return restore_weights(folder / ORBAX_WEIGHTS, skeleton, layout, bar.update), manifest.sample
     files = find_weight_files(folder, load_format)
     inventory = take_inventory(config, files)
-    fingerprint = SampledFingerprint(config)
+    sampled = SampledFingerprint(config)
     with _progress(sum(tensor.nbytes for tensor in inventory.values())) as bar:
-        parameters = assemble(config, inventory, skeleton.dtype, layout, bar.update, fingerprint.add)
-    return parameters, str(fingerprint)
+        parameters = assemble(config, inventory, skeleton.dtype, layout, bar.update, sampled.add)
+    return parameters, str(sampled)
 
 
 def parse_format(name: str) -> LoadFormat:

@@ -31,6 +31,7 @@ def create_app(
 
     @contextlib.asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
+        await service.off_loop(int)  # the first call imports what else would hold up others beside the first long body
         service.backend.start()
         interval_s = sys.getswitchinterval()
         sys.setswitchinterval(SWITCH_INTERVAL_S)

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from apt_jax.tokenization.tokenizer import Tokenizer
 
 VALUES_AT_ONCE = 2048
+VALUES_OF_CHOICE = 24  # beside its tokens: the SLO report above all
 LOWEST_LOGPROB = -9999.0  # JSON has no minus infinity
 
 
@@ -147,9 +148,10 @@ class Generation[Body: GenerationRequest]:
     def num_values(self) -> int:
         """About how many numbers and texts the response has: how long it takes to write."""
         params = self.samples[0].params
+        framed = len(self.samples) * VALUES_OF_CHOICE
         written = sum(len(choice.token_ids) for choice in self.choices) * (2 + 2 * (params.logprobs or 0))
         read = sum(len(sample.prompt_token_ids) for sample in self.samples) * (1 + 2 * (params.prompt_logprobs or 0))
-        return written + read
+        return framed + written + read
 
     @property
     def outputs_at_once(self) -> int:

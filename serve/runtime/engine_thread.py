@@ -373,7 +373,9 @@ class EngineThread:
 
     def _fail_groups(self, error: Exception) -> None:
         entering, self._entering = self._entering, deque()
-        groups = {id(item.group): item.group for item in (*self._active.values(), *entering)}
+        groups = {
+            id(group): group for group in [*(a.group for a in self._active.values()), *(e.group for e in entering)]
+        }
         self._mail.extend(partial(group.fail, error) for group in groups.values())
 
     def _post(self) -> None:

@@ -10,7 +10,7 @@ from apt_jax.request import FinishReason, Request, SamplingParams, Slo
 from apt_jax.serve.errors import BadRequest, EngineFailure, ModelNotFound
 from apt_jax.serve.openai.chat_requests import parse_chat
 from apt_jax.serve.openai.completions import Completion
-from apt_jax.serve.openai.generation import ServedModel, as_bad_request, check_room
+from apt_jax.serve.openai.generation import VALUES_OF_CHOICE, ServedModel, as_bad_request, check_room
 from apt_jax.serve.openai.requests import parse_completion, slo_of
 from tests.support.fake_engine import CharTokenizer, FakeEngine
 
@@ -207,7 +207,7 @@ def test_how_much_a_response_has_to_write(body, values):
     generation = prepare(n=2, **body)
     for choice in generation.choices:
         choice.token_ids.extend((98, 98, 98))
-    assert generation.num_values == values
+    assert generation.num_values == values + 2 * VALUES_OF_CHOICE
 
 
 def test_a_long_model_s_name_is_not_sent_back():

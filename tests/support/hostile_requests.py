@@ -21,6 +21,7 @@ class Hostile:
     make: Callable[[], bytes]
     status: int = 400
     is_chunked: bool = False  # in chunks of one byte
+    fills_batches: bool = False  # as many requests to the engine as it has seats, or as many tokens as it takes at once
 
     def wire(self) -> bytes:
         """What goes over the socket."""
@@ -118,30 +119,35 @@ ANSWERED = (
         COMPLETIONS,
         _body(prompt=[5], n=128, max_tokens=500, logprobs=20, ignore_eos=True),
         200,
+        fills_batches=True,
     ),
     Hostile(
         "samples of a chat with likely tokens",
         CHAT,
         _body(messages=[_message("a")], n=64, max_tokens=100, logprobs=True, top_logprobs=20),
         200,
+        fills_batches=True,
     ),
     Hostile(
         "a stream with likely tokens",
         COMPLETIONS,
         _body(prompt=[5], n=64, max_tokens=100, logprobs=20, stream=True),
         200,
+        fills_batches=True,
     ),
     Hostile(
         "prompts with likely tokens",
         COMPLETIONS,
         lambda: _body(prompt=[[5] * 1000] * 64, max_tokens=1, prompt_logprobs=20)(),
         200,
+        fills_batches=True,
     ),
     Hostile(
         "echoes of long prompts",
         COMPLETIONS,
         lambda: _body(prompt=[[5] * 1000] * 100, max_tokens=1, echo=True, return_token_ids=True)(),
         200,
+        fills_batches=True,
     ),
     Hostile(
         "usage in every event of many prompts",
@@ -159,6 +165,7 @@ ANSWERED = (
         COMPLETIONS,
         lambda: _body(prompt=[[5]] * 7, n=128, max_tokens=1, seed=1, logit_bias=_numbered(300))(),
         200,
+        fills_batches=True,
     ),
 )
 
