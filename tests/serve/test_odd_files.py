@@ -249,3 +249,30 @@ def test_datasets_and_workloads_that_are_no_files(tmp_path, kind):
         load_lengths(str(tmp_path / "a.json"), 2048)
     with pytest.raises((Unreadable, ValueError), match=rf"a\.json.* ({sentence}|there is no such file)"):
         load_classes(tmp_path / "a.json", Slo())
+
+
+def test_a_file_on_disk_is_read_where_it_is_and_an_open_one_is_copied(tmp_path, caplog):
+    """On some systems /dev/fd/N is read on from where another read stopped."""
+    path = tmp_path / "in.jsonl"
+    path.write_bytes(b"one\ntwo\n")
+    with caplog.at_level("INFO"):
+        with readable_twice(path) as place:
+            assert place == path and caplog.records == []
+        with path.open("rb") as file, readable_twice(Path(f"/dev/fd/{file.fileno()}")) as place:
+            assert not place.is_relative_to("/dev") and place.read_bytes() == b"one\ntwo\n"
+    first, second = (record.getMessage() for record in caplog.records)
+    assert first.endswith("can be read only once; reading all of it before the first answer")
+    assert second.startswith("read 8 bytes of /dev/fd/")
+
+
+def test_a_system_without_proc_has_a_copy_with_a_name(tmp_path, monkeypatch):
+    exists = Path.exists
+    monkeypatch.setattr(Path, "exists", lambda path: exists(path) and not path.is_relative_to("/proc"))
+    path = tmp_path / "pipe"
+    os.mkfifo(path)
+    writer = threading.Thread(target=path.write_bytes, args=(b"one\ntwo\n",))
+    writer.start()
+    with readable_twice(path) as place:
+        assert place.read_bytes() == b"one\ntwo\n" and place.parent != Path("/proc/self/fd")
+    writer.join()
+    assert not exists(place)
