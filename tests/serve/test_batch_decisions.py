@@ -2,8 +2,10 @@
 
 import io
 import json
+import re
 from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 from tqdm import tqdm
@@ -104,6 +106,25 @@ def test_a_line_has_three_attempts_each_with_an_id_of_its_own(tmp_path, times, s
     last = first if times == 0 else f"{first}-{min(times + 1, 3)}"
     assert results[2]["response"]["request_id"] == last
     assert job.counts["answered"] == (2 if status == 200 else 1) and job.counts["refused"] == (status == 500)
+
+
+@pytest.mark.parametrize(("times", "passes"), [(0, 1), (1, 2), (2, 3), (3, 3)])
+def test_the_lines_are_read_once_for_each_attempt_that_is_needed(tmp_path, times, passes):
+    engine = FakeEngine(tokenizer=CharTokenizer())
+    failing_on(engine, "z", times)
+    source = write(tmp_path / "in.jsonl", line("bad", {"prompt": "y", "max_tokens": 2}))
+    read, told = [], []
+
+    def lines():
+        read.append(source)
+        return read_lines(source)
+
+    bar = SimpleNamespace(update=lambda: None, set_postfix_str=lambda text, refresh: told.append((text, refresh)))
+    with ResultFile(tmp_path / "out.jsonl") as results:
+        BatchJob(engine, ServedModel(engine, "tiny"), lines, results, bar).run()
+    assert len(read) == passes
+    assert len(told) == min(times + 1, 3), "the rate is told when a line has ended, for the bar's next turn"
+    assert all(re.fullmatch(r"\d+ tokens/s, \d+ running", text) and refresh is False for text, refresh in told)
 
 
 def test_failures_count_as_in_a_row_only_until_a_line_succeeds(tmp_path):
