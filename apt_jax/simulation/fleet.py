@@ -65,6 +65,11 @@ class Fleet:
         for number in range(num_instances):
             self._add(0.0, 0.0, phase=(number + 0.5) / num_instances)
 
+    @property
+    def is_routed(self) -> bool:
+        """Whether there is a router, which sees instances between two iterations."""
+        return self._router is not None
+
     def route(self, request: Request, now: float) -> int:
         """The number of the instance that gets `request`."""
         if self._router is None:

@@ -1,16 +1,18 @@
 """One simulated instance: the engine's queues, block pool and policy, and the iteration that runs."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import cast
 
 from apt_jax.cache import BlockPool, per_kind
+from apt_jax.request import Status
 from apt_jax.routing.instance import InstanceLoad, instance_load
 from apt_jax.scheduling.costs.cost_model import CostModel
 from apt_jax.scheduling.costs.host_times import HostTime
 from apt_jax.scheduling.length import LengthPredictor
-from apt_jax.scheduling.plan import Plan
-from apt_jax.scheduling.policies.interface import Policy
+from apt_jax.scheduling.plan import Plan, Reason
+from apt_jax.scheduling.policies.interface import Policy, Repeat, Repeating
 from apt_jax.scheduling.state import Limits
 from apt_jax.simulation.requests.columns import SimulatedRequest
 from apt_jax.simulation.requests.state import SimulatedState
@@ -51,21 +53,33 @@ class Instance:
         self.samples: list[Sample] = []
         self.is_busy = False
         self._policy, self._cost_model, self._on_plan = policy, cost_model, on_plan
+        self._repeating = policy if isinstance(policy, Repeating) else None
         self._host_time = host_time
         self._num_scheduled = 0
         self._abandoned: list[SimulatedRequest] = []
         self._start_s = self._end_s = 0.0
         self._report: InstanceLoad | None = None
+        self._plan = Plan()
+        self._repeat: Repeat | None = None  # of the plan; None if it has to be made anew
 
     def add(self, request: SimulatedRequest, output_tokens: int) -> None:
         """Queue a request, which will end after `output_tokens`."""
-        self._report = None
+        self._report = self._repeat = None
         self.state.submit(request, output_tokens)
 
-    def begin(self, now: float) -> float | None:
-        """Plan and start an iteration; when it ends. None if the policy has nothing to do."""
+    def begin(self, now: float, horizon_s: float = -math.inf) -> float | None:
+        """Plan and start an iteration; when it ends. None if the policy has nothing to do.
+
+        Iterations before it that end before `horizon_s`, and in which nothing happens but that all decode, are run at
+        once where the policy says how long its plan stays.
+        """
         host_s = self._host_time.seconds(self.state.num_unfinished)
-        plan = self._policy.schedule(self.state, now) if self.state.num_unfinished else Plan()
+        if self._repeat is not None:
+            now = self._run_ahead(self._repeat, now, host_s, horizon_s)
+        if self._repeat is None:
+            self._plan = self._policy.schedule(self.state, now) if self.state.num_unfinished else Plan()
+            self._repeat = self._repeat_of(self._plan, now)
+        plan = self._plan
         if plan.is_empty:
             return None
         if self._on_plan is not None:
@@ -78,10 +92,57 @@ class Instance:
         self.is_busy = True
         return self._end_s
 
+    def _repeat_of(self, plan: Plan, now: float) -> Repeat | None:
+        """How long the policy would make this plan again; None if it is of another form, or the policy does not say."""
+        if self._repeating is None or len(plan.scheduled) != len(self.state.running):
+            return None
+        if plan.preempted or plan.converted or plan.abandoned or not plan.scheduled:
+            return None
+        if any(entry.reason is not Reason.DECODES for entry in plan.scheduled):
+            return None
+        return self._repeating.repeat(self.state, plan, now)
+
+    def _run_ahead(self, repeat: Repeat, now: float, host_s: float, horizon_s: float) -> float:
+        """Run iterations with the last plan; when the next one begins, with that plan if there still is `_repeat`."""
+        state, plan = self.state, self._plan
+        ahead, free, held = state.ahead(), state.pool.num_free, per_kind(state.pool.num_held)
+        running, waiting = len(state.running), len(state.waiting)
+        starts_s: list[float] = []
+        ends_s: list[float] = []
+        while True:
+            k = len(ends_s)
+            if now >= repeat.until_s or k >= repeat.iterations or ahead.blocks(k) > free:
+                self._repeat = None
+                break
+            end_s = now + host_s + self._cost_model.step_s(ahead.load(k))
+            if k == ahead.most - 1 or end_s >= horizon_s:
+                break
+            if self._on_plan is not None:
+                self._on_plan(plan, now)
+            held_blocks = tuple(blocks + grown[k] for blocks, grown in zip(held, ahead.grown, strict=True))
+            self.samples.append(Sample(now, end_s, running, running, waiting, held_blocks))
+            starts_s.append(now)
+            ends_s.append(end_s)
+            gap_s, now = end_s - now, end_s
+            if gap_s > repeat.longest_gap_s:
+                self._repeat = None
+                break
+        if ends_s:
+            state.repeat(plan, starts_s, ends_s)
+        if self._repeat is not None:
+            self._repeat = repeat._replace(iterations=repeat.iterations - len(ends_s) - 1)
+        assert self._repeating is not None
+        last_s = now if self._repeat is not None else starts_s[-1] if starts_s else None
+        if last_s is not None:
+            self._repeating.repeated(last_s)
+        return now
+
     def end(self) -> list[SimulatedRequest]:
         """Commit the iteration's tokens; the requests that finished, those that its plan abandoned included."""
         state, now = self.state, self._end_s
         finished = [*self._abandoned, *state.complete(now)]
+        if self._repeat is not None:
+            self._repeat = self._still(self._repeat, finished)
         for request in finished:
             self._policy.finished(request, now)
         held_blocks = per_kind(state.pool.num_held)
@@ -90,6 +151,17 @@ class Instance:
         self.samples.append(sample)
         self._report, self.is_busy = None, False
         return finished
+
+    def _still(self, repeat: Repeat, finished: list[SimulatedRequest]) -> Repeat | None:
+        """`repeat` after an iteration, if its plan stays: without those that finished in it."""
+        if not self.state.columns.gaps_now_s.max() <= repeat.longest_gap_s:
+            return None
+        if finished:
+            if not repeat.through_ends or not self.state.running:
+                return None
+            left = tuple(entry for entry in self._plan.scheduled if entry.request.status is Status.RUNNING)
+            self._plan = Plan(left)
+        return repeat
 
     def load(self, now: float, predictor: LengthPredictor) -> InstanceLoad:
         """The report for a router; the last one if nothing changed since."""

@@ -194,7 +194,9 @@ def simulate_fleet(
                 break
         if backlog is None and arrived == len(requests):
             backlog = arrived - finished
-        end_s = instance.begin(now)
+        # without a router nothing happens before the next arrival that anybody else sees
+        coming_s = requests[arrived].arrival_s if arrived < len(requests) else math.inf
+        end_s = instance.begin(now, -math.inf if fleet.is_routed else coming_s)
         if end_s is None:
             heapq.heappop(events)
             awake.discard(number)

@@ -22,6 +22,9 @@ class Foretold:
             return np.array([self._remaining[int(n)] for n in prompt_tokens], np.float64)
         return np.full(len(prompt_tokens), self._remaining, np.float64)
 
+    def remaining_of(self, requests, prompt_tokens, generated):
+        return self.remaining_tokens(prompt_tokens, generated)
+
 
 def decide(state, now, options="apt:prediction=off", model=TINY, remaining=256.0):
     return lines(make_policy(options, PolicyContext(model, predictor=Foretold(remaining))).schedule(state, now))

@@ -15,7 +15,7 @@ from apt_jax.scheduling.costs.cost_model import CostModel, Scales
 from apt_jax.scheduling.costs.hardware import HARDWARE, MODELS
 from apt_jax.scheduling.costs.step_load import StepLoad
 from apt_jax.scheduling.policies.apt.facts.lateness import is_late, is_overdue
-from apt_jax.scheduling.policies.apt.facts.ledger import Queue
+from apt_jax.scheduling.policies.apt.facts.queue import Queue
 from tests.support.apt_plans import decide
 from tests.support.scheduling_loop import make_state
 from tests.support.tiny_states import run, wait
@@ -115,7 +115,7 @@ def queue(generated, late_gaps=0, started=True, missed=False, given_up=False):
 def late(queue, pending_s, remaining=None, prefill_s=0.0):
     n = len(queue)
     remaining = None if remaining is None else np.array(remaining)
-    return is_late(queue, np.zeros(n) + pending_s, remaining, np.zeros(n) + prefill_s).tolist()
+    return is_late(queue, np.zeros(n) + pending_s, lambda: remaining, np.zeros(n) + prefill_s).tolist()
 
 
 def test_one_gap_in_a_hundred_is_forgiven():

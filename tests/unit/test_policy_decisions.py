@@ -67,6 +67,9 @@ class Lengths:
     def remaining_tokens(self, prompt, generated):
         return 10.0 * np.asarray(prompt) - np.asarray(generated)
 
+    def remaining_of(self, requests, prompt, generated):
+        return self.remaining_tokens(prompt, generated)
+
     def learn(self, request):
         self.learned.append(request.request_id)
 

@@ -8,8 +8,8 @@ memory is free, the oldest hidden request is converted to KV. Source: vLLM `core
 
 from apt_jax.request import Request
 from apt_jax.scheduling.plan import Plan
-from apt_jax.scheduling.policies.interface import PolicyContext
-from apt_jax.scheduling.policies.packing import serve_in_order
+from apt_jax.scheduling.policies.interface import PolicyContext, Repeat
+from apt_jax.scheduling.policies.packing import may_convert, serve_in_order
 from apt_jax.scheduling.state import SchedulerState
 
 
@@ -22,6 +22,13 @@ class Fcfs:
     def schedule(self, state: SchedulerState, now: float) -> Plan:
         """A prefill iteration if one fits, else a decode iteration."""
         return serve_in_order(state, state.waiting, state.running)
+
+    def repeat(self, state: SchedulerState, plan: Plan, now: float) -> Repeat:
+        """Until somebody comes or ends: nobody who waits fits into fewer free blocks."""
+        return Repeat(through_ends=not state.waiting and not may_convert(state))
+
+    def repeated(self, now: float) -> None:
+        """Nothing to learn."""
 
     def finished(self, request: Request, now: float) -> None:
         """Nothing to learn."""

@@ -1,7 +1,8 @@
 """The interface of a scheduling policy: what it decides, and what it may use besides the state."""
 
+import math
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 from apt_jax.request import Request
 from apt_jax.scheduling.costs.cost_model import CostModel
@@ -33,4 +34,35 @@ class Policy(Protocol):
 
     def finished(self, request: Request, now: float) -> None:
         """Called once for every request that ends, for policies that learn."""
+        ...
+
+
+class Repeat(NamedTuple):
+    """How long a policy would plan again what it has just planned: a token for every running request, nothing else.
+
+    That is so as long as nobody arrives or ends and the free blocks last for those that grow, and
+
+    Attributes:
+        until_s: in iterations that begin before this time;
+        longest_gap_s: after iterations in which no request had a longer gap between two tokens;
+        iterations: in so many further ones.
+        through_ends: it would also do so without a request that has ended.
+    """
+
+    until_s: float = math.inf
+    longest_gap_s: float = math.inf
+    iterations: float = math.inf
+    through_ends: bool = False
+
+
+@runtime_checkable
+class Repeating(Policy, Protocol):
+    """A policy that says for how long its plan stays, so that the simulator need not ask it in every iteration."""
+
+    def repeat(self, state: SchedulerState, plan: Plan, now: float) -> Repeat | None:
+        """Asked after `schedule(state, now)` returned such a `plan`; None if it has to be asked again."""
+        ...
+
+    def repeated(self, now: float) -> None:
+        """Its plan was carried out again, the last time at `now`."""
         ...

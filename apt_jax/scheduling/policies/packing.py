@@ -206,12 +206,17 @@ def _with_conversion(
     return Plan(scheduled=tuple(entries or scheduled), preempted=tuple(preempted), converted=converted, waited=waited)
 
 
+def may_convert(state: SchedulerState) -> bool:
+    """Whether the cache mode has a kind that converts to another of it."""
+    return any(kind.converts_to in state.limits.kinds for kind in state.limits.kinds)
+
+
 def plan_conversion(state: SchedulerState, free: int) -> tuple[Converted, ...]:
     """The oldest request that can be converted, if every running one can then still grow by a page of the new kind.
 
     `free` are blocks that nobody holds and nobody who decodes takes in this iteration.
     """
-    if not any(kind.converts_to in state.limits.kinds for kind in state.limits.kinds):
+    if not may_convert(state):
         return ()
     for request in state.running:
         assert request.table is not None

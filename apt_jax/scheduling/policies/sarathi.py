@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from apt_jax.ranges import check_at_least
 from apt_jax.request import Request
 from apt_jax.scheduling.plan import Plan
-from apt_jax.scheduling.policies.interface import PolicyContext
-from apt_jax.scheduling.policies.packing import plan_mixed
+from apt_jax.scheduling.policies.interface import PolicyContext, Repeat
+from apt_jax.scheduling.policies.packing import may_convert, plan_mixed
 from apt_jax.scheduling.state import SchedulerState
 
 
@@ -35,6 +35,13 @@ class Sarathi:
     def schedule(self, state: SchedulerState, now: float) -> Plan:
         """Decodes and prompt chunks together."""
         return plan_mixed(state, self._options.token_budget, least_tokens=1)
+
+    def repeat(self, state: SchedulerState, plan: Plan, now: float) -> Repeat:
+        """Until somebody comes or ends: nobody who waits fits into fewer free blocks."""
+        return Repeat(through_ends=not state.waiting and not may_convert(state))
+
+    def repeated(self, now: float) -> None:
+        """Nothing to learn."""
 
     def finished(self, request: Request, now: float) -> None:
         """Nothing to learn."""

@@ -29,6 +29,7 @@ class Columns:
         self._sampled: list[Ints] = []  # arrival numbers that got a token, by iteration
         self._ends_s: list[float] = []  # of these iterations
         self._times: tuple[Ints, Floats] | None = None
+        self.gaps_now_s: Floats = np.zeros(0)  # before the newest tokens
         self._name()
 
     def _name(self) -> None:
@@ -68,8 +69,24 @@ class Columns:
         self.inflight[orders] = 0
         self._sampled.append(orders)
         self._ends_s.append(now)
+        self.gaps_now_s = gaps
         self._times = None
         return self.generated[orders] >= self.target[orders]
+
+    def commit_often(self, orders: Ints, starts_s: Sequence[float], ends_s: Sequence[float]) -> None:
+        """A token of each of `orders` at every one of `ends_s`, from their last ones at the first of `starts_s` on."""
+        gaps = np.array(ends_s) - np.array(starts_s)
+        longest_s = float(gaps.max())
+        tbt_s, stall_s = self.tbt_s[orders], self.stall_s[orders]
+        if longest_s > min(tbt_s.min(), stall_s.min()):
+            self.late[orders] += (gaps > tbt_s[:, None]).sum(axis=1)
+            self.stalls[orders] += (gaps > stall_s[:, None]).sum(axis=1)
+        self.longest_s[orders] = np.fmax(self.longest_s[orders], longest_s)
+        self.last_s[orders] = ends_s[-1]
+        self.generated[orders] += len(ends_s)
+        self._sampled += [orders] * len(ends_s)
+        self._ends_s += ends_s
+        self._times = None
 
     def times_s(self, order: int) -> Floats:
         """When each token of one request came."""

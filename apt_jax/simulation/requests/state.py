@@ -4,7 +4,8 @@ Queues, blocks, admissions and preemptions are the engine's own (`SchedulerState
 all at once. `tests/unit/test_simulated_state.py` compares both, request by request.
 """
 
-from typing import cast
+from collections.abc import Sequence
+from typing import NamedTuple, cast
 
 import numpy as np
 
@@ -17,6 +18,34 @@ from apt_jax.scheduling.state import Limits, SchedulerState, Span
 from apt_jax.simulation.requests.columns import Columns, SimulatedRequest
 
 _OTHERS = (0,) * (len(KINDS) - 1)  # kinds but the first
+
+
+class Ahead(NamedTuple):
+    """Iterations from now in which all running requests decode, until the first of them ends.
+
+    Attributes:
+        most: iterations, the last of which is the one that ends it.
+        grown: `[kinds][most]` blocks of each kind that they take more, those of earlier iterations included.
+        contexts: tokens of each kind that the first iteration reads; each further one reads `decodes` more.
+        decodes: requests of each kind.
+    """
+
+    most: int
+    grown: list[list[int]]
+    contexts: list[int]
+    decodes: list[int]
+
+    def load(self, iteration: int) -> StepLoad:
+        """What an iteration reads and computes."""
+        total = sum(self.decodes)
+        contexts = [now + iteration * more for now, more in zip(self.contexts, self.decodes, strict=True)]
+        return StepLoad(
+            decode_requests=total, context_tokens=tuple(contexts), samples=total, decodes=tuple(self.decodes)
+        )
+
+    def blocks(self, iteration: int) -> int:
+        """Blocks taken until this iteration."""
+        return sum(grown[iteration] for grown in self.grown)
 
 
 class SimulatedState(SchedulerState):
@@ -37,10 +66,8 @@ class SimulatedState(SchedulerState):
 
     def running_progress(self) -> Progress:
         """Columns of the running requests, in their order."""
-        if self._orders is None:
-            self._orders = np.array([r.order for r in self.running], np.int64)
         if self._progress is None:
-            self._progress = self.columns.progress(self._orders)
+            self._progress = self.columns.progress(self._running_orders())
         return self._progress
 
     def advance(self, plan: Plan, now: float) -> StepLoad:
@@ -49,6 +76,9 @@ class SimulatedState(SchedulerState):
         if plan.preempted:
             self._orders = None
         self._clear(plan, now)
+        if plan is self._plan and self._orders is not None and len(plan.scheduled) == len(self._orders):
+            decoded, self._sampling = self._decode_all(self._orders)  # once more
+            return decoded
         for converted in plan.converted:
             self._note_table(converted.request)
         self._plan = plan
@@ -89,21 +119,64 @@ class SimulatedState(SchedulerState):
         self._orders = self._progress = None
         super().finish(request, reason)
 
-    def _decode(self, requests: list[SimulatedRequest]) -> tuple[StepLoad, Ints]:
-        """Compute one token of each of `requests`, which run; the load of that, and who samples."""
-        columns, block_size = self.columns, self.pool.block_size
-        orders = self._orders
-        if orders is None or len(requests) != len(orders):
-            orders = np.array([r.order for r in requests], np.int64)
+    def ahead(self) -> "Ahead":
+        """What would happen if all running requests, each of which has only its newest token to compute, went on."""
+        orders, columns = self._running_orders(), self.columns
         known = columns.prompt[orders] + columns.generated[orders]
-        end = columns.computed[orders] + 1
-        full = known > columns.pages[orders] * block_size
+        most = int((columns.target[orders] - columns.generated[orders]).min())
+        overflow = columns.pages[orders] * self.pool.block_size - known + 1  # iteration that needs a page, from now
+        kinds = columns.kind[orders]
+        grown, contexts, decodes = [], [], []
+        for kind in KINDS:
+            mine = kinds == kind.index
+            pages, at = np.zeros(most, np.int64), overflow[mine]
+            while len(at := at[at < most]):
+                pages += np.bincount(at, minlength=most)
+                at = at + self.pool.block_size
+            grown.append((np.cumsum(pages) * kind.blocks_per_page).tolist())
+            contexts.append(int(known[mine].sum()))
+            decodes.append(int(np.count_nonzero(mine)))
+        return Ahead(most, grown, contexts, decodes)
+
+    def repeat(self, plan: Plan, starts_s: Sequence[float], ends_s: Sequence[float]) -> None:
+        """Carry out and complete `plan`, under which all running requests decode, several times; nobody ends."""
+        self._progress = None
+        orders, columns = self._running_orders(), self.columns
+        for start_s in starts_s:
+            self.plans.record(plan, start_s)
+        columns.commit_often(orders, starts_s, ends_s)
+        known = columns.prompt[orders] + columns.generated[orders] - 1  # of the last iteration
+        self._grow(orders, known)
+        columns.computed[orders] = known
+
+    def _running_orders(self) -> Ints:
+        if self._orders is None:
+            self._orders = np.array([r.order for r in self.running], np.int64)
+        return self._orders
+
+    def _grow(self, orders: Ints, known: Ints) -> None:
+        """Give each of `orders` the blocks for `known` tokens."""
+        columns = self.columns
+        full = known > columns.pages[orders] * self.pool.block_size
         if full.any():
             for order, tokens in zip(orders[full].tolist(), known[full].tolist(), strict=True):
                 table = columns.requests[order].table
                 assert table is not None
                 self.pool.grow(table, tokens)
                 columns.pages[order] = table.num_pages
+
+    def _decode(self, requests: list[SimulatedRequest]) -> tuple[StepLoad, Ints]:
+        """Compute one token of each of `requests`, which run; the load of that, and who samples."""
+        orders = self._orders
+        if orders is None or len(requests) != len(orders):
+            orders = np.array([r.order for r in requests], np.int64)
+        return self._decode_all(orders)
+
+    def _decode_all(self, orders: Ints) -> tuple[StepLoad, Ints]:
+        columns = self.columns
+        known = columns.prompt[orders] + columns.generated[orders]
+        end = columns.computed[orders] + 1
+        self._grow(orders, known)
         columns.computed[orders] = end
         is_last = end >= known
         assert (end <= known).all()

@@ -10,6 +10,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from dataclasses import dataclass
 from typing import Any
 
+from apt_jax.scheduling.costs.host_times import host_time
 from apt_jax.simulation.experiment import Configuration, Experiment
 from apt_jax.simulation.instance import Sample
 from apt_jax.simulation.report import Report
@@ -45,6 +46,7 @@ class Point:
     first_tokens_s: tuple[float, ...] = ()
 
 
+USUAL_REQUESTS = 100  # unfinished at a time
 Job = Generator[Task, Point, Any]
 
 
@@ -66,6 +68,8 @@ def run_jobs(
 ) -> list[Any]:
     """What each job returns, in order.
 
+    Of the tasks that are ready the longest goes first, so that at the end no process waits for a search of others.
+
     Args:
         jobs: started here.
         num_processes: 1 runs all of it in this one.
@@ -79,6 +83,7 @@ def run_jobs(
         return [_alone(job, on_point) for job in jobs]
     answers: list[Any] = [None] * len(jobs)
     running: dict[Future[Point], tuple[int, Task]] = {}
+    ready: list[tuple[float, int, Task]] = []
     context = multiprocessing.get_context("spawn")  # a fork of a process with threads may hang
     with ProcessPoolExecutor(num_processes, mp_context=context) as pool:
 
@@ -88,21 +93,34 @@ def run_jobs(
             except StopIteration as end:
                 answers[number] = end.value
             else:
+                ready.append((-_cost(task), number, task))
+
+        def hand_out() -> None:
+            ready.sort(key=lambda entry: entry[:2])
+            while ready and len(running) < num_processes:
+                _, number, task = ready.pop(0)
                 running[pool.submit(simulate_point, task)] = number, task
 
         try:
             for number in range(len(jobs)):
                 advance(number, None)
+            hand_out()
             while running:
                 for future in wait(running, return_when=FIRST_COMPLETED).done:
                     number, task = running.pop(future)
                     point = future.result()
                     on_point(task)
                     advance(number, point)
+                hand_out()
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
     return answers
+
+
+def _cost(task: Task) -> float:
+    """About how long a simulation takes, as far as is known before: as its policy does to decide."""
+    return host_time(task.configuration[0]).seconds(USUAL_REQUESTS)
 
 
 def _alone(job: Job, on_point: Callable[[Task], None]) -> Any:

@@ -20,6 +20,7 @@ from apt_jax.scheduling.policies.apt.lane import admit_lane
 from apt_jax.scheduling.policies.apt.price import allowed_kinds
 
 UNKNOWN_RHO_S = 1e-9  # without a cost model KV is taken to be faster by next to nothing: first choice while it fits
+ROUNDING_BLOCKS = 1e-6  # of sums of expected blocks in another order
 OFFERS = 64  # waiting requests looked at in one go
 
 
@@ -33,8 +34,39 @@ def admit(view: View, draft: Draft) -> Draft:
     capacity = draft.free_blocks - spare + int(draft.claims[victims].sum())
     if capacity < view.least_blocks_per_page:
         return draft
+    forecast = _forecast(view, draft)
+    if not _may_admit(view, draft, forecast, spare, victims):
+        return draft
     order, is_hidden = _solve(view, draft, capacity)
-    return _take(view, draft, order, is_hidden, spare, victims)
+    return _take(view, draft, order, is_hidden, spare, victims, forecast)
+
+
+def may_fit(view: View, draft: Draft, spare: int, victims: Ints) -> Bools:
+    """`[waiting]` whether there would be blocks and a seat for each alone, one in time with all victims gone."""
+    room = draft.free_blocks - spare
+    most = room + int(draft.claims[victims].sum())
+    for_late, in_time = room if draft.seats > 0 else -1, most if draft.seats + len(victims) > 0 else -1
+    fits = view.pages_w * view.least_blocks_per_page <= np.where(view.late_w, for_late, in_time)
+    return fits & ~view.lane_w
+
+
+def _may_admit(view: View, draft: Draft, forecast: Forecast | None, spare: int, victims: Ints) -> bool:
+    """Whether anyone might be admitted, in whatever order they are offered; False is certain, True is not.
+
+    Each waiting request is tried alone, in its smallest kind; one in time with all victims gone.
+    """
+    late, fits = view.late_w, may_fit(view, draft, spare, victims)
+    if not fits.any():
+        return False
+    if forecast is None or not (draft.admitted or len(view.running) > len(draft.preempted) + len(victims)):
+        return True
+    roomy = forecast
+    if len(victims):
+        roomy = forecast.without(view.expected_r(victims).sum(axis=0), view.variance_r(victims).sum(axis=0))
+    index = np.flatnonzero(fits)
+    expected = view.expected_w(index, np.full(len(index), view.least_blocks_per_page))
+    rooms = np.where(late[index, None], forecast.rooms()[1], roomy.rooms()[0])
+    return bool((expected <= rooms + ROUNDING_BLOCKS).all(axis=1).any())
 
 
 def _solve(view: View, draft: Draft, capacity: int) -> tuple[Ints, Bools]:
@@ -71,9 +103,10 @@ class _Offer(NamedTuple):
     expected: list[float] | None
 
 
-def _take(view: View, draft: Draft, order: Ints, is_hidden: Bools, spare: int, late_running: Ints) -> Draft:
+def _take(
+    view: View, draft: Draft, order: Ints, is_hidden: Bools, spare: int, late_running: Ints, forecast: Forecast | None
+) -> Draft:
     """Admit in order while seats, blocks and the forecast allow; late running requests make room if it is used."""
-    forecast = _forecast(view, draft)
     rooms = None if forecast is None else forecast.rooms()
     victims = late_running.tolist()
     preempted, admitted = dict(draft.preempted), list(draft.admitted)

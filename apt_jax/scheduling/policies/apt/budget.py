@@ -6,6 +6,7 @@ quarter of the tightest promise.
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -54,6 +55,19 @@ class Budget:
     free_s: float
     given_s: float
     most_extra_s: float
+
+
+class Asked(NamedTuple):
+    """The prompts of a draft in the order in which they are computed, and what its iteration gives to them."""
+
+    prompts: list[Prompt]
+    budget: Budget
+
+
+def ask(view: View, draft: Draft) -> Asked:
+    """Of an iteration of `draft`."""
+    wanted = prompts(view, draft)
+    return Asked(wanted, prefill_budget(view, draft, wanted))
 
 
 def prompts(view: View, draft: Draft) -> list[Prompt]:

@@ -6,7 +6,7 @@ what the chunk hides behind reading the weights; beyond it the rest of the promp
 
 from apt_jax.scheduling.costs.cost_model import CostModel
 from apt_jax.scheduling.plan import Scheduled
-from apt_jax.scheduling.policies.apt.budget import Budget, Prompt, prefill_budget, prompts
+from apt_jax.scheduling.policies.apt.budget import Asked, Budget, Prompt, ask
 from apt_jax.scheduling.policies.apt.draft import Draft
 from apt_jax.scheduling.policies.apt.facts.view import View, prompt_token_s
 
@@ -14,14 +14,14 @@ MIN_PREFILL_TOKENS = 16  # of the first prompt, whatever the budget
 PREFIX_SHARE = 0.5  # of the free seconds that a prefix may take before the rest is computed in one piece
 
 
-def share_out(view: View, draft: Draft) -> tuple[Draft, list[Scheduled]]:
+def share_out(view: View, draft: Draft, asked: Asked | None = None) -> tuple[Draft, list[Scheduled]]:
     """Chunks of the iteration, and `draft` without the admissions that get none.
 
-    Those preempted for them stay, which takes seconds of the budget: hence the loop.
+    Those preempted for them stay, which takes seconds of the budget: hence the loop. `asked` is of `draft`, if known.
     """
     while True:
-        wanted = prompts(view, draft)
-        chunks = _chunks(view, draft, wanted)
+        chunks = _chunks(view, draft, asked or ask(view, draft))
+        asked = None
         admitted = {prompt.admission for prompt, _ in chunks}
         unreached = [k for k in range(len(draft.admitted)) if k not in admitted]
         if not unreached:
@@ -29,12 +29,12 @@ def share_out(view: View, draft: Draft) -> tuple[Draft, list[Scheduled]]:
         draft = draft.without(unreached)
 
 
-def _chunks(view: View, draft: Draft, wanted: list[Prompt]) -> list[tuple[Prompt, int]]:
+def _chunks(view: View, draft: Draft, asked: Asked) -> list[tuple[Prompt, int]]:
     model = view.context.cost_model if view.options.paced else None
     tokens = view.state.limits.max_num_batched_tokens - len(draft.decode_index)
-    left = None if model is None else _Left(model, prefill_budget(view, draft, wanted))
+    left = None if model is None else _Left(model, asked.budget)
     chunks: list[tuple[Prompt, int]] = []
-    for prompt in wanted:
+    for prompt in asked.prompts:
         if tokens <= 0:
             break
         size = min(prompt.uncomputed, tokens)

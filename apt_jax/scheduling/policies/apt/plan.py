@@ -1,4 +1,4 @@
-"""Turns the chosen draft into a `Plan`: what each request computes, and why the others wait."""
+"""Turns the chosen draft into a `Plan`: what each request computes, which caches become KV, and why the others wait."""
 
 from itertools import compress
 
@@ -6,21 +6,23 @@ import numpy as np
 
 from apt_jax.request import Request
 from apt_jax.scheduling.plan import Converted, Plan, Preempted, Reason, Scheduled, Waited
+from apt_jax.scheduling.policies.apt.budget import Asked
 from apt_jax.scheduling.policies.apt.chunks import share_out
-from apt_jax.scheduling.policies.apt.conversion import conversions
 from apt_jax.scheduling.policies.apt.draft import Draft
-from apt_jax.scheduling.policies.apt.facts.ledger import Queue
+from apt_jax.scheduling.policies.apt.facts.queue import Queue
 from apt_jax.scheduling.policies.apt.facts.view import View
 from apt_jax.scheduling.policies.apt.knapsack.problem import Bools
 
+RESERVE_SHARE = 4  # a quarter of the pool stays free for the growth of all when a hidden request is converted to KV
 
-def build_plan(view: View, draft: Draft) -> Plan:
-    """The plan that carries `draft` out, as far as the prefill budget reaches."""
+
+def build_plan(view: View, draft: Draft, asked: Asked | None = None) -> Plan:
+    """The plan that carries `draft` out, as far as the prefill budget reaches; `asked` is of `draft`, if known."""
     running = view.running.requests
-    converted = conversions(view, draft)
+    converted = _conversions(view, draft)
     chunks: list[Scheduled] = []
     if draft.admitted or draft.prefills.any():
-        draft, chunks = share_out(view, draft)
+        draft, chunks = share_out(view, draft, asked)
     scheduled = (*_decodes(view, draft, converted), *chunks)
     return Plan(
         scheduled=scheduled,
@@ -36,6 +38,29 @@ def _decodes(view: View, draft: Draft, converted: list[int]) -> list[Scheduled]:
         assert view.kv_kind is not None
         entries[i] = entries[i]._replace(kind=view.kv_kind)
     return entries if computes.all() else list(compress(entries, computes.tolist()))
+
+
+def _conversions(view: View, draft: Draft) -> list[int]:
+    """Indices of decoding requests to convert, the oldest first; none while anyone waits or has been preempted."""
+    limits, pool, kv, hidden = view.state.limits, view.state.pool, view.kv_kind, view.hidden_kind
+    if kv is None or hidden is None or hidden.converts_to is not kv or view.rho_s < 0:
+        return []
+    if not view.options.convert or draft.preempted or len(view.waiting) > len(draft.admitted):
+        return []
+    reserve = max(limits.watermark_blocks, pool.num_blocks // RESERVE_SHARE) + kv.blocks_per_page * len(view.running)
+    room = draft.free_blocks - reserve
+    if room <= 0:
+        return []
+    added_per_page = kv.blocks_per_page - hidden.blocks_per_page
+    budget = limits.max_num_batched_tokens  # projected tokens, like prefill
+    chosen = []
+    for i in draft.decode_index[view.running.kind[draft.decode_index] == hidden.index].tolist():
+        blocks, tokens = int(view.pages_r[i]) * added_per_page, int(view.running.tokens[i])
+        if blocks <= room and tokens <= budget:
+            chosen.append(i)
+            room -= blocks
+            budget -= tokens
+    return chosen
 
 
 def _waited(view: View, draft: Draft) -> tuple[Waited, ...]:

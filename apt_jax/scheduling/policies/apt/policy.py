@@ -6,11 +6,12 @@ chooses; (3) decode and prefill run together where the cost model says that is f
 cumulative pending time runs; (4) hidden requests are converted to KV where memory stays free and KV is faster.
 Requests that can no longer keep their SLO are demoted, with a bound on their wait (`facts/lateness.py`).
 
-`facts/` holds what is known: `ledger.py` the queues as columns, `view.py` needs and values, `lateness.py` who can no
-longer keep its SLO and the lane, `forecast.py` the blocks expected to be held later. `draft.py` is what one attempt has
-decided; `eviction.py`, `lane.py`, `admission.py` and `price.py` decide who gives up memory, who is admitted, as what
-kind; `turns.py` says which attempt is carried out; `budget.py` and `chunks.py` how many prompt tokens, and whose;
-`conversion.py` which caches become KV; `plan.py` makes the plan. `knapsack/` is the problem as data and its solvers.
+`facts/` holds what is known: `queue.py` and `ledger.py` the queues as columns, `view.py` what follows from them,
+`values.py` what serving each is worth, `lateness.py` who can no longer keep its SLO and the lane, `forecast.py` the
+blocks expected to be held later. `draft.py` is what one attempt has decided; `eviction.py`, `lane.py`, `admission.py`
+and `price.py` decide who gives up memory, who is admitted, as what kind; `turns.py` says which attempt is carried out;
+`budget.py` and `chunks.py` how many prompt tokens, and whose; `plan.py` makes the plan, conversions to KV included;
+`repetition.py` says how long it stays. `knapsack/` is the problem as data and its solvers.
 `apt-paper` is the original without what is added here. Source: Apt-Serve, arXiv 2504.07494, sections 4 and 5.
 """
 
@@ -20,12 +21,14 @@ import numpy as np
 
 from apt_jax.request import Request
 from apt_jax.scheduling.plan import Plan, Reason
+from apt_jax.scheduling.policies.apt.draft import Draft
 from apt_jax.scheduling.policies.apt.facts.ledger import Ledger
 from apt_jax.scheduling.policies.apt.facts.view import View
 from apt_jax.scheduling.policies.apt.options import AptOptions, PaperOptions
 from apt_jax.scheduling.policies.apt.plan import build_plan
+from apt_jax.scheduling.policies.apt.repetition import repeat_of
 from apt_jax.scheduling.policies.apt.turns import choose_draft
-from apt_jax.scheduling.policies.interface import PolicyContext
+from apt_jax.scheduling.policies.interface import PolicyContext, Repeat
 from apt_jax.scheduling.state import SchedulerState
 
 LEAST_TICK_S, MOST_TICK_S = 1e-3, 0.25
@@ -42,6 +45,7 @@ class Apt:
         self._options = options or self.Options()
         self._ledger = Ledger()
         self._last_s: float | None = None
+        self._decided: tuple[View, Draft] | None = None  # last
 
     def schedule(self, state: SchedulerState, now: float) -> Plan:
         """The next iteration."""
@@ -52,12 +56,23 @@ class Apt:
         self._last_s = now
         waiting, running = self._ledger.update(state)
         view = View(self._context, self._options, state, waiting, running, now, tick_s)
-        plan = build_plan(view, choose_draft(view))
+        draft, asked = choose_draft(view)
+        plan = build_plan(view, draft, asked)
+        self._decided = view, draft
         if self._options.fallback == "aging":
             self._ledger.give_up(view.late_w, view.late_r)
             admitted = [entry.request for entry in plan.scheduled if entry.reason is Reason.ADMITTED_LONGEST_LATE]
-            self._ledger.enter_lane([*compress(running.requests, view.lane_r.tolist()), *admitted])
+            in_lane = compress(running.requests, view.lane_r.tolist()) if view.lane_r.any() else ()
+            self._ledger.enter_lane([*in_lane, *admitted])
         return plan
+
+    def repeat(self, state: SchedulerState, plan: Plan, now: float) -> Repeat | None:
+        """As far as `repetition.py` can tell."""
+        return None if self._decided is None else repeat_of(*self._decided)
+
+    def repeated(self, now: float) -> None:
+        """An iteration was as long as it took since the last one."""
+        self._last_s = now
 
     def finished(self, request: Request, now: float) -> None:
         """Learn its length."""

@@ -2,36 +2,43 @@
 
 from apt_jax.scheduling.costs.step_load import StepLoad
 from apt_jax.scheduling.policies.apt.admission import admit
-from apt_jax.scheduling.policies.apt.budget import prefill_budget, prompts
+from apt_jax.scheduling.policies.apt.budget import Asked, ask
 from apt_jax.scheduling.policies.apt.draft import Draft
 from apt_jax.scheduling.policies.apt.eviction import start_draft
 from apt_jax.scheduling.policies.apt.facts.view import View, prompt_token_s
 from apt_jax.scheduling.policies.apt.lane import admit_lane
 
 
-def choose_draft(view: View) -> Draft:
-    """The attempt to carry out: decodes and prefills together where that is faster, else one of the two."""
+def choose_draft(view: View) -> tuple[Draft, Asked | None]:
+    """The attempt to carry out: decodes and prefills together where that is faster, else one of the two.
+
+    And, where that was computed on the way, what its prompts ask for.
+    """
+    if not len(view.waiting) and not view.prefills_r.any():
+        return start_draft(view, view.decodes_r, view.prefills_r, mixes=True), None  # nothing to choose
     if view.options.mixed and view.context.cost_model is not None:
         draft = admit(view, start_draft(view, view.decodes_r, view.prefills_r, mixes=True))
-        if _gains_by_mixing(view, draft):
-            return draft
-    return _alternate(view)
+        if not len(draft.decode_index) or not (draft.admitted or draft.prefills.any()):
+            return draft, None
+        asked = ask(view, draft)
+        if _gains_by_mixing(view, draft, asked.budget.given_s):
+            return draft, asked
+    return _alternate(view), None
 
 
-def _gains_by_mixing(view: View, draft: Draft) -> bool:
+def _gains_by_mixing(view: View, draft: Draft, given_s: float) -> bool:
     """Whether decodes and prompt chunks take no longer together than one after the other.
 
     Together the weights are read once, but the tokens are padded to another program's size. Attention costs the
-    same.
+    same. `given_s` are the seconds of products that the prompts get.
     """
     model = view.context.cost_model
     assert model is not None
     decodes = len(draft.decode_index)
     wanted = int(view.running.uncomputed[draft.prefills & draft.stays].sum())
     wanted += int(view.waiting.uncomputed[[entry.position for entry in draft.admitted]].sum())
-    if not decodes or not wanted:
+    if not wanted:
         return True
-    given_s = prefill_budget(view, draft, prompts(view, draft)).given_s
     most = min(view.state.limits.max_num_batched_tokens - decodes, given_s / prompt_token_s(model))
     tokens = min(wanted, max(int(most), 1))
     decode, prefill = StepLoad(decode_requests=decodes, samples=decodes), StepLoad(tokens, samples=1)

@@ -6,8 +6,8 @@ the next iteration. Source: docs/scheduling/vllm-v0.md.
 
 from apt_jax.request import Request
 from apt_jax.scheduling.plan import Plan
-from apt_jax.scheduling.policies.interface import PolicyContext
-from apt_jax.scheduling.policies.packing import serve_in_order
+from apt_jax.scheduling.policies.interface import PolicyContext, Repeat
+from apt_jax.scheduling.policies.packing import may_convert, serve_in_order
 from apt_jax.scheduling.state import SchedulerState
 
 
@@ -20,6 +20,13 @@ class VllmV0:
     def schedule(self, state: SchedulerState, now: float) -> Plan:
         """A prefill iteration if a prompt fits, else a decode iteration."""
         return serve_in_order(state, state.waiting, state.running, whole_prompts=True)
+
+    def repeat(self, state: SchedulerState, plan: Plan, now: float) -> Repeat:
+        """Until somebody comes or ends: nobody who waits fits into fewer free blocks."""
+        return Repeat(through_ends=not state.waiting and not may_convert(state))
+
+    def repeated(self, now: float) -> None:
+        """Nothing to learn."""
 
     def finished(self, request: Request, now: float) -> None:
         """Nothing to learn."""

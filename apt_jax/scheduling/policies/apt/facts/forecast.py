@@ -25,11 +25,16 @@ def expected_blocks(tokens: Ints, blocks_per_page: Ints, remaining: Floats, bloc
     return np.asarray(survives * pages * blocks_per_page[:, None])
 
 
-def variance_blocks(tokens: Ints, blocks_per_page: Ints, remaining: Floats, block_size: int) -> NDArray[np.float64]:
-    """`[n, horizons]` variance of the blocks of each request. Pure."""
+def moments_of_blocks(
+    tokens: Ints, blocks_per_page: Ints, remaining: Floats, block_size: int
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """`[n, horizons]` expected blocks of each request, as `expected_blocks`, and their variance. Pure."""
     survives = np.exp(-HORIZONS / remaining[:, None])
-    blocks = (tokens[:, None] + HORIZONS) / block_size * blocks_per_page[:, None]
-    return np.asarray(survives * (1 - survives) * blocks**2)
+    exact = (tokens[:, None] + HORIZONS) / block_size
+    pages = exact + 0.5
+    pages[:, 0] = -(-tokens // block_size)
+    per_page = blocks_per_page[:, None]
+    return survives * pages * per_page, survives * (1 - survives) * (exact * per_page) ** 2
 
 
 class Forecast(NamedTuple):

@@ -19,34 +19,40 @@ at most max(P / 4, 2 T, T + C) long by the cost model, attention among the promp
 weights read again for mixed kinds not counted. `tests/unit/test_apt_lane.py` holds the policy to both.
 """
 
+from collections.abc import Callable
 from typing import Literal
 
 import numpy as np
 
-from apt_jax.scheduling.policies.apt.facts.ledger import Queue
+from apt_jax.scheduling.policies.apt.facts.queue import Queue
 from apt_jax.scheduling.policies.apt.knapsack.problem import Bools, Floats, Ints
 
 Fallback = Literal["aging", "constant", "none"]
+Remaining = Callable[[], Floats | None]  # predicted tokens to come of each, None without prediction
 DEMOTED_VALUE = 1e-4  # of the paper's released code
 
 
-def is_late(queue: Queue, pending_s: Floats, remaining_tokens: Floats | None, prefill_s: Floats) -> Bools:
+def is_late(queue: Queue, pending_s: Floats, remaining_tokens: Remaining, prefill_s: Floats | float) -> Bools:
     """`[n]` whether a request can no longer attain its SLO, strictly read.
 
     That is so when its first token or a stall limit is overdue, or will be even if its prompt is computed at once,
     which takes `prefill_s`; or when more gaps are too long than the 99th percentile forgives: one in a hundred of all
-    gaps. `remaining_tokens` are the tokens expected to come; without them only the gaps so far count.
+    gaps. `remaining_tokens` are the tokens expected to come, asked for where someone has such a gap; without them only
+    the gaps so far count.
     """
-    total = queue.generated + (0 if remaining_tokens is None else remaining_tokens)
-    forgiven = np.floor(np.maximum(total - 1, 0) / 100)
+    late = queue.missed | queue.given_up | (pending_s + prefill_s > queue.limit_s)
     gaps = queue.late_gaps + (pending_s > queue.tbt_slo_s)
-    overdue = pending_s + prefill_s > queue.limit_s
-    return queue.missed | queue.given_up | overdue | (queue.started & (gaps > forgiven))
+    gaps[~queue.started] = 0
+    if gaps.any():
+        remaining = remaining_tokens()
+        total = queue.generated + (0 if remaining is None else remaining)
+        late |= gaps > np.floor(np.maximum(total - 1, 0) / 100)
+    return late
 
 
 def is_overdue(queue: Queue, pending_s: Floats) -> Bools:
     """`[n]` the released Apt-Serve's test: the next token is late. Forgets earlier misses."""
-    return np.asarray(pending_s > queue.slo_s())
+    return np.asarray(pending_s > queue.slo_s)
 
 
 def lane(

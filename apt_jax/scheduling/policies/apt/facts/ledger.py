@@ -4,13 +4,14 @@ A waiting request does not change, so per plan only new arrivals and running req
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 
 from apt_jax.cache import KINDS, per_kind
 from apt_jax.request import Request, Status
 from apt_jax.scheduling.plan import Reason, Scheduled
+from apt_jax.scheduling.policies.apt.facts.queue import Queue
 from apt_jax.scheduling.policies.apt.knapsack.problem import Bools, Floats, Ints
 from apt_jax.scheduling.progress import Progress, progress_of
 from apt_jax.scheduling.state import SchedulerState
@@ -21,68 +22,16 @@ _BLOCKS_PER_PAGE = np.array(per_kind(lambda kind: kind.blocks_per_page), np.int6
 _LATE, _IN_LANE = 1, 2  # standings
 
 
-@dataclass(frozen=True)
-class Queue:
-    """Columns of one queue in order of arrival; arrays are `[n]`, times in seconds.
+class _Lasting(NamedTuple):
+    """Columns of the running requests that change only when one comes, ends or gets another standing."""
 
-    `since_s` is the last token or arrival; `tokens` are all known tokens; `uncomputed` those not cached yet;
-    `late_gaps` counts gaps over the SLO; `started` says that the first token is out, `missed` that it was late or that
-    a gap was longer than the stall limit; `given_up` that it was late once, which does not turn back; `in_lane` that it
-    has entered the lane; `kind` is the `CacheKind.index`; this, `pages_held` and `blocks_per_page` are 0 for a waiting
-    request; `decodes` are the entries with which running ones decode.
-    """
-
-    requests: Sequence[Request]
-    since_s: Floats
     arrival_s: Floats
     ttft_slo_s: Floats
     tbt_slo_s: Floats
     stall_slo_s: Floats
-    prompt_tokens: Ints
-    max_new_tokens: Ints
-    tokens: Ints
-    uncomputed: Ints
-    late_gaps: Ints
-    started: Bools
-    missed: Bools
+    priority: Ints
     given_up: Bools
     in_lane: Bools
-    priority: Ints
-    pages_held: Ints
-    kind: Ints
-    blocks_per_page: Ints
-    decodes: Sequence[Scheduled] = ()
-
-    def __len__(self) -> int:
-        return len(self.requests)
-
-    @property
-    def generated(self) -> Ints:
-        """Tokens generated so far."""
-        return self.tokens - self.prompt_tokens
-
-    @property
-    def decoding(self) -> Bools:
-        """Whether only the newest token is left to compute."""
-        return (self.generated > 0) & (self.uncomputed == 1)
-
-    @property
-    def may_sample(self) -> Bools:
-        """Whether it may generate more than what is generated or in flight."""
-        return self.generated < self.max_new_tokens
-
-    def pages(self, block_size: int) -> Ints:
-        """Pages that all known tokens take."""
-        return -(-self.tokens // block_size)
-
-    @property
-    def limit_s(self) -> Floats:
-        """Seconds since the last token or arrival within which the next token is due: first token, or stall limit."""
-        return np.where(self.started, self.stall_slo_s, self.ttft_slo_s)
-
-    def slo_s(self) -> Floats:
-        """The SLO of the next token: time to first token, or gap."""
-        return np.where(self.started, self.tbt_slo_s, self.ttft_slo_s)
 
 
 class Ledger:
@@ -95,11 +44,14 @@ class Ledger:
         self._times = np.zeros((5, capacity))  # arrival, the three SLOs, since
         # prompt, most new tokens, priority, standing (0 in time), tokens, uncomputed tokens, late gaps, started, missed
         self._counts = np.zeros((9, capacity), np.int64)
+        self._has_new_standings = False  # since the queues' columns were gathered
         self._ran: list[Request] = []
         self._ran_orders = self._waiting_orders = np.zeros(0, np.int64)
         self._ran_kind = np.zeros(0, np.int64)
         self._decodes: list[Scheduled] = []
         self._waiting = self._waiting_queue([])
+        self._lasting = self._lasting_of(self._ran_orders)
+        self._running = self._running_queue(progress_of([]))
 
     def update(self, state: SchedulerState) -> tuple[Queue, Queue]:
         """Columns of the waiting and of the running requests."""
@@ -107,25 +59,17 @@ class Ledger:
         newest = max((q[-1].order for q in (waiting, running) if q), default=-1)
         if newest - self._base >= self._times.shape[1]:
             self._make_room(min(q[0].order for q in (waiting, running) if q), newest)
-        fresh = [r for q in (waiting, running) for r in _newer(q, self._next)]
+        fresh = [r for q in (waiting, running) for r in _newer(q, self._next)] if newest >= self._next else []
         self._next = max(self._next, newest + 1)
         if fresh:
-            column = _orders(fresh) - self._base
-            slos = [(r.arrival_s, r.slo.ttft_s, r.slo.tbt_s, r.slo.stall_limit_s) for r in fresh]
-            self._times[:4, column] = np.array(slos).T
-            counts = [(len(r.prompt_token_ids), r.max_new_tokens, r.priority, 0) for r in fresh]
-            self._counts[:4, column] = np.array(counts).T
-        came = [r for r in (*self._ran, *fresh) if r.table is None and r.status is Status.WAITING]
+            self._enter(fresh)
+        has_changed = running != self._ran
+        stopped = [*self._ran, *fresh] if has_changed else fresh
+        came = [r for r in stopped if r.table is None and r.status is Status.WAITING]
         if came:
-            column = _orders(came) - self._base
-            arrival_s, ttft_slo_s = self._times[:2, column]
-            now = progress_of(came)
-            started = ~np.isnan(now.first_token_s)
-            self._times[4, column] = np.where(started, now.last_token_s, arrival_s)
-            missed = _missed(now, arrival_s, ttft_slo_s)
-            self._counts[4:, column] = now.tokens, now.tokens - now.computed, now.late_gaps, started, missed
+            self._note_waiting(came)
         admitted = np.zeros(0, np.int64)
-        if running != self._ran:
+        if has_changed:
             orders = _orders(running)
             admitted = np.setdiff1d(orders, self._ran_orders, assume_unique=True)
             self._ran, self._ran_orders = list(running), orders
@@ -133,21 +77,49 @@ class Ledger:
         if came or len(admitted) or len(waiting) != len(self._waiting):
             self._waiting_orders = _moved(self._waiting_orders, waiting, came, admitted)
             self._waiting = self._waiting_queue(list(waiting))
-        standing = self._counts[3, self._waiting_orders - self._base]
-        self._waiting = replace(self._waiting, given_up=standing >= _LATE, in_lane=standing == _IN_LANE)
-        return self._waiting, self._running_queue(state.running_progress())
+        elif self._has_new_standings:
+            self._waiting = self._waiting_queue(self._waiting.requests)
+        if has_changed or self._has_new_standings:
+            self._lasting = self._lasting_of(self._ran_orders)
+        self._has_new_standings = False
+        self._running = self._running_queue(state.running_progress())
+        return self._waiting, self._running
 
     def give_up(self, waiting: Bools, running: Bools) -> None:
         """Remember those of the last update's queues that are marked as late for good."""
-        for orders, late in ((self._waiting_orders, waiting), (self._ran_orders, running)):
-            column = orders[late] - self._base
-            self._counts[3, column] = np.maximum(self._counts[3, column], _LATE)
+        both = (self._waiting_orders, self._waiting, waiting), (self._ran_orders, self._running, running)
+        for orders, queue, late in both:
+            new = late & ~queue.given_up
+            if new.any():
+                self._counts[3, orders[new] - self._base] = _LATE
+                self._has_new_standings = True
 
     def enter_lane(self, requests: Sequence[Request]) -> None:
         """Remember these of the last update's queues as in the lane until they end."""
-        self._counts[3, _orders(requests) - self._base] = _IN_LANE
+        if requests:
+            column = _orders(requests) - self._base
+            self._has_new_standings |= bool((self._counts[3, column] != _IN_LANE).any())
+            self._counts[3, column] = _IN_LANE
 
-    def _waiting_queue(self, requests: list[Request]) -> Queue:
+    def _enter(self, fresh: list[Request]) -> None:
+        """Columns of requests that were never seen: what does not change."""
+        column = _orders(fresh) - self._base
+        slos = [(r.arrival_s, r.slo.ttft_s, r.slo.tbt_s, r.slo.stall_limit_s) for r in fresh]
+        self._times[:4, column] = np.array(slos).T
+        counts = [(len(r.prompt_token_ids), r.max_new_tokens, r.priority, 0) for r in fresh]
+        self._counts[:4, column] = np.array(counts).T
+
+    def _note_waiting(self, came: list[Request]) -> None:
+        """Columns of requests that wait since the last update: what they looked like when they last ran."""
+        column = _orders(came) - self._base
+        arrival_s, ttft_slo_s = self._times[:2, column]
+        now = progress_of(came)
+        started = ~np.isnan(now.first_token_s)
+        self._times[4, column] = np.where(started, now.last_token_s, arrival_s)
+        missed = _missed(now, arrival_s, ttft_slo_s)
+        self._counts[4:, column] = now.tokens, now.tokens - now.computed, now.late_gaps, started, missed
+
+    def _waiting_queue(self, requests: Sequence[Request]) -> Queue:
         column = self._waiting_orders - self._base
         arrival_s, ttft_slo_s, tbt_slo_s, stall_slo_s, since_s = self._times[:, column]
         prompt, most_new, priority, standing, *changing = self._counts[:, column]
@@ -159,10 +131,16 @@ class Ledger:
             nothing,
         )  # fmt: skip
 
-    def _running_queue(self, progress: Progress) -> Queue:
-        column = self._ran_orders - self._base
+    def _lasting_of(self, orders: Ints) -> _Lasting:
+        column = orders - self._base
         arrival_s, ttft_slo_s, tbt_slo_s, stall_slo_s, _ = self._times[:, column]
         priority, standing = self._counts[2:4, column]
+        return _Lasting(
+            arrival_s, ttft_slo_s, tbt_slo_s, stall_slo_s, priority, standing >= _LATE, standing == _IN_LANE
+        )
+
+    def _running_queue(self, progress: Progress) -> Queue:
+        arrival_s, ttft_slo_s, tbt_slo_s, stall_slo_s, priority, given_up, in_lane = self._lasting
         started = ~np.isnan(progress.first_token_s)
         tokens, kind = progress.tokens, progress.kind
         if len(self._ran_kind) != len(self._ran) or (kind != self._ran_kind).any():
@@ -172,8 +150,8 @@ class Ledger:
         return Queue(
             self._ran, np.where(started, progress.last_token_s, arrival_s), arrival_s, ttft_slo_s, tbt_slo_s,
             stall_slo_s, progress.prompt_tokens, progress.max_new_tokens, tokens, tokens - progress.computed,
-            progress.late_gaps, started, _missed(progress, arrival_s, ttft_slo_s), standing >= _LATE,
-            standing == _IN_LANE, priority, progress.pages, kind, _BLOCKS_PER_PAGE[kind], self._decodes,
+            progress.late_gaps, started, _missed(progress, arrival_s, ttft_slo_s), given_up, in_lane, priority,
+            progress.pages, kind, _BLOCKS_PER_PAGE[kind], self._decodes,
         )  # fmt: skip
 
     def _make_room(self, oldest: int, newest: int) -> None:

@@ -12,18 +12,14 @@ import numpy as np
 from apt_jax.cache import KINDS, CacheKind
 from apt_jax.scheduling.costs.cost_model import CostModel
 from apt_jax.scheduling.costs.step_load import StepLoad
-from apt_jax.scheduling.policies.apt.facts.forecast import expected_blocks, variance_blocks
-from apt_jax.scheduling.policies.apt.facts.lateness import DEMOTED_VALUE, is_late, is_overdue, lane
-from apt_jax.scheduling.policies.apt.facts.ledger import Queue
+from apt_jax.scheduling.policies.apt.facts.forecast import expected_blocks, moments_of_blocks
+from apt_jax.scheduling.policies.apt.facts.lateness import Remaining, is_late, is_overdue, lane
+from apt_jax.scheduling.policies.apt.facts.queue import Queue
+from apt_jax.scheduling.policies.apt.facts.values import values
 from apt_jax.scheduling.policies.apt.knapsack.problem import Bools, Floats, Ints
 from apt_jax.scheduling.policies.apt.options import AptOptions
 from apt_jax.scheduling.policies.interface import PolicyContext
 from apt_jax.scheduling.state import SchedulerState
-
-LEAST_SLACK_S = 0.01
-PRIORITY_WEIGHT = 8.0  # a request of priority p - 1 is worth as much as this many of priority p
-READMITTED_WEIGHT = 1000.0  # of a preempted request that can still be kept, against a newcomer
-MOST_PRIORITY = 10  # priorities beyond it, in either direction, count like it
 
 
 def prompt_token_s(model: CostModel) -> float:
@@ -122,19 +118,18 @@ class View:
 
     def expected_r(self, index: Ints) -> Floats:
         """`[len(index), horizons]` blocks that these running requests are expected to hold; needs prediction."""
-        assert self.remaining_r is not None
-        running = self.running
-        return expected_blocks(
-            running.tokens[index], running.blocks_per_page[index], self.remaining_r[index], self.block_size
-        )
+        return self._moments_r[0][index]
 
     def variance_r(self, index: Ints) -> Floats:
         """`[len(index), horizons]` variance of what these running requests hold; needs prediction."""
+        return self._moments_r[1][index]
+
+    @cached_property
+    def _moments_r(self) -> tuple[Floats, Floats]:
+        """`[running, horizons]` expected blocks and their variance."""
         assert self.remaining_r is not None
         running = self.running
-        return variance_blocks(
-            running.tokens[index], running.blocks_per_page[index], self.remaining_r[index], self.block_size
-        )
+        return moments_of_blocks(running.tokens, running.blocks_per_page, self.remaining_r, self.block_size)
 
     # -- time ---------------------------------------------------------------------------------------------------
 
@@ -151,12 +146,12 @@ class View:
     @cached_property
     def late_w(self) -> Bools:
         """Whether it can no longer keep its SLO."""
-        return self._late(self.waiting, self.remaining_w)
+        return self._late(self.waiting, lambda: self.remaining_w)
 
     @cached_property
     def late_r(self) -> Bools:
         """Whether it can no longer keep its SLO."""
-        return self._late(self.running, self.remaining_r)
+        return self._late(self.running, lambda: self.remaining_r)
 
     @property
     def lane_w(self) -> Bools:
@@ -197,12 +192,16 @@ class View:
     @cached_property
     def values_w(self) -> Floats:
         """Seconds of value of serving it now, greater than 0."""
-        return self._values(self.waiting, self.late_w, self.remaining_w)
+        return values(
+            self.options, self.waiting, self.late_w, self.remaining_w, self.now + self.tick_s, self.block_size
+        )
 
     @cached_property
     def values_r(self) -> Floats:
         """Seconds of value of serving it now, greater than 0."""
-        return self._values(self.running, self.late_r, self.remaining_r)
+        return values(
+            self.options, self.running, self.late_r, self.remaining_r, self.now + self.tick_s, self.block_size
+        )
 
     def decode_s(self, index: Ints) -> float:
         """Seconds of an iteration in which these running requests decode and nothing else runs; needs a cost model."""
@@ -219,24 +218,24 @@ class View:
             return None
         return self.context.predictor.remaining_of(queue.requests, queue.prompt_tokens, queue.generated)
 
-    def _late(self, queue: Queue, remaining: Floats | None) -> Bools:
+    def _late(self, queue: Queue, remaining: Remaining) -> Bools:
         pending_s = self.now - queue.since_s
         if self.options.fallback == "none":
             return np.zeros(len(queue), np.bool_)
         if self.options.fallback == "constant" and not self.options.prediction:
             return is_overdue(queue, pending_s)
-        return is_late(queue, pending_s, remaining, self._prefill_s(queue))
+        return is_late(queue, pending_s, remaining, self.prefill_s(queue))
 
-    def _prefill_s(self, queue: Queue) -> Floats:
-        """`[n]` least seconds until the first token, or the next one after a preemption, is computed."""
+    def prefill_s(self, queue: Queue) -> Floats | float:
+        """`[n]` least seconds until the first token, or the next one after a preemption, is computed; 0 of nobody's."""
         model = self.context.cost_model
-        if model is None:
-            return np.zeros(len(queue))
+        if model is None or queue.decoding.all():
+            return 0.0
         return np.where(queue.decoding, 0.0, queue.uncomputed * prompt_token_s(model))
 
     @cached_property
     def _lanes(self) -> tuple[Bools, Bools]:
-        if self.options.fallback != "aging":
+        if self.options.fallback != "aging" or not (self.late_w.any() or self.late_r.any()):
             return np.zeros(len(self.waiting), np.bool_), np.zeros(len(self.running), np.bool_)
         late_running = self.late_r & (self.need_r <= self.state.pool.num_blocks)  # as KV it may outgrow the pool
         return lane(
@@ -247,21 +246,4 @@ class View:
         )  # fmt: skip
 
     def _values(self, queue: Queue, late: Bools, remaining: Floats | None) -> Floats:
-        pending_s = self.now + self.tick_s - queue.since_s
-        slo_s = queue.slo_s()
-        if self.options.value == "slack":
-            value = 1.0 / np.maximum(slo_s - pending_s, LEAST_SLACK_S)
-        elif self.options.value == "absolute":
-            value = pending_s
-        else:
-            value = pending_s / slo_s
-        if self.options.value == "footprint" and remaining is not None:
-            # mean context over the rest of its life, times that life, against the context now
-            value = value * queue.tokens / ((queue.tokens + remaining / 2) * remaining)
-        elif self.options.value == "longest":
-            value = value * queue.pages(self.block_size)  # the solver divides by blocks
-        if self.options.readmit_first:
-            value = np.where(queue.started & (queue.pages_held == 0) & ~late, value * READMITTED_WEIGHT, value)
-        if self.options.priorities:
-            value = value * PRIORITY_WEIGHT ** -np.clip(queue.priority, -MOST_PRIORITY, MOST_PRIORITY)
-        return np.where(late, value * DEMOTED_VALUE, value)
+        return values(self.options, queue, late, remaining, self.now + self.tick_s, self.block_size)
