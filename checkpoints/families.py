@@ -14,6 +14,7 @@ from typing import Any
 from flax import nnx
 
 from apt_jax.checkpoints.errors import CheckpointError, first_line
+from apt_jax.checkpoints.foreign_quantization import refuse_quantized_config, refuse_quantized_folder
 from apt_jax.checkpoints.mapping import WeightMapping
 from apt_jax.checkpoints.mappings.opt import OPT_MAPPING
 from apt_jax.files import Unreadable, read_json
@@ -64,6 +65,7 @@ def parse_config(raw: Mapping[str, Any]) -> ModelConfig:
     row = FAMILIES.get(model_type) if isinstance(model_type, str) else None
     if row is None:
         raise ValueError(f"unsupported {model_type=}: use one of {', '.join(sorted(FAMILIES))}")
+    refuse_quantized_config(raw)
     config = row.parse_config(raw)
     assert config.model_type == row.model_type
     return config
@@ -87,6 +89,7 @@ def read_config(folder: Path) -> ModelConfig:
     if not isinstance(raw, dict):
         raise CheckpointError(f"{path} holds a JSON {type(raw).__name__}, not an object")
     try:
+        refuse_quantized_folder(folder)
         return parse_config(raw)
     except ValueError as error:
         raise CheckpointError(f"{path}: {first_line(error)}") from error
