@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 ACTIVATIONS = (
     "relu", "relu6", "silu", "swish", "tanh", "quick_gelu",
@@ -13,6 +13,7 @@ CHECKPOINT_DTYPES = ("float32", "float16", "bfloat16")
 # Hidden vectors of a device's slice that `hidden_slices.py` takes at once: v5e and v6e have 128 MiB of VMEM, an H200
 # 50 MB of L2 cache. Here because the cost model counts with it too.
 GROUP_BYTES = 48 * 2**20
+Quantization = Literal["none", "int8", "int8-dynamic"]  # of weights; dynamic: activations are multiplied as int8 too
 POSITION_OFFSET = 2  # OPT's embedding table has two unused rows before position 0
 
 

@@ -140,7 +140,9 @@ def _simulate(
     for number, (each, configuration) in enumerate(chosen if questions else []):
         first = num_points + number * len(seeds)
         policy, mode, attention = configuration
-        names = {"policy": policy, "cache_mode": mode, "hidden_attention": attention}
+        names = {
+            "policy": policy, "cache_mode": mode, "hidden_attention": attention, "quantization": each.quantization,
+        }  # fmt: skip
         if each.is_routed:
             names["router"] = each.router
         found = answers[first : first + len(seeds)]

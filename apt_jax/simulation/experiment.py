@@ -4,10 +4,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
+from typing import cast, get_args
 
 import numpy as np
 
 from apt_jax.cache import MODE_KINDS, CacheMode
+from apt_jax.model_config import Quantization
 from apt_jax.request import Slo
 from apt_jax.routing.autoscaler import Autoscaler, AutoscalerOptions
 from apt_jax.routing.catalogue import DEFAULT_ROUTER, make_router
@@ -32,6 +34,7 @@ from apt_jax.simulation.workload import MIN_DURATION_S, Arrival, Lengths, load_l
 
 Configuration = tuple[str, CacheMode, HiddenMode]  # policy, cache mode, hidden attention
 
+QUANTIZATIONS: tuple[str, ...] = get_args(Quantization)
 BOUND_REQUESTS = 20_000  # drawn of mixed classes for the fluid bound
 MOST_BLOCKS = 10**8  # of all instances; each takes some 40 bytes here
 DEFAULT_UTILIZATION = 0.9  # of the device's memory
@@ -47,6 +50,7 @@ class Experiment:
     model: str = "opt-13b"
     hardware: str = "a100-40gb"
     tensor_parallel_size: int = 1
+    quantization: str = "none"
     workload: str = "sharegpt"
     cv: float | None = None
     num_requests: int = 1000
@@ -120,7 +124,12 @@ class Experiment:
         """
         model, hardware = by_name(MODELS, self.model, "model"), by_name(HARDWARE, self.hardware, "hardware")
         model.check_split(self.tensor_parallel_size)
-        return CostModel(model, hardware, hidden_attention, self.tensor_parallel_size)
+        if self.quantization not in QUANTIZATIONS:
+            raise ValueError(f"unknown quantization {self.quantization!r}; known: {', '.join(QUANTIZATIONS)}")
+        return CostModel(
+            model, hardware, hidden_attention, self.tensor_parallel_size,
+            quantization=cast(Quantization, self.quantization),
+        )  # fmt: skip
 
     def _cost_model_for(self, policy: str, hidden_attention: HiddenMode) -> CostModel:
         """Physics of the device under a policy: a baseline is a server with kernels of its own, which lacks none."""

@@ -42,6 +42,8 @@ class SimulateArgs:
     hidden_attention: str = "absorbed"
     """Attention over hidden blocks: absorbed, as this package runs it on the device; one-pass, by a kernel that reads
     each vector once; recompute, as in Apt-Serve."""
+    quantization: str = "none"
+    """How weights are stored and multiplied: none (16 bits), int8, int8-dynamic."""
     ttft_slo_ms: float = 1000.0
     """SLO for the time to the first token, in milliseconds."""
     tbt_slo_ms: float = 1000.0

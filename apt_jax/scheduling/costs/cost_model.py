@@ -27,11 +27,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from apt_jax.cache import KINDS, CacheKind, per_kind
-from apt_jax.model_config import GROUP_BYTES, ModelConfig
+from apt_jax.model_config import GROUP_BYTES, ModelConfig, Quantization
 from apt_jax.scheduling.costs.decode_kernels import ONE_PASS, RECOMPUTE, DecodeKernel, Rates
 from apt_jax.scheduling.costs.hardware import Hardware
 from apt_jax.scheduling.costs.prefix_kernels import ONE_READ, PROJECTED, XLA, PrefixKernel
 from apt_jax.scheduling.costs.step_load import Chunk, PaddedSizes, StepLoad
+from apt_jax.scheduling.costs.weight_sizes import WeightSizes
 
 HiddenMode = Literal["absorbed", "one-pass", "recompute"]
 Floats = NDArray[np.float64]
@@ -67,6 +68,7 @@ class CostModel:
     devices: int = 1
     scales: Scales = field(default_factory=Scales)
     sizes: PaddedSizes = field(default_factory=PaddedSizes)
+    quantization: Quantization = "none"
 
     def step_s(self, load: StepLoad) -> float:
         """Seconds of one iteration with `load`, padded to the compiled sizes; 0 if it is empty."""
@@ -154,7 +156,7 @@ class CostModel:
         if not kind.is_projected or self.hidden_mode == "recompute":
             return 0.0, 0.0, 0.0
         kernel, rates, layers = self.kernel(kind), self._rates, self._layers
-        keys_values_s = layers * 2 * self.model.hidden_size**2 * BYTES / self._bytes_per_s
+        keys_values_s = layers * 2 * self.model.hidden_size**2 * self._weights.number_bytes / self._bytes_per_s
         alone_s = layers * kernel.layer_s(self.model, rates)
         return alone_s, keys_values_s, layers * kernel.batch_s(self.model, kind, rates)
 
@@ -194,9 +196,16 @@ class CostModel:
     @cached_property
     def num_weights(self) -> int:
         """Weights that every iteration reads: the layers and the output embedding."""
-        c = self.model
-        layer = 4 * c.hidden_size**2 + 2 * c.hidden_size * c.ffn_dim + 9 * c.hidden_size + c.ffn_dim
-        return c.num_hidden_layers * layer + c.vocab_size * c.word_embed_proj_dim
+        return self._weights.count
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of all weights, over all devices: with positions, which are only looked up."""
+        return self._weights.nbytes + self.model.max_position_embeddings * self.model.hidden_size * BYTES
+
+    @cached_property
+    def _weights(self) -> WeightSizes:
+        return WeightSizes(self.model, self.quantization)
 
     @cached_property
     def overhead_s(self) -> float:
@@ -207,18 +216,18 @@ class CostModel:
     @cached_property
     def weights_s(self) -> float:
         """Seconds to read the weights once."""
-        return self.num_weights * BYTES / self._bytes_per_s
+        return self._weights.nbytes / self._bytes_per_s
 
     @cached_property
     def token_s(self) -> float:
         """Seconds of matrix products per token, output embedding not included."""
-        c = self.model
-        return 2 * (self.num_weights - c.vocab_size * c.word_embed_proj_dim) / self._flops_per_s
+        work = self._layers * self._weights.layer_work(self.hardware.int8_rate)
+        return 2 * work / self._flops_per_s
 
     @cached_property
     def logits_s(self) -> float:
         """Seconds of the output embedding per sampled token."""
-        return 2 * self.model.vocab_size * self.model.word_embed_proj_dim / self._flops_per_s
+        return 2 * self._weights.vocabulary_work(self.hardware.int8_rate) / self._flops_per_s
 
     @cached_property
     def exchange_token_s(self) -> float:
@@ -283,7 +292,7 @@ class CostModel:
 
     @cached_property
     def _rates(self) -> Rates:
-        return Rates(self._flops_per_s, self._bytes_per_s, self.devices)
+        return Rates(self._flops_per_s, self._bytes_per_s, self.devices, self._weights.number_bytes)
 
     @property
     def _flops_per_s(self) -> float:
@@ -312,7 +321,7 @@ def cache_blocks(
         ValueError: the weights leave no room.
     """
     c, devices = model.model, model.devices
-    weights = (model.num_weights + c.max_position_embeddings * c.hidden_size) * BYTES
+    weights = model.weight_bytes
     activations = max_num_batched_tokens * (8 * c.hidden_size + 2 * c.ffn_dim) * BYTES + max_num_seqs * c.vocab_size * 8
     free = model.hardware.memory_bytes * utilization * devices - weights - activations * devices
     blocks = int(free // (c.num_hidden_layers * c.hidden_size * BYTES * block_size))

@@ -111,6 +111,7 @@ class Rates:
     flops_per_s: float
     bytes_per_s: float
     devices: int
+    weight_bytes: float = NUMBER_BYTES  # of a number of a projection
 
 
 def wide_numbers(model: ModelConfig, kind: CacheKind) -> int:

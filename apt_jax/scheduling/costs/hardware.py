@@ -40,6 +40,8 @@ class Hardware:
             all; a calibration replaces them.
         overhead_s: launch and host time of one iteration. Assumed.
         link_latency_s: of one collective. Assumed.
+        int8_rate: how many times as fast as 16-bit numbers int8 is multiplied, by the same document; 1 where it does
+            not say.
         kv_kernel, hidden_kernel: what this package's decode attention runs there.
         split_hidden_kernel: the same for hidden requests of a model split over several of them.
         prefix_kernel: what attention of prompts' later chunks over their cached tokens runs.
@@ -59,6 +61,7 @@ class Hardware:
     hidden_kernel: DecodeKernel = ONE_PASS
     split_hidden_kernel: DecodeKernel = SLICES_GPU
     prefix_kernel: PrefixKernel = ONE_READ
+    int8_rate: float = 2.0
 
 
 # Links: half of the bidirectional NVLink or inter-chip (ICI) figure of the same document.
@@ -103,6 +106,7 @@ _ALL = (
     Hardware(
         "tpu7x", 192 * GIB, 2307e12, 7380e9, 600e9, f"Google Cloud, TPU7x (Ironwood): {_TPU}/tpu7x",
         kv_kernel=KV_TPU7X, hidden_kernel=HIDDEN_TPU7X, split_hidden_kernel=SLICES_TPU, prefix_kernel=TPU,
+        int8_rate=1.0,
     ),
 )  # fmt: skip
 HARDWARE = {hardware.name: hardware for hardware in _ALL}

@@ -83,7 +83,7 @@ class PrefixKernel:
 
 def _projection_s(tokens: int, model: ModelConfig, rates: Rates) -> float:
     """Seconds to project cached vectors in one layer: products, or reading Wk and Wv for every 512 tokens."""
-    weights = -(-tokens // 512) * 2 * model.hidden_size**2 * NUMBER_BYTES
+    weights = -(-tokens // 512) * 2 * model.hidden_size**2 * rates.weight_bytes
     return max(4.0 * tokens * model.hidden_size**2 / rates.flops_per_s, weights / rates.bytes_per_s)
 
 
