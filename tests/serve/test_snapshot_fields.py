@@ -5,7 +5,7 @@ import json
 import pytest
 
 from apt_jax.output import Output, TokenLogprobs
-from apt_jax.request import FinishReason, Request, SamplingParams, Slo
+from apt_jax.request import FinishReason, Request, Slo
 from apt_jax.serve.http.snapshot import is_of, record_of, restore
 from apt_jax.serve.http.snapshot_file import read_snapshot, write_snapshot
 from apt_jax.serve.openai.completions import Completion
@@ -26,7 +26,7 @@ def prepared(**body):
 def bring(generation, index, text, reason=None, *, seed=None, scores=(), prompt_scores=None):
     """An output of sample `index` with the tokens of `text`; the engine's request has `seed`."""
     sample = generation.samples[index]
-    params = SamplingParams(**{**sample.params.__dict__, "seed": seed})
+    params = sample.params.with_seed(seed)
     request = Request(sample.request_id, sample.prompt_token_ids, params, 0.0, 9)
     tokens = tuple(text.encode("latin-1"))
     generation.collect(sample, Output(request, text, tokens, scores, reason, prompt_logprobs=prompt_scores))
