@@ -150,7 +150,8 @@ def test_closing_a_group_wakes_who_waits():
 
 def test_the_offline_loop_keeps_as_many_waiting_as_run_at_once_and_aborts_what_is_left():
     engine = FakeEngine(tokenizer=CharTokenizer())
-    taken, steps = [], []
+    taken, steps, aborted, abort = [], [], [], engine.abort
+    engine.abort = lambda request_id: (aborted.append(request_id), abort(request_id))
 
     def source():
         for sample in fan_out("r", [[97]] * 200, SamplingParams(max_tokens=2)):
@@ -164,11 +165,13 @@ def test_the_offline_loop_keeps_as_many_waiting_as_run_at_once_and_aborts_what_i
     assert len(taken) == min(engine.max_num_seqs, engine.config.max_num_queued_reqs) < 200 and len(steps) == 1
     driver.abort(sample.request_id)
     driver.abort("unknown")
+    assert aborted == [sample.request_id]
     assert all(known is not sample for known, _ in (next(loop) for _ in range(20)))
+    left = set(driver._active)
     loop.close()
-    while not engine.is_idle:
-        engine.step()
-    assert driver._active == {}
+    assert driver._active == {} and left and set(aborted) == left | {sample.request_id}
+    engine.step()
+    assert engine.is_idle, "what is unfinished was aborted"
 
 
 def test_compiled_programs_of_any_time_and_size_are_kept_in_the_folder_that_is_named(tmp_path, monkeypatch):

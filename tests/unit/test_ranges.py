@@ -95,3 +95,13 @@ def test_fields_that_are_none_or_no_number_pass():
     check_finite(Options(), may_be_infinite=("most",))
     with pytest.raises(ValueError, match="most=inf"):
         check_finite(Options())
+
+
+def test_the_coefficients_of_variation_that_can_be_drawn():
+    for cv in (0.0, 0.01, 1.0, 100.0):
+        check_cv(cv)
+    for cv in (0.009, 100.1, 150.0, -1.0, math.nan):
+        with pytest.raises(ValueError, match=r"^cv=.* must be a coefficient of variation between 0.01 and 100$"):
+            check_cv(cv)
+    with pytest.raises(ValueError, match=r"^burstiness=1e-06 \(cv=1e\+03\) must be"):
+        check_cv(1000.0, "burstiness=1e-06")
