@@ -184,3 +184,16 @@ def test_an_open_descriptor_as_input_is_read_whole(tmp_path, command):
 def test_a_folder_as_input_is_refused(tmp_path, command):
     with pytest.raises(ValueError, match="is a folder; give a file of requests"):
         command(tmp_path, tmp_path / "out.jsonl")
+
+
+def test_a_job_goes_on_with_what_is_left_and_builds_no_engine_for_nothing(tmp_path, command, monkeypatch):
+    source, output = job(tmp_path)
+    assert command(source, output) == 0
+    whole = output.read_bytes().splitlines(keepends=True)
+    output.write_bytes(whole[1])
+    assert command(source, output) == 0
+    again = output.read_bytes().splitlines(keepends=True)
+    assert again[0] == whole[1] and len(again) == 3
+    assert {json.loads(text)["custom_id"] for text in again} == {"r0", "r1", "r2"}
+    monkeypatch.setattr("apt_jax.serve.runtime.build.build_engine", lambda *a, **b: pytest.fail("an engine was built"))
+    assert command(source, output) == 0 and output.read_bytes().splitlines(keepends=True) == again

@@ -130,7 +130,7 @@ def test_a_group_gives_out_what_has_come_and_ends_with_its_last_sample():
     asyncio.run(asyncio.wait_for(main(), 10))
 
 
-def test_closing_a_group_wakes_who_waits():
+def test_closing_or_failing_a_group_wakes_who_waits():
     async def main():
         for wait in (Group.accepted, Group.begun):
             group, _ = group_of()
@@ -138,6 +138,12 @@ def test_closing_a_group_wakes_who_waits():
             await asyncio.sleep(0)
             group.close()
             await asyncio.wait_for(waiting, 5)
+            group, _ = group_of()
+            waiting = asyncio.create_task(wait(group))
+            await asyncio.sleep(0)
+            group.fail(NotReady("stopped"))
+            with pytest.raises(NotReady, match="stopped"):
+                await asyncio.wait_for(waiting, 5)
         group, closed = group_of()
         group.accept()
         group.expire(NotReady("late"))
