@@ -98,8 +98,9 @@ class Instance:
             return None
         if plan.preempted or plan.converted or plan.abandoned or not plan.scheduled:
             return None
-        if any(entry.reason is not Reason.DECODES for entry in plan.scheduled):
-            return None
+        decodes = Reason.DECODES
+        if plan.scheduled[-1].reason is not decodes or any(entry.reason is not decodes for entry in plan.scheduled):
+            return None  # chunks come last
         return self._repeating.repeat(self.state, plan, now)
 
     def _run_ahead(self, repeat: Repeat, now: float, host_s: float, horizon_s: float) -> float:

@@ -76,17 +76,15 @@ class CostModel:
         tokens = load.prefill_tokens + load.decode_requests
         if not tokens and not load.projected_tokens:
             return 0.0
-        seconds = self.overhead_s + self.dense_s(self.compute_s(load)) + self.scales.exchange * self.exchange_s(load)
+        seconds = self.overhead_s + self.dense_s(self.compute_s(load))
+        if self.devices > 1:
+            seconds += self.scales.exchange * self.exchange_s(load)
         for context_tokens, token_s in zip(load.context_tokens, self.attention_s, strict=True):
             seconds += context_tokens * token_s
         for requests, request_s in zip(load.decodes, self.request_s, strict=True):
             seconds += requests * request_s
-        return (
-            seconds
-            + load.prefill_pairs * self.pair_s
-            + self.scales.mixing * self.mixing_s(load)
-            + (self.scales.prefix * self.prefixes_s(load))
-        )
+        seconds = seconds + load.prefill_pairs * self.pair_s + self.scales.mixing * self.mixing_s(load)
+        return seconds + self.scales.prefix * self.prefixes_s(load) if load.chunks else seconds
 
     def compute_s(self, load: StepLoad) -> float:
         """Seconds of an iteration's matrix products at full rate, those of attention not included."""

@@ -17,8 +17,6 @@ and `price.py` decide who gives up memory, who is admitted, as what kind; `turns
 
 from itertools import compress
 
-import numpy as np
-
 from apt_jax.request import Request
 from apt_jax.scheduling.plan import Plan, Reason
 from apt_jax.scheduling.policies.apt.draft import Draft
@@ -52,7 +50,7 @@ class Apt:
         if not state.num_unfinished:
             return Plan()
         # what a request will have waited once this iteration is over, were it as long as the last one
-        tick_s = LEAST_TICK_S if self._last_s is None else float(np.clip(now - self._last_s, LEAST_TICK_S, MOST_TICK_S))
+        tick_s = LEAST_TICK_S if self._last_s is None else min(max(now - self._last_s, LEAST_TICK_S), MOST_TICK_S)
         self._last_s = now
         waiting, running = self._ledger.update(state)
         view = View(self._context, self._options, state, waiting, running, now, tick_s)
@@ -61,9 +59,10 @@ class Apt:
         self._decided = view, draft
         if self._options.fallback == "aging":
             self._ledger.give_up(view.late_w, view.late_r)
-            admitted = [entry.request for entry in plan.scheduled if entry.reason is Reason.ADMITTED_LONGEST_LATE]
-            in_lane = compress(running.requests, view.lane_r.tolist()) if view.lane_r.any() else ()
-            self._ledger.enter_lane([*in_lane, *admitted])
+            entered = list(compress(running.requests, view.lane_r.tolist())) if view.lane_r.any() else []
+            if view.lane_w.any():
+                entered += [s.request for s in plan.scheduled if s.reason is Reason.ADMITTED_LONGEST_LATE]
+            self._ledger.enter_lane(entered)
         return plan
 
     def repeat(self, state: SchedulerState, plan: Plan, now: float) -> Repeat | None:

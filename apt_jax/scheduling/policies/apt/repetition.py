@@ -22,7 +22,7 @@ LOOK_AHEAD = 8  # iterations, while someone waits
 
 def repeat_of(view: View, draft: Draft) -> Repeat | None:
     """How long the plan of `draft`, a token for every running request, would be made again."""
-    through_ends = not len(view.waiting) and (not view.is_hybrid or view.rho_s < 0 or not view.options.convert)
+    through_ends = not len(view.waiting) and not _may_convert(view)
     if view.options.fallback != "aging":  # nothing is remembered of who is late
         return None if len(view.waiting) else Repeat(through_ends=through_ends)
     running, late = view.running, view.late_r
@@ -37,6 +37,14 @@ def repeat_of(view: View, draft: Draft) -> Repeat | None:
         return None
     iterations = _nobody_fits_for(view, draft)
     return Repeat(min(until_s, _in_time_until_s(view)), gap_s, iterations) if iterations else None
+
+
+def _may_convert(view: View) -> bool:
+    """Whether a running request could be converted to KV, if memory became free."""
+    hidden = view.hidden_kind
+    if not view.is_hybrid or view.rho_s < 0 or not view.options.convert or hidden is None:
+        return False
+    return bool((view.running.kind == hidden.index).any())
 
 
 def _patient_until_s(view: View, queue: Queue, outside: Bools) -> float:

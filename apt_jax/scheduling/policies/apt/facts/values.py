@@ -39,8 +39,8 @@ def values(
         value = value * queue.tokens / ((queue.tokens + remaining / 2) * remaining)
     elif options.value == "longest":
         value = value * queue.pages(block_size)  # the solver divides by blocks
-    if options.readmit_first:
+    if options.readmit_first and queue.started.any():
         value = np.where(queue.started & (queue.pages_held == 0) & ~late, value * READMITTED_WEIGHT, value)
-    if options.priorities:
+    if options.priorities and queue.priority.any():
         value = value * PRIORITY_WEIGHT ** -np.clip(queue.priority, -MOST_PRIORITY, MOST_PRIORITY)
     return np.where(late, value * DEMOTED_VALUE, value)

@@ -235,7 +235,9 @@ class View:
 
     @cached_property
     def _lanes(self) -> tuple[Bools, Bools]:
-        if self.options.fallback != "aging" or not (self.late_w.any() or self.late_r.any()):
+        if self.options.fallback != "aging" or not (
+            self._may_be_in_lane(self.waiting, self.late_w) or self._may_be_in_lane(self.running, self.late_r)
+        ):
             return np.zeros(len(self.waiting), np.bool_), np.zeros(len(self.running), np.bool_)
         late_running = self.late_r & (self.need_r <= self.state.pool.num_blocks)  # as KV it may outgrow the pool
         return lane(
@@ -244,6 +246,12 @@ class View:
             share_blocks=int(self.options.lane_share * self.state.pool.num_blocks),
             share_seats=max(1, int(self.options.lane_share * self.state.limits.max_num_seqs)),
         )  # fmt: skip
+
+    def _may_be_in_lane(self, queue: Queue, late: Bools) -> bool:
+        """Whether any of them is in the lane or has been patient."""
+        return bool(
+            late.any() and (late & (queue.in_lane | (self.now - queue.arrival_s > self.options.patience_s))).any()
+        )
 
     def _values(self, queue: Queue, late: Bools, remaining: Floats | None) -> Floats:
         return values(self.options, queue, late, remaining, self.now + self.tick_s, self.block_size)
