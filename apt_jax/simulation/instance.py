@@ -17,6 +17,8 @@ from apt_jax.scheduling.state import Limits
 from apt_jax.simulation.requests.columns import SimulatedRequest
 from apt_jax.simulation.requests.state import SimulatedState
 
+MOST_AT_ONCE = 128  # iterations
+
 
 @dataclass(frozen=True, slots=True)
 class Sample:
@@ -108,15 +110,17 @@ class Instance:
         state, plan = self.state, self._plan
         ahead, free, held = state.ahead(), state.pool.num_free, per_kind(state.pool.num_held)
         running, waiting = len(state.running), len(state.waiting)
+        at_once = min(ahead.most, MOST_AT_ONCE)
+        seconds = self._cost_model.decodes_s(ahead.load, at_once).tolist()
         starts_s: list[float] = []
         ends_s: list[float] = []
         while True:
             k = len(ends_s)
-            if now >= repeat.until_s or k >= repeat.iterations or ahead.blocks(k) > free:
+            if now >= repeat.until_s or k >= repeat.iterations or ahead.blocks[k] > free:
                 self._repeat = None
                 break
-            end_s = now + host_s + self._cost_model.step_s(ahead.load(k))
-            if k == ahead.most - 1 or end_s >= horizon_s:
+            end_s = now + host_s + seconds[k]
+            if k == at_once - 1 or end_s >= horizon_s:
                 break
             if self._on_plan is not None:
                 self._on_plan(plan, now)

@@ -97,6 +97,21 @@ def test_two_devices_share_the_work_and_exchange():
     assert four.exchange_token_s == pytest.approx(TWO.exchange_token_s * (3 / 4) / (1 / 2))
 
 
+@pytest.mark.parametrize("mode", ["absorbed", "one-pass", "recompute"])
+@pytest.mark.parametrize("devices", [1, 2])
+def test_iterations_that_decode_take_as_long_together_as_one_by_one(mode, devices):
+    """Bit for bit: a simulation's times do not depend on how many iterations are computed at once."""
+    model = CostModel(
+        MODELS["opt-13b"], HARDWARE["a100-40gb"], mode, devices, Scales(dense=1.1, mixing=0.7, prefix=1.3)
+    )
+    loads = [
+        StepLoad(decode_requests=9, context_tokens=(700 + 6 * k, 311 + 3 * k), samples=9, decodes=(6, 3))
+        for k in range(40)
+    ]
+    assert model.decodes_s(loads[0], 40).tolist() == [model.step_s(load) for load in loads]
+    assert len(set(model.decodes_s(loads[0], 40).tolist())) == 40
+
+
 def test_scales_multiply_their_term():
     load = StepLoad(
         prefill_tokens=3, prefill_pairs=6, decode_requests=3, context_tokens=(7, 2), samples=1, decodes=(2, 1)

@@ -19,9 +19,10 @@ on a device, and joins queries and scatters values once a layer; recomputation g
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -76,13 +77,26 @@ class CostModel:
         tokens = load.prefill_tokens + load.decode_requests
         if not tokens and not load.projected_tokens:
             return 0.0
-        seconds = self.overhead_s + self.dense_s(self.compute_s(load))
+        seconds: float = self._seconds(load, load.context_tokens)
+        return seconds
+
+    def decodes_s(self, load: StepLoad, iterations: int) -> Floats:
+        """`[iterations]` the same of iterations that only decode: `load`, then with one more token for each request."""
+        load = self.sizes.pad(load)
+        numbers = np.arange(iterations)
+        contexts = [now + numbers * more for now, more in zip(load.context_tokens, load.decodes, strict=True)]
+        seconds: Floats = self._seconds(load, contexts)
+        return seconds
+
+    def _seconds(self, load: StepLoad, contexts: Sequence[Any]) -> Any:
+        """Seconds of a padded load with these tokens of context by kind, numbers or arrays, instead of its own."""
+        seconds: Any = self.overhead_s + self.dense_s(self.compute_s(load))
         if self.devices > 1:
             seconds += self.scales.exchange * self.exchange_s(load)
-        for context_tokens, token_s in zip(load.context_tokens, self.attention_s, strict=True):
-            seconds += context_tokens * token_s
+        for context_tokens, token_s in zip(contexts, self.attention_s, strict=True):
+            seconds = seconds + context_tokens * token_s
         for requests, request_s in zip(load.decodes, self.request_s, strict=True):
-            seconds += requests * request_s
+            seconds = seconds + requests * request_s
         seconds = seconds + load.prefill_pairs * self.pair_s + self.scales.mixing * self.mixing_s(load)
         return seconds + self.scales.prefix * self.prefixes_s(load) if load.chunks else seconds
 

@@ -25,27 +25,15 @@ class Ahead(NamedTuple):
 
     Attributes:
         most: iterations, the last of which is the one that ends it.
+        load: of the first; each further one reads one more token for each request.
         grown: `[kinds][most]` blocks of each kind that they take more, those of earlier iterations included.
-        contexts: tokens of each kind that the first iteration reads; each further one reads `decodes` more.
-        decodes: requests of each kind.
+        blocks: `[most]` the same of all kinds together.
     """
 
     most: int
+    load: StepLoad
     grown: list[list[int]]
-    contexts: list[int]
-    decodes: list[int]
-
-    def load(self, iteration: int) -> StepLoad:
-        """What an iteration reads and computes."""
-        total = sum(self.decodes)
-        contexts = [now + iteration * more for now, more in zip(self.contexts, self.decodes, strict=True)]
-        return StepLoad(
-            decode_requests=total, context_tokens=tuple(contexts), samples=total, decodes=tuple(self.decodes)
-        )
-
-    def blocks(self, iteration: int) -> int:
-        """Blocks taken until this iteration."""
-        return sum(grown[iteration] for grown in self.grown)
+    blocks: list[int]
 
 
 class SimulatedState(SchedulerState):
@@ -133,10 +121,13 @@ class SimulatedState(SchedulerState):
             while len(at := at[at < most]):
                 pages += np.bincount(at, minlength=most)
                 at = at + self.pool.block_size
-            grown.append((np.cumsum(pages) * kind.blocks_per_page).tolist())
+            grown.append(pages.cumsum() * kind.blocks_per_page)
             contexts.append(int(known[mine].sum()))
             decodes.append(int(np.count_nonzero(mine)))
-        return Ahead(most, grown, contexts, decodes)
+        load = StepLoad(
+            decode_requests=len(orders), context_tokens=tuple(contexts), samples=len(orders), decodes=tuple(decodes)
+        )
+        return Ahead(most, load, [column.tolist() for column in grown], np.sum(grown, axis=0).tolist())
 
     def repeat(self, plan: Plan, starts_s: Sequence[float], ends_s: Sequence[float]) -> None:
         """Carry out and complete `plan`, under which all running requests decode, several times; nobody ends."""
