@@ -109,6 +109,7 @@ class BlockTable:
     kind: CacheKind
     blocks: list[list[int]] = field(default_factory=list)
     num_pages: int = field(init=False)  # kept here: read for every request in every iteration
+    num_listed: int = 0  # first pages that a prefix cache knows, see `scheduling/prefix_pool.py`
 
     def __post_init__(self) -> None:
         if not self.blocks:
@@ -196,8 +197,8 @@ class BlockPool:
         assert by_kind == self._held, f"blocks by kind are {by_kind}, counted as {self._held}"
 
     def _take(self, count: int) -> list[int]:
-        if count > len(self._free):
-            raise OutOfBlocks(f"{count} blocks wanted, {len(self._free)} of {self.num_blocks} free")
+        if count > self.num_free:
+            raise OutOfBlocks(f"{count} blocks wanted, {self.num_free} of {self.num_blocks} free")
         if count == 0:
             return []
         taken = self._free[-count:][::-1]

@@ -32,6 +32,9 @@ class EngineConfig:
     """Share of the device's memory (on a CPU: of the free memory) that the engine may use."""
     cache_mode: CacheMode = "hybrid"
     """What requests cache: keys and values (kv), hidden vectors at half the memory (hidden), or either (hybrid)."""
+    enable_prefix_caching: bool = False
+    """Keep full cache pages of ended requests, and share them with requests that begin with the same tokens; see
+    docs/prefix_caching.md."""
     scheduling_policy: str = "apt"
     """Scheduling policy, or MODULE:CLASS of your own, with options as NAME:option=value; see docs/scheduling."""
     ttft_slo_ms: float = 1000.0

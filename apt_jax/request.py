@@ -8,6 +8,7 @@ import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
+from typing import Any
 
 from apt_jax.cache import BlockTable, CacheKind
 
@@ -183,6 +184,16 @@ class SamplingParams:
         """Whether the prompt is only scored. The engine generates one token all the same, which is to be dropped."""
         return self.max_tokens == 0
 
+    @property
+    def needs_whole_prompt(self) -> bool:
+        """Whether every token must be run: to score the prompt, or for penalties, which count tokens on the device."""
+        return (
+            self.prompt_logprobs is not None
+            or self.repetition_penalty != 1
+            or self.presence_penalty != 0
+            or self.frequency_penalty != 0
+        )
+
     def check_vocabulary(self, vocab_size: int) -> None:
         """Raise ValueError if a token id in logit_bias or stop_token_ids is not in the vocabulary."""
         bounds = self._named_ids  # type: ignore[attr-defined]
@@ -266,6 +277,7 @@ class Request:
     eos_token_ids: frozenset[int] = frozenset()
     slo: Slo = Slo()
     priority: int = 0
+    cache_salt: str | None = None  # only requests with the same one share cached prefixes
     order: int = -1  # arrival number, given by SchedulerState.add; ties are broken by it
 
     status: Status = Status.WAITING
@@ -276,6 +288,9 @@ class Request:
     num_computed_tokens: int = 0
     table: BlockTable | None = None
     cache_history: list[CacheKind] = field(default_factory=list)
+    page_keys: list[bytes] = field(default_factory=list)  # of its first pages, as far as they were asked for
+    page_hash: Any = None  # of the tokens up to the last of them
+    num_cached_tokens: int | None = None  # of its tokens, taken from the prefix cache at its first admission
     num_preemptions: int = 0
     num_conversions: int = 0
     first_scheduled_s: float | None = None

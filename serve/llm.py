@@ -154,11 +154,17 @@ class LLM:
         self, number: int, prompt: Prompt, params: SamplingParams, priority: int
     ) -> tuple[RequestOutput, list[Sample]]:
         tokenizer = self.engine.tokenizer
+        cache_salt = None
+        if isinstance(prompt, Mapping):
+            cache_salt = prompt.get("cache_salt")
+            prompt = {name: value for name, value in prompt.items() if name != "cache_salt"}
+            if cache_salt is not None and not isinstance(cache_salt, str):
+                raise ValueError(f"prompt {number} has cache_salt={cache_salt!r}; give a text")
         text, token_ids = _parse(prompt, number, tokenizer)
         if params.stop and tokenizer is None:
             raise ValueError("stop needs a tokenizer and this model has none; use stop_token_ids or give tokenizer=")
         request_id = str(next(self._numbers))
-        samples = fan_out(request_id, [token_ids], params, priority=priority)
+        samples = fan_out(request_id, [token_ids], params, priority=priority, cache_salt=cache_salt)
         outputs = [
             CompletionOutput(
                 sample.index,

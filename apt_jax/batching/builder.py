@@ -12,7 +12,7 @@ import numpy as np
 from apt_jax.batching.arrays import NUM_TABLES, Batch, Rows, Tokens
 from apt_jax.batching.buckets import Buckets
 from apt_jax.batching.sampling_rows import Sampling, empty_sampling, write_sampling
-from apt_jax.cache import CacheKind, pages_for
+from apt_jax.cache import BlockTable, CacheKind, pages_for
 from apt_jax.request import Request
 from apt_jax.scheduling.state import Span
 
@@ -26,6 +26,7 @@ class BatchBuilder:
         self._slots: list[Request | None] = [None] * num_slots
         self._slot_of: dict[int, int] = {}
         self._kinds: list[CacheKind | None] = [None] * num_slots
+        self._seated: list[BlockTable | None] = [None] * num_slots
         self._pages = [0] * num_slots
         # one row more than there are slots: the padding row
         self._tables = [np.zeros((num_slots + 1, table_pages), np.int32) for _ in range(NUM_TABLES)]
@@ -49,7 +50,7 @@ class BatchBuilder:
         at = 0
         for r, span in enumerate(spans):
             request, n = span.request, span.num_tokens
-            slot[r] = self._seat(request, restart=span.start == 0)
+            slot[r] = self._seat(request)
             start[r], length[r], last[r], wanted[r] = span.start, n, at + n - 1, span.samples
             kind[r] = request.table.kind.index  # type: ignore[union-attr]
             row[at : at + n] = r
@@ -75,7 +76,7 @@ class BatchBuilder:
             spans=tuple(spans),
         )
 
-    def _seat(self, request: Request, *, restart: bool) -> int:
+    def _seat(self, request: Request) -> int:
         """The request's slot, its table brought up to date; takes a slot of a request that left if it has none."""
         slot = self._slot_of.get(id(request))
         if slot is None:
@@ -83,11 +84,10 @@ class BatchBuilder:
             self._slots[slot] = request
             self._slot_of[id(request)] = slot
             write_sampling(self._sampling, slot, request)
-            restart = True
         table = request.table
         assert table is not None
-        if restart or self._kinds[slot] is not table.kind:
-            self._kinds[slot], self._pages[slot] = table.kind, 0
+        if self._seated[slot] is not table or self._kinds[slot] is not table.kind:  # admitted anew, or converted
+            self._seated[slot], self._kinds[slot], self._pages[slot] = table, table.kind, 0
         done, pages = self._pages[slot], table.num_pages
         if done < pages:
             for array, blocks in zip(self._tables, table.blocks, strict=False):

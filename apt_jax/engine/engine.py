@@ -30,7 +30,7 @@ from apt_jax.scheduling.costs.step_load import StepLoad
 from apt_jax.scheduling.plan import Plan
 from apt_jax.scheduling.policies.catalogue import make_policy
 from apt_jax.scheduling.policies.interface import PolicyContext
-from apt_jax.scheduling.state import Span
+from apt_jax.scheduling.state import Span, Written
 from apt_jax.tokenization.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -50,6 +50,7 @@ class _Flight:
     results: StepResults
     load: StepLoad | None  # what it works through, if its time will be learned
     started_s: float
+    written: Sequence[Written]  # for the prefix cache
 
 
 @dataclass
@@ -99,6 +100,13 @@ class Engine:
         self.requests = Requests(self.state, self.config, rules, OutputTexts(tokenizer), self.prompt_logprobs)
         self.last_plan = Plan()
         self._counts = _Counts()
+        self._cache_config = {
+            "block_size": str(self.config.block_size),
+            "cache_dtype": str(setup.config.dtype),
+            "cache_mode": self.config.cache_mode,
+            "enable_prefix_caching": str(self.config.enable_prefix_caching),
+            "num_gpu_blocks": str(self.state.pool.num_blocks),
+        }
         self._clock = clock
         self._depth = 1 if self.config.async_scheduling else 0
         self._inflight: deque[_Flight] = deque()
@@ -166,6 +174,7 @@ class Engine:
         priority: int = 0,
         arrival_s: float | None = None,
         output_token_ids: Sequence[int] = (),
+        cache_salt: str | None = None,
     ) -> Request:
         """Queue one request (one sample); see `ServingEngine.add`."""
         return self.requests.add(
@@ -176,6 +185,7 @@ class Engine:
             priority=priority,
             arrival_s=self._clock() if arrival_s is None else arrival_s,
             output_token_ids=output_token_ids,
+            cache_salt=cache_salt,
         )
 
     def abort(self, request_id: str) -> None:
@@ -218,7 +228,14 @@ class Engine:
             num_recompiles=self._compilations.count,
             compile_s=self._counts.compile_s,
             cost_model=self.times.fitted_model,
+            prefix_queries=self.state.prefix_queries,
+            prefix_hits=self.state.prefix_hits,
+            cache_config=self._cache_config,
         )
+
+    def reset_prefix_cache(self) -> None:
+        """Empty the prefix cache; see `ServingEngine.reset_prefix_cache`."""
+        self.state.forget_prefixes()
 
     def recent_plans(self) -> list[dict[str, Any]]:
         """The newest plans with their reasons, oldest first."""
@@ -255,7 +272,8 @@ class Engine:
                 self._counts.padded_tokens = batch.bucket.tokens
                 results = self.runner.dispatch(batch)
                 usual = programs == self.runner.num_programs and not results.scores
-                self._inflight.append(_Flight(batch, results, self.times.load(plan, spans) if usual else None, now))
+                load = self.times.load(plan, spans) if usual else None
+                self._inflight.append(_Flight(batch, results, load, now, self.state.written(spans)))
         except Exception as error:
             logger.exception("an iteration failed; its requests end with an error")
             self._recover(str(error) or type(error).__name__)
@@ -275,6 +293,7 @@ class Engine:
         lost = [request for request in self.state.waiting if request.num_inflight_tokens > 0]  # just preempted
         for request in [*self.state.running, *lost]:
             self._end(request, FinishReason.ERROR, message)
+        self.state.forget_prefixes()
         try:
             self.runner.reset()
         except Exception as error:
@@ -292,6 +311,7 @@ class Engine:
     def _commit(self, flight: _Flight) -> list[Output]:
         if flight.results.sampled is None and not flight.results.scores:
             self.times.forget_end()  # nothing is read back
+            self.state.keep(flight.written)
             return []
         try:
             host, scores = self.runner.read(flight.results)
@@ -303,20 +323,27 @@ class Engine:
         if self.times.ended(flight.load, flight.started_s, now):
             self._use_cost_model()
         for request in self.prompt_logprobs.take(flight.batch.chunks, scores):
-            self._end(request, FinishReason.ERROR, NOT_FINITE)
+            self._spoil(request)
+        for row, request in enumerate(flight.batch.requests):
+            assert host is not None
+            if request.status is not Status.FINISHED and not host.is_finite[row]:
+                self._spoil(request)
+        self.state.keep(flight.written)  # before requests end and give their pages back
         outputs = []
         for row, request in enumerate(flight.batch.requests):
             assert host is not None
             if request.status is Status.FINISHED:
-                continue
-            if not host.is_finite[row]:
-                self._end(request, FinishReason.ERROR, NOT_FINITE)
                 continue
             output = self.requests.accept(request, row, host, now)
             if output.finish_reason is not None:
                 self._tell_policy(request, now)
             outputs.append(output)
         return outputs
+
+    def _spoil(self, request: Request) -> None:
+        """End a request whose results are not finite; none of its pages is ever found again."""
+        self.state.forget_prefixes(request)
+        self._end(request, FinishReason.ERROR, NOT_FINITE)
 
     def _use_cost_model(self) -> None:
         if self.times.fitted_model is not None:

@@ -1,7 +1,7 @@
 """The interface of an engine to servers, batch jobs and benchmarks. Without jax, so that importing it stays light."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 from apt_jax.engine_config import EngineConfig
@@ -32,6 +32,9 @@ class EngineFigures:
         num_recompiles: programs compiled since `warm_up`; should stay 0.
         compile_s: seconds that `warm_up` took to compile programs, or to load compiled ones.
         cost_model: as measured on the device; None if it was not.
+        prefix_queries: tokens of requests that were looked up in the prefix cache when first admitted.
+        prefix_hits: of these, tokens that were found there.
+        cache_config: how the cache is set up, in vLLM's names; the same at all times.
     """
 
     num_waiting: int
@@ -45,6 +48,9 @@ class EngineFigures:
     num_recompiles: int = 0
     compile_s: float = 0.0
     cost_model: CostModel | None = None
+    prefix_queries: int = 0
+    prefix_hits: int = 0
+    cache_config: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def num_held_blocks(self) -> int:
@@ -116,11 +122,13 @@ class ServingEngine(EngineFacts, Protocol):
         priority: int = 0,
         arrival_s: float | None = None,
         output_token_ids: Sequence[int] = (),
+        cache_salt: str | None = None,
     ) -> Request:
         """Queue one request (one sample).
 
         `output_token_ids` were generated before, by this engine or another, and are continued: with the same seed
-        the same tokens follow. The first output then brings all of their text.
+        the same tokens follow. The first output then brings all of their text. Cached prefixes are shared only among
+        requests of the same `cache_salt`.
 
         Raises:
             ValueError: the request can never be served; one sentence with the value, the limit and the cure.
@@ -140,6 +148,9 @@ class ServingEngine(EngineFacts, Protocol):
 
     def renew_policy(self) -> None:
         """Continue with a fresh policy. The engine must be idle."""
+
+    def reset_prefix_cache(self) -> None:
+        """Empty the prefix cache. Running requests keep what they hold; nobody finds it any more."""
 
     def figures(self) -> EngineFigures:
         """Figures after the last step; in the thread that steps."""

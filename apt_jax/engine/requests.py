@@ -49,6 +49,7 @@ class Requests:
         priority: int,
         arrival_s: float,
         output_token_ids: Sequence[int],
+        cache_salt: str | None = None,
     ) -> Request:
         """Queue a request; see `ServingEngine.add`."""
         config = self._config
@@ -71,6 +72,7 @@ class Requests:
             eos_token_ids=frozenset(self._rules.model_config.eos_token_ids),
             slo=slo or config.slo,
             priority=priority,
+            cache_salt=cache_salt,
             output_token_ids=list(output_token_ids),
         )
         if len(output_token_ids) >= request.max_new_tokens:

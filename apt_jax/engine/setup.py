@@ -18,6 +18,7 @@ from apt_jax.execution.runner import Runner
 from apt_jax.execution.weights.layout import Weights
 from apt_jax.model_config import ModelConfig
 from apt_jax.scheduling.costs.cost_model import CostModel
+from apt_jax.scheduling.prefix_pool import PrefixPool
 from apt_jax.scheduling.state import Limits, SchedulerState
 
 logger = logging.getLogger(__name__)
@@ -68,6 +69,7 @@ def set_up(weights: Weights, model_config: ModelConfig, config: EngineConfig) ->
     runner.allocate(memory.num_blocks)
     limits = replace(limits, watermark_blocks=int(WATERMARK * memory.num_blocks))
     cost_model = base_model(runner)
+    make_pool = PrefixPool if config.enable_prefix_caching else BlockPool
     return EngineSetup(
         model_config=model_config,
         config=config,
@@ -75,7 +77,7 @@ def set_up(weights: Weights, model_config: ModelConfig, config: EngineConfig) ->
         builder=BatchBuilder(
             runner.buckets, num_slots=limits.max_num_seqs, table_pages=runner.shapes.table_pages
         ),
-        state=SchedulerState(BlockPool(memory.num_blocks, config.block_size), limits),
+        state=SchedulerState(make_pool(memory.num_blocks, config.block_size), limits),
         memory=memory,
         cost_model=cost_model,
         calibration_file=calibration_path(runner, cost_model),

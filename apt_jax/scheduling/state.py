@@ -1,7 +1,7 @@
 """What a policy sees and a plan changes: queues, block pool, limits. The engine and the simulator share it."""
 
 from bisect import bisect_left, insort
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -9,6 +9,7 @@ from apt_jax.cache import KINDS, MODE_KINDS, BlockPool, BlockTable, CacheKind, C
 from apt_jax.request import FinishReason, Request, Status
 from apt_jax.scheduling.plan import Plan, Scheduled
 from apt_jax.scheduling.plan_log import PlanLog
+from apt_jax.scheduling.prefix_pool import Page, PrefixPool
 from apt_jax.scheduling.progress import Progress, progress_of
 
 
@@ -42,11 +43,21 @@ class Span(NamedTuple):
     samples: bool
 
 
+class Written(NamedTuple):
+    """Pages that an iteration fills: the first `num_pages` of `table`, which is what `request` held then."""
+
+    request: Request
+    table: BlockTable
+    num_pages: int
+
+
 class SchedulerState:
     """Waiting and running requests, in order of arrival, and the blocks they hold."""
 
     def __init__(self, pool: BlockPool, limits: Limits):
         self.pool = pool
+        self.prefixes = pool if isinstance(pool, PrefixPool) else None
+        self.prefix_queries = self.prefix_hits = 0  # tokens looked up and found at first admissions
         self.limits = limits
         self.waiting: list[Request] = []
         self.running: list[Request] = []
@@ -68,6 +79,44 @@ class SchedulerState:
         assert table is not None
         pages = -(-request.num_tokens // self.pool.block_size) - table.num_pages
         return pages * table.kind.blocks_per_page if pages > 0 else 0
+
+    def cached_tokens(self, request: Request, kind: CacheKind) -> int:
+        """Tokens of a waiting request that it would not compute if it were admitted as `kind`."""
+        return 0 if self.prefixes is None else len(self._cached_pages(request, kind)) * self.pool.block_size
+
+    def tokens_to_compute(self, request: Request, kind: CacheKind) -> int:
+        """Tokens still to be run through the model; of a waiting request, if it is admitted as `kind`."""
+        if self.prefixes is None or request.table is not None:
+            return request.num_uncomputed_tokens
+        return request.num_uncomputed_tokens - self.cached_tokens(request, kind)
+
+    def blocks_to_admit(self, request: Request, kind: CacheKind, *, preempts: bool = False) -> int:
+        """Free blocks that admitting a waiting request as `kind` takes.
+
+        Cached pages that others hold cost nothing, idle ones do, since they count as free. In a plan that `preempts`
+        all pages count: those held may be given back just before.
+        """
+        blocks = self.blocks_needed(request, kind)
+        if self.prefixes is None or preempts:
+            return blocks
+        return blocks - self.held_pages(request, kind) * kind.blocks_per_page
+
+    def held_pages(self, request: Request, kind: CacheKind) -> int:
+        """Pages of a waiting request that running ones hold already as `kind`."""
+        return 0 if self.prefixes is None else sum(page.refs > 0 for page in self._cached_pages(request, kind))
+
+    def blocks_given_back(self, request: Request, gone: dict[int, int]) -> int:
+        """Blocks that preempting a running request frees, after those of one plan that `gone`, empty at first, counts.
+
+        A shared block is free once its last holder is preempted.
+        """
+        assert request.table is not None
+        return request.table.num_blocks if self.prefixes is None else self.prefixes.given_back(request.table, gone)
+
+    def shared_blocks(self, request: Request) -> int:
+        """Blocks of a running request that others hold too; one that has any cannot be converted."""
+        assert request.table is not None
+        return 0 if self.prefixes is None else self.prefixes.shared_blocks(request.table)
 
     def fits_alone(self, total_tokens: int) -> bool:
         """Whether a request of `total_tokens` fits in the whole pool, in some kind that the mode allows."""
@@ -94,6 +143,38 @@ class SchedulerState:
         """
         self._clear(plan, now)
         return [self._start(entry, now) for entry in plan.scheduled]
+
+    def written(self, spans: Sequence[Span]) -> tuple[Written, ...]:
+        """What `keep` is to be given once the iteration of `spans`, just applied, has been committed."""
+        if self.prefixes is None:
+            return ()
+        size, found = self.pool.block_size, []
+        for request, start, num_tokens, _ in spans:
+            table, pages = request.table, (start + num_tokens) // size
+            assert table is not None
+            if pages > table.num_listed and not request.num_conversions:
+                found.append(Written(request, table, pages))
+        return tuple(found)
+
+    def keep(self, written: Sequence[Written]) -> None:
+        """Enter pages of a committed iteration in the prefix cache. Before `commit`, which may give them back.
+
+        Those of requests that no longer hold them are lost.
+        """
+        if self.prefixes is None:
+            return
+        for request, table, pages in written:
+            if request.table is table and not request.num_conversions:
+                self.prefixes.keep(request, pages)
+
+    def forget_prefixes(self, request: Request | None = None) -> None:
+        """Empty the prefix cache, or take the pages of one request out of it. Requests keep what they hold."""
+        if self.prefixes is None:
+            return
+        if request is None:
+            self.prefixes.clear()
+        elif request.table is not None:
+            self.prefixes.forget(request.table)
 
     def commit(self, request: Request, token_id: int, now: float) -> FinishReason | None:
         """Record a sampled token that the host has read; finishes the request if it is its last.
@@ -137,6 +218,8 @@ class SchedulerState:
         request.status = Status.FINISHED
         request.finish_reason = reason
         request.num_inflight_tokens = 0
+        request.page_keys.clear()
+        request.page_hash = None
 
     def blocks_by_kind(self) -> dict[str, int]:
         """Blocks held as each kind, by its name, and those "free"."""
@@ -159,6 +242,10 @@ class SchedulerState:
             self.finish(abandoned.request, FinishReason.ABANDONED)
         for preempted in plan.preempted:
             self._preempt(preempted.request)
+        if self.prefixes is not None:  # before anything takes blocks: what was found must still be there
+            for entry in plan.scheduled:
+                if entry.request.table is None:
+                    self._admit(entry.request, entry.kind, 0, now)
         for converted in plan.converted:
             table = converted.request.table
             assert table is not None
@@ -172,6 +259,9 @@ class SchedulerState:
         generated = len(request.output_token_ids) + request.num_inflight_tokens
         start, known_tokens, table = request.num_computed_tokens, prompt_tokens + generated, request.table
         end = start + num_tokens
+        if self.prefixes is not None:
+            end = min(end, known_tokens)  # a policy may not know that some are cached
+            num_tokens = end - start
         assert start < end <= known_tokens, (request.request_id, num_tokens)
         if table is None:
             self._admit(request, kind, known_tokens, now)
@@ -189,6 +279,8 @@ class SchedulerState:
     def _admit(self, request: Request, kind: CacheKind, tokens: int, now: float) -> None:
         assert request.status is Status.WAITING
         request.table = BlockTable(kind)
+        if self.prefixes is not None:
+            self._begin_with_cached(request, request.table)
         self.pool.grow(request.table, tokens)
         request.cache_history.append(kind)
         _remove(self.waiting, request)
@@ -196,6 +288,23 @@ class SchedulerState:
         request.status = Status.RUNNING
         if request.first_scheduled_s is None:
             request.first_scheduled_s = now
+
+    def _cached_pages(self, request: Request, kind: CacheKind) -> Sequence[Page]:
+        """The first pages of a waiting request that are cached as `kind`; at least one token is left to compute."""
+        if self.prefixes is None or request.params.needs_whole_prompt:
+            return ()
+        return self.prefixes.find(request, kind, (request.num_tokens - 1) // self.pool.block_size)
+
+    def _begin_with_cached(self, request: Request, table: BlockTable) -> None:
+        assert self.prefixes is not None
+        pages = self._cached_pages(request, table.kind)
+        self.prefixes.share(table, pages)
+        request.num_computed_tokens = cached = len(pages) * self.pool.block_size
+        if request.num_cached_tokens is None:
+            request.num_cached_tokens = cached
+            if not request.params.needs_whole_prompt:
+                self.prefix_queries += request.num_tokens
+                self.prefix_hits += cached
 
     def _preempt(self, request: Request) -> None:
         assert request.status is Status.RUNNING

@@ -73,6 +73,7 @@ def _entry(sample: Sample, choice: Choice) -> dict[str, Any]:
         "params": dataclasses.asdict(params),
         "slo": None if sample.slo is None else dataclasses.asdict(sample.slo),
         "priority": sample.priority,
+        "cache_salt": sample.cache_salt,
         "token_ids": choice.token_ids,
         "logprobs": _plain(choice.logprobs),
         "prompt_logprobs": _plain(choice.prompt_logprobs),
@@ -90,6 +91,7 @@ def _sample(entry: dict[str, Any]) -> Sample:
         slo=None if entry["slo"] is None else Slo(**entry["slo"]),
         priority=entry["priority"],
         output_token_ids=entry["token_ids"],
+        cache_salt=entry.get("cache_salt"),  # not in snapshots of earlier versions
     )
 
 

@@ -2,6 +2,8 @@
 
 from collections.abc import Callable, Mapping
 
+from prometheus_client import Gauge
+
 from apt_jax.engine.interface import EngineFigures
 from apt_jax.request import Request
 from apt_jax.scheduling.plan import Plan, Reason
@@ -21,11 +23,16 @@ class EngineMetrics(Instruments):
         self._late: tuple[Request, ...] = ()  # of those that waited in the last step
         self.last_blocks: Mapping[str, int] = {}
         self._failures = self._recompiles = 0  # of the engine, as counted last
+        self._queried = self._hit = 0  # the same
         self.running = self._gauge("vllm:num_requests_running", "Requests that hold cache.")
         self.waiting = self._gauge("vllm:num_requests_waiting", "Requests that wait to be scheduled.")
         self.usage = self._gauge("vllm:kv_cache_usage_perc", "Share of the cache blocks in use, 0 to 1.")
         self.preemptions = self._counter("vllm:num_preemptions", "Requests whose blocks were taken away.")
         self.blocks = self._gauge("apt:cache_blocks", "Cache blocks held as KV, as hidden, and free.", "kind")
+        self.prefix_queries = self._counter(
+            "vllm:prefix_cache_queries", "Tokens looked up in the prefix cache, at a request's first admission."
+        )
+        self.prefix_hits = self._counter("vllm:prefix_cache_hits", "Of these, tokens found there.")
         self.conversions = self._counter("apt:cache_conversions", "Requests converted from hidden to KV.")
         self.demotions = self._counter("apt:late_demotions", "Requests put behind because they are late already.")
         self.recompiles = self._counter("apt:recompiles_after_warmup", "Programs compiled while serving; should be 0.")
@@ -41,7 +48,11 @@ class EngineMetrics(Instruments):
         self.healthy.set_function(is_healthy)
 
     def ready(self, figures: EngineFigures) -> None:
-        """Show the empty cache."""
+        """Show the empty cache and how it is set up."""
+        if figures.cache_config:
+            labels = {**self._labels, **figures.cache_config}
+            text = "How the cache is set up, in labels; always 1."
+            Gauge("vllm:cache_config_info", text, [*labels], registry=self.registry).labels(**labels).set(1)
         self._levels(figures)
 
     def stepped(self, figures: EngineFigures, step: Stepped) -> None:
@@ -92,6 +103,10 @@ class EngineMetrics(Instruments):
         if figures.num_failed_steps > self._failures:
             self.failures.inc(figures.num_failed_steps - self._failures)
             self._failures = figures.num_failed_steps
+        if figures.prefix_queries > self._queried:
+            self.prefix_queries.inc(figures.prefix_queries - self._queried)
+            self.prefix_hits.inc(figures.prefix_hits - self._hit)
+            self._queried, self._hit = figures.prefix_queries, figures.prefix_hits
         if figures.num_recompiles > self._recompiles:
             self.recompiles.inc(figures.num_recompiles - self._recompiles)
             self._recompiles = figures.num_recompiles

@@ -34,6 +34,9 @@ class View(Protocol):
     async def record(self, base: Path, seconds: float) -> Path:
         """Record what the devices do; returns the folder."""
 
+    async def reset_prefix_cache(self) -> None:
+        """Empty the prefix cache before the next step."""
+
 
 class EngineView:
     """The view of one engine in its thread."""
@@ -67,3 +70,7 @@ class EngineView:
     async def record(self, base: Path, seconds: float) -> Path:
         """With jax.profiler."""
         return await run_in_threadpool(record, base, seconds)
+
+    async def reset_prefix_cache(self) -> None:
+        """By a message to the thread."""
+        self._thread.reset_prefix_cache()

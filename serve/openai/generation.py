@@ -20,7 +20,7 @@ from apt_jax.output import ContextExceeded, Output, TokenLogprobs
 from apt_jax.request import FinishReason, Request, Slo
 from apt_jax.serve.errors import BadRequest, ContextTooLong, EngineFailure, ModelNotFound
 from apt_jax.serve.json_text import SHOWN_VALUE_CHARS, json_pieces
-from apt_jax.serve.openai.replies import PromptTokenLogprob
+from apt_jax.serve.openai.replies import PromptTokenLogprob, prompt_tokens_details
 from apt_jax.serve.openai.requests import GenerationRequest, bad_request, slo_of
 from apt_jax.serve.openai.slo_report import is_unanswered, slo_abandoned, slo_report
 from apt_jax.serve.openai.sse import event
@@ -124,7 +124,10 @@ class Generation[Body: GenerationRequest]:
         if body.asked_max_tokens is not None:
             check_room(max(map(len, prompts)), body.asked_max_tokens, engine.max_model_len)
         slo = slo_of(body.slo, headers or {}, otherwise_slo or engine.config.slo)
-        samples = fan_out(request_id, prompts, params, slo=slo, priority=body.priority or 0, arrival_s=arrival_s)
+        samples = fan_out(
+            request_id, prompts, params,
+            slo=slo, priority=body.priority or 0, arrival_s=arrival_s, cache_salt=body.cache_salt,
+        )  # fmt: skip
         made = cls(body, request_id, model.name, engine.tokenizer, prompts, samples)
         made.reports_slo = slo != otherwise_slo
         return made
@@ -161,15 +164,17 @@ class Generation[Body: GenerationRequest]:
         prompt = max(map(len, self.prompt_token_ids)) if with_prompt else 0
         return max(VALUES_AT_ONCE // (16 + 2 * (params.logprobs or 0) + prompt // 4), 1)
 
-    def usage(self) -> dict[str, int]:
+    def usage(self) -> dict[str, Any]:
         """OpenAI's `usage`: each prompt counts once, every sample's tokens count."""
         if self._num_prompt_tokens is None or self._num_completion_tokens is None:  # with those of an earlier run
             self._num_prompt_tokens = sum(len(ids) for ids in self.prompt_token_ids)
             self._num_completion_tokens = sum(len(choice.token_ids) for choice in self.choices)
+        first = self.choices[:: len(self.choices) // len(self.prompt_token_ids)]  # sample of each prompt
         return {
             "prompt_tokens": self._num_prompt_tokens,
             "completion_tokens": self._num_completion_tokens,
             "total_tokens": self._num_prompt_tokens + self._num_completion_tokens,
+            **prompt_tokens_details(choice.request for choice in first),
         }
 
     def chunk(self, sample: Sample, output: Output) -> dict[str, Any]:

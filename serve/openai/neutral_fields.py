@@ -58,7 +58,6 @@ EITHER: Fields = {
     # vLLM's
     "allowed_token_ids": NULL,
     "bad_words": NO_LIST,
-    "cache_salt": NULL,
     "guided_choice": NULL,
     "guided_decoding_backend": NULL,
     "guided_grammar": NULL,

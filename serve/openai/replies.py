@@ -1,18 +1,34 @@
 """The shapes of what routes answer, for /openapi.json; `tests/serve/test_serve_openapi.py` holds the routes to them."""
 
+from collections.abc import Iterable
 from typing import Literal, NotRequired, TypedDict
 
+from apt_jax.request import Request
 from apt_jax.serve.openai.slo_report import SloReport
 
 FinishReasonName = Literal["stop", "length", "abort", "abandoned"]
 
 
+class PromptTokensDetails(TypedDict):
+    """Of the tokens of the prompts, those that came from the prefix cache."""
+
+    cached_tokens: int
+
+
+def prompt_tokens_details(requests: Iterable[Request | None]) -> dict[str, PromptTokensDetails]:
+    """The field of `Usage` from one sample of each prompt, as far as it has ended; nothing without a prefix cache."""
+    known = [(r.num_cached_tokens, r.num_prompt_tokens) for r in requests if r is not None]
+    cached = [min(tokens, prompt) for tokens, prompt in known if tokens is not None]
+    return {"prompt_tokens_details": {"cached_tokens": sum(cached)}} if cached else {}
+
+
 class Usage(TypedDict):
-    """Tokens: each prompt counts once, every sample's tokens count."""
+    """Tokens: each prompt counts once, every sample's tokens count. Details come with --enable-prefix-caching."""
 
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
+    prompt_tokens_details: NotRequired[PromptTokensDetails]
 
 
 class TextLogprobs(TypedDict):

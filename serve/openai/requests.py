@@ -183,6 +183,7 @@ class GenerationRequest(Strict):
     return_token_ids: bool | None = None
     priority: Whole | None = Field(default=None, ge=-(2**31), le=2**31 - 1)
     user: str | None = None
+    cache_salt: Annotated[str, Field(min_length=1)] | None = None
     slo: SloBody | None = None
 
     @property

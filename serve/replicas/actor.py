@@ -94,12 +94,15 @@ class EngineActor:
             self._next += 1
 
     async def ask(self, question: str, argument: str = "") -> Answer:
-        """Answer "metrics", "story" (of a request id), "plans", or "record" (SECONDS FOLDER)."""
+        """Answer "metrics", "story" (of a request id), "plans", "record" (SECONDS FOLDER), or "reset_prefix_cache"."""
         match question:
             case "metrics":
                 return await asyncio.to_thread(self._metrics.text)
             case "story":
                 return await asyncio.to_thread(self._history.of, argument)
+            case "reset_prefix_cache":
+                assert self._thread is not None
+                return self._thread.reset_prefix_cache()
             case "plans":
                 engine = None if self._thread is None else self._thread.engine
                 return [] if engine is None else (await asyncio.to_thread(engine.recent_plans))[-SHOWN_PLANS:]

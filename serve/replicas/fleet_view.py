@@ -80,6 +80,10 @@ class FleetView:
         await self._ask("record", f"{seconds} {base.absolute()}", ANSWER_S + seconds + 30)
         return base
 
+    async def reset_prefix_cache(self) -> None:
+        """In every replica."""
+        await self._ask("reset_prefix_cache")
+
     def replicas(self) -> list[dict[str, Any]]:
         """One entry each."""
         return [

@@ -102,6 +102,7 @@ class Ending:
     cache_kinds: tuple[str, ...]
     num_preemptions: int
     num_conversions: int
+    num_cached_tokens: int | None = None
 
 
 Command = Submit | Abort

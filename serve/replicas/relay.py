@@ -92,7 +92,7 @@ class RelayedGroup(Group):
             queued_s = request.first_scheduled_s - request.arrival_s
         if reason is not None:
             kinds = tuple(kind.value for kind in request.cache_history)
-            counts = request.num_preemptions, request.num_conversions
+            counts = request.num_preemptions, request.num_conversions, request.num_cached_tokens
             ending = Ending(reason, output.error, request.stop_reason, kinds, *counts)
             self._left -= 1
             if self._left == 0:

@@ -70,6 +70,7 @@ class Progress:
             request.cache_history += [CacheKind.named(kind) for kind in ending.cache_kinds]
             request.num_preemptions += ending.num_preemptions
             request.num_conversions += ending.num_conversions
+            request.num_cached_tokens = ending.num_cached_tokens
         return Output(request, text, tokens, brought.logprobs, reason, error, prompt_logprobs)
 
     def aborted(self) -> Output:

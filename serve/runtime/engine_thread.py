@@ -139,6 +139,10 @@ class EngineThread:
         """End every request, with finish reason abort."""
         self._inbox.put(Command.ABORT_ALL)
 
+    def reset_prefix_cache(self) -> None:
+        """Empty the prefix cache before the next step; requests accepted later find nothing of before."""
+        self._inbox.put(Command.RESET_PREFIX_CACHE)
+
     def stop(self, timeout_s: float) -> bool:
         """End every request and the thread; False if it is still busy (compiling) after `timeout_s`."""
         self._inbox.put(Command.STOP)
@@ -246,6 +250,8 @@ class EngineThread:
                     if active is not None:
                         self._cancelled[sample.request_id] = active
                         engine.abort(sample.request_id)
+            case Command.RESET_PREFIX_CACHE:
+                engine.reset_prefix_cache()
             case Command.ABORT_ALL | Command.STOP:
                 self._stopping |= command is Command.STOP
                 while self._entering:

@@ -131,6 +131,7 @@ class Command(enum.Enum):
     """What concerns all groups."""
 
     ABORT_ALL = enum.auto()
+    RESET_PREFIX_CACHE = enum.auto()
     STOP = enum.auto()
 
 

@@ -30,6 +30,7 @@ class Sample:
     priority: int = 0
     arrival_s: float | None = None
     output_token_ids: Sequence[int] = ()  # generated before
+    cache_salt: str | None = None
 
     def add_to(self, engine: ServingEngine) -> Request:
         """Give it to the engine.
@@ -46,6 +47,7 @@ class Sample:
             priority=self.priority,
             arrival_s=self.arrival_s,
             output_token_ids=self.output_token_ids,
+            cache_salt=self.cache_salt,
         )
 
 
@@ -79,6 +81,7 @@ def as_sent(record: Request, output: Output, now: float) -> Output:
         record.status, record.finish_reason, record.stop_reason = request.status, reason, request.stop_reason
         record.cache_history, record.first_scheduled_s = request.cache_history, request.first_scheduled_s
         record.num_preemptions, record.num_conversions = request.num_preemptions, request.num_conversions
+        record.num_cached_tokens = request.num_cached_tokens
     return output.of(record)
 
 
@@ -98,6 +101,7 @@ def fan_out(
     slo: Slo | None = None,
     priority: int = 0,
     arrival_s: float | None = None,
+    cache_salt: str | None = None,
 ) -> list[Sample]:
     """One sample per prompt and per `params.n`, prompt by prompt. Pure.
 
@@ -119,6 +123,7 @@ def fan_out(
                     slo=slo,
                     priority=priority,
                     arrival_s=arrival_s,
+                    cache_salt=cache_salt,
                 )
             )
     return samples

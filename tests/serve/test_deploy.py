@@ -45,7 +45,7 @@ OTHER_TOOLS = {  # flags of docker, apt-get, useradd, gcloud and uv
             "--enable-chunked-prefill",
             "--scheduler-cls",
         ),
-        *("--data-parallel-size", "--enable-log-requests", "--enforce-eager", "--enable-prefix-caching"),
+        *("--data-parallel-size", "--enable-log-requests", "--enforce-eager"),
         *("--quantization", "--kv-cache-dtype", "--cpu-offload-gb", "--kv-offloading-size", "--pipeline-parallel-size"),
         *("--trust-remote-code", "--ssl-keyfile"),
     },

@@ -18,6 +18,7 @@ from apt_jax.routing.instance import InstanceLoad, instance_load
 from apt_jax.scheduling.plan import Plan
 from apt_jax.scheduling.policies.catalogue import make_policy
 from apt_jax.scheduling.policies.interface import PolicyContext
+from apt_jax.scheduling.prefix_pool import PrefixPool
 from apt_jax.scheduling.state import Limits, SchedulerState
 from apt_jax.tokenization.token_texts import ByteTokenTexts, TokenText
 
@@ -80,7 +81,8 @@ class FakeEngine:
         self.tokenizer = tokenizer
         self.sampling_defaults: dict[str, float] = {}
         limits = Limits(self.config.max_num_seqs or 4, self.config.max_num_batched_tokens or 64)
-        self.state = SchedulerState(BlockPool(num_blocks, 4), limits)
+        make_pool = PrefixPool if self.config.enable_prefix_caching else BlockPool
+        self.state = SchedulerState(make_pool(num_blocks, 4), limits)
         self.warmed = False
         self.fail_with: Exception | None = None
         self.fails_with: Exception | None = None
@@ -134,6 +136,7 @@ class FakeEngine:
         priority: int = 0,
         arrival_s: float | None = None,
         output_token_ids: Sequence[int] = (),
+        cache_salt: str | None = None,
     ) -> Request:
         assert params.n == 1 and request_id not in self._requests
         if not prompt_token_ids:
@@ -158,6 +161,7 @@ class FakeEngine:
             frozenset({EOS}),
             slo or Slo(),
             priority,
+            cache_salt=cache_salt,
             output_token_ids=list(output_token_ids),
         )
         self.state.add(request)
@@ -186,9 +190,13 @@ class FakeEngine:
         for abandoned in self.last_plan.abandoned:
             del self._requests[abandoned.request.request_id]
             self._ended.append(Output(abandoned.request, "", (), (), FinishReason.ABANDONED))
+        self.state.keep(self.state.written(spans))
         outputs = [*self._ended, *(self._sample(span.request, now) for span in spans if span.samples)]
         self._ended = []
         return outputs
+
+    def reset_prefix_cache(self) -> None:
+        self.state.forget_prefixes()
 
     def renew_policy(self) -> None:
         self.num_policies += 1
@@ -204,6 +212,9 @@ class FakeEngine:
             padded_tokens=self.last_plan.num_tokens,
             num_failed_steps=self.num_failed_steps,
             num_recompiles=self.num_recompiles,
+            prefix_queries=self.state.prefix_queries,
+            prefix_hits=self.state.prefix_hits,
+            cache_config={"block_size": "4", "enable_prefix_caching": str(self.config.enable_prefix_caching)},
         )
 
     def recent_plans(self) -> list[dict[str, Any]]:

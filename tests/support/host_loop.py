@@ -2,13 +2,13 @@
 
 import itertools
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from apt_jax.cache import BlockPool
 from apt_jax.request import FinishReason, Request, SamplingParams
 from apt_jax.scheduling.plan import Plan
 from apt_jax.scheduling.policies.catalogue import make_policy
-from apt_jax.scheduling.state import Limits, SchedulerState, Span
+from apt_jax.scheduling.state import Limits, SchedulerState, Span, Written
 
 EOS, STOP_ID, WORD = 2, 7, 11  # tokens that end a request, and one that does not
 MODES = ("kv", "hidden", "hybrid")
@@ -36,9 +36,10 @@ def make_state(
     max_num_batched_tokens: int = 64,
     cache_mode: str = "hybrid",
     watermark_blocks: int = 0,
+    pool: type[BlockPool] = BlockPool,
 ) -> SchedulerState:
     limits = Limits(max_num_seqs, max_num_batched_tokens, cache_mode, watermark_blocks)  # type: ignore[arg-type]
-    return SchedulerState(BlockPool(num_blocks, block_size), limits)
+    return SchedulerState(pool(num_blocks, block_size), limits)
 
 
 def fits(state: SchedulerState, request: Request) -> bool:
@@ -64,7 +65,7 @@ class HostLoop:
         self.next_token = next_token
         self.started = started  # called with every plan that was applied, before anything is committed
         self.now = 0.0
-        self._inflight: deque[list[Request]] = deque()
+        self._inflight: deque[tuple[list[Request], Sequence[Written]]] = deque()
 
     @property
     def is_idle(self) -> bool:
@@ -79,7 +80,7 @@ class HostLoop:
         spans = self.state.apply(plan, self.now)
         self.started(plan, spans)
         if spans:
-            self._inflight.append([span.request for span in spans if span.samples])
+            self._inflight.append(([span.request for span in spans if span.samples], self.state.written(spans)))
         while len(self._inflight) > (self.depth if plan.scheduled else 0):
             self.commit()
 
@@ -88,7 +89,9 @@ class HostLoop:
         if not self._inflight:
             return
         self.now += 0.25
-        for request in self._inflight.popleft():
+        sampled, written = self._inflight.popleft()
+        self.state.keep(written)
+        for request in sampled:
             token = self.next_token(request)
             reason = self.state.commit(request, token, self.now)
             assert reason is request.finish_reason

@@ -17,8 +17,8 @@ def request(prompt=8, output=4, arrival_s=0.0, slo=None, priority=0, name=None):
     )  # fmt: skip
 
 
-def make_state(num_blocks=16, block_size=4, max_num_seqs=8, tokens=64, mode="kv", watermark=0):
-    return SchedulerState(BlockPool(num_blocks, block_size), Limits(max_num_seqs, tokens, mode, watermark))
+def make_state(num_blocks=16, block_size=4, max_num_seqs=8, tokens=64, mode="kv", watermark=0, pool=BlockPool):
+    return SchedulerState(pool(num_blocks, block_size), Limits(max_num_seqs, tokens, mode, watermark))
 
 
 def step(state, policy, now, seconds=0.03):
@@ -32,6 +32,7 @@ def step(state, policy, now, seconds=0.03):
     assert len(state.running) <= limits.max_num_seqs
     assert len({id(s.request) for s in spans}) == len(spans)
     assert not {id(s.request) for s in spans} & {id(r) for r in named}, "planned to wait and to run"
+    state.keep(state.written(spans))
     for span in spans:
         if span.samples and state.commit(span.request, 5, now + seconds) is not None:
             policy.finished(span.request, now + seconds)

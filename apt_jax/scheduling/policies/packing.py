@@ -67,6 +67,7 @@ def plan_prefill(
     scheduled: list[Scheduled] = []
     preempted: list[Preempted] = []
     victims = list(running)
+    released: dict[int, int] = {}
     prefilling = _prefilling(state)
     for request in running if prefilling else ():
         if request.order in prefilling and budget > 0:
@@ -84,14 +85,14 @@ def plan_prefill(
         choice: tuple[CacheKind, Reason] | None = None
         taken: list[Preempted] = []  # for this request: they keep their blocks if even those are too few
         while budget > 0:
-            choice = choose_kind(state, request, free - spare) if seats > 0 else None
+            choice = choose_kind(state, request, free - spare, preempts=may_preempt is not None) if seats > 0 else None
             if choice or not (victims and may_preempt and may_preempt(request, victims[-1])):
                 break
             victim = victims.pop()
-            assert victim.table is not None
             taken.append(Preempted(victim, Reason.PREEMPTED_FOR_EARLIER))
-            free, seats = free + victim.table.num_blocks, seats + 1
-        if budget <= 0 or (whole_prompts and scheduled and request.num_uncomputed_tokens > budget):
+            free, seats = free + state.blocks_given_back(victim, released), seats + 1
+        tokens = state.tokens_to_compute(request, choice[0]) if choice else request.num_uncomputed_tokens
+        if budget <= 0 or (whole_prompts and scheduled and tokens > budget):
             blocked = Reason.WAITS_FOR_TOKENS
         elif seats <= 0:
             blocked = Reason.WAITS_FOR_SEQUENCES
@@ -103,9 +104,9 @@ def plan_prefill(
             return scheduled, preempted, (first, *((Waited(behind, Reason.WAITS_BEHIND),) if behind else ()))
         kind, reason = choice
         preempted += taken
-        tokens = min(request.num_uncomputed_tokens, budget)
+        tokens = min(tokens, budget)
         scheduled.append(Scheduled(request, tokens, kind, reason))
-        free -= state.blocks_needed(request, kind)
+        free -= state.blocks_to_admit(request, kind, preempts=may_preempt is not None)
         budget -= tokens
         seats -= 1
         spare = watermark
@@ -143,11 +144,16 @@ def plan_mixed(
     )
 
 
-def choose_kind(state: SchedulerState, request: Request, free_blocks: int) -> tuple[CacheKind, Reason] | None:
-    """The first kind of the cache mode in which the request's known tokens fit; None if none does."""
+def choose_kind(
+    state: SchedulerState, request: Request, free_blocks: int, *, preempts: bool = False
+) -> tuple[CacheKind, Reason] | None:
+    """The first kind of the cache mode in which the request's known tokens fit; None if none does.
+
+    `preempts` as in `SchedulerState.blocks_to_admit`.
+    """
     kinds = state.limits.kinds
     for kind in kinds:
-        if state.blocks_needed(request, kind) <= free_blocks:
+        if state.blocks_to_admit(request, kind, preempts=preempts) <= free_blocks:
             if not kind.is_projected:
                 return kind, Reason.ADMITTED_KV
             return kind, Reason.ADMITTED_HIDDEN if kind is kinds[0] else Reason.ADMITTED_HIDDEN_KV_DOES_NOT_FIT
@@ -163,16 +169,16 @@ def plan_decode(state: SchedulerState, running: Sequence[Request], waited: tuple
     free, scheduled = state.pool.num_free, []
     preempted: list[Preempted] = []
     gone: set[int] = set()
+    released: dict[int, int] = {}
     for request in running:
         if request.order in gone or not request.is_decoding or request.is_exhausted:
             continue
         need = state.blocks_to_grow(request)
         while need > free:
             victim = victims.pop()
-            assert victim.table is not None
             preempted.append(Preempted(victim, Reason.PREEMPTED_NO_BLOCKS))
             gone.add(victim.order)
-            free += victim.table.num_blocks
+            free += state.blocks_given_back(victim, released)
             if victim is request:
                 break
         if request.order not in gone:
@@ -221,7 +227,7 @@ def plan_conversion(state: SchedulerState, free: int) -> tuple[Converted, ...]:
     for request in state.running:
         assert request.table is not None
         kind = request.table.kind.converts_to
-        if kind is not None and request.is_decoding and not request.is_exhausted:
+        if kind is not None and request.is_decoding and not request.is_exhausted and not state.shared_blocks(request):
             # a page that this step adds is no longer in `free`, as one of the old kind
             extra = state.blocks_needed(request, kind) - request.table.num_blocks - state.blocks_to_grow(request)
             if free - extra >= state.limits.watermark_blocks + kind.blocks_per_page * len(state.running):

@@ -65,6 +65,13 @@ async def state(service: Service, http: Request) -> Response:
     return JSONResponse(shown)
 
 
+async def reset_prefix_cache(service: Service, http: Request) -> Response:
+    """POST /reset_prefix_cache: empty the prefix cache; 200 without a body, as vLLM."""
+    service.backend.ready_engine()
+    await service.view.reset_prefix_cache()
+    return Response(status_code=200)
+
+
 async def profile(service: Service, http: Request) -> Response:
     """POST /debug/profile {"seconds"}: record with jax.profiler; answers when it is done, with the folder."""
     options = service.options

@@ -7,7 +7,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from apt_jax.serve.http.routes.dashboard import dashboard
-from apt_jax.serve.http.routes.debug import plans, profile, state, story
+from apt_jax.serve.http.routes.debug import plans, profile, reset_prefix_cache, state, story
 from apt_jax.serve.http.routes.generation import generate
 from apt_jax.serve.http.routes.models import detokenize, model, models, tokenize
 from apt_jax.serve.http.routes.openapi import document
@@ -119,6 +119,7 @@ ROUTES = (
     RouteSpec("GET", "/debug/requests/{id}", story),
     RouteSpec("GET", "/debug/state", state, is_probe=True),
     RouteSpec("POST", "/debug/profile", profile),
+    RouteSpec("POST", "/reset_prefix_cache", reset_prefix_cache),
     RouteSpec("GET", "/openapi.json", openapi, is_open=True),
     RouteSpec("GET", "/", dashboard, is_open=True),
 )

@@ -37,7 +37,7 @@ def admit(view: View, draft: Draft) -> Draft:
     forecast = _forecast(view, draft)
     if not _may_admit(view, draft, forecast, spare, victims):
         return draft
-    order, is_hidden = _solve(view, draft, capacity)
+    order, is_hidden = _solve(view, draft, capacity, preempts=bool(draft.preempted or len(victims)))
     return _take(view, draft, order, is_hidden, spare, victims, forecast)
 
 
@@ -46,7 +46,8 @@ def may_fit(view: View, draft: Draft, spare: int, victims: Ints) -> Bools:
     room = draft.free_blocks - spare
     most = room + int(draft.claims[victims].sum())
     for_late, in_time = room if draft.seats > 0 else -1, most if draft.seats + len(victims) > 0 else -1
-    fits = view.pages_w * view.least_blocks_per_page <= np.where(view.late_w, for_late, in_time)
+    pages_w = _pages_to_admit(view, preempts=bool(draft.preempted or len(victims)))
+    fits = pages_w * view.least_blocks_per_page <= np.where(view.late_w, for_late, in_time)
     return fits & ~view.lane_w
 
 
@@ -69,14 +70,22 @@ def _may_admit(view: View, draft: Draft, forecast: Forecast | None, spare: int, 
     return bool((expected <= rooms + ROUNDING_BLOCKS).all(axis=1).any())
 
 
-def _solve(view: View, draft: Draft, capacity: int) -> tuple[Ints, Bools]:
+def _pages_to_admit(view: View, *, preempts: bool) -> Ints:
+    """`[waiting]` pages that each takes of what is free.
+
+    Cached pages that running requests hold cost nothing, unless the plan `preempts` and so may give them back.
+    """
+    return view.pages_w if preempts else view.pages_w - view.held_pages_w
+
+
+def _solve(view: View, draft: Draft, capacity: int, *, preempts: bool) -> tuple[Ints, Bools]:
     """Waiting requests to admit into `capacity` blocks, best first, and whether as hidden."""
     candidates = np.flatnonzero(~view.lane_w)
     kv_block_s = (view.rho_s or UNKNOWN_RHO_S) * view.block_size / CacheKind.KV.blocks_per_page
     may_be_kv, may_be_hidden = allowed_kinds(view, draft, candidates)
     problem = Problem(
         pending_s=view.values_w[candidates],
-        kv_blocks=CacheKind.KV.blocks_per_page * view.pages_w[candidates],
+        kv_blocks=CacheKind.KV.blocks_per_page * _pages_to_admit(view, preempts=preempts)[candidates],
         may_be_kv=may_be_kv,
         may_be_hidden=may_be_hidden,
         capacity_blocks=capacity,
@@ -111,7 +120,7 @@ def _take(
     victims = late_running.tolist()
     preempted, admitted = dict(draft.preempted), list(draft.admitted)
     room, seats, fit = draft.free_blocks - spare, draft.seats, view.options.fit_victims
-    for offer in _offers(view, order, is_hidden):
+    for offer in _offers(view, order, is_hidden, preempts=bool(preempted or victims)):
         if (seats <= 0 or room < offer.least_blocks) and not (victims and offer.any_in_time):
             break
         chosen: tuple[int, ...] | None = ()  # victims that this one needs
@@ -140,10 +149,10 @@ def _take(
     return replace(draft, preempted=preempted, admitted=tuple(admitted), free_blocks=room + spare, seats=seats)
 
 
-def _offers(view: View, order: Ints, is_hidden: Bools) -> Iterator[_Offer]:
+def _offers(view: View, order: Ints, is_hidden: Bools, *, preempts: bool) -> Iterator[_Offer]:
     """What `_take` must know of each waiting request, computed in slices: it seldom gets far."""
     per_page = np.where(is_hidden, CacheKind.HIDDEN.blocks_per_page, CacheKind.KV.blocks_per_page)
-    blocks, late = view.pages_w[order] * per_page, view.late_w[order]
+    blocks, late = _pages_to_admit(view, preempts=preempts)[order] * per_page, view.late_w[order]
     least = np.minimum.accumulate(blocks[::-1])[::-1]
     any_in_time = np.logical_or.accumulate(~late[::-1])[::-1]
     for first in range(0, len(order), OFFERS):

@@ -83,11 +83,12 @@ def prompts(view: View, draft: Draft) -> list[Prompt]:
     ]  # fmt: skip
     found += [
         Prompt(
-            waiting.requests[i], entry.kind, entry.reason, k, int(waiting.uncomputed[i]), 0,
+            waiting.requests[i], entry.kind, entry.reason, k, int(waiting.uncomputed[i]) - cached, cached,
             float(view.slack_w[i]), bool(view.lane_w[i]),
         )
         for k, entry in enumerate(draft.admitted)
         for i in [entry.position]
+        for cached in [view.state.cached_tokens(waiting.requests[i], entry.kind)]
     ]  # fmt: skip
 
     def urgency(prompt: Prompt) -> float:

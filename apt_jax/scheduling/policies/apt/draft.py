@@ -36,7 +36,7 @@ class Draft:
         decodes: whether it computes a token, unless it is preempted.
         prefills: whether it continues its prefill, unless it is preempted.
         mixes: whether decodes and prompt chunks share the iteration.
-        claims: blocks that preempting it gives back: those it holds and those set aside for its growth.
+        claims: blocks that preempting it gives back: those it alone holds and those set aside for its growth.
         free_blocks: blocks that are neither held nor reserved.
         seats: requests that may still be admitted under `max_num_seqs`.
         preempted: why, by index in the running queue, in the order decided.

@@ -19,26 +19,28 @@ def start_draft(view: View, decodes: Bools, prefills: Bools, *, mixes: bool) -> 
     """
     pool, seats = view.state.pool, view.state.limits.max_num_seqs - len(view.running)
     need = np.where(decodes, view.need_r, view.held_r)
-    growth = int((need - view.held_r).sum())
+    growth, claims = int((need - view.held_r).sum()), need - view.shared_r
     if growth <= pool.num_free:
-        return Draft(decodes, prefills, mixes, need, pool.num_free - growth, seats)
-    dropped = _least_valuable(view, need)
+        return Draft(decodes, prefills, mixes, claims, pool.num_free - growth, seats)
+    capacity = pool.num_blocks - (0 if view.state.prefixes is None else view.state.prefixes.num_shared)
+    dropped = _least_valuable(view, claims, capacity)
     return Draft(
-        decodes, prefills, mixes, need,
-        free_blocks=pool.num_blocks - int(need.sum()) + int(need[dropped].sum()),
+        decodes, prefills, mixes, claims,
+        free_blocks=capacity - int(claims.sum()) + int(claims[dropped].sum()),
         seats=seats + len(dropped),
         preempted=dict.fromkeys(dropped.tolist(), Reason.PREEMPTED_LEAST_VALUE),
     )  # fmt: skip
 
 
-def _least_valuable(view: View, need: Ints) -> Ints:
-    """Indices of the running requests that the solver leaves out if each takes `need` blocks of the whole pool."""
-    capacity = view.state.pool.num_blocks - int(need[view.lane_r].sum())
+def _least_valuable(view: View, claims: Ints, capacity: int) -> Ints:
+    """Indices of the running requests that the solver leaves out if each takes `claims` of `capacity` blocks."""
+    capacity -= int(claims[view.lane_r].sum())
+    claims = np.maximum(claims, view.running.blocks_per_page)  # also where everything is shared
     rest = np.flatnonzero(~view.lane_r)
     as_kv = view.running.kind[rest] == CacheKind.KV.index
     problem = Problem(
         pending_s=view.values_r[rest],
-        kv_blocks=need[rest] // view.running.blocks_per_page[rest] * CacheKind.KV.blocks_per_page,
+        kv_blocks=claims[rest] // view.running.blocks_per_page[rest] * CacheKind.KV.blocks_per_page,
         may_be_kv=as_kv,
         may_be_hidden=~as_kv,
         capacity_blocks=capacity,

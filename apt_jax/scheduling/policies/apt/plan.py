@@ -47,6 +47,8 @@ def _conversions(view: View, draft: Draft) -> list[int]:
         return []
     if not view.options.convert or draft.preempted or len(view.waiting) > len(draft.admitted):
         return []
+    if draft.admitted and view.state.prefixes is not None:
+        return []  # a newcomer may share pages of one that would be converted
     reserve = max(limits.watermark_blocks, pool.num_blocks // RESERVE_SHARE) + kv.blocks_per_page * len(view.running)
     room = draft.free_blocks - reserve
     if room <= 0:
@@ -56,7 +58,7 @@ def _conversions(view: View, draft: Draft) -> list[int]:
     chosen = []
     for i in draft.decode_index[view.running.kind[draft.decode_index] == hidden.index].tolist():
         blocks, tokens = int(view.pages_r[i]) * added_per_page, int(view.running.tokens[i])
-        if blocks <= room and tokens <= budget:
+        if blocks <= room and tokens <= budget and not view.shared_r[i]:
             chosen.append(i)
             room -= blocks
             budget -= tokens

@@ -21,24 +21,24 @@ def choose_draft(view: View) -> tuple[Draft, Asked | None]:
         if not len(draft.decode_index) or not (draft.admitted or draft.prefills.any()):
             return draft, None
         asked = ask(view, draft)
-        if _gains_by_mixing(view, draft, asked.budget.given_s):
+        if _gains_by_mixing(view, draft, asked):
             return draft, asked
     return _alternate(view), None
 
 
-def _gains_by_mixing(view: View, draft: Draft, given_s: float) -> bool:
+def _gains_by_mixing(view: View, draft: Draft, asked: Asked) -> bool:
     """Whether decodes and prompt chunks take no longer together than one after the other.
 
     Together the weights are read once, but the tokens are padded to another program's size. Attention costs the
-    same. `given_s` are the seconds of products that the prompts get.
+    same. `asked` says what the prompts ask for and get.
     """
     model = view.context.cost_model
     assert model is not None
     decodes = len(draft.decode_index)
-    wanted = int(view.running.uncomputed[draft.prefills & draft.stays].sum())
-    wanted += int(view.waiting.uncomputed[[entry.position for entry in draft.admitted]].sum())
+    wanted = sum(prompt.uncomputed for prompt in asked.prompts)
     if not wanted:
         return True
+    given_s = asked.budget.given_s
     most = min(view.state.limits.max_num_batched_tokens - decodes, given_s / prompt_token_s(model))
     tokens = min(wanted, max(int(most), 1))
     decode, prefill = StepLoad(decode_requests=decodes, samples=decodes), StepLoad(tokens, samples=1)

@@ -4,12 +4,14 @@ Columns that end in `_w` are `[waiting]`, those in `_r` `[running]`, both in ord
 someone waits or memory is short is computed when it is first read, so that a quiet iteration costs little.
 """
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
 
 from apt_jax.cache import KINDS, CacheKind
+from apt_jax.request import Request
 from apt_jax.scheduling.costs.cost_model import CostModel
 from apt_jax.scheduling.costs.step_load import StepLoad
 from apt_jax.scheduling.policies.apt.facts.forecast import expected_blocks, moments_of_blocks
@@ -111,6 +113,29 @@ class View:
         """Blocks held once all known tokens are computed."""
         return np.maximum(self.held_r, self.pages_r * self.running.blocks_per_page)
 
+    @cached_property
+    def shared_r(self) -> Ints:
+        """Blocks held that others hold too: preempting does not give them back."""
+        state = self.state
+        if state.prefixes is None or not state.prefixes.num_shared:
+            return np.zeros(len(self.running), np.int64)
+        return np.array([state.shared_blocks(request) for request in self.running.requests], np.int64)
+
+    @cached_property
+    def held_pages_w(self) -> Ints:
+        """Pages that running requests hold already, whichever kind it is admitted as."""
+        return self._cached(self.state.held_pages, min)
+
+    @cached_property
+    def cached_w(self) -> Ints:
+        """Tokens that are cached in the kind that has most of them."""
+        return self._cached(self.state.cached_tokens, max)
+
+    def _cached(self, count: Callable[[Request, CacheKind], int], among: Callable[[Iterable[int]], int]) -> Ints:
+        if self.state.prefixes is None:
+            return np.zeros(len(self.waiting), np.int64)
+        return np.array([among(count(r, kind) for kind in self.kinds) for r in self.waiting.requests], np.int64)
+
     def expected_w(self, index: Ints, blocks_per_page: Ints) -> Floats:
         """`[len(index), horizons]` blocks that these waiting requests are expected to hold; needs prediction."""
         assert self.remaining_w is not None
@@ -146,7 +171,7 @@ class View:
     @cached_property
     def late_w(self) -> Bools:
         """Whether it can no longer keep its SLO."""
-        return self._late(self.waiting, lambda: self.remaining_w)
+        return self._late(self.waiting, lambda: self.remaining_w, self.cached_w)
 
     @cached_property
     def late_r(self) -> Bools:
@@ -218,20 +243,23 @@ class View:
             return None
         return self.context.predictor.remaining_of(queue.requests, queue.prompt_tokens, queue.generated)
 
-    def _late(self, queue: Queue, remaining: Remaining) -> Bools:
+    def _late(self, queue: Queue, remaining: Remaining, cached: Ints | int = 0) -> Bools:
         pending_s = self.now - queue.since_s
         if self.options.fallback == "none":
             return np.zeros(len(queue), np.bool_)
         if self.options.fallback == "constant" and not self.options.prediction:
             return is_overdue(queue, pending_s)
-        return is_late(queue, pending_s, remaining, self.prefill_s(queue))
+        return is_late(queue, pending_s, remaining, self.prefill_s(queue, cached))
 
-    def prefill_s(self, queue: Queue) -> Floats | float:
-        """`[n]` least seconds until the first token, or the next one after a preemption, is computed; 0 of nobody's."""
+    def prefill_s(self, queue: Queue, cached: Ints | int = 0) -> Floats | float:
+        """`[n]` least seconds until the first token, or the next one after a preemption, is computed; 0 of nobody's.
+
+        `cached` of the tokens not computed yet need not be.
+        """
         model = self.context.cost_model
         if model is None or queue.decoding.all():
             return 0.0
-        return np.where(queue.decoding, 0.0, queue.uncomputed * prompt_token_s(model))
+        return np.where(queue.decoding, 0.0, (queue.uncomputed - cached) * prompt_token_s(model))
 
     @cached_property
     def _lanes(self) -> tuple[Bools, Bools]:

@@ -1,0 +1,257 @@
+"""A block pool whose full pages are kept after their request has gone, and shared by requests that begin alike.
+
+A page is found again by its key: the SHA-256 of all tokens up to the page's end, after a secret of the pool, which has
+one model and one number type, and the request's `cache_salt`. Different tokens never have equal keys in practice.
+
+Each page in the table counts the block tables that hold it. One that nobody holds is idle: it counts as free, and is
+evicted when blocks run out, the one released longest ago first. A page of a block table is never evicted, and a page
+enters the table only when all its tokens have been computed (`keep`), so nobody ever writes to a shared page.
+"""
+
+import secrets
+from array import array
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+from hashlib import sha256
+
+from apt_jax.cache import KINDS, BlockPool, BlockTable, CacheKind
+from apt_jax.request import Request
+
+MOST_FOUND = 4096  # requests whose pages are remembered between two changes of the table
+
+
+class Page:
+    """A full page that can be found by its `key`, until that is None; `refs` block tables hold it."""
+
+    __slots__ = ("blocks", "key", "kind", "refs")
+
+    def __init__(self, key: bytes, kind: CacheKind, blocks: tuple[int, ...], refs: int):
+        self.key: bytes | None = key
+        self.kind, self.blocks, self.refs = kind, blocks, refs
+
+
+class PrefixPool(BlockPool):
+    """A `BlockPool` with a table of full pages. `num_free` counts idle pages, `num_held` a shared page once."""
+
+    def __init__(self, num_blocks: int, block_size: int, secret: bytes | None = None):
+        super().__init__(num_blocks, block_size)
+        self._secret = secrets.token_bytes(32) if secret is None else secret
+        self._table: tuple[dict[bytes, Page], ...] = tuple({} for _ in KINDS)
+        self._by_block: dict[int, Page] = {}  # by their first block, also those that left the table while held
+        self._idle: OrderedDict[int, Page] = OrderedDict()  # by their first block, released longest ago first
+        self._num_idle = 0  # blocks in them
+        self._shared: set[int] = set()  # first blocks of pages in several tables
+        self._num_shared = 0  # blocks in them
+        self._found: dict[tuple[int, int], list[Page]] = {}  # what `find` found since the table last changed
+
+    @property
+    def num_free(self) -> int:
+        """Blocks that nobody holds, those of idle pages included."""
+        return len(self._free) + self._num_idle
+
+    @property
+    def num_idle(self) -> int:
+        """Of the free blocks those in pages that can still be found."""
+        return self._num_idle
+
+    @property
+    def num_shared(self) -> int:
+        """Blocks in several tables, each counted once."""
+        return self._num_shared
+
+    def shared_blocks(self, table: BlockTable) -> int:
+        """Blocks of `table` that other tables hold too."""
+        if not self._shared:
+            return 0
+        return len(self._shared.intersection(table.blocks[0])) * table.kind.blocks_per_page
+
+    def given_back(self, table: BlockTable, gone: dict[int, int]) -> int:
+        """Blocks that releasing `table` frees after the tables that `gone` counts, to which it is added.
+
+        `gone` has, by first block, how many holders of a shared page would have released it.
+        """
+        shared = self._shared.intersection(table.blocks[0])
+        kept = 0
+        for first in shared:
+            gone[first] = gone.get(first, 0) + 1
+            kept += gone[first] < self._by_block[first].refs
+        return (table.num_pages - kept) * table.kind.blocks_per_page
+
+    def find(self, request: Request, kind: CacheKind, most_pages: int) -> Sequence[Page]:
+        """The pages of `kind` that hold the first tokens of `request`, at most so many. Not to be changed."""
+        table = self._table[kind.index]
+        if not table or most_pages <= 0:
+            return ()
+        place = request.order, kind.index
+        found = self._found.get(place)
+        if found is None:
+            found = []
+            for i in range(most_pages):
+                if i >= len(request.page_keys):  # the first one alone: most prompts share nothing
+                    self._extend_keys(request, most_pages if i else 1)
+                page = table.get(request.page_keys[i])
+                if page is None:
+                    break
+                found.append(page)
+            if len(self._found) >= MOST_FOUND:
+                self._found.clear()
+            self._found[place] = found
+        return found if len(found) <= most_pages else found[:most_pages]
+
+    def share(self, table: BlockTable, pages: Sequence[Page]) -> None:
+        """Begin the empty `table` with found pages."""
+        assert not table.num_pages
+        per_page, held = table.kind.blocks_per_page, 0
+        for page in pages:
+            first = page.blocks[0]
+            page.refs += 1
+            if page.refs == 1:
+                del self._idle[first]
+                held += per_page
+            elif page.refs == 2:
+                self._shared.add(first)
+                self._num_shared += per_page
+        self._num_idle -= held
+        self._held[table.kind.index] += held
+        for v, blocks in enumerate(table.blocks):
+            blocks.extend([page.blocks[v] for page in pages])
+        table.num_pages = table.num_listed = len(pages)
+
+    def keep(self, request: Request, pages: int) -> None:
+        """Enter the first `pages` pages of a request, which are computed, unless equal ones are in the table."""
+        table = request.table
+        assert table is not None and pages <= table.num_pages
+        self._extend_keys(request, pages)
+        listed = self._table[table.kind.index]
+        for i in range(table.num_listed, pages):
+            key, blocks = request.page_keys[i], tuple([column[i] for column in table.blocks])
+            if key not in listed and blocks[0] not in self._by_block:
+                listed[key] = self._by_block[blocks[0]] = Page(key, table.kind, blocks, 1)
+                self._found.clear()
+        table.num_listed = max(table.num_listed, pages)
+
+    def forget(self, table: BlockTable) -> None:
+        """Take the pages of a table out of the prefix table, those that it shares included."""
+        for first in table.blocks[0]:
+            page = self._by_block.get(first)
+            if page is not None:
+                self._unlist(page)
+
+    def clear(self) -> None:
+        """Forget every page; those in block tables stay where they are."""
+        for page in list(self._by_block.values()):
+            self._unlist(page)
+            if page.refs == 0:
+                self._drop_idle(page)
+
+    def convert(self, table: BlockTable) -> None:
+        """As in a `BlockPool`; the table's pages can no longer be found.
+
+        Raises:
+            OutOfBlocks: too few blocks are free; `table` is unchanged.
+            ValueError: others share its pages, which must not change.
+        """
+        if self.shared_blocks(table):
+            raise ValueError(
+                f"{self.shared_blocks(table)} of {table.num_blocks} blocks are shared with other requests, so they "
+                "cannot be converted in place; convert requests that share nothing"
+            )
+        super().convert(table)
+        for first in table.blocks[0]:
+            page = self._by_block.pop(first, None)
+            if page is not None:
+                self._unlist(page)
+
+    def release(self, table: BlockTable) -> None:
+        """Give a table's blocks back and empty it; its pages in the prefix table become idle if it was the last."""
+        kind, per_page, first_blocks = table.kind, table.kind.blocks_per_page, table.blocks[0]
+        own, given = [], 0
+        for i in range(table.num_pages - 1, -1, -1):  # a page is evicted before those that it continues
+            page = self._by_block.get(first_blocks[i])
+            if page is None:
+                own.append(i)
+                continue
+            page.refs -= 1
+            if page.refs == 1:
+                self._shared.remove(first_blocks[i])
+                self._num_shared -= per_page
+            elif page.refs == 0 and page.key is None:
+                del self._by_block[first_blocks[i]]
+                own.append(i)
+            elif page.refs == 0:
+                self._idle[first_blocks[i]] = page
+                self._num_idle += per_page
+                given += per_page
+        self._held[kind.index] -= given + len(own) * per_page
+        for blocks in reversed(table.blocks):
+            self._free.extend([blocks[i] for i in own])
+            blocks.clear()
+        table.num_pages = table.num_listed = 0
+
+    def check(self, tables: Iterable[BlockTable]) -> None:
+        """Assert that free, idle and held blocks are exactly the pool's, and that every count is right."""
+        tables = list(tables)
+        assert all(len(blocks) == table.num_pages for table in tables for blocks in table.blocks)
+        holders: dict[tuple[int, ...], int] = {}
+        kind_of: dict[tuple[int, ...], CacheKind] = {}
+        for table in tables:
+            for blocks in zip(*table.blocks, strict=True):
+                holders[blocks] = holders.get(blocks, 0) + 1
+                assert kind_of.setdefault(blocks, table.kind) is table.kind
+        idle = [block for page in self._idle.values() for block in page.blocks]
+        held = [block for blocks in holders for block in blocks]
+        assert sorted([*self._free, *idle, *held]) == list(range(self.num_blocks)), (
+            f"blocks leaked: {len(self._free)} free, {len(idle)} idle, {len(held)} held; {self.num_blocks} in the pool"
+        )
+        assert len(idle) == self._num_idle
+        assert all(count == 1 or blocks[0] in self._by_block for blocks, count in holders.items())
+        for first, page in self._by_block.items():
+            assert page.blocks[0] == first and page.refs == holders.get(page.blocks, 0), (page.blocks, page.refs)
+            assert (page.refs == 0) is (first in self._idle)
+            assert page.refs == 0 or kind_of[page.blocks] is page.kind
+        listed = [page for table in self._table for page in table.values()]
+        assert {id(page) for page in listed} == {id(page) for page in self._by_block.values() if page.key is not None}
+        assert all(self._table[page.kind.index].get(page.key) is page for page in listed if page.key is not None)
+        assert self._shared == {page.blocks[0] for page in self._by_block.values() if page.refs > 1}
+        assert self._num_shared == sum(len(page.blocks) for page in self._by_block.values() if page.refs > 1)
+        by_kind = [sum(len(blocks) for blocks, its in kind_of.items() if its is kind) for kind in KINDS]
+        assert by_kind == self._held, f"blocks by kind are {by_kind}, counted as {self._held}"
+
+    def _take(self, count: int) -> list[int]:
+        if count <= self.num_free:
+            while len(self._free) < count:
+                page = next(iter(self._idle.values()))
+                self._unlist(page)
+                self._drop_idle(page)
+        return super()._take(count)
+
+    def _unlist(self, page: Page) -> None:
+        if page.key is not None:
+            del self._table[page.kind.index][page.key]
+            page.key = None
+            self._found.clear()
+
+    def _drop_idle(self, page: Page) -> None:
+        del self._idle[page.blocks[0]], self._by_block[page.blocks[0]]
+        self._num_idle -= len(page.blocks)
+        self._free.extend(reversed(page.blocks))
+
+    def _extend_keys(self, request: Request, pages: int) -> None:
+        """Give a request the keys of its first `pages` pages, whose tokens the host must know."""
+        keys, size = request.page_keys, self.block_size
+        if len(keys) >= pages:
+            return
+        start, stop, prompt = len(keys) * size, pages * size, len(request.prompt_token_ids)
+        tokens = array("i", request.prompt_token_ids[start:stop])
+        if stop > prompt:
+            tokens.extend(request.output_token_ids[max(start - prompt, 0) : stop - prompt])
+        assert len(tokens) == stop - start, (request.request_id, pages)
+        if not keys:
+            salt = request.cache_salt  # none differs from every one
+            own = b"" if salt is None else b"\0" + salt.encode("utf-8", "surrogatepass")
+            request.page_hash = sha256(sha256(self._secret + own).digest())
+        hashed = request.page_hash
+        data, step = tokens.tobytes(), size * tokens.itemsize
+        for at in range(0, len(data), step):
+            hashed.update(data[at : at + step])
+            keys.append(hashed.digest())
