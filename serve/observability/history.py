@@ -125,7 +125,7 @@ class History(Observer):
             "status": request.status.value,
             "finish_reason": None if request.finish_reason is None else request.finish_reason.value,
             "prompt_tokens": request.num_prompt_tokens,
-            "cached_tokens": request.num_cached_tokens,
+            **({} if request.num_cached_tokens is None else {"cached_tokens": request.num_cached_tokens}),
             "tokens": len(request.output_token_ids),
             "priority": request.priority,
             "slo": slo_report([request]),

@@ -21,7 +21,7 @@ CONFIG = ModelConfig(
 PROMPT = [5 + 3 * i % 80 for i in range(40)]
 SHORT = replace(GREEDY, max_tokens=5)
 SETTINGS = settings(
-    max_examples=15, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
+    max_examples=6, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
 )
 
 

@@ -1,0 +1,116 @@
+"""A runner without a model, whose cache holds token ids: the next token is a hash of what the tables lead to.
+
+So a wrong page, one that was overwritten, or one read before it was written, changes the tokens.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from apt_jax.batching.arrays import Batch
+from apt_jax.batching.buckets import Buckets
+from apt_jax.batching.builder import BatchBuilder, table_pages
+from apt_jax.cache import KINDS, BlockPool, BlockTable, CacheKind
+from apt_jax.engine.engine import Engine
+from apt_jax.engine.setup import EngineSetup
+from apt_jax.engine_config import EngineConfig
+from apt_jax.execution.interface import StepResults
+from apt_jax.execution.sampling import Sampled
+from apt_jax.model_config import ModelConfig
+from apt_jax.scheduling.costs.cost_model import CostModel
+from apt_jax.scheduling.costs.hardware import HARDWARE, MODELS
+from apt_jax.scheduling.prefix_pool import PrefixPool
+from apt_jax.scheduling.state import Limits, SchedulerState
+
+VOCABULARY = 97
+KEY, VALUE, HIDDEN = 1_000, 2_000, 3_000  # a cell is one of these plus the token's id
+VECTORS = {CacheKind.KV: (KEY, VALUE), CacheKind.HIDDEN: (HIDDEN,)}
+
+
+def next_token(token_ids: Sequence[int]) -> int:
+    """What follows these tokens."""
+    found = 7
+    for token_id in token_ids:
+        found = (31 * found + token_id + 1) % 1_000_003
+    return found % VOCABULARY
+
+
+def answer(prompt: Sequence[int], count: int) -> list[int]:
+    """The tokens of an answer."""
+    tokens = list(prompt)
+    for _ in range(count):
+        tokens.append(next_token(tokens))
+    return tokens[len(prompt) :]
+
+
+class TokenRunner:
+    """A `StepRunner`; `pool` is int `[blocks, block_size]`. A row that reads what it should not is not finite."""
+
+    num_programs = 1
+
+    def __init__(self, num_blocks: int, block_size: int, slots: int, context: int):
+        self._pool_shape, self._history_shape = (num_blocks, block_size), (slots + 1, context + 1)
+        self.reset()
+
+    def reset(self) -> None:
+        self.pool, self.history = np.zeros(self._pool_shape, int), np.zeros(self._history_shape, int)
+
+    def compile_all(self, progress: bool = False) -> None:
+        pass
+
+    def dispatch(self, batch: Batch) -> StepResults:
+        size, (tokens, rows) = self.pool.shape[1], (batch.tokens, batch.rows)
+        for row, number, on_device, position in zip(
+            tokens.row, tokens.ids, tokens.on_device, tokens.position, strict=True
+        ):
+            if row < len(batch.spans):
+                number = self.history[rows.slot[row], position] if on_device else number
+                self.history[rows.slot[row], position] = number
+                for v, mark in enumerate(VECTORS[KINDS[rows.kind[row]]]):
+                    self.pool[rows.tables[v][row, position // size], position % size] = mark + number
+        count = len(batch.sample_slot)
+        token, finite = np.zeros(count, np.int32), np.ones(count, bool)
+        for row in range(len(batch.requests)):
+            length = int(batch.sample_length[row])
+            where = np.arange(length)
+            read = [
+                self.pool[rows.tables[v][row, where // size], where % size] - mark
+                for v, mark in enumerate(VECTORS[KINDS[rows.kind[row]]])
+            ]
+            finite[row] = all((cells >= 0).all() and (cells < VOCABULARY).all() for cells in read)
+            finite[row] &= all((cells == read[0]).all() for cells in read)
+            token[row] = next_token(read[0].tolist())
+            self.history[batch.sample_slot[row], length] = token[row]
+        nothing = np.zeros((count, 1))
+        return StepResults(Sampled(token, finite, nothing[:, 0], nothing[:, 0], nothing, nothing), ())
+
+    def read(self, results: StepResults) -> StepResults:
+        return results
+
+    def convert(self, tables: Sequence[BlockTable]) -> None:
+        for table in tables:
+            for key, value in zip(*table.blocks, strict=True):
+                hidden = self.pool[key].copy()
+                self.pool[key], self.pool[value] = hidden - HIDDEN + KEY, hidden - HIDDEN + VALUE
+
+
+def make_engine(num_blocks: int, **options) -> Engine:
+    """An engine whose model is `next_token`; `options` are the configuration's."""
+    config = EngineConfig(
+        **{
+            "max_model_len": 96, "max_num_seqs": 4, "max_num_batched_tokens": 16, "block_size": 4,
+            "scheduling_policy": "fcfs", "async_scheduling": False, "calibrate": False, **options,
+        }
+    )  # fmt: skip
+    limits = Limits(config.max_num_seqs, config.max_num_batched_tokens, config.cache_mode)
+    buckets = Buckets(max_num_seqs=limits.max_num_seqs, max_num_batched_tokens=limits.max_num_batched_tokens)
+    runner = TokenRunner(num_blocks, config.block_size, limits.max_num_seqs, config.max_model_len)
+    pages = table_pages(config.max_model_len, config.block_size, 1)
+    pool = (PrefixPool if config.enable_prefix_caching else BlockPool)(num_blocks, config.block_size)
+    setup = EngineSetup(
+        model_config=ModelConfig(vocab_size=VOCABULARY, max_position_embeddings=96, eos_token_ids=()), config=config,
+        runner=runner, builder=BatchBuilder(buckets, num_slots=limits.max_num_seqs, table_pages=pages),
+        state=SchedulerState(pool, limits), memory=None, cost_model=CostModel(MODELS["opt-125m"], HARDWARE["h200"]),
+        calibration_file=None, attention="none",
+    )  # fmt: skip
+    return Engine(setup)
