@@ -105,7 +105,8 @@ def unshared(folder: Path, rounds: int) -> None:
     engines = {
         on: open_engine(folder, cache_mode="kv", num_blocks=1600, enable_prefix_caching=on) for on in (False, True)
     }
-    draw, seconds = random.Random(2), {False: [], True: []}
+    draw = random.Random(2)
+    seconds: dict[bool, list[float]] = {False: [], True: []}
     params = SamplingParams(temperature=0, max_tokens=32, ignore_eos=True)
     for number in range(-1, rounds):
         for on in (False, True) if number % 2 else (True, False):
