@@ -1,8 +1,8 @@
 """What the prefix cache saves and costs on this machine: first tokens with and without a hit, host time, throughput.
 
-    python -m experiments.prefix_caching host
-    python -m experiments.prefix_caching first --kind kv --rounds 5
-    python -m experiments.prefix_caching unshared --rounds 3
+    python -m experiments.prefix_cache host
+    python -m experiments.prefix_cache first --kind kv --rounds 5
+    python -m experiments.prefix_cache unshared --rounds 3
 
 Everything that is compared runs alternately in one process, after one run of each that is not counted. Dummy weights.
 """
