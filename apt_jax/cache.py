@@ -9,7 +9,7 @@ A new cache kind is a `CacheSpec` and a member of `CacheKind`, and a mode in whi
 import enum
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, cast, get_args
 
 
 class Vector(enum.Enum):
@@ -71,11 +71,27 @@ class CacheKind(enum.Enum):
 
 KINDS = tuple(CacheKind)  # KINDS[kind.index] is kind
 CacheMode = Literal["hybrid", "kv", "hidden"]
+CacheDtype = Literal["auto", "int8"]  # of the numbers in blocks; auto is what the model computes in
 MODE_KINDS: dict[CacheMode, tuple[CacheKind, ...]] = {  # kinds that a request may be admitted with, preferred one first
     "kv": (CacheKind.KV,),
     "hidden": (CacheKind.HIDDEN,),
     "hybrid": (CacheKind.KV, CacheKind.HIDDEN),
 }
+
+
+def as_cache_dtype(name: str) -> CacheDtype:
+    """The `CacheDtype` called so.
+
+    Raises:
+        ValueError: there is none; one sentence with what to use.
+    """
+    if name.startswith("fp8"):
+        raise ValueError(
+            f"cache_dtype={name!r} is not offered: at the same bytes its error is three times int8's; use int8"
+        )
+    if name not in get_args(CacheDtype):
+        raise ValueError(f"cache_dtype={name!r} is not one of {', '.join(get_args(CacheDtype))}")
+    return cast(CacheDtype, name)
 
 
 def keeps_hidden(mode: CacheMode) -> bool:

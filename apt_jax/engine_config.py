@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Literal
 
-from apt_jax.cache import CacheMode
+from apt_jax.cache import CacheMode, as_cache_dtype
 from apt_jax.ranges import check_at_least, check_block_size, check_finite, check_greater, check_share
 from apt_jax.request import Slo
 
@@ -35,6 +35,9 @@ class EngineConfig:
     enable_prefix_caching: bool = False
     """Keep full cache pages of ended requests, and share them with requests that begin with the same tokens; see
     docs/prefix_caching.md."""
+    cache_dtype: str = "auto"
+    """Number type of the cache, auto or int8; auto: that of the model; int8: a byte for each number, half of a 16-bit
+    cache. --kv-cache-dtype is another spelling."""
     scheduling_policy: str = "apt"
     """Scheduling policy, or MODULE:CLASS of your own, with options as NAME:option=value; see docs/scheduling."""
     ttft_slo_ms: float = 1000.0
@@ -64,6 +67,7 @@ class EngineConfig:
     """Seed for requests without one, and for dummy weights."""
 
     def __post_init__(self) -> None:
+        as_cache_dtype(self.cache_dtype)
         check_finite(self)
         check_at_least(
             *(self, 1, ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "num_blocks", "cache_memory_bytes"))

@@ -19,13 +19,13 @@ class Kernels(NamedTuple):
     """The kernels of a platform, with the signatures of `reference.py`; either both of prefix attention or none.
 
     Differences from the references: `hidden_decode` and `hidden_prefix` may give `out` in the pool's dtype, and
-    `hidden_decode` anything in rows of length 0. `hidden_decode` is None where there is no kernel for hidden rows and
-    XLA attends to them. Prefix attention, `chunk` (a prefill chunk's own tokens) and `cache_writer` may be None too;
-    they may not handle every dtype.
+    `hidden_decode` anything in rows of length 0. Each may be None, and XLA does its part: `hidden_decode` where there
+    is no kernel for hidden rows, prefix attention, `chunk` (a prefill chunk's own tokens) and `cache_writer`, which may
+    not handle every dtype, and all that use the pool where it is int8 (`without_pool`).
     """
 
     name: str
-    kv_decode: Callable[..., Partial]
+    kv_decode: Callable[..., Partial] | None
     hidden_decode: Callable[..., Partial] | None
     kv_prefix: Callable[..., Partial] | None = None
     hidden_prefix: Callable[..., Partial] | None = None
@@ -33,6 +33,13 @@ class Kernels(NamedTuple):
     cache_writer: Callable[..., Callable[..., jax.Array]] | None = None
     hidden_prefix_reads: int = 0
     """How often `hidden_prefix` reads a row's vectors for each query; 0: once for many queries."""
+
+
+def without_pool(kernels: Kernels) -> Kernels | None:
+    """Those that neither read nor write the pool, for a pool of a form that no kernel takes; None if there are none."""
+    if kernels.chunk is None:
+        return None
+    return Kernels(f"xla, chunks by {kernels.name}", None, None, chunk=kernels.chunk)
 
 
 REFERENCES = Kernels(

@@ -20,6 +20,8 @@ from apt_jax.serve.options import DEMO_NAME, DistributedOptions, LoadOptions, Mo
 from apt_jax.serve.replicas.options import RayBatchOptions, RayOptions, ReplicaOptions
 from apt_jax.simulation.options import SimulateArgs
 
+OTHER_SPELLINGS = {"--kv-cache-dtype": "--cache-dtype"}
+
 
 @dataclass(frozen=True)
 class Serve:
@@ -185,6 +187,12 @@ def _follow(model: str | None, load: LoadOptions, config: EngineConfig) -> int:
     raise AssertionError("only process 0 gets an engine")
 
 
+def with_own_spelling(arguments: list[str]) -> list[str]:
+    """The arguments with flags in other spellings replaced by those that the fields give."""
+    pairs = (argument.partition("=") for argument in arguments)
+    return [OTHER_SPELLINGS.get(name.replace("_", "-"), name) + equals + value for name, equals, value in pairs]
+
+
 COMMANDS: dict[str, type] = {
     "serve": Serve, "run-batch": RunBatch, "convert": Convert, "simulate": Simulate, "bench serve": BenchServe,
     "bench throughput": BenchThroughput, "bench latency": BenchLatency, "bench kernels": kernels.BenchKernels,
@@ -204,7 +212,7 @@ def read_command(arguments: list[str]) -> Any:
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line; exits with 0, 1 (it failed), 2 (wrong usage) or 130 (interrupted)."""
-    command = read_command(sys.argv[1:] if arguments is None else arguments)
+    command = read_command(with_own_spelling(sys.argv[1:] if arguments is None else arguments))
     set_up_logs(command.server.log_format if isinstance(command, Serve) else "text")
     try:
         code = command.run()

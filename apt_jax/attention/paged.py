@@ -1,7 +1,9 @@
 """Attention over the paged hybrid cache: in plain XLA, or by kernels where they are given.
 
 Shape letters: T token slots, R rows, N heads, H head_dim, D = N*H, L layers, P blocks, S block_size, C chunk of
-cached tokens that one loop step reads. The pool is flat, `[L*P, S, D]`; block b of layer l is row `l*P + b`.
+cached tokens that one loop step reads. The pool is flat; block b of layer l is row `l*P + b`. From an int8 pool keys
+and values are not read as they were computed, so a chunk's own tokens attend to what later reads will give: results do
+not depend on where a prompt is cut.
 
 KV rows attend head by head; hidden rows take queries `q_wide = q Wk^T` of D numbers for each head over the vectors
 themselves, and multiply the context by Wv (docs/hybrid_cache.md, `absorption.py`).
@@ -16,7 +18,9 @@ import jax.numpy as jnp
 
 from apt_jax.attention.absorption import absorb_query, absorbed_values, key_bias_score
 from apt_jax.attention.hidden_slices import hidden_decode_slices
+from apt_jax.attention.int8 import Channels
 from apt_jax.attention.kinds import KindMix
+from apt_jax.attention.pool import Kept, Pool
 from apt_jax.attention.prefix import merge_prefix
 from apt_jax.attention.write import token_writer
 from apt_jax.attention.xla import (
@@ -32,7 +36,7 @@ from apt_jax.attention.xla import (
 )
 from apt_jax.batching.arrays import Rows, Tokens
 from apt_jax.cache import Vector
-from apt_jax.models.collectives import local_slice
+from apt_jax.models.collectives import all_reduce, local_slice
 from apt_jax.models.interface import Attend
 from apt_jax.models.linear import AttentionProjections, KeyValueProjections
 from apt_jax.pallas_kernels.dispatch import Kernels
@@ -51,7 +55,7 @@ def paged_attention(
     *,
     decode_only: bool,
     kernels: Kernels | None = None,
-) -> Attend[jax.Array]:
+) -> Attend[Pool]:
     """The attention of one iteration over the pool: writes the new tokens' vectors, then attends.
 
     Args:
@@ -66,13 +70,20 @@ def paged_attention(
     """
 
     write = token_writer(tokens, rows, block_size, kinds=kinds, kernels=kernels)
+    row = jnp.minimum(tokens.row, rows.length.shape[0] - 1)
+    keeps_hidden = rows.keep(Vector.HIDDEN)[row]
 
-    def attend(
-        projections: AttentionProjections, h: jax.Array, pool: jax.Array, layer: jax.Array
-    ) -> tuple[jax.Array, jax.Array]:
+    def attend(projections: AttentionProjections, h: jax.Array, pool: Pool, layer: jax.Array) -> tuple[jax.Array, Pool]:
         q, kv = projections.query(h), projections.kv
         if kv.splits_inputs:
             h = local_slice(h, axis=1)
+        channels, kept = pool.channels_of(layer), dict[Vector, Kept]()
+        if kinds.keep(Vector.HIDDEN):
+            kept[Vector.HIDDEN] = pool.keep_hidden(h, channels)
+            pool = pool.count_outside(h, channels, keeps_hidden & (tokens.row < rows.length.shape[0]))
+            if pool.is_coded and not decode_only:
+                seen = channels.vectors(pool.as_read(kept[Vector.HIDDEN]), h.dtype)
+                h = jnp.where(keeps_hidden[:, None], seen, h)
         if decode_only and not kinds.keep(Vector.KEY):
             k = v = jnp.zeros_like(q)  # a hidden row never uses its own k and v
         elif decode_only and kinds.asks:
@@ -83,27 +94,38 @@ def paged_attention(
             )
         else:
             k, v = kv.keys_values(h)
-        pool = write(pool, layer * num_blocks, h=h, k=k, v=v)
+        if kinds.keep(Vector.KEY):
+            kept |= {Vector.KEY: pool.keep(k), Vector.VALUE: pool.keep(v)}
+            if pool.is_coded and not decode_only:
+                k = _as_read(pool, kept[Vector.KEY], k, keeps_hidden)
+                v = _as_read(pool, kept[Vector.VALUE], v, keeps_hidden)
+        pool = write(pool, layer * num_blocks, kept)
         shifted = rows.from_block(layer * num_blocks)
         if decode_only:
             context = shifted.start + shifted.length
-            return _decode(kv, q, pool, shifted, kinds, context, kernels).astype(q.dtype), pool
-        out = _chunks(kv, q, k, v, pool, tokens, shifted, kinds, kernels)
+            return _decode(kv, q, pool, channels, shifted, kinds, context, kernels).astype(q.dtype), pool
+        out = _chunks(kv, q, k, v, pool, channels, tokens, shifted, kinds, kernels)
         # rows with a single token (decodes of a mixed iteration) attend like a decode step
         single = rows.length == 1
         context = jnp.where(single, rows.start + 1, 0)
-        by_row = _decode(kv, q[rows.last], pool, shifted, kinds, context, kernels)
-        row = jnp.minimum(tokens.row, rows.length.shape[0] - 1)
+        by_row = _decode(kv, q[rows.last], pool, channels, shifted, kinds, context, kernels)
         out = jnp.where(single[row][:, None, None], by_row[row], out)
         return out.astype(q.dtype), pool
 
     return attend
 
 
+def _as_read(pool: Pool, kept: Kept, x: jax.Array, unless: jax.Array) -> jax.Array:
+    """Keys or values `x [T, N, H]` as they will be read from the pool, except in tokens `unless [T]`."""
+    read = pool.as_read(kept).reshape(x.shape).astype(x.dtype)
+    return jnp.where(unless[:, None, None], x, read)
+
+
 def _decode(
     projections: KeyValueProjections,
     q: jax.Array,
-    pool: jax.Array,
+    pool: Pool,
+    channels: Channels,
     rows: Rows,
     kinds: KindMix,
     context: jax.Array,
@@ -115,23 +137,25 @@ def _decode(
     hidden = (is_hidden & (context > 0))[:, None, None]
 
     def of_hidden(otherwise: jax.Array) -> jax.Array:
-        wide = absorb_query(projections, q)
+        wide = channels.query(absorb_query(projections, q))
         blocks = rows.table_of(Vector.HIDDEN)
         length = jnp.where(is_hidden, context, 0)
         if slices:  # a kernel cannot sum the devices' scores before its softmax
-            found = hidden_decode_slices(wide.astype(pool.dtype), pool, blocks, length).out
+            found = hidden_decode_slices(wide.astype(q.dtype), pool, blocks, length).out
         elif kernels is not None and kernels.hidden_decode is not None:
-            found = kernels.hidden_decode(wide.astype(pool.dtype), pool, blocks, length).out
+            found = kernels.hidden_decode(wide.astype(q.dtype), pool.numbers, blocks, length).out
         else:
             found = hidden_decode(wide, pool, blocks, length).out
-        return jnp.where(hidden, absorbed_values(projections, found), otherwise)
+        return jnp.where(hidden, absorbed_values(projections, channels.context(found)), otherwise)
 
     if not kinds.keep(Vector.KEY):
         return of_hidden(jnp.zeros(q.shape, jnp.float32))
     length = jnp.where(is_hidden, 0, context)
-    decode = kv_decode if kernels is None else kernels.kv_decode
-    key_blocks, value_blocks = rows.table_of(Vector.KEY), rows.table_of(Vector.VALUE)
-    out = decode(q, pool, key_blocks, value_blocks, length).out
+    tables = rows.table_of(Vector.KEY), rows.table_of(Vector.VALUE)
+    if kernels is None or kernels.kv_decode is None:
+        out = kv_decode(q, pool, *tables, length).out
+    else:
+        out = kernels.kv_decode(q, pool.numbers, *tables, length).out
     if not kinds.keep(Vector.HIDDEN):
         return out
     if not kinds.asks:
@@ -144,7 +168,8 @@ def _chunks(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
-    pool: jax.Array,
+    pool: Pool,
+    channels: Channels,
     tokens: Tokens,
     rows: Rows,
     kinds: KindMix,
@@ -157,7 +182,7 @@ def _chunks(
     prefix = jnp.where(rows.length > 1, rows.start, 0)
     # kernels cannot sum the devices' scores before their softmax
     if kernels is not None and kernels.kv_prefix is not None and not projections.splits_inputs:
-        return merge_prefix(own, projections, q, pool, rows, prefix, kernels, kinds).out
+        return merge_prefix(own, projections, q, pool.numbers, rows, prefix, kernels, kinds).out
     # with few queries absorbing (T*N*D per cached token) is cheaper than re-projecting (D*D)
     absorbs = kinds.keep(Vector.HIDDEN) and T <= H
     is_hidden = rows.keep(Vector.HIDDEN)
@@ -169,8 +194,8 @@ def _chunks(
             return read_keys_values(q, pool, key_blocks[r], value_blocks[r], chunk, valid)
 
         def projected() -> tuple[jax.Array, jax.Array]:
-            h = read_chunk(pool, hidden_blocks[r], chunk, valid, dtype=q.dtype)
-            return projections.keys_values(h)
+            x = read_chunk(pool, hidden_blocks[r], chunk, valid, dtype=pool.read_dtype)
+            return projections.keys_values(channels.vectors(x, q.dtype))
 
         if kinds.keep(Vector.KEY) and kinds.keep(Vector.HIDDEN) and not absorbs:
             return jax.lax.cond(is_hidden[r], projected, cached)
@@ -181,9 +206,13 @@ def _chunks(
 
     def absorbed(r: jax.Array) -> Partial:
         wide = absorb_query(projections, q)
-        part = attend_wide(wide.reshape(-1, wide.shape[-1]), pool, hidden_blocks[r], prefix[r])
-        lse = local_slice(part.lse.reshape(wide.shape[:2]), axis=1) + key_bias_score(projections, q)
-        return Partial(absorbed_values(projections, part.out.reshape(wide.shape)), lse)
+        over = channels.query(wide)
+        part = attend_wide(over.reshape(-1, over.shape[-1]), pool, hidden_blocks[r], prefix[r])
+        lse = part.lse.reshape(wide.shape[:2])
+        if pool.is_coded:
+            lse = lse + all_reduce(channels.constant_score(wide))
+        lse = local_slice(lse, axis=1) + key_bias_score(projections, q)
+        return Partial(absorbed_values(projections, channels.context(part.out.reshape(wide.shape))), lse)
 
     def one_row(r: jax.Array, found: Partial) -> Partial:
         def with_prefix() -> Partial:

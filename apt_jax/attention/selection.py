@@ -9,6 +9,7 @@ from typing import Any
 import jax
 from jax.typing import DTypeLike
 
+from apt_jax.cache import CacheDtype
 from apt_jax.cpu_kernels import library
 from apt_jax.cpu_kernels.calls import KERNELS as CPU_KERNELS
 from apt_jax.engine_config import AttentionBackend
@@ -28,12 +29,14 @@ def select_kernels(
     device: jax.Device,
     cpp_kernels: bool,
     num_devices: int = 1,
+    cache_dtype: CacheDtype = "auto",
 ) -> Kernels | None:
     """The kernels to attend with, or None for XLA.
 
     auto takes the Pallas kernels on TPU and GPU, and on a CPU those in C++ (for a model on one device), if they pass a
     check against their references on this device, else XLA. pallas on a CPU takes the TPU kernels in interpret mode.
-    Whatever is left to XLA, a warning says why.
+    Whatever is left to XLA, a warning says why. No kernel reads an int8 cache yet: only those for a chunk's own tokens
+    are taken with it.
 
     Args:
         model_config: of the part of the model that a device has.
@@ -41,8 +44,13 @@ def select_kernels(
         num_devices: that the model is split over.
 
     Raises:
-        ValueError: the option asks for pallas or native, and those kernels do not work here.
+        ValueError: the option asks for pallas or native, and those kernels do not work here or with this cache.
     """
+    if cache_dtype != "auto" and backend in ("pallas", "native"):
+        raise ValueError(
+            f"attention_backend={backend!r} has no kernels for cache_dtype={cache_dtype!r}; use auto or xla, or "
+            "cache_dtype='auto'"
+        )
     if backend == "xla" or (backend == "auto" and cpp_kernels and num_devices > 1):
         return None
     if backend == "pallas" and cpp_kernels:
@@ -71,9 +79,14 @@ def select_kernels(
         if found.hidden_decode is None:
             logger.warning("attention: XLA for hidden rows, because the %r kernels have none for them", found.name)
         if cpp_kernels:
-            return found
-        with jax.default_device(device):
-            return _usable(found, heads=heads, head_dim=head_dim, block_size=block_size, dtype=dtype)
+            usable = found
+        else:
+            with jax.default_device(device):
+                usable = _usable(found, heads=heads, head_dim=head_dim, block_size=block_size, dtype=dtype)
+        if cache_dtype == "auto":
+            return usable
+        logger.info("attention: XLA over the %s cache, which no kernel reads yet", cache_dtype)
+        return dispatch.without_pool(usable)
     if backend != "auto":
         raise ValueError(f"attention_backend={backend!r} cannot be used here ({found}); use auto or xla")
     logger.warning("attention: XLA, because the kernels cannot be used here (%s)", found)

@@ -1,13 +1,15 @@
-"""Writing a step's tokens to the cache pool `[L*P, S, D]`, in place when it is donated."""
+"""Writing a step's tokens to the cache pool, in place when it is donated."""
 
-from collections.abc import Callable
-from functools import reduce
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial, reduce
 from operator import or_
 
 import jax
 import jax.numpy as jnp
 
 from apt_jax.attention.kinds import KindMix
+from apt_jax.attention.pool import Kept, Pool
 from apt_jax.batching.arrays import Rows, Tokens
 from apt_jax.cache import Vector
 from apt_jax.pallas_kernels import reference
@@ -16,7 +18,7 @@ from apt_jax.pallas_kernels.dispatch import Kernels
 
 def token_writer(
     tokens: Tokens, rows: Rows, block_size: int, *, kinds: KindMix, kernels: Kernels | None = None
-) -> Callable[..., jax.Array]:
+) -> Callable[[Pool, jax.Array, Mapping[Vector, Kept]], Pool]:
     """How this step writes the vectors that each row's kind keeps into their blocks.
 
     Args:
@@ -24,8 +26,7 @@ def token_writer(
         kernels: without a `cache_writer`, or None: XLA's scatter.
 
     Returns:
-        `write(pool, base, *, h, k, v)`: the pool `[L*P, S, D]` with attention inputs `h [T, D]`, or `k` and `v`
-        `[T, N, H]`, in the layer whose first block is `base`.
+        `write(pool, base, kept)`: the pool with what is kept of every token, in the layer whose first block is `base`.
     """
     R = rows.length.shape[0]
     row = jnp.minimum(tokens.row, R - 1)
@@ -40,22 +41,26 @@ def token_writer(
         return jnp.where(has, rows.tables[number][row, page], -1)
 
     kernel = None if kernels is None else kernels.cache_writer
-    write_vectors = (kernel or reference.cache_writer)(blocks(0), blocks(1), offset)
+    tables = blocks(0), blocks(1)
+    write_vectors = (kernel or reference.cache_writer)(*tables, offset)
 
-    def write(pool: jax.Array, base: jax.Array, *, h: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-        values = {Vector.HIDDEN: h, Vector.KEY: k, Vector.VALUE: v}
-
-        def vectors(number: int) -> jax.Array | None:
-            """`[T, D]` what goes to `blocks(number)`; None if no kind keeps so many vectors."""
-            found: jax.Array | None = None
+    def write(pool: Pool, base: jax.Array, kept: Mapping[Vector, Kept]) -> Pool:
+        def vectors(number: int) -> Kept | None:
+            """What goes to `blocks(number)`; None if no kind keeps so many vectors."""
+            found: Kept | None = None
             for kind in kinds:
                 if number < kind.blocks_per_page:
-                    own = values[kind.spec.vectors[number]].reshape(-1, pool.shape[2])
-                    found = own if found is None else jnp.where(is_kind[kind][:, None], own, found)
+                    own, mine = kept[kind.spec.vectors[number]], is_kind[kind][:, None]
+                    found = own if found is None else jax.tree.map(partial(jnp.where, mine), own, found)
             return found
 
-        first = vectors(0)
+        first, second = vectors(0), vectors(1)
         assert first is not None, "every kind keeps something"
-        return write_vectors(pool, base, first, vectors(1))
+        numbers = write_vectors(pool.numbers, base, first.numbers, None if second is None else second.numbers)
+        pool = replace(pool, numbers=numbers)
+        for block, vector in zip(tables, (first, second), strict=True):
+            if vector is not None:
+                pool = pool.write_scales(jnp.where(block < 0, numbers.shape[0], base + block), offset, vector.scales)
+        return pool
 
     return write

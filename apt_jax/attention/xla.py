@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from apt_jax.attention.pool import Pool
 from apt_jax.models.collectives import all_reduce
 from apt_jax.pallas_kernels.reference import NEVER, Partial
 
@@ -19,9 +20,7 @@ _GROUP_ROWS = 8
 _GROUP_TOKENS = 64  # of each row of a group: keys and values of one step stay in a core's cache
 
 
-def kv_decode(
-    q: jax.Array, pool: jax.Array, key_blocks: jax.Array, value_blocks: jax.Array, length: jax.Array
-) -> Partial:
+def kv_decode(q: jax.Array, pool: Pool, key_blocks: jax.Array, value_blocks: jax.Array, length: jax.Array) -> Partial:
     """As `apt_jax.pallas_kernels.reference.kv_decode_attention`, a group of rows and a few tokens at a time. Pure."""
     R = len(q)
     G = min(_GROUP_ROWS, R)
@@ -46,19 +45,19 @@ def kv_decode(
 
 
 def _attend_by_head(
-    q: jax.Array, pool: jax.Array, key_blocks: jax.Array, value_blocks: jax.Array, length: jax.Array
+    q: jax.Array, pool: Pool, key_blocks: jax.Array, value_blocks: jax.Array, length: jax.Array
 ) -> Partial:
     """`kv_decode` of one group of rows."""
     G, N, H = q.shape
-    pages = max(min(_GROUP_TOKENS, CHUNK_TOKENS) // pool.shape[1], 1)  # tables are whole chunks
-    tokens = pages * pool.shape[1]
+    pages = max(min(_GROUP_TOKENS, CHUNK_TOKENS) // pool.block_size, 1)  # tables are whole chunks
+    tokens = pages * pool.block_size
 
     def body(step: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         valid = (step * tokens + jnp.arange(tokens) < length[:, None])[..., None]
 
         def read(blocks: jax.Array) -> jax.Array:
             own = jax.lax.dynamic_slice_in_dim(blocks, step * pages, pages, 1)
-            return pool[own].reshape(G, tokens, N, H).astype(jnp.float32)
+            return pool.read(own, jnp.float32).reshape(G, tokens, N, H)
 
         scores = (q[:, None] * read(key_blocks)).sum(-1)
         scores = jnp.where(valid, scores, NEVER).swapaxes(1, 2)
@@ -71,7 +70,7 @@ def _attend_by_head(
     return finish_softmax(jax.lax.fori_loop(0, steps, body, start_softmax((G, N), (G, N, H))))
 
 
-def hidden_decode(q_wide: jax.Array, pool: jax.Array, blocks: jax.Array, length: jax.Array) -> Partial:
+def hidden_decode(q_wide: jax.Array, pool: Pool, blocks: jax.Array, length: jax.Array) -> Partial:
     """As `apt_jax.pallas_kernels.reference.hidden_decode_attention`, row by row. Pure."""
     R, N, D = q_wide.shape
 
@@ -83,7 +82,7 @@ def hidden_decode(q_wide: jax.Array, pool: jax.Array, blocks: jax.Array, length:
     return jax.lax.fori_loop(0, R, one_row, empty)
 
 
-def attend_wide(q_wide: jax.Array, pool: jax.Array, blocks: jax.Array, length: jax.Array) -> Partial:
+def attend_wide(q_wide: jax.Array, pool: Pool, blocks: jax.Array, length: jax.Array) -> Partial:
     """Queries `[Q, D]` over the first `length` hidden vectors of pages `blocks [W]`; float32 `[Q, D]` and `[Q]`."""
     Q, D = q_wide.shape
 
@@ -126,17 +125,16 @@ def chunk_positions(chunk: jax.Array) -> jax.Array:
 
 
 def read_chunk(
-    pool: jax.Array, blocks: jax.Array, chunk: jax.Array, valid: jax.Array, dtype: DTypeLike = jnp.float32
+    pool: Pool, blocks: jax.Array, chunk: jax.Array, valid: jax.Array, dtype: DTypeLike = jnp.float32
 ) -> jax.Array:
     """Vectors `[C, D]` of one chunk of a row's pages; those that are not `valid [C]` are 0, whatever the pool holds."""
-    block_size, D = pool.shape[1:]
-    pages = CHUNK_TOKENS // block_size
-    vectors = pool[jax.lax.dynamic_slice(blocks, (chunk * pages,), (pages,))].reshape(CHUNK_TOKENS, D)
-    return jnp.where(valid[:, None], vectors, 0).astype(dtype)
+    pages = CHUNK_TOKENS // pool.block_size
+    own = jax.lax.dynamic_slice(blocks, (chunk * pages,), (pages,))
+    return jnp.where(valid[:, None], pool.read(own, dtype).reshape(CHUNK_TOKENS, -1), 0)
 
 
 def read_keys_values(
-    q: jax.Array, pool: jax.Array, key_blocks: jax.Array, value_blocks: jax.Array, chunk: jax.Array, valid: jax.Array
+    q: jax.Array, pool: Pool, key_blocks: jax.Array, value_blocks: jax.Array, chunk: jax.Array, valid: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """Cached keys and values `[C, N, H]` of one chunk for queries `[T, N, H]`, in their dtype."""
     shape = (CHUNK_TOKENS, *q.shape[1:])

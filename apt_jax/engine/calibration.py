@@ -53,7 +53,9 @@ def base_model(runner: Runner) -> CostModel:
         tuple(buckets.sample_rows),
     )
     hardware = HARDWARE[name] if name else GENERIC
-    return CostModel(runner.model_config, hardware, devices=runner.num_devices, sizes=sizes)
+    return CostModel(
+        runner.model_config, hardware, devices=runner.num_devices, cache_dtype=runner.shapes.cache_dtype, sizes=sizes
+    )
 
 
 def calibration_path(runner: Runner, model: CostModel) -> Path | None:
@@ -63,7 +65,7 @@ def calibration_path(runner: Runner, model: CostModel) -> Path | None:
         return None
     facts = [
         asdict(runner.model_config), str(runner.dtype), asdict(model.sizes),
-        runner.shapes.block_size, runner.attention, runner.num_devices, source_hash(),
+        runner.shapes.block_size, runner.shapes.cache_dtype, runner.attention, runner.num_devices, source_hash(),
     ]  # fmt: skip
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]
     device = runner.device.device_kind.lower().replace(" ", "-").replace("/", "-")

@@ -61,6 +61,7 @@ class _Counts:
     padded_tokens: int = 0
     num_failed_steps: int = 0
     compile_s: float = 0.0
+    outside_before: int = 0  # `StepRunner.num_outside` after `warm_up`
 
 
 class Engine:
@@ -102,7 +103,7 @@ class Engine:
         self._counts = _Counts()
         self._cache_config = {
             "block_size": str(self.config.block_size),
-            "cache_dtype": str(setup.config.dtype),
+            "cache_dtype": setup.config.dtype if setup.config.cache_dtype == "auto" else setup.config.cache_dtype,
             "cache_mode": self.config.cache_mode,
             "enable_prefix_caching": str(self.config.enable_prefix_caching),
             "num_gpu_blocks": str(self.state.pool.num_blocks),
@@ -156,6 +157,7 @@ class Engine:
             self.times.calibration = calibrate(self.trials, self.setup.cost_model, self.setup.calibration_file)
             self._use_cost_model()
         self._compilations.reset()
+        self._counts.outside_before = self.runner.num_outside
 
     def renew_policy(self) -> None:
         """Continue with a fresh policy, which knows the device's times and nothing else. The engine must be idle."""
@@ -231,6 +233,7 @@ class Engine:
             prefix_queries=self.state.prefix_queries,
             prefix_hits=self.state.prefix_hits,
             cache_config=self._cache_config,
+            num_outside_range=self.runner.num_outside - self._counts.outside_before,
         )
 
     def reset_prefix_cache(self) -> None:
@@ -314,7 +317,7 @@ class Engine:
             self.state.keep(flight.written)
             return []
         try:
-            host, scores = self.runner.read(flight.results)
+            host, scores, _ = self.runner.read(flight.results)
         except Exception as error:
             logger.exception("an iteration failed on the device; its requests end with an error")
             self._recover(str(error) or type(error).__name__)

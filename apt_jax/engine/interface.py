@@ -35,6 +35,8 @@ class EngineFigures:
         prefix_queries: tokens of requests that were looked up in the prefix cache when first admitted.
         prefix_hits: of these, tokens that were found there.
         cache_config: how the cache is set up, in vLLM's names; the same at all times.
+        num_outside_range: numbers of hidden vectors, written to an int8 cache since `warm_up`, that were outside the
+            range of their channel in the calibration text.
     """
 
     num_waiting: int
@@ -51,6 +53,7 @@ class EngineFigures:
     prefix_queries: int = 0
     prefix_hits: int = 0
     cache_config: Mapping[str, str] = field(default_factory=dict)
+    num_outside_range: int = 0
 
     @property
     def num_held_blocks(self) -> int:

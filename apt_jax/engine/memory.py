@@ -9,7 +9,6 @@ from apt_jax.cache import KINDS, MODE_KINDS, CacheKind, blocks_for
 from apt_jax.engine_config import EngineConfig
 from apt_jax.execution.multihost import smallest_of_all
 from apt_jax.execution.platform import Platform
-from apt_jax.execution.pool import block_bytes
 from apt_jax.execution.runner import Runner
 from apt_jax.host_limits import unused_memory_bytes
 from apt_jax.model_config import ModelConfig
@@ -71,7 +70,7 @@ def share_memory(runner: Runner, config: EngineConfig, kinds: tuple[CacheKind, .
             device=runner.device,
             weight_bytes=runner.weights.nbytes,
             activation_bytes=activation_bytes,
-            block_bytes=block_bytes(runner.model_config, config.block_size, runner.dtype) // devices,
+            block_bytes=runner.block_bytes,
             max_model_len=max_model_len,
             max_num_seqs=max_num_seqs,
             kinds=kinds,

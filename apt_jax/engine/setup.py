@@ -7,11 +7,12 @@ from pathlib import Path
 from apt_jax.attention.kinds import KindMix
 from apt_jax.batching.buckets import Buckets
 from apt_jax.batching.builder import BatchBuilder, table_pages
-from apt_jax.cache import BlockPool, Vector
+from apt_jax.cache import BlockPool, Vector, as_cache_dtype
 from apt_jax.engine.calibration import base_model, calibration_path
 from apt_jax.engine.memory import MemoryBudget, share_memory
 from apt_jax.engine_config import EngineConfig
 from apt_jax.execution.arguments import Shapes, pages_multiple
+from apt_jax.execution.cache_ranges import cache_channels
 from apt_jax.execution.interface import StepRunner
 from apt_jax.execution.platform import Platform
 from apt_jax.execution.runner import Runner
@@ -20,6 +21,7 @@ from apt_jax.model_config import ModelConfig
 from apt_jax.scheduling.costs.cost_model import CostModel
 from apt_jax.scheduling.prefix_pool import PrefixPool
 from apt_jax.scheduling.state import Limits, SchedulerState
+from apt_jax.tokenization.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -49,12 +51,19 @@ class EngineSetup:
     attention: str
 
 
-def set_up(weights: Weights, model_config: ModelConfig, config: EngineConfig) -> EngineSetup:
+def set_up(
+    weights: Weights,
+    model_config: ModelConfig,
+    config: EngineConfig,
+    tokenizer: Tokenizer | None = None,
+    fingerprint: str = "",
+) -> EngineSetup:
     """Make the parts of an engine. Of several processes that run one, all call it at the same time.
 
     Args:
         weights: on the devices, laid out for the attention backend and block size of `config`
             (`execution/weights/choice.py`).
+        tokenizer, fingerprint: the model's, for the calibration of an int8 cache (`execution/cache_ranges.py`).
 
     Raises:
         ValueError: the configuration cannot be served (context, memory, backend); one sentence with the cure.
@@ -66,7 +75,8 @@ def set_up(weights: Weights, model_config: ModelConfig, config: EngineConfig) ->
     _check_devices(runner, config)
     memory = share_memory(runner, config, limits.kinds)
     logger.info("device memory\n%s", memory.table())
-    runner.allocate(memory.num_blocks)
+    is_coded = config.cache_dtype == "int8" and runner.shapes.kinds.keep(Vector.HIDDEN)
+    runner.allocate(memory.num_blocks, cache_channels(runner, tokenizer, fingerprint) if is_coded else None)
     limits = replace(limits, watermark_blocks=int(WATERMARK * memory.num_blocks))
     cost_model = base_model(runner)
     make_pool = PrefixPool if config.enable_prefix_caching else BlockPool
@@ -109,7 +119,14 @@ def without_gaps(config: EngineConfig, model_config: ModelConfig, platform: Plat
 def _make_runner(weights: Weights, model_config: ModelConfig, config: EngineConfig, limits: Limits) -> Runner:
     assert config.max_model_len is not None
     pages = table_pages(config.max_model_len, config.block_size, pages_multiple(config.block_size))
-    shapes = Shapes(limits.max_num_seqs, config.max_model_len, pages, config.block_size, KindMix(limits.kinds))
+    shapes = Shapes(
+        limits.max_num_seqs,
+        config.max_model_len,
+        pages,
+        config.block_size,
+        KindMix(limits.kinds),
+        as_cache_dtype(config.cache_dtype),
+    )
     buckets = Buckets(max_num_seqs=limits.max_num_seqs, max_num_batched_tokens=limits.max_num_batched_tokens)
     return Runner(weights, model_config, shapes, buckets)
 

@@ -9,10 +9,12 @@ from jax.typing import DTypeLike
 
 from apt_jax.attention import xla as xla_attention
 from apt_jax.attention.kinds import KindMix
+from apt_jax.attention.pool import Pool
 from apt_jax.batching.arrays import NUM_TABLES, Rows, Tokens
 from apt_jax.batching.buckets import Bucket, Buckets
 from apt_jax.batching.sampling_rows import Sampling, empty_sampling
-from apt_jax.execution.pool import pool_shape
+from apt_jax.cache import CacheDtype, Vector
+from apt_jax.execution.pool import abstract_pool
 from apt_jax.model_config import ModelConfig
 from apt_jax.models.sharding import POOL, Parallel
 
@@ -28,6 +30,7 @@ class Shapes:
     table_pages: int
     block_size: int
     kinds: KindMix
+    cache_dtype: CacheDtype = "auto"
 
 
 @dataclass(frozen=True)
@@ -49,14 +52,14 @@ class Arguments:
         """Where an array lies that is split over the mesh as `spec` says; on one device, there."""
         return SingleDeviceSharding(self.device) if self.parallel is None else NamedSharding(self.parallel.mesh, spec)
 
-    def pool_shape(self, num_blocks: int) -> tuple[int, int, int]:
-        """Shape `(L*P, S, D)` of a pool of P = `num_blocks`."""
-        return pool_shape(self.model_config, num_blocks, self.shapes.block_size)
-
-    def pool(self, num_blocks: int) -> jax.ShapeDtypeStruct:
+    def pool(self, num_blocks: int) -> Pool:
         """The cache pool of P = `num_blocks`."""
-        sharding = None if self.parallel is None else self.sharding(POOL)
-        return jax.ShapeDtypeStruct(self.pool_shape(num_blocks), self.dtype, sharding=sharding)
+        return abstract_pool(
+            self.model_config, num_blocks, self.shapes.block_size, self.dtype,
+            is_coded=self.shapes.cache_dtype == "int8", keeps_hidden=self.shapes.kinds.keep(Vector.HIDDEN),
+            num_devices=1 if self.parallel is None else self.parallel.num_devices,
+            sharding=None if self.parallel is None else self.sharding(POOL),
+        )  # fmt: skip
 
     def history(self) -> jax.ShapeDtypeStruct:
         """Token ids of the requests, `[slots, max_model_len]`."""

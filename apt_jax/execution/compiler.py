@@ -34,7 +34,7 @@ class Compiler:
         weights: Sequence[Any],
         *args: object,
         donate: tuple[int, ...] = (),
-        outs: PartitionSpec | StepOutput[PartitionSpec] = EVERYWHERE,
+        outs: PartitionSpec | StepOutput[PartitionSpec, PartitionSpec] = EVERYWHERE,
     ) -> Compiled:
         """`function(weights, *args)` as an executable.
 

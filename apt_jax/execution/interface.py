@@ -1,7 +1,7 @@
 """The interface between engine and devices: `StepRunner`, implemented by one process, or by several together."""
 
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from apt_jax.batching.arrays import Batch
 from apt_jax.cache import BlockTable
@@ -13,6 +13,7 @@ class StepResults(NamedTuple):
 
     sampled: Sampled | None  # None if no row samples
     scores: tuple[Scored, ...]  # of the batch's chunks
+    outside: Any = None  # uint32: see `Pool.outside`
 
 
 class StepRunner(Protocol):
@@ -21,6 +22,10 @@ class StepRunner(Protocol):
     @property
     def num_programs(self) -> int:
         """Number of compiled programs."""
+
+    @property
+    def num_outside(self) -> int:
+        """Numbers of hidden vectors that were outside their channel's range, in an int8 cache, as last read."""
 
     def compile_all(self, progress: bool = False) -> None:
         """Compile every shape; afterwards nothing compiles."""

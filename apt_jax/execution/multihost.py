@@ -55,6 +55,11 @@ class LeadingRunner:
         """See `StepRunner`."""
         return self._runner.num_programs
 
+    @property
+    def num_outside(self) -> int:
+        """See `StepRunner`."""
+        return self._runner.num_outside
+
     def compile_all(self, progress: bool = False) -> None:
         """See `StepRunner`; in all processes at the same time."""
         self._send("compile_all")

@@ -1,17 +1,25 @@
-"""The cache pool on the device: its shape and bytes, and converting hidden blocks to KV in place.
+"""The cache pool on the device: its shapes and bytes, and converting hidden blocks to KV in place.
 
-The pool is one flat array `[L*P, S, D]`; block b of layer l is row `l*P + b`. Flat, because a pool carried through
+The pool is flat, `[L*P, S, D]`; block b of layer l is row `l*P + b`. Flat, because a pool carried through
 `lax.scan` and donated stays in place only when no layer's slice of it is taken (docs/hybrid_cache.md). Where it
 is split over devices, D is a device's slice and N are its heads.
 """
 
+import math
+from dataclasses import replace
+from typing import Any
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
+from jax.sharding import Sharding
 from jax.typing import DTypeLike
 
+from apt_jax.attention.pool import Pool, scale_row
 from apt_jax.model_config import ModelConfig
 from apt_jax.models.interface import Layer, Model, num_layers
+from apt_jax.models.sharding import zeros
 
 
 def pool_shape(config: ModelConfig, num_blocks: int, block_size: int) -> tuple[int, int, int]:
@@ -19,14 +27,66 @@ def pool_shape(config: ModelConfig, num_blocks: int, block_size: int) -> tuple[i
     return config.num_hidden_layers * num_blocks, block_size, config.hidden_size
 
 
-def block_bytes(config: ModelConfig, block_size: int, dtype: DTypeLike) -> int:
-    """Bytes of one block over all layers."""
-    return config.num_hidden_layers * block_size * config.hidden_size * jnp.dtype(dtype).itemsize
+def abstract_pool(
+    config: ModelConfig,
+    num_blocks: int,
+    block_size: int,
+    dtype: DTypeLike,
+    *,
+    is_coded: bool = False,
+    keeps_hidden: bool = True,
+    num_devices: int = 1,
+    sharding: Sharding | None = None,
+) -> Pool:
+    """Shapes of a pool of P = `num_blocks`.
+
+    Args:
+        dtype: that the model computes in.
+        is_coded: the pool is int8 nevertheless.
+        keeps_hidden: hidden vectors may be in it.
+        num_devices: that it is split over, as `sharding` says.
+    """
+    shape = pool_shape(config, num_blocks, block_size)
+    L, D, heads = config.num_hidden_layers, config.hidden_size, config.num_attention_heads // num_devices
+
+    def array(shape: tuple[int, ...], dtype: DTypeLike) -> Any:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+
+    if not is_coded:
+        return Pool(array(shape, dtype))
+    return Pool(
+        array(shape, jnp.int8),
+        array((shape[0], 1, num_devices * scale_row(block_size, heads)), jnp.float32),
+        array((2, L, D), jnp.float32) if keeps_hidden else None,
+        array((1, 1, num_devices), jnp.uint32) if keeps_hidden else None,
+        heads,
+        jnp.dtype(dtype),
+    )
+
+
+def block_bytes(pool: Pool, num_blocks: int) -> int:
+    """Bytes of one block over all layers and devices, in a pool of P = `num_blocks` (shapes suffice)."""
+    arrays = [array for array in (pool.numbers, pool.scales) if array is not None]
+    return sum(math.prod(array.shape) * array.dtype.itemsize for array in arrays) // num_blocks
+
+
+def empty_pool(shapes: Pool, channels: np.ndarray | None, sharding: Sharding) -> Pool:
+    """A pool of zeros made on the devices.
+
+    Args:
+        channels: `[2, L, D]`, where it has such.
+    """
+    pool = jax.tree.map(lambda leaf: zeros(leaf.shape, leaf.dtype, sharding), replace(shapes, channels=None))
+    if shapes.channels is None:
+        return pool
+    assert channels is not None and channels.shape == shapes.channels.shape, "an int8 pool needs the channels' ranges"
+    values = channels.astype(np.float32)
+    return replace(pool, channels=jax.make_array_from_callback(values.shape, sharding, values.__getitem__))
 
 
 def convert_blocks(
-    model: Model, pool: jax.Array, hidden_blocks: jax.Array, value_blocks: jax.Array, num_blocks: int
-) -> jax.Array:
+    model: Model, pool: Pool, hidden_blocks: jax.Array, value_blocks: jax.Array, num_blocks: int
+) -> Pool:
     """Convert hidden blocks to KV in place: keys replace the hidden vectors in their blocks, values go to new blocks.
 
     One matrix product over the cached hidden vectors per layer, no new prefill. Source: docs/hybrid_cache.md.
@@ -36,7 +96,7 @@ def convert_blocks(
     """
     graphdef, stacked = nnx.split(model.layers)
 
-    def one_layer(pool: jax.Array, xs: tuple[jax.Array, nnx.State]) -> tuple[jax.Array, None]:
+    def one_layer(pool: Pool, xs: tuple[jax.Array, nnx.State]) -> tuple[Pool, None]:
         layer, state = xs
         return convert_layer(nnx.merge(graphdef, state), pool, layer, hidden_blocks, value_blocks, num_blocks), None
 
@@ -46,18 +106,19 @@ def convert_blocks(
 
 def convert_layer(
     layer: Layer,
-    pool: jax.Array,
+    pool: Pool,
     index: jax.Array,
     hidden_blocks: jax.Array,
     value_blocks: jax.Array,
     num_blocks: int,
-) -> jax.Array:
+) -> Pool:
     """`convert_blocks` in layer number `index` (int32 scalar) only. Pure."""
-    nowhere = pool.shape[0]
+    nowhere = pool.numbers.shape[0]
     base = index * num_blocks
     key_rows = jnp.where(hidden_blocks < num_blocks, base + hidden_blocks, nowhere)
     value_rows = jnp.where(hidden_blocks < num_blocks, base + value_blocks, nowhere)
-    h = pool[jnp.minimum(key_rows, nowhere - 1)]
-    k, v = (x.reshape(h.shape) for x in layer.self_attn.keys_values(h))
-    pool = pool.at[key_rows].set(k.astype(pool.dtype), mode="drop")
-    return pool.at[value_rows].set(v.astype(pool.dtype), mode="drop")
+    x = pool.read(jnp.minimum(key_rows, nowhere - 1), pool.read_dtype)
+    h = pool.channels_of(index).vectors(x, pool.dtype)
+    for rows, vectors in zip((key_rows, value_rows), layer.self_attn.keys_values(h), strict=True):
+        pool = pool.replace_blocks(rows, pool.keep(vectors.reshape(-1, *vectors.shape[2:])))
+    return pool

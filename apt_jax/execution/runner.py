@@ -1,7 +1,7 @@
 """Runs batches on the device: the donated arrays that are carried from step to step, and the read-back.
 
 A program is compiled when it is first needed, or ahead of time by `compile_all`; after that nothing compiles, because
-there is one program per shape. Carried and donated: the cache pool `[L*P, S, D]` and the token history
+there is one program per shape. Carried and donated: the cache pool and the token history
 `[slots, max_model_len]`.
 """
 
@@ -10,7 +10,9 @@ from collections.abc import Iterator, Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
+from tqdm import tqdm
 
+from apt_jax.attention.pool import Pool
 from apt_jax.batching.arrays import Batch
 from apt_jax.batching.buckets import Buckets
 from apt_jax.cache import BlockTable
@@ -21,10 +23,12 @@ from apt_jax.execution.forms.layered import LayeredForm
 from apt_jax.execution.forms.native import NativeForm
 from apt_jax.execution.forms.stacked import StackedForm
 from apt_jax.execution.interface import StepResults
+from apt_jax.execution.pool import block_bytes, empty_pool
 from apt_jax.execution.programs import AnyKey, ConversionKey, GatherKey, Programs, SamplerKey, ScorerKey, StepKey
 from apt_jax.execution.weights.layout import Weights
 from apt_jax.model_config import ModelConfig
 from apt_jax.models.sharding import EVERYWHERE, POOL, zeros
+from apt_jax.progress import is_hidden
 
 
 class Runner:
@@ -37,20 +41,24 @@ class Runner:
         self.model_config, self.shapes, self.weights = model_config, shapes, weights
         form: type[StackedForm] | type[LayeredForm] = StackedForm
         if weights.layers is not None:
-            form = NativeForm if NativeForm.takes(weights) else LayeredForm
+            native = shapes.cache_dtype == "auto" and NativeForm.takes(weights)  # the C++ call does not read int8
+            form = NativeForm if native else LayeredForm
         self.pads = form.pads
         self.buckets = buckets if self.pads else buckets.largest()
         self.arguments = Arguments(model_config, shapes, self.buckets, weights.dtype, weights.device, weights.parallel)
         compiler = Compiler(self.arguments, self.attention)
-        made: Form = form(weights, self.arguments, weights.kernels, compiler)
-        self.programs = Programs(made, weights, self.arguments, compiler)
+        self._form: Form = form(weights, self.arguments, weights.kernels, compiler)
+        self.programs = Programs(self._form, weights, self.arguments, compiler)
         self.num_blocks = 0
-        self._pool: jax.Array
+        self.num_outside = 0
+        self._last_outside = 0
+        self._channels: np.ndarray | None = None
+        self._pool: Pool
         self._history: jax.Array
 
     @property
     def dtype(self) -> np.dtype:
-        """Number type of weights and cache."""
+        """Number type that the model computes in, and of the cache unless that is int8."""
         return self.weights.dtype
 
     @property
@@ -90,8 +98,28 @@ class Runner:
         step = self.programs[StepKey(largest, num_blocks)].temporary_bytes
         return max(step, *(temporary_bytes(self.programs[key]) for key in others)) + hidden_bytes
 
-    def allocate(self, num_blocks: int) -> None:
-        """Make pool and history; forgets programs compiled for another size."""
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of one block over all layers, on each device."""
+        return block_bytes(self.arguments.pool(1), 1) // self.num_devices
+
+    def measure_ranges(self, sequences: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
+        """Least and greatest number of every channel of the hidden vectors over sequences of ids, `[L, D]` each."""
+        longest = max(map(len, sequences))
+        program, found = self._form.compile_ranges(longest), []
+        for ids in tqdm(sequences, desc="measuring ranges for the int8 cache", disable=is_hidden()):
+            padded = np.pad(np.array(ids, np.int32), (0, longest - len(ids)))
+            found.append(jax.device_get(program(padded, np.array(len(ids), np.int32))))
+        ranges = np.stack(found)
+        return ranges[:, 0].min(0), ranges[:, 1].max(0)
+
+    def allocate(self, num_blocks: int, channels: np.ndarray | None = None) -> None:
+        """Make pool and history; forgets programs compiled for another size.
+
+        Args:
+            channels: `[2, L, D]`, of an int8 pool that may keep hidden vectors: see `Pool`.
+        """
+        self._channels = channels
         self._fit(num_blocks)
         self.reset()
 
@@ -105,7 +133,9 @@ class Runner:
         Waits for the device, so that one which is lost raises here.
         """
         self.__dict__.pop("_pool", None)  # two do not fit
-        self._pool = zeros(self.arguments.pool_shape(self.num_blocks), self.dtype, self.arguments.sharding(POOL))
+        self._last_outside = 0
+        shapes = self.arguments.pool(self.num_blocks)
+        self._pool = empty_pool(shapes, self._channels, self.arguments.sharding(POOL))
         history = self.arguments.history()
         self._history = zeros(history.shape, jnp.int32, self.arguments.sharding(EVERYWHERE))
         jax.block_until_ready((self._pool, self._history))
@@ -121,7 +151,7 @@ class Runner:
         """
         arrays = self.weights.outer.arrays
         step = self.programs[StepKey(batch.bucket, self.num_blocks)]
-        last, self._pool, self._history, every = step(self._pool, self._history, batch.tokens, batch.rows)
+        last, self._pool, self._history, every, outside = step(self._pool, self._history, batch.tokens, batch.rows)
         sampled = None
         if batch.requests:
             sampled, self._history = self.programs[SamplerKey(len(batch.sample_slot))](
@@ -131,11 +161,16 @@ class Runner:
         for chunk in batch.chunks:
             wanted = self.programs[GatherKey(batch.bucket)]([], every, chunk.index)
             scores.append(self.programs[ScorerKey()](arrays, wanted, chunk.target))
-        return StepResults(sampled, tuple(scores))
+        return StepResults(sampled, tuple(scores), outside)
 
     def read(self, results: StepResults) -> StepResults:
         """Wait for a step and bring its results to the host as numpy arrays: the one read-back of an iteration."""
-        return jax.device_get(results)
+        found: StepResults = jax.device_get(results)
+        if found.outside is not None:
+            count = int(found.outside)
+            self.num_outside += (count - self._last_outside) % 2**32
+            self._last_outside = count
+        return found
 
     def convert(self, tables: Sequence[BlockTable]) -> None:
         """Compute keys and values for tables that have just become KV; keys sit where hidden vectors were."""

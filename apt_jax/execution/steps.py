@@ -12,20 +12,23 @@ import jax.numpy as jnp
 
 from apt_jax.attention.kinds import KindMix
 from apt_jax.attention.paged import paged_attention
+from apt_jax.attention.pool import Pool
 from apt_jax.batching.arrays import Rows, Tokens
 from apt_jax.batching.sampling_rows import Sampling
 from apt_jax.execution.sampling import Sampled, sample
+from apt_jax.models.collectives import all_reduce
 from apt_jax.models.interface import Layer, Model, run_layers
 from apt_jax.pallas_kernels.dispatch import Kernels
 
 
-class StepOutput[Array](NamedTuple):
+class StepOutput[Array, Cache](NamedTuple):
     """Results of a step, on the device."""
 
     last: Array  # [max_rows, E]: hidden states after each row's last token, padded: sampling has one input shape
-    pool: Array
+    pool: Cache
     history: Array  # with this step's tokens
     every: Array | None  # [T, E]: after every token; None in a decode step, where they are the first
+    outside: Array | None = None  # uint32: see `Pool.outside`, of all devices together
 
 
 def run_step(
@@ -34,7 +37,7 @@ def run_step(
     num_blocks: int,
     decode_only: bool,
     max_rows: int,
-    pool: jax.Array,
+    pool: Pool,
     history: jax.Array,
     tokens: Tokens,
     rows: Rows,
@@ -43,7 +46,7 @@ def run_step(
     unroll: bool = False,
     by_kind: bool = False,
     slice_lazily: bool = False,
-) -> StepOutput[jax.Array]:
+) -> StepOutput[jax.Array, Pool]:
     """One iteration of the model: tokens in, cache written. Pure; compiled by the forms.
 
     `unroll` and `slice_lazily` are those of `run_layers`.
@@ -54,9 +57,9 @@ def run_step(
     """
     ids, history = _token_ids(history, tokens, rows)
 
-    def all_layers(pool: jax.Array, kinds: KindMix) -> tuple[jax.Array, jax.Array]:
+    def all_layers(pool: Pool, kinds: KindMix) -> tuple[jax.Array, Pool]:
         attend = paged_attention(
-            tokens, rows, kinds, num_blocks, pool.shape[1], decode_only=decode_only, kernels=kernels
+            tokens, rows, kinds, num_blocks, pool.block_size, decode_only=decode_only, kernels=kernels
         )
         x = model.embed(ids, tokens.position)
         x, pool = run_layers(model.layers, x, attend, pool, unroll=unroll, slice_lazily=slice_lazily)
@@ -68,7 +71,7 @@ def run_step(
     else:
         hidden, pool = all_layers(pool, kinds)
     last, every = _last_states(hidden, decode_only, max_rows, rows)
-    return StepOutput(last, pool, history, every)
+    return StepOutput(last, pool, history, every, count_of(pool))
 
 
 def start_step(model: Model, history: jax.Array, tokens: Tokens, rows: Rows) -> tuple[jax.Array, jax.Array]:
@@ -82,15 +85,15 @@ def run_layer(
     kinds: KindMix,
     num_blocks: int,
     decode_only: bool,
-    pool: jax.Array,
+    pool: Pool,
     x: jax.Array,
     index: jax.Array,
     tokens: Tokens,
     rows: Rows,
     kernels: Kernels | None = None,
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[jax.Array, Pool]:
     """Layer number `index` (int32 scalar) of `run_step`: the residual stream `[T, D]` and the pool. Pure."""
-    attend = paged_attention(tokens, rows, kinds, num_blocks, pool.shape[1], decode_only=decode_only, kernels=kernels)
+    attend = paged_attention(tokens, rows, kinds, num_blocks, pool.block_size, decode_only=decode_only, kernels=kernels)
     return layer(x, attend, pool, index)
 
 
@@ -99,6 +102,11 @@ def end_step(
 ) -> tuple[jax.Array, jax.Array | None]:
     """What `run_step` does after the last layer; returns its first and last result. Pure."""
     return _last_states(model.finish(x), decode_only, max_rows, rows)
+
+
+def count_of(pool: Pool) -> jax.Array | None:
+    """`Pool.outside` of all devices together, as an array of its own: the pool is donated to the next step."""
+    return None if pool.outside is None else all_reduce(pool.outside)[0, 0, 0]
 
 
 def run_sampling(

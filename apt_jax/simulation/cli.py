@@ -141,7 +141,8 @@ def _simulate(
         first = num_points + number * len(seeds)
         policy, mode, attention = configuration
         names = {
-            "policy": policy, "cache_mode": mode, "hidden_attention": attention, "quantization": each.quantization,
+            "policy": policy, "cache_mode": mode, "hidden_attention": attention, "cache_dtype": each.cache_dtype,
+            "quantization": each.quantization,
         }  # fmt: skip
         if each.is_routed:
             names["router"] = each.router

@@ -8,7 +8,7 @@ from typing import cast, get_args
 
 import numpy as np
 
-from apt_jax.cache import MODE_KINDS, CacheMode
+from apt_jax.cache import MODE_KINDS, CacheMode, as_cache_dtype
 from apt_jax.model_config import Quantization
 from apt_jax.request import Slo
 from apt_jax.routing.autoscaler import Autoscaler, AutoscalerOptions
@@ -64,6 +64,7 @@ class Experiment:
     max_num_batched_tokens: int | None = None
     device_memory_utilization: float | None = None
     num_blocks: int | None = None
+    cache_dtype: str = "auto"
     max_num_queued_reqs: int = 1024
     duration_s: float = MIN_DURATION_S
     surge: Surge | None = None
@@ -128,7 +129,7 @@ class Experiment:
             raise ValueError(f"unknown quantization {self.quantization!r}; known: {', '.join(QUANTIZATIONS)}")
         return CostModel(
             model, hardware, hidden_attention, self.tensor_parallel_size,
-            quantization=cast(Quantization, self.quantization),
+            quantization=cast(Quantization, self.quantization), cache_dtype=as_cache_dtype(self.cache_dtype),
         )  # fmt: skip
 
     def _cost_model_for(self, policy: str, hidden_attention: HiddenMode) -> CostModel:

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from apt_jax.cache import as_cache_dtype
 from apt_jax.ranges import (
     check_at_least,
     check_at_most,
@@ -70,6 +71,8 @@ class SimulateArgs:
     """Tokens per cache block."""
     num_blocks: int | None = None
     """Number of cache blocks; default: as many as fit into the device's memory next to the weights."""
+    cache_dtype: str = "auto"
+    """Number type of the cache: auto (16 bits), or int8 with its scales, as if all kernels read that."""
     max_num_queued_reqs: int = 1024
     """Maximum number of waiting requests of an instance; further ones are refused and count as missed."""
     duration_s: float | None = None
@@ -96,6 +99,7 @@ class SimulateArgs:
     """Plot of attainment, time to first token, batch size and cache mix (PNG, PDF or SVG; needs matplotlib)."""
 
     def __post_init__(self) -> None:
+        as_cache_dtype(self.cache_dtype)
         check_finite(self)
         check_greater(self, 0, ("cv", "ttft_slo_ms", "tbt_slo_ms", "stall_slo_ms"))
         check_at_least(self, 0, ("duration_s", "report_interval_s", "seed"))

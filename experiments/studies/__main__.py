@@ -69,7 +69,10 @@ def _search(case: Case, targets: tuple[float, ...]) -> Job:
     experiment = replace(case.experiment, duration_s=max(case.experiment.duration_s, SUSTAINED_S))
     found = yield from search(experiment, case.configuration, questions)
     policy, mode, attention = case.configuration
-    names = {"policy": policy, "cache_mode": mode, "hidden_attention": attention}
+    names = {
+        "policy": policy, "cache_mode": mode, "hidden_attention": attention, "cache_dtype": experiment.cache_dtype,
+        "quantization": experiment.quantization,
+    }  # fmt: skip
     bound = experiment.fluid_bound(case.configuration)
     return {"effective_throughput": throughput_rows(names, questions, [experiment.seed], [found], bound)}
 

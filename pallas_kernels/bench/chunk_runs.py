@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from apt_jax.attention.paged import causal_tiles
+from apt_jax.attention.pool import Pool
 from apt_jax.attention.xla import CHUNK_TOKENS, attend_by_head, read_keys_values
 from apt_jax.batching.arrays import Tokens
 from apt_jax.pallas_kernels import dispatch, reference
@@ -86,7 +87,7 @@ def _xla_over_prefix(
     q: jax.Array, pool: jax.Array, key_blocks: jax.Array, value_blocks: jax.Array, length: jax.Array, *_: jax.Array
 ) -> Partial:
     blocks = key_blocks[0], value_blocks[0]
-    return attend_by_head(q, length[0], lambda chunk, valid: read_keys_values(q, pool, *blocks, chunk, valid))
+    return attend_by_head(q, length[0], lambda chunk, valid: read_keys_values(q, Pool(pool), *blocks, chunk, valid))
 
 
 def run_chunks(

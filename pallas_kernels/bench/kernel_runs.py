@@ -90,7 +90,9 @@ def implementations(device: jax.Device) -> list[Implementation]:
         def kv(
             q: jax.Array, pool: jax.Array, key_blocks: jax.Array, value_blocks: jax.Array, length: jax.Array
         ) -> Partial:
-            return dispatch.kernels_for(device).kv_decode(q, pool, key_blocks, value_blocks, length)
+            kernels = dispatch.kernels_for(device)
+            assert kernels.kv_decode is not None
+            return kernels.kv_decode(q, pool, key_blocks, value_blocks, length)
 
         def hidden(q: jax.Array, pool: jax.Array, blocks: jax.Array, _: jax.Array, length: jax.Array) -> Partial:
             kernels = dispatch.kernels_for(device)

@@ -22,7 +22,7 @@ class EngineMetrics(Instruments):
         self._demoted: set[str] = set()
         self._late: tuple[Request, ...] = ()  # of those that waited in the last step
         self.last_blocks: Mapping[str, int] = {}
-        self._failures = self._recompiles = 0  # of the engine, as counted last
+        self._failures = self._recompiles = self._outside = 0  # of the engine, as counted last
         self._queried = self._hit = 0  # the same
         self.running = self._gauge("vllm:num_requests_running", "Requests that hold cache.")
         self.waiting = self._gauge("vllm:num_requests_waiting", "Requests that wait to be scheduled.")
@@ -41,6 +41,9 @@ class EngineMetrics(Instruments):
         self.failures = self._counter("apt:failed_steps", "Steps that failed; the server went on.")
         self.healthy = self._gauge("apt:engine_healthy", "1 while /health of the engine is good, 0 while it is not.")
         self.healthy.set(1)
+        self.outside = self._counter(
+            "apt:cache_values_outside_range", "Numbers of hidden vectors outside their calibrated range (int8 cache)."
+        )
         self.lost_blocks = self._gauge("apt:idle_lost_blocks", "Blocks not free when idle; should be 0.")
 
     def watch(self, is_healthy: Callable[[], bool]) -> None:
@@ -110,3 +113,6 @@ class EngineMetrics(Instruments):
         if figures.num_recompiles > self._recompiles:
             self.recompiles.inc(figures.num_recompiles - self._recompiles)
             self._recompiles = figures.num_recompiles
+        if figures.num_outside_range > self._outside:
+            self.outside.inc(figures.num_outside_range - self._outside)
+            self._outside = figures.num_outside_range

@@ -9,7 +9,7 @@ from pathlib import Path
 import jax
 
 from apt_jax.attention.selection import compile_kernels
-from apt_jax.cache import keeps_hidden
+from apt_jax.cache import as_cache_dtype, keeps_hidden
 from apt_jax.checkpoints.families import read_config
 from apt_jax.checkpoints.formats.weight_files import LoadFormat
 from apt_jax.checkpoints.generation_config import AUTO, GenerationConfig, read_generation_config
@@ -74,14 +74,16 @@ def build_engine(
         str(folder), load_format=load_format, dtype=engine_config.dtype, revision=revision, seed=engine_config.seed,
         parallel=parallel,
         layout=partial(
-            serving_layout, backend=engine_config.attention_backend, block_size=engine_config.block_size
+            serving_layout, backend=engine_config.attention_backend, block_size=engine_config.block_size,
+            cache_dtype=as_cache_dtype(engine_config.cache_dtype),
         ),
     )  # fmt: skip
     logger.info("%s: %s weights from %s", model or "demo model", loaded.dtype.name, loaded.folder)
     on_phase("weights")
     text = named or load_tokenizer(loaded.folder, None, revision, store)
     on_phase("tokenizer")
-    setup = set_up(loaded.weights, with_end_ids(loaded.config, generation, text), engine_config)
+    ends = with_end_ids(loaded.config, generation, text)
+    setup = set_up(loaded.weights, ends, engine_config, text, loaded.fingerprint)
     on_phase("memory")
     if processes > 1:
         if jax.process_index() > 0:

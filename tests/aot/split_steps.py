@@ -16,6 +16,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
 from apt_jax.attention.kinds import KindMix
+from apt_jax.attention.pool import Pool
 from apt_jax.batching.arrays import Rows, Tokens
 from apt_jax.cache import CacheKind
 from apt_jax.execution.pool import convert_blocks, pool_shape
@@ -115,14 +116,14 @@ def compile_split(
     if convert:
 
         def program(weights, pool, hidden_blocks, value_blocks):  # type: ignore[no-untyped-def]
-            return convert_blocks(merged(weights), pool, hidden_blocks, value_blocks, num_blocks)
+            return convert_blocks(merged(weights), Pool(pool), hidden_blocks, value_blocks, num_blocks)
 
         args, outs, donate = (pool, shape(16), shape(16)), POOL, (1,)
     else:
 
         def program(weights, pool, history, tokens, rows):  # type: ignore[no-untyped-def]
-            return run_step(merged(weights), kinds, num_blocks, decode_only, R, pool, history, tokens, rows, kernels,
-                            unroll=unroll)  # fmt: skip
+            return run_step(merged(weights), kinds, num_blocks, decode_only, R, Pool(pool), history, tokens, rows,
+                            kernels, unroll=unroll)  # fmt: skip
 
         R, T, decode_only = rows, tokens or rows, tokens is None
         table = shape(R, CONTEXT_TOKENS // BLOCK_SIZE)

@@ -11,6 +11,7 @@ import pytest
 from flax import nnx
 
 from apt_jax.attention.kinds import KindMix
+from apt_jax.attention.pool import Pool
 from apt_jax.batching.arrays import Rows, Tokens
 from apt_jax.cache import CacheKind
 from apt_jax.execution.pool import convert_blocks
@@ -50,7 +51,7 @@ def compile_step(kinds, generation, num_tokens=None):
     def step(weights, pool, history, tokens, rows):
         model = nnx.merge(graphdef, weights)
         return run_step(
-            model, kinds, NUM_BLOCKS, decode_only, ROWS, pool, history, tokens, rows, kernels, unroll=decode_only
+            model, kinds, NUM_BLOCKS, decode_only, ROWS, Pool(pool), history, tokens, rows, kernels, unroll=decode_only
         )
 
     T, pool = num_tokens or ROWS, make_pool()
@@ -96,7 +97,7 @@ def test_conversion_does_not_copy_the_pool():
     pool = make_pool()
 
     def convert(weights, pool, hidden_blocks, value_blocks):
-        return convert_blocks(nnx.merge(graphdef, weights), pool, hidden_blocks, value_blocks, NUM_BLOCKS)
+        return convert_blocks(nnx.merge(graphdef, weights), Pool(pool), hidden_blocks, value_blocks, NUM_BLOCKS)
 
     program = jax.jit(convert, donate_argnums=1).lower(weights, pool, shape(16), shape(16)).compile()
     in_place(program, pool)

@@ -13,6 +13,7 @@ from flax import nnx
 from jax.sharding import SingleDeviceSharding
 
 from apt_jax.attention.kinds import KindMix
+from apt_jax.attention.pool import Pool
 from apt_jax.batching.arrays import Rows, Tokens
 from apt_jax.cache import CacheKind
 from apt_jax.execution.pool import convert_blocks
@@ -68,7 +69,8 @@ def compile_step(model: Model, chip: str, kinds: KindMix, *, num_tokens: int | N
 
     def step(weights, pool, history, tokens, rows):
         return run_step(
-            nnx.merge(model.graphdef, weights), kinds, model.num_blocks, decode_only, ROWS, pool, history, tokens, rows,
+            nnx.merge(model.graphdef, weights), kinds, model.num_blocks, decode_only, ROWS, Pool(pool), history, tokens,
+            rows,
             kernels, by_kind=decode_only, slice_lazily=not decode_only,
         )  # fmt: skip
 
@@ -144,6 +146,7 @@ def test_conversion_does_not_copy_the_pool(chip):
     model = Model("13B")
 
     def convert(weights, pool, hidden_blocks, value_blocks):
-        return convert_blocks(nnx.merge(model.graphdef, weights), pool, hidden_blocks, value_blocks, model.num_blocks)
+        layers = nnx.merge(model.graphdef, weights)
+        return convert_blocks(layers, Pool(pool), hidden_blocks, value_blocks, model.num_blocks)
 
     in_place(compile_for(chip, convert, model.placed(chip), model.pool, shape(16), shape(16), donate=(1,)), model)

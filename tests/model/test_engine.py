@@ -10,6 +10,7 @@ import pytest
 from flax import nnx
 
 from apt_jax.attention.kinds import KindMix
+from apt_jax.attention.pool import Pool
 from apt_jax.batching.buckets import Buckets
 from apt_jax.batching.builder import BatchBuilder, table_pages
 from apt_jax.cache import BlockPool, CacheKind
@@ -141,7 +142,7 @@ def last_logits(model: OPT, config: ModelConfig, prompts: list[list[int]], kind:
     kinds = KindMix((kind,))
     graphdef, weights = nnx.split(model)
     dtype = model.embed_tokens.embedding[...].dtype
-    device = jnp.zeros(pool_shape(config, rows * 32, 8), dtype), jnp.zeros((rows, length), jnp.int32)
+    device = Pool(jnp.zeros(pool_shape(config, rows * 32, 8), dtype)), jnp.zeros((rows, length), jnp.int32)
     requests = [Request(str(i), p, SamplingParams(), 0.0, 1) for i, p in enumerate(prompts)]
 
     def step(decode_only):
@@ -155,7 +156,7 @@ def last_logits(model: OPT, config: ModelConfig, prompts: list[list[int]], kind:
         entry = Scheduled(request, request.num_prompt_tokens - 1, kind, Reason.ADMITTED_KV)
         batch = builder.build(state.apply(Plan(scheduled=(entry,)), 0.0))
         batch = batch if batch.bucket == buckets.prefill[-1] else widen(batch, builder, request)
-        _, *device, _ = prefill(weights, *device, batch.tokens, batch.rows)
+        _, *device, _, _ = prefill(weights, *device, batch.tokens, batch.rows)
     entries = tuple(Scheduled(request, 1, kind, Reason.DECODES) for request in requests)
     batch = builder.build(state.apply(Plan(scheduled=entries), 0.0))
     hidden, *_ = decode(weights, *device, batch.tokens, batch.rows)
@@ -164,8 +165,7 @@ def last_logits(model: OPT, config: ModelConfig, prompts: list[list[int]], kind:
 
 def widen(batch, builder, request):
     """The same batch in the largest prefill shape, so that one program serves every prompt."""
-    bucket = builder.buckets.prefill[-1]
-    tokens = batch.tokens
+    bucket, tokens = builder.buckets.prefill[-1], batch.tokens
     extra, R = bucket.tokens - len(tokens.ids), bucket.rows
     padded = tokens._replace(
         ids=np.pad(tokens.ids, (0, extra)),
@@ -260,7 +260,7 @@ def test_not_a_number_ends_its_request_and_no_other(model):
     requests = [engine.add(p, replace(GREEDY, max_tokens=20), request_id=str(i)) for i, p in enumerate(prompts)]
     engine.step()
     runner, blocks = engine.runner, requests[0].table.blocks[0]
-    runner._pool = runner._pool.at[jnp.asarray(blocks)].set(jnp.nan)
+    runner._pool = replace(runner._pool, numbers=runner._pool.numbers.at[jnp.asarray(blocks)].set(jnp.nan))
     outputs = finish(engine)
     ended = {o.request.request_id: o for o in outputs if o.finish_reason}
     assert ended["0"].finish_reason is FinishReason.ERROR

@@ -9,6 +9,7 @@ import pytest
 from flax import nnx
 
 from apt_jax.attention.kinds import KindMix
+from apt_jax.attention.pool import Pool
 from apt_jax.batching.arrays import Rows, Tokens
 from apt_jax.cache import CacheKind
 from apt_jax.cpu_kernels import library
@@ -112,6 +113,7 @@ class Step:
         def native(outer_arrays, layer_arrays, pool, tokens, rows):
             own = weights.model(outer_arrays)
             modules = [weights.layers[0].module(arrays) for arrays in layer_arrays]
+            pool = Pool(pool)
             return run_native_step(own, modules, self._blocks, self._decodes, R, pool, self.history, tokens, rows)
 
         # these return the rows' last hidden states, the pool, and the hidden states after every token
@@ -125,13 +127,21 @@ class Step:
         tokens, rows = jax.tree.map(jnp.asarray, (tokens, rows))
         return self._found(
             run_step(
-                self.model, kinds, self._blocks, self._decodes, len(rows.slot), self.pool, self.history, tokens, rows
+                self.model,
+                kinds,
+                self._blocks,
+                self._decodes,
+                len(rows.slot),
+                Pool(self.pool),
+                self.history,
+                tokens,
+                rows,
             )
         )
 
     def _found(self, found):
-        last, pool, _, every = found
-        return last, pool, last if every is None else every
+        last, pool, _, every, _ = found
+        return last, pool.numbers, last if every is None else every
 
 
 def decoding(contexts, hidden):

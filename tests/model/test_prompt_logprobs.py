@@ -201,7 +201,8 @@ def test_not_a_number_in_the_prompt_ends_the_request(model):
     engine = make_engine(model, CONFIG)
     request = engine.add(prompt_of(40), replace(SHORT, prompt_logprobs=1), request_id="r")
     engine.step()
-    engine.runner._pool = engine.runner._pool.at[jnp.asarray(request.table.blocks[0])].set(jnp.nan)
+    pool = engine.runner._pool
+    engine.runner._pool = replace(pool, numbers=pool.numbers.at[jnp.asarray(request.table.blocks[0])].set(jnp.nan))
     (output,) = finish(engine)
     assert output.finish_reason is FinishReason.ERROR and "not finite" in output.error
 

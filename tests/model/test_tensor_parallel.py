@@ -16,6 +16,7 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from apt_jax.attention import hidden_slices
+from apt_jax.attention.pool import Pool
 from apt_jax.checkpoints.convert import convert
 from apt_jax.checkpoints.export import export_huggingface
 from apt_jax.model_config import ModelConfig
@@ -89,7 +90,7 @@ def test_hidden_slices_on_one_device_equal_the_reference(monkeypatch):
     for row, tokens in zip(blocks, length, strict=True):
         pool[row] = np.where((np.arange(64) < tokens).reshape(8, 8, 1), pool[row], np.nan)
     args = generator.standard_normal((7, 4, 16), np.float32), pool, blocks, length
-    found = jax.jit(hidden_slices.hidden_decode_slices)(*args)
+    found = jax.jit(hidden_slices.hidden_decode_slices)(args[0], Pool(pool), *args[2:])
     expected = reference.hidden_decode_attention(*map(jnp.asarray, args))
     np.testing.assert_allclose(found.out, expected.out, atol=1e-5)
     np.testing.assert_allclose(found.lse, expected.lse, rtol=1e-5)

@@ -9,6 +9,7 @@ import pytest
 from flax import nnx
 
 from apt_jax.attention.kinds import KindMix
+from apt_jax.attention.pool import Pool
 from apt_jax.batching.arrays import Rows, Tokens
 from apt_jax.cache import CacheKind
 from apt_jax.execution.steps import run_step
@@ -66,7 +67,8 @@ def steps(model):
         def run(state, pool, tokens, rows):
             history = jnp.zeros((R, W * S), jnp.int32)
             model = nnx.merge(graphdef, state)
-            return run_step(model, BOTH, P, True, R, pool, history, tokens, rows, REFERENCES, by_kind=by_kind)[:2]
+            found = run_step(model, BOTH, P, True, R, Pool(pool), history, tokens, rows, REFERENCES, by_kind=by_kind)
+            return found.last, found.pool.numbers
 
         return jax.jit(run, compiler_options=QUICK)
 
@@ -107,10 +109,11 @@ def test_kernels_sliced_lazily_are_the_same_kernels(model):
     @functools.partial(jax.jit, static_argnums=0, compiler_options=QUICK)
     def step(slice_lazily: bool, state, pool):
         history = jnp.zeros((R, W * S), jnp.int32)
-        return run_step(
-            nnx.merge(graphdef, state), BOTH, P, False, R, pool, history, tokens, rows, REFERENCES,
+        found = run_step(
+            nnx.merge(graphdef, state), BOTH, P, False, R, Pool(pool), history, tokens, rows, REFERENCES,
             slice_lazily=slice_lazily,
-        )[:2]  # fmt: skip
+        )  # fmt: skip
+        return found.last, found.pool.numbers
 
     early, late = step(False, state, pool), step(True, state, pool)
     for ours, theirs in zip(late, early, strict=True):

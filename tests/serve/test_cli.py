@@ -50,6 +50,12 @@ def test_flags_are_flat_and_hyphenated(ran):
     assert command.server == ServerOptions(port=0) and command.load == LoadOptions(load_format="dummy")
 
 
+@pytest.mark.parametrize("flags", [["--cache-dtype", "int8"], ["--kv-cache-dtype", "int8"], ["--kv_cache_dtype=int8"]])
+def test_the_number_type_of_the_cache_has_two_spellings(ran, flags):
+    assert run("serve", *flags) == run("run-batch", "-i", "in", "-o", "out", *flags) == 0
+    assert [command.engine for command in ran] == [EngineConfig(cache_dtype="int8")] * 2
+
+
 def test_every_field_of_the_engine_configuration_is_a_flag(capsys):
     for command in ("serve", "run-batch"):
         assert run(command, "--help") == 0
@@ -78,6 +84,8 @@ def test_convert_takes_source_and_destination(ran):
         (["serve", "--max-num-seq", "3"], "--max-num-seqs"),
         (["serve", "--block-size", "3"], "block_size=3 must be a power of"),
         (["serve", "--cache-mode", "both"], "both"),
+        (["serve", "--kv-cache-dtype", "fp8"], "cache_dtype='fp8' is not offered"),
+        (["serve", "--cache-dtype", "int4"], "cache_dtype='int4' is not one of auto, int8"),
         (["serve", "--port", "70000"], "port=70000 must be between 0 and 65535"),
         (["run-batch", "-i", "x"], "--output"),
     ],
@@ -211,6 +219,26 @@ def test_a_port_that_is_taken_is_told_before_anything_is_loaded(tmp_path):
     assert done.returncode == 1 and time.monotonic() - began < 60
     assert done.stderr.startswith("error: cannot listen on 127.0.0.1:")
     assert "choose another --host or --port" in done.stderr
+
+
+def test_a_simulated_int8_cache_is_larger_and_named(tmp_path):
+    flags = "--model opt-125m --hardware tpu-v5e --workload humaneval --num-requests 9 --policies fcfs --cache-modes kv"
+    found = []
+    for dtype in ("auto", "int8"):
+        more = [
+            "--effective-throughput",
+            "0.9",
+            "--duration-s",
+            "1",
+            "--cache-dtype",
+            dtype,
+            "--json",
+            tmp_path / dtype,
+        ]
+        assert run("simulate", *flags.split(), *more) == 0
+        found.append(json.loads((tmp_path / dtype).read_text()))
+        assert {row["cache_dtype"] for row in found[-1]["effective_throughput"]} == {dtype}
+    assert found[1]["num_blocks"] / found[0]["num_blocks"] == pytest.approx(2 / (1 + 4 / 64), rel=0.01)
 
 
 def test_simulate_prints_a_table_and_writes_json(tmp_path, capsys):

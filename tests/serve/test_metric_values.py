@@ -229,6 +229,14 @@ def test_a_late_request_is_demoted_once_until_it_ends():
     assert value("apt:late_demotions_total") == 5
 
 
+def test_numbers_outside_their_range_are_counted_by_what_is_new():
+    metrics, state = EngineMetrics("m"), make_state(20)
+    value = reader(metrics)
+    for count in (0, 7, 7, 12):
+        step(metrics, state, num_outside_range=count)
+        assert value("apt:cache_values_outside_range_total") == count
+
+
 def test_failures_and_compilations_of_the_engine_are_counted_by_what_is_new():
     metrics, state = EngineMetrics("m"), make_state(20)
     value = reader(metrics)

@@ -39,6 +39,7 @@ FIXED = {
     "apt:slo_missed",
     "apt:late_demotions",
     "apt:recompiles_after_warmup",
+    "apt:cache_values_outside_range",
     "apt:schedule_seconds",
 }
 

@@ -13,7 +13,7 @@ def figures_of(state: SchedulerState, plan: Plan | None = None, **changes) -> En
     figures = {
         "num_waiting": len(state.waiting), "num_running": len(state.running), "num_blocks": state.pool.num_blocks,
         "blocks": state.blocks_by_kind(), "plan": plan or Plan(), "schedule_s": 0.25, "padded_tokens": 0,
-        "num_failed_steps": 0, "num_recompiles": 0, "compile_s": 0.0, "cost_model": None,
+        "num_failed_steps": 0, "num_recompiles": 0, "compile_s": 0.0, "cost_model": None, "num_outside_range": 0,
     }  # fmt: skip
     return EngineFigures(**{**figures, **changes})
 

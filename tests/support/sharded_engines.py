@@ -20,6 +20,7 @@ import numpy as np
 import apt_jax.attention.hidden_slices
 import apt_jax.attention.xla
 import apt_jax.batching.buckets
+from apt_jax.attention.pool import scale_row
 from apt_jax.batching.buckets import Buckets
 from apt_jax.cache import CacheKind
 from apt_jax.engine.engine import Engine
@@ -75,9 +76,12 @@ def check_memory(engine: Engine) -> None:
     """Each device has its part of pool and weights, and no program copies the pool."""
     devices, runner = engine.runner.num_devices, engine.runner
     shape = pool_shape(CONFIG, NUM_BLOCKS, 8)
-    assert runner._pool.sharding.spec == POOL
-    assert {shard.data.shape for shard in runner._pool.addressable_shards} == {(*shape[:2], shape[2] // devices)}
-    pool_bytes = int(np.prod(shape)) * 4 // devices
+    numbers = runner._pool.numbers
+    assert all(array.sharding.spec == POOL for array in jax.tree.leaves(runner._pool))
+    assert {shard.data.shape for shard in numbers.addressable_shards} == {(*shape[:2], shape[2] // devices)}
+    pool_bytes = int(np.prod(shape)) * numbers.dtype.itemsize // devices
+    if runner._pool.is_coded:
+        pool_bytes += shape[0] * scale_row(8, CONFIG.num_attention_heads // devices) * 4
     assert engine.setup.memory.pool_bytes == pool_bytes
     full = sum(leaf.nbytes for leaf in runner.weights.outer.arrays)
     assert (
@@ -89,6 +93,22 @@ def check_memory(engine: Engine) -> None:
         assert temporary_bytes(program) < pool_bytes / 2, f"{temporary_bytes(program)=}, {pool_bytes=}"
         gathers = [line for line in program.as_text().splitlines() if "all-gather" in line and f"[{shape[0]}," in line]
         assert not gathers, gathers[0]
+
+
+def check_int8(num_devices: str, mode: str) -> None:
+    """Over an int8 cache tokens of one kind depend neither on preemption nor on chunks."""
+    started = time.perf_counter()
+    engine = sharded_engine(int(num_devices), mode, cache_dtype="int8")
+    found = greedy_tokens(engine, mode)
+    check_memory(engine)
+    other = greedy_tokens(sharded_engine(int(num_devices), mode, cache_dtype="int8", max_num_batched_tokens=24), mode)
+    assert found == other
+    alike = ("kv", "preempted") if mode == "kv" else ("hidden", "preempted")
+    for prompt in range(len(PROMPTS)):
+        assert found[f"{prompt}-{alike[0]}"] == found[f"{prompt}-{alike[1]}"], (num_devices, mode, prompt)
+        if mode == "hybrid":
+            assert found[f"{prompt}-converted"][: 5 + prompt] == found[f"{prompt}-hidden"][: 5 + prompt]
+    print(f"{num_devices} devices, {mode}, int8: same tokens, {time.perf_counter() - started:.1f} s", flush=True)
 
 
 def few_shapes() -> None:
@@ -109,6 +129,11 @@ def main(cases: list[str]) -> None:
     apt_jax.attention.hidden_slices._SHORTEST = 40  # and of two widths
     few_shapes()
     expected = {i.partition("-")[0]: t for i, t in greedy_tokens(sharded_engine(1, "kv"), "kv").items()}
+    int8 = [case for case in cases if case.endswith(":int8")]
+    for case in int8:
+        check_int8(*case.split(":")[:2])
+    if int8:
+        return
     every = [f"{devices}:{mode}" for devices in (2, 4, 8) for mode in ("kv", "hidden", "hybrid")]
     for case in cases or every:
         started = time.perf_counter()

@@ -176,3 +176,16 @@ def test_what_was_measured_at_start_up_outweighs_one_regime():
         calibration.observe(StepLoad(decode_requests=8, context_tokens=(2000, 0), samples=8), 0.031)
     held_out = [Observation(load, truth.step_s(load)) for load in random_loads(40, seed=5) if load.prefill_tokens > 400]
     assert np.median(relative_errors(calibration.model, held_out)) < 0.1
+
+
+def test_an_int8_cache_has_a_byte_a_number_and_scales():
+    """OPT-13B's heads have 128 numbers: 132 bytes instead of 256, in the pool and for what KV decodes read."""
+    int8 = dataclasses.replace(OPT_13B, cache_dtype="int8")
+    sizes = {"block_size": 16, "max_num_batched_tokens": 2048, "max_num_seqs": 256}
+    assert cache_blocks(int8, **sizes) / cache_blocks(OPT_13B, **sizes) == pytest.approx(256 / 132, rel=1e-3)
+    assert int8.attention_s[KV] == pytest.approx(OPT_13B.attention_s[KV] * 132 / 256)
+    assert int8.weights_s == OPT_13B.weights_s and int8.pair_s == OPT_13B.pair_s
+    one_pass = dataclasses.replace(int8, hidden_mode="one-pass", hardware=HARDWARE["tpu-v5e"])
+    wide = dataclasses.replace(one_pass, cache_dtype="auto")
+    assert one_pass.attention_s[HIDDEN] == pytest.approx(wide.attention_s[HIDDEN] * 132 / 256)
+    assert one_pass.prefix_s(CacheKind.KV, 64, 1000) == pytest.approx(wide.prefix_s(CacheKind.KV, 64, 1000) * 132 / 256)

@@ -98,13 +98,14 @@ def test_where_arrivals_are_short_the_rate_is_said_to_be_unknown_to_last():
 def test_rows_have_the_mean_and_standard_deviation_over_seeds():
     found = [serve(lambda rate, most=most: Point(None, frozenset({STRICT} if rate <= most else ()), True))[0]
              for most in (4.0, 5.0)]  # fmt: skip
-    row = throughput_rows({"policy": "fcfs"}, [STRICT], [3, 8], found, 8.0)[0]
+    names = {"policy": "fcfs", "cache_dtype": "int8", "quantization": "none"}
+    row = throughput_rows(names, [STRICT], [3, 8], found, 8.0)[0]
     rates = [each[STRICT].rate for each in found]
     assert row["rates"] == rates and row["seeds"] == [3, 8] and row["sustained"] is True
     assert row["rate"] == pytest.approx(np.mean(rates), rel=1e-3)
     assert row["spread"] == pytest.approx(np.std(rates, ddof=1), rel=1e-3)
     assert row["share_of_bound"] == pytest.approx(np.mean(rates) / 8.0, rel=1e-3)
-    assert (row["reading"], row["cache_dtype"], row["quantization"]) == ("strict", "auto", "none")
+    assert (row["reading"], row["cache_dtype"], row["quantization"]) == ("strict", "int8", "none")
     assert mean_and_spread([2.5]) == (2.5, 0.0)
 
 

@@ -7,6 +7,7 @@ import jax
 import numpy as np
 from jax.stages import Compiled
 
+from apt_jax.attention.pool import Pool
 from apt_jax.batching.arrays import Rows, Tokens
 from apt_jax.batching.buckets import Bucket
 from apt_jax.execution.compiler import temporary_bytes
@@ -24,7 +25,7 @@ class Step(Protocol):
     def temporary_bytes(self) -> int:
         """Bytes of temporaries while it runs."""
 
-    def __call__(self, pool: jax.Array, history: jax.Array, tokens: Tokens, rows: Rows) -> StepOutput[jax.Array]:
+    def __call__(self, pool: Pool, history: jax.Array, tokens: Tokens, rows: Rows) -> StepOutput[jax.Array, Pool]:
         """Start it; pool and history are donated."""
 
 
@@ -35,8 +36,15 @@ class Conversion(Protocol):
     def programs(self) -> Sequence[Compiled]:
         """The executables that it consists of."""
 
-    def __call__(self, pool: jax.Array, hidden_blocks: np.ndarray, value_blocks: np.ndarray) -> jax.Array:
+    def __call__(self, pool: Pool, hidden_blocks: np.ndarray, value_blocks: np.ndarray) -> Pool:
         """See `pool.convert_blocks`; the pool is donated."""
+
+
+class Ranges(Protocol):
+    """A compiled measurement of hidden vectors' ranges."""
+
+    def __call__(self, ids: np.ndarray, length: np.ndarray) -> jax.Array:
+        """`[2, L, D]` least and greatest of every channel, see `attention/ranges.py`; ids are padded."""
 
 
 class Form(Protocol):
@@ -52,6 +60,9 @@ class Form(Protocol):
     def compile_conversion(self, num_blocks: int) -> Conversion:
         """Compile the conversion in a pool of P = `num_blocks`."""
 
+    def compile_ranges(self, tokens: int) -> Ranges:
+        """Compile the measurement of ranges over sequences of at most `tokens`."""
+
 
 class WholeStep:
     """A step of one program."""
@@ -62,9 +73,9 @@ class WholeStep:
         self.temporary_bytes = temporary_bytes(program) + scratch_bytes
         self._program, self._weights = program, weights
 
-    def __call__(self, pool: jax.Array, history: jax.Array, tokens: Tokens, rows: Rows) -> StepOutput[jax.Array]:
+    def __call__(self, pool: Pool, history: jax.Array, tokens: Tokens, rows: Rows) -> StepOutput[jax.Array, Pool]:
         """See `Step`."""
-        output: StepOutput[jax.Array] = self._program(self._weights, pool, history, tokens, rows)
+        output: StepOutput[jax.Array, Pool] = self._program(self._weights, pool, history, tokens, rows)
         return output
 
 
@@ -75,7 +86,7 @@ class WholeConversion:
         self.programs = (program,)
         self._program, self._weights = program, weights
 
-    def __call__(self, pool: jax.Array, hidden_blocks: np.ndarray, value_blocks: np.ndarray) -> jax.Array:
+    def __call__(self, pool: Pool, hidden_blocks: np.ndarray, value_blocks: np.ndarray) -> Pool:
         """See `Conversion`."""
         pool = self._program(self._weights, pool, hidden_blocks, value_blocks)
         return pool

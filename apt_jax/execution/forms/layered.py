@@ -10,11 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.stages import Compiled
 
+from apt_jax.attention.pool import Pool
+from apt_jax.attention.ranges import measuring_attention, no_ranges
 from apt_jax.batching.arrays import Rows, Tokens
 from apt_jax.batching.buckets import Bucket
-from apt_jax.execution.arguments import Arguments
+from apt_jax.execution.arguments import Arguments, abstract
 from apt_jax.execution.compiler import Compiler, temporary_bytes
-from apt_jax.execution.forms.interface import Conversion, Step
+from apt_jax.execution.forms.interface import Conversion, Ranges, Step
 from apt_jax.execution.pool import convert_layer
 from apt_jax.execution.steps import StepOutput, end_step, run_layer, start_step
 from apt_jax.execution.weights.layout import ModuleArrays, Weights
@@ -48,15 +50,18 @@ class LayeredForm:
             return start_step(weights.model(arrays), history, tokens, rows)
 
         def layer(
-            arrays: list[jax.Array], pool: jax.Array, x: jax.Array, index: jax.Array, tokens: Tokens, rows: Rows
-        ) -> tuple[jax.Array, jax.Array]:
+            arrays: list[jax.Array], pool: Pool, x: jax.Array, index: jax.Array, tokens: Tokens, rows: Rows
+        ) -> tuple[jax.Array, Pool]:
             return run_layer(
                 first.module(arrays), arguments.shapes.kinds, num_blocks, decodes, pool, x, index, tokens, rows,
                 self.kernels,
             )  # fmt: skip
 
-        def end(arrays: list[jax.Array], x: jax.Array, rows: Rows) -> tuple[jax.Array, jax.Array | None]:
-            return end_step(weights.model(arrays), decodes, arguments.buckets.max_rows, x, rows)
+        def end(
+            arrays: list[jax.Array], x: jax.Array, rows: Rows, outside: jax.Array | None
+        ) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
+            last, every = end_step(weights.model(arrays), decodes, arguments.buckets.max_rows, x, rows)
+            return last, every, None if outside is None else outside[0, 0, 0]
 
         x, tokens, rows = arguments.residual(bucket.tokens), arguments.tokens(bucket), arguments.rows(bucket)
         return LayeredStep(
@@ -65,7 +70,7 @@ class LayeredForm:
                 f"layer {bucket} {num_blocks}", layer, first.arrays, arguments.pool(num_blocks), x, arguments.numbers(),
                 tokens, rows, donate=(1, 2),
             ),
-            compile_program(f"end {bucket}", end, outer, x, rows),
+            compile_program(f"end {bucket}", end, outer, x, rows, arguments.pool(num_blocks).outside),
             weights,
         )  # fmt: skip
 
@@ -74,9 +79,9 @@ class LayeredForm:
         first, blocks = self.layers[0], self.arguments.numbers(self.arguments.convert_pages)
 
         def layer(
-            arrays: list[jax.Array], pool: jax.Array, index: jax.Array, hidden_blocks: jax.Array,
+            arrays: list[jax.Array], pool: Pool, index: jax.Array, hidden_blocks: jax.Array,
             value_blocks: jax.Array,
-        ) -> jax.Array:  # fmt: skip
+        ) -> Pool:  # fmt: skip
             return convert_layer(first.module(arrays), pool, index, hidden_blocks, value_blocks, num_blocks)
 
         program = self.compiler.compile(
@@ -84,6 +89,36 @@ class LayeredForm:
             self.arguments.numbers(), blocks, blocks, donate=(1,),
         )  # fmt: skip
         return LayeredConversion(program, self.layers)
+
+    def compile_ranges(self, tokens: int) -> Ranges:
+        """See `Form`."""
+        weights, first, numbers = self.weights, self.layers[0], self.arguments.numbers
+        config = self.arguments.model_config
+
+        def embed(arrays: list[jax.Array], ids: jax.Array) -> tuple[jax.Array, jax.Array]:
+            x = weights.model(arrays).embed(ids, jnp.arange(tokens, dtype=jnp.int32))
+            return x, no_ranges(config.num_hidden_layers, config.hidden_size)
+
+        def layer(
+            arrays: list[jax.Array], x: jax.Array, found: jax.Array, index: jax.Array, ids: jax.Array,
+            length: jax.Array,
+        ) -> tuple[jax.Array, jax.Array]:  # fmt: skip
+            return first.module(arrays)(x, measuring_attention(ids, length), found, index)
+
+        ids, found = numbers(tokens), abstract((2, config.num_hidden_layers, config.hidden_size), np.float32)
+        start = self.compiler.compile(f"embed {tokens}", embed, weights.outer.arrays, ids)
+        program = self.compiler.compile(
+            f"ranges {tokens}", layer, first.arrays, self.arguments.residual(tokens), found, numbers(), ids, numbers()
+        )
+
+        def measure(ids: np.ndarray, length: np.ndarray) -> jax.Array:
+            ids, length = jax.device_put((ids, length))
+            x, found = start(weights.outer.arrays, ids)
+            for number, one in enumerate(self.layers):
+                x, found = program(one.arrays, x, found, jnp.int32(number), ids, length)
+            return found
+
+        return measure
 
 
 class LayeredStep:
@@ -96,15 +131,15 @@ class LayeredStep:
         self._outer = weights.outer.arrays
         self._layers = [(one.arrays, jnp.int32(number)) for number, one in enumerate(weights.layers)]
 
-    def __call__(self, pool: jax.Array, history: jax.Array, tokens: Tokens, rows: Rows) -> StepOutput[jax.Array]:
+    def __call__(self, pool: Pool, history: jax.Array, tokens: Tokens, rows: Rows) -> StepOutput[jax.Array, Pool]:
         """See `Step`."""
         start, layer, end = self.programs
         tokens, rows = jax.device_put((tokens, rows))
         x, history = start(self._outer, history, tokens, rows)
         for arrays, number in self._layers:
             x, pool = layer(arrays, pool, x, number, tokens, rows)
-        last, every = end(self._outer, x, rows)
-        return StepOutput(last, pool, history, every)
+        last, every, outside = end(self._outer, x, rows, pool.outside)
+        return StepOutput(last, pool, history, every, outside)
 
 
 class LayeredConversion:
@@ -114,7 +149,7 @@ class LayeredConversion:
         self.programs = (program,)
         self._layers = [(one.arrays, jnp.int32(number)) for number, one in enumerate(layers)]
 
-    def __call__(self, pool: jax.Array, hidden_blocks: np.ndarray, value_blocks: np.ndarray) -> jax.Array:
+    def __call__(self, pool: Pool, hidden_blocks: np.ndarray, value_blocks: np.ndarray) -> Pool:
         """See `Conversion`."""
         blocks = jax.device_put((hidden_blocks, value_blocks))
         for arrays, number in self._layers:

@@ -4,12 +4,13 @@ Between the matrix products of one layer XLA runs small programs and wakes its t
 fifth of the products of one row (docs/log/2026-11-30-performance.md).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from apt_jax.attention.pool import Pool
 from apt_jax.batching.arrays import Rows, Tokens
 from apt_jax.batching.buckets import Bucket
 from apt_jax.cpu_kernels.calls import all_layers
@@ -51,8 +52,8 @@ class NativeForm(LayeredForm):
         num_outer, of_layer = len(outer.arrays), len(layers[0].arrays)
 
         def native(
-            arrays: list[jax.Array], pool: jax.Array, history: jax.Array, tokens: Tokens, rows: Rows
-        ) -> StepOutput[jax.Array]:
+            arrays: list[jax.Array], pool: Pool, history: jax.Array, tokens: Tokens, rows: Rows
+        ) -> StepOutput[jax.Array, Pool]:
             starts = range(num_outer, len(arrays), of_layer)
             modules = [layers[0].module(arrays[start : start + of_layer]) for start in starts]
             return run_native_step(
@@ -82,11 +83,11 @@ def run_native_step(
     num_blocks: int,
     decode_only: bool,
     max_rows: int,
-    pool: jax.Array,
+    pool: Pool,
     history: jax.Array,
     tokens: Tokens,
     rows: Rows,
-) -> StepOutput[jax.Array]:
+) -> StepOutput[jax.Array, Pool]:
     """As `steps.run_step`. Pure; pool and history are to be donated.
 
     Args:
@@ -95,13 +96,13 @@ def run_native_step(
     """
     x, history = start_step(model, history, tokens, rows)
     first = layers[0]
-    x, pool = all_layers(
-        x, pool, rows, [array for layer in layers for array in _parameters(layer)],
+    x, numbers = all_layers(
+        x, pool.numbers, rows, [array for layer in layers for array in _parameters(layer)],
         heads=first.self_attn.q_proj.outputs[0], ffn_dim=first.fc1.outputs[0], num_blocks=num_blocks,
         norm_first=first.norm_first,
     )  # fmt: skip
     last, every = end_step(model, decode_only, max_rows, x, rows)
-    return StepOutput(last, pool, history, every)
+    return StepOutput(last, replace(pool, numbers=numbers), history, every)
 
 
 def _parameters(layer: DecoderLayer) -> list[jax.Array]:

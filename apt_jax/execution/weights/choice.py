@@ -5,6 +5,7 @@ import numpy as np
 from flax import nnx
 
 from apt_jax.attention.selection import select_kernels
+from apt_jax.cache import CacheDtype, as_cache_dtype
 from apt_jax.engine_config import AttentionBackend, EngineConfig
 from apt_jax.execution.platform import Platform
 from apt_jax.execution.weights.layer_layout import LayerLayout
@@ -22,12 +23,13 @@ def serving_layout(
     block_size: int,
     device: jax.Device,
     parallel: Parallel | None = None,
+    cache_dtype: CacheDtype = "auto",
 ) -> WeightLayout:
     """The layout of weights for serving on `device`, or on the devices of `parallel`; here the kernels are selected.
 
     Args:
         model: only shapes are used.
-        backend, block_size: the engine's options.
+        backend, block_size, cache_dtype: the engine's options.
 
     Raises:
         ValueError: see `select_kernels`.
@@ -36,7 +38,7 @@ def serving_layout(
     devices = 1 if parallel is None else parallel.num_devices
     kernels = select_kernels(
         backend, local_config(config, devices), block_size=block_size, dtype=dtype, device=device,
-        cpp_kernels=platform.cpp_kernels, num_devices=devices,
+        cpp_kernels=platform.cpp_kernels, num_devices=devices, cache_dtype=cache_dtype,
     )  # fmt: skip
     if parallel is not None or not platform.call_per_layer:
         return StackedLayout(device, parallel, platform.custom_layouts, kernels)
@@ -49,5 +51,6 @@ def laid_out(model: nnx.Module, config: ModelConfig, options: EngineConfig) -> W
     layout = serving_layout(
         model, config, np.dtype(array.dtype), backend=options.attention_backend, block_size=options.block_size,
         device=array.addressable_shards[0].device, parallel=Parallel.of(model),
+        cache_dtype=as_cache_dtype(options.cache_dtype),
     )  # fmt: skip
     return layout.lay_out(model)

@@ -47,7 +47,7 @@ class LayerLayout(WeightLayout):
     @property
     def packs(self) -> bool:
         """Whether projections are packed for the C++ matmul (`cpu_kernels/packed.py`)."""
-        return self.kernels is CPU_KERNELS
+        return self.kernels is not None and self.kernels.chunk is CPU_KERNELS.chunk
 
     @classmethod
     def of(cls, model: nnx.Module, device: jax.Device, kernels: Kernels | None = None) -> "LayerLayout":

@@ -27,7 +27,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from apt_jax.cache import KINDS, CacheKind, per_kind
+from apt_jax.cache import KINDS, CacheDtype, CacheKind, per_kind
 from apt_jax.model_config import GROUP_BYTES, ModelConfig, Quantization
 from apt_jax.scheduling.costs.decode_kernels import ONE_PASS, RECOMPUTE, DecodeKernel, Rates
 from apt_jax.scheduling.costs.hardware import Hardware
@@ -38,6 +38,7 @@ from apt_jax.scheduling.costs.weight_sizes import WeightSizes
 HiddenMode = Literal["absorbed", "one-pass", "recompute"]
 Floats = NDArray[np.float64]
 BYTES = 2  # per number, bfloat16 or float16
+SCALE_BYTES = 4  # float32, for each token and head of an int8 cache
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ class Scales:
 
 @dataclass(frozen=True)
 class CostModel:
-    """Iteration time of one model on `devices` accelerators."""
+    """Iteration time of one model on `devices` accelerators, whose cache has numbers of `cache_dtype`."""
 
     model: ModelConfig
     hardware: Hardware
@@ -70,6 +71,7 @@ class CostModel:
     scales: Scales = field(default_factory=Scales)
     sizes: PaddedSizes = field(default_factory=PaddedSizes)
     quantization: Quantization = "none"
+    cache_dtype: CacheDtype = "auto"
 
     def step_s(self, load: StepLoad) -> float:
         """Seconds of one iteration with `load`, padded to the compiled sizes; 0 if it is empty."""
@@ -142,7 +144,9 @@ class CostModel:
         )
         if self.devices > 1 and KINDS[chunk.kind].is_projected:
             kernel = XLA
-        return self._layers * kernel.seconds(chunk, self.model, self._rates, slots) if chunk.cached_tokens else 0.0
+        if not chunk.cached_tokens:
+            return 0.0
+        return self._layers * kernel.seconds(chunk, self.model, self._rates, slots, self.number_bytes)
 
     def mixing_s(self, load: StepLoad) -> float:
         """Seconds that hidden decodes add to an iteration beside what each of them costs, at scale 1.
@@ -262,9 +266,9 @@ class CostModel:
             flops *= c.num_attention_heads
             exchange = 2 * self._exchange_s(2 * c.num_attention_heads)  # float32 partial scores, summed
             if self.devices > 1:
-                groups = c.hidden_size * BYTES / self.devices / GROUP_BYTES
+                groups = c.hidden_size * self.number_bytes / self.devices / GROUP_BYTES
                 exchange += c.num_hidden_layers * groups * self.hardware.link_latency_s
-        return self._layers * self.kernel(kind).token_s(c, kind, flops, self._rates) + exchange
+        return self._layers * self.kernel(kind).token_s(c, kind, flops, self._rates, self.number_bytes) + exchange
 
     @cached_property
     def request_s(self) -> tuple[float, ...]:
@@ -297,6 +301,13 @@ class CostModel:
     def pair_s(self) -> float:
         """Seconds of prefill attention per query-key pair."""
         return self.scales.pairs * self.model.num_hidden_layers * 4 * self.model.hidden_size / self._flops_per_s
+
+    @property
+    def number_bytes(self) -> float:
+        """Bytes of a number in the cache, with its share of the scales beside it."""
+        if self.cache_dtype == "auto":
+            return BYTES
+        return 1 + SCALE_BYTES / self.model.head_dim
 
     @property
     def _layers(self) -> int:
@@ -336,7 +347,7 @@ def cache_blocks(
     weights = model.weight_bytes
     activations = max_num_batched_tokens * (8 * c.hidden_size + 2 * c.ffn_dim) * BYTES + max_num_seqs * c.vocab_size * 8
     free = model.hardware.memory_bytes * utilization * devices - weights - activations * devices
-    blocks = int(free // (c.num_hidden_layers * c.hidden_size * BYTES * block_size))
+    blocks = int(free // (c.num_hidden_layers * c.hidden_size * model.number_bytes * block_size))
     if blocks < 2:
         raise ValueError(
             f"weights of {weights / 1e9:.1f} GB and activations of {activations * devices / 1e9:.1f} GB (for "

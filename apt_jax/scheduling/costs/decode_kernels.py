@@ -68,9 +68,11 @@ class DecodeKernel:
     rate: float = 1.0
     loops: Loops | None = None
 
-    def token_s(self, model: ModelConfig, kind: CacheKind, flops: float, rates: "Rates") -> float:
-        """Seconds of a layer for one cached token, given the FLOPs of its products."""
-        moved = kind.blocks_per_page * model.hidden_size * (kind.spec.number_bytes or NUMBER_BYTES) * self.passes
+    def token_s(
+        self, model: ModelConfig, kind: CacheKind, flops: float, rates: "Rates", number_bytes: float = NUMBER_BYTES
+    ) -> float:
+        """Seconds of a layer for one cached token, given the FLOPs of its products and the bytes of a cached number."""
+        moved = kind.blocks_per_page * model.hidden_size * (kind.spec.number_bytes or number_bytes) * self.passes
         moved += self.head_bytes * model.num_attention_heads
         computing = flops / self.rate / rates.flops_per_s
         if self.cycles:

@@ -39,17 +39,20 @@ class PrefixKernel:
     may_absorb: bool = True
     loops: bool = False
 
-    def seconds(self, chunk: Chunk, model: ModelConfig, rates: Rates, slots: int) -> float:
-        """Seconds of a layer; `slots` are all tokens of the iteration."""
+    def seconds(
+        self, chunk: Chunk, model: ModelConfig, rates: Rates, slots: int, number_bytes: float = NUMBER_BYTES
+    ) -> float:
+        """Seconds of a layer; `slots` are all tokens of the iteration, `number_bytes` those of a cached number."""
         if self.loops:
-            return self._loop_s(chunk, model, rates, slots)
+            return self._loop_s(chunk, model, rates, slots, number_bytes)
         D, L = model.hidden_size, chunk.cached_tokens
-        keys_values = -(-chunk.tokens // self.tile) * L * 2 * D * NUMBER_BYTES
+        keys_values = -(-chunk.tokens // self.tile) * L * 2 * D
         if not KINDS[chunk.kind].is_projected:
-            return keys_values / rates.bytes_per_s
+            return keys_values * number_bytes / rates.bytes_per_s
         if self.absorbs(chunk, model):
-            return self._absorbed_s(chunk, model, rates)
-        moved = 3 * L * D * NUMBER_BYTES + keys_values  # vectors read, keys and values written, then read
+            return self._absorbed_s(chunk, model, rates, number_bytes)
+        # vectors read, keys and values written, then read
+        moved = L * D * number_bytes + (2 * L * D + keys_values) * NUMBER_BYTES
         return _projection_s(L, model, rates) + moved / rates.bytes_per_s
 
     def absorbs(self, chunk: Chunk, model: ModelConfig) -> bool:
@@ -60,15 +63,15 @@ class PrefixKernel:
         own_reads = self.absorbed_reads * L * BALANCE_FLOPS_PER_BYTE // (2 * N)
         return chunk.tokens * (model.head_dim + L + 2 * BALANCE_FLOPS_PER_BYTE + own_reads) < L * model.head_dim
 
-    def _absorbed_s(self, chunk: Chunk, model: ModelConfig, rates: Rates) -> float:
+    def _absorbed_s(self, chunk: Chunk, model: ModelConfig, rates: Rates, number_bytes: float) -> float:
         n, L, D, N = chunk.tokens, chunk.cached_tokens, model.hidden_size, model.num_attention_heads
         flops = 4.0 * n * D**2 + 4.0 * n * L * (N - 1) * D  # one head's worth is counted as pairs
         shared = N * D * 4 / self.absorbed_tile_bytes  # of a token's queries, of those that share a read
         reads = self.absorbed_reads or max(shared, 1 / n)
-        moved = (8 * n * N * D) + n * reads * L * D * NUMBER_BYTES
+        moved = (8 * n * N * D) + n * reads * L * D * number_bytes
         return max(flops / rates.flops_per_s, moved / rates.bytes_per_s)
 
-    def _loop_s(self, chunk: Chunk, model: ModelConfig, rates: Rates, slots: int) -> float:
+    def _loop_s(self, chunk: Chunk, model: ModelConfig, rates: Rates, slots: int, number_bytes: float) -> float:
         """A step for 128 cached tokens: 10 programs; scores are written and read about five times in float32."""
         L, N = chunk.cached_tokens, model.num_attention_heads
         steps, is_projected = -(-L // XLA_CHUNK_TOKENS), KINDS[chunk.kind].is_projected
@@ -76,8 +79,8 @@ class PrefixKernel:
             moved = steps * 5 * slots * N * model.hidden_size * 4
             flops = 4.0 * slots * steps * XLA_CHUNK_TOKENS * N * model.hidden_size
             return max(moved / rates.bytes_per_s, flops / rates.flops_per_s, steps * XLA_CHUNK_STARTS * START_S)
-        moved = steps * 5 * slots * N * XLA_CHUNK_TOKENS * 4 + 4 * L * model.hidden_size * NUMBER_BYTES
-        seconds = max(moved / rates.bytes_per_s, steps * XLA_CHUNK_STARTS * START_S)
+        read = steps * 5 * slots * N * XLA_CHUNK_TOKENS * 4 + 4 * L * model.hidden_size * number_bytes
+        seconds = max(read / rates.bytes_per_s, steps * XLA_CHUNK_STARTS * START_S)
         return seconds + (_projection_s(L, model, rates) if is_projected else 0.0)
 
 

@@ -80,7 +80,7 @@ def throughput_rows(
         lasts = {answer.sustained for answer in answers}
         rows.append(
             {
-                **names, "cache_dtype": "auto", "reading": question.reading,
+                **names, "reading": question.reading,
                 "target": question.target, "rate": _rounded(mean), "spread": _rounded(spread), "seeds": list(seeds),
                 "rates": [answer.rate for answer in answers],
                 "sustained": True if lasts == {True} else None if None in lasts else False,

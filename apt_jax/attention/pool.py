@@ -1,0 +1,137 @@
+"""The cache pool as attention reads and writes it, in the model's own number type or as int8 with scales.
+
+Shape letters as in `paged.py`; T tokens of a step. Block b of layer l is row `l*P + b` of every array.
+
+An int8 pool has a float32 scale for each token and head beside its numbers, in one array under the same block ids. A
+block may hold a key, a value or a hidden vector and is read alike in each case: a hidden vector's scale stands in the
+places of all heads. The scales of a block are one row of `S * N` numbers, padded to a TPU's 128 lanes, for as `[S, N]`
+each token's would be.
+"""
+
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+
+from apt_jax.attention.int8 import LARGEST, Channels, Coded, decode, encode
+
+LANES = 128
+
+
+def scale_row(block_size: int, heads: int) -> int:
+    """Numbers in a block's row of scales."""
+    return -(-block_size * heads // LANES) * LANES
+
+
+class Kept(NamedTuple):
+    """Vectors of T tokens as the pool keeps them."""
+
+    numbers: jax.Array  # [T, D]
+    scales: jax.Array | None = None  # [T, N]
+
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["numbers", "scales", "channels", "outside"],
+    meta_fields=["heads", "computes"],
+)
+@dataclass(frozen=True)
+class Pool:
+    """All blocks of all layers. Split over devices, every array is split along its last axis.
+
+    Attributes:
+        numbers: `[L*P, S, D]`, of the model's number type, or int8.
+        scales: float32 `[L*P, 1, scale_row(S, N)]` of an int8 pool, token by token; None: numbers are not coded.
+        channels: float32 `[2, L, D]`, the `Channels` of every layer of an int8 pool with hidden vectors.
+        outside: uint32 `[1, 1, 1]`, numbers of hidden vectors written so far that were outside their channel's range
+            (centre plus or minus 127 widths), modulo 2^32; None without `channels`.
+        heads: N, of this device; of an int8 pool only.
+        computes: number type of the model, of an int8 pool only.
+    """
+
+    numbers: jax.Array
+    scales: jax.Array | None = None
+    channels: jax.Array | None = None
+    outside: jax.Array | None = None
+    heads: int = 1
+    computes: np.dtype | None = None
+
+    @property
+    def dtype(self) -> np.dtype:
+        """Number type that the model computes in."""
+        return self.computes or self.numbers.dtype
+
+    @property
+    def read_dtype(self) -> np.dtype:
+        """Number type in which vectors are to be read before `Channels.vectors`: not rounded twice."""
+        return np.dtype(np.float32) if self.is_coded else self.numbers.dtype
+
+    @property
+    def block_size(self) -> int:
+        """Tokens of a block, S."""
+        return self.numbers.shape[1]
+
+    @property
+    def is_coded(self) -> bool:
+        """Whether it is int8, so that vectors are read otherwise than they were computed."""
+        return self.scales is not None
+
+    def channels_of(self, layer: jax.Array) -> Channels:
+        """The channels of a layer's hidden vectors, this device's."""
+        if self.channels is None:
+            return Channels()
+        centre, width = jax.lax.dynamic_index_in_dim(self.channels, layer, 1, keepdims=False)
+        return Channels(centre, width)
+
+    def read(self, blocks: jax.Array, dtype: DTypeLike) -> jax.Array:
+        """Vectors `[..., S, D]` of `blocks`, rows of the pool; hidden ones relative to their channels."""
+        numbers = self.numbers[blocks]
+        if self.scales is None:
+            return numbers.astype(dtype)
+        rows = self.scales[blocks][..., 0, : self.block_size * self.heads]
+        return decode(Coded(numbers, rows.reshape(*numbers.shape[:-1], self.heads)), dtype)
+
+    def keep(self, x: jax.Array) -> Kept:
+        """Keys or values `[T, N, H]` as the pool keeps them."""
+        flat = x.reshape(x.shape[0], -1)
+        return Kept(*encode(flat, self.heads)) if self.is_coded else Kept(flat)
+
+    def keep_hidden(self, h: jax.Array, channels: Channels) -> Kept:
+        """Hidden vectors `[T, D]` as the pool keeps them."""
+        if not self.is_coded:
+            return Kept(h)
+        codes, scales = encode(channels.relative(h), 1)
+        return Kept(codes, jnp.broadcast_to(scales, (len(h), self.heads)))
+
+    def as_read(self, kept: Kept) -> jax.Array:
+        """Float32 `[T, D]`: what `read` gives of vectors that are kept so."""
+        return kept.numbers if kept.scales is None else decode(Coded(kept.numbers, kept.scales))
+
+    def replace_blocks(self, blocks: jax.Array, kept: Kept) -> "Pool":
+        """The pool with rows `blocks [K]` replaced by what is kept of K * S tokens; those out of range go nowhere."""
+        numbers = kept.numbers.astype(self.numbers.dtype).reshape(-1, *self.numbers.shape[1:])
+        pool = replace(self, numbers=self.numbers.at[blocks].set(numbers, mode="drop"))
+        if self.scales is None or kept.scales is None:
+            return pool
+        rows = kept.scales.reshape(len(blocks), -1)
+        return replace(pool, scales=self.scales.at[blocks, 0, : rows.shape[1]].set(rows, mode="drop"))
+
+    def write_scales(self, block: jax.Array, offset: jax.Array, scales: jax.Array | None) -> "Pool":
+        """The pool with scales `[T, N]` at place `offset [T]` of rows `block [T]`; those out of range go nowhere."""
+        if self.scales is None or scales is None:
+            return self
+        numbers = jax.lax.ScatterDimensionNumbers((1,), (0, 1), (0, 2))
+        index = jnp.stack([block, offset * self.heads], 1)
+        written = jax.lax.scatter(self.scales, index, scales, numbers, mode=jax.lax.GatherScatterMode.FILL_OR_DROP)
+        return replace(self, scales=written)
+
+    def count_outside(self, h: jax.Array, channels: Channels, counted: jax.Array) -> "Pool":
+        """The pool with the numbers of `h [T, D]` outside their channels' ranges added, in tokens `counted [T]`."""
+        if self.outside is None:
+            return self
+        beyond = (jnp.abs(channels.relative(h)) > LARGEST * (1 + 1e-6)) & counted[:, None]
+        return replace(self, outside=self.outside + beyond.sum(dtype=jnp.uint32))

@@ -1,0 +1,108 @@
+"""Calibration of an int8 cache: centre and width of every channel of hidden vectors, measured when a model is loaded.
+
+The model reads a text that ships with this package, some seconds. What it finds is kept beside the compiled programs
+under the weights' fingerprint.
+"""
+
+import hashlib
+import io
+import logging
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from apt_jax.attention.int8 import LARGEST
+from apt_jax.execution.runner import Runner
+from apt_jax.files import replace_file
+from apt_jax.tokenization.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
+
+TEXT = Path(__file__).with_name("cache_calibration.txt")
+LONGEST = 256  # tokens of a sequence
+_SEPARATOR = "\n----\n"
+_RANDOM_SEQUENCES = 8
+_NARROWEST = 1e-2  # of the median width in a layer: a channel that hardly varied may vary in another text
+
+
+def calibration_tokens(tokenizer: Tokenizer | None, vocab_size: int, longest: int) -> list[list[int]]:
+    """Token ids of the text, in sequences of at most `LONGEST` and `longest`; random ids without a tokenizer."""
+    longest = min(LONGEST, longest)
+    if tokenizer is None:
+        rng = np.random.default_rng(0)
+        return rng.integers(vocab_size, size=(_RANDOM_SEQUENCES, longest)).tolist()
+    passages = TEXT.read_text(encoding="utf-8").split(_SEPARATOR)[1:]
+    ids = [tokenizer.encode(passage) for passage in passages if passage.strip()]
+    return [row[at : at + longest] for row in ids for at in range(0, len(row), longest)]
+
+
+def cache_channels(runner: Runner, tokenizer: Tokenizer | None = None, fingerprint: str = "") -> np.ndarray:
+    """Centre and width of every channel, float32 `[2, L, D]` (`attention/int8.py`), measured or as kept from before.
+
+    Several processes that run one model call this at the same time, and then all measure.
+
+    Args:
+        fingerprint: of the weights; empty: nothing is kept.
+
+    Raises:
+        ValueError: the model's hidden vectors are not finite.
+    """
+    config = runner.model_config
+    sequences = calibration_tokens(tokenizer, config.vocab_size, runner.shapes.max_model_len)
+    path = _path(runner, sequences, fingerprint)
+    if path is not None and (kept := _load(path, (2, config.num_hidden_layers, config.hidden_size))) is not None:
+        return kept
+    if tokenizer is None:
+        logger.warning(
+            "int8 cache: no tokenizer, so the ranges of hidden vectors are measured on random token ids; text may be "
+            "less precise than with the ranges of text"
+        )
+    started = time.perf_counter()
+    least, greatest = runner.measure_ranges(sequences)
+    found = channels_of(least, greatest)
+    tokens = sum(map(len, sequences))
+    logger.info("int8 cache: ranges measured on %d tokens in %.1f s", tokens, time.perf_counter() - started)
+    if path is not None:
+        try:
+            buffer = io.BytesIO()
+            np.save(buffer, found)
+            replace_file(path, buffer.getvalue())
+        except OSError as error:
+            logger.warning("cannot keep the cache's ranges at %s (%s); the next start measures again", path, error)
+    return found
+
+
+def channels_of(least: np.ndarray, greatest: np.ndarray) -> np.ndarray:
+    """Centre and width `[2, L, D]` of channels with these ranges `[L, D]`, which are centre plus or minus 127 widths.
+
+    Raises:
+        ValueError: a range is not finite.
+    """
+    if not (np.isfinite(least).all() and np.isfinite(greatest).all()):
+        raise ValueError(
+            "cache_dtype='int8' cannot be used: the model's hidden vectors are not finite on the calibration text; use "
+            "--cache-dtype auto"
+        )
+    half = (greatest - least) / 2
+    floor = np.maximum(_NARROWEST * np.median(half, axis=-1, keepdims=True), np.finfo(np.float32).tiny * 1e6)
+    return np.stack([(greatest + least) / 2, np.maximum(half, floor) / LARGEST]).astype(np.float32)
+
+
+def _path(runner: Runner, sequences: Sequence[Sequence[int]], fingerprint: str) -> Path | None:
+    folder = jax.config.jax_compilation_cache_dir
+    if not folder or not fingerprint or jax.process_count() > 1:
+        return None
+    digest = hashlib.sha256(repr((fingerprint, str(runner.dtype), sequences)).encode()).hexdigest()[:16]
+    return Path(folder) / "cache-ranges" / f"{digest}.npy"
+
+
+def _load(path: Path, shape: tuple[int, ...]) -> np.ndarray | None:
+    try:
+        found = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError):  # not there, or damaged
+        return None
+    usable = found.shape == shape and found.dtype == np.float32 and np.isfinite(found).all() and (found[1] > 0).all()
+    return found if usable else None
