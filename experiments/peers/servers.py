@@ -4,8 +4,10 @@
 
 OPT-125M's shape with random weights, the same bytes of cache, `apt-jax bench serve` as the client of all, the same
 lengths, arrivals and promises. All servers are up; while one is measured the others are stopped (SIGSTOP), and every
-rate is given to each one after the other, so that a change of the machine's speed affects all. On a GPU, which each
-would fill, one server after the other is started and given all rates.
+rate is given to each one after the other, so that a change of the machine's speed affects all. A rate's figure is the
+mean over the seeds, each with its own arrivals and lengths. On a GPU, which each would fill, one server after the other
+is started and given all rates. Runs that `--output` has already, with the same arguments, are not measured again: a
+comparison can be made in several sittings.
 """
 
 import contextlib
@@ -50,8 +52,10 @@ class Args:
     """Write no weights; each server draws its own. For large models."""
     dtype: str = "float32"
     """Data type of all servers."""
-    num_prompts: int = 80
+    num_prompts: int = 96
     """Number of requests in a run."""
+    seeds: str = "0,1"
+    """Seeds of arrivals and lengths; each rate is given to every server once for each of them."""
     dataset: str = "humaneval"
     """Dataset of the lengths, see `apt-jax bench serve --help`."""
     bench: str = "--vocab-size 50000"
@@ -76,7 +80,7 @@ class Args:
     folder: Path | None = None
     """Folder for the generated model; default: one below .venv-peers, by its name."""
     output: Path | None = None
-    """JSON file for the results."""
+    """JSON file for the results; runs that it has already are kept."""
     plot: Path | None = None
     """PNG file: attainment and time to first token over the rate."""
 
@@ -173,12 +177,46 @@ def measure(server: Server, rate: float, args: Args, seed: int) -> dict[str, Any
     with server.group.awake():
         figures = bench_serve(server.url, flags)
     del figures["arguments"]
-    return {"server": server.name, "rate": rate, **figures}
+    return {"server": server.name, "rate": rate, "seed": seed, **figures}
+
+
+def values_of(runs: list[dict[str, Any]], server: str, figure: str) -> dict[float, list[float]]:
+    """`figure` of a server's runs at each rate, in order of rate; one for each seed."""
+    found: dict[float, list[float]] = {}
+    for run in sorted(runs, key=lambda run: (run["rate"], run["seed"])):
+        if run["server"] == server:
+            found.setdefault(run["rate"], []).append(run[figure])
+    return found
 
 
 def points_of(runs: list[dict[str, Any]], server: str, figure: str) -> list[tuple[float, float]]:
-    """Rate and `figure` of a server's runs, in order."""
-    return sorted((run["rate"], run[figure]) for run in runs if run["server"] == server)
+    """Rate and the mean of `figure` over the seeds, in order of rate."""
+    return [(rate, sum(values) / len(values)) for rate, values in values_of(runs, server, figure).items()]
+
+
+def worst_quartile(run: dict[str, Any]) -> float:
+    """Strict attainment of the worst quartile of prompt or output length."""
+    return min(entry["strict_attainment"] for of in run["attainment_by_class"].values() for entry in of)
+
+
+def stored_runs(args: Args) -> list[dict[str, Any]]:
+    """Runs that `--output` has already.
+
+    Raises:
+        ValueError: they were measured with other arguments.
+    """
+    if args.output is None or not args.output.is_file():
+        return []
+    stored = json.loads(args.output.read_text(encoding="utf-8"))
+    varied = {"servers", "rates", "seeds", "targets"}
+    for key, value in _arguments(args).items():
+        if key not in varied and (was := stored["arguments"].get(key)) != value:
+            raise ValueError(f"{args.output} was measured with {key}={was!r}, not {value!r}; give another --output")
+    return list(stored["runs"])
+
+
+def _arguments(args: Args) -> dict[str, Any]:
+    return {key: value for key, value in asdict(args).items() if key not in ("folder", "output", "plot")}
 
 
 def draw(path: Path, runs: list[dict[str, Any]], args: Args) -> None:
@@ -202,23 +240,64 @@ def draw(path: Path, runs: list[dict[str, Any]], args: Args) -> None:
     figure.savefig(path, metadata={"Software": None})
 
 
-def run_together(names: list[tuple[int, str]], rates: list[float], args: Args) -> list[dict[str, Any]]:
-    """Start servers, give them every rate alternately, end them; servers that cannot be started are left out."""
+def tables(runs: list[dict[str, Any]], names: list[str], found: Mapping[str, Mapping[str, Mapping[str, float]]]) -> str:
+    """Markdown: both readings, strict first, with each seed's share, and the strict share of the worst quartile."""
+    rates = sorted({run["rate"] for run in runs})
+    titles = {"strict": "attained strictly", "paper": "attained (P99 of gaps)"}
+    lines = []
+    for reading, figure in READINGS.items():
+        targets = [f"req/s at {float(target):.0%}" for target in next(iter(found[reading].values()))]
+        lines += _table(titles[reading], [*(f"{rate:g}/s" for rate in rates), *targets])
+        for name in names:
+            values = values_of(runs, name, figure)
+            highest = [f"{rate:.2f}" for rate in found[reading][name].values()]
+            lines.append(f"| {' | '.join([name, *(_shares(values.get(rate, [])) for rate in rates), *highest])} |")
+        lines.append("")
+    lines += _table("strictly, worst quartile of lengths", [f"{rate:g}/s" for rate in rates])
+    for name in names:
+        worst = values_of([{**run, "worst": worst_quartile(run)} for run in runs], name, "worst")
+        lines.append(f"| {' | '.join([name, *(_shares(worst.get(rate, [])) for rate in rates)])} |")
+    return "\n".join([*lines, ""])
+
+
+def _table(title: str, columns: list[str]) -> list[str]:
+    return [f"| {' | '.join([title, *columns])} |", f"|---|{'---:|' * len(columns)}"]
+
+
+def _shares(values: list[float]) -> str:
+    """Their mean, and in brackets each of them if there are several."""
+    if not values:
+        return "-"
+    each = f" ({', '.join(f'{value:.0%}' for value in values)})" if len(values) > 1 else ""
+    return f"{sum(values) / len(values):.0%}{each}"
+
+
+def run_together(
+    names: list[tuple[int, str]], loads: list[tuple[float, int]], args: Args, done: list[dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """Start servers, give them every rate and seed alternately, end them; returns the new runs.
+
+    Servers that cannot be started are left out, and so are runs that are `done`.
+    """
     servers: list[Server] = []
     runs: list[dict[str, Any]] = []
+    known = {(run["server"], run["rate"], run["seed"]) for run in done}
+    names = [(number, name) for number, name in names if any((name, *load) not in known for load in loads)]
     try:
         for number, name in names:
             try:
                 servers.append(start(name, 8101 + number, args))
             except NotInstalled as error:
                 print(error, file=sys.stderr)
-        for seed, rate in enumerate(rates):
+        for rate, seed in loads:
             for server in servers:
+                if (server.name, rate, seed) in known:
+                    continue
                 runs.append(measure(server, rate, args, seed))
                 shares = (
                     f"{runs[-1]['strict_attainment']:.1%} strictly, {runs[-1]['attainment']:.1%} by the P99 of gaps"
                 )
-                print(f"{server.name} at {rate:g}/s attained: {shares}", file=sys.stderr)
+                print(f"{server.name} at {rate:g}/s, seed {seed}, attained: {shares}", file=sys.stderr)
     finally:
         for server in servers:
             server.close()
@@ -228,11 +307,13 @@ def run_together(names: list[tuple[int, str]], rates: list[float], args: Args) -
 def main(args: Args) -> int:
     """Run the comparison; 1 if no server could be started."""
     write_folder(model_folder(args.folder, args.model, dummy=args.dummy), model=args.model, dummy=args.dummy)
-    rates = sorted(float(rate) for rate in args.rates.split(","))
+    loads = [(rate, int(seed)) for rate in sorted(map(float, args.rates.split(","))) for seed in args.seeds.split(",")]
     wanted = list(enumerate(args.servers.split(",")))
     groups = [wanted] if args.platform == "cpu" else [[one] for one in wanted]
-    runs = [run for group in groups for run in run_together(group, rates, args)]
-    names = list(dict.fromkeys(run["server"] for run in runs))
+    runs = stored_runs(args)
+    for group in groups:
+        runs += run_together(group, loads, args, runs)
+    names = [name for _, name in wanted if any(run["server"] == name for run in runs)]
     if not names:
         return 1
     targets = [float(target) for target in args.targets.split(",")]
@@ -246,21 +327,14 @@ def main(args: Args) -> int:
     if args.output is not None:
         peers = [OURS, *(PEERS[name] for name in names if name in PEERS)]
         result = {
-            "arguments": {key: value for key, value in asdict(args).items() if not isinstance(value, Path)},
+            "arguments": _arguments(args),
             "versions": {peer.name: versions_of(peer, python_of(peer)) for peer in peers},
             "effective_throughput": found["strict"], "effective_throughput_paper": found["paper"], "runs": runs,
         }  # fmt: skip
         args.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     if args.plot is not None:
         draw(args.plot, runs, args)
-    for reading, figure in READINGS.items():
-        title = "attained strictly" if reading == "strict" else "attained (P99 of gaps)"
-        head = [title, *(f"{rate:g}/s" for rate in rates), *(f"req/s at {target:.0%}" for target in targets)]
-        print(f"| {' | '.join(head)} |\n|---|{'---:|' * (len(head) - 1)}")
-        for name in names:
-            shares = [f"{share:.0%}" for _, share in points_of(runs, name, figure)]
-            print(f"| {' | '.join([name, *shares, *(f'{rate:.2f}' for rate in found[reading][name].values())])} |")
-        print()
+    print(tables(runs, names, found))
     return 0
 
 

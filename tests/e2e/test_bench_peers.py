@@ -185,11 +185,36 @@ def test_servers_that_sleep_and_wake_and_one_client(tmp_path, monkeypatch, capsy
     )  # fmt: skip
     assert servers.main(args) == 0
     found = json.loads(output.read_text())
-    assert [(run["server"], run["rate"]) for run in found["runs"]] == [("apt-jax", 20), ("apt-jax", 40)]
+    loads = [(20, 0), (20, 1), (40, 0), (40, 1)]
+    assert [(run["server"], run["rate"], run["seed"]) for run in found["runs"]] == [
+        ("apt-jax", *load) for load in loads
+    ]
     assert all(run["completed"] == 4 and run["strict_attainment"] == run["attainment"] == 1 for run in found["runs"])
     assert found["effective_throughput"] == found["effective_throughput_paper"]
     assert plot.stat().st_size > 10_000
-    assert "| apt-jax | 100% | 100% | 40.00 |" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "| apt-jax | 100% (100%, 100%) | 100% (100%, 100%) | 40.00 |" in shown and "worst quartile" in shown
+    started = time.monotonic()
+    assert servers.main(dataclasses.replace(args, rates="20")) == 0, "nothing is left to measure: no server starts"
+    assert time.monotonic() - started < 5 and json.loads(output.read_text())["runs"] == found["runs"]
+    with pytest.raises(ValueError, match=r"a\.json was measured with num_prompts=4, not 5; give another --output"):
+        servers.main(dataclasses.replace(args, num_prompts=5))
+
+
+def test_shares_of_servers_are_means_over_seeds():
+    def run(server, rate, seed, strict, worst):
+        quartiles = {"prompt_quartile": [{"strict_attainment": 1.0}], "output_quartile": [{"strict_attainment": worst}]}
+        shares = {"strict_attainment": strict, "attainment": 1.0, "attainment_by_class": quartiles}
+        return {"server": server, "rate": rate, "seed": seed, **shares}
+
+    runs = [run("a", 2.0, 1, 0.5, 0.0), run("a", 2.0, 0, 0.75, 0.25), run("b", 1.0, 0, 1.0, 1.0)]
+    assert servers.points_of(runs, "a", "strict_attainment") == [(2.0, 0.625)]
+    shown = servers.tables(
+        runs, ["a", "b"], {reading: {"a": {"0.9": 0.0}, "b": {"0.9": 1.0}} for reading in servers.READINGS}
+    )
+    assert "| attained strictly | 1/s | 2/s | req/s at 90% |" in shown
+    assert "| a | - | 62% (75%, 50%) | 0.00 |\n| b | 100% | - | 1.00 |" in shown
+    assert "| a | - | 12% (25%, 0%) |" in shown
 
 
 def test_a_server_that_nobody_knows(tmp_path, monkeypatch):
