@@ -49,7 +49,8 @@ class _Flight:
     batch: Batch
     results: StepResults
     load: StepLoad | None  # what it works through, if its time will be learned
-    started_s: float
+    started_s: float | None  # None if it followed an iteration without a pause
+    candidates: int  # unfinished requests when it was planned
     written: Sequence[Written]  # for the prefix cache
 
 
@@ -111,6 +112,7 @@ class Engine:
         self._clock = clock
         self._depth = 1 if self.config.async_scheduling else 0
         self._inflight: deque[_Flight] = deque()
+        self._was_idle = True  # after the last step
         self._compilations = Compilations()
 
     @property
@@ -208,12 +210,13 @@ class Engine:
         self.last_plan = plan = self._plan(now)
         self._counts.schedule_s = self._clock() - now
         if not plan.is_empty:
-            self._dispatch(plan, now)
+            self._dispatch(plan, now, started_s=now if self._was_idle else None)
         elif not self._inflight and self.state.num_unfinished:
             self._give_up()
         outputs: list[Output] = []
         while len(self._inflight) > (self._depth if plan.scheduled else 0):
             outputs += self._commit(self._inflight.popleft())
+        self._was_idle = not self.has_unfinished
         return [*self.requests.take_ended(), *outputs]
 
     def figures(self) -> EngineFigures:
@@ -262,10 +265,11 @@ class Engine:
             self._counts.num_failed_steps += 1
             return Plan()
 
-    def _dispatch(self, plan: Plan, now: float) -> None:
+    def _dispatch(self, plan: Plan, now: float, started_s: float | None) -> None:
         for abandoned in plan.abandoned:  # first, so that each is reported whatever becomes of the rest
             self._end(abandoned.request, FinishReason.ABANDONED)
         spans: list[Span] = []
+        candidates = self.state.num_unfinished
         try:
             spans = self.state.apply(plan, now)
             if plan.converted:
@@ -276,7 +280,8 @@ class Engine:
                 results = self.runner.dispatch(batch)
                 usual = programs == self.runner.num_programs and not results.scores
                 load = self.times.load(plan, spans) if usual else None
-                self._inflight.append(_Flight(batch, results, load, now, self.state.written(spans)))
+                written = self.state.written(spans)
+                self._inflight.append(_Flight(batch, results, load, started_s, candidates, written))
         except Exception as error:
             logger.exception("an iteration failed; its requests end with an error")
             self._recover(str(error) or type(error).__name__)
@@ -323,7 +328,7 @@ class Engine:
             self._recover(str(error) or type(error).__name__)
             return []
         now = self._clock()
-        if self.times.ended(flight.load, flight.started_s, now):
+        if self.times.ended(flight.load, flight.started_s, now, flight.candidates):
             self._use_cost_model()
         for request in self.prompt_logprobs.take(flight.batch.chunks, scores):
             self._spoil(request)

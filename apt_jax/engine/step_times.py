@@ -43,14 +43,17 @@ class StepTimes:
         """The load of an iteration for the cost model; None if its time is not used."""
         return step_load(plan, spans) if self.learns else None
 
-    def ended(self, load: StepLoad | None, started_s: float, now: float) -> bool:
-        """An iteration ended `now`: it began when the one before had ended. Whether the cost model has changed.
+    def ended(self, load: StepLoad | None, started_s: float | None, now: float, candidates: int) -> bool:
+        """An iteration ended `now`. Whether the cost model has changed.
 
-        `load` is None for one whose time says nothing about others.
+        It began when the one before had ended, or at `started_s` if the engine had nothing to do in between: what the
+        host does between two iterations is part of the second one. `load` is None for one whose time says nothing about
+        others; `candidates` were unfinished when it was planned.
         """
         changed = False
         if load is not None and self._device_free_s is not None:
-            changed = self.calibration.observe(load, now - max(started_s, self._device_free_s))
+            began_s = self._device_free_s if started_s is None else max(started_s, self._device_free_s)
+            changed = self.calibration.observe(load, now - began_s, candidates)
         self._device_free_s = now
         return changed
 

@@ -75,11 +75,12 @@ class Instance:
         Iterations before it that end before `horizon_s`, and in which nothing happens but that all decode, are run at
         once where the policy says how long its plan stays.
         """
-        host_s = self._host_time.seconds(self.state.num_unfinished)
+        candidates = self.state.num_unfinished
+        host_s = self._host_time.seconds(candidates) + self._cost_model.host_s(candidates)
         if self._repeat is not None:
             now = self._run_ahead(self._repeat, now, host_s, horizon_s)
         if self._repeat is None:
-            self._plan = self._policy.schedule(self.state, now) if self.state.num_unfinished else Plan()
+            self._plan = self._policy.schedule(self.state, now) if candidates else Plan()
             self._repeat = self._repeat_of(self._plan, now)
         plan = self._plan
         if plan.is_empty:

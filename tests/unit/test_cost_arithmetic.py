@@ -8,8 +8,9 @@ import pytest
 from apt_jax.cache import CacheKind
 from apt_jax.model_config import GROUP_BYTES, ModelConfig
 from apt_jax.scheduling.costs.cost_model import CostModel, Scales, cache_blocks
-from apt_jax.scheduling.costs.fit import Calibration, Observation, fit, relative_errors
+from apt_jax.scheduling.costs.fit import Calibration, Observation, fit, pace, relative_errors
 from apt_jax.scheduling.costs.hardware import HARDWARE, MODELS, Hardware
+from apt_jax.scheduling.costs.host_times import HostTime
 from apt_jax.scheduling.costs.step_load import Chunk, PaddedSizes, StepLoad, step_load
 from apt_jax.scheduling.plan import Converted, Plan, Reason, Scheduled
 from tests.support.scheduling_loop import make_state
@@ -308,6 +309,47 @@ def test_a_calibration_is_fitted_again_after_so_many_steps():
     assert calibration.observe(*steps[9]) and calibration.is_fitted
     assert calibration.median_error() < 0.02 and calibration.num_observations == 10
     assert [calibration.observe(*step) for step in steps[10:30]] == ([False] * 9 + [True]) * 2
+
+
+def test_the_host_s_time_is_what_serving_takes_longer_than_a_batch_alone():
+    host = HostTime(0.5, 0.01)
+    alone = [Observation(load, ONE.step_s(load)) for load in loads(40)]
+    served = [
+        Observation(load, ONE.step_s(load) + host.seconds(1 + i % 30), 1 + i % 30) for i, load in enumerate(loads(60))
+    ]
+    fitted = fit(ONE, [*alone, *served])
+    assert fitted.scales.host.iteration_s == pytest.approx(0.5, rel=0.02)
+    assert fitted.scales.host.candidate_s == pytest.approx(0.01, rel=0.02)
+    assert relative_errors(fitted, [*alone, *served]).max() < 0.02
+    assert fit(ONE, alone).host_s(100) == ONE.host_s(100) == 0.0, "a batch alone tells nothing about it"
+
+
+def test_a_calibration_is_at_the_pace_of_what_served():
+    """One iteration in four takes three times as long, as on a machine that others share: usually it takes 1, on
+    average 1.5, and a queue grows by the average."""
+    steps = [(load, ONE.step_s(load) * (3.0 if i % 4 == 0 else 1.0)) for i, load in enumerate(loads(400))]
+    usual = fit(ONE, [Observation(*step) for step in steps])
+    calibration = Calibration(ONE, refit_every=400)
+    assert [calibration.observe(*step) for step in steps][-1]
+    total = sum(seconds for _, seconds in steps)
+    assert sum(usual.step_s(load) for load, _ in steps) < 0.8 * total
+    assert sum(calibration.model.step_s(load) for load, _ in steps) == pytest.approx(total, rel=0.01)
+
+
+def test_one_freeze_does_not_set_the_pace():
+    served = [Observation(load, ONE.step_s(load)) for load in loads(100)]
+    frozen = [*served[1:], replace(served[0], seconds=1e6)]
+    assert pace(ONE, served) == pytest.approx(1.0) and 1.0 < pace(ONE, frozen) < 1.2
+
+
+def test_scales_at_a_pace_multiply_every_time():
+    truth = Scales(2.0, 1.5, 1.7, 4.0, (3.0, 0.1), 1.3, (2e-5, 3e-4), mixing=0.5, prefix=0.7, host=HostTime(1.0, 2.0))
+    model, twice = ONE.with_scales(truth), ONE.with_scales(truth.at_pace(2.0))
+    for load in loads(30):
+        assert twice.step_s(load) == pytest.approx(2 * model.step_s(load))
+    assert twice.host_s(3) == 2 * model.host_s(3) == 14.0
+    preset = ONE.with_scales(Scales().at_pace(2.0))
+    assert preset.scales.per_request_s is None or preset.scales.per_request_s == tuple(2 * s for s in ONE.request_s)
 
 
 def test_start_up_s_iterations_fit_at_once_if_they_are_enough():

@@ -3,10 +3,13 @@
 import pytest
 
 from apt_jax.request import Slo
+from apt_jax.scheduling.costs.cost_model import CostModel, Scales
+from apt_jax.scheduling.costs.hardware import HARDWARE, MODELS
 from apt_jax.scheduling.costs.host_times import HOST_TIMES, HostTime, host_time
-from apt_jax.scheduling.policies.catalogue import policy_names
+from apt_jax.scheduling.policies.catalogue import make_policy, policy_names
+from apt_jax.scheduling.state import Limits
 from apt_jax.simulation.experiment import Experiment
-from apt_jax.simulation.simulator import simulate_fleet
+from apt_jax.simulation.simulator import simulate, simulate_fleet
 from apt_jax.simulation.workload import Arrival
 
 
@@ -24,6 +27,21 @@ def test_an_iteration_of_a_simulation_is_longer_by_the_decision(monkeypatch):
         monkeypatch.setattr("apt_jax.simulation.experiment.host_time", lambda policy: found)
         arrivals = [Arrival(0.0, 10, 2), Arrival(0.0, 10, 3)]
         outcome = simulate_fleet(arrivals, Experiment().fleet("fcfs", "kv", "absorbed"), slo=Slo())
+        return [(r.ttft_s, *r.gaps_s) for r in outcome.requests]
+
+    free, charged = run(HostTime()), run(HostTime(0.25, 0.125))
+    for without, with_time, added in zip(free, charged, ((0.5, 0.5), (0.5, 0.5, 0.375)), strict=True):
+        assert with_time == pytest.approx([a + b for a, b in zip(without, added, strict=True)])
+
+
+def test_a_measured_host_makes_simulated_iterations_longer():
+    """What a running engine learned of its host is charged without any table."""
+
+    def run(host):
+        model = CostModel(MODELS["opt-13b"], HARDWARE["a100-40gb"], scales=Scales(host=host))
+        arrivals = [Arrival(0.0, 10, 2), Arrival(0.0, 10, 3)]
+        limits = Limits(8, 64, "kv")
+        outcome = simulate(arrivals, make_policy("fcfs"), cost_model=model, num_blocks=100, limits=limits)
         return [(r.ttft_s, *r.gaps_s) for r in outcome.requests]
 
     free, charged = run(HostTime()), run(HostTime(0.25, 0.125))

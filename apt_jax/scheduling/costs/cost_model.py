@@ -31,6 +31,7 @@ from apt_jax.cache import KINDS, CacheDtype, CacheKind, per_kind
 from apt_jax.model_config import GROUP_BYTES, ModelConfig, Quantization
 from apt_jax.scheduling.costs.decode_kernels import ONE_PASS, RECOMPUTE, DecodeKernel, Rates
 from apt_jax.scheduling.costs.hardware import Hardware
+from apt_jax.scheduling.costs.host_times import HostTime
 from apt_jax.scheduling.costs.prefix_kernels import ONE_READ, PROJECTED, XLA, PrefixKernel
 from apt_jax.scheduling.costs.step_load import Chunk, PaddedSizes, StepLoad
 from apt_jax.scheduling.costs.weight_sizes import WeightSizes
@@ -58,6 +59,18 @@ class Scales:
     exchange: float = 1.0  # of what devices exchange for each token and layer, attention's scores not included
     mixing: float = 1.0  # of `mixing_s`
     prefix: float = 1.0  # of what chunks of prompts pay for the tokens cached before them
+    host: HostTime = HostTime()  # noqa: RUF009  # frozen; of an iteration that serves, beside its batch
+
+    def at_pace(self, pace: float) -> "Scales":
+        """The scales of a device and host on which everything takes `pace` times as long."""
+        requests_s = self.per_request_s
+        return replace(
+            self, overhead=pace * self.overhead, dense=pace * self.dense,
+            attention=tuple(pace * scale for scale in self.attention), pairs=pace * self.pairs,
+            per_request_s=None if requests_s is None else tuple(pace * seconds for seconds in requests_s),
+            exchange=pace * self.exchange, mixing=pace * self.mixing, prefix=pace * self.prefix,
+            host=HostTime(pace * self.host.iteration_s, pace * self.host.candidate_s),
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -101,6 +114,14 @@ class CostModel:
             seconds = seconds + requests * request_s
         seconds = seconds + load.prefill_pairs * self.pair_s + self.scales.mixing * self.mixing_s(load)
         return seconds + self.scales.prefix * self.prefixes_s(load) if load.chunks else seconds
+
+    def host_s(self, candidates: int) -> float:
+        """Seconds of the host around an iteration that chooses among so many unfinished requests; 0 of a preset.
+
+        The policy's decision, queues and blocks, what is sent, and what comes in between: all that `step_s`, which is
+        the batch's own time, does not include.
+        """
+        return self.scales.host.seconds(candidates)
 
     def compute_s(self, load: StepLoad) -> float:
         """Seconds of an iteration's matrix products at full rate, those of attention not included."""
