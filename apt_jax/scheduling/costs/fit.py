@@ -128,6 +128,16 @@ def _row(model: CostModel, observation: Observation) -> Row:
     )
 
 
+def _seconds(model: CostModel, terms: NDArray[np.float64]) -> NDArray[np.float64]:
+    """`[n]` predicted seconds of iterations with these `_row`s, those of the host included."""
+    s = model.scales
+    requests_s = model.with_scales(Scales()).request_s if s.per_request_s is None else s.per_request_s
+    host = s.host.iteration_s, s.host.candidate_s
+    linear = np.array([s.overhead, *s.attention, *requests_s, s.pairs, s.exchange, s.mixing, s.prefix, *host])
+    read_s = np.full(len(terms), model.weights_s)
+    return np.asarray(s.dense * model.blend(read_s, terms[:, 0] * s.compute, s.knee) + terms[:, 1:] @ linear)
+
+
 def relative_errors(model: CostModel, observations: Sequence[Observation]) -> NDArray[np.float64]:
     """`[n]` |predicted - measured| / measured of each observation."""
     return np.array([abs(predicted_s(model, o) - o.seconds) / o.seconds for o in observations])
@@ -138,10 +148,15 @@ def predicted_s(model: CostModel, observation: Observation) -> float:
     return model.step_s(observation.load) + (model.host_s(observation.candidates) if observation.candidates else 0.0)
 
 
-def pace(model: CostModel, served: Sequence[Observation]) -> float:
-    """Seconds of these iterations altogether over those predicted, one far beyond its prediction cut off."""
-    predicted = np.array([predicted_s(model, o) for o in served])
-    seconds = np.array([o.seconds for o in served])
+def pace(model: CostModel, served: Sequence[Observation], rows: Sequence[Row] | None = None) -> float:
+    """Seconds of these iterations altogether over those predicted, one far beyond its prediction cut off.
+
+    `rows` are `_row` of each at scale 1, where they are known.
+    """
+    if rows is None:
+        base = model.with_scales(Scales())
+        rows = [_row(base, o) for o in served]
+    predicted, seconds = _seconds(model, np.array(rows)), np.array([o.seconds for o in served])
     return float(np.minimum(seconds, _MOST_PACE * predicted).sum() / predicted.sum())
 
 
@@ -194,7 +209,7 @@ class Calibration:
         rows = [_row(self._base, o) for o in served] if rows is None else rows
         around = self.model.scales if self.is_fitted else None
         model = fit(self.model, [*self._measured, *served], around, [*self._rows, *rows])
-        return model.with_scales(model.scales.at_pace(pace(model, served)))
+        return model.with_scales(model.scales.at_pace(pace(model, served, rows)))
 
     def save(self, path: Path) -> None:
         """Write what was measured to `path` as JSON, parent folders included."""
