@@ -49,7 +49,7 @@ from apt_jax.serve.runtime.compile_cache import use_compile_cache
 from apt_jax.simulation.requests.classes import Terms
 from apt_jax.simulation.search import interpolated_throughput
 from apt_jax.simulation.simulator import simulate
-from apt_jax.simulation.workload import Arrival, Lengths, load_lengths
+from apt_jax.simulation.workload import Arrival, Lengths, load_lengths, shuffled_rows
 from experiments.machine_speed import Drifting, EveryIteration, Speed
 from experiments.preset_model import preset_model
 
@@ -237,7 +237,7 @@ def make_trace(
 ) -> list[Arrival]:
     """`count` requests with Poisson arrivals; the pattern is the same at every rate, stretched."""
     rng = np.random.default_rng(seed)
-    rows = rng.permutation(len(lengths.prompt_tokens))[:count]
+    rows = shuffled_rows(len(lengths.prompt_tokens), count, seed=seed)
     times = np.cumsum(rng.exponential(1.0, count)) / rate
     shares = np.array([share for _, share in classes])
     terms = rng.choice(len(classes), count, p=shares / shares.sum())

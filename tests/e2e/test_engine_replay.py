@@ -42,8 +42,8 @@ def test_requests_end_at_the_trace_s_length_and_every_iteration_is_timed(engines
 def test_classes_and_both_readings_beside_the_simulator_s(engines, capsys):
     """Whoever has more than one token misses in one class, and nobody in the other, for engine and simulator alike."""
     args = argparse.Namespace(duration_s=0.5, seed=0)
-    found = engine_replay.run(engines, LENGTHS, [(PATIENT, 1.0), (IMPATIENT, 1.0)], [40.0, 80.0], args)
-    assert [(row["rate"], row["policy"]) for row in found] == [(r, p) for r in (40.0, 80.0) for p in ("fcfs", "apt")]
+    found = engine_replay.run(engines, LENGTHS, [(PATIENT, 1.0), (IMPATIENT, 1.0)], [40.0], args)
+    assert [(row["rate"], row["policy"]) for row in found] == [(40.0, "fcfs"), (40.0, "apt")]
     for row in found:
         for which in ("measured", *engine_replay.SIMULATIONS):
             impatient, patient = row[which]["attainment_by_class"]["slo"]
