@@ -32,8 +32,8 @@ def held_out(engine: Engine, num_requests: int, seed: int) -> list[Observation]:
     rows = np.random.default_rng(seed).permutation(len(lengths.prompt_tokens))[:num_requests]
     found: list[Observation] = []
 
-    def record(load: StepLoad, seconds: float) -> bool:
-        found.append(Observation(load, seconds))
+    def record(load: StepLoad, seconds: float, candidates: int) -> bool:
+        found.append(Observation(load, seconds, candidates))
         return False
 
     engine.times.calibration.observe = record  # type: ignore[method-assign]

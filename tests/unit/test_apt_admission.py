@@ -89,6 +89,14 @@ def test_growth_counts_for_the_half(remaining, kind):
     assert decide(state, 1.0, "apt", model(Slower), remaining)[-1].split()[3] == kind
 
 
+@pytest.mark.parametrize("slo", [Slo(60.0, 60.0), Slo(60.0, 1e-9), Slo(1e-9, 1e-9)])
+def test_one_that_can_only_be_hidden_does_not_wait_where_nothing_runs(slo):
+    """As KV its 16 blocks would be more than half of the pool; it has just come, and is worth next to nothing."""
+    state = make_state(20, mode="hybrid")
+    wait(state, "new", 30, slo=slo, arrival_s=1.0)
+    assert decide(state, 1.0, "apt", model(Slower))[-1].split()[:4] == ["run", "new", "30", "hidden"]
+
+
 class Apart(Slower):
     """An iteration with both kinds takes `both_s` longer."""
 

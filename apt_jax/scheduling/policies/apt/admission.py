@@ -82,10 +82,14 @@ def _solve(view: View, draft: Draft, capacity: int, *, preempts: bool) -> tuple[
     """Waiting requests to admit into `capacity` blocks, best first, and whether as hidden."""
     candidates = np.flatnonzero(~view.lane_w)
     kv_block_s = (view.rho_s or UNKNOWN_RHO_S) * view.block_size / CacheKind.KV.blocks_per_page
+    kv_blocks = CacheKind.KV.blocks_per_page * _pages_to_admit(view, preempts=preempts)[candidates]
     may_be_kv, may_be_hidden = allowed_kinds(view, draft, candidates)
+    values = view.values_w[candidates]
+    if view.is_hybrid and not draft.runs_any:  # one that can only be hidden delays nobody: it must not wait for value
+        values = values + np.where(may_be_kv, 0.0, view.num_counted * kv_block_s * kv_blocks)
     problem = Problem(
-        pending_s=view.values_w[candidates],
-        kv_blocks=CacheKind.KV.blocks_per_page * _pages_to_admit(view, preempts=preempts)[candidates],
+        pending_s=values,
+        kv_blocks=kv_blocks,
         may_be_kv=may_be_kv,
         may_be_hidden=may_be_hidden,
         capacity_blocks=capacity,
