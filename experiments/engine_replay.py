@@ -50,7 +50,7 @@ from apt_jax.simulation.requests.classes import Terms
 from apt_jax.simulation.search import interpolated_throughput
 from apt_jax.simulation.simulator import simulate
 from apt_jax.simulation.workload import Arrival, Lengths, load_lengths, shuffled_rows
-from experiments.machine_speed import Drifting, EveryIteration, Speed
+from experiments.peers.machine_speed import Drifting, EveryIteration, Speed
 from experiments.preset_model import preset_model
 
 Setup = tuple[str, str]  # policy, cache mode

@@ -56,8 +56,8 @@ def test_command_counts_and_writes_json(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ({"model": "opt-99b"}, "unknown model 'opt-99b'"),
-        ({"batch": "8;9"}, "--batch"),
+        ({"model": "opt-99b"}, "unknown 'opt-99b'"),
+        ({"batch": "8;9"}, "batch='8;9' must be whole numbers"),
         ({"context": "0"}, "at least 1"),
     ],
 )

@@ -9,6 +9,7 @@ from flax import nnx
 from apt_jax.attention import paged as attention
 from apt_jax.attention.absorption import absorb_query, absorbed_values, key_bias_score
 from apt_jax.attention.kinds import KindMix
+from apt_jax.attention.pool import Pool
 from apt_jax.batching.arrays import Rows
 from apt_jax.cache import CacheKind
 from apt_jax.model_config import ModelConfig
@@ -79,7 +80,9 @@ def test_hidden_reference_is_the_kv_reference_of_wide_heads(case):
 @pytest.mark.parametrize("kind", CacheKind)
 def test_references_agree_with_the_engines_attention(case, projections, kind):
     rows = rows_of(case, [kind] * len(LENGTHS))
-    engine = attention._decode(projections.kv, case.q, case.pool, rows, KindMix((kind,)), case.length)
+    pool = Pool(case.pool)
+    channels = pool.channels_of(jnp.int32(0))
+    engine = attention._decode(projections.kv, case.q, pool, channels, rows, KindMix((kind,)), case.length)
     if kind is CacheKind.HIDDEN:
         wide = absorb_query(projections.kv, case.q)
         part = hidden_decode_attention(wide, case.pool, case.key_or_hidden_blocks, case.length)

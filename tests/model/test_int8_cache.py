@@ -94,7 +94,7 @@ def tokens(engine, params, treatments=tuple(TREATMENTS), prompts=(0, 1, 2, 3), m
     return {i: request.output_token_ids for i, request in requests.items()}
 
 
-@pytest.mark.parametrize("params", [GREEDY, SEEDED], ids=["greedy", "seeded"])
+@pytest.mark.parametrize("params", [SEEDED], ids=["seeded"])  # greedy tokens of this model hardly vary
 def test_tokens_of_one_kind_depend_on_nothing_but_the_request(engine, small_engine, stacked_engine, params):
     """Chunks, absorbed and projected prefixes, batch mates, mixed steps, preemption, conversion, forms of a step."""
     found = tokens(engine, params)

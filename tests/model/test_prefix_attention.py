@@ -9,6 +9,7 @@ from flax import nnx
 from apt_jax.attention import paged as attention
 from apt_jax.attention import prefix as prefix_attention
 from apt_jax.attention.kinds import KindMix
+from apt_jax.attention.pool import Pool
 from apt_jax.attention.prefix import absorbing_is_cheaper
 from apt_jax.batching.arrays import Rows, Tokens
 from apt_jax.cache import MODE_KINDS, CacheKind
@@ -71,7 +72,8 @@ def test_kernels_give_what_xla_gives(kinds, projections, monkeypatch):
     context = jnp.arange(W * S).reshape(W, S) < rows.start[:, None, None]  # NaN beyond each row's cached tokens
     for table in rows.tables:
         pool = pool.at[table].set(jnp.where(context[..., None], pool[table], jnp.nan))
-    arguments = projections.kv, q, k, v, pool, tokens, rows, kinds
+    floats = Pool(pool)
+    arguments = projections.kv, q, k, v, floats, floats.channels_of(jnp.int32(0)), tokens, rows, kinds
     expected, found = (attention._chunks(*arguments, kernels) for kernels in (None, REFERENCES))
     real = np.asarray(tokens.row) < len(ROWS)
     np.testing.assert_allclose(found[real], expected[real], rtol=1e-4, atol=1e-5)

@@ -75,7 +75,7 @@ def converse(policy: str, mode: str, asynchronous: bool, seed: int, *, cached: b
 
 @pytest.mark.parametrize("policy", POLICIES)
 @given(mode=st.sampled_from(["kv", "hidden", "hybrid"]), asynchronous=st.booleans(), seed=st.integers(0, 2**32))
-@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_every_answer_is_that_of_its_own_tokens(policy, mode, asynchronous, seed):
     converse(policy, mode, asynchronous, seed)
 

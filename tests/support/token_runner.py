@@ -47,6 +47,7 @@ class TokenRunner:
     """A `StepRunner`; `pool` is int `[blocks, block_size]`. A row that reads what it should not is not finite."""
 
     num_programs = 1
+    num_outside = 0
 
     def __init__(self, num_blocks: int, block_size: int, slots: int, context: int):
         self._pool_shape, self._history_shape = (num_blocks, block_size), (slots + 1, context + 1)

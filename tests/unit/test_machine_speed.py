@@ -7,7 +7,7 @@ from apt_jax.scheduling.costs.fit import Observation
 from apt_jax.scheduling.costs.hardware import HARDWARE, MODELS
 from apt_jax.scheduling.costs.host_times import HostTime
 from apt_jax.scheduling.costs.step_load import StepLoad
-from experiments.machine_speed import Drifting, Speed
+from experiments.peers.machine_speed import Drifting, Speed
 
 LOAD = StepLoad(decode_requests=1, context_tokens=(10, 0), samples=1, decodes=(1, 0))
 
