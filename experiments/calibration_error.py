@@ -32,7 +32,7 @@ def held_out(engine: Engine, num_requests: int, seed: int) -> list[Observation]:
     rows = np.random.default_rng(seed).permutation(len(lengths.prompt_tokens))[:num_requests]
     found: list[Observation] = []
 
-    def record(load: StepLoad, seconds: float, candidates: int) -> bool:
+    def record(load: StepLoad, seconds: float, candidates: int = 0) -> bool:
         found.append(Observation(load, seconds, candidates))
         return False
 
