@@ -217,16 +217,12 @@ class View:
     @cached_property
     def values_w(self) -> Floats:
         """Seconds of value of serving it now, greater than 0."""
-        return values(
-            self.options, self.waiting, self.late_w, self.remaining_w, self.now + self.tick_s, self.block_size
-        )
+        return self._values(self.waiting, self.late_w, self.remaining_w)
 
     @cached_property
     def values_r(self) -> Floats:
         """Seconds of value of serving it now, greater than 0."""
-        return values(
-            self.options, self.running, self.late_r, self.remaining_r, self.now + self.tick_s, self.block_size
-        )
+        return self._values(self.running, self.late_r, self.remaining_r)
 
     def decode_s(self, index: Ints) -> float:
         """Seconds of an iteration in which these running requests decode and nothing else runs; needs a cost model."""
