@@ -118,12 +118,12 @@ numbers = st.integers(0, 11)  # which of those there are, modulo how many
 
 
 class RequestMachine(RuleBasedStateMachine):
-    """Requests come, run, end, are preempted and converted in any order; `mode` is set by the subclasses.
+    """Requests come, run, end, are preempted and converted in any order; `mode` and `pool` are set by the subclasses.
 
     The loop commits as the engine does, at once or one iteration late.
     """
 
-    mode = "hybrid"
+    mode, pool = "hybrid", BlockPool
 
     @initialize(
         num_blocks=st.integers(4, 40),
@@ -134,7 +134,7 @@ class RequestMachine(RuleBasedStateMachine):
         depth=st.integers(0, 1),
     )
     def start(self, depth, **sizes):
-        self.state = make_state(cache_mode=self.mode, **sizes)
+        self.state = make_state(cache_mode=self.mode, pool=self.pool, **sizes)
         self.requests = []
         self.tokens = [WORD]
         self.loop = HostLoop(self.state, depth=depth, next_token=self.next_token)

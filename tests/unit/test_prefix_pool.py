@@ -3,7 +3,7 @@
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import initialize, invariant, precondition, rule
+from hypothesis.stateful import invariant, precondition, rule
 
 from apt_jax.cache import BlockPool, BlockTable, CacheKind, OutOfBlocks, pages_for
 from apt_jax.request import FinishReason, Request, SamplingParams, Status
@@ -214,19 +214,7 @@ def test_every_policy_serves_everything_from_shared_pages(name, num_blocks, mode
 class SharingMachine(RequestMachine):
     """As its base, over a pool that shares, with prompts of three beginnings."""
 
-    @initialize(
-        num_blocks=st.integers(6, 40),
-        block_size=st.sampled_from([1, 2, 4]),
-        max_num_seqs=st.integers(1, 6),
-        max_num_batched_tokens=st.integers(1, 24),
-        watermark_blocks=st.integers(0, 2),
-        depth=st.integers(0, 1),
-    )
-    def start(self, depth, **sizes):
-        self.state = make_state(cache_mode=self.mode, pool=PrefixPool, **sizes)
-        self.requests = []
-        self.tokens = [WORD]
-        self.loop = HostLoop(self.state, depth=depth, next_token=self.next_token)
+    pool = PrefixPool
 
     @rule(prompt_tokens=st.integers(1, 30), max_new_tokens=st.integers(1, 12), begins=st.integers(0, 2))
     def add(self, prompt_tokens, max_new_tokens, begins):
