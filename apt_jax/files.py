@@ -113,36 +113,41 @@ def replace_file(path: Path, data: bytes, *, mode: int = OWNER_ONLY, durable: bo
     too, a file that was there keeps its own. `durable`: it is on the disk when this returns, also if power fails.
 
     Raises:
-        OSError: it cannot be written; `path` is as it was.
+        OSError: it cannot be written; `path`, which the error names, is as it was.
     """
-    path = Path(os.path.realpath(path))
     before = path.stat().st_mode if path.exists() else None
-    if before is not None and not stat.S_ISREG(before):
-        try:
-            path.write_bytes(data)
-        except OSError as error:  # of the write it has no name
-            raise OSError(error.errno, error.strerror, str(path)) from error
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if mode != OWNER_ONLY:
-        mode = mode & ~_umask() if before is None else stat.S_IMODE(before)
-    draft, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[:100]}.", suffix=".draft")
     try:
+        if before is not None and not stat.S_ISREG(before):
+            path.write_bytes(data)
+            return
+        real = Path(os.path.realpath(path))
+        real.parent.mkdir(parents=True, exist_ok=True)
+        if mode != OWNER_ONLY:
+            mode = mode & ~_umask() if before is None else stat.S_IMODE(before)
+        draft, name = _draft_of(real)
         try:
-            write_all(draft, data)
-            if mode != OWNER_ONLY:
-                os.fchmod(draft, mode)
-            if durable:
-                sync(draft)
-        finally:
-            os.close(draft)
-        os.replace(name, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(name)
-        raise
-    if durable:
-        sync_folder(path.parent)
+            try:
+                write_all(draft, data)
+                if mode != OWNER_ONLY:
+                    os.fchmod(draft, mode)
+                if durable:
+                    sync(draft)
+            finally:
+                os.close(draft)
+            os.replace(name, real)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.unlink(name)
+            raise
+        if durable:
+            sync_folder(real.parent)
+    except OSError as error:  # of a write it has no name, otherwise the draft's
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+def _draft_of(path: Path) -> tuple[int, str]:
+    """A new file beside `path`, open to be written, and its name."""
+    return tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[:100]}.", suffix=".draft")
 
 
 def write_all(file: int, data: bytes) -> None:
@@ -165,8 +170,13 @@ def check_readable(path: Path, flag: str) -> None:
         raise ValueError(f"{flag} {path} cannot be read: permission denied; choose another file")
 
 
-def check_writable(path: Path | None, flag: str) -> None:
-    """Raises ValueError if a result cannot be written to `path`, named by `flag`; checks before the work starts."""
+def check_writable(path: Path | None, flag: str, *, in_place: bool = False) -> None:
+    """Raises ValueError if a result cannot be written to `path`, named by `flag`; checks before the work starts.
+
+    Makes a draft beside it, and writes no bytes to a device: a full disk or device fails then. A pipe is left alone,
+    whose reader would take an end for that of the result. `in_place`: a file that is there is not replaced but grows,
+    which its folder need not allow.
+    """
     if path is None:
         return
     if path.is_dir():
@@ -175,6 +185,30 @@ def check_writable(path: Path | None, flag: str) -> None:
         raise ValueError(f"{flag} {path}: there is no folder {path.parent}; make it, or choose another file")
     if not os.access(path if path.exists() else path.parent, os.W_OK):
         raise ValueError(f"{flag} {path} cannot be written: permission denied; choose another file")
+    if in_place and path.is_file() and not os.access(path.parent, os.W_OK):
+        return
+    try:
+        _try_to_write(path)
+    except OSError as error:
+        raise ValueError(f"{flag} {path} cannot be written: {_words(error)}; choose another file") from error
+
+
+def _try_to_write(path: Path) -> None:
+    if path.is_fifo():
+        return
+    if path.exists() and not path.is_file():
+        device = os.open(path, os.O_WRONLY | os.O_CLOEXEC | os.O_NOCTTY | os.O_NONBLOCK)
+        try:
+            os.write(device, b"")
+        finally:
+            os.close(device)
+        return
+    draft, name = _draft_of(Path(os.path.realpath(path)))
+    try:
+        write_all(draft, b"\n")
+    finally:
+        os.close(draft)
+        os.unlink(name)
 
 
 def check_apart(paths: Mapping[str, Path | None]) -> None:

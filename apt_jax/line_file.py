@@ -67,12 +67,14 @@ class LineFile:
         """Add a line, its end included; it is with the operating system when this returns.
 
         Raises:
-            OSError: it cannot be written; the file is as it was.
+            OSError: it cannot be written; the file, which the error names, is as it was.
         """
         try:
             write_all(self._file, line)
-        except BaseException:
+        except BaseException as error:
             os.ftruncate(self._file, self._size)
+            if isinstance(error, OSError):
+                raise OSError(error.errno, error.strerror, str(self.path)) from error
             raise
         self._size += len(line)
 

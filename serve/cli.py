@@ -1,6 +1,8 @@
 """The `apt-jax` command. Flags are generated from dataclass fields; jax is imported only when a command needs it."""
 
 import dataclasses
+import errno
+import os
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -210,11 +212,22 @@ def read_command(arguments: list[str]) -> Any:
     return parse(AptJax, "apt-jax", arguments).command
 
 
+def check_standard_output() -> None:
+    """Raises OSError if it is a full device: noticed before the work, not when the results are printed."""
+    try:
+        os.write(1, b"")
+    except OSError as error:
+        if error.errno == errno.ENOSPC:  # others, such as a closed one, concern nobody who prints nothing
+            raise OSError(error.errno, error.strerror, "standard output") from error
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line; exits with 0, 1 (it failed), 2 (wrong usage) or 130 (interrupted)."""
-    command = read_command(with_own_spelling(sys.argv[1:] if arguments is None else arguments))
-    set_up_logs(command.server.log_format if isinstance(command, Serve) else "text")
     try:
+        command = read_command(with_own_spelling(sys.argv[1:] if arguments is None else arguments))
+        set_up_logs(command.server.log_format if isinstance(command, Serve) else "text")
+        if not isinstance(command, Serve):
+            check_standard_output()
         code = command.run()
     except KeyboardInterrupt:
         code = 130

@@ -37,6 +37,7 @@ from apt_jax.serve.runtime.driver import Driver
 from apt_jax.serve.runtime.samples import Sample
 
 MAX_ATTEMPTS = 3  # at a line on which the engine fails
+NO_LINES = "%s has no lines, so there is nothing to answer"
 HOPELESS = 4  # times as many failures in a row as requests run at once mean that the engine is broken
 
 Lines = Callable[[], Iterable[Line]]
@@ -259,7 +260,7 @@ def parse_line(line: Line) -> BatchLine:
 def check_files(source: Path, output: Path) -> None:
     """Raises ValueError if a job cannot read what it is to answer, or would write it."""
     check_readable(source, "--input")
-    check_writable(output, "--output")
+    check_writable(output, "--output", in_place=True)
     if output.exists() and output.samefile(source):
         raise ValueError(f"{source} is both input and output; choose another output")
 
@@ -285,6 +286,9 @@ def run_batch(
     check_files(source, output)
     with readable_twice(source) as text, ResultFile(output) as results:
         total, done = count_lines(text), results.num_done
+        if not total:
+            logger.warning(NO_LINES, source)
+            return 0
         if all(results.is_done(line) for line in read_lines(text)):
             logger.info("all %d lines of %s are answered in %s", total, source, output)
             return 0

@@ -17,7 +17,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from apt_jax.progress import is_hidden
 from apt_jax.scheduling.policies.catalogue import make_policy
 from apt_jax.serve.batch.batch_file import Line, ResultFile, count_lines, read_lines, readable_twice
-from apt_jax.serve.batch.batch_jobs import BatchJob, LineError, check_files, parse_line
+from apt_jax.serve.batch.batch_jobs import NO_LINES, BatchJob, LineError, check_files, parse_line
 from apt_jax.serve.errors import EngineFailure
 from apt_jax.serve.logs import set_up_logs
 from apt_jax.serve.openai.generation import ServedModel
@@ -95,6 +95,9 @@ def run_batch_on_ray(
     template = None if chat_template is None else read_template(Path(chat_template))
     with readable_twice(source) as text, ResultFile(output) as results, logging_redirect_tqdm():
         total, done = count_lines(text), results.num_done
+        if not total:
+            logger.warning(NO_LINES, source)
+            return 0
         with tqdm(total=total, initial=done, desc=source.name, unit="line", disable=is_hidden()) as bar:
             missing = sum(1 for _ in _unanswered(text, results, bar))
             if missing:

@@ -11,7 +11,7 @@ import pytest
 from apt_jax.engine_config import EngineConfig
 from apt_jax.line_file import line_of
 from apt_jax.serve.batch import batch_jobs
-from apt_jax.serve.batch.batch_file import ResultFile, read_lines, readable_twice
+from apt_jax.serve.batch.batch_file import Line, ResultFile, read_lines, readable_twice
 from apt_jax.serve.options import LoadOptions
 from tests.serve.test_batch_jobs import answer, line, results_of, write
 from tests.support.fake_engine import CharTokenizer, FakeEngine
@@ -52,6 +52,27 @@ def test_texts_with_any_line_separator_make_one_line_for_every_reader(tmp_path):
     output.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in results.values()))  # of another writer
     with ResultFile(output) as again:
         assert again.num_done == 2
+
+
+@pytest.mark.parametrize("text", [b"", b"\n \n", codecs.BOM_UTF8])
+def test_an_input_without_lines_is_warned_of_and_no_failure(tmp_path, command, caplog, text):
+    """As with vLLM: a pipeline's step that had nothing to do is done. The model is not loaded for it."""
+    source, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_bytes(text)
+    assert command(source, output) == 0 and output.read_bytes() == b""
+    (record,) = caplog.records
+    assert (record.levelname, record.getMessage()) == (
+        "WARNING", f"{source} has no lines, so there is nothing to answer",
+    )  # fmt: skip
+
+
+def test_a_result_that_cannot_be_kept_names_the_file(tmp_path, monkeypatch):
+    with ResultFile(tmp_path / "out.jsonl") as results:
+        monkeypatch.setattr(os, "write", lambda *args: os.open("/none/at/all", os.O_RDONLY))
+        with pytest.raises(FileNotFoundError) as caught:
+            results.write(Line(1, b"", "0" * 16), "a", None, None)
+        monkeypatch.undo()
+        assert caught.value.filename == str(tmp_path / "out.jsonl") and results.num_done == 0
 
 
 def test_half_a_surrogate_pair_is_written_as_json_escapes_it():

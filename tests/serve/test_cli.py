@@ -50,6 +50,29 @@ def test_flags_are_flat_and_hyphenated(ran):
     assert command.server == ServerOptions(port=0) and command.load == LoadOptions(load_format="dummy")
 
 
+def test_a_flag_of_one_value_that_is_given_twice_has_the_last_one(ran):
+    """As argparse has it, and so vLLM: a script's flags can be overridden by those appended to it."""
+    assert run("serve", "--port", 1, "--cache-mode", "kv", "--port=2", "--cache-mode", "hidden") == 0
+    assert (ran[0].server.port, ran[0].engine.cache_mode) == (2, "hidden")
+
+
+def test_a_full_standard_output_is_told_before_the_work(ran, monkeypatch, capfd):
+    ran_simulations = []
+    monkeypatch.setattr(apt_jax.serve.cli.Simulate, "run", lambda self: ran_simulations.append(self) or 0)
+    output, full = os.dup(1), os.open("/dev/full", os.O_WRONLY)
+    try:
+        os.dup2(full, 1)
+        assert run("simulate") == 1 and run("convert", "a", "b") == 1 and not ran_simulations and not ran
+        assert run("serve") == 0 and len(ran) == 1, "a server prints nothing there"
+        os.close(1)
+        assert run("simulate") == 0 and len(ran_simulations) == 1, "nor does one whose output is closed"
+    finally:
+        os.dup2(output, 1)
+        os.close(output)
+        os.close(full)
+    assert capfd.readouterr().err == "error: standard output: no space left on device\n" * 2
+
+
 @pytest.mark.parametrize("flags", [["--cache-dtype", "int8"], ["--kv-cache-dtype", "int8"], ["--kv_cache_dtype=int8"]])
 def test_the_number_type_of_the_cache_has_two_spellings(ran, flags):
     assert run("serve", *flags) == run("run-batch", "-i", "in", "-o", "out", *flags) == 0

@@ -14,7 +14,11 @@ from tests.support.asgi_service import events_of, run, serving, until
 from tests.support.fake_engine import CharTokenizer, FakeEngine
 
 LONG = {"prompt": "a", "max_tokens": 100}
-HURRIED = {"prompt": "k", "max_tokens": 5, "slo": {"ttft_ms": 20}}
+HURRIED = {"prompt": "k", "max_tokens": 5, "slo": {"ttft_ms": 30_000}}
+ABANDON_AFTER_S = 40.0
+LATE_S = (
+    100.0  # by the engine's clock, which is moved on: a limit of seconds is never reached because a machine is busy
+)
 
 
 def engine_with(max_num_seqs, **options):
@@ -28,17 +32,19 @@ async def sample(client, name, **labels):
     return client.service.metrics.registry.get_sample_value(name, {"model_name": "tiny", **labels})
 
 
-async def queued(engine, count, task):
-    """Step until `count` requests wait: the engine reads its inbox between steps only."""
-    while engine.num_waiting < count and not task.done():
+async def queued(engine, count):
+    """Step, one at a time, until `count` requests wait: the engine reads its inbox between steps only."""
+    await until(lambda: engine.num_begun > engine.num_steps)  # it waits to be allowed the next one
+    while engine.num_waiting < count:
+        begun = engine.num_begun
         engine.allow_step()
-        await asyncio.sleep(0.005)
+        await until(lambda begun=begun: engine.num_begun > begun)
 
 
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("n", [1, 2])
 def test_before_its_first_token_a_request_gets_503_and_when_to_come_back(stream, n):
-    engine = engine_with(1, abandon_after=0.05)
+    engine = engine_with(1, abandon_after=ABANDON_AFTER_S)
 
     async def main():
         async with serving(engine) as client:
@@ -46,15 +52,14 @@ def test_before_its_first_token_a_request_gets_503_and_when_to_come_back(stream,
             engine.allow_step()
             await until(lambda: engine.num_steps == 1)
             task = asyncio.create_task(client.post("/v1/completions", json={**HURRIED, "stream": stream, "n": n}))
-            await queued(engine, n, task)
-            await asyncio.sleep(0.1)
+            await queued(engine, n)
+            engine.ahead_s = LATE_S
             engine.allow_step(2)
             reply = await task
             error = reply.json()["error"]
             assert (reply.status_code, error["code"], error["type"]) == (503, "slo_abandoned", "server_error")
             assert (
-                reply.headers["retry-after"] == "1"
-                and "SLO of 0.02 s and what --abandon-after adds" in error["message"]
+                reply.headers["retry-after"] == "1" and "SLO of 30 s and what --abandon-after adds" in error["message"]
             )
             assert await sample(client, "apt:requests_abandoned_total", stage="waiting") == n
             assert await sample(client, "apt:requests_abandoned_total", stage="running") == 0
@@ -70,17 +75,17 @@ def test_before_its_first_token_a_request_gets_503_and_when_to_come_back(stream,
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_after_its_first_token_a_request_ends_with_what_it_has(stream):
-    engine = engine_with(4, abandon_after=0.05)
+    engine = engine_with(4, abandon_after=ABANDON_AFTER_S)
 
     async def main():
         async with serving(engine) as client:
-            body = {**LONG, "stream": stream, "slo": {"stall_ms": 20}}
+            body = {**LONG, "stream": stream, "slo": {"stall_ms": 30_000}}
             frozen = asyncio.create_task(client.post("/v1/completions", json=body))
             engine.allow_step(3)
             await until(lambda: engine.num_steps == 3)
             other = asyncio.create_task(client.post("/v1/completions", json={"prompt": "x", "max_tokens": 2}))
-            await queued(engine, 1, other)
-            await asyncio.sleep(0.1)
+            await queued(engine, 1)
+            engine.ahead_s = LATE_S
             engine.allow_step(200)  # the first prefills the other and leaves the frozen one standing
             reply = await frozen
             assert reply.status_code == 200
@@ -104,16 +109,16 @@ def test_after_its_first_token_a_request_ends_with_what_it_has(stream):
 
 
 def test_one_of_two_samples_that_is_abandoned_leaves_the_other_s_answer():
-    engine = engine_with(1, abandon_after=0.05)
+    engine = engine_with(1, abandon_after=ABANDON_AFTER_S)
 
     async def main():
         async with serving(engine) as client:
             task = asyncio.create_task(
-                client.post("/v1/completions", json={**LONG, "n": 2, "max_tokens": 3, "slo": {"ttft_ms": 20}})
+                client.post("/v1/completions", json={**LONG, "n": 2, "max_tokens": 3, "slo": {"ttft_ms": 30_000}})
             )
             engine.allow_step()
             await until(lambda: engine.num_steps == 1 and engine.num_waiting == 1)
-            await asyncio.sleep(0.1)
+            engine.ahead_s = LATE_S
             engine.allow_step(200)
             reply = await task
             choices = reply.json()["choices"]
@@ -128,7 +133,8 @@ def test_without_the_flag_a_late_request_is_answered():
 
     async def main():
         async with serving(engine) as client:
-            task = asyncio.create_task(client.post("/v1/completions", json=HURRIED))
+            hurried = {**HURRIED, "slo": {"ttft_ms": 20}}  # of the client's time too: the report's times are real
+            task = asyncio.create_task(client.post("/v1/completions", json=hurried))
             await until(lambda: engine.has_unfinished)
             await asyncio.sleep(0.1)
             engine.allow_step(200)

@@ -65,7 +65,7 @@ class CharTokenizer:
 
 
 class FakeEngine:
-    """A `ServingEngine`. With `paced`, a step waits for `allow_step()`.
+    """A `ServingEngine`. With `paced`, a step waits for `allow_step()`. Its clock is `ahead_s` seconds ahead.
 
     `fail_with` makes the next step raise, `fails_with` every step with requests until it is None again.
     """
@@ -88,7 +88,9 @@ class FakeEngine:
         self.fails_with: Exception | None = None
         self.longest_step_s = 0.01
         self.num_policies = 1
+        self.num_begun = 0  # steps, of which the last may wait to be allowed
         self.num_steps = 0
+        self.ahead_s = 0.0
         self.num_failed_steps = 0
         self.num_recompiles = 0
         self.last_plan = Plan()
@@ -175,6 +177,7 @@ class FakeEngine:
             self._ended.append(Output(request, "", (), (), FinishReason.ABORT))
 
     def step(self) -> list[Output]:
+        self.num_begun += 1
         if self._steps is not None:
             self._steps.acquire()
         self.num_steps += 1
@@ -183,9 +186,9 @@ class FakeEngine:
             raise error
         if self.fails_with is not None and self.state.num_unfinished:
             raise self.fails_with
-        now = time.monotonic()
+        now = time.monotonic() + self.ahead_s
         self.last_plan = self._policy.schedule(self.state, now)
-        self.schedule_s = time.monotonic() - now
+        self.schedule_s = time.monotonic() + self.ahead_s - now
         spans = self.state.apply(self.last_plan, now)
         for abandoned in self.last_plan.abandoned:
             del self._requests[abandoned.request.request_id]

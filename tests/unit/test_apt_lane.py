@@ -112,6 +112,26 @@ def test_the_lane_comes_before_the_most_urgent_prompt():
     ]  # fmt: skip
 
 
+def test_a_stream_that_broke_its_promise_stands_until_its_patience_is_over_and_then_gets_on():
+    """More requests than seats: one gap of 1.5 s at 2.1 s, its seat goes to those in time, and comes back at 4 s."""
+    policy = make_policy("apt:patience_s=4", PolicyContext(A100))
+    state = make_state(1000, 64, 4, 512)
+    stream = request(20, 100, 0.0, Slo(1.0, 0.1), name="stream")
+    state.add(stream)
+    tokens_s, now, others = [], 0.0, 0
+    while stream.finish_reason is None:
+        while others * 0.2 <= now:  # three times as many as four seats serve
+            state.add(request(20, 60, now, Slo(1.0, 1.0), name=f"other{(others := others + 1)}"))
+        before = len(stream.output_token_ids)
+        step(state, policy, now)
+        tokens_s += [now] * (len(stream.output_token_ids) - before)
+        now += 1.5 if now == pytest.approx(2.1) else 0.03
+    gaps = np.diff(tokens_s)
+    stands = int(gaps.argmax())
+    assert tokens_s[stands] == pytest.approx(2.1) and 4.0 < tokens_s[stands + 1] < 4.1
+    assert np.delete(gaps, stands) == pytest.approx(0.03)
+
+
 @pytest.mark.parametrize("options", ["", ":convert=off"])
 def test_one_of_the_lane_that_outgrows_the_pool_as_kv_begins_again_as_hidden(options):
     """12 blocks are 24 tokens as KV; all 35 are 9 blocks as hidden. Where hidden is far slower it has KV first.

@@ -1,13 +1,15 @@
 """Files that are replaced: whole or as they were, private where they should be, and in their place."""
 
 import ast
+import errno
 import os
+import socket
 import threading
 from pathlib import Path
 
 import pytest
 
-from apt_jax.files import EVERYBODY, check_apart, check_readable, replace_file
+from apt_jax.files import EVERYBODY, check_apart, check_readable, check_writable, replace_file
 from tests.support.import_graph import ROOT, sources
 
 # What writes without replacing, with the reason.
@@ -155,3 +157,70 @@ def test_one_file_has_one_result(tmp_path):
 def test_a_device_that_takes_nothing_is_named():
     with pytest.raises(OSError, match=r"No space left on device: '/dev/full'"):
         replace_file(Path("/dev/full"), b"a")
+
+
+def no_room(*args):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_what_will_not_take_a_result_is_told_before_the_work(tmp_path, monkeypatch):
+    file, link = tmp_path / "file", tmp_path / "link"
+    file.write_bytes(b"old")
+    link.symlink_to(tmp_path / "none" / "file")
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(tmp_path / "socket"))
+        for path, sentence in (
+            (tmp_path, " is a folder; give the name of a file"),
+            (tmp_path / "none" / "a", f": there is no folder {tmp_path}/none; make it, or choose another file"),
+            (Path("/dev/full"), " cannot be written: no space left on device; choose another file"),
+            (tmp_path / "socket", " cannot be written: no such device or address; choose another file"),
+            (link, " cannot be written: no such file or directory; choose another file"),
+        ):
+            with pytest.raises(ValueError, match="--json") as caught:
+                check_writable(path, "--json")
+            assert str(caught.value) == f"--json {path}{sentence}"
+    monkeypatch.setattr(os, "write", no_room)
+    for path in (file, tmp_path / "new"):
+        with pytest.raises(ValueError, match=f"--json {path} cannot be written: no space left on device; choose"):
+            check_writable(path, "--json")
+    monkeypatch.undo()
+    assert file.read_bytes() == b"old" and sorted(p.name for p in tmp_path.iterdir()) == ["file", "link", "socket"]
+
+
+def test_what_takes_a_result_is_as_it_was_after_the_check(tmp_path):
+    pipe, file = tmp_path / "pipe", tmp_path / "file"
+    os.mkfifo(pipe)
+    file.write_bytes(b"old")
+    for path in (None, pipe, file, tmp_path / "new", Path("/dev/null")):
+        check_writable(path, "--json")
+    assert file.read_bytes() == b"old" and sorted(p.name for p in tmp_path.iterdir()) == ["file", "pipe"]
+
+
+def test_a_file_that_grows_needs_no_new_one_beside_it(tmp_path, monkeypatch):
+    file = tmp_path / "file"
+    file.touch()
+    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path)  # who is root may write everywhere
+    monkeypatch.setattr(os, "write", no_room)
+    check_writable(file, "--output", in_place=True)
+    with pytest.raises(ValueError, match=r"--output .*new cannot be written: permission denied"):
+        check_writable(tmp_path / "new", "--output", in_place=True)
+    with pytest.raises(ValueError, match="no space left"):
+        check_writable(file, "--output")
+
+
+def test_an_error_of_a_result_names_its_file_and_not_the_draft(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "write", no_room)
+    with pytest.raises(OSError, match="No space left") as caught:
+        replace_file(tmp_path / "a", b"a")
+    assert caught.value.filename == str(tmp_path / "a")
+
+
+def test_the_pipe_of_a_process_substitution_is_written_to():
+    """Resolved, its name is that of no file: the result of a whole run was lost."""
+    reader, writer = os.pipe()
+    for name in (f"/dev/fd/{writer}", f"/proc/self/fd/{writer}"):
+        check_writable(Path(name), "--json")
+        replace_file(Path(name), b"piped")
+        assert os.read(reader, 9) == b"piped"
+    os.close(reader)
+    os.close(writer)
