@@ -153,10 +153,10 @@ STUDIES = (
              *((name, SETTINGS[name].experiment) for name in ("v5e-6.7b", "h200-13b-10gb")),
              targets=(0.9, 0.99), kinds=(VLLM_1, SARATHI, BEST)),
     Study("int8", "What do numbers of one byte bring, in the cache, in the weights and in both?",
-          tuple(Case(f"{name}: {label}{of}", policy, mode, SETTINGS[name].hidden_attention,
-                     replace(SETTINGS[name].experiment, cache_dtype=cache, quantization=weights))
+          tuple(replace(case, label=f"{name}: {case.label}{of}", experiment=replace(
+                    case.experiment, cache_dtype=cache, quantization=weights))
                 for name in ("v6e-13b", "a100-13b-one-pass", "v6e-6.7b")
-                for label, policy, mode in (("vllm-v1, KV", "vllm-v1", "kv"), ("apt, hybrid", "apt", "hybrid"))
+                for case in _cases(SETTINGS[name].experiment, VLLM_1, BEST if "v6e" in name else BEST_ONE_PASS)
                 for of, cache, weights in (("", "auto", "none"), (", int8 cache", "int8", "none"),
                                            (", int8 weights", "auto", "int8"), (", both", "int8", "int8"))),
           targets=(0.9, 0.99)),
