@@ -112,9 +112,9 @@ def test_a_connection_that_says_nothing_is_closed_without_a_word(address):
 def test_each_request_of_a_connection_has_its_own_time(address):
     with connection(address) as client:
         for _ in range(4):  # longer than the limit together
-            time.sleep(0.4 * LIMIT_S)
+            time.sleep(0.15 * LIMIT_S)
             client.sendall(HEAD % len(BODY))
-            time.sleep(0.4 * LIMIT_S)
+            time.sleep(0.15 * LIMIT_S)
             client.sendall(BODY)
             assert whole_answer(client).startswith(b"HTTP/1.1 200 ")
         said, _ = trickle(client, b"GET /health HTTP/1.1\r\n" + b"x-more: 1\r\n" * 100)
