@@ -44,7 +44,7 @@ def test_an_event_loop_that_stands_still_is_a_gap_in_the_answer_and_in_the_metri
             engine.allow_step(100)
             reply = await task
             report = events_of(reply)[-1]["slo"]
-            assert 390 <= report["longest_gap_ms"]
+            assert report["longest_gap_ms"] >= 390
             assert (report["attained_strict"], report["attained"]) == (False, True)
             assert judged(client, "strict") == (0, 1) and judged(client, "both") == (1, 0)
             state = (await client.get("/debug/state")).json()
