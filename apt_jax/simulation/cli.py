@@ -142,7 +142,7 @@ def _simulate(
         policy, mode, attention = configuration
         names = {
             "policy": policy, "cache_mode": mode, "hidden_attention": attention, "cache_dtype": each.cache_dtype,
-            "quantization": each.quantization,
+            "quantization": each.quantization, "enable_prefix_caching": each.enable_prefix_caching,
         }  # fmt: skip
         if each.is_routed:
             names["router"] = each.router

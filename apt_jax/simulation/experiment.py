@@ -25,6 +25,7 @@ from apt_jax.simulation.fleet import Fleet
 from apt_jax.simulation.instance import Instance
 from apt_jax.simulation.report import Report, summarise
 from apt_jax.simulation.requests.classes import RequestClass, load_classes
+from apt_jax.simulation.requests.conversations import UNIFORM, Conversations, Requests
 from apt_jax.simulation.requests.known_lengths import KnownLengths
 from apt_jax.simulation.requests.surge import Surge
 from apt_jax.simulation.simulator import Outcome, Stalled, simulate_fleet
@@ -65,6 +66,7 @@ class Experiment:
     device_memory_utilization: float | None = None
     num_blocks: int | None = None
     cache_dtype: str = "auto"
+    enable_prefix_caching: bool = False
     max_num_queued_reqs: int = 1024
     duration_s: float = MIN_DURATION_S
     surge: Surge | None = None
@@ -77,7 +79,27 @@ class Experiment:
     @cached_property
     def lengths(self) -> Lengths:
         """The workload's table."""
-        return self._table(self.workload)
+        return self._table(self.workload) if self.conversations is None else self._conversation_requests.lengths
+
+    @cached_property
+    def conversations(self) -> Conversations | None:
+        """The shape of conversations, if they are the workload."""
+        return Conversations.parse(self.workload)
+
+    @cached_property
+    def _conversation_table(self) -> Lengths | None:
+        assert self.conversations is not None
+        return None if self.conversations.lengths == UNIFORM else self._table(self.conversations.lengths)
+
+    @cached_property
+    def _conversation_requests(self) -> Requests:
+        assert self.conversations is not None
+        return self.conversations.requests(self._conversation_table, max_model_len=self.max_model_len)
+
+    @property
+    def max_model_len(self) -> int:
+        """The model's context."""
+        return by_name(MODELS, self.model, "model").max_position_embeddings
 
     @property
     def slo(self) -> Slo:
@@ -90,14 +112,23 @@ class Experiment:
         """The classes of `classes`, each with its own table if it names one."""
         if self.classes is None:
             return []
+        if self.conversations is not None:
+            raise ValueError(f"--classes {self.classes} cannot be combined with conversations, whose turns are classes")
         found = load_classes(self.classes, self.slo)
         return [(each, None if each.workload is None else self._table(each.workload)) for each in found]
 
     def _table(self, workload: str) -> Lengths:
-        return load_lengths(workload, by_name(MODELS, self.model, "model").max_position_embeddings, self.slo)
+        return load_lengths(workload, self.max_model_len, self.slo)
 
     def arrivals(self, rate: float | None) -> tuple[list[Arrival], float]:
         """Requests at `rate` (None: as recorded), and that rate. Without `cv`, recorded arrivals keep their pattern."""
+        if self.conversations is not None:
+            assert rate is not None
+            return self.conversations.arrivals(
+                self._conversation_table, rate=rate, num_requests=self.num_requests, duration_s=self.duration_s,
+                cv=1.0 if self.cv is None else self.cv, seed=self.seed, max_model_len=self.max_model_len, slo=self.slo,
+                surge=self.surge,
+            ), rate  # fmt: skip
         rate = self.lengths.recorded_rate if rate is None else rate
         cv = 1.0 if self.cv is None and self.lengths.arrival_s is None else self.cv
         return make_arrivals(
@@ -171,7 +202,7 @@ class Experiment:
                 arrivals,
                 self.fleet(policy, cache_mode, hidden_attention),
                 slo=self.slo,
-                max_model_len=by_name(MODELS, self.model, "model").max_position_embeddings,
+                max_model_len=self.max_model_len,
                 on_progress=on_progress,
                 is_decided=partial(are_decided, questions) if questions else None,
                 max_num_queued_reqs=self.max_num_queued_reqs,
@@ -181,7 +212,7 @@ class Experiment:
                 f"policy {policy!r} ({cache_mode}) stalls: {error}; a plan must advance, admit or preempt a request, "
                 "see docs/scheduling"
             ) from error
-        if any(request.finish_reason is None for request in outcome.requests):
+        if not outcome.is_complete:
             return outcome, None
         report = summarise(
             outcome, policy=policy, cache_mode=cache_mode, hidden_attention=hidden_attention, rate=rate,
@@ -192,7 +223,10 @@ class Experiment:
         return outcome, report
 
     def fluid_bound(self, configuration: Configuration) -> float:
-        """Requests per second that the instances could serve for long, whatever the policy (`throughput/bound.py`)."""
+        """Requests per second that the instances could serve for long, whatever the policy (`throughput/bound.py`).
+
+        With prefix caching nothing of a conversation is computed twice there.
+        """
         policy, cache_mode, hidden_attention = configuration
         prompt, output = self.lengths.prompt_tokens, self.lengths.output_tokens
         if self.request_classes:
@@ -200,9 +234,13 @@ class Experiment:
             prompt, output = (np.array([getattr(a, f"{n}_tokens") for a in arrivals]) for n in ("prompt", "output"))
         ready = self.set_up_for(policy)
         assert ready.max_num_seqs
+        uncached, shared = None, 0
+        if self.enable_prefix_caching and self.conversations is not None:
+            _, uncached, shared, _ = self._conversation_requests
         return max(self.instances, self.max_instances or 0) * fluid_bound(
             prompt, output, self._cost_model_for(policy, hidden_attention), kinds=MODE_KINDS[cache_mode],
             num_blocks=self.pool_blocks(policy), block_size=self.block_size, max_num_seqs=ready.max_num_seqs,
+            uncached_tokens=uncached, shared_tokens=shared,
         )  # fmt: skip
 
     @property
@@ -228,7 +266,7 @@ class Experiment:
             context = PolicyContext(cost_model, predictor=predictor, seed=self.seed + int(name))
             return Instance(
                 make_policy(policy, context), cost_model, num_blocks=num_blocks, limits=limits,
-                block_size=self.block_size, name=name,
+                block_size=self.block_size, name=name, prefix_caching=self.enable_prefix_caching,
                 host_time=host_time(policy),
             )  # fmt: skip
 

@@ -13,6 +13,7 @@ from apt_jax.scheduling.costs.host_times import HostTime
 from apt_jax.scheduling.length import LengthPredictor
 from apt_jax.scheduling.plan import Plan, Reason
 from apt_jax.scheduling.policies.interface import Policy, Repeat, Repeating
+from apt_jax.scheduling.prefix_pool import PrefixPool
 from apt_jax.scheduling.state import Limits
 from apt_jax.simulation.requests.columns import SimulatedRequest
 from apt_jax.simulation.requests.state import SimulatedState
@@ -47,11 +48,13 @@ class Instance:
         limits: Limits,
         block_size: int = 16,
         name: str = "0",
+        prefix_caching: bool = False,
         host_time: HostTime = HostTime(),  # noqa: B008  # frozen; none, unless it is known
         on_plan: Callable[[Plan, float], None] | None = None,
     ):
         self.name = name
-        self.state = SimulatedState(BlockPool(num_blocks, block_size), limits)
+        pool = PrefixPool if prefix_caching else BlockPool
+        self.state = SimulatedState(pool(num_blocks, block_size), limits)
         self.samples: list[Sample] = []
         self.is_busy = False
         self._policy, self._cost_model, self._on_plan = policy, cost_model, on_plan

@@ -29,7 +29,8 @@ class SimulateArgs:
     """Number of devices that the model is split over."""
     workload: str = "sharegpt"
     """sharegpt, humaneval, longbench, azure, a mix such as sharegpt+longbench, or a CSV file with columns
-    prompt_tokens, output_tokens and, as wanted, arrival_s, ttft_slo_ms, tbt_slo_ms, stall_slo_ms, priority, class."""
+    prompt_tokens, output_tokens and, as wanted, arrival_s, ttft_slo_ms, tbt_slo_ms, stall_slo_ms, priority, class; or
+    conversations, with options as conversations:turns=4:system_tokens=500:think_s=5:lengths=uniform."""
     rate: str = ""
     """Requests per second, such as 1,2,3; default: 1,2,3, or the recorded rate of a workload with arrivals."""
     cv: float | None = None
@@ -73,6 +74,8 @@ class SimulateArgs:
     """Number of cache blocks; default: as many as fit into the device's memory next to the weights."""
     cache_dtype: str = "auto"
     """Number type of the cache: auto (16 bits), or int8 with its scales, as if all kernels read that."""
+    enable_prefix_caching: bool = False
+    """Keep full cache pages for requests that begin alike; prompts of other workloads than conversations do not."""
     max_num_queued_reqs: int = 1024
     """Maximum number of waiting requests of an instance; further ones are refused and count as missed."""
     duration_s: float | None = None

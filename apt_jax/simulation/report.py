@@ -29,6 +29,7 @@ class Report:
         attainment_by_class: both, of each SLO class and each quartile of prompt and output length.
         worst_class: the lowest strict attainment of those.
         attainment_by_phase: both, of those that came before a surge, in it, within a minute after it and later.
+        cached_share: of prompt tokens, those that came from the prefix cache when the request was first admitted.
         turned_away: share that was refused or abandoned.
         kept_token_throughput: tokens per second of requests kept strictly, those that came while requests arrived.
         backlog: unfinished requests when the last one arrived; `backlog_by_quarter` after each quarter of the arrivals.
@@ -83,6 +84,7 @@ class Report:
     router: str = ""
     report_interval_s: float = 0.0
     mean_instances: float = 1.0
+    cached_share: float = 0.0
 
     @property
     def key(self) -> tuple[str, str, str, str, float, int]:
@@ -113,7 +115,7 @@ def summarise(
     }
     cache_mix["free"] = 1 - sum(cache_mix.values())
     strictly, kept = [r.attained_strictly for r in requests], [r.attained for r in requests]
-    arrivals, ends, window_s = [r.arrival_s for r in requests], outcome.ends_s, outcome.arrivals_s
+    arrivals, ends, window_s = [r.arrival_s for r in requests], outcome.ends_s, outcome.window_s
     classes = _classes(requests, strictly, kept)
     kept_tokens = sum(r.tokens_until(window_s) for r, is_kept in zip(requests, strictly, strict=True) if is_kept)
     over_s = max(window_s, 1e-12)
@@ -158,6 +160,7 @@ def summarise(
         router=router,
         report_interval_s=report_interval_s,
         mean_instances=outcome.instance_s / max(outcome.makespan_s, 1e-12),
+        cached_share=sum(r.num_cached_tokens or 0 for r in requests) / sum(r.num_prompt_tokens for r in requests),
     )
 
 

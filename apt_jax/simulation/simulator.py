@@ -51,7 +51,8 @@ class Outcome:
     """A finished simulation.
 
     Attributes:
-        requests: in order of arrival.
+        requests: those that arrived, in that order.
+        window_s: when the last one arrived that does not follow another; all that were planned before have by then.
         samples_by_instance: one for each iteration.
         backlog: unfinished requests when the last one arrived.
         makespan_s: when the last iteration ended.
@@ -61,6 +62,7 @@ class Outcome:
     """
 
     requests: list[SimulatedRequest]
+    window_s: float
     samples_by_instance: list[list[Sample]] = field(default_factory=list)
     backlog: int = 0
     makespan_s: float = 0.0
@@ -69,9 +71,9 @@ class Outcome:
     standing: Standing = NOBODY
 
     @property
-    def arrivals_s(self) -> float:
-        """When the last request arrived."""
-        return self.requests[-1].arrival_s
+    def is_complete(self) -> bool:
+        """Whether every request arrived and ended."""
+        return not self.standing.unfinished
 
     @property
     def ends_s(self) -> list[float]:
@@ -80,7 +82,8 @@ class Outcome:
 
     def is_sustained(self) -> bool | None:
         """Whether the rate lasts; None if arrivals were too short to say (`run_figures`)."""
-        return is_sustained([r.arrival_s for r in self.requests], self.ends_s, self.arrivals_s)
+        inside = [r for r in self.requests if r.arrival_s <= self.window_s]
+        return is_sustained([r.arrival_s for r in inside], self.ends_s[: len(inside)], self.window_s)
 
     @property
     def samples(self) -> list[Sample]:
@@ -98,6 +101,7 @@ def simulate(
     slo: Slo | None = None,
     block_size: int = 16,
     max_model_len: int = 2048,
+    prefix_caching: bool = False,
     on_plan: Callable[[Plan, float], None] | None = None,
     on_progress: Callable[[int], None] | None = None,
     is_decided: Callable[[Standing], bool] | None = None,
@@ -114,6 +118,7 @@ def simulate(
         slo: SLO of every request; default 1 s and 1 s.
         block_size: tokens per block.
         max_model_len: longest context.
+        prefix_caching: keep full pages and share them, as the engine does.
         on_plan: called with every plan and the time it was made.
         on_progress: called now and then with the number of finished requests.
         is_decided: called after every iteration; True ends the simulation early.
@@ -126,8 +131,9 @@ def simulate(
 
     def start(name: str) -> Instance:
         return Instance(
-            policy, cost_model, num_blocks=num_blocks, limits=limits, block_size=block_size, name=name, on_plan=on_plan
-        )
+            policy, cost_model, num_blocks=num_blocks, limits=limits, block_size=block_size, name=name,
+            prefix_caching=prefix_caching, on_plan=on_plan,
+        )  # fmt: skip
 
     return simulate_fleet(
         arrivals, Fleet(start), slo=slo, max_model_len=max_model_len, on_progress=on_progress, is_decided=is_decided,
@@ -146,36 +152,50 @@ def simulate_fleet(
     max_num_queued_reqs: int | None = None,
 ) -> Outcome:
     """Serve `arrivals` to the end on a fresh `fleet`; arguments and errors as `simulate`."""
-    requests = [_request(i, a, slo or Slo(), max_model_len) for i, a in enumerate(arrivals)]
     state = fleet.instances[0].state
-    for arrival in arrivals:
-        if not state.fits_alone(arrival.prompt_tokens + arrival.output_tokens):
+    planned = [turn for arrival in arrivals for turn in arrival.turns]
+    for turn in planned:
+        if not state.fits_alone(turn.prompt_tokens + turn.output_tokens):
             raise ValueError(
-                f"a request of {arrival.prompt_tokens} + {arrival.output_tokens} tokens does not fit in "
+                f"a request of {turn.prompt_tokens} + {turn.output_tokens} tokens does not fit in "
                 f"{state.pool.num_blocks} blocks of {state.pool.block_size} tokens; raise --num-blocks"
             )
-    outcome = Outcome(requests)
+    requests: list[SimulatedRequest] = []
+    outcome = Outcome(requests, arrivals[-1].arrival_s)
+    coming = [(arrival.arrival_s, i, arrival) for i, arrival in enumerate(arrivals)]  # a heap, since in order of time
+    num_planned = len(planned)  # requests; later turns join `coming` when the ones before have ended
+    follow: dict[str, Arrival] = {}  # the next turn of each request, by its id
     events: list[tuple[float, int]] = []  # when an instance's iteration ends; an idle one wakes to begin one
     awake: set[int] = set()  # instances with an event
     refused = Columns()
-    now, arrived, finished, backlog = 0.0, 0, 0, None
+    now, finished, backlog = 0.0, 0, None
     missed = missed_strictly = 0
 
     def standing() -> Standing:
-        return Standing(missed_strictly, missed, len(requests) - finished, len(requests) - arrived, len(requests))
+        return Standing(missed_strictly, missed, num_planned - finished, num_planned - len(requests), num_planned)
 
-    while arrived < len(requests) or events:
-        if arrived < len(requests) and (not events or requests[arrived].arrival_s <= events[0][0]):
-            coming = requests[arrived]
-            now = max(now, coming.arrival_s)
-            number = fleet.route(coming, now)
+    def go_on(ended: SimulatedRequest) -> None:
+        """The next turn comes, whatever became of this one."""
+        turn = follow.pop(ended.request_id, None)
+        if turn is not None:
+            heapq.heappush(coming, (now + turn.arrival_s, len(arrivals) + finished, turn))
+
+    while coming or events:
+        if coming and (not events or coming[0][0] <= events[0][0]):
+            arrival_s, _, arrival = heapq.heappop(coming)
+            now = max(now, arrival_s)
+            request = _request(len(requests), arrival, arrival_s, slo or Slo(), max_model_len)
+            requests.append(request)
+            if arrival.then is not None:
+                follow[request.request_id] = arrival.then
+            number = fleet.route(request, now)
             instance = fleet.instances[number]
-            arrived += 1
             if max_num_queued_reqs is not None and len(instance.state.waiting) >= max_num_queued_reqs:
-                _refuse(coming, refused, now)
+                _refuse(request, refused, now)
                 finished, missed, missed_strictly = finished + 1, missed + 1, missed_strictly + 1
+                go_on(request)
                 continue
-            instance.add(coming, arrivals[arrived - 1].output_tokens)
+            instance.add(request, arrival.output_tokens)
             if number not in awake:  # it plans when all that arrive now are there
                 awake.add(number)
                 heapq.heappush(events, (now, number))
@@ -188,14 +208,15 @@ def simulate_fleet(
                 missed += not ended.attained
                 missed_strictly += not ended.attained_strictly
                 finished += 1
+                go_on(ended)
                 if on_progress is not None and finished % 50 == 0:
                     on_progress(finished)
             if is_decided is not None and is_decided(standing()):
                 break
-        if backlog is None and arrived == len(requests):
-            backlog = arrived - finished
+        if backlog is None and len(requests) == num_planned:
+            backlog = num_planned - finished
         # without a router nothing happens before the next arrival that anybody else sees
-        coming_s = requests[arrived].arrival_s if arrived < len(requests) else math.inf
+        coming_s = coming[0][0] if coming else math.inf
         end_s = instance.begin(now, -math.inf if fleet.is_routed else coming_s)
         if end_s is None:
             heapq.heappop(events)
@@ -203,8 +224,8 @@ def simulate_fleet(
         else:
             heapq.heapreplace(events, (end_s, number))
     else:
-        if finished < len(requests):
-            raise Stalled(f"nothing scheduled at {now:.3f} s, {len(requests) - finished} requests unfinished")
+        if finished < num_planned:
+            raise Stalled(f"nothing scheduled at {now:.3f} s, {num_planned - finished} requests unfinished")
     outcome.makespan_s, outcome.backlog, outcome.standing = now, backlog or 0, standing()
     outcome.samples_by_instance = [instance.samples for instance in fleet.instances]
     outcome.instance_s = fleet.instance_s(now)
@@ -219,17 +240,19 @@ def _refuse(request: SimulatedRequest, refused: Columns, now: float) -> None:
     request.status, request.finish_reason, request.ended_s = Status.FINISHED, FinishReason.ERROR, now
 
 
-def _request(index: int, arrival: Arrival, slo: Slo, max_model_len: int) -> SimulatedRequest:
+def _request(index: int, arrival: Arrival, arrival_s: float, slo: Slo, max_model_len: int) -> SimulatedRequest:
     assert arrival.prompt_tokens + arrival.output_tokens <= max_model_len
     terms = arrival.terms or Terms(slo)
+    prompt, first_output_id = arrival.token_ids(index, max_model_len)
     request = SimulatedRequest(
         request_id=f"r{index}",
-        prompt_token_ids=range(arrival.prompt_tokens),
+        prompt_token_ids=prompt,
         params=_PARAMS,
-        arrival_s=arrival.arrival_s,
+        arrival_s=arrival_s,
         max_new_tokens=max_model_len - arrival.prompt_tokens,
         slo=terms.slo,
         priority=terms.priority,
     )
     request.class_name, request.target_tokens = terms.name, arrival.output_tokens
+    request.first_output_id = first_output_id
     return request

@@ -46,7 +46,8 @@ def print_result(experiment: Experiment, reports: list[Report], result: dict[str
 
 def _runs(experiment: Experiment, reports: list[Report], seeds: list[int]) -> Table:
     routed, seeded = _routed(experiment), ["seed"] if len(seeds) > 1 else []
-    table = Table(*routed, *(["instances"] if routed else []), *seeded, *RUN_COLUMNS)
+    cached = ["cached"] if experiment.enable_prefix_caching else []
+    table = Table(*routed, *(["instances"] if routed else []), *seeded, *RUN_COLUMNS, *cached)
     for r in reports:
         where = [r.router, f"{r.mean_instances:.1f}"] if routed else []
         table.add_row(
@@ -56,7 +57,7 @@ def _runs(experiment: Experiment, reports: list[Report], seeds: list[int]) -> Ta
             f"{r.tbt_attainment:.1%}", f"{r.p50_ttft_s:.2f}/{r.p99_ttft_s:.2f}", f"{r.p99_tbt_s:.3f}",
             f"{r.longest_gap_s:.1f}", f"{r.longest_wait_s:.1f}", f"{r.kept_token_throughput:.0f}",
             f"{r.mean_batch:.0f}", str(r.preemptions), str(r.conversions), " ".join(map(str, r.backlog_by_quarter)),
-            LASTS[r.sustained], f"{r.drain_s:.0f}",
+            LASTS[r.sustained], f"{r.drain_s:.0f}", *([f"{r.cached_share:.1%}"] if cached else []),
         )  # fmt: skip
     return table
 

@@ -4,6 +4,7 @@ import csv
 import io
 import math
 import textwrap
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -27,6 +28,7 @@ MIN_DURATION_S = 300.0  # shorter traces flatter policies that starve
 SHOWN_CHARS = 120  # of a table's head in a sentence
 MOST_TOKENS = 10**9  # in a cell
 MOST_ARRIVALS = 10**7  # of one run
+MOST_TOKEN_IDS = 2**31 - 1  # different ones, as the prefix cache takes them
 
 
 @dataclass(frozen=True)
@@ -60,12 +62,53 @@ class Lengths:
 
 @dataclass(frozen=True)
 class Arrival:
-    """One request to come."""
+    """One request to come.
+
+    Attributes:
+        arrival_s: when; of one that follows another, seconds after that has ended.
+        prompt_tokens: of the prompt.
+        output_tokens: of the answer.
+        terms: what it is promised; None is what the simulation promises.
+        first_token_id: number of the first token of its prompt and answer, which are numbered on. None gives numbers
+            that no other request has.
+        shared_tokens: the first tokens of the prompt, which have numbers from 0 on instead, as in other requests.
+        then: the next turn of its conversation, which repeats its prompt and answer.
+    """
 
     arrival_s: float
     prompt_tokens: int
     output_tokens: int
-    terms: Terms | None = None  # None: the simulation's
+    terms: Terms | None = None
+    first_token_id: int | None = None
+    shared_tokens: int = 0
+    then: "Arrival | None" = None
+
+    @property
+    def turns(self) -> "list[Arrival]":
+        """It and those that follow it."""
+        found, arrival = [self], self.then
+        while arrival is not None:
+            found.append(arrival)
+            arrival = arrival.then
+        return found
+
+    def token_ids(self, index: int, max_model_len: int) -> tuple[Sequence[int], int]:
+        """Its prompt as numbers, which mean nothing but which beginnings are equal, and the number after them.
+
+        Args:
+            index: its number among all requests.
+            max_model_len: longest context, and so how many numbers a conversation has.
+        """
+        first = first_token_id(index, max_model_len) if self.first_token_id is None else self.first_token_id
+        end = first + self.prompt_tokens
+        if not self.shared_tokens:
+            return range(first, end), end
+        return array("i", [*range(self.shared_tokens), *range(first + self.shared_tokens, end)]), end
+
+
+def first_token_id(number: int, max_model_len: int) -> int:
+    """The first of `max_model_len` token ids that a request or conversation has for itself; millions have others."""
+    return (1 + number % (MOST_TOKEN_IDS // max_model_len - 1)) * max_model_len
 
 
 def load_lengths(workload: str, max_model_len: int = 2048, slo: Slo | None = None) -> Lengths:
@@ -87,7 +130,7 @@ def load_lengths(workload: str, max_model_len: int = 2048, slo: Slo | None = Non
     else:
         path = Path(workload)
         if not path.is_file():
-            raise ValueError(f"workload {workload!r} is neither a file nor one of {', '.join(NAMED)}")
+            raise ValueError(f"workload {workload!r} is neither a file nor one of {', '.join(NAMED)}, conversations")
         try:
             text = read_text(path)
         except ValueError as error:

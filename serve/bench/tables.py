@@ -43,6 +43,12 @@ def print_point(figures: Mapping[str, Any], metrics: Iterable[str], percentiles:
         "requests"
     )
     console.print(f"{_classes(figures)}; {_backlog(figures)}")
+    if len(figures["median_ttft_ms_by_turn"]) > 1 or figures["total_cached_tokens"]:
+        share = figures["total_cached_tokens"] / max(figures["total_input_tokens"], 1)
+        turns = ", ".join(f"{ms:.4g}" for ms in figures["median_ttft_ms_by_turn"])
+        console.print(
+            f"{share:.1%} of prompt tokens from the prefix cache; median time to first token by turn {turns} ms"
+        )
     for reason, count in figures["errors_by_reason"].items():
         console.print(f"failed {count} times: {reason}", markup=False, highlight=False)
     shown = [*metrics, *(["client_queue_time"] if figures["max_concurrency"] is not None else [])]

@@ -1,7 +1,7 @@
 """The requests of a benchmark: lengths from a table, prompts as token ids or as texts of exactly that many tokens."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from apt_jax.files import read_json
 from apt_jax.serve.bench.work_options import WorkOptions
+from apt_jax.simulation.requests.conversations import UNIFORM, Conversations
 from apt_jax.simulation.workload import NAMED, Lengths, load_lengths, recorded_times, shuffled_rows
 
 if TYPE_CHECKING:
@@ -22,21 +23,56 @@ TEXT_TRIES = 8
 LETTERS = list("abcdefghijklmnopqrstuvwxyz     ")
 
 
+Content = str | list[int]
+
+
 @dataclass(frozen=True)
 class Work:
-    """One request: its prompt, how many tokens that is, and how many to ask for."""
+    """One request: its prompt, how many tokens that is, and how many to ask for.
 
-    prompt: str | list[int]
+    Attributes:
+        prompt: in a conversation only the question.
+        prompt_tokens: of all that it sends.
+        output_tokens: to ask for.
+        earlier: of a conversation, who said what before: system, user or assistant.
+        then: the conversation's next turn, whose `earlier` is known once this one is answered.
+        think_s: seconds from the answer before it until it is sent.
+    """
+
+    prompt: Content
     prompt_tokens: int
     output_tokens: int
+    earlier: tuple[tuple[str, Content], ...] = ()
+    then: "Work | None" = None
+    think_s: float = 0.0
+
+    @property
+    def num_turns(self) -> int:
+        """Requests from this one to the end of its conversation."""
+        return 1 + (0 if self.then is None else self.then.num_turns)
+
+    @property
+    def said(self) -> tuple[tuple[str, Content], ...]:
+        """All that it sends, by who said it."""
+        return (*self.earlier, ("user", self.prompt))
+
+    def answered(self, answer: Content) -> "Work":
+        """The next turn, after this `answer`."""
+        assert self.then is not None
+        return replace(self.then, earlier=(*self.said, ("assistant", answer)))
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """A table of lengths; `texts` are the prompts where the dataset has its own."""
+    """A table of lengths; `texts` are the prompts where the dataset has its own.
+
+    Of conversations it is the table of their questions and answers, empty if these are uniform.
+    """
 
     lengths: Lengths
     texts: tuple[str, ...] | None = None
+    conversations: Conversations | None = None
+    max_model_len: int = DEFAULT_MAX_MODEL_LEN
 
     @property
     def has_arrivals(self) -> bool:
@@ -65,6 +101,11 @@ def load_dataset(
     if options.dataset == "random":
         return Dataset(_random_lengths(options, seed, longest))
     check_dataset(options)
+    if (shape := Conversations.parse(options.dataset)) is not None:
+        table = Lengths(UNIFORM, *np.zeros((2, 0), np.int64))
+        if shape.lengths != UNIFORM:
+            table = load_lengths(shape.lengths, longest)
+        return Dataset(table, conversations=shape, max_model_len=longest)
     if options.dataset.endswith(".json"):
         return _sharegpt(Path(options.dataset), tokenizer, longest)
     return Dataset(load_lengths(options.dataset, longest))
@@ -72,11 +113,11 @@ def load_dataset(
 
 def check_dataset(options: WorkOptions) -> None:
     """Raises ValueError if `options.dataset` names nothing; checks before a model is loaded."""
-    if options.dataset in ("random", *NAMED):
+    if options.dataset in ("random", *NAMED) or Conversations.parse(options.dataset) is not None:
         return
     for name in [options.dataset] if options.dataset.endswith(".json") else options.dataset.split("+"):
         if name not in NAMED and not Path(name).is_file():
-            raise ValueError(f"dataset={name!r} is neither a file nor one of random, {', '.join(NAMED)}")
+            raise ValueError(f"dataset={name!r} is neither a file nor one of random, {', '.join(NAMED)}, conversations")
 
 
 def make_work(
@@ -98,6 +139,44 @@ def make_work(
             prompt, prompt_tokens = text_of_length(tokenizer, prompt_tokens, generator)
         made.append(Work(prompt, prompt_tokens, output_tokens))
     return made
+
+
+def make_conversations(
+    dataset: Dataset, num_requests: int, *, vocab_size: int, tokenizer: "Tokenizer | None", seed: Sequence[int]
+) -> list[Work]:
+    """First turns, with those that follow, of conversations with `num_requests` requests or a few more.
+
+    Lengths and think times are the same for every `seed` that begins alike; its other numbers make other prompts.
+
+    Raises:
+        ValueError: they do not fit into the context.
+    """
+    shape, longest = dataset.conversations, dataset.max_model_len
+    assert shape is not None
+    table = dataset.lengths if len(dataset.lengths.prompt_tokens) else None
+    drawn, wanted = [], num_requests
+    for turns in shape.draw(num_requests, table, seed=seed[0], max_model_len=longest):
+        if wanted <= 0:
+            break
+        drawn.append(turns)
+        wanted -= len(turns)
+    generator = np.random.default_rng(seed)
+
+    def content(tokens: int) -> Content:
+        if tokenizer is not None:
+            return text_of_length(tokenizer, tokens, generator)[0]
+        return generator.integers(LOWEST_ID, vocab_size, tokens).tolist()
+
+    system = (("system", content(shape.system_tokens)),) if shape.system_tokens else ()
+    found = []
+    for turns in drawn:
+        questions = [content(turn.prompt_tokens - turn.earlier_tokens) for turn in turns]
+        work: Work | None = None
+        for turn, question in zip(reversed(turns), reversed(questions), strict=True):
+            work = Work(question, turn.prompt_tokens, turn.output_tokens, (), work, turn.think_s)
+        assert work is not None
+        found.append(replace(work, earlier=system))
+    return found
 
 
 def text_of_length(tokenizer: "Tokenizer", tokens: int, generator: np.random.Generator) -> tuple[str, int]:

@@ -14,7 +14,8 @@ class WorkOptions:
 
     dataset: str = "random"
     """random; lengths of sharegpt, humaneval, longbench or azure; a CSV file with prompt_tokens, output_tokens and,
-    optionally, arrival_s; or a ShareGPT JSON file (needs --tokenizer)."""
+    optionally, arrival_s; a ShareGPT JSON file (needs --tokenizer); or, for serve, conversations, whose turns send
+    the earlier ones and their answers, with options as conversations:turns=4:system_tokens=500:think_s=5."""
     num_prompts: int = 200
     """Number of requests in a run."""
     random_input_len: int = 128

@@ -293,7 +293,8 @@ def test_limits_of_goodput_are_milliseconds_by_name():
 
 def arrivals(rate, **flags):
     made = BenchServe(model="m", work=WorkOptions(num_prompts=500), **flags)
-    return Serving(made).planned_s(rate)
+    count = made.work.num_prompts
+    return Serving(made).planned_s(rate, count, count)
 
 
 def test_arrivals_offer_exactly_the_rate_and_burstiness_is_cv():

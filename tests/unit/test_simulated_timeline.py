@@ -144,7 +144,7 @@ def test_the_report_over_them(mode):
         "p99_queue_s": 1.0, "preemptions": 0, "conversions": 0,
         "mean_batch": round((1 + 1 + 1 + 2 * 0.25 + 0.25) / 3.5, 5),
         "arrivals_s": 2.0, "makespan_s": 4.5, "iterations": 5, "backlog": 3, "longest_wait_s": 2.25, "instances": 1,
-        "router": "", "report_interval_s": 0.0, "mean_instances": 1.0,
+        "router": "", "report_interval_s": 0.0, "mean_instances": 1.0, "cached_share": 0.0,
     }  # fmt: skip
 
 

@@ -137,6 +137,7 @@ class SimulatedRequest(Request):
     ended_s: float | None = None  # when it had its last token, was refused or was abandoned
     class_name: str = DEFAULT_CLASS
     target_tokens: int = 0  # length of its output, which no policy reads
+    first_output_id: int = 0  # number of its output's first token
 
     num_computed_tokens = _counter("computed")
     num_late_gaps = _counter("late")
@@ -158,9 +159,10 @@ class SimulatedRequest(Request):
 
     @property  # type: ignore[override]
     def output_token_ids(self) -> Sequence[int]:
-        """As many as were generated; they have no meaning."""
+        """As many as were generated, numbered on after the prompt; they mean nothing."""
         assert self.columns is not None
-        return range(self.num_generated_tokens - self.num_inflight_tokens)
+        first = self.first_output_id
+        return range(first, first + self.num_generated_tokens - self.num_inflight_tokens)
 
     @output_token_ids.setter
     def output_token_ids(self, value: Sequence[int]) -> None:

@@ -14,7 +14,7 @@ from apt_jax.request import FinishReason, Request
 from apt_jax.scheduling.costs.step_load import StepLoad, step_load
 from apt_jax.scheduling.plan import Plan
 from apt_jax.scheduling.progress import Ints, Progress
-from apt_jax.scheduling.state import Limits, SchedulerState, Span
+from apt_jax.scheduling.state import Limits, SchedulerState, Span, Written
 from apt_jax.simulation.requests.columns import Columns, SimulatedRequest
 
 _OTHERS = (0,) * (len(KINDS) - 1)  # kinds but the first
@@ -44,6 +44,7 @@ class SimulatedState(SchedulerState):
         self.columns = Columns()
         self._plan = Plan()  # under way
         self._sampling = np.zeros(0, np.int64)  # arrival numbers that sample in it
+        self._written: list[Written] = []  # pages that it fills, for the prefix cache
         self._orders: Ints | None = None  # of `running`; None: to be collected
         self._progress: Progress | None = None  # the same
 
@@ -61,9 +62,14 @@ class SimulatedState(SchedulerState):
     def advance(self, plan: Plan, now: float) -> StepLoad:
         """Carry out a plan as `apply` does; what its iteration computes and reads."""
         self._progress = None
+        self._written.clear()
         if plan.preempted:
             self._orders = None
+        newcomers = [] if self.prefixes is None else [e.request for e in plan.scheduled if e.request.table is None]
         self._clear(plan, now)
+        for request in newcomers:  # admitted before anything else; one token may be all that is not cached
+            self._orders = None
+            self._note_table(request)
         if plan is self._plan and self._orders is not None and len(plan.scheduled) == len(self._orders):
             decoded, self._sampling = self._decode_all(self._orders)  # once more
             return decoded
@@ -81,6 +87,7 @@ class SimulatedState(SchedulerState):
                 self._orders = None
             spans.append(self._start(entry, now))
             self._note_table(request)
+        self._written += self.written(spans)
         decoded, decoding = self._decode(decoders)
         chunks = [span.request.order for span in spans if span.samples]
         self._sampling = np.concatenate([decoding, np.array(chunks, np.int64)]) if chunks else decoding
@@ -89,6 +96,7 @@ class SimulatedState(SchedulerState):
     def complete(self, now: float) -> list[SimulatedRequest]:
         """Commit the iteration's tokens at `now`; the requests that finished, in the order of its plan."""
         self._progress = None
+        self.keep(self._written)
         orders = self._sampling
         if not len(orders):
             return []
@@ -138,6 +146,7 @@ class SimulatedState(SchedulerState):
         columns.commit_often(orders, starts_s, ends_s)
         known = columns.prompt[orders] + columns.generated[orders] - 1  # of the last iteration
         self._grow(orders, known)
+        self.keep(self._filled(orders, columns.computed[orders], known))
         columns.computed[orders] = known
 
     def _running_orders(self) -> Ints:
@@ -169,6 +178,7 @@ class SimulatedState(SchedulerState):
         end = columns.computed[orders] + 1
         self._grow(orders, known)
         columns.computed[orders] = end
+        self._written += self._filled(orders, end - 1, end)
         is_last = end >= known
         assert (end <= known).all()
         samples = orders if is_last.all() else orders[is_last]
@@ -186,6 +196,19 @@ class SimulatedState(SchedulerState):
             decode_requests=len(orders), context_tokens=context_tokens, samples=len(samples), decodes=decodes
         )
         return load, samples
+
+    def _filled(self, orders: Ints, before: Ints, end: Ints) -> list[Written]:
+        """Pages that each of `orders` has filled once its `end` tokens are computed, of those it had not before."""
+        if self.prefixes is None:
+            return []
+        full = end // self.pool.block_size > before // self.pool.block_size
+        found = []
+        for order, pages in zip(orders[full].tolist(), (end[full] // self.pool.block_size).tolist(), strict=True):
+            request = self.columns.requests[order]
+            assert request.table is not None
+            if not request.num_conversions:
+                found.append(Written(request, request.table, pages))
+        return found
 
     def _note_table(self, request: Request) -> None:
         table = request.table

@@ -13,6 +13,7 @@ from apt_jax.serve.bench.offline.measure import Tally, checked, open_engine, sam
 from apt_jax.serve.bench.offline.options import BenchThroughput
 from apt_jax.serve.bench.work import Work, check_dataset, load_dataset, make_work
 from apt_jax.serve.runtime.driver import Driver
+from apt_jax.simulation.requests.conversations import Conversations
 
 
 def run(args: BenchThroughput) -> int:
@@ -23,6 +24,8 @@ def run(args: BenchThroughput) -> int:
     """
     check_writable(args.output, "--output")
     check_dataset(args.work)
+    if Conversations.parse(args.work.dataset) is not None:
+        raise ValueError(f"dataset={args.work.dataset}: turns wait for answers; measure a server, with bench serve")
     engine = open_engine(args.model, args.load, args.engine)
     works = token_works(args, engine)
     engine.warm_up(progress=True)

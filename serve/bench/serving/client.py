@@ -4,16 +4,16 @@ import asyncio
 import json
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 from urllib.parse import urlsplit
 
 import aiohttp
 from pydantic_core import from_json
 
 from apt_jax.serve.bench.serving.records import Record
-from apt_jax.serve.bench.work import Work
+from apt_jax.serve.bench.work import Content, Work
 
 PATHS = {"completions": "/v1/completions", "chat": "/v1/chat/completions"}
 ENDED = ("abort", "abandoned", "error")  # finish reasons of answers that are not whole
@@ -46,15 +46,24 @@ class Endpoint:
 
     def body(self, work: Work) -> bytes:
         """The request of `work`."""
-        asked: dict[str, Any] = {"prompt": work.prompt}
+        asked: dict[str, Any] = {"prompt": _joined([content for _, content in work.said])}
         if self.endpoint == "chat":
-            asked = {"messages": [{"role": "user", "content": work.prompt}]}
+            asked = {"messages": [{"role": role, "content": content} for role, content in work.said]}
+        elif work.then is not None and not isinstance(work.prompt, str):
+            asked["return_token_ids"] = True  # of which the next turn's prompt is made
         return json.dumps(
             {
                 "model": self.model, **asked, "max_tokens": work.output_tokens, "stream": True,
                 "stream_options": {"include_usage": True}, **self.fields,
             }
         ).encode()  # fmt: skip
+
+
+def _joined(contents: Sequence[Content]) -> Content:
+    """Texts, or token ids, one after the other."""
+    if isinstance(contents[0], str):
+        return "".join(cast(Sequence[str], contents))
+    return [token for content in contents for token in cast(list[int], content)]
 
 
 def plain_base(base_url: str) -> str:
@@ -129,11 +138,16 @@ class Piece:
 
 
 class Answer:
-    """Collects a stream's events into a record. `count` gives the tokens of a text, for servers that send no usage."""
+    """Collects a stream's events into a record.
 
-    def __init__(self, record: Record, count: Callable[[str], int] | None = None):
+    `count` gives the tokens of a text, for servers that send no usage. With `keeps_text` the text is kept in any case.
+    """
+
+    def __init__(self, record: Record, count: Callable[[str], int] | None = None, *, keeps_text: bool = False):
         self._record = record
         self._count = count
+        self._keeps_text = keeps_text or count is not None
+        self._token_ids: list[int] = []
         self._usage: dict[str, Any] | None = None
         self._counted = 0  # tokens that running usage has reported
         self._pieces: list[Piece] = []
@@ -161,10 +175,18 @@ class Answer:
             text = delta.get("content") or delta.get("reasoning_content") or delta.get("reasoning")
         bare = "role" in delta or choice.get("finish_reason") is not None
         tokens = self._tokens(choice, usage)
-        self._pieces.append(Piece(now, len(text or ""), tokens, bare, text or "" if self._count else ""))
+        self._pieces.append(Piece(now, len(text or ""), tokens, bare, text or "" if self._keeps_text else ""))
+        if isinstance(ids := choice.get("token_ids"), list):
+            self._token_ids += ids
         if (reason := choice.get("finish_reason")) in ENDED:
             self._record.error = f"the server ended it: {reason}"
             self._record.was_turned_away = reason != "error"
+
+    def said(self, work: Work) -> Content | None:
+        """The answer, as text or token ids as `work` was sent; None if the server sent no token ids."""
+        if isinstance(work.prompt, str):
+            return "".join(piece.text for piece in self._pieces)
+        return self._token_ids or None
 
     def _tokens(self, choice: dict[str, Any], usage: dict[str, Any] | None) -> int | None:
         """Tokens that a chunk brought, by running usage, token ids or log-probabilities; None if it has none."""
@@ -181,7 +203,9 @@ class Answer:
         """The stream has ended: count tokens, and drop pieces that carried only a role or the end."""
         record = self._record
         told = (self._usage or {}).get("completion_tokens")
-        record.prompt_tokens = (self._usage or {}).get("prompt_tokens") or record.prompt_tokens
+        usage = self._usage or {}
+        record.prompt_tokens = usage.get("prompt_tokens") or record.prompt_tokens
+        record.cached_tokens = (usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0
         pieces = [piece for piece in self._pieces if piece.tokens != 0 or piece.chars]
         record.output_tokens = told or self._total(pieces)
         for end in (0, -1):
@@ -224,9 +248,12 @@ def _first_tokens(pieces: list[Piece], tokens: int) -> int:
     return min(max(round(tokens * share), 1), tokens - len(pieces) + 1)
 
 
-async def ask(session: aiohttp.ClientSession, endpoint: Endpoint, body: bytes, record: Record, origin: float) -> None:
+async def ask(
+    session: aiohttp.ClientSession, endpoint: Endpoint, body: bytes, record: Record, origin: float, *,
+    keeps_text: bool = False,
+) -> Answer:  # fmt: skip
     """Send `body` and fill in `record`, in seconds after `origin` of `time.perf_counter`. Raises nothing."""
-    answer = Answer(record, endpoint.count)
+    answer = Answer(record, endpoint.count, keeps_text=keeps_text)
     events = Events()
     try:
         async with (
@@ -236,7 +263,7 @@ async def ask(session: aiohttp.ClientSession, endpoint: Endpoint, body: bytes, r
             if reply.status != 200:
                 record.error = _refusal(reply.status, await reply.read())
                 record.was_turned_away = reply.status in TURNED_AWAY
-                return
+                return answer
             async for data in reply.content.iter_any():
                 now = time.perf_counter() - origin
                 for event in events.feed(data):
@@ -252,6 +279,7 @@ async def ask(session: aiohttp.ClientSession, endpoint: Endpoint, body: bytes, r
         record.error = f"no OpenAI stream: {type(error).__name__}"
     finally:
         record.ended_s = time.perf_counter() - origin
+    return answer
 
 
 def _refusal(status: int, text: bytes) -> str:

@@ -23,7 +23,15 @@ from apt_jax.serve.bench.serving.load import load
 from apt_jax.serve.bench.serving.options import GOODPUT_METRICS, METRICS, BenchServe
 from apt_jax.serve.bench.serving.records import Record, Run, details, summarise
 from apt_jax.serve.bench.tables import print_point, print_points, warnings_of
-from apt_jax.serve.bench.work import Dataset, Work, check_dataset, load_dataset, load_tokenizer, make_work
+from apt_jax.serve.bench.work import (
+    Dataset,
+    Work,
+    check_dataset,
+    load_dataset,
+    load_tokenizer,
+    make_conversations,
+    make_work,
+)
 from apt_jax.simulation.search import effective_throughput
 from apt_jax.simulation.workload import gamma_times
 
@@ -85,23 +93,28 @@ class Serving:
         return len(self.tokenizer.encode(text, add_special_tokens=False))
 
     def works(self, number: int, count: int) -> list[Work]:
-        """The requests of run `number`: the same lengths in every run, other prompts, so that none is cached."""
-        rows = self.dataset.rows(count, seed=self.args.seed, in_order=self.args.dataset_arrivals).tolist()
-        seed = (self.args.seed, 3, number)
-        return make_work(self.dataset, rows, vocab_size=self.args.work.vocab_size, tokenizer=self.tokenizer, seed=seed)
+        """The requests of run `number`: the same lengths in every run, other prompts, so that none is cached.
 
-    def planned_s(self, rate: float) -> list[float]:
-        """Arrival of each request of a run, seconds after its start; the last one arrives at about num_prompts/rate.
-
-        Gaps are stretched so that exactly `rate` is offered, whatever the seed.
+        Of conversations, the first turns; they have `count` requests together, or a few more.
         """
-        count = self.args.work.num_prompts
+        vocab_size, seed = self.args.work.vocab_size, (self.args.seed, 3, number)
+        if self.dataset.conversations is not None:
+            return make_conversations(self.dataset, count, vocab_size=vocab_size, tokenizer=self.tokenizer, seed=seed)
+        rows = self.dataset.rows(count, seed=self.args.seed, in_order=self.args.dataset_arrivals).tolist()
+        return make_work(self.dataset, rows, vocab_size=vocab_size, tokenizer=self.tokenizer, seed=seed)
+
+    def planned_s(self, rate: float, count: int, num_requests: int) -> list[float]:
+        """Arrival of each of `count` requests, seconds after the start; the last one at about num_requests/rate.
+
+        Of conversations, those of the first turns. Gaps are stretched so that exactly `rate` is offered, whatever the
+        seed.
+        """
         if self.args.dataset_arrivals:
             return self.dataset.recorded_times(count, None if math.isinf(rate) else rate).tolist()
         if math.isinf(rate):
             return [0.0] * count
         times = gamma_times(count, rate=1.0, cv=self.cv, seed=self.args.seed)
-        return (times / (times[-1] or 1.0) * (count / rate)).tolist()
+        return (times / (times[-1] or 1.0) * (num_requests / rate)).tolist()
 
     def warm_up(self) -> None:
         """Send the first requests.
@@ -119,16 +132,18 @@ class Serving:
 
     def measure(self, rate: float) -> Point:
         """One run, its figures printed."""
-        works, planned = self.works(1 + len(self.points), self.args.work.num_prompts), self.planned_s(rate)
-        with tqdm(total=len(works), desc=f"{rate:.4g} requests/s", unit="request", disable=is_hidden()) as bar:
+        works = self.works(1 + len(self.points), self.args.work.num_prompts)
+        num_requests = sum(work.num_turns for work in works)
+        planned = self.planned_s(rate, len(works), num_requests)
+        with tqdm(total=num_requests, desc=f"{rate:.4g} requests/s", unit="request", disable=is_hidden()) as bar:
             run = _run(self._load(works, planned, lambda record: _advance(bar)))
         given = {
             "date": time.strftime("%Y%m%d-%H%M%S"),
             "endpoint_type": "openai" if self.args.endpoint == "completions" else "openai-chat",
             "model_id": self.endpoint.model,
-            "num_prompts": len(works),
+            "num_prompts": num_requests,
             "request_rate": rate if math.isfinite(rate) else "inf",
-            "offered_rate": len(works) / planned[-1] if planned[-1] > 0 else "inf",
+            "offered_rate": num_requests / planned[-1] if planned[-1] > 0 else "inf",
             "burstiness": 1 / self.cv**2 if self.cv else "inf",
             "max_concurrency": self.args.max_concurrency,
             "ttft_slo_ms": self.args.ttft_slo_ms,

@@ -31,6 +31,8 @@ class Record:
     error: str | None = None
     ended_s: float | None = None  # when the answer was complete, or it failed
     was_turned_away: bool = False  # refused by the server, or ended before it was done
+    cached_tokens: int = 0  # of its prompt, from the server's prefix cache
+    turn: int = 1  # of its conversation
 
     @property
     def has_failed(self) -> bool:
@@ -92,7 +94,8 @@ class Record:
 class Run:
     """All requests of one rate, and how well the client kept up.
 
-    `duration_s` ends with the last answer. `loop_lag_s` is the 99th percentile of how late the client's own timer
+    `duration_s` ends with the last answer; `begins_s` is when the last conversation was due to begin, None without
+    any. `loop_lag_s` is the 99th percentile of how late the client's own timer
     was, `cpu_share` the share of one core that the client used.
     """
 
@@ -100,6 +103,7 @@ class Run:
     duration_s: float
     loop_lag_s: float = 0.0
     cpu_share: float = 0.0
+    begins_s: float | None = None
 
     @property
     def max_lag_s(self) -> float:
@@ -108,7 +112,9 @@ class Run:
 
     @property
     def window_s(self) -> float:
-        """Seconds in which requests were due to arrive; 0 if all were at once."""
+        """Seconds in which requests were due to arrive; 0 if all were at once. Of conversations, their first turns."""
+        if self.begins_s is not None:
+            return self.begins_s
         return max((record.planned_s for record in self.records), default=0.0)
 
     def attainment(self, slo: Slo) -> float:
@@ -135,6 +141,8 @@ def summarise(
         "errors_by_reason": dict(Counter(r.error for r in run.records if r.error is not None).most_common()),
         "total_input_tokens": input_tokens,
         "total_output_tokens": output_tokens,
+        "total_cached_tokens": sum(record.cached_tokens for record in done),
+        "median_ttft_ms_by_turn": _ttft_by_turn(done),
         "request_throughput": len(done) / duration,
         "request_goodput": sum(_is_good(r, goodput) for r in done) / duration if goodput else None,
         "output_throughput": output_tokens / duration,
@@ -191,7 +199,17 @@ def details(run: Run) -> dict[str, list[Any]]:
         "itls": [r.gaps_s for r in run.records],
         "latencies": [r.e2el_s if r.piece_s else None for r in run.records],
         "errors": [r.error for r in run.records],
+        "cached_lens": [r.cached_tokens for r in run.records],
+        "turns": [r.turn for r in run.records],
     }
+
+
+def _ttft_by_turn(done: Sequence[Record]) -> list[float]:
+    """Of the first turns of conversations, of the second ones, ... as far as any was answered; in ms."""
+    by_turn: dict[int, list[float]] = {}
+    for record in done:
+        by_turn.setdefault(record.turn, []).append(record.ttft_s * 1e3)
+    return [float(np.median(by_turn[turn])) for turn in sorted(by_turn)]
 
 
 def _values(metric: str, done: Sequence[Record]) -> list[float]:
