@@ -42,6 +42,17 @@ def matmul(x: jax.Array, packed: jax.Array, outputs: int) -> jax.Array:
     return jax.ffi.ffi_call("apt_matmul", shape)(x if x.dtype == packed.dtype else x.astype(jnp.float32), packed)
 
 
+def matmul_int8(x: jax.Array, packed: jax.Array, scale: jax.Array, outputs: int, *, dynamic: bool) -> jax.Array:
+    """Float32 `[R, outputs]`: `x [R, inputs]` times codes from `packed_int8.pack_int8` and the outputs' scales. Pure.
+
+    Sums are as `PackedInt8Kernel.dynamic` says; those of a row do not depend on the other rows. A dynamic row that is
+    not finite gives NaN.
+    """
+    shape = jax.ShapeDtypeStruct((x.shape[0], outputs), jnp.float32)
+    x = x if x.dtype == jnp.bfloat16 else x.astype(jnp.float32)
+    return jax.ffi.ffi_call("apt_matmul_int8", shape)(x, packed, scale, dynamic=dynamic)
+
+
 def _attend(target: str, q: jax.Array, *args: jax.Array) -> Partial:
     shapes = (jax.ShapeDtypeStruct(q.shape, jnp.float32), jax.ShapeDtypeStruct(q.shape[:2], jnp.float32))
     return Partial(*jax.ffi.ffi_call(target, shapes)(q.astype(jnp.float32), *args))
@@ -57,15 +68,19 @@ def all_layers(
     ffn_dim: int,
     num_blocks: int,
     norm_first: bool,
+    dynamic: Sequence[bool],
 ) -> tuple[jax.Array, jax.Array]:
     """All layers of a step: the residual stream `[T, D]` and the pool, both in place. Pure.
 
     Args:
         x: `[T, D]`. Tokens after which hidden states are not wanted get anything finite, padding stays as it is.
         rows: see `apt_jax/batching/arrays.py`.
-        parameters: layer by layer in the order of `Layer` in layers.h, kernels from `packed.pack`, all of x's dtype;
-            one that the model does not have is an array without elements.
+        parameters: layer by layer in the order of `Layer` in layers.h, kernels from `packed.pack`, all of x's dtype, or
+            from `packed_int8.pack_int8`, and after each kernel the scales of its outputs and factors of its inputs
+            (powers of two), float32; one that the model or the kernel does not have is an array without elements.
         num_blocks: P, the pool's blocks of a layer.
+        dynamic: see `PackedInt8Kernel`, of the kernels of a layer, in their order. Keys and values of hidden rows are
+            never multiplied so, since what is absorbed is not.
     """
     shapes = (jax.ShapeDtypeStruct(x.shape, x.dtype), jax.ShapeDtypeStruct(pool.shape, pool.dtype))
     call = jax.ffi.ffi_call("apt_all_layers", shapes, input_output_aliases={0: 0, 1: 1})
@@ -74,5 +89,6 @@ def all_layers(
         *rows.tables,
         *parameters,
         heads=np.int64(heads), ffn=np.int64(ffn_dim), blocks=np.int64(num_blocks), norm_first=norm_first,
+        dynamic=np.int64(sum(own << i for i, own in enumerate(dynamic))),
     )  # fmt: skip
     return new_x, new_pool

@@ -2,7 +2,7 @@
 #include "attention.h"
 #include "chunk.h"
 #include "layers.h"
-#include "matmul.h"
+#include "products.h"
 
 #include <algorithm>
 #include <atomic>
@@ -64,13 +64,29 @@ ffi::Error hidden_decode(ffi::ThreadPool threads, Floats q, ffi::AnyBuffer pool,
   return ffi::Error::Success();
 }
 
+// Only bfloat16 is multiplied as that.
 ffi::Error matmul(ffi::ThreadPool threads, ffi::AnyBuffer x, ffi::AnyBuffer packed, ffi::Result<Floats> out) {
   apt::Team team = team_of(threads);
   const auto sizes = x.dimensions();
-  with_numbers_of(packed, [&](auto* numbers) {
-    with_numbers_of(x, [&](auto* rows) {
-      apt::matmul(team, rows, sizes[0], numbers, out->dimensions()[1], sizes[1], out->typed_data());
+  const apt::Kernel kernel{apt::Form::kNumbers, packed.untyped_data()};
+  with_numbers_of(packed, [&]<class Number>(const Number*) {
+    with_numbers_of(x, [&]<class From>(const From* rows) {
+      using As = std::conditional_t<std::is_same_v<From, Number>, apt::Factor<From>, float>;
+      apt::matmul<As, Number>(team, rows, sizes[0], kernel, out->dimensions()[1], sizes[1], out->typed_data());
     });
+  });
+  return ffi::Error::Success();
+}
+
+ffi::Error matmul_int8(ffi::ThreadPool threads, ffi::AnyBuffer x, ffi::Buffer<DataType::S8> packed, Floats scale,
+                       ffi::Result<Floats> out, bool dynamic) {
+  apt::Team team = team_of(threads);
+  const auto sizes = x.dimensions();
+  const apt::Kernel kernel{dynamic ? apt::Form::kAllCodes : apt::Form::kCodes, packed.untyped_data(),
+                           scale.typed_data()};
+  with_numbers_of(x, [&]<class From>(const From* rows) {
+    apt::matmul<apt::Factor<From>, apt::Factor<From>>(team, rows, sizes[0], kernel, out->dimensions()[1], sizes[1],
+                                                      out->typed_data());
   });
   return ffi::Error::Success();
 }
@@ -93,16 +109,56 @@ ffi::Error chunk(ffi::ThreadPool threads, Floats q, Floats k, Floats v, Numbers 
   return ffi::Error::Success();
 }
 
-// `parameters` are those of apt::Layer, in its order, layer after layer; one without numbers is not there.
+// The parameters of layers as a call has them: those of apt::Layer in its order, layer after layer, and after every
+// kernel the scales of its outputs and the factors of its inputs. One without numbers is not there. Bit i of `dynamic`
+// belongs to a layer's kernel i.
+class Parameters {
+ public:
+  static constexpr size_t kOfLayer = 28;
+
+  Parameters(const ffi::RemainingArgs& all, int64_t dynamic) : all_(all), dynamic_(dynamic) {}
+
+  template <class Number>
+  apt::Layer<Number> layer() {
+    apt::Layer<Number> own;
+    kernel_ = 0;
+    next(own.attention_scale), next(own.attention_bias);
+    next(own.q), next(own.q_bias), next(own.k), next(own.k_bias), next(own.v), next(own.v_bias);
+    next(own.out), next(own.out_bias), next(own.final_scale), next(own.final_bias);
+    next(own.fc1), next(own.fc1_bias), next(own.fc2), next(own.fc2_bias);
+    return own;
+  }
+
+ private:
+  template <class Number>
+  void next(const Number*& to) {
+    const auto own = all_.get<ffi::AnyBuffer>(next_++).value();
+    to = own.element_count() ? static_cast<const Number*>(own.untyped_data()) : nullptr;
+  }
+
+  void next(apt::Kernel& to) {
+    const bool codes = all_.get<ffi::AnyBuffer>(next_).value().element_type() == DataType::S8;
+    const bool dynamic = dynamic_ >> kernel_++ & 1;
+    to.form = !codes ? apt::Form::kNumbers : dynamic ? apt::Form::kAllCodes : apt::Form::kCodes;
+    const char* packed;
+    next(packed), next(to.scale), next(to.factor);
+    to.packed = packed;
+  }
+
+  const ffi::RemainingArgs& all_;
+  const int64_t dynamic_;
+  int kernel_ = 0;
+  size_t next_ = 0;
+};
+
 ffi::Error all_layers(ffi::ThreadPool threads, ffi::AnyBuffer x, ffi::AnyBuffer pool, Numbers start, Numbers length,
                       Numbers last, Numbers wanted, ffi::Buffer<DataType::PRED> is_hidden, Numbers key_or_hidden_blocks,
                       Numbers value_blocks, ffi::RemainingArgs parameters, ffi::Result<ffi::AnyBuffer> new_x,
                       ffi::Result<ffi::AnyBuffer> new_pool, int64_t heads, int64_t ffn, int64_t blocks,
-                      bool norm_first) {
-  constexpr size_t kOfLayer = sizeof(apt::Layer<float>) / sizeof(float*);
+                      bool norm_first, int64_t dynamic) {
   if (new_x->untyped_data() != x.untyped_data() || new_pool->untyped_data() != pool.untyped_data())
     return ffi::Error::Internal("all_layers: x and pool must be updated in place");
-  if (parameters.size() % kOfLayer) return ffi::Error::InvalidArgument("all_layers: parameters are missing");
+  if (parameters.size() % Parameters::kOfLayer) return ffi::Error::InvalidArgument("all_layers: parameters are missing");
   const apt::StepShape shape{int(start.dimensions()[0]),        int(x.dimensions()[1]),
                              int(ffn),                          int(heads),
                              int(blocks),                       int(pool.dimensions()[1]),
@@ -111,14 +167,10 @@ ffi::Error all_layers(ffi::ThreadPool threads, ffi::AnyBuffer x, ffi::AnyBuffer 
                            wanted.typed_data(), key_or_hidden_blocks.typed_data(), value_blocks.typed_data(),
                            is_hidden.typed_data()};
   apt::Team team = team_of(threads);
-  with_numbers_of(pool, [&](auto* numbers) {
-    using Number = std::remove_const_t<std::remove_pointer_t<decltype(numbers)>>;
-    std::vector<apt::Layer<Number>> layers(parameters.size() / kOfLayer);
-    for (size_t i = 0; i < parameters.size(); i++) {
-      const auto own = parameters.get<ffi::AnyBuffer>(i).value();
-      const auto* at = own.element_count() ? static_cast<const Number*>(own.untyped_data()) : nullptr;
-      std::memcpy(reinterpret_cast<char*>(layers.data()) + i * sizeof at, &at, sizeof at);
-    }
+  with_numbers_of(pool, [&]<class Number>(const Number*) {
+    Parameters read(parameters, dynamic);
+    std::vector<apt::Layer<Number>> layers(parameters.size() / Parameters::kOfLayer);
+    for (apt::Layer<Number>& own : layers) own = read.layer<Number>();
     apt::all_layers(team, shape, rows, layers, static_cast<Number*>(new_pool->untyped_data()),
                     static_cast<Number*>(new_x->untyped_data()));
   });
@@ -138,6 +190,9 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(apt_hidden_decode, hidden_decode,
                                   .Arg<Numbers>().Ret<Floats>().Ret<Floats>());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(apt_matmul, matmul,
                               ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<ffi::AnyBuffer>().Arg<ffi::AnyBuffer>().Ret<Floats>());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(apt_matmul_int8, matmul_int8,
+                              ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::Buffer<DataType::S8>>().Arg<Floats>().Ret<Floats>().Attr<bool>("dynamic"));
 XLA_FFI_DEFINE_HANDLER_SYMBOL(apt_chunk, chunk,
                               ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<Floats>().Arg<Floats>().Arg<Floats>()
                                   .Arg<Numbers>().Ret<Floats>().Ret<Floats>());
@@ -146,4 +201,4 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(apt_all_layers, all_layers,
                                   .Arg<Numbers>().Arg<Numbers>().Arg<Numbers>().Arg<Numbers>()
                                   .Arg<ffi::Buffer<DataType::PRED>>().Arg<Numbers>().Arg<Numbers>().RemainingArgs().Ret<ffi::AnyBuffer>().Ret<ffi::AnyBuffer>()
                                   .Attr<int64_t>("heads").Attr<int64_t>("ffn").Attr<int64_t>("blocks")
-                                  .Attr<bool>("norm_first"));
+                                  .Attr<bool>("norm_first").Attr<int64_t>("dynamic"));

@@ -10,23 +10,39 @@
 #include <utility>
 #include <vector>
 
+#include "absorption.h"
 #include "attention.h"
 #include "chunk.h"
 #include "matmul.h"
+#include "products.h"
 #include "threads.h"
 #include "vectors.h"
 
 namespace apt {
 
 constexpr int kChunkTokens = 8;     // from which on a row's tokens are processed together
-constexpr int kRowsTogether = 8;    // hidden ones, from which on queries of all are made wide at once
 constexpr int kKeysPacked = 4096;   // at a time, if one request has not more
 
 // A layer's parameters; null: the model does not have it. Kernels are packed, see matmul.h.
 template <class Number>
 struct Layer {
-  const Number *attention_scale, *attention_bias, *q, *q_bias, *k, *k_bias, *v, *v_bias, *out, *out_bias;
-  const Number *final_scale, *final_bias, *fc1, *fc1_bias, *fc2, *fc2_bias;
+  const Number *attention_scale, *attention_bias;
+  Kernel q;
+  const Number* q_bias;
+  Kernel k;
+  const Number* k_bias;
+  Kernel v;
+  const Number* v_bias;
+  Kernel out;
+  const Number *out_bias, *final_scale, *final_bias;
+  Kernel fc1;
+  const Number* fc1_bias;
+  Kernel fc2;
+  const Number* fc2_bias;
+
+  bool has_codes() const {
+    return q.is_codes() || k.is_codes() || v.is_codes() || out.is_codes() || fc1.is_codes() || fc2.is_codes();
+  }
 };
 
 struct StepShape {
@@ -41,13 +57,6 @@ struct StepRows {
   const int32_t *start, *length, *last, *wanted, *key_or_hidden_blocks, *value_blocks;
   const bool* is_hidden;
 };
-
-template <class Number>
-inline float rounded(float x) {
-  Number out;
-  from_float(x, &out);
-  return to_float(out);
-}
 
 // The layer norm of `x [size]`; scale and bias may be null.
 template <class Number>
@@ -75,7 +84,8 @@ inline void normalize(const float* x, const Number* scale, const Number* bias, i
 template <class Number>
 class Step {
  public:
-  Step(Team& team, const StepShape& shape, const StepRows& rows, Number* pool)
+  // `codes`: some kernels are codes.
+  Step(Team& team, const StepShape& shape, const StepRows& rows, Number* pool, bool codes)
       : team_(team), shape_(shape), pool_(pool) {
     const auto add = [&](bool hidden, bool together) {
       for (int r = 0; r < shape.rows; r++)
@@ -92,16 +102,22 @@ class Step {
     tiles_ = Tiles(tokens());
     const size_t D = shape.width, n = tokens(), wide = size_t(num_hidden_) * shape.heads * D;
     size_t projected = 0;
-    for (const Group& group : groups_) projected = std::max(projected, group.projected.size() * D);
-    float* at = memory_.of(n * (8 * D + 2 * shape.ffn + shape.heads) + 2 * wide + 3 * projected);
+    for (const Group& group : groups_) projected = std::max(projected, group.projected.size());
+    using Transposed = Operands<Factor<Number>>;
+    const int most = codes ? 5 : 1;  // for q, and keys and values of both kinds of rows
+    const size_t sizes[] = {Transposed::size(n, D, most), Transposed::size(n, shape.ffn, 1),
+                            Transposed::size(projected, D, codes ? 2 : 1)};
+    float* at = memory_.of(n * (7 * D + shape.ffn + shape.heads) + (codes ? 2 * n * D : 0) + 2 * wide +
+                           2 * projected * D + sizes[0] + sizes[1] + sizes[2]);
     const auto next = [&](size_t size) { return std::exchange(at, at + size); };
-    const auto next_factor = [&](size_t size) { return reinterpret_cast<Factor<Number>*>(next(size)); };
-    stream_ = next(n * D), normed_ = next(n * D), transposed_ = next_factor(n * D);
+    stream_ = next(n * D), normed_ = next(n * D), transposed_ = Transposed(next(sizes[0]), n, D);
     q_ = next(n * D), k_ = next(n * D), v_ = next(n * D);
+    hidden_k_ = codes ? next(n * D) : k_, hidden_v_ = codes ? next(n * D) : v_;
     attended_ = next(n * D), added_ = next(n * D);
-    inner_ = next(n * shape.ffn), inner_transposed_ = next_factor(n * shape.ffn);
+    inner_ = next(n * shape.ffn), inner_transposed_ = Transposed(next(sizes[1]), n, shape.ffn);
     wide_ = next(wide), wide_found_ = next(wide), lse_ = next(n * shape.heads);
-    prefix_transposed_ = next_factor(projected), prefix_k_ = next(projected), prefix_v_ = next(projected);
+    prefix_transposed_ = Transposed(next(sizes[2]), projected, D);
+    prefix_k_ = next(projected * D), prefix_v_ = next(projected * D);
   }
 
   // x [tokens with padding, width].
@@ -134,49 +150,65 @@ class Step {
       };
     };
 
-    enter(shape_.norm_first, own.attention_scale, own.attention_bias);
-    std::vector<Product<Number>> products{{own.q, D, q_, with_bias(q_, own.q_bias, scale), 0, n}};
+    std::vector<Product> products{{own.q, D, q_, with_bias(q_, own.q_bias, scale), 0, n}};
     add_keys_values(products, own, n);  // one by one, hidden rows need none
-    multiply(team_, transposed_, tiles_, D, products);
+    enter(shape_.norm_first, own.attention_scale, own.attention_bias, products);
+    multiply<Number>(team_, transposed_, tiles_, products);
     write(pool);
     attend_hidden(own, pool);
     attend_kv(pool);
     for (const Group& group : groups_) attend_group(group, own, pool);
+    products = {{own.out, D, added_, add_to_stream(own.out_bias), 0, n}};
+    transposed_.choose(products);
     each_tile(8.0 * D, [&](int tile) {
       if constexpr (sizeof(Number) < sizeof(float))
         for (size_t i = size_t(tiles_.first(tile)) * D; i < size_t(tiles_.first(tile + 1)) * D; i++)
           attended_[i] = rounded<Number>(attended_[i]);
       transpose_tile(tile, attended_);
     });
-    multiply<Factor<Number>, Number>(team_, transposed_, tiles_, D,
-                                     {{own.out, D, added_, add_to_stream(own.out_bias), 0, n}});
+    multiply<Number>(team_, transposed_, tiles_, products);
     if (!shape_.norm_first) norm_stream(own.attention_scale, own.attention_bias);
 
-    enter(shape_.norm_first, own.final_scale, own.final_bias);
-    multiply<Factor<Number>, Number>(team_, transposed_, tiles_, D,
-                                     {{own.fc1, F, inner_, [&](int first, int last, int begin, int end) {
-      const auto relu = [&](float x, int i) {
-        const float inner = biased(x, own.fc1_bias, begin + i);
-        return inner < 0 ? 0 : inner;  // NaN stays NaN
-      };
+    const auto relu = [&](float x, int i) {
+      const float inner = biased(x, own.fc1_bias, i);
+      return inner < 0 ? 0 : inner;  // NaN stays NaN
+    };
+    std::vector<Product> outer{{own.fc2, D, added_, add_to_stream(own.fc2_bias), 0, n}};
+    inner_transposed_.choose(outer);
+    const auto put_inner = [&](int first, int last, int begin, int end) {
       for (int t = first; t < last;) {
         const int rows = tiles_.rows(tiles_.of(t));
         transpose([&](int m) { return inner_ + size_t(t + m) * F + begin; }, rows, end - begin,
-                  inner_transposed_ + size_t(t) * F + size_t(begin) * rows, rows, relu);
+                  inner_transposed_.numbers(0) + size_t(t) * padded(F) + size_t(begin) * rows, rows,
+                  [&](float x, int i) {
+                    const float inner = relu(x, begin + i);
+                    return own.fc2.factor ? inner * own.fc2.factor[begin + i] : inner;
+                  },
+                  end == F ? padded(F) - begin : 0);
         t += rows;
       }
-    }, 0, n}});
-    multiply<Factor<Number>, Number>(team_, inner_transposed_, tiles_, F,
-                                     {{own.fc2, D, added_, add_to_stream(own.fc2_bias), 0, n}});
+    };
+    const bool puts_codes = own.fc2.form == Form::kAllCodes;  // they need a row's greatest number first
+    products = {{own.fc1, F, inner_, {}, 0, n}};
+    if (!puts_codes) products[0].finish = put_inner;
+    enter(shape_.norm_first, own.final_scale, own.final_bias, products);
+    multiply<Number>(team_, transposed_, tiles_, products);
+    if (puts_codes)
+      each_tile(8.0 * F, [&](int tile) {
+        for (int t = tiles_.first(tile); t < tiles_.first(tile + 1); t++)
+          for (int i = 0; i < F; i++) inner_[size_t(t) * F + i] = relu(inner_[size_t(t) * F + i], i);
+        inner_transposed_.put(tiles_, tile, rows_of(inner_, tiles_.first(tile), F));
+      });
+    multiply<Number>(team_, inner_transposed_, tiles_, outer);
     if (!shape_.norm_first) norm_stream(own.final_scale, own.final_bias);
   }
 
   // Of layer number l only what is cached.
   void cache(const Layer<Number>& own, int l) {
-    enter(shape_.norm_first, own.attention_scale, own.attention_bias);
-    std::vector<Product<Number>> products;
+    std::vector<Product> products;
     add_keys_values(products, own, end_of_kv_);
-    multiply(team_, transposed_, tiles_, shape_.width, products);
+    enter(shape_.norm_first, own.attention_scale, own.attention_bias, products);
+    multiply<Number>(team_, transposed_, tiles_, products);
     write(pool_of(l));
   }
 
@@ -234,11 +266,18 @@ class Step {
 
   Number* pool_of(int l) const { return pool_ + size_t(l) * shape_.blocks * shape_.page_tokens * shape_.width; }
 
-  // Keys and values of the tokens `[num_hidden_, end)`.
-  void add_keys_values(std::vector<Product<Number>>& products, const Layer<Number>& own, int end) const {
-    if (num_hidden_ == end) return;
-    products.push_back({own.k, shape_.width, k_, with_bias(k_, own.k_bias), num_hidden_, end});
-    products.push_back({own.v, shape_.width, v_, with_bias(v_, own.v_bias), num_hidden_, end});
+  // Keys and values of the tokens `[num_hidden_, end)`. Those of hidden rows are multiplied with rows as they are: what is
+  // absorbed is, too, and results must not depend on which of both a token meets.
+  void add_keys_values(std::vector<Product>& products, const Layer<Number>& own, int end) const {
+    const auto add = [&](const Kernel& kernel, const Number* bias, float* out, float* hidden_out) {
+      const bool parts = kernel.form == Form::kAllCodes;
+      const int border = parts ? std::min(end_of_kv_, end) : end;
+      if (num_hidden_ < border)
+        products.push_back({kernel, shape_.width, out, with_bias(out, bias), num_hidden_, border});
+      if (border < end)
+        products.push_back({kernel.with(Form::kCodes), shape_.width, hidden_out, with_bias(hidden_out, bias), border, end});
+    };
+    add(own.k, own.k_bias, k_, hidden_k_), add(own.v, own.v_bias, v_, hidden_v_);
   }
 
   static float biased(float x, const Number* bias, int i) {
@@ -271,8 +310,9 @@ class Step {
   }
 
   // `normed_`, and in `transposed_` the same in tiles for the products to come.
-  void enter(bool norm, const Number* scale, const Number* bias) {
+  void enter(bool norm, const Number* scale, const Number* bias, std::vector<Product>& products) {
     const int D = shape_.width;
+    transposed_.choose(products);
     each_tile(16.0 * D, [&](int tile) {
       for (int t = tiles_.first(tile); t < tiles_.first(tile + 1); t++) {
         const float* from = stream_ + size_t(t) * D;
@@ -285,10 +325,12 @@ class Step {
     });
   }
 
-  void transpose_tile(int tile, const float* x) {
-    const int D = shape_.width, rows = tiles_.rows(tile);
-    const size_t at = size_t(tiles_.first(tile)) * D;
-    transpose([&](int m) { return x + at + size_t(m) * D; }, rows, D, transposed_ + at, rows);
+  static auto rows_of(const float* x, int first, int size) {
+    return [=](int m) { return x + size_t(first + m) * size; };
+  }
+
+  void transpose_tile(int tile, const float* x) const {
+    transposed_.put(tiles_, tile, rows_of(x, tiles_.first(tile), shape_.width));
   }
 
   void norm_stream(const Number* scale, const Number* bias) {
@@ -322,97 +364,13 @@ class Step {
               [&](int r) { return tokens_[first + r].values; }, context_.data() + first, attended_ + at, lse_);
   }
 
-  // Source: docs/hybrid_cache.md: queries of D numbers for each head, over the vectors themselves.
   void attend_hidden(const Layer<Number>& own, const Number* pool) {
-    const int count = num_hidden_, D = shape_.width, N = shape_.heads, H = shape_.head_dim();
-    if (!count) return;
-    constexpr int kPart = 256;
-    const int parts = (D + kPart - 1) / kPart;
-    team_.run(N * parts, 2.0 * count * N * D * H, [&](int i) {
-      const int n = i / parts, begin = i % parts * kPart, end = std::min(begin + kPart, D);
-      if (count >= kRowsTogether) return absorb_together(own.k, n, begin, end);
-      for (int r = 0; r < count; r++)
-        absorb(q_ + size_t(r) * D + size_t(n) * H, own.k + size_t(n) * H * D, begin, end,
-               wide_ + (size_t(r) * N + n) * D);
-    });
-    hidden_decode(team_, attention_shape(count), wide_, pool,
-                  [&](int r) { return tokens_[r].keys_or_hidden; }, context_.data(), wide_found_, lse_);
-    const Tiles tiles(count);
-    team_.run(N, double(count) * D * D, [&](int n) {
-      thread_local Scratch scratch;
-      float* transposed = scratch.of(size_t(count) * D);
-      for (int tile = 0; tile < tiles.count; tile++) {
-        const int first = tiles.first(tile), rows = tiles.rows(tile);
-        transpose([&](int m) { return wide_found_ + (size_t(first + m) * N + n) * D; }, rows, D,
-                  transposed + size_t(first) * D, rows);
-      }
-      multiply_packed(transposed, tiles, 0, tiles.count, own.v + size_t(n) * H * D, 0, H / kPackedWidth, D,
-                      attended_ + n * H, D);
-      if (own.v_bias)
-        for (int r = 0; r < count; r++)
-          for (int i = n * H; i < (n + 1) * H; i++) attended_[size_t(r) * D + i] += to_float(own.v_bias[i]);
-    });
-  }
-
-  // The numbers of one input in a packed tile, of the outputs from `lane` on.
-  static Vector of_inputs(const float* packed_tile, int i, int lane) {
-    return load(packed_tile + size_t(i) * kPackedWidth + lane);
-  }
-  static Vector of_inputs(const BFloat16* packed_tile, int i, int lane) {
-    const Bits pairs = load_pairs(packed_tile + (size_t(i / 2) * kPackedWidth + lane) * 2);
-    return i % 2 ? seconds(pairs) : firsts(pairs);
-  }
-
-  // out [begin, end) = the head's packed tiles times its query, for inputs `[begin, end)`.
-  void absorb(const float* q, const Number* packed, int begin, int end, float* out) const {
-    const int H = shape_.head_dim(), D = shape_.width;
-    for (int at = begin; at < end; at += 4) {
-      Vector sums[4] = {};
-      const int count = std::min(4, end - at);
-      for (int j = 0; j < H; j += kPackedWidth)
-        for (int i = 0; i < count; i++)
-          for (int lane = 0; lane < kPackedWidth; lane += kLanes)
-            sums[i] += load(q + j + lane) * of_inputs(packed + size_t(j) * D, at + i, lane);
-      float found[4];
-      sum_four(sums[0], sums[1], sums[2], sums[3], found);
-      for (int i = 0; i < count; i++) out[at + i] = rounded<Number>(found[i]);
-    }
-  }
-
-  // The same for all hidden rows that are taken one by one: rows are the lanes of vectors, which pays for many. The
-  // sums are in another order.
-  void absorb_together(const Number* packed, int n, int begin, int end) const {
-    constexpr int kInputs = 8;
-    const int D = shape_.width, N = shape_.heads, H = shape_.head_dim();
-    thread_local Scratch scratch;
-    float* queries = scratch.of(size_t(H) * kPackedWidth);
-    for (int first = 0; first < num_hidden_; first += kPackedWidth) {
-      const int rows = std::min(kPackedWidth, num_hidden_ - first);
-      transpose([&](int r) { return q_ + size_t(first + r) * D + size_t(n) * H; }, rows, H, queries, kPackedWidth);
-      for (int at = begin; at < end; at += kInputs) {
-        alignas(64) float found[kInputs * kPackedWidth];
-        alignas(64) float room[kInputs * kPackedWidth];
-        for (int from = 0; from < H; from += kPackedWidth) {
-          const Number* packed_tile = packed + (size_t(n) * H + from) * D;
-          const float* inputs = as_floats(packed_tile + size_t(at) * kPackedWidth, kInputs, room);
-          for (int lane = 0; lane < rows; lane += kLanes) {
-            Vector sums[kInputs] = {};
-#pragma GCC unroll 8
-            for (int i = 0; i < kInputs && from; i++) sums[i] = load(found + i * kPackedWidth + lane);
-            for (int j = 0; j < kPackedWidth; j++) {
-              const Vector own = load(queries + size_t(from + j) * kPackedWidth + lane);
-#pragma GCC unroll 8
-              for (int i = 0; i < kInputs; i++) sums[i] += inputs[i * kPackedWidth + j] * own;
-            }
-#pragma GCC unroll 8
-            for (int i = 0; i < kInputs; i++) store(found + i * kPackedWidth + lane, sums[i]);
-          }
-        }
-        for (int r = 0; r < rows; r++)
-          for (int i = 0; i < kInputs; i++)
-            wide_[(size_t(first + r) * N + n) * D + at + i] = rounded<Number>(found[i * kPackedWidth + r]);
-      }
-    }
+    const Shape shape = attention_shape(num_hidden_);
+    if (!num_hidden_) return;
+    absorb<Number>(team_, shape, q_, own.k, wide_);
+    hidden_decode(team_, shape, wide_, pool, [&](int r) { return tokens_[r].keys_or_hidden; }, context_.data(),
+                  wide_found_, lse_);
+    multiply_values(team_, shape, wide_found_, own.v, own.v_bias, attended_);
   }
 
   void attend_group(const Group& group, const Layer<Number>& own, const Number* pool) {
@@ -420,17 +378,18 @@ class Step {
     const auto cached = [&](int32_t block, int inside) { return pool + (size_t(block) * S + inside) * D; };
     if (const int rows = group.projected.size()) {
       const Tiles tiles(rows);
+      const auto kernel = [](const Kernel& of) { return of.is_codes() ? of.with(Form::kCodes) : of; };
+      std::vector<Product> products{{kernel(own.k), D, prefix_k_, with_bias(prefix_k_, own.k_bias), 0, rows},
+                                    {kernel(own.v), D, prefix_v_, with_bias(prefix_v_, own.v_bias), 0, rows}};
+      prefix_transposed_.choose(products);
       team_.run(tiles.count, 8.0 * rows * D, [&](int i) {
-        const int first = tiles.first(i);
         const auto row = [&](int m) {
-          const Cached& at = group.projected[first + m];
+          const Cached& at = group.projected[tiles.first(i) + m];
           return cached(at.block, at.inside);
         };
-        transpose(row, tiles.rows(i), D, prefix_transposed_ + size_t(first) * D, tiles.rows(i));
+        prefix_transposed_.put(tiles, i, row);
       });
-      multiply<Factor<Number>, Number>(team_, prefix_transposed_, tiles, D,
-                       {{own.k, D, prefix_k_, with_bias(prefix_k_, own.k_bias), 0, rows},
-                        {own.v, D, prefix_v_, with_bias(prefix_v_, own.v_bias), 0, rows}});
+      multiply<Number>(team_, prefix_transposed_, tiles, products);
     }
     const size_t at = size_t(num_single_) * D;
     using X = Factor<Number>;
@@ -453,11 +412,15 @@ class Step {
                       };
                     };
                     if (owner.hidden)
-                      pack(projected(prefix_k_, k_), projected(prefix_v_, v_));
+                      pack(projected(prefix_k_, hidden_k(own)), projected(prefix_v_, hidden_v(own)));
                     else
                       pack(paged(owner.keys_or_hidden), paged(owner.values));
                   });
   }
+
+  // Of hidden rows' chunks, see `add_keys_values`.
+  const float* hidden_k(const Layer<Number>& own) const { return own.k.form == Form::kAllCodes ? hidden_k_ : k_; }
+  const float* hidden_v(const Layer<Number>& own) const { return own.v.form == Form::kAllCodes ? hidden_v_ : v_; }
 
   Team& team_;
   const StepShape shape_;
@@ -469,10 +432,10 @@ class Step {
   int num_hidden_ = 0, num_single_ = 0, end_of_kv_ = 0;  // tokens of the first, the first two, the first three of these
   Tiles tiles_{0};
   Borrowed memory_;
-  float *stream_, *normed_, *q_, *k_, *v_, *attended_, *added_, *inner_;
+  float *stream_, *normed_, *q_, *k_, *v_, *hidden_k_, *hidden_v_, *attended_, *added_, *inner_;
   float *wide_, *wide_found_, *lse_;  // wide: [hidden tokens one by one, heads, D]
   float *prefix_k_, *prefix_v_;
-  Factor<Number> *transposed_, *inner_transposed_, *prefix_transposed_;
+  Operands<Factor<Number>> transposed_, inner_transposed_, prefix_transposed_;
 };
 
 // x [tokens with padding, width], all layers one after the other. Of the last one, tokens that are not among the wanted
@@ -487,7 +450,8 @@ void all_layers(Team& team, const StepShape& shape, const StepRows& rows, const 
     start[r] = rows.start[r] + rows.length[r] - length[r];
     all &= length[r] == rows.length[r];
   }
-  Step<Number> step(team, shape, rows, pool);
+  const bool codes = std::any_of(layers.begin(), layers.end(), [](const auto& own) { return own.has_codes(); });
+  Step<Number> step(team, shape, rows, pool, codes);
   const int count = layers.size(), whole = all ? count : count - 1;
   step.start(x);
   for (int l = 0; l < whole; l++) step.run(layers[l], l);
@@ -496,7 +460,7 @@ void all_layers(Team& team, const StepShape& shape, const StepRows& rows, const 
   if (all) return;
   StepRows wanted = rows;
   wanted.start = start.data(), wanted.length = length.data();
-  Step<Number> last(team, shape, wanted, pool);
+  Step<Number> last(team, shape, wanted, pool, codes);
   last.start(x);
   last.run(layers[whole], whole);
   last.finish(x);

@@ -1,15 +1,15 @@
 // x [rows, inputs] times a kernel packed in tiles `[outputs / kPackedWidth, inputs, kPackedWidth]`, padded with zeros;
-// in bfloat16 `[outputs / kPackedWidth, inputs / 2, kPackedWidth, 2]`, two inputs adjacent.
+// in bfloat16 `[outputs / kPackedWidth, inputs / 2, kPackedWidth, 2]`, two inputs adjacent, of codes (int8.h) four of them,
+// with zeros after the last input.
 //
 // A packed tile is read from start to end, so it can be prefetched; a tile of rows multiplies it without a sum across a
 // vector. A result is the sum over inputs in their order, for any number of rows.
 #pragma once
 
 #include <algorithm>
-#include <functional>
 #include <type_traits>
-#include <vector>
 
+#include "int8.h"
 #include "threads.h"
 #include "vectors.h"
 
@@ -25,14 +25,18 @@ constexpr int kTallest = 3;
 constexpr int kStepsAtOnce = 768;       // of a packed tile, between which sums go to memory
 constexpr int kTilesOfBlock = (128 + kTallest - 1) / kTallest;  // that share a packed tile while it is in the cache
 constexpr int kBytesAtOnce = 512 << 10;  // of a block's x: half of the second cache
-constexpr int kTilesToWiden = 4;  // from which on a bfloat16 packed tile is widened to float32 once for all of them
+constexpr int kTilesToWiden = 4;  // from which on a packed tile is widened to x's type once for all of them
 
 // Number of adjacent inputs, both in a packed tile and in a tile of x, that one step of a product takes.
 template <class Number>
-constexpr int kInStep = std::is_same_v<Number, BFloat16> ? 2 : 1;
+constexpr int kInStep = std::is_same_v<Number, int8_t> ? 4 : std::is_same_v<Number, BFloat16> ? 2 : 1;
+
+// Inputs of x, with zeros that any kernel's last step takes.
+inline int padded(int inputs) { return (inputs + 3) / 4 * 4; }
 
 // Row tiles of about the same height: the first `taller` have one row more. Each tile of the
-// rows `[rows, inputs]` is transposed: `[inputs, rows of the tile]`, of bfloat16 `[inputs / 2, rows of the tile, 2]`.
+// rows `[rows, padded(inputs)]` is transposed: `[inputs, rows of the tile]`, of bfloat16 `[inputs / 2, rows of the tile, 2]`,
+// of codes `[inputs / 4, rows of the tile, 4]`.
 struct Tiles {
   int count, height, taller;
 
@@ -46,58 +50,90 @@ struct Tiles {
   }
 };
 
+// What makes results of sums over codes; without `of_outputs` sums stay what they are.
+struct Scales {
+  const float* of_outputs = nullptr;
+  float unit = 1;                  // of all
+  const float* of_rows = nullptr;  // if rows are codes too
+  const int32_t* begins = nullptr;  // by row, what its sums begin with, if rows are codes too
+
+  Scales at(int row, int output, bool ends) const {
+    return {ends && of_outputs ? of_outputs + output : nullptr, unit, of_rows ? of_rows + row : nullptr,
+            begins ? begins + row : nullptr};
+  }
+};
+
 // out [M, kPackedWidth] (+)= `steps` of x, M rows transposed, times those of a packed tile. Meanwhile prefetches `ahead`
 // bytes per step from `next`.
 template <int M, class X, class Number>
 __attribute__((noinline)) void multiply_tile(const X* x, const Number* packed_tile, int steps, float* out,
-                                             size_t out_step, bool adds, const char* next, int ahead) {
-  Vector sums[M][kVectors] = {};
-  if (adds)
+                                             size_t out_step, bool adds, const char* next, int ahead,
+                                             const Scales& scales) {
+  using Sum = std::conditional_t<std::is_same_v<X, int8_t>, Whole, Vector>;
+  Sum sums[M][kVectors] = {};
 #pragma GCC unroll 16
-    for (int m = 0; m < M; m++)
+  for (int m = 0; m < M; m++)
 #pragma GCC unroll 8
-      for (int v = 0; v < kVectors; v++) sums[m][v] = load(out + m * out_step + v * kLanes);
-  const auto add = [&](const float* x, const auto& numbers) {
-    Vector own[kVectors];
+    for (int v = 0; v < kVectors; v++)
+      if (adds)
+        std::memcpy(&sums[m][v], out + m * out_step + v * kLanes, sizeof(Sum));
+      else if constexpr (std::is_same_v<X, int8_t>)
+        sums[m][v] += scales.begins[m];
+  const auto add = [&](const X* x, const auto& numbers) {
+    decltype(numbers(0)) own[kVectors];
 #pragma GCC unroll 8
     for (int v = 0; v < kVectors; v++) own[v] = numbers(v);
 #pragma GCC unroll 16
     for (int m = 0; m < M; m++)
 #pragma GCC unroll 8
-      for (int v = 0; v < kVectors; v++) sums[m][v] += x[m] * own[v];
+      for (int v = 0; v < kVectors; v++)
+        sums[m][v] = add_products(sums[m][v], same(x + m * kInStep<X>), own[v]);
   };
   constexpr int kWide = kInStep<Number>;
   for (int i = 0; i < steps; i++, x += M * kWide, packed_tile += kPackedWidth * kWide, next += ahead) {
     __builtin_prefetch(next, 0, 2);
     __builtin_prefetch(next + ahead / 2, 0, 2);
-    if constexpr (std::is_same_v<X, BFloat16>) {
-      Bits own[kVectors];
-#pragma GCC unroll 8
-      for (int v = 0; v < kVectors; v++) own[v] = load_pairs(packed_tile + v * kLanes * 2);
-#pragma GCC unroll 16
-      for (int m = 0; m < M; m++)
-#pragma GCC unroll 8
-        for (int v = 0; v < kVectors; v++) sums[m][v] = add_products(sums[m][v], same_pair(x + 2 * m), own[v]);
+    const auto at = [&](int v) { return packed_tile + v * kLanes * kWide; };
+    if constexpr (std::is_same_v<X, int8_t>) {
+      add(x, [&](int v) { return as_factors(load_codes(at(v))); });
+    } else if constexpr (std::is_same_v<X, BFloat16> && std::is_same_v<Number, int8_t>) {
+      add(x, [&](int v) { return widened_pair<0>(load_codes(at(v))); });
+      add(x + 2 * M, [&](int v) { return widened_pair<2>(load_codes(at(v))); });
+    } else if constexpr (std::is_same_v<X, BFloat16>) {
+      add(x, [&](int v) { return load_pairs(at(v)); });
+    } else if constexpr (std::is_same_v<Number, int8_t>) {
+      add(x, [&](int v) { return widened<0>(load_codes(at(v))); });
+      add(x + M, [&](int v) { return widened<1>(load_codes(at(v))); });
+      add(x + 2 * M, [&](int v) { return widened<2>(load_codes(at(v))); });
+      add(x + 3 * M, [&](int v) { return widened<3>(load_codes(at(v))); });
     } else if constexpr (std::is_same_v<Number, BFloat16>) {
-      add(x, [&](int v) { return firsts(load_pairs(packed_tile + v * kLanes * 2)); });
-      add(x + M, [&](int v) { return seconds(load_pairs(packed_tile + v * kLanes * 2)); });
+      add(x, [&](int v) { return firsts(load_pairs(at(v))); });
+      add(x + M, [&](int v) { return seconds(load_pairs(at(v))); });
     } else {
-      add(x, [&](int v) { return load(packed_tile + v * kLanes); });
+      add(x, [&](int v) { return load(at(v)); });
     }
   }
 #pragma GCC unroll 16
   for (int m = 0; m < M; m++)
 #pragma GCC unroll 8
-    for (int v = 0; v < kVectors; v++) store(out + m * out_step + v * kLanes, sums[m][v]);
+    for (int v = 0; v < kVectors; v++) {
+      float* to = out + m * out_step + v * kLanes;
+      if (!scales.of_outputs)
+        std::memcpy(to, &sums[m][v], sizeof(Sum));
+      else if constexpr (std::is_same_v<X, int8_t>)
+        store(to, to_floats(sums[m][v]) * scales.of_rows[m] * load(scales.of_outputs + v * kLanes));
+      else
+        store(to, sums[m][v] * (load(scales.of_outputs + v * kLanes) * scales.unit));
+    }
 }
 
 template <class X, class Number, int M = kTallest>
 inline void multiply_tile_of(int rows, const X* x, const Number* packed_tile, int steps, float* out, size_t out_step,
-                             bool adds, const char* next, int ahead) {
+                             bool adds, const char* next, int ahead, const Scales& scales = {}) {
   if constexpr (M > 1)
     if (rows < M)
-      return multiply_tile_of<X, Number, M - 1>(rows, x, packed_tile, steps, out, out_step, adds, next, ahead);
-  multiply_tile<M>(x, packed_tile, steps, out, out_step, adds, next, ahead);
+      return multiply_tile_of<X, Number, M - 1>(rows, x, packed_tile, steps, out, out_step, adds, next, ahead, scales);
+  multiply_tile<M>(x, packed_tile, steps, out, out_step, adds, next, ahead, scales);
 }
 
 // Inputs of a packed tile as float32 `[inputs, kPackedWidth]`, in `room` if need be.
@@ -112,50 +148,82 @@ inline const float* as_floats(const BFloat16* packed_tile, int inputs, float* ro
   return room;
 }
 
+inline const float* as_floats(const int8_t* packed_tile, int inputs, float* room) {  // times kWidened
+  for (int i = 0; i < inputs * kPackedWidth; i += 4 * kPackedWidth)
+    for (int lane = 0; lane < kPackedWidth; lane += kLanes) {
+      const Bits codes = load_codes(packed_tile + i + 4 * lane);
+      float* to = room + i + lane;
+      store(to, widened<0>(codes)), store(to + kPackedWidth, widened<1>(codes));
+      store(to + 2 * kPackedWidth, widened<2>(codes)), store(to + 3 * kPackedWidth, widened<3>(codes));
+    }
+  return room;
+}
+
+// The same, as x's type.
+template <class Number>
+inline const float* widen(const Number* packed_tile, int inputs, float* room) {
+  return as_floats(packed_tile, inputs, room);
+}
+inline const BFloat16* widen(const int8_t* packed_tile, int inputs, BFloat16* room) {
+  for (int i = 0; i < inputs * kPackedWidth; i += 4 * kPackedWidth)
+    for (int lane = 0; lane < kPackedWidth; lane += kLanes) {
+      const Bits codes = load_codes(packed_tile + i + 4 * lane);
+      const Bits first = widened_pair<0>(codes), second = widened_pair<2>(codes);
+      std::memcpy(room + i + 2 * lane, &first, sizeof first);
+      std::memcpy(room + i + 2 * lane + 2 * kPackedWidth, &second, sizeof second);
+    }
+  return room;
+}
+
 // Packed tiles `[begin, end)` for the tiles `[first, last)`: x in tiles, out [rows, outputs].
 template <class X, class Number>
-void multiply_packed(const X* x, const Tiles& tiles, int first, int last, const Number* packed, int begin, int end,
-                     int inputs, float* out, int outputs) {
+void multiply_packed(const X* x, const Tiles& tiles, int first, int last, const Number* packed, const Scales& scales,
+                     int begin, int end, int inputs, float* out, int outputs) {
   constexpr int kWide = kInStep<Number>;
-  const int rows = tiles.first(last) - tiles.first(first), all_steps = inputs / kWide;
+  constexpr bool kWidens = kWide > kInStep<X>;
+  constexpr int kSteps = std::is_same_v<Number, int8_t> ? kStepsAtOnce * kInStep<X> / kWide : kStepsAtOnce;
+  const int rows = tiles.first(last) - tiles.first(first), all_steps = (inputs + kWide - 1) / kWide;
   const int most = kBytesAtOnce / int(sizeof(X)) / kWide;
-  const int depth = std::max(most / rows / kStepsAtOnce, 1) * kStepsAtOnce;
+  const int depth = std::max(most / rows / kSteps, 1) * kSteps;
   alignas(64) float edge[kTallest * kPackedWidth];
   for (int from = 0; from < all_steps; from += depth)
     for (int p = begin; p < end; p++) {
       const int to = std::min(from + depth, all_steps);
-      for (int at = from; at < to; at += kStepsAtOnce) {
-        const int steps = std::min(kStepsAtOnce, to - at);
+      for (int at = from; at < to; at += kSteps) {
+        const int steps = std::min(kSteps, to - at);
         const auto packed_at = [&](int p, int step) {
           return packed + (size_t(p) * all_steps + step) * kPackedWidth * kWide;
         };
         const Number* own = packed_at(p, at);
         const Number* next = at + steps < to ? packed_at(p, at + steps) : packed_at(p + 1, from);
         const int share = int(sizeof(Number)) * kPackedWidth * kWide / (last - first);
+        const bool ends = at + steps == all_steps;
         const auto all_tiles = [&](const auto* packed_tile, int tile_steps) {
           for (int i = first; i < last; i++) {
             const int m = tiles.first(i), height = tiles.rows(i);
             const int known = std::min(kPackedWidth, outputs - p * kPackedWidth);
-            const X* own_x = x + size_t(m) * inputs + size_t(at) * kWide * height;
+            const X* own_x = x + size_t(m) * padded(inputs) + size_t(at) * kWide * height;
             const char* ahead = reinterpret_cast<const char*>(next) + size_t(i - first) * share * steps;
             const int ahead_a_step = share * steps / tile_steps;
+            const Scales own_scales = scales.at(m, p * kPackedWidth, ends);
             float* own_out = out + size_t(m) * outputs + p * kPackedWidth;
             if (known == kPackedWidth) {
-              multiply_tile_of(height, own_x, packed_tile, tile_steps, own_out, outputs, at > 0, ahead, ahead_a_step);
+              multiply_tile_of(height, own_x, packed_tile, tile_steps, own_out, outputs, at > 0, ahead, ahead_a_step,
+                               own_scales);
               continue;
             }
             if (at > 0)
               for (int r = 0; r < height; r++)
                 std::copy_n(own_out + size_t(r) * outputs, known, edge + r * kPackedWidth);
-            multiply_tile_of(height, own_x, packed_tile, tile_steps, edge, kPackedWidth, at > 0, ahead, ahead_a_step);
+            multiply_tile_of(height, own_x, packed_tile, tile_steps, edge, kPackedWidth, at > 0, ahead, ahead_a_step,
+                             own_scales);
             for (int r = 0; r < height; r++) std::copy_n(edge + r * kPackedWidth, known, own_out + size_t(r) * outputs);
           }
         };
-        if constexpr (std::is_same_v<X, float> && std::is_same_v<Number, BFloat16>)
+        if constexpr (kWidens)
           if (last - first >= kTilesToWiden) {
-            alignas(64) thread_local float widened[kStepsAtOnce * 2 * kPackedWidth];
-            as_floats(own, 2 * steps, widened);
-            all_tiles(widened, 2 * steps);
+            alignas(64) thread_local X room[kSteps * kWide * kPackedWidth];
+            all_tiles(widen(own, kWide * steps, room), kWide / kInStep<X> * steps);
             continue;
           }
         all_tiles(own, steps);
@@ -165,9 +233,9 @@ void multiply_packed(const X* x, const Tiles& tiles, int first, int last, const 
 
 // out [inputs, rows], of bfloat16 `[inputs / 2, rows, 2]`, its columns `out_step` rows long, of `row(m)[i]`, a part at a
 // time: rows may be as far apart as is bad for the first cache. `number` makes a float32 of what is found,
-// `number(found, i)`.
+// `number(found, i)`. Zeros follow up to input number `end`.
 template <class Row, class X, class Make>
-inline void transpose(const Row& row, int rows, int inputs, X* out, int out_step, const Make& number) {
+inline void transpose(const Row& row, int rows, int inputs, X* out, int out_step, const Make& number, int end = 0) {
   constexpr int kPart = 64, kWide = kInStep<X>;
   for (int from = 0; from < inputs; from += kPart)
     for (int m = 0; m < rows; m++) {
@@ -177,75 +245,44 @@ inline void transpose(const Row& row, int rows, int inputs, X* out, int out_step
       if constexpr (kWide == 1) {
         for (int i = 0; i < count; i++) from_float(number(own[i], from + i), to + size_t(i) * out_step);
       } else {
-        X part[kPart];
+        X part[kPart + 1];
         for (int i = 0; i < count; i++) from_float(number(own[i], from + i), part + i);
+        part[count] = X{};
         for (int i = 0; i < count; i += kWide)
           std::memcpy(to + size_t(i) * out_step, part + i, kWide * sizeof(X));
       }
     }
+  for (int i = (inputs + kWide - 1) / kWide; i * kWide < end; i++)
+    for (int m = 0; m < rows; m++) std::fill_n(out + (size_t(i) * out_step + m) * kWide, kWide, X{});
 }
 
 template <class Row, class X>
-inline void transpose(const Row& row, int rows, int inputs, X* out, int out_step) {
-  transpose(row, rows, inputs, out, out_step, [](auto found, int) { return to_float(found); });
+inline void transpose(const Row& row, int rows, int inputs, X* out, int out_step, int end = 0) {
+  transpose(row, rows, inputs, out, out_step, [](auto found, int) { return to_float(found); }, end);
 }
 
-template <class Number>
-struct Product {
-  const Number* packed;
-  int outputs;
-  float* out;  // [rows, outputs]
-  // What is to be done with its rows `[first, last)`, outputs `[begin, end)`: finish(first, last, begin, end), or none.
-  std::function<void(int, int, int, int)> finish;
-  int from, to;  // rows that are wanted; others may be left out
-};
-
-// Products of the same x [rows, inputs], which is in tiles.
-template <class X, class Number>
-void multiply(Team& team, const X* x, const Tiles& tiles, int inputs, const std::vector<Product<Number>>& products) {
-  struct Piece {
-    int product, first, last, begin, end;  // tiles of rows, packed tiles
-  };
-  const int blocks = (tiles.count + kTilesOfBlock - 1) / kTilesOfBlock;
-  const int most_parts = (blocks > 1 ? 2 : 6) * team.threads();
-  std::vector<Piece> pieces;
-  double size = 0;
-  for (size_t which = 0; which < products.size(); which++) {
-    const Product<Number>& own = products[which];
-    const int packed_tiles = (own.outputs + kPackedWidth - 1) / kPackedWidth;
-    const int parts = std::min(packed_tiles, most_parts);
-    for (int part = 0; part < parts; part++)
-      for (int block = 0; block < blocks; block++) {
-        const int first = block * tiles.count / blocks, last = (block + 1) * tiles.count / blocks;
-        if (tiles.first(last) > own.from && tiles.first(first) < own.to)
-          pieces.push_back({int(which), first, last, part * packed_tiles / parts, (part + 1) * packed_tiles / parts});
-      }
-    size += double(own.to - own.from) * inputs * own.outputs;
-  }
-  team.run(pieces.size(), size, [&](int i) {
-    const Piece& piece = pieces[i];
-    const Product<Number>& own = products[piece.product];
-    multiply_packed(x, tiles, piece.first, piece.last, own.packed, piece.begin, piece.end, inputs, own.out,
-                    own.outputs);
-    if (own.finish)
-      own.finish(tiles.first(piece.first), tiles.first(piece.last), piece.begin * kPackedWidth,
-                 std::min(piece.end * kPackedWidth, own.outputs));
-  });
-}
-
-// out [rows, outputs] = x [rows, inputs] times a packed kernel. Only bfloat16 is multiplied as that.
-template <class X, class Number>
-void matmul(Team& team, const X* x, int rows, const Number* packed, int outputs, int inputs, float* out) {
-  using As = std::conditional_t<std::is_same_v<X, Number>, Factor<X>, float>;
+// out [padded(inputs) / 4, rows, 4]: codes of `row(m)[i]`, times `factor[i]` if there is one, and each row's scale and
+// what its sums begin with.
+template <class Row>
+inline void transpose_codes(const Row& row, int rows, int inputs, const float* factor, int8_t* out, float* scales,
+                            int32_t* begins) {
+  constexpr int kPart = 64;
   thread_local Scratch scratch;
-  As* transposed = reinterpret_cast<As*>(scratch.of(size_t(rows) * inputs));
-  const Tiles tiles(rows);
-  team.run(tiles.count, 2.0 * rows * inputs, [&](int i) {
-    const int first = tiles.first(i);
-    transpose([&](int m) { return x + size_t(first + m) * inputs; }, tiles.rows(i), inputs,
-              transposed + size_t(first) * inputs, tiles.rows(i));
-  });
-  multiply<As, Number>(team, transposed, tiles, inputs, {{packed, outputs, out, {}, 0, rows}});
+  float* own = scratch.of(inputs);
+  for (int m = 0; m < rows; m++) {
+    const auto* found = row(m);
+    for (int i = 0; i < inputs; i++) own[i] = factor ? to_float(found[i]) * factor[i] : to_float(found[i]);
+    const RowScale scale(greatest_magnitude(own, inputs));
+    int32_t sum = 0;
+    for (int from = 0; from < inputs; from += kPart) {
+      const int count = std::min(kPart, inputs - from);
+      int8_t part[kPart] = {};
+      encode(own + from, count, scale.factor, part);
+      for (int i = 0; i < kPart; i++) sum += part[i];
+      for (int i = 0; i < count; i += 4) std::memcpy(out + (size_t(from + i) * rows + m * 4), part + i, 4);
+    }
+    scales[m] = scale.scale, begins[m] = -kOffset * sum;
+  }
 }
 
 }  // namespace apt

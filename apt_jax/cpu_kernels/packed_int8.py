@@ -8,11 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
+from apt_jax.cpu_kernels.calls import matmul_int8
 from apt_jax.cpu_kernels.large_pages import LargePages, aligned
 from apt_jax.cpu_kernels.packed import PACKED_OUTPUTS
 from apt_jax.models.kernels import Kernel
 
-_LARGEST = 127  # code
 _WIDE = 4  # adjacent inputs; as kInStep of int8 in matmul.h
 
 
@@ -41,16 +41,8 @@ class PackedInt8Kernel(Kernel):
 
     def matmul(self, x: jax.Array, axes: int = 1, dtype: DTypeLike | None = None) -> jax.Array:
         """See `Kernel`."""
-        rows = x.reshape(-1, self._inputs)
-        codes = self._codes().swapaxes(0, 1).reshape(-1, len(self.scale))[: self._inputs, : self._outputs]
-        scale = self.scale[: self._outputs]
-        if self.dynamic:
-            own, own_scale = _quantized(rows)
-            found = jnp.matmul(own, codes, preferred_element_type=jnp.int32).astype(jnp.float32) * own_scale
-        else:
-            found = jnp.matmul(rows.astype(jnp.float32), codes.astype(jnp.float32))
-        found = found * scale
-        return found.reshape(*x.shape[: x.ndim - axes], *self.shape[axes:]).astype(dtype or x.dtype)
+        rows = matmul_int8(x.reshape(-1, self._inputs), self.stored, self.scale, self._outputs, dynamic=self.dynamic)
+        return rows.reshape(*x.shape[: x.ndim - axes], *self.shape[axes:]).astype(dtype or x.dtype)
 
     def columns(self, index: jax.Array) -> jax.Array:
         """See `Kernel`; float32."""
@@ -70,26 +62,18 @@ class PackedInt8Kernel(Kernel):
 
     @property
     def _inputs(self) -> int:
-        """Inputs without padding: the leading axes of `shape` that make up as many as are stored."""
-        inputs = 1
-        for size in self.shape:
-            if inputs > _WIDE * (self.stored.shape[1] - 1):
-                break
-            inputs *= size
-        return inputs
+        """Inputs without padding: the leading axes of `shape` that make up what is stored."""
+        tiles, steps = self.stored.shape[:2]
+        splits = ((math.prod(self.shape[:i]), math.prod(self.shape[i:])) for i in range(1, len(self.shape)))
+        return next(
+            inputs
+            for inputs, outputs in splits
+            if -(-inputs // _WIDE) == steps and -(-outputs // PACKED_OUTPUTS) == tiles
+        )
 
     @property
     def _outputs(self) -> int:
         return math.prod(self.shape) // self._inputs
-
-
-def _quantized(rows: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Codes `[R, inputs]` and scales `[R, 1]`; a row that is not finite gets a scale that is not."""
-    rows = rows.astype(jnp.float32)
-    scale = jnp.abs(rows).max(1, keepdims=True) / _LARGEST
-    usable = (scale > 0) & jnp.isfinite(scale)
-    codes = jnp.round(rows / jnp.where(usable, scale, 1))
-    return jnp.where(usable, codes, 0).astype(jnp.int8), scale
 
 
 def packed_int8_bytes(inputs: int, outputs: int) -> int:

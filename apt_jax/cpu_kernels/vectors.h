@@ -6,7 +6,7 @@
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
-#if defined(__AVX512F__)
+#if defined(__AVX__)
 #include <immintrin.h>
 #endif
 
@@ -86,12 +86,15 @@ inline Vector seconds(Bits pairs) {
   return out;
 }
 
-// The pair at x in every lane.
-inline Bits same_pair(const BFloat16* x) {
+// The number at x, or the pair in every lane, for all of a vector.
+inline float same(const float* x) { return *x; }
+inline Bits same(const BFloat16* x) {
   uint32_t pair;
   std::memcpy(&pair, x, sizeof pair);
   return Bits{} + pair;
 }
+
+inline Vector add_products(Vector sums, float x, Vector y) { return sums + x * y; }
 
 #if defined(__AVX512BF16__)
 constexpr bool kMultipliesPairs = true;

@@ -2,6 +2,7 @@
 
 import logging
 import shutil
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from apt_jax.attention.selection import select_kernels
-from apt_jax.cpu_kernels import calls, features, library, packed
+from apt_jax.cpu_kernels import calls, features, library, packed, packed_int8
 from apt_jax.execution.weights.layer_layout import LayerLayout
 from apt_jax.model_config import ModelConfig
 from apt_jax.models.opt import OPT
@@ -112,6 +113,84 @@ def test_a_rows_products_do_not_depend_on_the_other_rows(of_rows, of_kernel):
     every = np.asarray(calls.matmul(x, stored, 100))
     for rows in (1, 5, 16, 33):
         np.testing.assert_array_equal(calls.matmul(x[:rows], stored, 100), every[:rows])
+
+
+def int8_kernel(rng, inputs, outputs, **options):
+    """An int8 kernel, and the same as a plain array of float64."""
+    codes = rng.integers(-127, 128, (inputs, outputs)).astype(np.int8)
+    scale = np.zeros(-(-outputs // packed.PACKED_OUTPUTS) * packed.PACKED_OUTPUTS, np.float32)
+    scale[:outputs] = rng.uniform(0.5, 1, outputs) / 127 * inputs**-0.5
+    stored = packed_int8.pack_int8(codes)
+    assert stored.nbytes == -(-inputs // 4) * 4 * len(scale) and (stored == 0).sum() >= stored.size - codes.size
+    own = packed_int8.PackedInt8Kernel(
+        *map(jnp.asarray, (stored, scale)), options.pop("shape", (inputs, outputs)), **options
+    )
+    return own, codes * scale[:outputs].astype(np.float64)
+
+
+def as_quantised(x):
+    """What rows `[R, inputs]` are as int8 with a scale each, float64."""
+    x = np.asarray(x, np.float64)
+    scale = np.abs(x).max(1, keepdims=True) / 127
+    return np.round(x / np.where(scale > 0, scale, 1)) * scale
+
+
+@pytest.mark.parametrize("of_rows", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize(
+    ("rows", "inputs", "outputs"),
+    [
+        *((rows, 33, 13) for rows in range(1, 16)), (1, 3072, 50), (33, 3072, 50), (300, 3072, 50), (1, 768, 96),
+        (20, 768, 96), (3, 48, 7), (37, 48, 7), (1, 1, 1), (33, 1, 1), (5, 2, 33), (300, 801, 6),
+    ],
+)  # fmt: skip
+def test_products_with_int8_kernels_are_those_of_numpy(rows, inputs, outputs, of_rows):
+    rng = np.random.default_rng(rows)
+    x = jnp.asarray(rng.standard_normal((rows, inputs), np.float32), of_rows)
+    own, kernel = int8_kernel(rng, inputs, outputs)
+    found = own.matmul(x, dtype=jnp.float32)
+    np.testing.assert_allclose(found, np.asarray(x, np.float64) @ kernel, rtol=1e-5, atol=1e-5)
+    found = replace(own, dynamic=True).matmul(x, dtype=jnp.float32)
+    code = float(jnp.abs(x).max()) / 127 * np.abs(kernel).max()
+    # a number halfway between two codes may become either: in a row of bfloat16 there are some
+    np.testing.assert_allclose(found, as_quantised(x) @ kernel, rtol=1e-5, atol=1e-5 + 8 * code * (inputs > 2))
+    assert own.matmul(x).dtype == of_rows
+    if rows < 6:
+        np.testing.assert_allclose(own.array, kernel, rtol=1e-6)
+        np.testing.assert_allclose(own.columns(jnp.arange(outputs)), kernel.T, rtol=1e-6)
+
+
+@pytest.mark.parametrize(("shape", "axes"), [((96, 3, 32), 1), ((3, 32, 50), 2), ((2, 3, 64), 2), ((34, 1, 64), 1)])
+def test_an_int8_kernel_of_heads_is_multiplied_over_its_inputs(shape, axes):
+    rng = np.random.default_rng(0)
+    inputs = int(np.prod(shape[:axes]))
+    own, kernel = int8_kernel(rng, inputs, int(np.prod(shape)) // inputs, shape=shape)
+    x = jnp.asarray(rng.standard_normal((5, *shape[:axes]), np.float32))
+    expected = np.tensordot(np.asarray(x, np.float64), kernel.reshape(shape), axes)
+    np.testing.assert_allclose(own.matmul(x, axes), expected, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(own.array, kernel.reshape(shape), rtol=1e-6)
+    if axes == 1:
+        by_inputs = np.concatenate(np.asarray(own.by_head()), axis=1)
+        np.testing.assert_allclose(by_inputs, kernel, rtol=1e-6)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("of_rows", [jnp.float32, jnp.bfloat16])
+def test_a_rows_products_with_int8_kernels_do_not_depend_on_the_other_rows(of_rows, dynamic):
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.standard_normal((300, 3300), np.float32), of_rows)
+    own, _ = int8_kernel(rng, 3300, 100, dynamic=dynamic)
+    every = np.asarray(own.matmul(x))
+    for rows in (1, 5, 16, 33):
+        np.testing.assert_array_equal(own.matmul(x[:rows]), every[:rows])
+    np.testing.assert_array_equal(own.matmul(x.at[7].set(jnp.nan))[8:], every[8:])
+
+
+def test_dynamic_rows_that_are_zero_or_not_finite():
+    own = int8_kernel(np.random.default_rng(0), 70, 40, dynamic=True)[0]
+    x = jnp.ones((6, 70)).at[0].set(0).at[1, 69].set(jnp.nan).at[2, 3].set(jnp.inf).at[3].set(-1e-38).at[4].set(3e38)
+    found = own.matmul(x)
+    assert (found[0] == 0).all() and np.isnan(found[1:3]).all() and np.isfinite(found[3]).all()
+    np.testing.assert_allclose(found[5], np.asarray(own.array).sum(0), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])

@@ -15,6 +15,7 @@ from apt_jax.batching.arrays import Rows, Tokens
 from apt_jax.batching.buckets import Bucket
 from apt_jax.cpu_kernels.calls import all_layers
 from apt_jax.cpu_kernels.packed import PackedKernel
+from apt_jax.cpu_kernels.packed_int8 import PackedInt8Kernel
 from apt_jax.execution.forms.interface import Step, WholeStep
 from apt_jax.execution.forms.layered import LayeredForm
 from apt_jax.execution.steps import StepOutput, end_step, start_step
@@ -42,9 +43,7 @@ class NativeForm(LayeredForm):
         layer = weights.layers[0].module(weights.layers[0].arrays)
         if not isinstance(layer, DecoderLayer) or layer.activation != "relu":
             return False
-        attention = layer.self_attn
-        linears = (attention.q_proj, attention.k_proj, attention.v_proj, attention.out_proj, layer.fc1, layer.fc2)
-        return all(isinstance(kernel_of(linear.kernel), PackedKernel) for linear in linears)
+        return all(isinstance(kernel_of(own.kernel), PackedKernel | PackedInt8Kernel) for own in _linears(layer))
 
     def compile_step(self, bucket: Bucket, num_blocks: int) -> Step:
         """See `Form`."""
@@ -99,34 +98,45 @@ def run_native_step(
     x, numbers = all_layers(
         x, pool.numbers, rows, [array for layer in layers for array in _parameters(layer)],
         heads=first.self_attn.q_proj.outputs[0], ffn_dim=first.fc1.outputs[0], num_blocks=num_blocks,
-        norm_first=first.norm_first,
+        norm_first=first.norm_first, dynamic=_dynamic(first),
     )  # fmt: skip
     last, every = end_step(model, decode_only, max_rows, x, rows)
     return StepOutput(last, replace(pool, numbers=numbers), history, every)
 
 
-def _parameters(layer: DecoderLayer) -> list[jax.Array]:
-    """A layer's parameters in the order of `Layer` in layers.h."""
+def _dynamic(layer: DecoderLayer) -> list[bool]:
+    """Whether rows are quantised for the layer's kernels; keys and values of KV rows are as queries are."""
+
+    def of(linear: Linear) -> bool:
+        kernel = kernel_of(linear.kernel)
+        return isinstance(kernel, PackedInt8Kernel) and kernel.dynamic
+
+    q, _, _, out, fc1, fc2 = map(of, _linears(layer))
+    return [q, q, q, out, fc1, fc2]
+
+
+def _linears(layer: DecoderLayer) -> list[Linear]:
     attention = layer.self_attn
-
-    def of(*linears: Linear) -> list[jax.Array]:
-        return [array for linear in linears for array in (_packed(linear.kernel), _or_nothing(linear.bias))]
-
-    def of_norm(norm: nnx.LayerNorm) -> list[jax.Array]:
-        return [_or_nothing(norm.scale), _or_nothing(norm.bias)]
-
-    return [
-        *of_norm(layer.self_attn_layer_norm),
-        *of(attention.q_proj, attention.k_proj, attention.v_proj, attention.out_proj),
-        *of_norm(layer.final_layer_norm),
-        *of(layer.fc1, layer.fc2),
-    ]
+    return [attention.q_proj, attention.k_proj, attention.v_proj, attention.out_proj, layer.fc1, layer.fc2]
 
 
-def _packed(parameter: nnx.Param) -> jax.Array:
+def _parameters(layer: DecoderLayer) -> list[jax.Array]:
+    """A layer's parameters in the order that the C++ call takes them in."""
+    q, k, v, out, fc1, fc2 = ([*_packed(own.kernel), _or_nothing(own.bias)] for own in _linears(layer))
+    attention_norm, final_norm = (
+        [_or_nothing(norm.scale), _or_nothing(norm.bias)]
+        for norm in (layer.self_attn_layer_norm, layer.final_layer_norm)
+    )
+    return [*attention_norm, *q, *k, *v, *out, *final_norm, *fc1, *fc2]
+
+
+def _packed(parameter: nnx.Param) -> list[jax.Array]:
+    """A kernel as it is stored, the scales of its outputs and the factors of its inputs."""
     kernel = kernel_of(parameter)
+    if isinstance(kernel, PackedInt8Kernel):
+        return [kernel.stored, kernel.scale, jnp.zeros(0)]
     assert isinstance(kernel, PackedKernel)
-    return kernel.stored
+    return [kernel.stored, jnp.zeros(0), jnp.zeros(0)]
 
 
 def _or_nothing(parameter: nnx.Param | None) -> jax.Array:

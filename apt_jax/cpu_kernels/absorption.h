@@ -1,0 +1,149 @@
+// Decode rows of hidden vectors: queries times Wk^T become as wide as the vectors, and what is found times Wv. Source:
+// docs/hybrid_cache.md.
+//
+// q [rows, heads, H], wide [rows, heads, D]. Kernels may be codes; rows stay as they are.
+#pragma once
+
+#include <algorithm>
+
+#include "attention.h"
+#include "matmul.h"
+#include "products.h"
+#include "threads.h"
+#include "vectors.h"
+
+namespace apt {
+
+constexpr int kRowsTogether = 8;  // from which on queries of all are made wide at once
+
+template <class Number>
+inline float rounded(float x) {
+  Number out;
+  from_float(x, &out);
+  return to_float(out);
+}
+
+// The numbers of one input in a packed tile, of the outputs from `lane` on.
+inline Vector of_inputs(const float* packed_tile, int i, int lane) {
+  return load(packed_tile + size_t(i) * kPackedWidth + lane);
+}
+inline Vector of_inputs(const BFloat16* packed_tile, int i, int lane) {
+  const Bits pairs = load_pairs(packed_tile + (size_t(i / 2) * kPackedWidth + lane) * 2);
+  return i % 2 ? seconds(pairs) : firsts(pairs);
+}
+inline Vector of_inputs(const int8_t* packed_tile, int i, int lane) {  // times kWidened
+  const Bits codes = load_codes(packed_tile + (size_t(i / 4) * kPackedWidth + lane) * 4);
+  return to_floats(reinterpret_cast<Whole>(codes << (24 - 8 * (i % 4)) & 0xff000000));
+}
+
+// wide [begin, end) of one row and head = the head's packed tiles times its query, rounded to Number.
+template <class Number, class Packed>
+void absorb_one(const float* q, const Packed* packed, int H, int D, int begin, int end, float* wide) {
+  for (int at = begin; at < end; at += 4) {
+    Vector sums[4] = {};
+    const int count = std::min(4, end - at);
+    for (int j = 0; j < H; j += kPackedWidth)
+      for (int i = 0; i < count; i++)
+        for (int lane = 0; lane < kPackedWidth; lane += kLanes)
+          sums[i] += load(q + j + lane) * of_inputs(packed + size_t(j) * D, at + i, lane);
+    float found[4];
+    sum_four(sums[0], sums[1], sums[2], sums[3], found);
+    for (int i = 0; i < count; i++) wide[at + i] = rounded<Number>(found[i]);
+  }
+}
+
+// The same of all rows for one head; rows are the lanes of vectors, which pays for many. The sums are in another order.
+template <class Number, class Packed>
+void absorb_together(const float* q, const Packed* packed, const Shape& shape, int begin, int end, float* wide) {
+  constexpr int kInputs = 8;
+  const int D = shape.width, H = D / shape.heads;
+  const size_t step = size_t(shape.heads) * D;
+  thread_local Scratch scratch;
+  float* queries = scratch.of(size_t(H) * kPackedWidth);
+  for (int first = 0; first < shape.rows; first += kPackedWidth) {
+    const int rows = std::min(kPackedWidth, shape.rows - first);
+    transpose([&](int r) { return q + size_t(first + r) * D; }, rows, H, queries, kPackedWidth);
+    for (int at = begin; at < end; at += kInputs) {
+      alignas(64) float found[kInputs * kPackedWidth];
+      alignas(64) float room[kInputs * kPackedWidth];
+      for (int from = 0; from < H; from += kPackedWidth) {
+        const Packed* packed_tile = packed + size_t(from) * D;
+        const float* inputs = as_floats(packed_tile + size_t(at) * kPackedWidth, kInputs, room);
+        for (int lane = 0; lane < rows; lane += kLanes) {
+          Vector sums[kInputs] = {};
+#pragma GCC unroll 8
+          for (int i = 0; i < kInputs && from; i++) sums[i] = load(found + i * kPackedWidth + lane);
+          for (int j = 0; j < kPackedWidth; j++) {
+            const Vector own = load(queries + size_t(from + j) * kPackedWidth + lane);
+#pragma GCC unroll 8
+            for (int i = 0; i < kInputs; i++) sums[i] += inputs[i * kPackedWidth + j] * own;
+          }
+#pragma GCC unroll 8
+          for (int i = 0; i < kInputs; i++) store(found + i * kPackedWidth + lane, sums[i]);
+        }
+      }
+      for (int r = 0; r < rows; r++)
+        for (int i = 0; i < kInputs; i++)
+          wide[(first + r) * step + at + i] = rounded<Number>(found[i * kPackedWidth + r]);
+    }
+  }
+}
+
+// Queries made wide; q is changed.
+template <class Number>
+void absorb(Team& team, const Shape& shape, float* q, const Kernel& kernel, float* wide) {
+  constexpr int kPart = 256;
+  const int D = shape.width, N = shape.heads, H = D / N, parts = (D + kPart - 1) / kPart;
+  if (kernel.is_codes())  // the scales of its outputs go into the queries
+    for (int r = 0; r < shape.rows; r++)
+      for (int i = 0; i < D; i++) q[size_t(r) * D + i] *= kernel.scale[i] / kWidened;
+  const auto of_head = [&](const auto* packed, int n, int begin, int end) {
+    packed += size_t(n) * H * D;
+    const auto own = [&](int r) { return wide + (size_t(r) * N + n) * D; };
+    if (shape.rows >= kRowsTogether)
+      absorb_together<Number>(q + n * H, packed, shape, begin, end, own(0));
+    else
+      for (int r = 0; r < shape.rows; r++)
+        absorb_one<Number>(q + size_t(r) * D + n * H, packed, H, D, begin, end, own(r));
+    for (int r = 0; kernel.factor && r < shape.rows; r++)
+      for (int i = begin; i < end; i++) own(r)[i] *= kernel.factor[i];
+  };
+  team.run(N * parts, 2.0 * shape.rows * N * D * H, [&](int i) {
+    const int n = i / parts, begin = i % parts * kPart, end = std::min(begin + kPart, D);
+    if (kernel.is_codes())
+      of_head(kernel.as<int8_t>(), n, begin, end);
+    else
+      of_head(kernel.as<Number>(), n, begin, end);
+  });
+}
+
+// out [rows, heads, H] = what each head's wide query found, `found [rows, heads, D]`, times Wv, and its bias, which may
+// be null.
+template <class Number>
+void multiply_values(Team& team, const Shape& shape, const float* found, const Kernel& kernel, const Number* bias,
+                     float* out) {
+  const int D = shape.width, N = shape.heads, H = D / N;
+  const Tiles tiles(shape.rows);
+  team.run(N, double(shape.rows) * D * D, [&](int n) {
+    thread_local Scratch scratch;
+    float* transposed = scratch.of(size_t(shape.rows) * D);
+    for (int tile = 0; tile < tiles.count; tile++) {
+      const int first = tiles.first(tile), rows = tiles.rows(tile);
+      transpose([&](int m) { return found + (size_t(first + m) * N + n) * D; }, rows, D,
+                transposed + size_t(first) * D, rows,
+                [&](float x, int i) { return kernel.factor ? x * kernel.factor[i] : x; });
+    }
+    const auto multiply = [&](const auto* packed, const Scales& scales) {
+      multiply_packed<float>(transposed, tiles, 0, tiles.count, packed + size_t(n) * H * D, scales, 0,
+                             H / kPackedWidth, D, out + n * H, D);
+    };
+    if (kernel.is_codes())
+      multiply(kernel.as<int8_t>(), {kernel.scale + n * H, 1 / kWidened});
+    else
+      multiply(kernel.as<Number>(), {});
+    for (int r = 0; bias && r < shape.rows; r++)
+      for (int i = n * H; i < (n + 1) * H; i++) out[size_t(r) * D + i] += to_float(bias[i]);
+  });
+}
+
+}  // namespace apt
