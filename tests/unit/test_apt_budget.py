@@ -69,6 +69,15 @@ def test_tokens_that_the_tightest_gap_pays_for(scales, figures, tokens):
     assert decide(state, 0.05, model=toy(scales, **figures))[-1] == f"run essay {tokens} kv ADMITTED_KV"
 
 
+@pytest.mark.parametrize(("gap_s", "stall_s", "tokens"), [(0.5, 4.0, 128), (4.0, 0.5, 128), (4.0, 0.25, 64)])
+def test_a_stall_limit_below_the_gap_limit_is_the_tighter_promise(gap_s, stall_s, tokens):
+    """No gap may be longer than it, so a quarter of it is what an iteration may last."""
+    state = make_state(4000, tokens=2048)
+    run(state, "tight", 7, slo=Slo(60.0, gap_s, stall_s))
+    wait(state, "essay", 1800, arrival_s=0.04, slo=Slo(1.3 * 1800 / 1024, 60.0))
+    assert decide(state, 0.05, model=toy())[-1] == f"run essay {tokens} kv ADMITTED_KV"
+
+
 def test_a_prompt_alone_has_a_quarter_of_the_first_token_s_promise_whatever_its_gaps():
     """A quarter of 4 s, and 0.5 s is what an iteration takes anyway."""
     state = make_state(4000, tokens=2048)

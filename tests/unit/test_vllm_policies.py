@@ -69,9 +69,12 @@ def test_v1_decodes_first_and_gives_prompts_the_rest_of_the_budget():
 
 
 def test_v1_takes_the_smaller_of_its_own_budget_and_the_engines():
-    for policy, limit, chunk in (("vllm-v1:token_budget=6", 12, 6), ("vllm-v1", 12, 12)):
-        state = make_state(100, tokens=limit)
-        wait(state, "new", 20)
+    for policy, limit, chunk in (
+        ("vllm-v1:token_budget=6", 12, 6), ("vllm-v1:token_budget=20", 12, 12), ("vllm-v1", 12, 12),
+        ("vllm-v1", 8192, 8192),  # an H200's: without a budget of its own the engine's limit is the only one
+    ):  # fmt: skip
+        state = make_state(5000, tokens=limit)
+        wait(state, "new", 9000 if limit > 12 else 20)
         assert plan(policy, state) == [f"run new {chunk} kv ADMITTED_KV"]
 
 

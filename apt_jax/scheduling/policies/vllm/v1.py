@@ -18,9 +18,9 @@ from apt_jax.scheduling.state import SchedulerState
 
 @dataclass(frozen=True)
 class VllmV1Options:
-    """`token_budget`: tokens of one iteration, decodes included; the engine's own limit applies too."""
+    """`token_budget`: tokens of one iteration, decodes included; None: the engine's limit, which always applies."""
 
-    token_budget: int = 2048
+    token_budget: int | None = None
 
     def __post_init__(self) -> None:
         check_at_least(self, 1, ("token_budget",))
@@ -36,7 +36,8 @@ class VllmV1:
 
     def schedule(self, state: SchedulerState, now: float) -> Plan:
         """Decodes and prompt chunks together."""
-        return plan_mixed(state, self._options.token_budget, watermark_blocks=0)
+        budget = self._options.token_budget
+        return plan_mixed(state, state.limits.max_num_batched_tokens if budget is None else budget, watermark_blocks=0)
 
     def repeat(self, state: SchedulerState, plan: Plan, now: float) -> Repeat:
         """Until somebody comes or ends: nobody who waits fits into fewer free blocks."""

@@ -205,7 +205,8 @@ class View:
 
     def tightest_s(self, decode_index: Ints) -> float:
         """Seconds of the tightest promise: the gap of these that decode, or the first token of anyone unfinished."""
-        gap_s = self.running.tbt_slo_s[decode_index].min(initial=np.inf)
+        running = self.running
+        gap_s = min(slo_s[decode_index].min(initial=np.inf) for slo_s in (running.tbt_slo_s, running.stall_slo_s))
         first_s = min(q.ttft_slo_s.min(initial=np.inf) for q in (self.waiting, self.running))
         return float(min(gap_s, first_s))
 
