@@ -68,6 +68,7 @@ class Experiment:
     cache_dtype: str = "auto"
     enable_prefix_caching: bool = False
     max_num_queued_reqs: int = 1024
+    abandon_after: float | None = None
     duration_s: float = MIN_DURATION_S
     surge: Surge | None = None
     known_lengths: bool = False
@@ -263,7 +264,9 @@ class Experiment:
 
         def start(name: str) -> Instance:
             predictor = KnownLengths() if self.known_lengths else LengthPredictor()
-            context = PolicyContext(cost_model, predictor=predictor, seed=self.seed + int(name))
+            context = PolicyContext(
+                cost_model, predictor=predictor, seed=self.seed + int(name), abandon_after_s=self.abandon_after
+            )
             return Instance(
                 make_policy(policy, context), cost_model, num_blocks=num_blocks, limits=limits,
                 block_size=self.block_size, name=name, prefix_caching=self.enable_prefix_caching,

@@ -78,6 +78,9 @@ class SimulateArgs:
     """Keep full cache pages for requests that begin alike; prompts of other workloads than conversations do not."""
     max_num_queued_reqs: int = 1024
     """Maximum number of waiting requests of an instance; further ones are refused and count as missed."""
+    abandon_after: float | None = None
+    """End a request once its next token is this many seconds past its SLO and it is not being served, as the server
+    does with the same flag; it counts as missed; default: never."""
     duration_s: float | None = None
     """Minimum duration of arrivals; default: 300 s, and 900 s with --effective-throughput, which whether a rate lasts
     takes; short traces flatter policies that starve requests."""
@@ -105,7 +108,7 @@ class SimulateArgs:
         as_cache_dtype(self.cache_dtype)
         check_finite(self)
         check_greater(self, 0, ("cv", "ttft_slo_ms", "tbt_slo_ms", "stall_slo_ms"))
-        check_at_least(self, 0, ("duration_s", "report_interval_s", "seed"))
+        check_at_least(self, 0, ("abandon_after", "duration_s", "report_interval_s", "seed"))
         check_at_least(self, 1, ("tensor_parallel_size", "num_requests", "max_num_seqs", "max_num_batched_tokens"))
         check_at_least(
             self, 1, ("block_size", "num_blocks", "instances", "max_instances", "max_num_queued_reqs", "jobs")

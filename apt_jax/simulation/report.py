@@ -117,6 +117,7 @@ def summarise(
     strictly, kept = [r.attained_strictly for r in requests], [r.attained for r in requests]
     arrivals, ends, window_s = [r.arrival_s for r in requests], outcome.ends_s, outcome.window_s
     classes = _classes(requests, strictly, kept)
+    answered = [(r, r.finish_reason not in (FinishReason.ERROR, FinishReason.ABANDONED)) for r in requests]
     kept_tokens = sum(r.tokens_until(window_s) for r, is_kept in zip(requests, strictly, strict=True) if is_kept)
     over_s = max(window_s, 1e-12)
     return Report(
@@ -131,14 +132,14 @@ def summarise(
         worst_class=min(entry["strict_attainment"] for entries in classes.values() for entry in entries),
         attainment_by_class=classes,
         attainment_by_phase=surge.by_phase(arrivals, strictly, kept) if surge else [],
-        turned_away=_share(r.finish_reason in (FinishReason.ERROR, FinishReason.ABANDONED) for r in requests),
+        turned_away=_share(not is_answered for _, is_answered in answered),
         kept_token_throughput=kept_tokens / over_s,
         sustained=outcome.is_sustained(),
         backlog_by_quarter=backlog_by_quarter(arrivals, ends, window_s),
         backlog_growth=backlog_growth(arrivals, ends, window_s)[0] / (len(requests) / over_s) if window_s else 0.0,
         fluid_bound=fluid_bound,
-        ttft_attainment=_share(r.ttft_s is not None and r.ttft_s <= r.slo.ttft_s for r in requests),
-        tbt_attainment=_share(r.p99_gap_s <= r.slo.tbt_s for r in requests),
+        ttft_attainment=_share(a and r.ttft_s is not None and r.ttft_s <= r.slo.ttft_s for r, a in answered),
+        tbt_attainment=_share(a and r.p99_gap_s <= r.slo.tbt_s for r, a in answered),
         p50_ttft_s=_quantile(ttft, 50),
         p99_ttft_s=_quantile(ttft, 99),
         p50_tbt_s=_quantile(gaps, 50),

@@ -25,7 +25,7 @@ FOUND_COLUMNS = (
 
 def print_result(experiment: Experiment, reports: list[Report], result: dict[str, Any], seeds: list[int]) -> None:
     """The pool, every run, the means of several seeds, and the effective throughputs."""
-    console = Console(width=UNCUT_COLUMNS)
+    console = Console(width=UNCUT_COLUMNS, markup=False)  # names of files and classes are the user's
     num_blocks = experiment.pool_blocks()
     tokens = num_blocks // CacheKind.KV.blocks_per_page * experiment.block_size
     console.print(
@@ -34,6 +34,8 @@ def print_result(experiment: Experiment, reports: list[Report], result: dict[str
     )
     if reports:
         console.print(_runs(experiment, reports, seeds))
+        if any(len(report.attainment_by_class["slo_class"]) > 1 for report in reports):
+            console.print(_classes(experiment, reports, seeds))
         if experiment.surge is not None:
             console.print(_phases(experiment, reports, seeds))
         if any(report.sustained is None for report in reports):
@@ -62,14 +64,28 @@ def _runs(experiment: Experiment, reports: list[Report], seeds: list[int]) -> Ta
     return table
 
 
+def _classes(experiment: Experiment, reports: list[Report], seeds: list[int]) -> Table:
+    """Strict attainment of each SLO class."""
+    parts = [report.attainment_by_class["slo_class"] for report in reports]
+    return _by_part(experiment, reports, seeds, parts, "strict attainment by class (requests)")
+
+
 def _phases(experiment: Experiment, reports: list[Report], seeds: list[int]) -> Table:
     """Strict attainment of those that came before, in and after the surge."""
-    names = list(dict.fromkeys(phase["name"] for report in reports for phase in report.attainment_by_phase))
+    parts = [report.attainment_by_phase for report in reports]
+    return _by_part(experiment, reports, seeds, parts, "strict attainment by phase (requests)")
+
+
+def _by_part(
+    experiment: Experiment, reports: list[Report], seeds: list[int], parts: list[list[dict[str, Any]]], title: str
+) -> Table:
+    """Strict attainment of parts of each report's requests, a column for each name."""
+    names = list(dict.fromkeys(part["name"] for of_report in parts for part in of_report))
     seeded = ["seed"] if len(seeds) > 1 else []
     columns = ("policy", "cache", "hidden", "rate")
-    table = Table(*_routed(experiment), *seeded, *columns, *names, title="strict attainment by phase (requests)")
-    for r in reports:
-        found = {p["name"]: f"{p['strict_attainment']:.1%} ({p['requests']})" for p in r.attainment_by_phase}
+    table = Table(*_routed(experiment), *seeded, *columns, *names, title=title)
+    for r, of_report in zip(reports, parts, strict=True):
+        found = {p["name"]: f"{p['strict_attainment']:.1%} ({p['requests']})" for p in of_report}
         where = [r.router] if _routed(experiment) else []
         table.add_row(
             *where, *([str(r.seed)] if seeded else []), r.policy, r.cache_mode,

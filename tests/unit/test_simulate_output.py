@@ -89,6 +89,32 @@ def test_phases_of_a_surge_are_a_table(simulated):
     assert (row["policy"], row["rate"]) == ("fcfs", "2") and len(row) > 5
 
 
+def test_the_classes_of_a_file_are_a_table_whatever_their_names(simulated, tmp_path):
+    """Names are text of the user: no markup of the terminal's."""
+    (tmp_path / "c.csv").write_text('name,share,ttft_ms\n"[red]chat",3,1000\n[/x],1,0.001\n')
+    result, (_, classes), lines = simulated(rate="4", classes=tmp_path / "c.csv")
+    assert "strict attainment by class (requests)" in "\n".join(lines)
+    (row,), entries = classes, result["runs"][0]["attainment_by_class"]["slo_class"]
+    counts = {entry["name"]: entry["requests"] for entry in entries}
+    assert {name: row[name] for name in counts} == {
+        "[red]chat": f"100.0% ({counts['[red]chat']})", "[/x]": f"0.0% ({counts['[/x]']})",
+    }  # fmt: skip
+    assert simulated(rate="4")[1][1:] == [], "one class has no table"
+
+
+def test_requests_are_abandoned_as_by_the_server_s_flag(simulated):
+    """Four seats and 40 requests a second: nobody waits longer than the SLO of a second and the time that is added."""
+    waits = {}
+    for after in (None, 0.0, 0.5, 1000.0):
+        figures = simulated(rate="40", num_requests=100, abandon_after=after)[0]["runs"][0]
+        waits[after] = figures["longest_wait_s"]
+        assert (figures["turned_away"] > 0) is (after in (0.0, 0.5))
+        assert figures["strict_attainment"] <= 1 - figures["turned_away"]
+    assert 1 < waits[0.0] < 1.25 and 1.5 < waits[0.5] < 1.75 and waits[None] == waits[1000.0] > 5, waits
+    with pytest.raises(ValueError, match="abandon_after=-1 must be at least 0"):
+        SimulateArgs(abandon_after=-1)
+
+
 def test_the_rates_without_a_flag(simulated, tmp_path):
     assert [r["rate"] for r in simulated()[0]["runs"]] == [1.0, 2.0, 3.0]
     (tmp_path / "w.csv").write_text("arrival_s,prompt_tokens,output_tokens\n0,30,4\n1,20,2\n4,9,9\n")

@@ -88,6 +88,7 @@ def test_abandoned_requests_end_at_once_and_count_as_missed():
     assert (a.ttft_s, a.gaps_s, c.ttft_s, c.first_scheduled_s) == (1.0, [], None, None)
     report = summarise(outcome, policy="own", cache_mode="kv", hidden_attention="", rate=1.0, num_blocks=20)
     assert report.attainment == 1 / 3 and outcome.makespan_s == 3.25
+    assert (report.ttft_attainment, report.tbt_attainment) == (1 / 3, 1 / 3), "b alone: what is ended keeps nothing"
     assert (report.p99_ttft_s, report.p99_queue_s) == (1.5, 0.5)
 
 
