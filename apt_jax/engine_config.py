@@ -4,6 +4,7 @@ import dataclasses
 from typing import Literal
 
 from apt_jax.cache import CacheMode, as_cache_dtype
+from apt_jax.model_config import as_quantization
 from apt_jax.ranges import check_at_least, check_block_size, check_finite, check_greater, check_share
 from apt_jax.request import Slo
 
@@ -38,6 +39,9 @@ class EngineConfig:
     cache_dtype: str = "auto"
     """Number type of the cache, auto or int8; auto: that of the model; int8: a byte for each number, half of a 16-bit
     cache. --kv-cache-dtype is another spelling."""
+    quantization: str | None = None
+    """Number type of the weights: none (that of --dtype), int8 (half of 16 bits, multiplied in --dtype) or int8-dynamic
+    (activations are multiplied as 8-bit integers too); default: as they are stored. See docs/quantization.md."""
     scheduling_policy: str = "apt"
     """Scheduling policy, or MODULE:CLASS of your own, with options as NAME:option=value; see docs/scheduling."""
     ttft_slo_ms: float = 1000.0
@@ -68,6 +72,7 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         as_cache_dtype(self.cache_dtype)
+        as_quantization(self.quantization or "none")
         check_finite(self)
         check_at_least(
             *(self, 1, ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "num_blocks", "cache_memory_bytes"))

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, cast, get_args
 
 ACTIVATIONS = (
     "relu", "relu6", "silu", "swish", "tanh", "quick_gelu",
@@ -15,6 +15,20 @@ CHECKPOINT_DTYPES = ("float32", "float16", "bfloat16")
 GROUP_BYTES = 48 * 2**20
 Quantization = Literal["none", "int8", "int8-dynamic"]  # of weights; dynamic: activations are multiplied as int8 too
 POSITION_OFFSET = 2  # OPT's embedding table has two unused rows before position 0
+
+
+def as_quantization(name: str) -> Quantization:
+    """The quantisation of this name.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if name not in get_args(Quantization):
+        raise ValueError(
+            f"quantization={name!r} is not one of {', '.join(get_args(Quantization))}; weights that other tools have "
+            "quantised are not read"
+        )
+    return cast(Quantization, name)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,7 +17,7 @@ from apt_jax.checkpoints.formats.stored_tensor import StoredTensor
 from apt_jax.checkpoints.mapping import Layout, Slot
 from apt_jax.execution.weights.layout import Placed, WeightLayout
 from apt_jax.model_config import ModelConfig
-from apt_jax.models.sharding import padded_shape
+from apt_jax.models.sharding import put
 
 _STRIP_ROWS = 128  # transposing 128 rows at a time stays in the processor's cache: twice as fast as at once
 _ALIGNMENT_BYTES = 64  # jax adopts a host array at such an address on the CPU backend and copies any other
@@ -54,26 +54,11 @@ def assemble(
             target = host if slot.layer is None else host[slot.layer]
             _fill(target, slot, inventory[slot.name], progress)
         seen(path, host)
-        array = jax.block_until_ready(_put(host, layout.sharding(path, shape)))
+        array = jax.block_until_ready(put(host, layout.sharding(path, shape)))
         del host
         result[path] = layout.place(path, array)
         del array
     return result
-
-
-def _put(host: np.ndarray, sharding: jax.sharding.Sharding) -> jax.Array:
-    """`host` on the devices, of each only its slice; zeros where an axis does not divide."""
-    if len(sharding.device_set) == 1:
-        return jax.device_put(host, sharding)
-
-    def part(index: tuple[slice, ...] | None) -> np.ndarray:
-        assert index is not None
-        found = host[index]
-        wanted = [len(range(*s.indices(size))) for s, size in zip(index, shape, strict=True)]
-        return np.pad(found, [(0, size - have) for size, have in zip(wanted, found.shape, strict=True)])
-
-    shape = padded_shape(host.shape, sharding)
-    return jax.make_array_from_callback(shape, sharding, part)
 
 
 def _fill(target: np.ndarray, slot: Slot, tensor: StoredTensor, progress: Callable[[int], Any]) -> None:

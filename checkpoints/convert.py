@@ -8,7 +8,7 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import jax
@@ -18,13 +18,15 @@ from apt_jax.checkpoints.errors import CheckpointError
 from apt_jax.checkpoints.families import read_config
 from apt_jax.checkpoints.formats.fingerprint import SampledFingerprint, weights_fingerprint
 from apt_jax.checkpoints.formats.manifest import Manifest
-from apt_jax.checkpoints.formats.orbax_store import save_weights
+from apt_jax.checkpoints.formats.orbax_store import save_weights, stored_arrays
 from apt_jax.checkpoints.formats.weight_files import MANIFEST, ORBAX_WEIGHTS, LoadFormat, choose_format
-from apt_jax.checkpoints.load import parse_format, read_parameters
+from apt_jax.checkpoints.load import choose_int8, parse_format, read_parameters
 from apt_jax.checkpoints.placement import PlainLayout, stored_dtype
 from apt_jax.checkpoints.skeleton import Skeleton
 from apt_jax.checkpoints.source import COMPANION_FILES, check_revision, resolve
+from apt_jax.execution.weights.layout import host_device
 from apt_jax.files import Unreadable, read_file, read_json, sync_folder
+from apt_jax.model_config import ModelConfig, Quantization, as_quantization
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +37,7 @@ class Conversion:
     fingerprint: str
     dtype: np.dtype
     weight_bytes: int
+    quantization: Quantization
 
 
 def convert(
@@ -44,15 +47,17 @@ def convert(
     dtype: str | None = None,
     load_format: str = "auto",
     revision: str | None = None,
+    quantization: str | None = None,
 ) -> Conversion:
     """Write `source` (as in `load_model`) to the new folder `destination`, with config, tokenizer and fingerprint.
 
-    `dtype` None keeps the checkpoint's own. Everything is written next to `destination` and then moved there in one
-    step: a conversion that is interrupted leaves nothing that loads, and what it left is removed by the next one.
+    `dtype` None keeps the checkpoint's own, and so does `quantization`, which is none or int8. Everything is written
+    next to `destination` and then moved there in one step: a conversion that is interrupted leaves nothing that loads,
+    and what it left is removed by the next one.
 
     Raises:
-        CheckpointError: `destination` exists or cannot be made, or `source` cannot be loaded or has a file that
-            cannot be read.
+        CheckpointError: `destination` exists or cannot be made, `source` cannot be loaded or has a file that
+            cannot be read, or its weights cannot be stored as `quantization`.
         OSError: it cannot be written.
     """
     destination = destination.expanduser().absolute()
@@ -65,20 +70,25 @@ def convert(
     chosen = choose_format([path.name for path in folder.iterdir()], requested, str(folder))
     skeleton = Skeleton.of(config, stored_dtype(dtype, config))
     companions = _companions(folder, skeleton.dtype)
-    placed, _ = read_parameters(folder, config, skeleton, chosen, PlainLayout.of(_host()))
-    parameters = {path: one.arrays[0] for path, one in placed.items()}
-    fingerprint, sample = weights_fingerprint(config, parameters), SampledFingerprint(config)
-    for path, array in parameters.items():
-        sample.add(path, np.asarray(array))
+    int8 = choose_int8(folder, skeleton, chosen, _storable(quantization))
+    placed, sample = read_parameters(folder, config, skeleton, chosen, PlainLayout.of(_host(), int8=int8))
+    parameters = stored_arrays(placed)
+    fingerprint = weights_fingerprint(config, parameters)
+    if int8 is None:
+        sample = _sample(config, parameters)
     with _beside(destination) as partial:
         save_weights(partial / ORBAX_WEIGHTS, parameters)
         for name, data in companions.items():
             (partial / name).write_bytes(data)
-        Manifest.of(partial, fingerprint=fingerprint, sample=str(sample), dtype=skeleton.dtype.name).write(partial)
+        Manifest.of(
+            partial, fingerprint=fingerprint, sample=sample, dtype=skeleton.dtype.name,
+            int8_parts=() if int8 is None else int8.parts,
+        ).write(partial)  # fmt: skip
         _check_absent(destination)
         partial.rename(destination)
         sync_folder(destination.parent)
-    return Conversion(destination, fingerprint, skeleton.dtype, skeleton.nbytes)
+    nbytes = sum(array.nbytes for array in parameters.values())
+    return Conversion(destination, fingerprint, skeleton.dtype, nbytes, "none" if int8 is None else "int8")
 
 
 def verify(folder: Path) -> None:
@@ -89,10 +99,29 @@ def verify(folder: Path) -> None:
     """
     config, manifest = read_config(folder), Manifest.read(folder)
     skeleton = Skeleton.of(config, stored_dtype(manifest.dtype, config))
-    placed, _ = read_parameters(folder, config, skeleton, LoadFormat.ORBAX, PlainLayout.of(_host()))
-    parameters = {path: one.arrays[0] for path, one in placed.items()}
-    if (found := weights_fingerprint(config, parameters)) != manifest.fingerprint:
+    int8 = choose_int8(folder, skeleton, LoadFormat.ORBAX, None)
+    placed, _ = read_parameters(folder, config, skeleton, LoadFormat.ORBAX, PlainLayout.of(_host(), int8=int8))
+    if (found := weights_fingerprint(config, stored_arrays(placed))) != manifest.fingerprint:
         raise CheckpointError(f"{folder} was written as {manifest.fingerprint} and now is {found}; convert again")
+
+
+def _storable(quantization: str | None) -> Quantization | None:
+    if quantization == "int8-dynamic":
+        raise CheckpointError(
+            "quantization='int8-dynamic' is a way to multiply int8 weights, which are stored alike for both: convert "
+            "with --quantization int8 and serve with --quantization int8-dynamic"
+        )
+    try:
+        return None if quantization is None else as_quantization(quantization)
+    except ValueError as error:
+        raise CheckpointError(str(error)) from error
+
+
+def _sample(config: ModelConfig, parameters: Mapping[tuple[str, ...], jax.Array]) -> str:
+    sample = SampledFingerprint(config)
+    for path, array in parameters.items():
+        sample.add(path, np.asarray(array))
+    return str(sample)
 
 
 def _check_absent(destination: Path) -> None:
@@ -162,8 +191,6 @@ def _companions(source: Path, dtype: np.dtype) -> dict[str, bytes]:
 
 
 def _host() -> jax.sharding.Sharding | None:
-    """The host's memory where jax has its CPU backend, as it has unless JAX_PLATFORMS leaves it out."""
-    try:
-        return jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
-    except RuntimeError:
-        return None
+    """The host's memory where jax has it as a device."""
+    host = host_device()
+    return None if host is None else jax.sharding.SingleDeviceSharding(host)

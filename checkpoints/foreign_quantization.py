@@ -26,7 +26,7 @@ _NAMES = {
     "vptq": "VPTQ",
 }
 _FILES = {"quantize_config.json": "GPTQ", "quant_config.json": "AWQ"}  # of older releases of these tools
-CURE = "name the checkpoint that it was made from, in 16 or 32 bits"
+CURE = "name the checkpoint that it was made from, in 16 or 32 bits, with --quantization int8 if need be"
 
 
 def refuse_quantized_config(raw: Mapping[str, Any]) -> None:

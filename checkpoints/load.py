@@ -1,6 +1,7 @@
 """Loads a model from wherever and in whatever format it is: the one entry for the engine and the server."""
 
 import dataclasses
+import logging
 import time
 from pathlib import Path
 from typing import Any, Protocol
@@ -21,17 +22,27 @@ from apt_jax.checkpoints.formats.weight_files import ORBAX_WEIGHTS, LoadFormat, 
 from apt_jax.checkpoints.placement import PlainLayout, Shardings, check_room, device_of, platform_of, serving_dtype
 from apt_jax.checkpoints.skeleton import Skeleton
 from apt_jax.checkpoints.source import resolve
+from apt_jax.execution.weights.int8 import Int8Choice
 from apt_jax.execution.weights.layout import Placed, WeightLayout, Weights
-from apt_jax.model_config import ModelConfig
+from apt_jax.model_config import ModelConfig, Quantization
 from apt_jax.models.sharding import Parallel
 from apt_jax.progress import is_hidden
+
+logger = logging.getLogger(__name__)
 
 
 class LayoutChoice(Protocol):
     """How to lay out the weights of a model, such as `execution.weights.choice.serving_layout` with its options."""
 
     def __call__(
-        self, model: nnx.Module, config: ModelConfig, dtype: np.dtype, *, device: jax.Device, parallel: Parallel | None
+        self,
+        model: nnx.Module,
+        config: ModelConfig,
+        dtype: np.dtype,
+        *,
+        device: jax.Device,
+        parallel: Parallel | None,
+        int8: Int8Choice | None,
     ) -> WeightLayout:
         """That for a model of shapes, on `device` or split over several."""
 
@@ -43,10 +54,10 @@ class Loaded:
     config: ModelConfig
     weights: Weights
     folder: Path  # holds config.json, and the tokenizer if there is one
-    fingerprint: str  # `sample:` or `dummy:` and a hash, see `apt_jax.checkpoints.formats.fingerprint`
+    fingerprint: str  # `sample:` or `dummy:`, a hash, +quantization; see `apt_jax.checkpoints.formats.fingerprint`
     dtype: np.dtype
     load_format: LoadFormat  # never AUTO
-    weight_bytes: int  # of all parameters at `dtype`, on all devices together if nothing is replicated
+    weight_bytes: int  # of all parameters, on all devices together if nothing is replicated
     load_seconds: float
 
     @property
@@ -66,13 +77,14 @@ def load_model(
     shardings: Shardings = None,
     parallel: Parallel | None = None,
     layout: LayoutChoice | None = None,
+    quantization: Quantization | None = None,
 ) -> Loaded:
     """Load `model`: a hub id, a Hugging Face folder, a converted folder, or None for the bundled demo.
 
     `dtype` is "auto" or a name, see `placement.serving_dtype`. `seed` is for `load_format="dummy"`, which needs
     nothing but config.json. A progress bar is shown on a terminal. `parallel` splits the model over devices, its
     vocabulary padded where it does not divide, and takes the place of `shardings`. `layout` chooses how
-    the weights lie; None leaves stacks, of which `Loaded.model` is made.
+    the weights lie; None leaves stacks, of which `Loaded.model` is made. `quantization` None is as they are stored.
 
     Raises:
         ValueError: the model cannot be split as `parallel` says.
@@ -88,21 +100,48 @@ def load_model(
         shardings = parallel.weight_sharding
     chosen = choose_format([path.name for path in folder.iterdir()], requested, str(folder))
     skeleton = Skeleton.of(config, serving_dtype(dtype, config, platform_of(shardings)))
-    check_room(skeleton.nbytes, shardings, parallel)
-    chosen_layout: WeightLayout = PlainLayout.of(shardings, parallel)
+    int8 = choose_int8(folder, skeleton, chosen, quantization)
+    weight_bytes = skeleton.nbytes if int8 is None else int8.nbytes(skeleton.shapes)
+    check_room(weight_bytes, shardings, parallel)
+    chosen_layout: WeightLayout = PlainLayout.of(shardings, parallel, int8)
     if layout is not None:
-        chosen_layout = layout(skeleton.model, config, skeleton.dtype, device=device_of(shardings), parallel=parallel)
+        chosen_layout = layout(
+            skeleton.model, config, skeleton.dtype, device=device_of(shardings), parallel=parallel, int8=int8
+        )
     placed, fingerprint = read_parameters(folder, config, skeleton, chosen, chosen_layout, seed=seed)
     return Loaded(
         config=config,
         weights=chosen_layout.weights(skeleton.model, placed),
         folder=folder,
-        fingerprint=fingerprint,
+        fingerprint=fingerprint if int8 is None else f"{fingerprint}+{int8.quantization}",
         dtype=skeleton.dtype,
         load_format=chosen,
-        weight_bytes=skeleton.nbytes,
+        weight_bytes=weight_bytes,
         load_seconds=time.perf_counter() - started,
     )
+
+
+def choose_int8(
+    folder: Path, skeleton: Skeleton, load_format: LoadFormat, quantization: Quantization | None
+) -> Int8Choice | None:
+    """Which parameters of a checkpoint are to be quantised, or are already; None: none.
+
+    Args:
+        quantization: as asked for; None is as they are stored.
+
+    Raises:
+        CheckpointError: wide weights are asked for, and the checkpoint has 8-bit ones.
+    """
+    stored = Manifest.read(folder).int8_parts if load_format is LoadFormat.ORBAX else ()
+    if not stored:
+        return Int8Choice.of(skeleton.model, quantization or "none")
+    if quantization == "none":
+        raise CheckpointError(
+            f"quantization='none', but the weights in {folder} were converted with --quantization int8; leave "
+            "--quantization out, or name the checkpoint that they were converted from"
+        )
+    logger.info("%s holds int8 weights: they are served as such, with no need of --quantization", folder)
+    return Int8Choice.of(skeleton.model, quantization or "int8", stored)
 
 
 def read_parameters(
@@ -114,7 +153,7 @@ def read_parameters(
     *,
     seed: int = 0,
 ) -> tuple[dict[tuple[str, ...], Placed], str]:
-    """Read the parameters of `skeleton` (by NNX path) from `folder`; also a fingerprint of them.
+    """Read the parameters of `skeleton` (by NNX path) from `folder`; also a fingerprint of them, before quantisation.
 
     Raises:
         CheckpointError: see `load_model`.
@@ -127,7 +166,10 @@ def read_parameters(
 
         manifest = Manifest.read(folder)
         with _progress(skeleton.nbytes) as bar:
-            return restore_weights(folder / ORBAX_WEIGHTS, skeleton, layout, bar.update), manifest.sample
+            restored = restore_weights(
+                folder / ORBAX_WEIGHTS, skeleton, layout, bar.update, is_quantised=bool(manifest.int8_parts)
+            )
+        return restored, manifest.sample
     files = find_weight_files(folder, load_format)
     inventory = take_inventory(config, files)
     sampled = SampledFingerprint(config)

@@ -10,6 +10,7 @@ from apt_jax.checkpoints.errors import CheckpointError
 from apt_jax.checkpoints.formats.stored_tensor import FLOATING
 from apt_jax.engine.memory import device_memory
 from apt_jax.execution.platform import Platform
+from apt_jax.execution.weights.int8 import Int8Choice
 from apt_jax.execution.weights.layout import StackedLayout
 from apt_jax.model_config import ModelConfig
 from apt_jax.models.sharding import Parallel
@@ -35,13 +36,14 @@ class PlainLayout(StackedLayout):
     shardings: Shardings = None
 
     @classmethod
-    def of(cls, shardings: Shardings, parallel: Parallel | None = None) -> "PlainLayout":
+    def of(
+        cls, shardings: Shardings, parallel: Parallel | None = None, int8: Int8Choice | None = None
+    ) -> "PlainLayout":
         """For a model of any family; `parallel` takes the place of `shardings`."""
-        return cls(
-            device_of(shardings), parallel, shardings=shardings if parallel is None else parallel.weight_sharding
-        )
+        chosen = shardings if parallel is None else parallel.weight_sharding
+        return cls(device_of(shardings), parallel, shardings=chosen, int8=int8)
 
-    def sharding(self, path: tuple[str, ...], shape: tuple[int, ...]) -> jax.sharding.Sharding:
+    def final_sharding(self, path: tuple[str, ...], shape: tuple[int, ...]) -> jax.sharding.Sharding:
         """See `WeightLayout`."""
         return sharding_of(self.shardings, path, shape)
 
@@ -73,8 +75,8 @@ def check_room(weight_bytes: int, shardings: Shardings, parallel: Parallel | Non
     if needed > free:
         raise CheckpointError(
             f"the weights need {needed / 2**20:,.1f} MiB on each of {parts} device(s), but {free / 2**20:,.1f} MiB of "
-            f"{total / 2**20:,.1f} MiB are free on {device.device_kind}; free memory, take a smaller model or a 16-bit "
-            "--dtype, or split the model with --tensor-parallel-size"
+            f"{total / 2**20:,.1f} MiB are free on {device.device_kind}; free memory, take a smaller model, a 16-bit "
+            "--dtype or --quantization int8, or split the model with --tensor-parallel-size"
         )
 
 

@@ -106,6 +106,8 @@ class Convert:
     """Data type to store; default: the checkpoint's own."""
     load_format: Literal["auto", "safetensors", "pt", "flax", "orbax", "dummy"] = "auto"
     """Format of SRC; auto: the best one present."""
+    quantization: Literal["none", "int8"] | None = None
+    """Number type of the weights to store: none (that of --dtype) or int8; default: as SRC stores them."""
     revision: str | None = None
     """Branch, tag or commit of the model on the hub."""
 
@@ -114,9 +116,11 @@ class Convert:
         from apt_jax.checkpoints.convert import convert
 
         done = convert(
-            self.source, self.destination, dtype=self.dtype, load_format=self.load_format, revision=self.revision
-        )
-        print(f"wrote {done.folder} ({done.weight_bytes:,} bytes of {done.dtype.name} weights, {done.fingerprint})")
+            self.source, self.destination, dtype=self.dtype, load_format=self.load_format, revision=self.revision,
+            quantization=self.quantization,
+        )  # fmt: skip
+        kind = done.dtype.name if done.quantization == "none" else f"{done.quantization} and {done.dtype.name}"
+        print(f"wrote {done.folder} ({done.weight_bytes:,} bytes of {kind} weights, {done.fingerprint})")
         return 0
 
 

@@ -54,8 +54,9 @@ def base_model(runner: Runner) -> CostModel:
     )
     hardware = HARDWARE[name] if name else GENERIC
     return CostModel(
-        runner.model_config, hardware, devices=runner.num_devices, cache_dtype=runner.shapes.cache_dtype, sizes=sizes
-    )
+        runner.model_config, hardware, devices=runner.num_devices, quantization=runner.weights.quantization,
+        cache_dtype=runner.shapes.cache_dtype, sizes=sizes,
+    )  # fmt: skip
 
 
 def calibration_path(runner: Runner, model: CostModel) -> Path | None:
@@ -64,7 +65,7 @@ def calibration_path(runner: Runner, model: CostModel) -> Path | None:
     if not folder:
         return None
     facts = [
-        asdict(runner.model_config), str(runner.dtype), asdict(model.sizes),
+        asdict(runner.model_config), str(runner.dtype), runner.weights.quantization, asdict(model.sizes),
         runner.shapes.block_size, runner.shapes.cache_dtype, runner.attention, runner.num_devices, source_hash(),
     ]  # fmt: skip
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]

@@ -236,6 +236,7 @@ class Engine:
             prefix_queries=self.state.prefix_queries,
             prefix_hits=self.state.prefix_hits,
             cache_config=self._cache_config,
+            weights={"dtype": str(self.setup.dtype), "quantization": self.config.quantization or "none"},
             num_outside_range=self.runner.num_outside - self._counts.outside_before,
         )
 

@@ -35,6 +35,7 @@ class EngineFigures:
         prefix_queries: tokens of requests that were looked up in the prefix cache when first admitted.
         prefix_hits: of these, tokens that were found there.
         cache_config: how the cache is set up, in vLLM's names; the same at all times.
+        weights: number types of the weights, by name; the same at all times.
         num_outside_range: numbers of hidden vectors, written to an int8 cache since `warm_up`, that were outside the
             range of their channel in the calibration text.
     """
@@ -53,6 +54,7 @@ class EngineFigures:
     prefix_queries: int = 0
     prefix_hits: int = 0
     cache_config: Mapping[str, str] = field(default_factory=dict)
+    weights: Mapping[str, str] = field(default_factory=dict)
     num_outside_range: int = 0
 
     @property

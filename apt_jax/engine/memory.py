@@ -11,7 +11,7 @@ from apt_jax.execution.multihost import smallest_of_all
 from apt_jax.execution.platform import Platform
 from apt_jax.execution.runner import Runner
 from apt_jax.host_limits import unused_memory_bytes
-from apt_jax.model_config import ModelConfig
+from apt_jax.model_config import ModelConfig, Quantization
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,7 @@ class MemoryBudget:
     max_model_len: int
     longest_context_tokens: int
     num_devices: int = 1
+    quantization: Quantization = "none"
 
     @property
     def pool_bytes(self) -> int:
@@ -43,7 +44,7 @@ class MemoryBudget:
         device = self.device if self.num_devices == 1 else f"each of {self.num_devices} x {self.device}"
         rows = (
             ("memory", self.total_bytes, device),
-            ("weights", self.weight_bytes, ""),
+            ("weights", self.weight_bytes, "" if self.quantization == "none" else self.quantization),
             ("activations", self.activation_bytes, "largest compiled step"),
             ("cache pool", self.pool_bytes, f"{self.num_blocks} blocks of {self.block_size} tokens"),
         )
@@ -80,7 +81,7 @@ def share_memory(runner: Runner, config: EngineConfig, kinds: tuple[CacheKind, .
 
     guess = budget(activation_bytes=0)
     found = budget(runner.measure_activations(smallest_of_all(guess.num_blocks)))
-    return replace(found, num_blocks=smallest_of_all(found.num_blocks))
+    return replace(found, num_blocks=smallest_of_all(found.num_blocks), quantization=runner.weights.quantization)
 
 
 def check_longest_request(config: EngineConfig, model_config: ModelConfig) -> None:

@@ -4,6 +4,8 @@ import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
+
 from apt_jax.attention.kinds import KindMix
 from apt_jax.batching.buckets import Buckets
 from apt_jax.batching.builder import BatchBuilder, table_pages
@@ -38,6 +40,7 @@ class EngineSetup:
         cost_model: of the device, before any measurement.
         calibration_file: where this device's measured times are kept; None: nowhere.
         attention: which implementation of attention runs: the kernels' name, or xla.
+        dtype: number type of the weights that are not quantised.
     """
 
     model_config: ModelConfig
@@ -49,6 +52,7 @@ class EngineSetup:
     cost_model: CostModel
     calibration_file: Path | None
     attention: str
+    dtype: np.dtype
 
 
 def set_up(
@@ -69,6 +73,7 @@ def set_up(
         ValueError: the configuration cannot be served (context, memory, backend); one sentence with the cure.
     """
     config = without_gaps(config, model_config, Platform.of(weights.device))
+    config = replace(config, quantization=weights.quantization)
     assert config.max_num_seqs is not None and config.max_num_batched_tokens is not None
     limits = Limits(config.max_num_seqs, config.max_num_batched_tokens, config.cache_mode)
     runner = _make_runner(weights, model_config, config, limits)
@@ -92,6 +97,7 @@ def set_up(
         cost_model=cost_model,
         calibration_file=calibration_path(runner, cost_model),
         attention=runner.attention,
+        dtype=runner.dtype,
     )  # fmt: skip
 
 

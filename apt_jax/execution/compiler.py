@@ -15,14 +15,18 @@ from apt_jax.execution.arguments import Arguments
 from apt_jax.execution.platform import Platform
 from apt_jax.execution.program_store import ProgramStore, source_hash
 from apt_jax.execution.steps import StepOutput
+from apt_jax.model_config import Quantization
 from apt_jax.models.sharding import EVERYWHERE
 
 
 class Compiler:
-    """Compiles programs for the devices of one model; `attention` is the name of its attention kernels."""
+    """Compiles programs for the devices of one model; `attention` is the name of its attention kernels.
 
-    def __init__(self, arguments: Arguments, attention: str):
-        self._arguments, self._attention = arguments, attention
+    `quantization` is that of the weights: int8 and int8-dynamic have the same shapes.
+    """
+
+    def __init__(self, arguments: Arguments, attention: str, quantization: Quantization = "none"):
+        self._arguments, self._attention, self._quantization = arguments, attention, quantization
         # processes that run one program compile it together, so none of them may load it from disk
         alone, device = jax.process_count() == 1, arguments.device
         self._store = ProgramStore.in_compile_cache(device) if alone else ProgramStore(None, device)
@@ -64,7 +68,7 @@ class Compiler:
 
         shapes = (shapes_of, jax.tree.map(lambda leaf: (leaf.shape, str(leaf.dtype)), args), donate, precision)
         # with the attention kernels' name: the sampler and the scorer call kernels too, and cannot run without them
-        key = (name, self._attention, arguments.model_config, arguments.shapes, shapes)
+        key = (name, self._attention, self._quantization, arguments.model_config, arguments.shapes, shapes)
         return self._store.get(repr(key), compile_program)
 
 

@@ -46,7 +46,7 @@ class Runner:
         self.pads = form.pads
         self.buckets = buckets if self.pads else buckets.largest()
         self.arguments = Arguments(model_config, shapes, self.buckets, weights.dtype, weights.device, weights.parallel)
-        compiler = Compiler(self.arguments, self.attention)
+        compiler = Compiler(self.arguments, self.attention, weights.quantization)
         self._form: Form = form(weights, self.arguments, weights.kernels, compiler)
         self.programs = Programs(self._form, weights, self.arguments, compiler)
         self.num_blocks = 0

@@ -103,8 +103,9 @@ def run_layers[Cache](
     graphdef, stacked = nnx.split(layers)
 
     def lazy(path: tuple[Any, ...], leaf: jax.Array, stack: jax.Array, layer: jax.Array) -> Any:
-        names = [getattr(key, "key", getattr(key, "name", None)) for key in path]
-        return LazySlice(stack, layer) if "kernel" in names and set(names) & set(SLICED_LAZILY) else leaf
+        names = {getattr(key, "key", getattr(key, "name", None)) for key in path}
+        is_kernel = "kernel" in names and not names & {"scale", "factor"}  # which of an int8 kernel are small
+        return LazySlice(stack, layer) if is_kernel and names & set(SLICED_LAZILY) else leaf
 
     def body(carry: tuple[jax.Array, Cache], xs: tuple[jax.Array, nnx.State]) -> tuple[tuple[jax.Array, Cache], None]:
         x, cache = carry

@@ -7,7 +7,8 @@ form that a CPU multiplies faster, or that a TPU slices lazily, takes the array'
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
-from typing import Self
+from functools import partial
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 _FEW_ROWS = 128
+LARGEST = 127  # of an 8-bit weight or activation; -128 is not used
 
 
 class Kernel(ABC):
@@ -46,6 +48,11 @@ class Kernel(ABC):
     def after(self, known: jax.Array) -> Self:
         """The kernel; one that is sliced lazily is not sliced before `known` is."""
         return self
+
+    @property
+    def is_sliced_lazily(self) -> bool:
+        """Whether it is sliced out of a stack where it is read."""
+        return False
 
 
 @dataclass(frozen=True)
@@ -90,6 +97,11 @@ class LazySlice(Kernel):
         layer, _ = jax.lax.optimization_barrier((self.layer, known))
         return replace(self, layer=layer)
 
+    @property
+    def is_sliced_lazily(self) -> bool:
+        """See `Kernel`."""
+        return True
+
 
 @dataclass(frozen=True)
 class TransposedKernel(Kernel):
@@ -121,6 +133,143 @@ class TransposedKernel(Kernel):
     def columns(self, index: jax.Array) -> jax.Array:
         """See `Kernel`."""
         return self.stored[index]
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["values", "scale"], meta_fields=["dynamic", "dtype"])
+@dataclass(frozen=True)
+class Int8Kernel(Kernel):
+    """A kernel of 8-bit integers with a scale for each output: `array = values * scale` (`quantization.py`).
+
+    Attributes:
+        values: int8 `[*inputs, *outputs]`, in -127..127; or a stack of such in a lazy slice.
+        scale: float32 `[*outputs]`.
+        dynamic: each row of `x` is quantised too, with a scale of its own (greatest magnitude / 127), and products are
+            sums of int32. Otherwise the integers are multiplied in the number type of `x`, where they are exact.
+        dtype: number type of `array`, `columns` and `by_head`.
+    """
+
+    values: Any
+    scale: jax.Array
+    dynamic: bool = False
+    dtype: DTypeLike = jnp.float32
+
+    @property
+    def shape(self) -> tuple[int, ...]:  # type: ignore[override]
+        """Shape `[*inputs, *outputs]`."""
+        return tuple(self.values.shape)
+
+    @property
+    def numbers(self) -> jax.Array:
+        """The integers, as an array of `shape`."""
+        found: jax.Array = self.values.array if isinstance(self.values, Kernel) else self.values
+        return found
+
+    @property
+    def array(self) -> jax.Array:
+        """See `Kernel`, in `dtype`."""
+        return (self.numbers.astype(jnp.float32) * self.scale).astype(self.dtype)
+
+    def matmul(self, x: jax.Array, axes: int = 1, dtype: DTypeLike | None = None) -> jax.Array:
+        """See `Kernel`."""
+        return int8_product(x, self.numbers, axes, self.scale, self.dynamic).astype(dtype or x.dtype)
+
+    def after(self, known: jax.Array) -> Self:
+        """See `Kernel`."""
+        return replace(self, values=self.values.after(known)) if self.is_sliced_lazily else self
+
+    @property
+    def is_sliced_lazily(self) -> bool:
+        """See `Kernel`."""
+        return isinstance(self.values, Kernel)
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["values", "scale"], meta_fields=["dynamic", "dtype"])
+@dataclass(frozen=True)
+class Int8Table(Int8Kernel):
+    """A kernel that is stored as `values [outputs, inputs]`: the vocabulary's table of embeddings."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:  # type: ignore[override]
+        """Shape `[inputs, outputs]`."""
+        return tuple(self.values.shape[::-1])
+
+    @property
+    def array(self) -> jax.Array:
+        """See `Kernel`, in `dtype`."""
+        return (self.values.T.astype(jnp.float32) * self.scale).astype(self.dtype)
+
+    def matmul(self, x: jax.Array, axes: int = 1, dtype: DTypeLike | None = None) -> jax.Array:
+        """See `Kernel`."""
+        return int8_product(x, self.values.T, axes, self.scale, self.dynamic).astype(dtype or x.dtype)
+
+    def columns(self, index: jax.Array) -> jax.Array:
+        """See `Kernel`, in `dtype`."""
+        return (self.values[index].astype(jnp.float32) * self.scale[index][..., None]).astype(self.dtype)
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["kernel", "factor"], meta_fields=[])
+@dataclass(frozen=True)
+class RowScaledKernel(Kernel):
+    """A kernel whose inputs are multiplied by constant factors first: `array = factor * kernel.array`.
+
+    Factors of a quantised kernel are powers of two, which change no digit (`quantization.py`).
+
+    Attributes:
+        factor: float32 `[*inputs]`.
+    """
+
+    kernel: Kernel
+    factor: jax.Array
+
+    @property
+    def shape(self) -> tuple[int, ...]:  # type: ignore[override]
+        """Shape `[*inputs, *outputs]`."""
+        return self.kernel.shape
+
+    @property
+    def array(self) -> jax.Array:
+        """See `Kernel`."""
+        found = self.kernel.array
+        factor = jnp.expand_dims(self.factor, tuple(range(self.factor.ndim, found.ndim)))
+        return found * factor.astype(found.dtype)
+
+    def matmul(self, x: jax.Array, axes: int = 1, dtype: DTypeLike | None = None) -> jax.Array:
+        """See `Kernel`."""
+        return self.kernel.matmul(x * self.factor.astype(x.dtype), axes, dtype)
+
+    def columns(self, index: jax.Array) -> jax.Array:
+        """See `Kernel`."""
+        found = self.kernel.columns(index)
+        return found * self.factor.astype(found.dtype)
+
+    def by_head(self) -> jax.Array:
+        """See `Kernel`."""
+        found = self.kernel.by_head()  # [parts of heads, D, ...]
+        return found * self.factor[:, None].astype(found.dtype)
+
+    def after(self, known: jax.Array) -> Self:
+        """See `Kernel`."""
+        return replace(self, kernel=self.kernel.after(known)) if self.is_sliced_lazily else self
+
+    @property
+    def is_sliced_lazily(self) -> bool:
+        """See `Kernel`."""
+        return self.kernel.is_sliced_lazily
+
+
+def int8_product(x: jax.Array, values: jax.Array, axes: int, scale: jax.Array, dynamic: bool) -> jax.Array:
+    """`x [..., *inputs]` times int8 `values [*inputs, *outputs]` and `scale [*outputs]`, float32; see `Int8Kernel`."""
+    if not dynamic:
+        return jnp.tensordot(x, values.astype(x.dtype), axes, preferred_element_type=jnp.float32) * scale
+    inputs = tuple(range(x.ndim - axes, x.ndim))
+    wide = x.astype(jnp.float32)
+    step = jnp.abs(wide).max(inputs, keepdims=True) / LARGEST
+    usable = (step > 0) & jnp.isfinite(step)
+    codes = jnp.where(usable, jnp.round(wide / jnp.where(usable, step, 1)), 0).astype(jnp.int8)
+    found = jnp.tensordot(codes, values, axes, preferred_element_type=jnp.int32).astype(jnp.float32)
+    # a row that is not finite has a step that is not, and so has its product; unless that is 0, hence the NaN
+    step = jnp.where(jnp.isfinite(step), step, jnp.nan).reshape(*x.shape[: x.ndim - axes], *[1] * scale.ndim)
+    return found * step * scale
 
 
 def kernel_of(parameter: nnx.Param) -> Kernel:

@@ -17,7 +17,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from apt_jax.models.collectives import all_gather, all_reduce, device_index, reduce_scatter
-from apt_jax.models.kernels import ArrayKernel, Kernel, LazySlice, kernel_of
+from apt_jax.models.kernels import ArrayKernel, Kernel, kernel_of
 
 SLICED_LAZILY = ("k_proj", "v_proj")  # what attention reads under conditions and in loops
 
@@ -55,13 +55,16 @@ class Embedding(nnx.Module):
     def __call__(self, index: jax.Array) -> jax.Array:
         """The vectors `[..., E]` at `index`."""
         table = self.embedding.get_value()
-        if isinstance(table, Kernel):
-            return table.columns(index).astype(self.dtype)
-        if table.shape[0] == self.rows:
-            return table[index]
-        index = index - device_index() * table.shape[0]
-        here = (index >= 0) & (index < table.shape[0])  # the other devices add 0
-        return all_reduce(jnp.where(here[..., None], table[jnp.where(here, index, 0)], 0))
+
+        def look_up(index: jax.Array) -> jax.Array:
+            return table.columns(index).astype(self.dtype) if isinstance(table, Kernel) else table[index]
+
+        rows = table.shape[-1] if isinstance(table, Kernel) else table.shape[0]
+        if rows == self.rows:
+            return look_up(index)
+        index = index - device_index() * rows
+        here = (index >= 0) & (index < rows)  # the other devices add 0
+        return all_reduce(jnp.where(here[..., None], look_up(jnp.where(here, index, 0)), 0))
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Float32 products `[..., V]` of `hidden [..., E]` with all vectors."""
@@ -164,7 +167,7 @@ def _heads(kernel: Kernel, bias: jax.Array | None, h: jax.Array) -> jax.Array:
     Else XLA on a TPU7x may want it as `[T, N*H]`, for which it transposes a kernel that lies head by head.
     """
     out = _add(kernel.matmul(h), bias)
-    if not isinstance(kernel, LazySlice):
+    if not kernel.is_sliced_lazily:
         return out
     return jax.lax.optimization_barrier(out.swapaxes(0, 1)).swapaxes(0, 1)
 

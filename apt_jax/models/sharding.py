@@ -158,6 +158,24 @@ def padded_shape(shape: tuple[int, ...], sharding: jax.sharding.Sharding) -> tup
     return tuple(-(-size // count) * count for size, count in zip(shape, counts, strict=True))
 
 
+def put(host: np.ndarray | jax.Array, sharding: jax.sharding.Sharding) -> jax.Array:
+    """`host` on the devices, of each only its slice; zeros where an axis does not divide.
+
+    What is on the devices already stays as it is.
+    """
+    if len(sharding.device_set) == 1 or isinstance(host, jax.Array):
+        return jax.device_put(host, sharding)
+
+    def part(index: tuple[slice, ...] | None) -> np.ndarray:
+        assert index is not None
+        found = host[index]
+        wanted = [len(range(*s.indices(size))) for s, size in zip(index, shape, strict=True)]
+        return np.pad(found, [(0, size - have) for size, have in zip(wanted, found.shape, strict=True)])
+
+    shape = padded_shape(host.shape, sharding)
+    return jax.make_array_from_callback(shape, sharding, part)
+
+
 def zeros(shape: tuple[int, ...], dtype: DTypeLike, sharding: jax.sharding.Sharding) -> jax.Array:
     """Zeros of `shape`, made on the devices, so that nothing is copied from the host."""
     local = sharding.shard_shape(shape)

@@ -17,8 +17,9 @@ def random_parameters(skeleton: Skeleton, seed: int, layout: WeightLayout) -> di
 
     The device's own generator is used: the numbers depend on the seed and on the kind of device.
     """
+    paths = list(skeleton.shapes)
     entropy = np.random.SeedSequence(seed)
-    placed = [layout.sharding(path, a.shape) for path, a in skeleton.shapes.items()]
+    placed = [layout.final_sharding(path, a.shape) for path, a in skeleton.shapes.items()]
     shapes = [padded_shape(a.shape, place) for a, place in zip(skeleton.shapes.values(), placed, strict=True)]
     # Key data from the host, one key a block: splitting keys inside the program triples its compile time.
     keys = [
@@ -26,9 +27,17 @@ def random_parameters(skeleton: Skeleton, seed: int, layout: WeightLayout) -> di
         for child, shape in zip(entropy.spawn(len(shapes)), shapes, strict=True)
     ]
     leaves = tuple((path[-1], shape) for path, shape in zip(skeleton.shapes, shapes, strict=True))
-    draw = jax.jit(_draw_all, static_argnums=(1, 2), out_shardings=placed)
-    drawn = dict(zip(skeleton.shapes, jax.block_until_ready(draw(keys, leaves, skeleton.dtype)), strict=True))
-    return {path: layout.place(path, drawn.pop(path)) for path in skeleton.shapes}
+    # what is quantised is drawn one by one, so that only one of these is wide at a time
+    parts = [[i] for i, path in enumerate(paths) if layout.is_int8(path)]
+    parts.append([i for i, path in enumerate(paths) if not layout.is_int8(path)])
+    result = {}
+    for part in parts:
+        draw = jax.jit(_draw_all, static_argnums=(1, 2), out_shardings=[placed[i] for i in part])
+        chosen = tuple(leaves[i] for i in part)
+        drawn = jax.block_until_ready(draw([keys[i] for i in part], chosen, skeleton.dtype))
+        for i in reversed(part):
+            result[paths[i]] = layout.place(paths[i], drawn.pop())
+    return result
 
 
 def _blocks(shape: tuple[int, ...]) -> int:

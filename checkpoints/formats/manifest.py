@@ -13,7 +13,7 @@ from apt_jax.checkpoints.errors import CheckpointError
 from apt_jax.checkpoints.formats.weight_files import MANIFEST
 from apt_jax.files import EVERYBODY, Unreadable, read_file, read_json, replace_file
 
-_VERSION = 2
+_VERSION, _VERSION_INT8 = 2, 3  # older releases read 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,15 +25,20 @@ class Manifest:
     dtype: str  # of the weights
     config_hash: str  # of config.json's bytes
     files: dict[str, int]  # path inside the folder to size in bytes, of everything but the manifest
+    int8_parts: tuple[str, ...] = ()  # what is quantised, see `execution/weights/int8.py`
 
     @classmethod
-    def of(cls, folder: Path, *, fingerprint: str, sample: str, dtype: str) -> "Manifest":
+    def of(
+        cls, folder: Path, *, fingerprint: str, sample: str, dtype: str, int8_parts: tuple[str, ...] = ()
+    ) -> "Manifest":
         """Describe the files that lie in `folder` now."""
-        return cls(fingerprint, sample, dtype, _hash(folder / "config.json"), _sizes(folder))
+        return cls(fingerprint, sample, dtype, _hash(folder / "config.json"), _sizes(folder), int8_parts)
 
     def write(self, folder: Path) -> None:
         """Put the manifest into `folder` in one step, after everything before it is on disk."""
-        fields = {"version": _VERSION, **dataclasses.asdict(self)}
+        fields = {"version": _VERSION_INT8 if self.int8_parts else _VERSION, **dataclasses.asdict(self)}
+        if not self.int8_parts:
+            del fields["int8_parts"]
         text = json.dumps(fields, indent=1, sort_keys=True)
         replace_file(folder / MANIFEST, text.encode(), mode=EVERYBODY, durable=True)
 
@@ -66,6 +71,8 @@ class Manifest:
             version = fields.pop("version")
             if version == 1:  # it had no sample
                 version, fields["sample"] = _VERSION, fields["fingerprint"]
+            if version == _VERSION_INT8:
+                return cls(**{**fields, "int8_parts": tuple(map(str, fields["int8_parts"]))})
             if version == _VERSION:
                 return cls(**fields)
         except FileNotFoundError as error:
@@ -77,7 +84,9 @@ class Manifest:
             raise CheckpointError(str(error)) from error
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(f"{path} is truncated or corrupt; convert again") from error
-        raise CheckpointError(f"{path} has {version=}, and this release reads {_VERSION}; convert again")
+        raise CheckpointError(
+            f"{path} has {version=}, and this release reads {_VERSION} and {_VERSION_INT8}; convert again"
+        )
 
 
 def _sizes(folder: Path) -> dict[str, int]:

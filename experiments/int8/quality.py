@@ -1,42 +1,88 @@
-"""What an int8 cache costs in quality: `python -m experiments.int8.quality`.
+"""What 8-bit weights and caches cost in quality: `python -m experiments.int8.quality [--model opt-125m] [--by-part]`.
 
-Log-probabilities of the demo model's held-out documents (`checkpoints/demo_training/corpus.py`), in chunks over
-the cache as an engine does it, against float32 with a float32 cache: mean absolute difference of the tokens'
+Log-probabilities of the demo model's held-out documents (`checkpoints/demo_training/corpus.py`), in chunks over the
+cache as an engine does it, against float32 weights with a float32 KV cache: mean absolute difference of the tokens'
 log-probabilities, Kullback-Leibler divergence of the whole distributions, perplexity, and the share of positions with
 the same most likely token. Also for the same model with planted outliers: some channels of every attention's layer norm
 times k and the rows of Wq, Wk and Wv divided by k, which changes nothing in exact arithmetic.
+
+With `--model` the shape of another model with random weights and random documents, whose perplexity says nothing. With
+`--by-part` every part of the weights quantised alone.
 """
 
 import argparse
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from apt_jax.cache import BlockTable, CacheKind
+from apt_jax.cache import BlockTable, CacheKind, as_cache_dtype
 from apt_jax.checkpoints.demo_training.corpus import build_corpus
 from apt_jax.checkpoints.load import load_model
 from apt_jax.engine.setup import EngineSetup, set_up
 from apt_jax.engine_config import EngineConfig
 from apt_jax.execution.programs import StepKey
 from apt_jax.execution.runner import Runner
-from apt_jax.execution.weights.choice import laid_out
+from apt_jax.execution.weights.choice import serving_layout
+from apt_jax.execution.weights.int8 import PARTS, Int8Choice
+from apt_jax.model_config import ModelConfig, Quantization
 from apt_jax.models.opt import OPT
 from apt_jax.request import Request, SamplingParams
 from apt_jax.scheduling.state import Span
 from apt_jax.tokenization.tokenizer import Tokenizer
+from experiments.preset_model import preset_model
 
-CHUNK, LONGEST = 64, 512  # tokens
-CACHES = (("auto", CacheKind.KV), ("auto", CacheKind.HIDDEN), ("int8", CacheKind.KV), ("int8", CacheKind.HIDDEN))
+CHUNK, LONGEST, RANDOM_LENGTH = 64, 512, 192  # tokens
 OUTLIERS = ((0, 1.0), (4, 30.0), (6, 100.0))  # channels of each layer, and their factor
+KV, HIDDEN = CacheKind.KV, CacheKind.HIDDEN
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a model's weights and cache are stored as."""
+
+    name: str
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    kind: CacheKind = KV
+    cache: str = "auto"
+    quantization: Quantization = "none"
+    parts: tuple[str, ...] = PARTS
+
+
+SETTINGS = (
+    Setting("float32, KV", "float32"),
+    Setting("float32, hidden", "float32", HIDDEN),
+    Setting("bf16, KV"),
+    Setting("bf16, hidden", kind=HIDDEN),
+    Setting("bf16, int8 KV", cache="int8"),
+    Setting("bf16, int8 hidden", kind=HIDDEN, cache="int8"),
+    Setting("int8, KV", quantization="int8"),
+    Setting("int8, hidden", kind=HIDDEN, quantization="int8"),
+    Setting("int8, int8 KV", cache="int8", quantization="int8"),
+    Setting("int8, int8 hidden", kind=HIDDEN, cache="int8", quantization="int8"),
+    Setting("int8-dynamic, KV", quantization="int8-dynamic"),
+    Setting("int8-dynamic, int8 KV", cache="int8", quantization="int8-dynamic"),
+    Setting("int8-dynamic, int8 hidden", kind=HIDDEN, cache="int8", quantization="int8-dynamic"),
+)
+BY_PART = (
+    SETTINGS[0],
+    *(
+        Setting(f"{name} {part}", "float32", quantization=name, parts=(part,))
+        for name in ("int8", "int8-dynamic")
+        for part in PARTS
+    ),
+)
 
 
 @dataclass(frozen=True)
 class Difference:
-    """Of one configuration against float32, means over all predicted tokens; KL in nats."""
+    """Of one setting against float32, means over all predicted tokens; KL in nats."""
 
     logprob: float
     kl: float
@@ -60,6 +106,34 @@ def with_outliers(model: OPT, count: int, factor: float) -> OPT:
     for linear in (attention.q_proj, attention.k_proj, attention.v_proj):
         linear.kernel[...] = (linear.kernel[...] / gain[:, :, None, None]).astype(linear.kernel[...].dtype)
     return copied
+
+
+def livelier(model: OPT) -> OPT:
+    """Random weights with larger queries, keys and logits, since attention and predictions are nearly uniform else."""
+    graphdef, state = nnx.split(model)
+    copied = nnx.merge(graphdef, state)
+    attention = copied.layers.self_attn
+    for parameter, factor in (
+        (attention.q_proj.kernel, 3), (attention.k_proj.kernel, 3), (copied.embed_tokens.embedding, 4),
+    ):  # fmt: skip
+        parameter[...] = parameter[...] * factor
+    return copied
+
+
+def make_setup(model: OPT, config: ModelConfig, setting: Setting, tokenizer: Tokenizer | None) -> EngineSetup:
+    """The parts of an engine of `model`, which is of float32, in one setting."""
+    options = EngineConfig(
+        dtype=setting.dtype, cache_dtype=setting.cache, cache_mode=setting.kind.value, num_blocks=128,
+        max_num_seqs=1, max_num_batched_tokens=CHUNK, attention_backend="xla", calibrate=False,
+    )  # fmt: skip
+    graphdef, state = nnx.split(model)
+    model = nnx.merge(graphdef, jax.tree.map(lambda leaf: leaf.astype(setting.dtype), state))
+    layout = serving_layout(
+        model, config, np.dtype(jnp.dtype(setting.dtype)), backend="xla", block_size=options.block_size,
+        device=jax.devices()[0], cache_dtype=as_cache_dtype(setting.cache),
+        int8=Int8Choice.of(model, setting.quantization, setting.parts),
+    )  # fmt: skip
+    return set_up(layout.lay_out(model), config, options, tokenizer)
 
 
 def logprobs(setup: EngineSetup, kind: CacheKind, documents: list[list[int]]) -> Iterator[np.ndarray]:
@@ -100,33 +174,35 @@ def main() -> None:
     """Print a table for each model."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--documents", type=int, default=40, help="held-out documents, the longest first")
+    parser.add_argument("--model", default=None, help="a model's shape with random weights, instead of the demo model")
+    parser.add_argument("--by-part", action="store_true", help="every part of the weights quantised alone, in float32")
+    parser.add_argument("--outliers", type=int, nargs="*", default=range(len(OUTLIERS)), help="which of 0, 1, 2")
     args = parser.parse_args()
-    loaded = load_model(None, dtype="float32")
-    tokenizer = Tokenizer.from_folder(loaded.folder)
-    texts = sorted(build_corpus().validation, key=len, reverse=True)[: args.documents]
-    documents = [tokenizer.encode(text)[:LONGEST] for text in texts]
+    tokenizer = None
+    if args.model is None:
+        loaded = load_model(None, dtype="float32")
+        tokenizer = Tokenizer.from_folder(loaded.folder)
+        texts = sorted(build_corpus().validation, key=len, reverse=True)[: args.documents]
+        documents = [tokenizer.encode(text)[:LONGEST] for text in texts]
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            loaded = preset_model(args.model, Path(folder), dtype="float32")
+        size = args.documents, RANDOM_LENGTH
+        documents = np.random.default_rng(0).integers(4, loaded.config.vocab_size, size).tolist()
     print(f"{len(documents)} documents, {sum(map(len, documents))} tokens, chunks of {CHUNK}")
-    for count, factor in OUTLIERS:
-        exact: list[np.ndarray] = []
+    for count, factor in (OUTLIERS[i] for i in args.outliers):
         print(f"\n{count} channels of each layer times {factor:g}" if count else "\nas it is")
-        print(f"{'weights':10}{'cache':16}{'|difference|':>14}{'KL':>12}{'perplexity':>12}{'same best':>11}")
-        for dtype in ("float32", "bfloat16"):
-            for cache, kind in CACHES:
-                config = EngineConfig(
-                    dtype=dtype, cache_dtype=cache, cache_mode=kind.value, num_blocks=128,
-                    max_num_seqs=1, max_num_batched_tokens=CHUNK, attention_backend="xla", calibrate=False,
-                )  # fmt: skip
-                model = with_outliers(loaded.model, count, factor)
-                graphdef, state = nnx.split(model)
-                model = nnx.merge(graphdef, jax.tree.map(lambda leaf, dtype=dtype: leaf.astype(dtype), state))
-                setup = set_up(laid_out(model, loaded.config, config), loaded.config, config, tokenizer)
-                found = list(logprobs(setup, kind, documents))
-                exact = exact or found
-                got = compare(exact, found, documents)
-                name = f"{dtype if cache == 'auto' else cache} {kind.value}"
-                print(
-                    f"{dtype:10}{name:16}{got.logprob:14.2e}{got.kl:12.2e}{got.perplexity:12.3f}{got.agreement:11.2%}"
-                )
+        print("| weights, cache | difference | KL | perplexity | same best |\n|---|---:|---:|---:|---:|")
+        model = with_outliers(loaded.model if tokenizer else livelier(loaded.model), count, factor)
+        exact: list[np.ndarray] = []
+        for setting in BY_PART if args.by_part else SETTINGS:
+            setup = make_setup(model, loaded.config, setting, tokenizer)
+            found = list(logprobs(setup, setting.kind, documents))
+            exact = exact or found
+            got = compare(exact, found, documents)
+            perplexity = "" if tokenizer is None else f"{got.perplexity:.3f}"
+            figures = f"{got.logprob:.2e} | {got.kl:.2e} | {perplexity} | {got.agreement:.2%}"
+            print(f"| {setting.name} | {figures} |", flush=True)
 
 
 if __name__ == "__main__":

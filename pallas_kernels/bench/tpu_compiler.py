@@ -7,6 +7,7 @@ import functools
 import importlib.util
 import os
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import jax
@@ -29,6 +30,13 @@ def device(chip: str) -> Any:
     return topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGIES[chip]).devices[0]
 
 
+def abstract_mesh(chip: str) -> AbstractContextManager[Any]:
+    """What kernels are to be traced under, to be those of the chip."""
+    target = device(chip)
+    abstract = AbstractDevice(device_kind=target.device_kind, num_cores=target.num_cores, platform="tpu")
+    return jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=abstract))
+
+
 def compile_for(chip: str, function: Callable, *args: Any, donate: tuple[int, ...] = ()) -> Any:
     """`jax.jit(function)` compiled for a chip; args are arrays or trees of shapes, with a layout where that matters."""
     target = device(chip)
@@ -36,6 +44,5 @@ def compile_for(chip: str, function: Callable, *args: Any, donate: tuple[int, ..
     shapes = jax.tree.map(
         lambda a: a if a.sharding else jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), args
     )
-    abstract = AbstractDevice(device_kind=target.device_kind, num_cores=target.num_cores, platform="tpu")
-    with jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=abstract)):
+    with abstract_mesh(chip):
         return jax.jit(function, donate_argnums=donate).lower(*shapes).compile()

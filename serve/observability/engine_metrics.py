@@ -51,11 +51,15 @@ class EngineMetrics(Instruments):
         self.healthy.set_function(is_healthy)
 
     def ready(self, figures: EngineFigures) -> None:
-        """Show the empty cache and how it is set up."""
+        """Show the empty cache, how it is set up, and what the weights are."""
         if figures.cache_config:
             labels = {**self._labels, **figures.cache_config}
             text = "How the cache is set up, in labels; always 1."
             Gauge("vllm:cache_config_info", text, [*labels], registry=self.registry).labels(**labels).set(1)
+        if figures.weights:
+            labels = {**self._labels, **figures.weights}
+            text = "Number types of the weights, in labels; always 1."
+            Gauge("apt:weights_info", text, [*labels], registry=self.registry).labels(**labels).set(1)
         self._levels(figures)
 
     def stepped(self, figures: EngineFigures, step: Stepped) -> None:

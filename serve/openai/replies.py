@@ -172,13 +172,14 @@ class ChatCompletionChunk(TypedDict):
 
 
 class Model(TypedDict):
-    """The model served; `max_model_len` is null while it loads."""
+    """The model served; `max_model_len` and `quantization` (of the weights) are null while it loads."""
 
     id: str
     object: Literal["model"]
     created: int
     owned_by: str
     max_model_len: int | None
+    quantization: Literal["none", "int8", "int8-dynamic"] | None
 
 
 class ModelList(TypedDict):

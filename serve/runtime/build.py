@@ -13,7 +13,7 @@ from apt_jax.cache import as_cache_dtype, keeps_hidden
 from apt_jax.checkpoints.families import read_config
 from apt_jax.checkpoints.formats.weight_files import LoadFormat
 from apt_jax.checkpoints.generation_config import AUTO, GenerationConfig, read_generation_config
-from apt_jax.checkpoints.load import load_model, parse_format
+from apt_jax.checkpoints.load import Loaded, load_model, parse_format
 from apt_jax.checkpoints.source import check_revision, resolve
 from apt_jax.engine.engine import Engine
 from apt_jax.engine.memory import check_longest_request
@@ -22,7 +22,7 @@ from apt_jax.engine_config import EngineConfig
 from apt_jax.execution.multihost import follow, lead
 from apt_jax.execution.platform import Platform
 from apt_jax.execution.weights.choice import serving_layout
-from apt_jax.model_config import ModelConfig
+from apt_jax.model_config import ModelConfig, as_quantization
 from apt_jax.models.sharding import Parallel
 from apt_jax.scheduling.policies.catalogue import make_policy
 from apt_jax.serve.runtime.compile_cache import use_compile_cache
@@ -73,12 +73,14 @@ def build_engine(
     loaded = load_model(
         str(folder), load_format=load_format, dtype=engine_config.dtype, revision=revision, seed=engine_config.seed,
         parallel=parallel,
+        quantization=None if engine_config.quantization is None else as_quantization(engine_config.quantization),
         layout=partial(
             serving_layout, backend=engine_config.attention_backend, block_size=engine_config.block_size,
             cache_dtype=as_cache_dtype(engine_config.cache_dtype),
         ),
     )  # fmt: skip
-    logger.info("%s: %s weights from %s", model or "demo model", loaded.dtype.name, loaded.folder)
+    engine_config = dataclasses.replace(engine_config, quantization=loaded.weights.quantization)
+    logger.info("%s: %s weights from %s", model or "demo model", _number_type(loaded), loaded.folder)
     on_phase("weights")
     text = named or load_tokenizer(loaded.folder, None, revision, store)
     on_phase("tokenizer")
@@ -95,6 +97,17 @@ def build_engine(
         logger.info("requests that do not say otherwise get %s, of its generation_config.json; none of it with "
                     "--generation-config none", given)  # fmt: skip
     return Engine(setup, text, sampling_defaults=generation.sampling, fingerprint=loaded.fingerprint)
+
+
+def _number_type(loaded: Loaded) -> str:
+    """What the weights are, for the log."""
+    dtype = loaded.dtype.name
+    match loaded.weights.quantization:
+        case "none":
+            return dtype
+        case "int8":
+            return f"int8 (multiplied in {dtype}; biases, norms and positions {dtype})"
+    return f"int8 (multiplied by int8 activations, keys and values in {dtype}; biases, norms and positions {dtype})"
 
 
 def with_end_ids(config: ModelConfig, generation: GenerationConfig, tokenizer: Tokenizer | None) -> ModelConfig:

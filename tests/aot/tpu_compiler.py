@@ -1,9 +1,9 @@
 """For tests that compile for TPUs: every OPT size, and why there is no compiler, if there is none."""
 
 from apt_jax.pallas_kernels.bench.tpu_compiler import MISSING as NO_LIBTPU
-from apt_jax.pallas_kernels.bench.tpu_compiler import TOPOLOGIES, compile_for, device
+from apt_jax.pallas_kernels.bench.tpu_compiler import TOPOLOGIES, abstract_mesh, compile_for, device
 
-__all__ = ["MISSING", "OPT_SIZES", "TOPOLOGIES", "compile_for", "device"]
+__all__ = ["MISSING", "OPT_SIZES", "TOPOLOGIES", "abstract_mesh", "compile_for", "device"]
 
 MISSING = NO_LIBTPU and f"{NO_LIBTPU}; run make test-aot"
 OPT_SIZES = {  # heads, head_dim

@@ -320,8 +320,8 @@ def test_damaged_conversion_is_named(source, converted):
     (converted / MANIFEST).write_text(manifest[:-20])
     refused(f"{MANIFEST} is truncated or corrupt")
     fields = json.loads(manifest)
-    (converted / MANIFEST).write_text(json.dumps({**fields, "version": 3}))
-    refused("version=3")
+    (converted / MANIFEST).write_text(json.dumps({**fields, "version": 4}))
+    refused("version=4")
     del fields["sample"]
     (converted / MANIFEST).write_text(json.dumps({**fields, "version": 1}))
     assert load_model(str(converted)).fingerprint == fields["fingerprint"], "an older folder loads"

@@ -46,7 +46,7 @@ OTHER_TOOLS = {  # flags of docker, apt-get, useradd, gcloud and uv
             "--scheduler-cls",
         ),
         *("--data-parallel-size", "--enable-log-requests", "--enforce-eager"),
-        *("--quantization", "--kv-cache-dtype", "--cpu-offload-gb", "--kv-offloading-size", "--pipeline-parallel-size"),
+        *("--kv-cache-dtype", "--cpu-offload-gb", "--kv-offloading-size", "--pipeline-parallel-size"),
         *("--trust-remote-code", "--ssl-keyfile"),
     },
 }
@@ -106,7 +106,10 @@ def test_every_metric_that_is_named_exists(name):
     endings = {"gauge": ("",), "counter": ("_total",), "histogram": ("_bucket", "_sum", "_count")}
     wire = {f"{family}{ending}" for family, kind in families.items() for ending in endings[kind]}
     wire |= {f"{f.name}{end}" for f in FleetMetrics("tiny").registry.collect() for end in endings[f.type]}
-    wire |= {"vllm:cache_config_info"}  # with the first engine's figures: tests/serve/test_serve_prefix_cache.py
+    wire |= {
+        "vllm:cache_config_info",
+        "apt:weights_info",
+    }  # with the first engine's figures: tests/serve/test_serve_prefix_cache.py
     named = set(re.findall(r"\b(?:vllm|apt):[a-z0-9_]+", (ROOT / name).read_text()))
     assert named <= (wire if name.endswith(".json") else wire | set(families))
     if name in ("docs/metrics.md", "deploy/grafana.json"):

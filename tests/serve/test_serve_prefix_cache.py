@@ -41,6 +41,7 @@ def test_usage_metrics_and_history_say_what_came_from_the_cache():
             assert 'vllm:prefix_cache_queries_total{model_name="tiny"} 182.0' in metrics
             assert 'vllm:prefix_cache_hits_total{model_name="tiny"} 144.0' in metrics
             assert 'cache_config_info{block_size="4",enable_prefix_caching="True",model_name="tiny"} 1.0' in metrics
+            assert 'apt:weights_info{dtype="float32",model_name="tiny",quantization="int8"} 1.0' in metrics
 
     run(main)
 

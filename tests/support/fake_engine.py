@@ -218,6 +218,7 @@ class FakeEngine:
             prefix_queries=self.state.prefix_queries,
             prefix_hits=self.state.prefix_hits,
             cache_config={"block_size": "4", "enable_prefix_caching": str(self.config.enable_prefix_caching)},
+            weights={"dtype": "float32", "quantization": "int8"},
         )
 
     def recent_plans(self) -> list[dict[str, Any]]:

@@ -111,6 +111,22 @@ def check_int8(num_devices: str, mode: str) -> None:
     print(f"{num_devices} devices, {mode}, int8: same tokens, {time.perf_counter() - started:.1f} s", flush=True)
 
 
+def check_weights(num_devices: str, mode: str) -> None:
+    """With int8 weights every treatment gives the tokens of one device."""
+    started = time.perf_counter()
+    expected = {
+        i.partition("-")[0]: t for i, t in greedy_tokens(sharded_engine(1, "kv", quantization="int8"), "kv").items()
+    }
+    engine = sharded_engine(int(num_devices), mode, quantization="int8")
+    assert engine.runner.weights.quantization == "int8"
+    for i, tokens in greedy_tokens(engine, mode).items():
+        assert tokens == expected[i.partition("-")[0]], (num_devices, mode, i)
+    check_memory(engine)
+    print(
+        f"{num_devices} devices, {mode}, int8 weights: same tokens, {time.perf_counter() - started:.1f} s", flush=True
+    )
+
+
 def few_shapes() -> None:
     """One decode, one prefill and one sampling program from now on in this process."""
     apt_jax.batching.buckets.ladder = lambda smallest, largest: [largest]
@@ -128,6 +144,11 @@ def main(cases: list[str]) -> None:
     apt_jax.attention.hidden_slices.GROUP_BYTES = 192 * 64  # several groups per batch
     apt_jax.attention.hidden_slices._SHORTEST = 40  # and of two widths
     few_shapes()
+    weights = [case for case in cases if case.endswith(":weights")]
+    for case in weights:
+        check_weights(*case.split(":")[:2])
+    if weights:
+        return
     expected = {i.partition("-")[0]: t for i, t in greedy_tokens(sharded_engine(1, "kv"), "kv").items()}
     int8 = [case for case in cases if case.endswith(":int8")]
     for case in int8:

@@ -112,6 +112,6 @@ def make_engine(num_blocks: int, **options) -> Engine:
         model_config=ModelConfig(vocab_size=VOCABULARY, max_position_embeddings=96, eos_token_ids=()), config=config,
         runner=runner, builder=BatchBuilder(buckets, num_slots=limits.max_num_seqs, table_pages=pages),
         state=SchedulerState(pool, limits), memory=None, cost_model=CostModel(MODELS["opt-125m"], HARDWARE["h200"]),
-        calibration_file=None, attention="none",
+        calibration_file=None, attention="none", dtype=np.dtype(np.float32),
     )  # fmt: skip
     return Engine(setup)

@@ -8,7 +8,7 @@ from apt_jax.checkpoints.errors import CheckpointError
 from apt_jax.checkpoints.families import read_config
 from apt_jax.model_config import ModelConfig
 
-CURE = "name the checkpoint that it was made from, in 16 or 32 bits"
+CURE = "name the checkpoint that it was made from, in 16 or 32 bits, with --quantization int8 if need be"
 
 
 @pytest.mark.parametrize(

@@ -51,6 +51,7 @@ NO_FAMILIES = (  # in models: what the families share
     "interface.py",
     "kernels.py",
     "linear.py",
+    "quantization.py",
     "sharding.py",
 )
 KERNELS = ("pallas_kernels/tpu/", "pallas_kernels/gpu/", "pallas_kernels/reference.py")
@@ -223,7 +224,6 @@ EXCEPTIONS: dict[Callable[[], Breaches], dict[str, str]] = {
     only_execution_names_platforms: {
         "pallas_kernels/dispatch.py": "which kernels exist for which platform",
         "apt_jax/cpu_kernels/": "XLA is told which platform the C++ kernels are for",
-        "checkpoints/convert.py": "JAX's CPU backend is how it allocates host memory",
         "checkpoints/formats/torch_reader.py": "torch's name of the host",
         "apt_jax/host_limits.py": "a controller of Linux control groups has that name",
     },

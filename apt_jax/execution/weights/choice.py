@@ -8,9 +8,10 @@ from apt_jax.attention.selection import select_kernels
 from apt_jax.cache import CacheDtype, as_cache_dtype
 from apt_jax.engine_config import AttentionBackend, EngineConfig
 from apt_jax.execution.platform import Platform
+from apt_jax.execution.weights.int8 import Int8Choice
 from apt_jax.execution.weights.layer_layout import LayerLayout
 from apt_jax.execution.weights.layout import StackedLayout, WeightLayout, Weights
-from apt_jax.model_config import ModelConfig
+from apt_jax.model_config import ModelConfig, as_quantization
 from apt_jax.models.sharding import Parallel, local_config
 
 
@@ -24,12 +25,14 @@ def serving_layout(
     device: jax.Device,
     parallel: Parallel | None = None,
     cache_dtype: CacheDtype = "auto",
+    int8: Int8Choice | None = None,
 ) -> WeightLayout:
     """The layout of weights for serving on `device`, or on the devices of `parallel`; here the kernels are selected.
 
     Args:
         model: only shapes are used.
         backend, block_size, cache_dtype: the engine's options.
+        int8: which weights are quantised.
 
     Raises:
         ValueError: see `select_kernels`.
@@ -41,8 +44,8 @@ def serving_layout(
         cpp_kernels=platform.cpp_kernels, num_devices=devices, cache_dtype=cache_dtype,
     )  # fmt: skip
     if parallel is not None or not platform.call_per_layer:
-        return StackedLayout(device, parallel, platform.custom_layouts, kernels)
-    return LayerLayout.of(model, device, kernels)
+        return StackedLayout(device, parallel, platform.custom_layouts, kernels, int8=int8)
+    return LayerLayout.of(model, device, kernels, int8)
 
 
 def laid_out(model: nnx.Module, config: ModelConfig, options: EngineConfig) -> Weights:
@@ -52,5 +55,6 @@ def laid_out(model: nnx.Module, config: ModelConfig, options: EngineConfig) -> W
         model, config, np.dtype(array.dtype), backend=options.attention_backend, block_size=options.block_size,
         device=array.addressable_shards[0].device, parallel=Parallel.of(model),
         cache_dtype=as_cache_dtype(options.cache_dtype),
+        int8=Int8Choice.of(model, as_quantization(options.quantization or "none")),
     )  # fmt: skip
     return layout.lay_out(model)

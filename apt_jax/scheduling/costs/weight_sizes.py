@@ -1,7 +1,7 @@
 """Weights of a model that an iteration reads: how many, in how many bytes, and how fast they are multiplied.
 
 Under `--quantization` the projections of the layers and the vocabulary are 8-bit numbers, with a float32 scale for each
-output and a float32 factor for each input (`apt_jax/models/int8.py`); everything else stays in 16 bits.
+output and a float32 factor for each input (`apt_jax/models/quantization.py`); everything else stays in 16 bits.
 """
 
 from dataclasses import dataclass

@@ -107,4 +107,5 @@ def _model(service: Service) -> dict[str, object]:
         "created": service.created,
         "owned_by": "apt-jax",
         "max_model_len": None if engine is None else engine.max_model_len,
+        "quantization": None if engine is None else engine.config.quantization or "none",
     }

@@ -1,0 +1,108 @@
+"""Steps of int8 weights, compiled for TPUs: no wide copy of a weight, and what is left for an int8 cache beside them.
+
+`make test-aot`; without libtpu these are skipped.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import SingleDeviceSharding
+
+from apt_jax.attention.kinds import KindMix
+from apt_jax.batching.buckets import Bucket, Buckets
+from apt_jax.cache import CacheKind
+from apt_jax.checkpoints.skeleton import Skeleton
+from apt_jax.execution.arguments import Arguments, Shapes
+from apt_jax.execution.compiler import Compiler
+from apt_jax.execution.forms.stacked import StackedForm
+from apt_jax.execution.pool import block_bytes
+from apt_jax.execution.weights.int8 import Int8Choice
+from apt_jax.execution.weights.layout import ModuleArrays, Weights, paths_of
+from apt_jax.execution.weights.tpu_layouts import tpu_format
+from apt_jax.model_config import ModelConfig
+from tests.aot.test_tpu_steps import made_arrays
+from tests.aot.tpu_compiler import MISSING, OPT_SIZES, abstract_mesh, device
+
+if MISSING:
+    pytest.skip(MISSING, allow_module_level=True)
+
+CONTEXT, BLOCK_SIZE = 2048, 32
+LAYERS = {"6.7B": 32, "13B": 40}
+GIB = 2**30
+
+
+def form_of(chip: str, size: str, quantization, *, layers=None, rows=32, tokens=256, cache_dtype="int8") -> StackedForm:
+    """The form of a step with hidden blocks, its weights as shapes that lie as an engine places them; XLA attends."""
+    N, H = OPT_SIZES[size]
+    config = ModelConfig(
+        hidden_size=N * H, num_attention_heads=N, num_hidden_layers=layers or LAYERS[size], ffn_dim=4 * N * H,
+        word_embed_proj_dim=N * H, max_position_embeddings=CONTEXT,
+    )  # fmt: skip
+    skeleton, target = Skeleton.of(config, jnp.dtype("bfloat16")), device(chip)
+    choice, sharding = Int8Choice.of(skeleton.model, quantization), SingleDeviceSharding(target)
+
+    def placed(path, leaf, *, is_large=True):
+        leaf = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=tpu_format(path, leaf)) if is_large else leaf
+
+    leaves = []
+    for path in paths_of(skeleton.model):
+        wide = skeleton.shapes[path]
+        if choice is None or path not in choice.paths:
+            leaves.append(((placed(path, wide),), None))
+            continue
+        parts = [part for part in choice.shapes(path, wide.shape) if part is not None]
+        arrays = tuple(placed(path, part, is_large=part.dtype == np.int8) for part in parts)
+        leaves.append((arrays, choice.in_module(path)))
+    weights = Weights(ModuleArrays.of(skeleton.model, leaves), None, skeleton.dtype, quantization=quantization)
+    shapes = Shapes(rows, CONTEXT, CONTEXT // BLOCK_SIZE, BLOCK_SIZE, KindMix((CacheKind.HIDDEN,)), cache_dtype)
+    buckets = Buckets(max_num_seqs=rows, max_num_batched_tokens=tokens)
+    arguments = Arguments(config, shapes, buckets, skeleton.dtype, target, None)
+    return StackedForm(weights, arguments, None, Compiler(arguments, "xla", quantization))
+
+
+def compile_step(form: StackedForm, chip: str, bucket: Bucket, num_blocks: int):
+    with abstract_mesh(chip):
+        (program,) = form.compile_step(bucket, num_blocks).programs
+    return program
+
+
+@pytest.mark.parametrize("quantization", ["int8", "int8-dynamic"])
+@pytest.mark.parametrize(
+    ("chip", "size", "decodes"), [("v5e", "6.7B", True), ("v6e", "13B", True), ("v6e", "13B", False)]
+)
+def test_no_step_makes_a_wide_copy_of_a_weight(chip, size, decodes, quantization):
+    form = form_of(chip, size, quantization, layers=3)
+    bucket = (form.arguments.buckets.decode if decodes else form.arguments.buckets.prefill)[-1]
+    program = compile_step(form, chip, bucket, 256)
+    width = math.prod(OPT_SIZES[size])
+    assert not (copies := made_arrays(program.as_text(), width**2)), "\n".join(copies)
+    print(f"{chip} {size} {bucket} {quantization}: {program.memory_analysis().temp_size_in_bytes / 1e6:.0f} MB")
+
+
+@pytest.mark.parametrize(("chip", "size", "memory"), [("v6e", "13B", 32 * GIB), ("v5e", "6.7B", 16 * GIB)])
+def test_what_fits_beside_int8_weights(chip, size, memory):
+    """OPT-13B on one v6e and OPT-6.7B on one v5e with int8 weights and int8 hidden blocks; bf16 beside it."""
+    found = {}
+    for quantization, cache_dtype in (("none", "auto"), ("int8", "auto"), ("int8", "int8")):
+        form = form_of(chip, size, quantization, rows=128, tokens=512, cache_dtype=cache_dtype)
+        weights = sum(math.prod(a.shape) * a.dtype.itemsize for a in form.weights.outer.arrays)
+        one = block_bytes(form.arguments.pool(1), 1)
+        if weights > memory * 0.9:
+            print(f"{chip} {size} {quantization} {cache_dtype}: weights {weights / GIB:.2f} GiB of {memory / GIB} GiB")
+            continue
+        steps = [form.arguments.buckets.decode[-1], form.arguments.buckets.prefill[-1]]
+        temporary = max(compile_step(form, chip, step, 64).memory_analysis().temp_size_in_bytes for step in steps)
+        blocks = int((0.9 * memory - weights - temporary) // one)
+        program = compile_step(form, chip, steps[1], blocks)
+        arguments = program.memory_analysis().argument_size_in_bytes
+        assert weights + blocks * one <= arguments < 0.9 * memory
+        found[quantization, cache_dtype] = blocks * BLOCK_SIZE
+        print(
+            f"{chip} {size} {quantization} {cache_dtype}: weights {weights / GIB:.2f} GiB, temporaries "
+            f"{temporary / GIB:.2f} GiB, pool {blocks * one / GIB:.2f} GiB, {blocks * BLOCK_SIZE:,} hidden tokens"
+        )
+    assert found["int8", "int8"] > 1.9 * found["int8", "auto"]
