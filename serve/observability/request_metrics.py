@@ -28,6 +28,9 @@ class RequestMetrics(Instruments):
         self.prompt_tokens = self._counter("vllm:prompt_tokens", "Prompt tokens of requests that began to generate.")
         self.generation_tokens = self._counter("vllm:generation_tokens", "Tokens generated.")
         self.success = self._counter("vllm:request_success", "Requests ended, by reason.", "finished_reason", REASONS)
+        self.kept_tokens = self._counter(
+            "apt:kept_generation_tokens", "Tokens of ended requests that attained their SLO strictly."
+        )
         self.ttft = self._histogram("vllm:time_to_first_token_seconds", "Arrival to first token.", SLOW_S)
         self.gap = self._histogram("vllm:inter_token_latency_seconds", "Gap between tokens of a request.", FAST_S)
         self.tpot = self._histogram(
@@ -98,6 +101,8 @@ class RequestMetrics(Instruments):
             latency_s, tokens = request.last_token_s - request.arrival_s, len(request.output_token_ids)
             self.e2e.observe(latency_s)
             self.output_lengths.observe(tokens)
+            if request.attained_strictly:
+                self.kept_tokens.inc(tokens)
             if tokens > 1:
                 self.tpot.observe((latency_s - request.ttft_s) / (tokens - 1))
             kept = {

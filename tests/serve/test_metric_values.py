@@ -1,5 +1,7 @@
 """What each metric counts, after outputs and plans made by hand."""
 
+from pathlib import Path
+
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -9,7 +11,7 @@ from apt_jax.request import FinishReason, Slo
 from apt_jax.scheduling.plan import Converted, Plan, Preempted, Reason, Scheduled, Waited
 from apt_jax.serve.observability.engine_metrics import EngineMetrics
 from apt_jax.serve.observability.metrics import Metrics
-from apt_jax.serve.observability.request_metrics import RequestMetrics
+from apt_jax.serve.observability.request_metrics import REASONS, REJECTIONS, SLOS, STAGES, RequestMetrics
 from apt_jax.serve.replicas.fleet_view import FleetMetrics
 from apt_jax.serve.runtime.observer import Stepped
 from tests.support.engine_figures import figures_of
@@ -17,6 +19,7 @@ from tests.support.scheduling_loop import make_state, request
 from tests.support.tiny_states import run, wait
 
 KV = CacheKind.KV
+METRICS_PAGE = Path(__file__).parents[2] / "docs" / "metrics.md"
 
 
 def reader(metrics):
@@ -94,8 +97,10 @@ def test_counters_exist_with_every_value_of_their_label_before_anything_happens(
                 "bad_request",
                 "model_not_found",
                 "body_too_large",
+                "unsupported_media_type",
             ),
         ),
+        "apt:requests_abandoned_total": ("stage", ("waiting", "running")),
         "vllm:request_success_total": ("finished_reason", ("stop", "length", "abort", "error", "abandoned")),
     }
     for name, (label, values) in labels.items():
@@ -104,6 +109,23 @@ def test_counters_exist_with_every_value_of_their_label_before_anything_happens(
     for text in (RequestMetrics("m"), Metrics("m"), FleetMetrics("m")):
         for family in text_string_to_metric_families(text.text().decode()):
             assert family.type != "counter" or family.samples, f"{family.name} does not exist until something happens"
+
+
+def test_the_values_of_labels_are_the_documented_ones():
+    rows = [line for line in METRICS_PAGE.read_text("utf-8").splitlines() if line.startswith("| `")]
+    for metric, values in (
+        ("apt:requests_rejected_total{reason}", REJECTIONS), ("vllm:request_success_total{finished_reason}", REASONS),
+        ("apt:slo_attained_total{slo}", SLOS), ("apt:requests_abandoned_total{stage}", STAGES),
+    ):  # fmt: skip
+        (row,) = [row for row in rows if f"`{metric}`" in row]
+        assert {value for value in values if f"`{value}`" not in row} == set(), metric
+
+
+def test_tokens_of_requests_that_were_kept_strictly_count_when_they_end():
+    metrics = RequestMetrics("m")
+    for ended in (done(1.0, [0.5]), done(1.0, [0.25] * 99 + [2.25]), done(reason=FinishReason.ABANDONED), done(0.5)):
+        metrics.brought(Stepped((output(ended, reason=ended.finish_reason),), (), 0.0))
+    assert reader(metrics)("apt:kept_generation_tokens_total") == 2 + 1
 
 
 def test_what_its_client_gave_up_is_counted_and_not_judged():

@@ -58,7 +58,8 @@ def stepped(figures, num_scheduled):
 def test_nothing_has_happened():
     assert Recent().figures() == {
         "window_s": 60.0, "requests": 0, "strict_attainment": None, "attainment": None, "tokens_per_s": 0.0,
-        "ttft_ms": None, "tbt_ms": None, "batch_requests": None,
+        "ttft_ms": None, "tbt_ms": None, "batch_requests": None, "longest_gap_ms": None, "turned_away": None,
+        "kept_tokens_per_s": 0.0,
     }  # fmt: skip
 
 
@@ -94,6 +95,43 @@ def test_attainment_counts_those_that_ended_failed_and_were_refused(clock):
     brought(figures, output(ended(FinishReason.ERROR), 0, FinishReason.ERROR))
     brought(figures, output(ended(), 1, None))
     assert (figures.figures()["requests"], figures.figures()["attainment"]) == (5, 0.2)
+
+
+def test_requests_that_are_lost_without_an_output_have_missed(clock):
+    """As in the metrics: a step failed, or a replica died."""
+    figures = Recent()
+    brought(figures, output(ended(), reason=FinishReason.STOP))
+    figures.lost([None, None, None])
+    found = figures.figures()
+    assert (found["requests"], found["strict_attainment"], found["attainment"]) == (4, 0.25, 0.25)
+
+
+def test_the_share_that_was_refused_or_ended(clock):
+    figures = Recent()
+    brought(figures, output(ended(), reason=FinishReason.STOP), output(ended(ttft_s=9.0), reason=FinishReason.LENGTH))
+    brought(figures, output(ended(FinishReason.ABANDONED, ttft_s=None), 0, FinishReason.ABANDONED))
+    figures.refused()
+    assert (figures.figures()["requests"], figures.figures()["turned_away"]) == (4, 0.5)
+
+
+def test_the_longest_gap_of_the_minute_is_found_however_many_came_after_it(clock):
+    figures, long, short = Recent(), output(ended(gaps_s=[3.5])), output(ended(gaps_s=[0.25]))
+    for gap in (short, long, short):
+        brought(figures, gap)
+        clock.now += 15.0
+    brought(figures, *[short] * 30_000)
+    assert figures.figures()["longest_gap_ms"] == 3500.0
+    clock.now += 31.0
+    assert figures.figures()["longest_gap_ms"] == 250.0, "the long one came more than a minute ago"
+
+
+def test_tokens_of_requests_that_were_kept_strictly(clock):
+    """12 tokens in a minute; 30 of one that stood still and 6 of one that was ended do not count."""
+    figures = Recent()
+    for tokens, done in ((12, ended()), (30, ended(gaps_s=[1.25])), (6, ended(FinishReason.ABANDONED))):
+        done.output_token_ids = [5] * tokens
+        brought(figures, output(done, reason=done.finish_reason))
+    assert figures.figures()["kept_tokens_per_s"] == 12 / 60
 
 
 def test_a_freeze_counts_in_the_strict_share_alone(clock):

@@ -81,7 +81,8 @@ def test_it_shows_the_figures_of_what_is_served(page, url):
     assert "by the P99 of gaps 100%" in text(page, "ended") and text(page, "stall-slo") == "1000 ms"
     assert text(page, "model") == "tiny" and text(page, "status") == "ready" and "policy fcfs" in text(page, "policy")
     assert text(page, "waiting") == "0" and text(page, "free") == "64 (100%)"
-    for name in ("ttft-p50", "ttft-p99", "tbt-p90"):
+    assert float(text(page, "kept-tokens")) > 0 and "refused" not in text(page, "ended")
+    for name in ("ttft-p50", "ttft-p99", "tbt-p90", "longest-gap"):
         assert text(page, name).endswith(" ms")
     assert "decodes its next token" in text(page, "plans") and "1000 ms" in text(page, "ttft-slo")
     if SHOTS:
