@@ -2,7 +2,8 @@
 
 `python -m experiments.schedule_cost --table --iterations 100` on 30 November 2026, one core of an AMD EPYC server with
 other load, Python 3.12: medians of processor time with 25 to 800 candidates of ShareGPT lengths, as a straight line. An
-engine that plans while the device runs hides part of it, which is not credited.
+engine that plans while the device runs hides part of it, which is not credited. On the same machine with nothing else
+running `apt` took 60 us and 0.88 us for each candidate, `sarathi` 77 and 0.24: the table charges `apt` more.
 """
 
 from dataclasses import dataclass
