@@ -36,6 +36,9 @@ class EngineConfig:
     enable_prefix_caching: bool = False
     """Keep full cache pages of ended requests, and share them with requests that begin with the same tokens; see
     docs/prefix_caching.md."""
+    host_cache_bytes: int = 0
+    """Bytes of host memory for cached pages that the device has no room for, of this process; 0: none. Needs prefix
+    caching. --kv-offloading-size is the same in GiB."""
     cache_dtype: str = "auto"
     """Number type of the cache, auto or int8; auto: that of the model; int8: a byte for each number, half of a 16-bit
     cache. --kv-cache-dtype is another spelling."""
@@ -79,9 +82,14 @@ class EngineConfig:
         )
         check_at_least(self, 1, ("block_size", "tensor_parallel_size", "max_num_queued_reqs"))
         check_block_size(self.block_size)
-        check_at_least(self, 0, ("abandon_after", "seed"))
+        check_at_least(self, 0, ("abandon_after", "seed", "host_cache_bytes"))
         check_greater(self, 0, ("ttft_slo_ms", "tbt_slo_ms", "stall_slo_ms"))
         check_share(self, ("device_memory_utilization",))
+        if self.host_cache_bytes and not self.enable_prefix_caching:
+            raise ValueError(
+                f"host_cache_bytes={self.host_cache_bytes} keeps pages of the prefix cache, which is off; "
+                "use --enable-prefix-caching too"
+            )
 
     @property
     def slo(self) -> Slo:

@@ -195,8 +195,30 @@ def _follow(model: str | None, load: LoadOptions, config: EngineConfig) -> int:
 
 def with_own_spelling(arguments: list[str]) -> list[str]:
     """The arguments with flags in other spellings replaced by those that the fields give."""
-    pairs = (argument.partition("=") for argument in arguments)
+    pairs = (argument.partition("=") for argument in _with_host_cache_bytes(arguments))
     return [OTHER_SPELLINGS.get(name.replace("_", "-"), name) + equals + value for name, equals, value in pairs]
+
+
+def _with_host_cache_bytes(arguments: list[str]) -> list[str]:
+    """The arguments with `--kv-offloading-size`, which is in GiB, as `--host-cache-bytes`."""
+    found: list[str] = []
+    follows = False  # whether the next argument is the size
+    for argument in arguments:
+        name, equals, value = argument.partition("=")
+        is_size = name.replace("_", "-") == "--kv-offloading-size"
+        if is_size:
+            argument = "--host-cache-bytes" + equals + (_from_gib(value) if equals else "")
+        found.append(_from_gib(argument) if follows else argument)
+        follows = is_size and not equals
+    return found
+
+
+def _from_gib(size: str) -> str:
+    """GiB in bytes; what is no number stays as it is, to be refused with the flag's name."""
+    try:
+        return str(int(float(size) * 2**30))
+    except (ValueError, OverflowError):
+        return size
 
 
 COMMANDS: dict[str, type] = {

@@ -238,6 +238,7 @@ class Engine:
             cache_config=self._cache_config,
             weights={"dtype": str(self.setup.dtype), "quantization": self.config.quantization or "none"},
             num_outside_range=self.runner.num_outside - self._counts.outside_before,
+            **self.state.host_figures(),
         )
 
     def reset_prefix_cache(self) -> None:
@@ -273,19 +274,44 @@ class Engine:
         candidates = self.state.num_unfinished
         try:
             spans = self.state.apply(plan, now)
+            spans, moved = self._move(spans)
             if plan.converted:
                 self.runner.convert([c.request.table for c in plan.converted if c.request.table is not None])
             if spans:
                 batch, programs = self._build(spans), self.runner.num_programs
                 self._counts.padded_tokens = batch.bucket.tokens
                 results = self.runner.dispatch(batch)
-                usual = programs == self.runner.num_programs and not results.scores
+                usual = programs == self.runner.num_programs and not results.scores and not moved
                 load = self.times.load(plan, spans) if usual else None
                 written = self.state.written(spans)
                 self._inflight.append(_Flight(batch, results, load, started_s, candidates, written))
         except Exception as error:
             logger.exception("an iteration failed; its requests end with an error")
             self._recover(str(error) or type(error).__name__)
+
+    def _move(self, spans: list[Span]) -> tuple[list[Span], bool]:
+        """Copy what the plan just applied evicts to host memory, and back what it begins with.
+
+        Returns:
+            The spans that can run, and whether anything was copied. Who misses a copy computes its tokens instead.
+        """
+        moves = self.state.take_moves()
+        if not moves:
+            return spans, False
+        try:
+            if moves.saved:
+                self.runner.save(moves.saved)
+        except Exception:
+            logger.exception("copying cached pages to host memory failed; they are lost")
+            self.state.forget_saved(moves)
+            return self.state.forget_restored(moves, spans), True
+        try:
+            if moves.restored:
+                self.runner.restore(moves.restored)
+        except Exception:
+            logger.exception("copying cached pages from host memory failed; they are computed again")
+            return self.state.forget_restored(moves, spans), True
+        return spans, True
 
     def _build(self, spans: Sequence[Span]) -> Batch:
         if not self.prompt_logprobs.wanted(spans):

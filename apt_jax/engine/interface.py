@@ -38,6 +38,8 @@ class EngineFigures:
         weights: number types of the weights, by name; the same at all times.
         num_outside_range: numbers of hidden vectors, written to an int8 cache since `warm_up`, that were outside the
             range of their channel in the calibration text.
+        host_blocks: blocks of the cache in host memory.
+        host_saved, host_restored: blocks copied there, and back, since the start.
     """
 
     num_waiting: int
@@ -56,6 +58,9 @@ class EngineFigures:
     cache_config: Mapping[str, str] = field(default_factory=dict)
     weights: Mapping[str, str] = field(default_factory=dict)
     num_outside_range: int = 0
+    host_blocks: int = 0
+    host_saved: int = 0
+    host_restored: int = 0
 
     @property
     def num_held_blocks(self) -> int:

@@ -1,17 +1,28 @@
-"""Division of the device's memory at start-up: weights, activations, and the cache pool in the rest."""
+"""Division of memory at start-up: on the device weights, activations and the cache pool; the host's behind the pool."""
 
+import logging
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import jax
 import psutil
 
 from apt_jax.cache import KINDS, MODE_KINDS, CacheKind, blocks_for
+from apt_jax.engine.calibration import GENERIC
 from apt_jax.engine_config import EngineConfig
 from apt_jax.execution.multihost import smallest_of_all
 from apt_jax.execution.platform import Platform
 from apt_jax.execution.runner import Runner
 from apt_jax.host_limits import unused_memory_bytes
 from apt_jax.model_config import ModelConfig, Quantization
+from apt_jax.scheduling.costs.cost_model import CostModel
+from apt_jax.scheduling.costs.step_load import StepLoad
+from apt_jax.scheduling.host_tier import HostTier
+
+logger = logging.getLogger(__name__)
+
+
+PROMPT_TOKENS = 512  # of the chunk whose time says what computing a token costs
 
 
 @dataclass(frozen=True)
@@ -189,11 +200,14 @@ def device_memory(device: jax.Device, weight_bytes: int, sharers: int = 1) -> tu
     stats = device.memory_stats()
     if stats and "bytes_limit" in stats:
         return stats["bytes_limit"], stats["bytes_limit"] - stats["bytes_in_use"]
-    allowed = unused_memory_bytes()
-    available = psutil.virtual_memory().available
-    if allowed is not None:
-        available = min(available, allowed)
+    available = host_memory_left()
     return available // sharers + weight_bytes, available // sharers
+
+
+def host_memory_left() -> int:
+    """Bytes of this machine's memory that this process may still take."""
+    allowed, available = unused_memory_bytes(), int(psutil.virtual_memory().available)
+    return available if allowed is None else min(available, allowed)
 
 
 def _blocks_per_page(kind: CacheKind) -> int:
@@ -202,3 +216,48 @@ def _blocks_per_page(kind: CacheKind) -> int:
 
 def _mib(count: int) -> str:
     return f"{count / 2**20:,.1f} MiB"
+
+
+def host_tier(
+    runner: Runner, config: EngineConfig, kinds: Sequence[CacheKind], cost_model: CostModel
+) -> HostTier | None:
+    """Host memory as `config` asks for it, with its copies measured; None without. Of several processes all call it.
+
+    Raises:
+        ValueError: fewer bytes than one block, or more than this machine has left.
+    """
+    if not config.host_cache_bytes:
+        return None
+    of_block = runner.block_bytes * runner.num_local_devices
+    slots = smallest_of_all(config.host_cache_bytes // of_block)
+    if slots < 1:
+        raise ValueError(
+            f"host_cache_bytes={config.host_cache_bytes} is less than one block of the cache, {of_block} bytes; "
+            "raise --host-cache-bytes or leave it out"
+        )
+    left = host_memory_left()
+    if config.host_cache_bytes > left:
+        raise ValueError(
+            f"host_cache_bytes={config.host_cache_bytes} is more than the {left} bytes of memory that this machine has "
+            "left; lower --host-cache-bytes"
+        )
+    runner.use_host(slots)
+    save_s, restore_s = runner.measure_copies()
+    tier = HostTier(slots)
+    if cost_model.hardware is not GENERIC:  # else nothing is known yet, and copies are quicker than products
+        tier.restores = [kind.blocks_per_page * restore_s < page_s(cost_model, config.block_size) for kind in CacheKind]
+    kept = ", ".join(kind.spec.label for kind in kinds if tier.restores[kind.index])
+    logger.info(
+        "host memory: %d blocks, %.2f GB/s from the device and %.2f GB/s to it; pages kept there: %s",
+        slots, of_block / save_s / 1e9, of_block / restore_s / 1e9, kept or "none, to compute them is quicker",
+    )  # fmt: skip
+    return tier
+
+
+def page_s(cost_model: CostModel, block_size: int) -> float:
+    """Seconds that computing the tokens of one page takes, as a part of a long prompt."""
+    whole, half = (
+        cost_model.step_s(StepLoad(prefill_tokens=count, prefill_pairs=count * (count + 1) // 2))
+        for count in (PROMPT_TOKENS, PROMPT_TOKENS // 2)
+    )
+    return block_size * (whole - half) / (PROMPT_TOKENS - PROMPT_TOKENS // 2)

@@ -11,10 +11,10 @@ from apt_jax.batching.buckets import Buckets
 from apt_jax.batching.builder import BatchBuilder, table_pages
 from apt_jax.cache import BlockPool, Vector, as_cache_dtype
 from apt_jax.engine.calibration import base_model, calibration_path
-from apt_jax.engine.memory import MemoryBudget, share_memory
+from apt_jax.engine.memory import MemoryBudget, host_tier, share_memory
 from apt_jax.engine_config import EngineConfig
 from apt_jax.execution.arguments import Shapes, pages_multiple
-from apt_jax.execution.cache_ranges import cache_channels
+from apt_jax.execution.cache.ranges import cache_channels
 from apt_jax.execution.interface import StepRunner
 from apt_jax.execution.platform import Platform
 from apt_jax.execution.runner import Runner
@@ -67,7 +67,7 @@ def set_up(
     Args:
         weights: on the devices, laid out for the attention backend and block size of `config`
             (`execution/weights/choice.py`).
-        tokenizer, fingerprint: the model's, for the calibration of an int8 cache (`execution/cache_ranges.py`).
+        tokenizer, fingerprint: the model's, for the calibration of an int8 cache (`execution/cache/ranges.py`).
 
     Raises:
         ValueError: the configuration cannot be served (context, memory, backend); one sentence with the cure.
@@ -84,7 +84,11 @@ def set_up(
     runner.allocate(memory.num_blocks, cache_channels(runner, tokenizer, fingerprint) if is_coded else None)
     limits = replace(limits, watermark_blocks=int(WATERMARK * memory.num_blocks))
     cost_model = base_model(runner)
-    make_pool = PrefixPool if config.enable_prefix_caching else BlockPool
+    pool = BlockPool(memory.num_blocks, config.block_size)
+    if config.enable_prefix_caching:
+        pool = PrefixPool(
+            memory.num_blocks, config.block_size, host=host_tier(runner, config, limits.kinds, cost_model)
+        )
     return EngineSetup(
         model_config=model_config,
         config=config,
@@ -92,7 +96,7 @@ def set_up(
         builder=BatchBuilder(
             runner.buckets, num_slots=limits.max_num_seqs, table_pages=runner.shapes.table_pages
         ),
-        state=SchedulerState(make_pool(memory.num_blocks, config.block_size), limits),
+        state=SchedulerState(pool, limits),
         memory=memory,
         cost_model=cost_model,
         calibration_file=calibration_path(runner, cost_model),

@@ -39,5 +39,11 @@ class StepRunner(Protocol):
     def convert(self, tables: Sequence[BlockTable]) -> None:
         """Compute keys and values for tables that have just become KV."""
 
+    def save(self, pairs: Sequence[tuple[int, int]]) -> None:
+        """Copy blocks to slots of host memory, pairs (block, slot), after all that was started before."""
+
+    def restore(self, pairs: Sequence[tuple[int, int]]) -> None:
+        """Copy slots of host memory to blocks, pairs (slot, block), before all that is started later."""
+
     def reset(self) -> None:
         """Fresh pool and history, after a step failed; waits for the device, so that a lost one raises here."""

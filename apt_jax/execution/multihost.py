@@ -79,6 +79,16 @@ class LeadingRunner:
         self._send("convert", list(tables))
         self._runner.convert(tables)
 
+    def save(self, pairs: Sequence[tuple[int, int]]) -> None:
+        """See `StepRunner`; each process keeps its devices' parts."""
+        self._send("save", list(pairs))
+        self._runner.save(pairs)
+
+    def restore(self, pairs: Sequence[tuple[int, int]]) -> None:
+        """See `StepRunner`."""
+        self._send("restore", list(pairs))
+        self._runner.restore(pairs)
+
     def reset(self) -> None:
         """See `StepRunner`."""
         self._send("reset")

@@ -6,8 +6,9 @@ is split over devices, D is a device's slice and N are its heads.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -62,6 +63,49 @@ def abstract_pool(
         heads,
         jnp.dtype(dtype),
     )
+
+
+class Block(NamedTuple):
+    """What a pool holds of one block, in all layers: numbers `[L, S, D]`, and an int8 pool's scales `[L, 1, ...]`."""
+
+    numbers: Any
+    scales: Any = None
+
+
+def abstract_block(pool: Pool, num_blocks: int) -> Block:
+    """Shapes of a block of a pool of P = `num_blocks`, which may be shapes too."""
+
+    def of(array: Any) -> Any:
+        shape = (array.shape[0] // num_blocks, *array.shape[1:])
+        return jax.ShapeDtypeStruct(shape, array.dtype, sharding=array.sharding)
+
+    return Block(of(pool.numbers), None if pool.scales is None else of(pool.scales))
+
+
+def read_blocks(pool: Pool, blocks: jax.Array, num_blocks: int) -> tuple[Block, ...]:
+    """A copy of each of `blocks`, int32 `[K]`, of a pool of P = `num_blocks`. Pure."""
+
+    def one(array: jax.Array, block: jax.Array) -> jax.Array:
+        by_layer = array.reshape(-1, num_blocks, *array.shape[1:])
+        return jax.lax.dynamic_index_in_dim(by_layer, block, 1, keepdims=False)
+
+    return tuple(
+        Block(one(pool.numbers, block), None if pool.scales is None else one(pool.scales, block)) for block in blocks
+    )
+
+
+def write_blocks(pool: Pool, blocks: jax.Array, found: Sequence[Block], num_blocks: int) -> Pool:
+    """The pool with what was found by `read_blocks` in `blocks`, int32 `[K]`. Pure."""
+
+    def one(array: jax.Array, block: jax.Array, own: jax.Array) -> jax.Array:
+        by_layer = array.reshape(-1, num_blocks, *array.shape[1:])
+        return jax.lax.dynamic_update_index_in_dim(by_layer, own, block, 1).reshape(array.shape)
+
+    for block, own in zip(blocks, found, strict=True):
+        pool = replace(pool, numbers=one(pool.numbers, block, own.numbers))
+        if pool.scales is not None:
+            pool = replace(pool, scales=one(pool.scales, block, own.scales))
+    return pool
 
 
 def block_bytes(pool: Pool, num_blocks: int) -> int:

@@ -9,14 +9,17 @@ import jax
 from jax.stages import Compiled
 from tqdm import tqdm
 
+from apt_jax.attention.pool import Pool
 from apt_jax.batching.buckets import Bucket
 from apt_jax.batching.sampling_rows import Sampling
 from apt_jax.execution.arguments import Arguments
 from apt_jax.execution.compiler import Compiler
 from apt_jax.execution.forms.interface import Conversion, Form, Step
+from apt_jax.execution.pool import Block, abstract_block, read_blocks, write_blocks
 from apt_jax.execution.sampling import Sampled, Scored, score
 from apt_jax.execution.steps import run_sampling
 from apt_jax.execution.weights.layout import Weights
+from apt_jax.models.sharding import POOL
 from apt_jax.progress import is_hidden
 
 
@@ -37,6 +40,22 @@ class ConversionKey(Key[Conversion]):
     """The conversion of hidden blocks to KV, in a pool of P = `num_blocks`."""
 
     num_blocks: int
+
+
+@dataclass(frozen=True)
+class SaveKey(Key[Compiled]):
+    """Takes `count` blocks out of a pool of P = `num_blocks`, for host memory."""
+
+    num_blocks: int
+    count: int
+
+
+@dataclass(frozen=True)
+class RestoreKey(Key[Compiled]):
+    """Puts `count` blocks back into a pool of P = `num_blocks`."""
+
+    num_blocks: int
+    count: int
 
 
 @dataclass(frozen=True)
@@ -98,7 +117,7 @@ class Programs:
         self._programs = {
             key: program
             for key, program in self._programs.items()
-            if not isinstance(key, StepKey | ConversionKey) or key.num_blocks == num_blocks
+            if not isinstance(key, StepKey | ConversionKey | SaveKey | RestoreKey) or key.num_blocks == num_blocks
         }
 
     def _compile(self, key: AnyKey) -> AnyProgram:
@@ -107,6 +126,10 @@ class Programs:
                 return self._form.compile_step(key.bucket, key.num_blocks)
             case ConversionKey():
                 return self._form.compile_conversion(key.num_blocks)
+            case SaveKey():
+                return self._compile_save(key.num_blocks, key.count)
+            case RestoreKey():
+                return self._compile_restore(key.num_blocks, key.count)
             case SamplerKey():
                 return self._compile_sampler(key.rows)
             case GatherKey():
@@ -114,6 +137,23 @@ class Programs:
             case ScorerKey():
                 return self._compile_scorer()
         raise TypeError(f"{key=} is of no program")
+
+    def _compile_save(self, num_blocks: int, count: int) -> Compiled:
+        def save(_: list[jax.Array], pool: Pool, blocks: jax.Array) -> tuple[Block, ...]:
+            return read_blocks(pool, blocks, num_blocks)
+
+        pool, blocks = self._arguments.pool(num_blocks), self._arguments.numbers(count)
+        return self._compiler.compile(f"save {num_blocks} {count}", save, [], pool, blocks, outs=POOL)
+
+    def _compile_restore(self, num_blocks: int, count: int) -> Compiled:
+        def restore(_: list[jax.Array], pool: Pool, blocks: jax.Array, found: tuple[Block, ...]) -> Pool:
+            return write_blocks(pool, blocks, found, num_blocks)
+
+        pool, blocks = self._arguments.pool(num_blocks), self._arguments.numbers(count)
+        found = (abstract_block(pool, num_blocks),) * count
+        return self._compiler.compile(
+            f"restore {num_blocks} {count}", restore, [], pool, blocks, found, donate=(1,), outs=POOL
+        )
 
     def _compile_sampler(self, rows: int) -> Compiled:
         weights, arguments = self._weights, self._arguments

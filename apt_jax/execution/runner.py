@@ -5,7 +5,9 @@ there is one program per shape. Carried and donated: the cache pool and the toke
 `[slots, max_model_len]`.
 """
 
+import time
 from collections.abc import Iterator, Sequence
+from itertools import batched
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +19,7 @@ from apt_jax.batching.arrays import Batch
 from apt_jax.batching.buckets import Buckets
 from apt_jax.cache import BlockTable
 from apt_jax.execution.arguments import Arguments, Shapes
+from apt_jax.execution.cache.host_memory import HostMemory
 from apt_jax.execution.compiler import Compiler, temporary_bytes
 from apt_jax.execution.forms.interface import Form
 from apt_jax.execution.forms.layered import LayeredForm
@@ -24,11 +27,23 @@ from apt_jax.execution.forms.native import NativeForm
 from apt_jax.execution.forms.stacked import StackedForm
 from apt_jax.execution.interface import StepResults
 from apt_jax.execution.pool import block_bytes, empty_pool
-from apt_jax.execution.programs import AnyKey, ConversionKey, GatherKey, Programs, SamplerKey, ScorerKey, StepKey
+from apt_jax.execution.programs import (
+    AnyKey,
+    ConversionKey,
+    GatherKey,
+    Programs,
+    RestoreKey,
+    SamplerKey,
+    SaveKey,
+    ScorerKey,
+    StepKey,
+)
 from apt_jax.execution.weights.layout import Weights
 from apt_jax.model_config import ModelConfig
 from apt_jax.models.sharding import EVERYWHERE, POOL, zeros
 from apt_jax.progress import is_hidden
+
+MOVED_AT_ONCE = 8  # blocks that one program takes out of the pool or puts back, for host memory
 
 
 class Runner:
@@ -53,6 +68,7 @@ class Runner:
         self.num_outside = 0
         self._last_outside = 0
         self._channels: np.ndarray | None = None
+        self._host: HostMemory | None = None
         self._pool: Pool
         self._history: jax.Array
 
@@ -140,6 +156,10 @@ class Runner:
         self._history = zeros(history.shape, jnp.int32, self.arguments.sharding(EVERYWHERE))
         jax.block_until_ready((self._pool, self._history))
 
+    def use_host(self, num_slots: int) -> None:
+        """Have `num_slots` slots of host memory, after `allocate`."""
+        self._host = HostMemory(num_slots, self.arguments.sharding(POOL))
+
     def compile_all(self, progress: bool = False) -> None:
         """Compile every bucket and the conversion."""
         self.programs.compile_all(self._keys(), progress)
@@ -183,6 +203,36 @@ class Runner:
             padded[0, :pages], padded[1, :pages] = keys[at : at + pages], values[at : at + pages]
             self._pool = convert(self._pool, *padded)
 
+    def save(self, pairs: Sequence[tuple[int, int]]) -> None:
+        """See `StepRunner`."""
+        assert self._host is not None
+        for blocks, slots in _in_parts(pairs):
+            found = self.programs[SaveKey(self.num_blocks, len(blocks))]([], self._pool, blocks)
+            self._host.put(slots.tolist(), found)
+
+    def restore(self, pairs: Sequence[tuple[int, int]]) -> None:
+        """See `StepRunner`."""
+        assert self._host is not None
+        for slots, blocks in _in_parts(pairs):
+            found = tuple(self._host.get(slots.tolist()))
+            self._pool = self.programs[RestoreKey(self.num_blocks, len(blocks))]([], self._pool, blocks, found)
+
+    def measure_copies(self, rounds: int = 3) -> tuple[float, float]:
+        """Seconds to save a block and to restore one, the best of some rounds; before anything is in host memory."""
+        assert self._host is not None
+        count = min(MOVED_AT_ONCE, self.num_blocks, self._host.num_slots)
+        pairs, times = [(i, i) for i in range(count)], []
+        for _ in range(rounds + 1):  # the first one compiles
+            started = time.perf_counter()
+            self.save(pairs)
+            self._host.wait()
+            saved = time.perf_counter()
+            self.restore(pairs)
+            jax.block_until_ready(self._pool)
+            times.append((saved - started, time.perf_counter() - saved))
+        best = [min(column) / count for column in zip(*times[1:], strict=True)]
+        return best[0], best[1]
+
     def _keys(self) -> Iterator[AnyKey]:
         """All programs that serving needs."""
         yield from (StepKey(bucket, self.num_blocks) for bucket in self.buckets.all)
@@ -191,3 +241,14 @@ class Runner:
         yield ScorerKey()
         if self.shapes.kinds.converts:
             yield ConversionKey(self.num_blocks)
+        if self._host is not None:
+            for count in (1, MOVED_AT_ONCE):
+                yield from (SaveKey(self.num_blocks, count), RestoreKey(self.num_blocks, count))
+
+
+def _in_parts(pairs: Sequence[tuple[int, int]]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """The two columns of pairs, `MOVED_AT_ONCE` at once and the rest one by one, for which programs are compiled."""
+    for part in batched(pairs, MOVED_AT_ONCE):
+        for group in [part] if len(part) == MOVED_AT_ONCE else [(pair,) for pair in part]:
+            first, second = np.array(group, np.int32).T
+            yield first, second

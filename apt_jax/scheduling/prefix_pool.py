@@ -6,6 +6,8 @@ one model and one number type, and the request's `cache_salt`. Different tokens 
 Each page in the table counts the block tables that hold it. One that nobody holds is idle: it counts as free, and is
 evicted when blocks run out, the one released longest ago first. A page of a block table is never evicted, and a page
 enters the table only when all its tokens have been computed (`keep`), so nobody ever writes to a shared page.
+
+With a `HostTier` what is evicted goes there, and is found there after the pages that are still on the device.
 """
 
 import secrets
@@ -14,8 +16,9 @@ from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from hashlib import sha256
 
-from apt_jax.cache import KINDS, BlockPool, BlockTable, CacheKind
+from apt_jax.cache import KINDS, BlockPool, BlockTable, CacheKind, OutOfBlocks
 from apt_jax.request import Request
+from apt_jax.scheduling.host_tier import HostPage, HostTier
 
 MOST_FOUND = 4096  # requests whose pages are remembered between two changes of the table
 
@@ -31,10 +34,15 @@ class Page:
 
 
 class PrefixPool(BlockPool):
-    """A `BlockPool` with a table of full pages. `num_free` counts idle pages, `num_held` a shared page once."""
+    """A `BlockPool` with a table of full pages. `num_free` counts idle pages, `num_held` a shared page once.
 
-    def __init__(self, num_blocks: int, block_size: int, secret: bytes | None = None):
+    Args:
+        host: where evicted pages go; None: they are lost.
+    """
+
+    def __init__(self, num_blocks: int, block_size: int, secret: bytes | None = None, host: HostTier | None = None):
         super().__init__(num_blocks, block_size)
+        self.host = host
         self._secret = secrets.token_bytes(32) if secret is None else secret
         self._table: tuple[dict[bytes, Page], ...] = tuple({} for _ in KINDS)
         self._by_block: dict[int, Page] = {}  # by their first block, also those that left the table while held
@@ -42,7 +50,7 @@ class PrefixPool(BlockPool):
         self._num_idle = 0  # blocks in them
         self._shared: set[int] = set()  # first blocks of pages in several tables
         self._num_shared = 0  # blocks in them
-        self._found: dict[tuple[int, int], list[Page]] = {}  # what `find` found since the table last changed
+        self._found: dict[tuple[int, int], list[Page | HostPage]] = {}  # what `find` found since the table last changed
 
     @property
     def num_free(self) -> int:
@@ -77,10 +85,10 @@ class PrefixPool(BlockPool):
             kept += gone[first] < self._by_block[first].refs
         return (table.num_pages - kept) * table.kind.blocks_per_page
 
-    def find(self, request: Request, kind: CacheKind, most_pages: int) -> Sequence[Page]:
+    def find(self, request: Request, kind: CacheKind, most_pages: int) -> Sequence[Page | HostPage]:
         """The pages of `kind` that hold the first tokens of `request`, at most so many. Not to be changed."""
-        table = self._table[kind.index]
-        if not table or most_pages <= 0:
+        table, host = self._table[kind.index], self.host
+        if most_pages <= 0 or not (table or (host is not None and host.num_used)):
             return ()
         place = request.order, kind.index
         found = self._found.get(place)
@@ -89,7 +97,8 @@ class PrefixPool(BlockPool):
             for i in range(most_pages):
                 if i >= len(request.page_keys):  # the first one alone: most prompts share nothing
                     self._extend_keys(request, most_pages if i else 1)
-                page = table.get(request.page_keys[i])
+                key = request.page_keys[i]
+                page = table.get(key) or (None if host is None else host.find(key, kind))
                 if page is None:
                     break
                 found.append(page)
@@ -98,11 +107,23 @@ class PrefixPool(BlockPool):
             self._found[place] = found
         return found if len(found) <= most_pages else found[:most_pages]
 
-    def share(self, table: BlockTable, pages: Sequence[Page]) -> None:
-        """Begin the empty `table` with found pages."""
+    def share(self, table: BlockTable, pages: Sequence[Page | HostPage]) -> None:
+        """Begin the empty `table` with found pages; those in host memory take new blocks.
+
+        Raises:
+            OutOfBlocks: not enough are free; nothing is changed.
+        """
         assert not table.num_pages
         per_page, held = table.kind.blocks_per_page, 0
+        if self.host is not None:
+            taken = per_page * sum(page.refs == 0 for page in pages)
+            if taken > self.num_free:
+                raise OutOfBlocks(f"{taken} blocks wanted, {self.num_free} of {self.num_blocks} free")
         for page in pages:
+            if isinstance(page, HostPage):
+                assert self.host is not None
+                self.host.hold(page)
+                continue
             first = page.blocks[0]
             page.refs += 1
             if page.refs == 1:
@@ -113,8 +134,9 @@ class PrefixPool(BlockPool):
                 self._num_shared += per_page
         self._num_idle -= held
         self._held[table.kind.index] += held
+        own = [self._restored(page) if isinstance(page, HostPage) else page for page in pages]
         for v, blocks in enumerate(table.blocks):
-            blocks.extend([page.blocks[v] for page in pages])
+            blocks.extend([page.blocks[v] for page in own])
         table.num_pages = table.num_listed = len(pages)
 
     def keep(self, request: Request, pages: int) -> None:
@@ -131,14 +153,19 @@ class PrefixPool(BlockPool):
         table.num_listed = max(table.num_listed, pages)
 
     def forget(self, table: BlockTable) -> None:
-        """Take the pages of a table out of the prefix table, those that it shares included."""
+        """Take the pages of a table out of the prefix table, those that it shares and their copies included."""
         for first in table.blocks[0]:
             page = self._by_block.get(first)
             if page is not None:
+                if self.host is not None and page.key is not None:
+                    self.host.forget(page.key, page.kind)
                 self._unlist(page)
 
     def clear(self) -> None:
         """Forget every page; those in block tables stay where they are."""
+        if self.host is not None:
+            self.host.clear()
+            self._found.clear()
         for page in list(self._by_block.values()):
             self._unlist(page)
             if page.refs == 0:
@@ -216,14 +243,29 @@ class PrefixPool(BlockPool):
         assert self._num_shared == sum(len(page.blocks) for page in self._by_block.values() if page.refs > 1)
         by_kind = [sum(len(blocks) for blocks, its in kind_of.items() if its is kind) for kind in KINDS]
         assert by_kind == self._held, f"blocks by kind are {by_kind}, counted as {self._held}"
+        if self.host is not None:
+            self.host.check()
 
     def _take(self, count: int) -> list[int]:
         if count <= self.num_free:
             while len(self._free) < count:
                 page = next(iter(self._idle.values()))
+                if self.host is not None and page.key is not None:
+                    self.host.save(page.key, page.kind, page.blocks)
                 self._unlist(page)
                 self._drop_idle(page)
         return super()._take(count)
+
+    def _restored(self, page: HostPage) -> Page:
+        """A page of the pool that holds, once the next moves are made, what `page` holds."""
+        assert self.host is not None
+        blocks = tuple(self._take(page.kind.blocks_per_page))
+        self._held[page.kind.index] += len(blocks)
+        self.host.restore(page, blocks)
+        found = Page(page.key, page.kind, blocks, 1)
+        self._table[page.kind.index][page.key] = self._by_block[blocks[0]] = found
+        self._found.clear()
+        return found
 
     def _unlist(self, page: Page) -> None:
         if page.key is not None:

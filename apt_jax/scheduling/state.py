@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from apt_jax.cache import KINDS, MODE_KINDS, BlockPool, BlockTable, CacheKind, CacheMode, blocks_for
 from apt_jax.request import FinishReason, Request, Status
+from apt_jax.scheduling.host_tier import HostPage, Moves
 from apt_jax.scheduling.plan import Plan, Scheduled
 from apt_jax.scheduling.plan_log import PlanLog
 from apt_jax.scheduling.prefix_pool import Page, PrefixPool
@@ -144,6 +145,35 @@ class SchedulerState:
         self._clear(plan, now)
         return [self._start(entry, now) for entry in plan.scheduled]
 
+    def take_moves(self) -> Moves:
+        """Copies between device and host memory that must come before anything else of the plan just applied."""
+        host = None if self.prefixes is None else self.prefixes.host
+        return Moves() if host is None else host.take_moves()
+
+    def forget_saved(self, moves: Moves) -> None:
+        """Copies to host memory were not made: their pages are lost."""
+        assert self.prefixes is not None and self.prefixes.host is not None
+        self.prefixes.host.forget_slots([slot for _, slot in moves.saved])
+
+    def forget_restored(self, moves: Moves, spans: Sequence[Span]) -> list[Span]:
+        """Copies from host memory were not made: who was to begin with them waits again and computes them.
+
+        Returns:
+            What is left of `spans`, of the plan just applied.
+        """
+        assert self.prefixes is not None
+        lost, kept = {block for _, block in moves.restored}, []
+        for span in spans:
+            table = span.request.table
+            assert table is not None
+            if lost.isdisjoint(block for blocks in table.blocks for block in blocks):
+                kept.append(span)
+                continue
+            span.request.num_inflight_tokens -= span.samples
+            self.prefixes.forget(table)
+            self._preempt(span.request)
+        return kept
+
     def written(self, spans: Sequence[Span]) -> tuple[Written, ...]:
         """What `keep` is to be given once the iteration of `spans`, just applied, has been committed."""
         if self.prefixes is None:
@@ -226,6 +256,13 @@ class SchedulerState:
         held = {kind.spec.name: self.pool.num_held(kind) for kind in KINDS}
         return {**held, "free": self.pool.num_free}
 
+    def host_figures(self) -> dict[str, int]:
+        """Blocks in host memory, and copied there and back since the start; nothing without host memory."""
+        host = None if self.prefixes is None else self.prefixes.host
+        if host is None:
+            return {}
+        return {"host_blocks": host.num_used, "host_saved": host.num_saved, "host_restored": host.num_restored}
+
     def check(self) -> None:
         """Assert that no block is lost or shared and that queues and statuses agree."""
         self.pool.check(self._tables(self.running))
@@ -289,7 +326,7 @@ class SchedulerState:
         if request.first_scheduled_s is None:
             request.first_scheduled_s = now
 
-    def _cached_pages(self, request: Request, kind: CacheKind) -> Sequence[Page]:
+    def _cached_pages(self, request: Request, kind: CacheKind) -> Sequence[Page | HostPage]:
         """The first pages of a waiting request that are cached as `kind`; at least one token is left to compute."""
         if self.prefixes is None or request.params.needs_whole_prompt:
             return ()

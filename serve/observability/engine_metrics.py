@@ -23,7 +23,7 @@ class EngineMetrics(Instruments):
         self._late: tuple[Request, ...] = ()  # of those that waited in the last step
         self.last_blocks: Mapping[str, int] = {}
         self._failures = self._recompiles = self._outside = 0  # of the engine, as counted last
-        self._queried = self._hit = 0  # the same
+        self._queried = self._hit = self._saved = self._restored = 0  # the same
         self.running = self._gauge("vllm:num_requests_running", "Requests that hold cache.")
         self.waiting = self._gauge("vllm:num_requests_waiting", "Requests that wait to be scheduled.")
         self.usage = self._gauge("vllm:kv_cache_usage_perc", "Share of the cache blocks in use, 0 to 1.")
@@ -33,6 +33,13 @@ class EngineMetrics(Instruments):
             "vllm:prefix_cache_queries", "Tokens looked up in the prefix cache, at a request's first admission."
         )
         self.prefix_hits = self._counter("vllm:prefix_cache_hits", "Of these, tokens found there.")
+        self.host_blocks = self._gauge("apt:host_cache_blocks", "Blocks of the cache in host memory.")
+        self.copied = self._counter(
+            "apt:host_cache_copied_blocks",
+            "Blocks copied to host memory (out) and back (in).",
+            "direction",
+            ("out", "in"),
+        )
         self.conversions = self._counter("apt:cache_conversions", "Requests converted from hidden to KV.")
         self.demotions = self._counter("apt:late_demotions", "Requests put behind because they are late already.")
         self.recompiles = self._counter("apt:recompiles_after_warmup", "Programs compiled while serving; should be 0.")
@@ -114,6 +121,10 @@ class EngineMetrics(Instruments):
             self.prefix_queries.inc(figures.prefix_queries - self._queried)
             self.prefix_hits.inc(figures.prefix_hits - self._hit)
             self._queried, self._hit = figures.prefix_queries, figures.prefix_hits
+        self.host_blocks.set(figures.host_blocks)
+        self.copied.labels(**self._labels, direction="out").inc(max(figures.host_saved - self._saved, 0))
+        self.copied.labels(**self._labels, direction="in").inc(max(figures.host_restored - self._restored, 0))
+        self._saved, self._restored = figures.host_saved, figures.host_restored
         if figures.num_recompiles > self._recompiles:
             self.recompiles.inc(figures.num_recompiles - self._recompiles)
             self._recompiles = figures.num_recompiles

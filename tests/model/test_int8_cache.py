@@ -10,8 +10,8 @@ import pytest
 
 from apt_jax.attention.pool import scale_row
 from apt_jax.cache import CacheKind
-from apt_jax.execution import cache_ranges
-from apt_jax.execution.cache_ranges import cache_channels, calibration_tokens
+from apt_jax.execution.cache import ranges as cache_ranges
+from apt_jax.execution.cache.ranges import cache_channels, calibration_tokens
 from apt_jax.execution.pool import abstract_pool, block_bytes
 from apt_jax.execution.programs import ConversionKey, StepKey
 from apt_jax.execution.weights.layout import StackedLayout

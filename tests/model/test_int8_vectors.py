@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from apt_jax.attention.int8 import Channels, Coded, decode, encode
-from apt_jax.execution.cache_ranges import channels_of
+from apt_jax.execution.cache.ranges import channels_of
 
 T, D, N, H = 96, 512, 8, 64
 SOME_TEXT = 2000  # tokens of calibration

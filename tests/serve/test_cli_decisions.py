@@ -117,6 +117,20 @@ def test_only_a_flag_s_name_has_another_spelling():
     assert with_own_spelling(given) == ["--cache-dtype=--kv-cache-dtype", "--cache-dtype", "a=b", "--x-y=z_w", "--a"]
 
 
+@pytest.mark.parametrize(
+    ("given", "own"),
+    [
+        (["--kv-offloading-size", "2"], ["--host-cache-bytes", "2147483648"]),
+        (["--kv_offloading_size=0.5", "3"], ["--host-cache-bytes=536870912", "3"]),
+        (["--kv-offloading-size", "many", "4"], ["--host-cache-bytes", "many", "4"]),
+        (["--kv-offloading-size=inf"], ["--host-cache-bytes=inf"]),
+        (["--host-cache-bytes", "2"], ["--host-cache-bytes", "2"]),
+    ],
+)
+def test_the_size_of_host_memory_in_gib(given, own):
+    assert with_own_spelling(given) == own
+
+
 def test_the_arguments_are_the_process_s_where_none_are_given(monkeypatch):
     seen = []
     monkeypatch.setattr(Serve, "run", lambda self: seen.append(self.model) or 0)

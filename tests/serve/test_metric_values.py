@@ -214,6 +214,16 @@ def test_levels_of_queues_and_blocks():
     assert value("apt:cache_blocks", kind="free") == 20
 
 
+def test_blocks_in_host_memory_and_copied_since_the_start():
+    metrics, state = EngineMetrics("m"), make_state(20)
+    value = reader(metrics)
+    assert [value("apt:host_cache_copied_blocks_total", direction=way) for way in ("out", "in")] == [0, 0]
+    step(metrics, state, host_blocks=5, host_saved=6, host_restored=2)
+    step(metrics, state, host_blocks=4, host_saved=8, host_restored=5)
+    assert value("apt:host_cache_blocks") == 4
+    assert [value("apt:host_cache_copied_blocks_total", direction=way) for way in ("out", "in")] == [8, 5]
+
+
 def test_what_plans_did_is_summed():
     metrics, state = EngineMetrics("m"), make_state(20)
     value = reader(metrics)

@@ -3,7 +3,7 @@
 So a wrong page, one that was overwritten, or one read before it was written, changes the tokens.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -19,6 +19,7 @@ from apt_jax.execution.sampling import Sampled
 from apt_jax.model_config import ModelConfig
 from apt_jax.scheduling.costs.cost_model import CostModel
 from apt_jax.scheduling.costs.hardware import HARDWARE, MODELS
+from apt_jax.scheduling.host_tier import HostTier
 from apt_jax.scheduling.prefix_pool import PrefixPool
 from apt_jax.scheduling.state import Limits, SchedulerState
 
@@ -51,6 +52,8 @@ class TokenRunner:
 
     def __init__(self, num_blocks: int, block_size: int, slots: int, context: int):
         self._pool_shape, self._history_shape = (num_blocks, block_size), (slots + 1, context + 1)
+        self.host = {}  # cells of a block, by slot
+        self.failing_copies: Callable[[], bool] = lambda: False
         self.reset()
 
     def reset(self) -> None:
@@ -88,6 +91,20 @@ class TokenRunner:
     def read(self, results: StepResults) -> StepResults:
         return results
 
+    def save(self, pairs: Sequence[tuple[int, int]]) -> None:
+        for block, slot in pairs:
+            self._may_fail()
+            self.host[slot] = self.pool[block].copy()
+
+    def restore(self, pairs: Sequence[tuple[int, int]]) -> None:
+        for slot, block in pairs:
+            self._may_fail()
+            self.pool[block] = self.host[slot]
+
+    def _may_fail(self) -> None:
+        if self.failing_copies():
+            raise MemoryError("no memory for a copy")
+
     def convert(self, tables: Sequence[BlockTable]) -> None:
         for table in tables:
             for key, value in zip(*table.blocks, strict=True):
@@ -96,7 +113,7 @@ class TokenRunner:
 
 
 def make_engine(num_blocks: int, **options) -> Engine:
-    """An engine whose model is `next_token`; `options` are the configuration's."""
+    """An engine whose model is `next_token`; `options` are the configuration's, a block of host memory is one byte."""
     config = EngineConfig(
         **{
             "max_model_len": 96, "max_num_seqs": 4, "max_num_batched_tokens": 16, "block_size": 4,
@@ -107,7 +124,10 @@ def make_engine(num_blocks: int, **options) -> Engine:
     buckets = Buckets(max_num_seqs=limits.max_num_seqs, max_num_batched_tokens=limits.max_num_batched_tokens)
     runner = TokenRunner(num_blocks, config.block_size, limits.max_num_seqs, config.max_model_len)
     pages = table_pages(config.max_model_len, config.block_size, 1)
-    pool = (PrefixPool if config.enable_prefix_caching else BlockPool)(num_blocks, config.block_size)
+    pool = BlockPool(num_blocks, config.block_size)
+    if config.enable_prefix_caching:
+        host = HostTier(config.host_cache_bytes) if config.host_cache_bytes else None
+        pool = PrefixPool(num_blocks, config.block_size, host=host)
     setup = EngineSetup(
         model_config=ModelConfig(vocab_size=VOCABULARY, max_position_embeddings=96, eos_token_ids=()), config=config,
         runner=runner, builder=BatchBuilder(buckets, num_slots=limits.max_num_seqs, table_pages=pages),

@@ -27,7 +27,7 @@ WRITERS = {
 READERS = {
     "apt_jax/cpu_kernels/features.py": "of the system",
     "apt_jax/cpu_kernels/library.py": "of the package",
-    "apt_jax/execution/cache_ranges.py": "of the package",
+    "apt_jax/execution/cache/ranges.py": "of the package",
     "apt_jax/execution/program_store.py": "of the package",
     "apt_jax/files.py": "opens without waiting and looks what it is",
     "apt_jax/host_limits.py": "of the system",

@@ -7,6 +7,7 @@ from hypothesis.stateful import invariant, precondition, rule
 
 from apt_jax.cache import BlockPool, BlockTable, CacheKind, OutOfBlocks, pages_for
 from apt_jax.request import FinishReason, Request, SamplingParams, Status
+from apt_jax.scheduling.host_tier import HostTier
 from apt_jax.scheduling.plan import Converted, Plan, Preempted, Reason, Scheduled
 from apt_jax.scheduling.policies.catalogue import make_policy
 from apt_jax.scheduling.policies.interface import PolicyContext
@@ -279,6 +280,65 @@ class SharingMachine(RequestMachine):
 
 SharingMachine.TestCase.settings = MACHINE_SETTINGS
 TestSharing = SharingMachine.TestCase
+
+
+class TwoTierMachine(SharingMachine):
+    """As its base, with slots in host memory for a few blocks; slots are conserved like blocks (`PrefixPool.check`)."""
+
+    pool = staticmethod(lambda num_blocks, block_size: PrefixPool(num_blocks, block_size, host=HostTier(7)))
+
+    @invariant()
+    def copies_are_of_blocks_and_slots_that_exist(self):
+        host, moves = self.state.pool.host, self.state.take_moves()
+        assert host.num_used <= 7 and len({slot for _, slot in moves.saved}) == len(moves.saved)
+        restored = [block for _, block in moves.restored]
+        held = {block for r in self.state.running for blocks in r.table.blocks for block in blocks}
+        assert len(set(restored)) == len(restored) and set(restored) <= held
+
+
+TwoTierMachine.TestCase.settings = MACHINE_SETTINGS
+TestTwoTiers = TwoTierMachine.TestCase
+
+
+def test_a_page_comes_back_from_host_memory_to_new_blocks():
+    host = HostTier(2)
+    pool = PrefixPool(3, 4, host=host)
+    first, other = ask(range(4), 1), ask(range(50, 62), 1)
+    first.order, other.order = 0, 1
+    first.table = BlockTable(HIDDEN)
+    pool.grow(first.table, 4)
+    pool.keep(first, 1)
+    pool.release(first.table)
+    other.table = BlockTable(HIDDEN)
+    pool.grow(other.table, 12)
+    assert pool.host.take_moves().saved == [(0, 0)] and host.num_used == 1
+    pool.release(other.table)
+    (found,) = pool.find(first, HIDDEN, 1)
+    assert (found.slots, found.refs) == ((0,), 0) and not pool.find(first, KV, 1)
+    pool.share(first.table, [found])
+    assert host.take_moves().restored == [(0, first.table.blocks[0][0])] and pool.num_free == 2
+    assert pool.find(first, HIDDEN, 1)[0].refs == 1, "from now on it is on the device too"
+    pool.check([first.table])
+    pool.forget(first.table)
+    assert host.num_used == 0 and not pool.find(first, HIDDEN, 1)
+
+
+def test_what_is_quicker_to_compute_is_not_kept_and_the_oldest_copy_is_lost():
+    host = HostTier(3)
+    host.restores[KV.index] = False
+    host.save(b"a", KV, (0, 1))
+    assert host.num_used == 0
+    for key, block in ((b"a", 4), (b"b", 5), (b"c", 6), (b"a", 7), (b"d", 8)):
+        host.save(key, HIDDEN, (block,))
+    assert [pair[0] for pair in host.take_moves().saved] == [4, 6, 8], "b was used longest ago, and a is there already"
+    assert host.find(b"b", HIDDEN) is None
+    for key in (b"a", b"c", b"d"):
+        host.hold(host.find(key, HIDDEN))
+    host.save(b"e", HIDDEN, (9,))
+    assert host.find(b"e", HIDDEN) is None, "all others are about to be read"
+    host.take_moves()
+    host.save(b"e", HIDDEN, (9,))
+    assert host.find(b"e", HIDDEN) is not None and host.find(b"c", HIDDEN) is None
 
 
 def test_a_plain_pool_keeps_nothing():

@@ -21,7 +21,7 @@ from apt_jax.tokenization.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 
-TEXT = Path(__file__).with_name("cache_calibration.txt")
+TEXT = Path(__file__).with_name("calibration.txt")
 LONGEST = 256  # tokens of a sequence
 _SEPARATOR = "\n----\n"
 _RANDOM_SEQUENCES = 8

@@ -1,0 +1,135 @@
+"""Host memory behind the prefix cache: the engine over a cache that holds token ids, and real copies of a real pool."""
+
+import random
+from dataclasses import replace
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from apt_jax.engine_config import EngineConfig
+from apt_jax.model_config import ModelConfig
+from apt_jax.request import SamplingParams
+from tests.model.test_prefix_engine import Conversations, converse
+from tests.support.checkpoint_folders import random_model
+from tests.support.engines import finish, make_engine
+from tests.support.token_runner import make_engine as token_engine
+
+CONFIG = ModelConfig(
+    vocab_size=96, hidden_size=32, num_hidden_layers=2, ffn_dim=64, max_position_embeddings=64,
+    num_attention_heads=2, word_embed_proj_dim=32, eos_token_ids=(2,),
+)  # fmt: skip
+GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
+
+
+@pytest.mark.parametrize("policy", ["fcfs", "apt", "sarathi", "mlfq"])
+@given(
+    mode=st.sampled_from(["kv", "hidden", "hybrid"]), asynchronous=st.booleans(), slots=st.sampled_from([2, 9, 40]),
+    seed=st.integers(0, 2**32),
+)  # fmt: skip
+@settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+def test_every_answer_is_that_of_its_own_tokens(policy, mode, asynchronous, slots, seed):
+    converse(policy, mode, asynchronous, seed, host_cache_bytes=slots)
+
+
+def test_these_conversations_copy_in_both_directions():
+    """So that the test above is about what it says."""
+    for mode in ("kv", "hidden", "hybrid"):
+        tiers = [
+            converse("fcfs", mode, False, seed, host_cache_bytes=40).engine.state.pool.host for seed in range(8)
+        ]  # fmt: skip
+        assert sum(tier.num_saved for tier in tiers) > 20 and sum(tier.num_restored for tier in tiers) > 5, mode
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_copies_that_fail_are_computed_again(asynchronous):
+    failures = 0
+    for seed in range(12):
+        draw = random.Random(seed)
+        engine = token_engine(
+            50, cache_mode="hybrid", enable_prefix_caching=True, host_cache_bytes=30, async_scheduling=asynchronous
+        )
+        happened = []
+
+        def fails(draw=draw, happened=happened) -> bool:
+            happened.append(draw.random() < 0.3)
+            return happened[-1]
+
+        engine.runner.failing_copies = fails
+        Conversations(engine, draw).run(10)
+        failures += sum(happened)
+        assert engine.state.pool.num_free == 50 and engine.figures().num_failed_steps == 0
+    assert failures > 10
+
+
+@pytest.fixture(scope="module")
+def model():
+    return random_model(CONFIG, seed=3)
+
+
+def cached_engine(model, **options):
+    return make_engine(
+        model, CONFIG, **{"dtype": "float32", "enable_prefix_caching": True, "host_cache_bytes": 2**20, **options}
+    )
+
+
+@pytest.mark.parametrize(("mode", "cache_dtype"), [("kv", "auto"), ("hidden", "int8")])
+def test_a_model_goes_on_from_host_memory(model, mode, cache_dtype):
+    """Prompts' pages leave a pool of two contexts for others', come back, and the answers stay as they were."""
+    blocks = 28 if mode == "kv" else 14
+    engine = cached_engine(model, cache_mode=mode, cache_dtype=cache_dtype, num_blocks=blocks, max_num_seqs=2)
+    prompts = [[4 + (7 * k + 13 * i) % 90 for k in range(40)] for i in range(4)]
+
+    def answers(again: int) -> list[list[int]]:
+        found = []
+        for number, prompt in enumerate(prompts):
+            found.append(engine.add(prompt, GREEDY, request_id=f"{again}.{number}"))
+            finish(engine)
+        return [list(request.output_token_ids) for request in found]
+
+    first, tier = answers(0), engine.state.pool.host
+    assert tier.num_saved > 0 and answers(1) == first
+    assert tier.num_restored >= 4 * blocks // 14 and engine.figures().prefix_hits >= 3 * 32
+    assert engine.figures().num_failed_steps == 0
+
+
+def test_blocks_come_back_as_they_were(model):
+    runner = cached_engine(model, cache_mode="hybrid", cache_dtype="int8", num_blocks=24).runner
+    rng, pool = np.random.default_rng(0), runner._pool
+    numbers = rng.integers(-127, 127, pool.numbers.shape).astype(np.int8)
+    scales = rng.random(pool.scales.shape).astype(np.float32)
+
+    def fill(factor: int) -> None:
+        arrays = jnp.asarray(factor * numbers), jnp.asarray((factor * scales).astype(np.float32))
+        runner._pool = replace(runner._pool, numbers=arrays[0], scales=arrays[1])
+
+    fill(1)
+    pairs = [(block, 20 - block) for block in range(11)]  # eight at once, then one by one
+    runner.save(pairs)
+    fill(0)
+    runner.restore([(slot, 23 - block) for block, slot in pairs])
+    for found, was in ((runner._pool.numbers, numbers), (runner._pool.scales, scales)):
+        by_layer, before = (np.asarray(array).reshape(2, 24, -1) for array in (found, was))
+        assert (by_layer[:, 13:] == before[:, 10::-1]).all() and not by_layer[:, :13].any()
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"host_cache_bytes": 1, "enable_prefix_caching": False}, "which is off; use --enable-prefix-caching too"),
+        ({"host_cache_bytes": -1}, "host_cache_bytes=-1 must be at least 0"),
+    ],
+)
+def test_options_that_make_no_sense(options, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        EngineConfig(**options)
+
+
+@pytest.mark.parametrize(
+    ("size", "words"), [(100, "less than one block of the cache, 2048 bytes"), (2**60, "has left")]
+)
+def test_what_is_no_block_or_no_memory_is_refused(model, size, words):
+    with pytest.raises(ValueError, match=f"host_cache_bytes={size} is .*{words}"):
+        cached_engine(model, host_cache_bytes=size)
