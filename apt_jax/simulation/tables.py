@@ -15,7 +15,7 @@ LASTS = {True: "yes", False: "no", None: "unknown"}
 RUN_COLUMNS = (
     "policy", "cache", "hidden", "rate", "strict", "P99", "worst class", "turned away", "TTFT ok", "TBT ok",
     "TTFT p50/p99 s", "TBT p99 s", "longest gap s", "longest wait s", "kept tokens/s", "batch", "preempt", "convert",
-    "backlog by quarter", "sustained", "drain s",
+    "backlog by quarter", "sustained", "drain s", "fluid bound", "of the bound",
 )  # fmt: skip
 FOUND_COLUMNS = (
     "policy", "cache", "hidden", "target", "reading", "effective throughput (requests/s)", "kept but not sustained",
@@ -59,7 +59,8 @@ def _runs(experiment: Experiment, reports: list[Report], seeds: list[int]) -> Ta
             f"{r.tbt_attainment:.1%}", f"{r.p50_ttft_s:.2f}/{r.p99_ttft_s:.2f}", f"{r.p99_tbt_s:.3f}",
             f"{r.longest_gap_s:.1f}", f"{r.longest_wait_s:.1f}", f"{r.kept_token_throughput:.0f}",
             f"{r.mean_batch:.0f}", str(r.preemptions), str(r.conversions), " ".join(map(str, r.backlog_by_quarter)),
-            LASTS[r.sustained], f"{r.drain_s:.0f}", *([f"{r.cached_share:.1%}"] if cached else []),
+            LASTS[r.sustained], f"{r.drain_s:.0f}", f"{r.fluid_bound:.2f}", f"{r.rate / r.fluid_bound:.0%}",
+            *([f"{r.cached_share:.1%}"] if cached else []),
         )  # fmt: skip
     return table
 

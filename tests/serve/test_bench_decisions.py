@@ -11,7 +11,15 @@ from apt_jax.request import SamplingParams, Slo
 from apt_jax.serve.bench.offline.latency import Iteration, measure, summarise
 from apt_jax.serve.bench.offline.measure import Tally
 from apt_jax.serve.bench.offline.options import BenchLatency, BenchThroughput
-from apt_jax.serve.bench.serving.client import Answer, Endpoint, _first_tokens, _is_bare, plain_base
+from apt_jax.serve.bench.serving.client import (
+    REFUSALS,
+    TURNED_AWAY,
+    Answer,
+    Endpoint,
+    _first_tokens,
+    _is_bare,
+    plain_base,
+)
 from apt_jax.serve.bench.serving.client import Piece as Arrived
 from apt_jax.serve.bench.serving.measure import Serving
 from apt_jax.serve.bench.serving.options import BenchServe
@@ -20,6 +28,7 @@ from apt_jax.serve.bench.serving.records import Record, Run
 from apt_jax.serve.bench.tables import print_point, print_points, warnings_of, worst_class
 from apt_jax.serve.bench.work import Work, check_dataset, load_dataset, make_work, text_of_length
 from apt_jax.serve.bench.work_options import WorkOptions
+from apt_jax.serve.errors import ERROR_REPLIES
 from tests.support.fake_engine import CharTokenizer, FakeEngine
 
 FIGURES = {
@@ -33,7 +42,8 @@ FIGURES = {
     },
     "backlog_by_quarter": [1, 2, 3, 4], "sustained": False, "errors_by_reason": {"HTTP 503: [busy]": 1},
     "max_concurrency": None, "max_client_lag_ms": 10.0, "client_loop_lag_ms": 20.0, "client_cpu_share": 0.2,
-    "short_answers": 0, "tokens_per_piece": 1.0,
+    "short_answers": 0, "tokens_per_piece": 1.0, "median_ttft_ms_by_turn": [1.0], "total_cached_tokens": 0,
+    "total_input_tokens": 10,
     **{f"{column}_ttft_ms": 1.0 for column in ("mean", "median", "std", "p99")},
     **{f"{column}_client_queue_time_ms": 1.0 for column in ("mean", "median", "std", "p99")},
 }  # fmt: skip
@@ -41,6 +51,15 @@ FIGURES = {
 
 def figures(**changed):
     return {**FIGURES, **changed}
+
+
+def test_turns_and_the_prefix_cache_are_told_where_there_are_any(capsys):
+    for changed in ({"median_ttft_ms_by_turn": [30.0, 4.0]}, {"total_cached_tokens": 5}, {}):
+        print_point(figures(**changed), [], [])
+        said = capsys.readouterr().out
+        assert ("from the prefix cache" in said) is bool(changed)
+        assert "by turn 30, 4 ms" in said or "median_ttft_ms_by_turn" not in changed
+        assert "50.0% of prompt tokens" in said or "total_cached_tokens" not in changed
 
 
 def test_a_run_in_words_and_a_table(capsys):
@@ -293,6 +312,11 @@ def test_who_was_turned_away():
     assert ended(b'{"error": {"message": "m", "code": "queue_full"}}') == (True, "error in the stream: m")
     assert ended(b'{"error": {"message": "m", "code": "oom"}}') == (False, "error in the stream: m")
     assert ended(b'{"error": "full"}') == (False, "error in the stream: full")
+
+
+def test_a_refusal_counts_alike_as_a_status_and_in_a_stream():
+    statuses = {reply.code: reply.status for _, reply in ERROR_REPLIES if reply.code in REFUSALS}
+    assert set(statuses) == set(REFUSALS) and set(statuses.values()) <= set(TURNED_AWAY)
 
 
 def test_addresses_that_are_none():

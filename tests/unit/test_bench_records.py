@@ -112,6 +112,15 @@ def test_a_freeze_that_the_99th_percentile_forgives_is_a_strict_miss():
     assert (late["longest_gap_ms"], late["longest_wait_ms"]) == (pytest.approx(100), pytest.approx(9000))
 
 
+def test_one_without_a_whole_answer_waited_until_it_ended():
+    """Its first token never came, or its next one did not; the end of a whole answer is no wait."""
+    never, broken, whole = record(1.0, [], error="x"), record(0.0, [0.1, 0.2], error="x"), record(0.0, [0.1])
+    never.ended_s, broken.ended_s, whole.ended_s = 4.0, 2.7, 9.0
+    assert figures([never, whole])["longest_wait_ms"] == pytest.approx(3000)
+    assert figures([broken, whole])["longest_wait_ms"] == pytest.approx(2500)
+    assert figures([whole])["longest_wait_ms"] == pytest.approx(100)
+
+
 def test_tokens_of_kept_requests_count_while_requests_arrive():
     kept = record(0.0, [0.125, 0.1875, 0.25, 0.3125, 0.375])
     last = record(0.35, [0.4375, 0.5])

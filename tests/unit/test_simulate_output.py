@@ -46,6 +46,9 @@ def test_a_run_is_a_row(simulated):
     for row, figures in zip(table, result["runs"], strict=True):
         assert row["strict"] == f"{figures['strict_attainment']:.1%}" and row["P99"] == f"{figures['attainment']:.1%}"
         assert row["backlog by quarter"] == " ".join(map(str, figures["backlog_by_quarter"]))
+        bound = figures["fluid_bound"]
+        assert bound > 0
+        assert (row["fluid bound"], row["of the bound"]) == (f"{bound:.2f}", f"{figures['rate'] / bound:.0%}")
         assert (row["sustained"], row["preempt"]) == ("unknown", str(figures["preemptions"]))
 
 

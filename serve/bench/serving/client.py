@@ -17,7 +17,7 @@ from apt_jax.serve.bench.work import Content, Work
 
 PATHS = {"completions": "/v1/completions", "chat": "/v1/chat/completions"}
 ENDED = ("abort", "abandoned", "error")  # finish reasons of answers that are not whole
-TURNED_AWAY = (429, 503)  # statuses of servers that refuse for lack of room or time
+TURNED_AWAY = (429, 503, 504)  # statuses of servers that refuse for lack of room or time
 REFUSALS = ("queue_full", "predicted_late", "slo_abandoned", "timeout", "not_ready")  # the same, as codes in a stream
 SHOWN_CHARS = 160
 IDLE_CONNECTION_S = 2.0  # shorter than servers keep them: none is used just when the server closes it

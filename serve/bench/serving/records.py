@@ -75,6 +75,14 @@ class Record:
         """The longest gap between pieces; 0 without one."""
         return max(self.gaps_s, default=0.0)
 
+    @property
+    def longest_wait_s(self) -> float:
+        """Longest time without a token, its first one included; one without a whole answer waited until it ended."""
+        waits = [self.ttft_s, self.longest_gap_s] if self.piece_s else [0.0]
+        if self.has_failed and self.ended_s is not None:
+            waits.append(self.ended_s - (self.piece_s[-1] if self.piece_s else self.planned_s))
+        return max(waits)
+
     def attains(self, slo: Slo) -> bool:
         """Whether it attained its SLO as the paper reads it; a failed one did not."""
         return not self.has_failed and slo.is_kept(self.ttft_s, self.gaps_s)
@@ -170,12 +178,11 @@ def who_pays(run: Run, slo: Slo) -> dict[str, Any]:
     strictly, kept = [r.attains_strictly(slo) for r in records], [r.attains(slo) for r in records]
     arrivals = [r.planned_s for r in records]
     ends = [math.inf if r.ended_s is None else r.ended_s for r in records]
-    waits = [wait for r in records if r.piece_s for wait in (r.ttft_s, r.longest_gap_s)]
     over_s = window_s or run.duration_s
     tokens = sum(r.tokens_until(over_s) for r, is_kept in zip(records, strictly, strict=True) if is_kept)
     return {
         "longest_gap_ms": max((r.longest_gap_s for r in records), default=0.0) * 1e3,
-        "longest_wait_ms": max(waits, default=0.0) * 1e3,
+        "longest_wait_ms": max((r.longest_wait_s for r in records), default=0.0) * 1e3,
         "attainment_by_class": {
             "prompt_quartile": by_quartile([r.prompt_tokens for r in records], strictly, kept),
             "output_quartile": by_quartile([r.asked_tokens for r in records], strictly, kept),
