@@ -93,7 +93,7 @@ def main() -> None:
         if study.over:
             table, draw = routing_table, draw_routing
         else:
-            table, draw = (rates_table, draw_rates) if study.rates else (targets_table, draw_targets)
+            table, draw = (targets_table, draw_targets) if study.targets else (rates_table, draw_rates)
         text = table(study, rows)
         (args.out / f"{study.name}.md").write_text(text, "utf-8")
         draw(study, rows, args.out / f"{study.name}.png")
