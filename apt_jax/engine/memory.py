@@ -16,13 +16,10 @@ from apt_jax.execution.runner import Runner
 from apt_jax.host_limits import unused_memory_bytes
 from apt_jax.model_config import ModelConfig, Quantization
 from apt_jax.scheduling.costs.cost_model import CostModel
-from apt_jax.scheduling.costs.step_load import StepLoad
+from apt_jax.scheduling.costs.host_copies import worth_restoring
 from apt_jax.scheduling.host_tier import HostTier
 
 logger = logging.getLogger(__name__)
-
-
-PROMPT_TOKENS = 512  # of the chunk whose time says what computing a token costs
 
 
 @dataclass(frozen=True)
@@ -245,19 +242,10 @@ def host_tier(
     save_s, restore_s = runner.measure_copies()
     tier = HostTier(slots)
     if cost_model.hardware is not GENERIC:  # else nothing is known yet, and copies are quicker than products
-        tier.restores = [kind.blocks_per_page * restore_s < page_s(cost_model, config.block_size) for kind in CacheKind]
+        tier.restores = worth_restoring(cost_model, config.block_size, restore_s)
     kept = ", ".join(kind.spec.label for kind in kinds if tier.restores[kind.index])
     logger.info(
         "host memory: %d blocks, %.2f GB/s from the device and %.2f GB/s to it; pages kept there: %s",
         slots, of_block / save_s / 1e9, of_block / restore_s / 1e9, kept or "none, to compute them is quicker",
     )  # fmt: skip
     return tier
-
-
-def page_s(cost_model: CostModel, block_size: int) -> float:
-    """Seconds that computing the tokens of one page takes, as a part of a long prompt."""
-    whole, half = (
-        cost_model.step_s(StepLoad(prefill_tokens=count, prefill_pairs=count * (count + 1) // 2))
-        for count in (PROMPT_TOKENS, PROMPT_TOKENS // 2)
-    )
-    return block_size * (whole - half) / (PROMPT_TOKENS - PROMPT_TOKENS // 2)

@@ -13,7 +13,7 @@ from apt_jax.model_config import Quantization
 from apt_jax.request import Slo
 from apt_jax.routing.autoscaler import Autoscaler, AutoscalerOptions
 from apt_jax.routing.catalogue import DEFAULT_ROUTER, make_router
-from apt_jax.scheduling.costs.cost_model import CostModel, HiddenMode, cache_blocks
+from apt_jax.scheduling.costs.cost_model import CostModel, HiddenMode, block_bytes, cache_blocks
 from apt_jax.scheduling.costs.hardware import HARDWARE, MODELS, by_name
 from apt_jax.scheduling.costs.host_times import host_time
 from apt_jax.scheduling.length import LengthPredictor
@@ -67,6 +67,7 @@ class Experiment:
     num_blocks: int | None = None
     cache_dtype: str = "auto"
     enable_prefix_caching: bool = False
+    host_cache_bytes: int = 0
     max_num_queued_reqs: int = 1024
     abandon_after: float | None = None
     duration_s: float = MIN_DURATION_S
@@ -270,6 +271,7 @@ class Experiment:
             return Instance(
                 make_policy(policy, context), cost_model, num_blocks=num_blocks, limits=limits,
                 block_size=self.block_size, name=name, prefix_caching=self.enable_prefix_caching,
+                host_slots=int(self.host_cache_bytes // block_bytes(cost_model, self.block_size)),
                 host_time=host_time(policy),
             )  # fmt: skip
 

@@ -8,8 +8,10 @@ from typing import cast
 from apt_jax.cache import BlockPool, per_kind
 from apt_jax.request import Status
 from apt_jax.routing.instance import InstanceLoad, instance_load
-from apt_jax.scheduling.costs.cost_model import CostModel
+from apt_jax.scheduling.costs.cost_model import CostModel, block_bytes
+from apt_jax.scheduling.costs.host_copies import worth_restoring
 from apt_jax.scheduling.costs.host_times import HostTime
+from apt_jax.scheduling.host_tier import HostTier
 from apt_jax.scheduling.length import LengthPredictor
 from apt_jax.scheduling.plan import Plan, Reason
 from apt_jax.scheduling.policies.interface import Policy, Repeat, Repeating
@@ -49,12 +51,18 @@ class Instance:
         block_size: int = 16,
         name: str = "0",
         prefix_caching: bool = False,
+        host_slots: int = 0,
         host_time: HostTime = HostTime(),  # noqa: B008  # frozen; none, unless it is known
         on_plan: Callable[[Plan, float], None] | None = None,
     ):
         self.name = name
-        pool = PrefixPool if prefix_caching else BlockPool
-        self.state = SimulatedState(pool(num_blocks, block_size), limits)
+        pool = BlockPool(num_blocks, block_size)
+        if prefix_caching:
+            pool = PrefixPool(num_blocks, block_size, host=HostTier(host_slots) if host_slots else None)
+        self._copy_s = block_bytes(cost_model, block_size) / cost_model.hardware.host_bytes_per_s / cost_model.devices
+        if isinstance(pool, PrefixPool) and pool.host is not None:
+            pool.host.restores = worth_restoring(cost_model, block_size, self._copy_s)
+        self.state = SimulatedState(pool, limits)
         self.samples: list[Sample] = []
         self.is_busy = False
         self._policy, self._cost_model, self._on_plan = policy, cost_model, on_plan
@@ -94,7 +102,9 @@ class Instance:
         load = self.state.advance(plan, now)
         self._num_scheduled = len(plan.scheduled)
         self._abandoned = [cast(SimulatedRequest, abandoned.request) for abandoned in plan.abandoned]
-        self._start_s, self._end_s = now, now + host_s + self._cost_model.step_s(load)
+        moves = self.state.take_moves()  # copies to the host run beside the device's work, those from it before
+        step_s = self._cost_model.step_s(load) + len(moves.restored) * self._copy_s
+        self._start_s, self._end_s = now, now + host_s + max(step_s, len(moves.saved) * self._copy_s)
         self.is_busy = True
         return self._end_s
 

@@ -76,6 +76,8 @@ class SimulateArgs:
     """Number type of the cache: auto (16 bits), or int8 with its scales, as if all kernels read that."""
     enable_prefix_caching: bool = False
     """Keep full cache pages for requests that begin alike; prompts of other workloads than conversations do not."""
+    host_cache_bytes: int = 0
+    """Bytes of host memory of an instance for cached pages that the device has no room for; 0: none."""
     max_num_queued_reqs: int = 1024
     """Maximum number of waiting requests of an instance; further ones are refused and count as missed."""
     abandon_after: float | None = None
@@ -108,7 +110,12 @@ class SimulateArgs:
         as_cache_dtype(self.cache_dtype)
         check_finite(self)
         check_greater(self, 0, ("cv", "ttft_slo_ms", "tbt_slo_ms", "stall_slo_ms"))
-        check_at_least(self, 0, ("abandon_after", "duration_s", "report_interval_s", "seed"))
+        check_at_least(self, 0, ("abandon_after", "duration_s", "report_interval_s", "seed", "host_cache_bytes"))
+        if self.host_cache_bytes and not self.enable_prefix_caching:
+            raise ValueError(
+                f"host_cache_bytes={self.host_cache_bytes} keeps pages of the prefix cache, which is off; "
+                "use --enable-prefix-caching too"
+            )
         check_at_least(self, 1, ("tensor_parallel_size", "num_requests", "max_num_seqs", "max_num_batched_tokens"))
         check_at_least(
             self, 1, ("block_size", "num_blocks", "instances", "max_instances", "max_num_queued_reqs", "jobs")

@@ -354,6 +354,11 @@ class CostModel:
         return self.model.num_hidden_layers * numbers * BYTES * share / self.hardware.link_bytes_per_s
 
 
+def block_bytes(model: CostModel, block_size: int) -> float:
+    """Bytes of one block over all layers and devices."""
+    return model.model.num_hidden_layers * model.model.hidden_size * model.number_bytes * block_size
+
+
 def cache_blocks(
     model: CostModel, *, block_size: int, max_num_batched_tokens: int, max_num_seqs: int, utilization: float = 0.9
 ) -> int:
@@ -368,7 +373,7 @@ def cache_blocks(
     weights = model.weight_bytes
     activations = max_num_batched_tokens * (8 * c.hidden_size + 2 * c.ffn_dim) * BYTES + max_num_seqs * c.vocab_size * 8
     free = model.hardware.memory_bytes * utilization * devices - weights - activations * devices
-    blocks = int(free // (c.num_hidden_layers * c.hidden_size * model.number_bytes * block_size))
+    blocks = int(free // block_bytes(model, block_size))
     if blocks < 2:
         raise ValueError(
             f"weights of {weights / 1e9:.1f} GB and activations of {activations * devices / 1e9:.1f} GB (for "

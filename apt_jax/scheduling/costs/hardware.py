@@ -40,6 +40,8 @@ class Hardware:
             all; a calibration replaces them.
         overhead_s: launch and host time of one iteration. Assumed.
         link_latency_s: of one collective. Assumed.
+        host_bytes_per_s: to and from the host's memory, one direction: four fifths of sixteen lanes of PCIe, generation
+            4 (A100) or 5 (H100, H200) by the same document; of TPUs nothing is published, and 4 is assumed.
         int8_rate: how many times as fast as 16-bit numbers int8 is multiplied, by the same document; 1 where it does
             not say.
         kv_kernel, hidden_kernel: what this package's decode attention runs there.
@@ -62,6 +64,7 @@ class Hardware:
     split_hidden_kernel: DecodeKernel = SLICES_GPU
     prefix_kernel: PrefixKernel = ONE_READ
     int8_rate: float = 2.0
+    host_bytes_per_s: float = 25e9
 
 
 # Links: half of the bidirectional NVLink or inter-chip (ICI) figure of the same document.
@@ -85,11 +88,11 @@ _ALL = (
     ),
     Hardware(
         "h100-80gb", 80 * GIB, 989.4e12, 3350e9, 450e9, f"NVIDIA H100 datasheet, SXM5, without sparsity: {_H100}",
-        hidden_kernel=TWO_PASSES, prefix_kernel=HOPPER,
+        hidden_kernel=TWO_PASSES, prefix_kernel=HOPPER, host_bytes_per_s=51e9,
     ),
     Hardware(
         "h200", 141e9, 989.4e12, 4800e9, 450e9, f"NVIDIA H200 datasheet, SXM, without sparsity: {_H200}",
-        hidden_kernel=TWO_PASSES, prefix_kernel=HOPPER,
+        hidden_kernel=TWO_PASSES, prefix_kernel=HOPPER, host_bytes_per_s=51e9,
     ),
     Hardware(
         "tpu-v5e", 16 * GIB, 197e12, 819e9, 200e9, f"Google Cloud, TPU v5e: {_TPU}/v5e",
