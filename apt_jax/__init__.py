@@ -4,6 +4,7 @@
 """
 
 import importlib
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -16,10 +17,12 @@ _HOMES = {"LLM": "apt_jax.serve.llm", "SamplingParams": "apt_jax.request"}
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return version("apt-jax")
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(_HOMES[name]), name)
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *__all__])
+    return sorted([*globals(), *__all__, "__version__"])

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 
 from tyro.conf import OmitArgPrefixes, OmitSubcommandPrefixes, Positional, arg, subcommand
 
+from apt_jax import __version__
 from apt_jax.engine_config import EngineConfig
 from apt_jax.files import reason_of
 from apt_jax.flags.reader import parse
@@ -249,8 +250,12 @@ def check_standard_output() -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line; exits with 0, 1 (it failed), 2 (wrong usage) or 130 (interrupted)."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments == ["--version"]:
+        print(f"apt-jax {__version__}")
+        sys.exit(0)
     try:
-        command = read_command(with_own_spelling(sys.argv[1:] if arguments is None else arguments))
+        command = read_command(with_own_spelling(arguments))
         set_up_logs(command.server.log_format if isinstance(command, Serve) else "text")
         if not isinstance(command, Serve):
             check_standard_output()

@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, cast
+from typing import Any, Self, cast
 
 from tqdm import tqdm
 
@@ -14,6 +14,9 @@ from apt_jax.engine_config import EngineConfig
 from apt_jax.output import Output, TokenLogprobs
 from apt_jax.progress import is_hidden
 from apt_jax.request import FinishReason, SamplingParams
+from apt_jax.serve.errors import BadRequest
+from apt_jax.serve.openai.chat_requests import parse_chat
+from apt_jax.serve.openai.templates.chat_template import NO_TEMPLATE, render
 from apt_jax.serve.options import LoadOptions
 from apt_jax.serve.runtime.build import build_engine
 from apt_jax.serve.runtime.driver import Driver
@@ -105,6 +108,20 @@ class LLM:
         self.engine.warm_up(progress=True)
         self._numbers = itertools.count()
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Give the model and its cache back; the object cannot generate any more. Also at the end of a `with`."""
+        self.__dict__.pop("engine", None)
+
+    def get_tokenizer(self) -> Tokenizer | None:
+        """The model's tokenizer, with `encode` and `decode`; None if it has none."""
+        return self.engine.tokenizer
+
     def get_default_sampling_params(self) -> SamplingParams:
         """The model's own defaults (generation_config.json, see `generation_config=`) over vLLM's."""
         return SamplingParams(**self.engine.sampling_defaults)  # type: ignore[arg-type]
@@ -149,6 +166,41 @@ class LLM:
             targets.update((s.request_id, (result, o)) for s, o in zip(fanned, result.outputs, strict=True))
         self._run(samples, targets, len(listed), use_tqdm)
         return results
+
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, Any]] | Sequence[Sequence[Mapping[str, Any]]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        use_tqdm: bool | Callable[..., tqdm] = True,
+        lora_request: None = None,
+        *,
+        chat_template: str | None = None,
+        add_generation_prompt: bool = True,
+    ) -> list[RequestOutput]:
+        """Answer chats; the results are in their order.
+
+        `messages` is one chat, a list of `{"role": ..., "content": ...}`, or a list of chats. They become text by
+        `chat_template`, a Jinja template, or by the tokenizer's own; OPT models come without one. See `generate`.
+
+        Raises:
+            ValueError: there is no template, or it refuses the messages; otherwise as `generate`.
+        """
+        tokenizer = self.engine.tokenizer
+        if tokenizer is None:
+            raise ValueError("this model has no tokenizer, so it cannot chat; use generate, or give tokenizer=")
+        chats = [messages] if messages and isinstance(messages[0], Mapping) else list(messages)
+        prompts: list[Prompt] = []
+        for number, chat in enumerate(chats):
+            try:
+                body = parse_chat({"messages": list(chat)})
+                text = render(body.messages, tokenizer, chat_template, generate=add_generation_prompt)
+            except BadRequest as error:
+                cure = "give chat_template=, or use generate" if str(error) == NO_TEMPLATE else None
+                reason = f"this model has no chat template; {cure}" if cure else error
+                raise ValueError(f"chat {number} of {len(chats)}: {reason}") from error
+            token_ids = tokenizer.encode(text, add_special_tokens=False)  # the template writes the special ones
+            prompts.append({"prompt": text, "prompt_token_ids": token_ids})
+        return self.generate(prompts, sampling_params, use_tqdm, lora_request)
 
     def _prepare(
         self, number: int, prompt: Prompt, params: SamplingParams, priority: int

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from apt_jax.line_file import LineFile, line_of
+from apt_jax.serve.line_file import LineFile, line_of
 from apt_jax.serve.options import DEFAULT_MAX_BODY_BYTES
 
 MAX_LINE_BYTES = DEFAULT_MAX_BODY_BYTES

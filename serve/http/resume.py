@@ -8,13 +8,13 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from apt_jax.line_file import FileInUse, LineFile, line_of
 from apt_jax.output import QueueFull
 from apt_jax.request import OFFLINE_SLO
 from apt_jax.serve.errors import PredictedLate, error_reply
 from apt_jax.serve.http.service import Service
 from apt_jax.serve.http.snapshot import is_of, restore
 from apt_jax.serve.http.snapshot_file import read_snapshot, set_damaged_aside, write_snapshot
+from apt_jax.serve.line_file import FileInUse, LineFile, line_of
 from apt_jax.serve.openai.generation import Generation
 from apt_jax.serve.runtime.status import EngineStatus
 

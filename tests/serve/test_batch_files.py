@@ -9,9 +9,9 @@ import threading
 import pytest
 
 from apt_jax.engine_config import EngineConfig
-from apt_jax.line_file import line_of
 from apt_jax.serve.batch import batch_jobs
 from apt_jax.serve.batch.batch_file import Line, ResultFile, read_lines, readable_twice
+from apt_jax.serve.line_file import line_of
 from apt_jax.serve.options import LoadOptions
 from tests.serve.test_batch_jobs import answer, line, results_of, write
 from tests.support.fake_engine import CharTokenizer, FakeEngine

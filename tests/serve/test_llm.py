@@ -194,3 +194,51 @@ def test_bars_are_for_terminals(monkeypatch):
     monkeypatch.setattr(progress, "_is_off", False)
     monkeypatch.setattr(sys.stderr, "isatty", lambda: False, raising=False)
     assert progress.is_hidden()
+
+
+TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+
+
+def test_a_chat_and_several_become_prompts_by_the_template(llm):
+    one = [{"role": "user", "content": "a"}]
+    params = SamplingParams(max_tokens=2)
+    (result,) = llm.chat(one, params, use_tqdm=False, chat_template=TEMPLATE)
+    assert (result.prompt, result.prompt_token_ids) == ("user: a\n", [ord(c) for c in "user: a\n"])
+    assert (
+        result.outputs[0].text
+        == generate(llm, {"prompt_token_ids": result.prompt_token_ids}, params)[0].outputs[0].text
+    )
+    both = llm.chat([one, [*one, {"role": "assistant", "content": "b"}]], params, False, chat_template=TEMPLATE)
+    assert [r.prompt for r in both] == ["user: a\n", "user: a\nassistant: b\n"]
+
+
+@pytest.mark.parametrize(
+    ("messages", "template", "sentence"),
+    [
+        ([{"role": "user", "content": "a"}], None, "chat 0 of 1: this model has no chat template; give chat_template="),
+        ([[{"role": "user", "content": "a"}], [{"role": "user"}]], TEMPLATE, "chat 1 of 2: .*content"),
+        ([{"role": "user", "content": "a"}], "{{ 1 / 0 }}", "chat 0 of 1: the chat template fails"),
+    ],
+)
+def test_chats_that_cannot_be_prompts(llm, engine, messages, template, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        llm.chat(messages, use_tqdm=False, chat_template=template)
+    assert not engine.has_unfinished
+
+
+def test_without_a_tokenizer_nobody_can_chat(llm_without_tokenizer):
+    with pytest.raises(ValueError, match="no tokenizer, so it cannot chat"):
+        llm_without_tokenizer.chat([{"role": "user", "content": "a"}], chat_template=TEMPLATE)
+
+
+def test_a_with_statement_gives_the_engine_back(llm, engine):
+    with llm as opened:
+        assert opened is llm and opened.get_tokenizer() is engine.tokenizer
+    assert not hasattr(llm, "engine")
+    llm.close()
+
+
+@pytest.mark.parametrize("module", ["apt_jax", "apt_jax.serve"])
+def test_the_version_by_every_way_to_start_the_command(module):
+    shown = subprocess.run([sys.executable, "-m", module, "--version"], capture_output=True, text=True, timeout=120)
+    assert (shown.returncode, shown.stdout) == (0, f"apt-jax {apt_jax.__version__}\n")

@@ -31,7 +31,7 @@ READERS = {
     "apt_jax/execution/program_store.py": "of the package",
     "apt_jax/files.py": "opens without waiting and looks what it is",
     "apt_jax/host_limits.py": "of the system",
-    "apt_jax/line_file.py": "looks what it is",
+    "serve/line_file.py": "looks what it is",
     "apt_jax/simulation/workload.py": "of the package",
     "checkpoints/convert.py": "folders, for their locks",
     "checkpoints/demo_training/corpus.py": "of Python's library",
