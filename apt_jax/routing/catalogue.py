@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 from apt_jax.routing.interface import Router
 from apt_jax.routing.pending_time import PendingTime
+from apt_jax.routing.prefix import Prefix
 from apt_jax.routing.simple import LeastRequests, PowerOfTwo, Random, RoundRobin
 
 DEFAULT_ROUTER = "pending-time"
@@ -12,6 +13,7 @@ ROUTERS: dict[str, Callable[[int], Router]] = {
     "least-requests": LeastRequests,
     "pending-time": PendingTime,
     "power-of-two": PowerOfTwo,
+    "prefix": Prefix,
     "random": Random,
     "round-robin": RoundRobin,
 }

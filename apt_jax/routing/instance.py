@@ -35,7 +35,8 @@ class InstanceLoad:
         needed_blocks: blocks that the waiting requests' known tokens take in the smallest kind allowed here.
         block_size: tokens per page.
         blocks_per_page: of the smallest kind allowed here.
-        queued_tokens: prompt tokens to be computed, of waiting requests and of those in the middle of a prefill.
+        queued_tokens: prompt tokens to be computed, of waiting requests and of those in the middle of a prefill; those
+            that are cached do not count.
         backlog_s: predicted seconds of the iterations that compute `queued_tokens`, at least of one iteration; None
             without a cost model.
         token_s: predicted seconds that one more prompt token adds to these; None without a cost model.
@@ -97,7 +98,7 @@ def instance_load(
         tokens = request.num_tokens
         since_s += request.arrival_s if request.last_token_s is None else request.last_token_s
         pages += -(-tokens // block_size)
-        queued += tokens - request.num_computed_tokens
+        queued += min(state.tokens_to_compute(request, kind) for kind in state.limits.kinds)
     context_tokens, decodes = [0] * len(KINDS), [0] * len(KINDS)
     for request in running:
         tokens, uncomputed = request.num_tokens, request.num_uncomputed_tokens

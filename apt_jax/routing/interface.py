@@ -24,6 +24,8 @@ class RouteRequest:
         slo: its SLO.
         waited_s: seconds since it arrived at the service.
         has_started: it moves here with tokens out already: its first token is no longer a question.
+        token_ids: its prompt, for routers that know prefixes.
+        cache_salt: only requests with the same one share prefixes.
     """
 
     prompt_tokens: int
@@ -31,6 +33,8 @@ class RouteRequest:
     slo: Slo = field(default_factory=Slo)
     waited_s: float = 0.0
     has_started: bool = False
+    token_ids: Sequence[int] = field(default=(), repr=False)
+    cache_salt: str | None = None
 
     @property
     def left_s(self) -> float:

@@ -80,7 +80,7 @@ class Fleet:
             self._scale(self._autoscaler, now)
         numbers = [i for i, m in enumerate(self.members) if m.ended_s is None and m.ready_s <= now]
         loads = [self._load(self.members[i], now) for i in numbers]
-        asked = RouteRequest(request.num_prompt_tokens, now, slo=request.slo)
+        asked = RouteRequest(request.num_prompt_tokens, now, slo=request.slo, token_ids=request.prompt_token_ids)
         number = numbers[self._router.choose(asked, loads)]
         self.members[number].num_requests += 1
         return number

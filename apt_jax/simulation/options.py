@@ -94,7 +94,8 @@ class SimulateArgs:
     instances: int = 1
     """Number of instances of the model; --rate is the total over all of them."""
     router: str = "pending-time"
-    """Router that chooses a request's instance: pending-time, least-requests, power-of-two, round-robin, random."""
+    """Router that chooses a request's instance: pending-time, least-requests, power-of-two, round-robin, random, prefix
+    (where prompts' beginnings were sent before)."""
     report_interval_s: float = 0.0
     """Interval of an instance's reports to the router; 0: the router always sees the current state."""
     max_instances: int | None = None

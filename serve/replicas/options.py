@@ -80,7 +80,8 @@ class ReplicaOptions:
     max_replicas: int | None = None
     """Upper limit for autoscaling on SLO attainment and memory; default: no autoscaling."""
     router: str = DEFAULT_ROUTER
-    """How a replica is chosen for a request: pending-time, least-requests, power-of-two, round-robin, random."""
+    """How a replica is chosen for a request: pending-time, least-requests, power-of-two, round-robin, random, prefix
+    (where prompts' beginnings were sent before)."""
     target_attainment: float = 0.95
     """Add a replica when a smaller share of requests than this attains its SLO strictly (see --stall-slo-ms)."""
     scale_up_delay: float = 5.0

@@ -120,6 +120,8 @@ class Route:
             slo=requests[0].slo,
             waited_s=now - requests[0].arrival_s,
             has_started=all(request.output_token_ids for request in requests),
+            token_ids=requests[0].prompt_token_ids,
+            cache_salt=requests[0].cache_salt,
         )
 
     def submission(self, now: float) -> Submit:

@@ -17,7 +17,9 @@ from apt_jax.execution.programs import ConversionKey, StepKey
 from apt_jax.execution.weights.layout import StackedLayout
 from apt_jax.model_config import ModelConfig
 from apt_jax.request import FinishReason, SamplingParams
+from apt_jax.scheduling.policies.catalogue import make_policy
 from tests.support.checkpoint_folders import random_model
+from tests.support.conversations import alone, converse
 from tests.support.engines import Orders, finish, make_engine
 
 pytestmark = pytest.mark.timeout(900)  # many shapes to compile
@@ -48,7 +50,14 @@ def model():
 
 
 def int8_engine(model, **options):
-    options = {"max_num_seqs": 24, "max_num_batched_tokens": 24, "num_blocks": 400, "cache_dtype": "int8", **options}
+    options = {
+        "max_num_seqs": 24,
+        "max_num_batched_tokens": 24,
+        "num_blocks": 400,
+        "cache_dtype": "int8",
+        "enable_prefix_caching": True,
+        **options,
+    }
     return make_engine(model, CONFIG, **options)
 
 
@@ -61,7 +70,9 @@ def engine(model):
 @pytest.fixture(scope="module")
 def small_engine(model):
     """Chunks of 8 tokens, over which prefixes are absorbed, and XLA for everything."""
-    return int8_engine(model, max_num_batched_tokens=8, max_num_seqs=8, attention_backend="xla")
+    return int8_engine(
+        model, max_num_batched_tokens=8, max_num_seqs=8, attention_backend="xla", enable_prefix_caching=False
+    )
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +83,7 @@ def stacked_engine(model):
             "apt_jax.execution.weights.choice.LayerLayout.of",
             lambda model, device, kernels: StackedLayout(device, kernels=kernels),
         )
-        found = int8_engine(model, attention_backend="xla")
+        found = int8_engine(model, attention_backend="xla", enable_prefix_caching=False)
     assert found.runner.weights.layers is None
     return found
 
@@ -86,7 +97,8 @@ def tokens(engine, params, treatments=tuple(TREATMENTS), prompts=(0, 1, 2, 3), m
         preempt_at={i: 9 + prompt for i, (prompt, how) in ids.items() if how.startswith("preempted")},
         mixed=mixed,
     )
-    requests = {i: engine.add(PROMPTS[prompt], params, request_id=i) for i, (prompt, _) in ids.items()}
+    engine.reset_prefix_cache()
+    requests = {i: engine.add(PROMPTS[p], params, request_id=i, cache_salt=i) for i, (p, _) in ids.items()}
     finish(engine)
     for i, (_, how) in ids.items():
         assert requests[i].num_conversions == (how == "converted")
@@ -119,6 +131,16 @@ def test_a_request_that_is_continued_elsewhere_goes_on_as_it_would_have(engine, 
     request = engine.add(PROMPTS[3], SEEDED, request_id="resumed", output_token_ids=whole[:11])
     finish(engine)
     assert request.output_token_ids == whole
+
+
+@pytest.mark.parametrize("mode", ["kv", "hidden"])
+def test_tokens_are_the_same_from_the_prefix_cache(engine, mode):
+    limits, hits = engine.state.limits, engine.state.prefix_hits
+    engine.state.limits, engine.policy = replace(limits, cache_mode=mode), make_policy("fcfs")
+    talks = converse(engine, 6, seed=1)
+    assert engine.state.prefix_hits > hits
+    alone(engine, talks)
+    engine.state.limits = limits
 
 
 def test_kinds_differ_from_float_and_each_other_within_a_tolerance(model, engine):

@@ -7,56 +7,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from apt_jax.request import FinishReason, SamplingParams
+from tests.support.conversations import Conversations
 from tests.support.token_runner import VOCABULARY, answer, make_engine
 
 POLICIES = ("fcfs", "apt", "apt:mixed=off", "sarathi", "mlfq", "vllm-v0", "vllm-v1")
 
 
-class Conversations:
-    """Turns of several users on one engine, with three beginnings, two salts, aborts and resets, by a seed."""
-
-    def __init__(self, engine, draw: random.Random):
-        self.engine, self.draw, self.running = engine, draw, {}
-        self.preemptions = self.conversions = 0
-
-    def begin(self, name: str) -> None:
-        begins, shared = self.draw.randint(0, 2), self.draw.randint(0, 40)
-        history = [(11 * begins + k) % VOCABULARY for k in range(shared)]
-        self.turn(name, history, self.draw.choice([None, None, "salt"]))
-
-    def turn(self, name: str, history: list[int], salt: str | None) -> None:
-        prompt = [*history, *((5 * int(name) + k) % VOCABULARY for k in range(self.draw.randint(1, 12)))]
-        params = SamplingParams(temperature=0, max_tokens=self.draw.randint(1, 14), ignore_eos=True)
-        request_id = f"{name}.{len(prompt)}"
-        self.running[request_id] = name, self.engine.add(prompt, params, request_id=request_id, cache_salt=salt)
-
-    def run(self, count: int) -> None:
-        coming, step = sorted((self.draw.randint(0, 30), str(i)) for i in range(count)), 0
-        while coming or self.running or self.engine.has_unfinished:
-            while coming and coming[0][0] <= step:
-                self.begin(coming.pop(0)[1])
-            self.engine.step()
-            self.engine.state.check()
-            if self.draw.random() < 0.01:
-                self.engine.reset_prefix_cache()
-            for request_id, (name, request) in list(self.running.items()):
-                self.look(request_id, name, request)
-            step += 1
-            assert step < 4000, "no end in sight"
-
-    def look(self, request_id: str, name: str, request) -> None:
-        if request.finish_reason is None:
-            if self.draw.random() < 0.005:
-                self.engine.abort(request_id)
-                del self.running[request_id]
-            return
-        del self.running[request_id]
-        assert request.finish_reason is FinishReason.LENGTH
-        assert request.output_token_ids == answer(request.prompt_token_ids, request.max_new_tokens)
-        self.preemptions += request.num_preemptions
-        self.conversions += request.num_conversions
-        if request.num_tokens < 60 and self.draw.random() < 0.5:
-            self.turn(name, [*request.prompt_token_ids, *request.output_token_ids], request.cache_salt)
+def greedy(max_tokens: int) -> SamplingParams:
+    return SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True)
 
 
 def converse(policy: str, mode: str, asynchronous: bool, seed: int, *, cached: bool = True, **options) -> Conversations:
@@ -66,8 +24,10 @@ def converse(policy: str, mode: str, asynchronous: bool, seed: int, *, cached: b
         blocks, cache_mode=mode, async_scheduling=asynchronous, scheduling_policy=policy,
         enable_prefix_caching=cached, **options,
     )  # fmt: skip
-    talks = Conversations(engine, draw)
+    talks = Conversations(engine, draw, VOCABULARY, greedy)
     talks.run(draw.randint(1, 12))
+    for request in talks.answered:
+        assert request.output_token_ids == answer(request.prompt_token_ids, request.max_new_tokens)
     assert engine.state.pool.num_free == engine.state.pool.num_blocks
     assert engine.figures().num_failed_steps == 0
     return talks
@@ -85,6 +45,7 @@ def test_these_conversations_share_preempt_and_convert():
     talks = [converse("fcfs", mode, False, seed) for mode in ("kv", "hidden", "hybrid") for seed in range(8)]
     assert all(sum(t.engine.state.prefix_hits for t in talks[i : i + 8]) > 0 for i in (0, 8, 16))
     assert sum(t.preemptions for t in talks) > 0 and sum(t.conversions for t in talks) > 0
+    assert sum(t.aborted for t in talks) > sum(t.resumed for t in talks) > 0
 
 
 def test_without_the_cache_nothing_is_shared():
