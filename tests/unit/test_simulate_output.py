@@ -1,12 +1,16 @@
 """What `apt-jax simulate` prints, draws and writes is what it simulated: every figure in its column."""
 
+import io
 import json
 
 import pytest
 from matplotlib.figure import Figure
+from tqdm import tqdm
 
+from apt_jax.run_figures import SUSTAINED_S
 from apt_jax.simulation.cli import configurations, run
 from apt_jax.simulation.options import SimulateArgs
+from apt_jax.simulation.workload import MIN_DURATION_S
 
 FLAGS = {
     "policies": "fcfs", "cache_modes": "kv", "num_requests": 20, "duration_s": 5.0, "num_blocks": 60,
@@ -173,3 +177,57 @@ def test_the_json_file_holds_what_is_returned_and_leaves_out_what_changes_no_fig
     assert json.loads((tmp_path / "a.json").read_text()) == json.loads(json.dumps(result))
     assert not {"json", "plot", "jobs"} & result["arguments"].keys()
     assert (result["num_blocks"], result["block_size"], result["arguments"]["rate"]) == (60, 16, "2")
+
+
+def test_figures_are_in_the_order_in_which_they_are_read(simulated, tmp_path):
+    simulated(rate="2", json=tmp_path / "a.json")
+    names = list(json.loads((tmp_path / "a.json").read_text()))
+    assert names == ["arguments", "num_blocks", "block_size", "runs", "means", "effective_throughput"]
+
+
+class Started(Exception):
+    """Instead of a simulation: what would be simulated."""
+
+
+@pytest.mark.parametrize(
+    ("flags", "seconds"),
+    [({"rate": "1"}, MIN_DURATION_S), ({"effective_throughput": "0.9"}, SUSTAINED_S), ({"duration_s": 7.0}, 7.0)],
+)
+def test_how_long_requests_arrive_without_a_flag(flags, seconds, monkeypatch):
+    """As long as it takes to say whether a rate lasts, where that is the question."""
+
+    def start(args, chosen, rates, seeds, questions):
+        raise Started([experiment.duration_s for experiment, _ in chosen])
+
+    monkeypatch.setattr("apt_jax.simulation.cli._simulate", start)
+    with pytest.raises(Started) as caught:
+        run(SimulateArgs(policies="fcfs", cache_modes="kv", **flags))
+    assert caught.value.args == ([seconds],)
+
+
+def test_what_is_wrong_is_told_before_the_simulation(monkeypatch, tmp_path):
+    def start(*args):
+        raise Started
+
+    monkeypatch.setattr("apt_jax.simulation.cli._simulate", start)
+    for flags, sentence in (
+        ({"router": "none"}, "unknown router='none'"), ({"plot": tmp_path / "a.none"}, "the format '.none' is unknown"),
+        ({"json": tmp_path}, "is a folder"), ({"classes": tmp_path / "none.csv"}, "none.csv"),
+    ):  # fmt: skip
+        with pytest.raises((ValueError, OSError), match=sentence):
+            run(SimulateArgs(policies="fcfs", cache_modes="kv", **flags))
+    with pytest.raises(Started):
+        run(SimulateArgs(policies="fcfs", cache_modes="kv", rate="1", plot=tmp_path / "a.png"))
+
+
+def test_the_progress_counts_points(simulated, monkeypatch):
+    bars = []
+
+    class Bar(tqdm):
+        def __init__(self, **options):
+            bars.append(self)
+            super().__init__(**{**options, "disable": False, "file": io.StringIO()})
+
+    monkeypatch.setattr("apt_jax.simulation.cli.tqdm", Bar)
+    simulated(rate="2,4", seeds="0,1")
+    assert [(bar.n, bar.total, bar.postfix) for bar in bars] == [(4, 4, "fcfs/kv/absorbed at 4/s")]
