@@ -13,8 +13,11 @@ from apt_jax.serve.errors import NotReady, PredictedLate
 from apt_jax.serve.runtime.admission import ENOUGH_S, Admission
 from apt_jax.serve.runtime.compile_cache import use_compile_cache
 from apt_jax.serve.runtime.driver import Driver
+from apt_jax.serve.runtime.engine_thread import REPORT_S, EngineThread
 from apt_jax.serve.runtime.group import Group
-from apt_jax.serve.runtime.samples import as_sent, fan_out, has_broken_slo, record_of, record_tokens
+from apt_jax.serve.runtime.samples import as_sent, fan_out, has_broken_slo, record_of, record_tokens, sample_seed
+from apt_jax.serve.runtime.start_up import StartUp
+from apt_jax.serve.runtime.status import EngineStatus
 from tests.support.fake_engine import CharTokenizer, FakeEngine
 
 
@@ -223,3 +226,41 @@ def test_a_request_is_refused_if_the_prompts_ahead_and_its_own_take_longer_than_
     assert late(admission, queued=160, waiting=0) is None, "so that the rate can be learned again"
     assert late(admission, queued=160, slo=None) is None
     assert late(Admission(), queued=10**9) is None
+
+
+def test_further_samples_have_seeds_of_64_bits_that_never_change():
+    """Snapshots and answers of a seed depend on them."""
+    assert (sample_seed(7, 0), sample_seed(None, 3)) == (7, None)
+    assert (sample_seed(5, 1), sample_seed(-1, 2)) == (-7718033652045977177, -1712228958632948010)
+    drawn = [sample_seed(5, i) for i in range(1, 200)]
+    assert len(set(drawn)) == 199 and all(-(2**63) <= seed < 2**63 for seed in drawn)
+
+
+@pytest.mark.parametrize("status", EngineStatus)
+def test_health_is_looked_at_again_and_again_until_the_engine_has_ended(status):
+    thread, looks = EngineThread(FakeEngine), []
+    thread.watchdog = SimpleNamespace(report=lambda: looks.append("looked"))
+    thread._loop = SimpleNamespace(call_later=lambda seconds, look: looks.append((seconds, look)))
+    thread.status = status
+    thread._report_health()
+    ended = status in (EngineStatus.FAILED, EngineStatus.STOPPED)
+    assert looks == ([] if ended else ["looked", (REPORT_S, thread._report_health)])
+
+
+def test_phases_of_a_start_begin_with_the_process_and_are_never_negative(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(
+        "apt_jax.serve.runtime.start_up.time", SimpleNamespace(monotonic=lambda: now[0], time=lambda: 50.0)
+    )
+    monkeypatch.setattr("psutil.Process", lambda: SimpleNamespace(create_time=lambda: 48.0))
+    start_up = StartUp()
+    now[0] = 103.0
+    start_up.ended("imports")
+    now[0] = 105.0
+    start_up.ended("measuring", compiling_s=1.5)
+    assert start_up.phases == {"Python": 2.0, "imports": 3.0, "programs": 1.5, "measuring": 0.5}
+    assert start_up.total_s == 7.0 and start_up.text() == "Python 2.0, imports 3.0, programs 1.5, measuring 0.5"
+    start_up.ended("more", compiling_s=9.0)
+    assert start_up.phases["more"] == 0.0, "another clock than the compiler's"
+    monkeypatch.setattr("psutil.Process", lambda: SimpleNamespace(create_time=lambda: 51.0))
+    assert StartUp().phases == {"Python": 0.0}, "the machine's clock was put back"
