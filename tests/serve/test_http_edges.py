@@ -1,15 +1,19 @@
 """The edges of the HTTP layer: exact limits, what passes through untouched, and what is logged when a file is lost."""
 
 import asyncio
+import contextlib
 import json
 import logging
+from types import SimpleNamespace
 
 import httpx
 import pytest
 
+from apt_jax.output import QueueFull
+from apt_jax.serve.errors import PredictedLate
 from apt_jax.serve.http.app import create_app
 from apt_jax.serve.http.middleware import MAX_HEADERS, ApiKeys, HeaderLimit, Hosts, RequestIds, Unforeseen
-from apt_jax.serve.http.resume import Resumption
+from apt_jax.serve.http.resume import RETRY_S, Resumption
 from apt_jax.serve.http.routes.debug import SHOWN_PLANS
 from apt_jax.serve.http.routes.table import openapi_document
 from apt_jax.serve.http.snapshot_file import write_snapshot
@@ -136,3 +140,37 @@ def test_the_application_answers_without_a_connection_of_its_own(engine):
                 assert reply.status_code == 200
 
     run(main)
+
+
+class Room:
+    """A group that finds no room twice."""
+
+    def __init__(self, refusal):
+        self.answers = [refusal, refusal, None]
+
+    async def accepted(self):
+        if (refusal := self.answers.pop(0)) is not None:
+            raise refusal
+
+    async def __aiter__(self):
+        yield []
+
+
+@pytest.mark.parametrize("refusal", [QueueFull("full"), PredictedLate("late", 1.0)])
+def test_a_resumed_request_that_finds_no_room_is_tried_again_after_a_pause(tmp_path, monkeypatch, refusal):
+    """It was accepted once, so it is not refused; without a pause it would keep the event loop busy."""
+    group, pauses = Room(refusal), []
+
+    async def pause(seconds):
+        pauses.append(seconds)
+
+    engine = SimpleNamespace(config=SimpleNamespace(abandon_after=None))
+    service = SimpleNamespace(
+        check_accepts=lambda: None,
+        served_model=lambda: SimpleNamespace(engine=engine),
+        backend=SimpleNamespace(submit=lambda samples: group),
+        generating=lambda *args: contextlib.nullcontext(),
+    )
+    monkeypatch.setattr("apt_jax.serve.http.resume.asyncio.sleep", pause)
+    run(lambda: Resumption(tmp_path / "none")._generate(service, None, []))
+    assert pauses == [RETRY_S] * 2 and group.answers == []
