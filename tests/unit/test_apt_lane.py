@@ -27,16 +27,24 @@ SEATS = 12
 LEAST_TOKENS = 16  # that the oldest computes of its prompt in an iteration
 
 
-def longest_s(model, plan, load, unfinished):
-    """What `budget.py` promises for an iteration, and what it does not count."""
-    promise_s = min(r.slo.ttft_s for r in unfinished)
+def in_time(policy):
+    """Those of the last decision that it did not take for late; all, if it took all for late."""
+    view, _ = policy._decided
+    queues = (view.waiting, view.late_w), (view.running, view.late_r)
+    everyone = [(r, late) for queue, lates in queues for r, late in zip(queue.requests, lates, strict=True)]
+    return [r for r, late in everyone if not late] or [r for r, _ in everyone]
+
+
+def longest_s(model, plan, load, binding):
+    """What `budget.py` promises for an iteration by the promises of `binding` requests, and what it does not count."""
+    promise_s = min(r.slo.ttft_s for r in binding)
     prefix_s = 0.0
     for entry in plan.scheduled:
         request, tokens = entry.request, min(LEAST_TOKENS, entry.num_tokens)
         computed = request.num_computed_tokens - entry.num_tokens  # the plan has been applied
-        if entry.reason is Reason.DECODES:
+        if entry.reason is Reason.DECODES and request in binding:
             promise_s = min(promise_s, request.slo.tbt_s)
-        elif computed and not prefix_s:  # of the first chunk
+        elif entry.reason is not Reason.DECODES and computed and not prefix_s:  # of the first chunk
             prefix_s = model.prefix_s(entry.kind, tokens, computed)
     alone = replace(load, prefill_tokens=0, prefill_pairs=0, samples=load.decode_requests, chunks=())
     alone_s = model.step_s(alone if load.decode_requests else StepLoad(1))
@@ -66,13 +74,13 @@ def serve_late_ones(seed):
     while oldest := next((r for r in late if r.finish_reason is None), None):
         for k in range(FLOOD - len(state.waiting)):
             state.add(draw(now, f"fresh{iterations}.{k}", 40))
-        unfinished = [*state.waiting, *state.running]
         plan = policy.schedule(state, now)
+        binding = in_time(policy)
         left = oldest.num_uncomputed_tokens
         spans = state.apply(plan, now)
         load = step_load(plan, spans)
         seconds = model.step_s(load)
-        assert seconds <= longest_s(model, plan, load, unfinished) * (1 + 1e-9)
+        assert seconds <= longest_s(model, plan, load, binding) * (1 + 1e-9)
         computed = {s.request.request_id: s.num_tokens for s in spans}.get(oldest.request_id, 0)
         assert computed >= min(LEAST_TOKENS, left), (iterations, oldest.request_id, left)
         now += seconds

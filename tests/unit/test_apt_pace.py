@@ -5,13 +5,14 @@ A request that `run` puts there has its last token at time 0, so it arrives befo
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from apt_jax.cache import CacheKind
 from apt_jax.request import Slo
 from apt_jax.scheduling.costs.cost_model import CostModel
 from apt_jax.scheduling.costs.hardware import HARDWARE, MODELS
-from tests.support.apt_plans import decide
+from tests.support.apt_plans import decide, view_of
 from tests.support.scheduling_loop import make_state
 from tests.support.tiny_states import run, wait
 
@@ -99,22 +100,33 @@ def test_late_prompts_need_nothing():
 
 
 @pytest.mark.parametrize(
-    ("talker", "other", "tokens"),
+    ("talker", "other", "arrival_s", "tokens"),
     [
-        (Slo(60.0, 60.0), None, 624),  # a quarter of the essay's own 2.4375 s
-        (Slo(60.0, 0.5), None, 128),
-        (Slo(0.5, 60.0), None, 128),  # its first token is out, but others like it will come
-        (Slo(60.0, 60.0), Slo(0.25, 60.0), 64),  # one that waits and is late counts too
-        (Slo(60.0, 60.0), Slo(60.0, 0.25), 624),  # the gaps of one that does not decode do not
+        (Slo(60.0, 60.0), None, 0.0, 624),  # a quarter of the essay's own 2.4375 s
+        (Slo(60.0, 0.5), None, 0.0, 128),
+        (Slo(0.5, 60.0), None, 0.0, 128),  # its first token is out, but others like it will come
+        (Slo(60.0, 60.0), Slo(0.25, 60.0), 0.0, 64),
+        (Slo(60.0, 60.0), Slo(0.25, 60.0), -9.0, 624),  # what is broken already binds nobody
+        (Slo(60.0, 60.0), Slo(60.0, 0.25), 0.0, 624),  # nor do the gaps of one that does not decode
     ],
 )
-def test_a_quarter_of_the_tightest_promise_first_token_or_gap(talker, other, tokens):
+def test_a_quarter_of_the_tightest_promise_first_token_or_gap(talker, other, arrival_s, tokens):
     state = make_state(4000, tokens=4096)
     run(state, "talker", 7, slo=talker)
     wait(state, "essay", 1920, **urgent(1920))
     if other:
-        wait(state, "other", 40, arrival_s=-9.0, slo=other)
-    assert chunks(decide(state, 0.0, model=toy())) == [("essay", tokens)]
+        wait(state, "other", 40, arrival_s=arrival_s, slo=other)
+    assert sum(count for _, count in chunks(decide(state, 0.0, model=toy()))) == tokens
+
+
+def test_where_all_are_late_the_tightest_of_their_promises_counts():
+    """A quarter of 0.25 s and of 1 s, for a prompt of the lane beside a stream that has stood still."""
+    for gap_s, tokens in ((0.25, 64), (1.0, 256), (5.0, 512)):
+        state = make_state(4000, tokens=4096)
+        run(state, "talker", 7, arrival_s=-9.0, slo=Slo(2.0, gap_s, 5.0))
+        run(state, "essay", 1920, computed=16, arrival_s=-30.0, slo=Slo(3.0, 60.0))
+        view = view_of(state, 0.0, model=toy(), prediction=False)
+        assert view.late_r.all() and view.tightest_s(np.array([0])) * 1024 / 4 == tokens
 
 
 # -- hidden prefixes ------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ one that outgrows the pool as KV, which begins again as hidden. So a request is 
 those and itself (twice, where it may be KV), whatever else arrives.
 
 In seconds: let an iteration with the decodes alone take T, 16 prompt tokens with their cached prefix C, and let P be
-the tightest promise: a gap of those that decode or a first token of anyone unfinished. `budget.py` makes an iteration
+the tightest promise of those in time (of all, if all are late): a gap or a first token. `budget.py` makes an iteration
 at most max(P / 4, 2 T, T + C) long by the cost model, attention among the prompts' own tokens, logits, padding and
 weights read again for mixed kinds not counted. `tests/unit/test_apt_lane.py` holds the policy to both.
 """

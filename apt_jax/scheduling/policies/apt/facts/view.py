@@ -204,11 +204,20 @@ class View:
         return np.where(late, np.inf, queue.limit_s + queue.since_s - self.now)
 
     def tightest_s(self, decode_index: Ints) -> float:
-        """Seconds of the tightest promise: the gap of these that decode, or the first token of anyone unfinished."""
-        running = self.running
-        gap_s = min(slo_s[decode_index].min(initial=np.inf) for slo_s in (running.tbt_slo_s, running.stall_slo_s))
-        first_s = min(q.ttft_slo_s.min(initial=np.inf) for q in (self.waiting, self.running))
-        return float(min(gap_s, first_s))
+        """Seconds of the tightest promise: the gap of these that decode, or the first token of anyone unfinished.
+
+        Of those in time, if there are any: what is late already would otherwise take time from what can be kept.
+        """
+        waiting, running = self.waiting, self.running
+        counts_w, counts_r = ~self.late_w, ~self.late_r
+        if not (counts_w.any() or counts_r.any()):
+            counts_w, counts_r = self.late_w, self.late_r
+        decoding = decode_index[counts_r[decode_index]]
+        limits_s = (
+            running.tbt_slo_s[decoding], running.stall_slo_s[decoding], running.ttft_slo_s[counts_r],
+            waiting.ttft_slo_s[counts_w],
+        )  # fmt: skip
+        return float(min(limit_s.min(initial=np.inf) for limit_s in limits_s))
 
     @cached_property
     def num_counted(self) -> int:
