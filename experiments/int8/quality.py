@@ -25,12 +25,14 @@ from flax import nnx
 from apt_jax.cache import BlockTable, CacheKind, as_cache_dtype
 from apt_jax.checkpoints.demo_training.corpus import build_corpus
 from apt_jax.checkpoints.load import load_model
+from apt_jax.checkpoints.skeleton import Skeleton
 from apt_jax.engine.setup import EngineSetup, set_up
 from apt_jax.engine_config import EngineConfig
 from apt_jax.execution.programs import StepKey
 from apt_jax.execution.runner import Runner
 from apt_jax.execution.weights.choice import serving_layout
 from apt_jax.execution.weights.int8 import PARTS, Int8Choice
+from apt_jax.execution.weights.layout import path_of
 from apt_jax.model_config import ModelConfig, Quantization
 from apt_jax.models.opt import OPT
 from apt_jax.request import Request, SamplingParams
@@ -126,8 +128,9 @@ def make_setup(model: OPT, config: ModelConfig, setting: Setting, tokenizer: Tok
         dtype=setting.dtype, cache_dtype=setting.cache, cache_mode=setting.kind.value, num_blocks=128,
         max_num_seqs=1, max_num_batched_tokens=CHUNK, attention_backend="xla", calibrate=False,
     )  # fmt: skip
-    graphdef, state = nnx.split(model)
-    model = nnx.merge(graphdef, jax.tree.map(lambda leaf: leaf.astype(setting.dtype), state))
+    leaves = nnx.to_flat_state(nnx.state(model))
+    cast = {path_of(path): leaf.get_value().astype(setting.dtype) for path, leaf in leaves}
+    model = Skeleton.of(config, jnp.dtype(setting.dtype)).fill(cast)
     layout = serving_layout(
         model, config, np.dtype(jnp.dtype(setting.dtype)), backend="xla", block_size=options.block_size,
         device=jax.devices()[0], cache_dtype=as_cache_dtype(setting.cache),
@@ -155,6 +158,7 @@ def logprobs(setup: EngineSetup, kind: CacheKind, documents: list[list[int]]) ->
             assert output.every is not None
             found.append(np.asarray(logits(runner.weights.outer.arrays, output.every))[:tokens])
         pool.release(request.table)
+        request.table = None  # its slot is free
         yield np.concatenate(found)[:-1]
 
 

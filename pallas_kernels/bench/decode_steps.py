@@ -20,7 +20,7 @@ from apt_jax.engine.engine import Engine
 from apt_jax.engine.setup import set_up
 from apt_jax.engine_config import EngineConfig
 from apt_jax.execution.weights.choice import serving_layout
-from apt_jax.model_config import ModelConfig
+from apt_jax.model_config import ModelConfig, Quantization
 from apt_jax.pallas_kernels.bench.timing import Times, reason, time_calls
 
 _CALLS = 8  # steps that are started before the last is awaited
@@ -48,12 +48,20 @@ class StepResult:
 HEADER = f"{'batch':>5} {'context':>7} {'kind':<7} {'floor ms':>9} {'step ms':>9} {'share':>7}"
 
 
-def make_engine(config: ModelConfig, *, dtype: str, batch: int, context_tokens: int, block_size: int) -> Engine:
+def make_engine(
+    config: ModelConfig,
+    *,
+    dtype: str,
+    batch: int,
+    context_tokens: int,
+    block_size: int,
+    quantization: Quantization = "none",
+) -> Engine:
     """An engine with random weights, in which `batch` requests of `context_tokens` fit if memory allows."""
     layout = partial(serving_layout, backend="auto", block_size=block_size)
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(config.to_hf()), encoding="utf-8")
-        loaded = load_model(folder, load_format="dummy", dtype=dtype, layout=layout)
+        loaded = load_model(folder, load_format="dummy", dtype=dtype, layout=layout, quantization=quantization)
     engine_config = EngineConfig(
         dtype=dtype,  # type: ignore[arg-type]
         max_model_len=min(config.max_position_embeddings, context_tokens + 1),

@@ -43,6 +43,8 @@ class BenchKernels:
     --context tokens."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Data type of --end-to-end; the kernels are measured in bfloat16."""
+    quantization: Literal["none", "int8", "int8-dynamic"] = "none"
+    """Number type of the weights of --end-to-end; none: that of --dtype."""
     all: bool = False
     """Measure all of these one after the other, each in its own process; -o names a folder."""
     allow_cpu: bool = False
@@ -153,7 +155,7 @@ def _run_parts(args: BenchKernels) -> int:
 
     if args.output is None:
         raise ValueError("--all needs a folder for its results: -o FOLDER")
-    names = ("device", "model", "batch", "context", "block_size", "dtype")
+    names = ("device", "model", "batch", "context", "block_size", "dtype", "quantization")
     flags = [text for name in names for text in (f"--{name.replace('_', '-')}", str(getattr(args, name)))]
     return run_parts(flags + ["--allow-cpu"] * args.allow_cpu, args.output)
 
@@ -166,16 +168,24 @@ def _measure_steps(args: BenchKernels, device: Any, model: str, batches: list[in
     copy = _report_copy(device, copy_bytes_per_s(device))
     started = time.perf_counter()
     engine = make_engine(
-        MODELS[model], dtype=args.dtype, batch=max(batches), context_tokens=max(contexts), block_size=args.block_size
-    )
+        MODELS[model], dtype=args.dtype, batch=max(batches), context_tokens=max(contexts), block_size=args.block_size,
+        quantization=args.quantization,
+    )  # fmt: skip
     backend = "XLA" if engine.setup.attention == "xla" else f"kernels for {engine.setup.attention}"
-    print(f"{model}, {args.dtype}, attention by {backend}, ready after {time.perf_counter() - started:.0f} s")
+    weights = args.dtype if args.quantization == "none" else f"{args.dtype}, {args.quantization} weights"
+    print(f"{model}, {weights}, attention by {backend}, ready after {time.perf_counter() - started:.0f} s")
     print(HEADER)
     results = measure_steps(engine, batches, contexts, copy, lambda result: print(result.line(), flush=True))
     rho = rho_s(results)
     for shape, seconds in rho.items():
         print(f"rho at {shape}: {seconds * 1e9:+.3f} ns per hidden token and step, against KV")
-    found = {"model": model, "attention": backend, "steps": [asdict(result) for result in results], "rho_s": rho}
+    found = {
+        "model": model,
+        "attention": backend,
+        "quantization": args.quantization,
+        "steps": [asdict(result) for result in results],
+        "rho_s": rho,
+    }
     _write(args, {"copy_bytes_per_s": copy, "end_to_end": found}, device)
     return int(all(result.times is None for result in results))
 
