@@ -9,6 +9,7 @@ from typing import Any
 import jax
 from jax.typing import DTypeLike
 
+from apt_jax.attention.int8_check import check_int8_kernels
 from apt_jax.cache import CacheDtype
 from apt_jax.cpu_kernels import library
 from apt_jax.cpu_kernels.calls import KERNELS as CPU_KERNELS
@@ -35,8 +36,8 @@ def select_kernels(
 
     auto takes the Pallas kernels on TPU and GPU, and on a CPU those in C++ (for a model on one device), if they pass a
     check against their references on this device, else XLA. pallas on a CPU takes the TPU kernels in interpret mode.
-    Whatever is left to XLA, a warning says why. No kernel reads an int8 cache yet: only those for a chunk's own tokens
-    are taken with it.
+    Whatever is left to XLA, a warning says why. Only the C++ call for all layers reads an int8 cache: of the others
+    those for a chunk's own tokens are taken with it.
 
     Args:
         model_config: of the part of the model that a device has.
@@ -46,7 +47,8 @@ def select_kernels(
     Raises:
         ValueError: the option asks for pallas or native, and those kernels do not work here or with this cache.
     """
-    if cache_dtype != "auto" and backend in ("pallas", "native"):
+    reads_int8 = cpp_kernels and num_devices == 1
+    if cache_dtype != "auto" and (backend == "pallas" or (backend == "native" and not reads_int8)):
         raise ValueError(
             f"attention_backend={backend!r} has no kernels for cache_dtype={cache_dtype!r}; use auto or xla, or "
             "cache_dtype='auto'"
@@ -64,9 +66,11 @@ def select_kernels(
             reason = dispatch.self_check(kernels, heads=heads, head_dim=head_dim, block_size=block_size, dtype=dtype)
             if reason is None and cpp_kernels:
                 reason = dispatch.check_chunk(kernels, heads=heads, head_dim=head_dim, dtype=dtype)
+            if reason is None and cpp_kernels and cache_dtype == "int8":
+                reason = check_int8_kernels(heads=heads, head_dim=head_dim, block_size=block_size, dtype=dtype)
             return reason
 
-    shape = f"{heads}x{head_dim}-{block_size}-{dtype}"
+    shape = f"{heads}x{head_dim}-{block_size}-{dtype}" + ("" if cache_dtype == "auto" else f"-{cache_dtype}")
     found: Kernels | str
     if backend == "native" and (not cpp_kernels or num_devices > 1):
         found = "it is for a model on one CPU"
@@ -85,7 +89,8 @@ def select_kernels(
                 usable = _usable(found, heads=heads, head_dim=head_dim, block_size=block_size, dtype=dtype)
         if cache_dtype == "auto":
             return usable
-        logger.info("attention: XLA over the %s cache, which no kernel reads yet", cache_dtype)
+        if not reads_int8:
+            logger.info("attention: XLA over the %s cache, which no kernel here reads yet", cache_dtype)
         return dispatch.without_pool(usable)
     if backend != "auto":
         raise ValueError(f"attention_backend={backend!r} cannot be used here ({found}); use auto or xla")

@@ -89,9 +89,9 @@ void absorb_together(const float* q, const Packed* packed, const Shape& shape, i
   }
 }
 
-// Queries made wide; q is changed.
+// Queries made wide; q is changed. `width [D]` of channels that vectors are relative to may be null.
 template <class Number>
-void absorb(Team& team, const Shape& shape, float* q, const Kernel& kernel, float* wide) {
+void absorb(Team& team, const Shape& shape, float* q, const Kernel& kernel, const float* width, float* wide) {
   constexpr int kPart = 256;
   const int D = shape.width, N = shape.heads, H = D / N, parts = (D + kPart - 1) / kPart;
   if (kernel.is_codes())  // the scales of its outputs go into the queries
@@ -105,8 +105,9 @@ void absorb(Team& team, const Shape& shape, float* q, const Kernel& kernel, floa
     else
       for (int r = 0; r < shape.rows; r++)
         absorb_one<Number>(q + size_t(r) * D + n * H, packed, H, D, begin, end, own(r));
-    for (int r = 0; kernel.factor && r < shape.rows; r++)
-      for (int i = begin; i < end; i++) own(r)[i] *= kernel.factor[i];
+    for (const float* factor : {kernel.factor, width})
+      for (int r = 0; factor && r < shape.rows; r++)
+        for (int i = begin; i < end; i++) own(r)[i] *= factor[i];
   };
   team.run(N * parts, 2.0 * shape.rows * N * D * H, [&](int i) {
     const int n = i / parts, begin = i % parts * kPart, end = std::min(begin + kPart, D);
@@ -117,11 +118,11 @@ void absorb(Team& team, const Shape& shape, float* q, const Kernel& kernel, floa
   });
 }
 
-// out [rows, heads, H] = what each head's wide query found, `found [rows, heads, D]`, times Wv, and its bias, which may
-// be null.
+// out [rows, heads, H] = what each head's wide query found, `found [rows, heads, D]`, times Wv, and its bias. The bias, and
+// the channels' `centre [D]` and `width [D]`, may be null.
 template <class Number>
 void multiply_values(Team& team, const Shape& shape, const float* found, const Kernel& kernel, const Number* bias,
-                     float* out) {
+                     const float* centre, const float* width, float* out) {
   const int D = shape.width, N = shape.heads, H = D / N;
   const Tiles tiles(shape.rows);
   team.run(N, double(shape.rows) * D * D, [&](int n) {
@@ -131,7 +132,10 @@ void multiply_values(Team& team, const Shape& shape, const float* found, const K
       const int first = tiles.first(tile), rows = tiles.rows(tile);
       transpose([&](int m) { return found + (size_t(first + m) * N + n) * D; }, rows, D,
                 transposed + size_t(first) * D, rows,
-                [&](float x, int i) { return kernel.factor ? x * kernel.factor[i] : x; });
+                [&](float x, int i) {
+                  if (centre) x = centre[i] + width[i] * x;
+                  return kernel.factor ? x * kernel.factor[i] : x;
+                });
     }
     const auto multiply = [&](const auto* packed, const Scales& scales) {
       multiply_packed<float>(transposed, tiles, 0, tiles.count, packed + size_t(n) * H * D, scales, 0,

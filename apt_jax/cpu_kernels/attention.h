@@ -1,6 +1,10 @@
 // One query per request over its cached tokens, read where they lie: pages of the pool `[pages, page_tokens, D]`. While
 // some are multiplied, memory is asked for the next ones.
 //
+// Pages of codes (int8.h) have a scale for each token and head beside them; a hidden vector has the same for all heads.
+// Scales go into scores and weights. Hidden vectors of codes are relative to their channels (apt_jax/attention/int8.py),
+// which is the caller's to heed, in queries and results.
+//
 // KV rows go head by head over keys and values; hidden rows take wide queries, of D numbers for each head, over the
 // hidden vectors themselves. Both keep a running softmax over kTokens tokens at a time. A number beyond a row's length
 // is never used, whatever it holds.
@@ -29,6 +33,21 @@ constexpr int kHeads = 4, kValueHeads = 4, kValueVectors = 4;
 
 struct Shape {
   int rows, heads, width, page_tokens;  // width: D
+};
+
+// The pool of a layer; scales only of codes, `scale_row` apart from page to page.
+template <class Number>
+struct Pages {
+  const Number* numbers;
+  const float* scales = nullptr;
+  int scale_row = 0;
+
+  const Number* at(const Shape& shape, int page, int inside) const {
+    return numbers + (size_t(page) * shape.page_tokens + inside) * shape.width;
+  }
+  const float* scales_at(const Shape& shape, int page, int inside) const {
+    return scales ? scales + size_t(page) * scale_row + size_t(inside) * shape.heads : nullptr;
+  }
 };
 
 // The running softmax of one row, or part of one: greatest score and sum of weights by head, and the weighted sum
@@ -158,12 +177,15 @@ inline void few_scores(const X* q, const Number* const* tokens, size_t from, int
   for (int m = 0; m < M; m++) std::copy_n(found + m * kTokens, count, scores + m * kTokens);
 }
 
-// Tokens `[begin, end)` of a row as they lie in its `blocks`, page by page: `visit(numbers, first token - begin, tokens)`.
+// Tokens `[begin, end)` of a row as they lie in its `blocks`, page by page: `visit(numbers, scales, first token - begin,
+// tokens)`.
 template <class Number, class Visit>
-void each_page(const Shape& shape, const Number* pool, const int32_t* blocks, int begin, int end, const Visit& visit) {
+void each_page(const Shape& shape, const Pages<Number>& pool, const int32_t* blocks, int begin, int end,
+               const Visit& visit) {
   for (int t = begin; t < end;) {
     const int inside = t % shape.page_tokens, count = std::min(shape.page_tokens - inside, end - t);
-    visit(pool + (size_t(blocks[t / shape.page_tokens]) * shape.page_tokens + inside) * shape.width, t - begin, count);
+    const int page = blocks[t / shape.page_tokens];
+    visit(pool.at(shape, page, inside), pool.scales_at(shape, page, inside), t - begin, count);
     t += count;
   }
 }
@@ -174,24 +196,29 @@ inline void bring(const char* from, int bytes) {
 
 // Tokens `[begin, end)` of one KV row: q `[heads, head_dim]`.
 template <class Number>
-void kv_part(const Shape& shape, const float* q, const Number* pool, const int32_t* key_blocks,
+void kv_part(const Shape& shape, const float* q, const Pages<Number>& pool, const int32_t* key_blocks,
              const int32_t* value_blocks, int begin, int end, Running& running) {
+  using X = std::conditional_t<std::is_same_v<Number, int8_t>, float, Factor<Number>>;
+  constexpr bool kCodes = std::is_same_v<Number, int8_t>;
   struct Page {
     const Number* numbers;
+    const float* scales;
     int at, count;  // of the kTokens at a time
     bool keys;
   };
   const int D = shape.width, H = D / shape.heads;
   thread_local std::vector<float> scores;
   thread_local std::vector<Page> pages;
-  thread_local std::vector<Factor<Number>> room;
+  thread_local std::vector<X> room;
   const auto* queries = as_factors(q, D, room);
   scores.resize(size_t(shape.heads) * kTokens);
   pages.clear();
   for (int first = begin; first < end; first += kTokens)
     for (const bool keys : {true, false})
       each_page(shape, pool, keys ? key_blocks : value_blocks, first, std::min(first + kTokens, end),
-                [&](const Number* numbers, int at, int count) { pages.push_back({numbers, at, count, keys}); });
+                [&](const Number* numbers, const float* scales, int at, int count) {
+                  pages.push_back({numbers, scales, at, count, keys});
+                });
   for (size_t i = 0; i < pages.size(); i++) {
     const Page& own = pages[i];
     const Number* tokens[kTokens];
@@ -203,16 +230,24 @@ void kv_part(const Shape& shape, const float* q, const Number* pool, const int32
       for (int t = 0; t < own.count; t += 4)
         for (int n = 0; n < shape.heads; n++, next += share) {
           bring(next, share);
-          few_scores<1>(queries + n * H, tokens + t, n * H, own.count - t, H,
-                        scores.data() + size_t(n) * kTokens + own.at + t);
+          float* to = scores.data() + size_t(n) * kTokens + own.at + t;
+          const int count = std::min(own.count - t, 4);
+          few_scores<1>(queries + n * H, tokens + t, n * H, count, H, to);
+          if constexpr (kCodes)
+            for (int i = 0; i < count; i++) to[i] *= own.scales[(t + i) * shape.heads + n];
         }
       if (!pages[i + 1].keys) running.weigh(scores.data(), own.at + own.count);
       continue;
     }
     for (int n = 0; n < shape.heads; n++, next += share) {
       bring(next, share);
-      add_all_values<1, 4>(scores.data() + size_t(n) * kTokens + own.at, tokens, n * H, own.count, H,
-                           running.out + n * H, H);
+      const float* weights = scores.data() + size_t(n) * kTokens + own.at;
+      float scaled[kTokens];
+      if constexpr (kCodes) {
+        for (int t = 0; t < own.count; t++) scaled[t] = weights[t] * own.scales[t * shape.heads + n];
+        weights = scaled;
+      }
+      add_all_values<1, 4>(weights, tokens, n * H, own.count, H, running.out + n * H, H);
     }
   }
 }
@@ -227,33 +262,73 @@ inline void in_groups(int heads, const Work& work) {
   (of_size(std::integral_constant<int, sizes>()), ...);
 }
 
-// Tokens `[begin, end)` of one hidden row: q `[heads, D]`.
-template <class Number>
-void hidden_part(const Shape& shape, const float* q, const Number* pool, const int32_t* blocks, int begin, int end,
-                 Running& running) {
+// A token's codes as they are multiplied, in `room`.
+template <class X>
+inline const X* as_multiplied(const int8_t* token, int size, X* room) {
+  int at = 0;
+#if defined(__AVX512BF16__)
+  if constexpr (std::is_same_v<X, BFloat16>)
+    for (; at + 2 * kLanes <= size; at += 2 * kLanes) {
+      const auto pairs = _mm512_cvtne2ps_pbh(reinterpret_cast<__m512>(load_as_float(token + at + kLanes)),
+                                             reinterpret_cast<__m512>(load_as_float(token + at)));
+      std::memcpy(room + at, &pairs, sizeof pairs);
+    }
+#endif
+  if constexpr (std::is_same_v<X, float>)
+    for (; at + kLanes <= size; at += kLanes) store(room + at, load_as_float(token + at));
+  for (; at < size; at++) from_float(to_float(token[at]), room + at);
+  return room;
+}
+
+// Tokens `[begin, end)` of one hidden row: q `[heads, D]`, multiplied as X.
+template <class X, class Number>
+void hidden_part(const Shape& shape, const float* q, const Pages<Number>& pool, const int32_t* blocks, int begin,
+                 int end, Running& running) {
+  constexpr bool kCodes = std::is_same_v<Number, int8_t>;
   const int D = shape.width, N = shape.heads;
-  thread_local std::vector<float> scores;
+  thread_local std::vector<float> scores, scales;
   thread_local std::vector<const Number*> all;
-  thread_local std::vector<Factor<Number>> room;
+  thread_local std::vector<X> room, widened;
   const auto* queries = as_factors(q, N * D, room);
   scores.resize(size_t(N) * kTokens);
-  all.clear();
-  each_page(shape, pool, blocks, begin, end, [&](const Number* page, int, int count) {
-    for (int t = 0; t < count; t++) all.push_back(page + size_t(t) * D);
+  if (kCodes) widened.resize(size_t(4) * D);
+  all.clear(), scales.clear();
+  each_page(shape, pool, blocks, begin, end, [&](const Number* page, const float* of_page, int, int count) {
+    for (int t = 0; t < count; t++) {
+      all.push_back(page + size_t(t) * D);
+      if (kCodes) scales.push_back(of_page[t * N]);
+    }
   });
+  if (kCodes) scales.resize(all.size() + kTokens);  // whole vectors of them
+  const auto scale = [&](int first) {
+    for (int n = 0; kCodes && n < N; n++)
+      for (int t = 0; t < kTokens; t += kLanes) {
+        float* own = scores.data() + size_t(n) * kTokens + t;
+        store(own, load(own) * load(scales.data() + first + t));
+      }
+  };
   const int share = (D * int(sizeof(Number)) + N / kHeads) / (N / kHeads + 1);
   for (int first = 0; first < int(all.size()); first += kTokens) {
     const int left = all.size() - first, count = std::min(kTokens, left);
     const Number* const* tokens = all.data() + first;
     for (int t = 0; t < count; t += 4) {
       float* to = scores.data() + t;
+      const X* multiplied[4];
+      if constexpr (kCodes)
+        for (int i = 0; i < std::min(4, count - t); i++)
+          multiplied[i] = as_multiplied(tokens[t + i], D, widened.data() + size_t(i) * D);
       in_groups<kHeads, 1>(N, [&]<int M>(int n, std::integral_constant<int, M>) {
         for (int i = t + kTokens; i < std::min(t + kTokens + 4, left); i++)
           bring(reinterpret_cast<const char*>(tokens[i]) + n / kHeads * share, share);
-        few_scores<M>(queries + size_t(n) * D, tokens + t, 0, count - t, D, to + size_t(n) * kTokens);
+        if constexpr (kCodes)
+          few_scores<M>(queries + size_t(n) * D, multiplied, 0, count - t, D, to + size_t(n) * kTokens);
+        else
+          few_scores<M>(queries + size_t(n) * D, tokens + t, 0, count - t, D, to + size_t(n) * kTokens);
       });
     }
+    scale(first);
     running.weigh(scores.data(), count);
+    scale(first);
     constexpr int kPart = kValueVectors * kLanes;
     for (int at = 0; at < D; at += kPart)
       in_groups<kValueHeads, 4, 1>(N, [&]<int M>(int n, std::integral_constant<int, M>) {
@@ -322,19 +397,20 @@ inline void attend_rows(Team& team, const Shape& shape, int size, const int32_t*
 
 // The tables of a row r are `key_blocks(r)` and `value_blocks(r)`.
 template <class Number, class KeyBlocks, class ValueBlocks>
-void kv_decode(Team& team, const Shape& shape, const float* q, const Number* pool, const KeyBlocks& key_blocks,
+void kv_decode(Team& team, const Shape& shape, const float* q, const Pages<Number>& pool, const KeyBlocks& key_blocks,
                const ValueBlocks& value_blocks, const int32_t* length, float* out, float* lse) {
   attend_rows(team, shape, shape.width / shape.heads, length, out, lse, [&](int r, int begin, int end, Running& running) {
     kv_part(shape, q + size_t(r) * shape.width, pool, key_blocks(r), value_blocks(r), begin, end, running);
   });
 }
 
-template <class Number, class Blocks>
-void hidden_decode(Team& team, const Shape& shape, const float* q, const Number* pool, const Blocks& blocks,
+// Queries are multiplied as X.
+template <class X, class Number, class Blocks>
+void hidden_decode(Team& team, const Shape& shape, const float* q, const Pages<Number>& pool, const Blocks& blocks,
                    const int32_t* length, float* out, float* lse) {
   const int D = shape.width;
   attend_rows(team, shape, D, length, out, lse, [&](int r, int begin, int end, Running& running) {
-    hidden_part(shape, q + size_t(r) * shape.heads * D, pool, blocks(r), begin, end, running);
+    hidden_part<X>(shape, q + size_t(r) * shape.heads * D, pool, blocks(r), begin, end, running);
   });
 }
 

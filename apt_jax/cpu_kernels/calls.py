@@ -1,6 +1,8 @@
 """The C++ kernels as functions for compiled programs on a CPU; `library.register` comes first."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +31,29 @@ def chunk(q: jax.Array, k: jax.Array, v: jax.Array, row: jax.Array) -> Partial:
     return _attend("apt_chunk", q, k.astype(jnp.float32), v.astype(jnp.float32), row)
 
 
+def kv_decode_int8(
+    q: jax.Array,
+    codes: jax.Array,
+    scales: jax.Array,
+    key_blocks: jax.Array,
+    value_blocks: jax.Array,
+    length: jax.Array,
+) -> Partial:
+    """As `apt_jax.attention.xla.kv_decode`, of an int8 pool's codes and scales. Pure."""
+    return _attend("apt_kv_decode_int8", q, codes, scales, key_blocks, value_blocks, length)
+
+
+def hidden_decode_int8(
+    q_wide: jax.Array, codes: jax.Array, scales: jax.Array, blocks: jax.Array, length: jax.Array
+) -> Partial:
+    """As `apt_jax.attention.xla.hidden_decode`, of an int8 pool's codes and scales. Pure.
+
+    Queries of bfloat16 are multiplied as that, if the processor does.
+    """
+    as_bfloat16 = q_wide.dtype == jnp.bfloat16
+    return _attend("apt_hidden_decode_int8", q_wide, codes, scales, blocks, length, as_bfloat16=as_bfloat16)
+
+
 KERNELS = Kernels("cpu", kv_decode, hidden_decode, chunk=chunk)
 
 
@@ -53,22 +78,48 @@ def matmul_int8(x: jax.Array, packed: jax.Array, scale: jax.Array, outputs: int,
     return jax.ffi.ffi_call("apt_matmul_int8", shape)(x, packed, scale, dynamic=dynamic)
 
 
-def _attend(target: str, q: jax.Array, *args: jax.Array) -> Partial:
+def _attend(target: str, q: jax.Array, *args: jax.Array, **options: bool) -> Partial:
     shapes = (jax.ShapeDtypeStruct(q.shape, jnp.float32), jax.ShapeDtypeStruct(q.shape[:2], jnp.float32))
-    return Partial(*jax.ffi.ffi_call(target, shapes)(q.astype(jnp.float32), *args))
+    return Partial(*jax.ffi.ffi_call(target, shapes)(q.astype(jnp.float32), *args, **options))
+
+
+@dataclass(frozen=True)
+class LayersShape:
+    """What all layers have in common.
+
+    Attributes:
+        num_blocks: P, the pool's blocks of a layer.
+        norm_first: pre-norm.
+        dynamic: of each kernel of a layer, whether rows are quantised for it if it is int8 (see `PackedInt8Kernel`).
+            Keys and values of hidden rows are never multiplied so, since what is absorbed is not.
+    """
+
+    heads: int
+    ffn_dim: int
+    num_blocks: int
+    norm_first: bool
+    dynamic: Sequence[bool]
+
+    @property
+    def attributes(self) -> dict[str, np.int64 | bool]:
+        """Attributes of the call."""
+        dynamic = sum(own << i for i, own in enumerate(self.dynamic))
+        return {
+            "heads": np.int64(self.heads), "ffn": np.int64(self.ffn_dim), "blocks": np.int64(self.num_blocks),
+            "norm_first": self.norm_first, "dynamic": np.int64(dynamic),
+        }  # fmt: skip
+
+
+class Coded(NamedTuple):
+    """The arrays of an int8 pool, see apt_jax/attention/pool.py."""
+
+    codes: jax.Array
+    scales: jax.Array
+    outside: jax.Array  # uint32 of one number
 
 
 def all_layers(
-    x: jax.Array,
-    pool: jax.Array,
-    rows: Rows,
-    parameters: Sequence[jax.Array],
-    *,
-    heads: int,
-    ffn_dim: int,
-    num_blocks: int,
-    norm_first: bool,
-    dynamic: Sequence[bool],
+    x: jax.Array, pool: jax.Array, rows: Rows, parameters: Sequence[jax.Array], shape: LayersShape
 ) -> tuple[jax.Array, jax.Array]:
     """All layers of a step: the residual stream `[T, D]` and the pool, both in place. Pure.
 
@@ -78,17 +129,37 @@ def all_layers(
         parameters: layer by layer in the order of `Layer` in layers.h, kernels from `packed.pack`, all of x's dtype, or
             from `packed_int8.pack_int8`, and after each kernel the scales of its outputs and factors of its inputs
             (powers of two), float32; one that the model or the kernel does not have is an array without elements.
-        num_blocks: P, the pool's blocks of a layer.
-        dynamic: see `PackedInt8Kernel`, of the kernels of a layer, in their order. Keys and values of hidden rows are
-            never multiplied so, since what is absorbed is not.
     """
-    shapes = (jax.ShapeDtypeStruct(x.shape, x.dtype), jax.ShapeDtypeStruct(pool.shape, pool.dtype))
-    call = jax.ffi.ffi_call("apt_all_layers", shapes, input_output_aliases={0: 0, 1: 1})
-    new_x, new_pool = call(
-        x, pool, rows.start, rows.length, rows.last, rows.wanted, rows.keep(Vector.HIDDEN),
-        *rows.tables,
-        *parameters,
-        heads=np.int64(heads), ffn=np.int64(ffn_dim), blocks=np.int64(num_blocks), norm_first=norm_first,
-        dynamic=np.int64(sum(own << i for i, own in enumerate(dynamic))),
-    )  # fmt: skip
+    new_x, new_pool = _in_place("apt_all_layers", x, pool)(x, pool, *_of_rows(rows), *parameters, **shape.attributes)
     return new_x, new_pool
+
+
+def all_layers_int8(
+    x: jax.Array,
+    pool: Coded,
+    channels: jax.Array,
+    rows: Rows,
+    parameters: Sequence[jax.Array],
+    shape: LayersShape,
+) -> tuple[jax.Array, Coded]:
+    """As `all_layers`, with an int8 pool. Pure.
+
+    Args:
+        channels: `[2, L, D]`; without elements no row is hidden.
+    """
+    call = _in_place("apt_all_layers_int8", x, *pool)
+    new_x, *new_pool = call(x, *pool, channels, *_of_rows(rows), *parameters, **shape.attributes)
+    return new_x, Coded(*new_pool)
+
+
+def _in_place(target: str, *arrays: jax.Array) -> Callable[..., Sequence[jax.Array]]:
+    """A call that updates its first arguments."""
+    shapes = [jax.ShapeDtypeStruct(array.shape, array.dtype) for array in arrays]
+    call: Callable[..., Sequence[jax.Array]] = jax.ffi.ffi_call(
+        target, shapes, input_output_aliases={i: i for i in range(len(arrays))}
+    )
+    return call
+
+
+def _of_rows(rows: Rows) -> list[jax.Array]:
+    return [rows.start, rows.length, rows.last, rows.wanted, rows.keep(Vector.HIDDEN), *rows.tables]

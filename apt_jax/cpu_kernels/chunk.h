@@ -68,7 +68,7 @@ void pack_values(int keys, int size, const Row& row, X* out) {
     }
   };
   for (int step = 0; step < whole; step++) {
-    const auto *own = row(step * kWide), *next = row(step * kWide + kWide - 1);
+    const auto own = row(step * kWide), next = row(step * kWide + kWide - 1);
     put(step, [&](int w, int i) { return to_float(w ? next[i] : own[i]); });
   }
   if (keys % kWide) put(whole, [&, own = row(keys - 1)](int w, int i) { return w ? 0.0f : to_float(own[i]); });

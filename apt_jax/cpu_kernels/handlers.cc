@@ -34,33 +34,69 @@ void with_numbers_of(const ffi::AnyBuffer& array, const Use& use) {
 
 using Floats = ffi::Buffer<DataType::F32>;
 using Numbers = ffi::Buffer<DataType::S32>;
+using Counts = ffi::Buffer<DataType::U32>;
+using Codes = ffi::Buffer<DataType::S8>;
 
 // The table of row r of `blocks [rows, pages]`, by r.
 auto tables(const Numbers& blocks) {
   return [first = blocks.typed_data(), pages = blocks.dimensions()[1]](int r) { return first + r * pages; };
 }
 
-ffi::Error kv_decode(ffi::ThreadPool threads, Floats q, ffi::AnyBuffer pool, Numbers key_blocks, Numbers value_blocks,
-                     Numbers length, ffi::Result<Floats> out, ffi::Result<Floats> lse) {
+template <class Number>
+void decode_kv(ffi::ThreadPool threads, Floats q, const apt::Pages<Number>& pages, int page_tokens, Numbers key_blocks,
+               Numbers value_blocks, Numbers length, ffi::Result<Floats> out, ffi::Result<Floats> lse) {
   apt::Team team = team_of(threads);
   const auto sizes = q.dimensions();
-  const apt::Shape shape{int(sizes[0]), int(sizes[1]), int(pool.dimensions()[2]), int(pool.dimensions()[1])};
-  with_numbers_of(pool, [&](auto* numbers) {
-    apt::kv_decode(team, shape, q.typed_data(), numbers, tables(key_blocks), tables(value_blocks), length.typed_data(),
-                   out->typed_data(), lse->typed_data());
+  const apt::Shape shape{int(sizes[0]), int(sizes[1]), int(sizes[1] * sizes[2]), page_tokens};
+  apt::kv_decode(team, shape, q.typed_data(), pages, tables(key_blocks), tables(value_blocks), length.typed_data(),
+                 out->typed_data(), lse->typed_data());
+}
+
+template <class X, class Number>
+void decode_hidden(ffi::ThreadPool threads, Floats q, const apt::Pages<Number>& pages, int page_tokens, Numbers blocks,
+                   Numbers length, ffi::Result<Floats> out, ffi::Result<Floats> lse) {
+  apt::Team team = team_of(threads);
+  const auto sizes = q.dimensions();
+  const apt::Shape shape{int(sizes[0]), int(sizes[1]), int(sizes[2]), page_tokens};
+  apt::hidden_decode<X>(team, shape, q.typed_data(), pages, tables(blocks), length.typed_data(), out->typed_data(),
+                        lse->typed_data());
+}
+
+ffi::Error kv_decode(ffi::ThreadPool threads, Floats q, ffi::AnyBuffer pool, Numbers key_blocks, Numbers value_blocks,
+                     Numbers length, ffi::Result<Floats> out, ffi::Result<Floats> lse) {
+  with_numbers_of(pool, [&]<class Number>(const Number* numbers) {
+    decode_kv<Number>(threads, q, {numbers}, pool.dimensions()[1], key_blocks, value_blocks, length, out, lse);
   });
   return ffi::Error::Success();
 }
 
 ffi::Error hidden_decode(ffi::ThreadPool threads, Floats q, ffi::AnyBuffer pool, Numbers blocks, Numbers length,
                          ffi::Result<Floats> out, ffi::Result<Floats> lse) {
-  apt::Team team = team_of(threads);
-  const auto sizes = q.dimensions();
-  const apt::Shape shape{int(sizes[0]), int(sizes[1]), int(sizes[2]), int(pool.dimensions()[1])};
-  with_numbers_of(pool, [&](auto* numbers) {
-    apt::hidden_decode(team, shape, q.typed_data(), numbers, tables(blocks), length.typed_data(), out->typed_data(),
-                       lse->typed_data());
+  with_numbers_of(pool, [&]<class Number>(const Number* numbers) {
+    decode_hidden<apt::Factor<Number>, Number>(threads, q, {numbers}, pool.dimensions()[1], blocks, length, out, lse);
   });
+  return ffi::Error::Success();
+}
+
+apt::Pages<int8_t> pages_of(const Codes& pool, const Floats& scales) {
+  return {pool.typed_data(), scales.typed_data(), int(scales.dimensions()[2])};
+}
+
+ffi::Error kv_decode_int8(ffi::ThreadPool threads, Floats q, Codes pool, Floats scales, Numbers key_blocks,
+                          Numbers value_blocks, Numbers length, ffi::Result<Floats> out, ffi::Result<Floats> lse) {
+  decode_kv<int8_t>(threads, q, pages_of(pool, scales), pool.dimensions()[1], key_blocks, value_blocks, length, out, lse);
+  return ffi::Error::Success();
+}
+
+ffi::Error hidden_decode_int8(ffi::ThreadPool threads, Floats q, Codes pool, Floats scales, Numbers blocks,
+                              Numbers length, ffi::Result<Floats> out, ffi::Result<Floats> lse, bool as_bfloat16) {
+  const auto with = [&]<class X>(X) {
+    decode_hidden<X, int8_t>(threads, q, pages_of(pool, scales), pool.dimensions()[1], blocks, length, out, lse);
+  };
+  if (as_bfloat16)
+    with(apt::Factor<apt::BFloat16>{});
+  else
+    with(float{});
   return ffi::Error::Success();
 }
 
@@ -78,7 +114,7 @@ ffi::Error matmul(ffi::ThreadPool threads, ffi::AnyBuffer x, ffi::AnyBuffer pack
   return ffi::Error::Success();
 }
 
-ffi::Error matmul_int8(ffi::ThreadPool threads, ffi::AnyBuffer x, ffi::Buffer<DataType::S8> packed, Floats scale,
+ffi::Error matmul_int8(ffi::ThreadPool threads, ffi::AnyBuffer x, Codes packed, Floats scale,
                        ffi::Result<Floats> out, bool dynamic) {
   apt::Team team = team_of(threads);
   const auto sizes = x.dimensions();
@@ -151,30 +187,82 @@ class Parameters {
   size_t next_ = 0;
 };
 
+// What calls of all layers have in common.
+struct Step {
+  ffi::ThreadPool threads;
+  ffi::AnyBuffer x;
+  Numbers start, length, last, wanted;
+  ffi::Buffer<DataType::PRED> is_hidden;
+  Numbers key_or_hidden_blocks, value_blocks;
+  ffi::RemainingArgs parameters;
+  int64_t heads, ffn, blocks;
+  bool norm_first;
+  int64_t dynamic;
+};
+
+template <class Number, class Cached>
+ffi::Error run(Step& own, const apt::Pool<Cached>& pool, int page_tokens, ffi::Result<ffi::AnyBuffer> new_x) {
+  if (new_x->untyped_data() != own.x.untyped_data())
+    return ffi::Error::Internal("all_layers: x must be updated in place");
+  if (own.parameters.size() % Parameters::kOfLayer)
+    return ffi::Error::InvalidArgument("all_layers: parameters are missing");
+  const apt::StepShape shape{int(own.start.dimensions()[0]),
+                             int(own.x.dimensions()[1]),
+                             int(own.ffn),
+                             int(own.heads),
+                             int(own.blocks),
+                             page_tokens,
+                             int(own.key_or_hidden_blocks.dimensions()[1]),
+                             own.norm_first};
+  const apt::StepRows rows{own.start.typed_data(),  own.length.typed_data(),
+                           own.last.typed_data(),   own.wanted.typed_data(),
+                           own.key_or_hidden_blocks.typed_data(), own.value_blocks.typed_data(),
+                           own.is_hidden.typed_data()};
+  Parameters read(own.parameters, own.dynamic);
+  std::vector<apt::Layer<Number>> layers(own.parameters.size() / Parameters::kOfLayer);
+  for (apt::Layer<Number>& layer : layers) layer = read.layer<Number>();
+  apt::Team team = team_of(own.threads);
+  apt::all_layers(team, shape, rows, layers, pool, static_cast<Number*>(new_x->untyped_data()));
+  return ffi::Error::Success();
+}
+
 ffi::Error all_layers(ffi::ThreadPool threads, ffi::AnyBuffer x, ffi::AnyBuffer pool, Numbers start, Numbers length,
                       Numbers last, Numbers wanted, ffi::Buffer<DataType::PRED> is_hidden, Numbers key_or_hidden_blocks,
                       Numbers value_blocks, ffi::RemainingArgs parameters, ffi::Result<ffi::AnyBuffer> new_x,
-                      ffi::Result<ffi::AnyBuffer> new_pool, int64_t heads, int64_t ffn, int64_t blocks,
-                      bool norm_first, int64_t dynamic) {
-  if (new_x->untyped_data() != x.untyped_data() || new_pool->untyped_data() != pool.untyped_data())
-    return ffi::Error::Internal("all_layers: x and pool must be updated in place");
-  if (parameters.size() % Parameters::kOfLayer) return ffi::Error::InvalidArgument("all_layers: parameters are missing");
-  const apt::StepShape shape{int(start.dimensions()[0]),        int(x.dimensions()[1]),
-                             int(ffn),                          int(heads),
-                             int(blocks),                       int(pool.dimensions()[1]),
-                             int(key_or_hidden_blocks.dimensions()[1]), norm_first};
-  const apt::StepRows rows{start.typed_data(),  length.typed_data(),       last.typed_data(),
-                           wanted.typed_data(), key_or_hidden_blocks.typed_data(), value_blocks.typed_data(),
-                           is_hidden.typed_data()};
-  apt::Team team = team_of(threads);
-  with_numbers_of(pool, [&]<class Number>(const Number*) {
-    Parameters read(parameters, dynamic);
-    std::vector<apt::Layer<Number>> layers(parameters.size() / Parameters::kOfLayer);
-    for (apt::Layer<Number>& own : layers) own = read.layer<Number>();
-    apt::all_layers(team, shape, rows, layers, static_cast<Number*>(new_pool->untyped_data()),
-                    static_cast<Number*>(new_x->untyped_data()));
+                      ffi::Result<ffi::AnyBuffer> new_pool, int64_t heads, int64_t ffn, int64_t blocks, bool norm_first,
+                      int64_t dynamic) {
+  if (new_pool->untyped_data() != pool.untyped_data())
+    return ffi::Error::Internal("all_layers: the pool must be updated in place");
+  Step step{threads, x, start, length, last, wanted, is_hidden, key_or_hidden_blocks, value_blocks, parameters,
+                  heads, ffn, blocks, norm_first, dynamic};
+  ffi::Error found;
+  with_numbers_of(x, [&]<class Number>(const Number*) {
+    const apt::Pool<Number> numbers{static_cast<Number*>(new_pool->untyped_data())};
+    found = run<Number>(step, numbers, pool.dimensions()[1], new_x);
   });
-  return ffi::Error::Success();
+  return found;
+}
+
+// `channels` has no numbers where no vectors are hidden.
+ffi::Error all_layers_int8(ffi::ThreadPool threads, ffi::AnyBuffer x, Codes pool, Floats scales, Counts outside,
+                           Floats channels, Numbers start, Numbers length, Numbers last, Numbers wanted,
+                           ffi::Buffer<DataType::PRED> is_hidden, Numbers key_or_hidden_blocks, Numbers value_blocks,
+                           ffi::RemainingArgs parameters, ffi::Result<ffi::AnyBuffer> new_x,
+                           ffi::Result<Codes> new_pool, ffi::Result<Floats> new_scales, ffi::Result<Counts> new_outside,
+                           int64_t heads, int64_t ffn, int64_t blocks, bool norm_first, int64_t dynamic) {
+  if (new_pool->typed_data() != pool.typed_data() || new_scales->typed_data() != scales.typed_data() ||
+      new_outside->typed_data() != outside.typed_data())
+    return ffi::Error::Internal("all_layers_int8: the pool must be updated in place");
+  Step step{threads, x, start, length, last, wanted, is_hidden, key_or_hidden_blocks, value_blocks, parameters,
+                  heads, ffn, blocks, norm_first, dynamic};
+  const apt::Pool<int8_t> codes{new_pool->typed_data(), new_scales->typed_data(), int(scales.dimensions()[2]),
+                                channels.element_count() ? channels.typed_data() : nullptr,
+                                new_outside->typed_data()};
+  ffi::Error found;
+  with_numbers_of(x, [&]<class Number>(const Number*) {
+    found = run<Number>(step, codes, pool.dimensions()[1], new_x);
+  });
+  return found;
 }
 
 }  // namespace
@@ -188,17 +276,32 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(apt_kv_decode, kv_decode,
 XLA_FFI_DEFINE_HANDLER_SYMBOL(apt_hidden_decode, hidden_decode,
                               ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<Floats>().Arg<ffi::AnyBuffer>().Arg<Numbers>()
                                   .Arg<Numbers>().Ret<Floats>().Ret<Floats>());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(apt_kv_decode_int8, kv_decode_int8,
+                              ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<Floats>().Arg<Codes>().Arg<Floats>()
+                                  .Arg<Numbers>().Arg<Numbers>().Arg<Numbers>().Ret<Floats>().Ret<Floats>());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(apt_hidden_decode_int8, hidden_decode_int8,
+                              ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<Floats>().Arg<Codes>().Arg<Floats>()
+                                  .Arg<Numbers>().Arg<Numbers>().Ret<Floats>().Ret<Floats>().Attr<bool>("as_bfloat16"));
 XLA_FFI_DEFINE_HANDLER_SYMBOL(apt_matmul, matmul,
                               ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<ffi::AnyBuffer>().Arg<ffi::AnyBuffer>().Ret<Floats>());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(apt_matmul_int8, matmul_int8,
-                              ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<ffi::AnyBuffer>()
-                                  .Arg<ffi::Buffer<DataType::S8>>().Arg<Floats>().Ret<Floats>().Attr<bool>("dynamic"));
+                              ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<ffi::AnyBuffer>().Arg<Codes>().Arg<Floats>()
+                                  .Ret<Floats>().Attr<bool>("dynamic"));
 XLA_FFI_DEFINE_HANDLER_SYMBOL(apt_chunk, chunk,
                               ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<Floats>().Arg<Floats>().Arg<Floats>()
                                   .Arg<Numbers>().Ret<Floats>().Ret<Floats>());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(apt_all_layers, all_layers,
                               ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<ffi::AnyBuffer>().Arg<ffi::AnyBuffer>()
                                   .Arg<Numbers>().Arg<Numbers>().Arg<Numbers>().Arg<Numbers>()
-                                  .Arg<ffi::Buffer<DataType::PRED>>().Arg<Numbers>().Arg<Numbers>().RemainingArgs().Ret<ffi::AnyBuffer>().Ret<ffi::AnyBuffer>()
+                                  .Arg<ffi::Buffer<DataType::PRED>>().Arg<Numbers>().Arg<Numbers>().RemainingArgs()
+                                  .Ret<ffi::AnyBuffer>().Ret<ffi::AnyBuffer>()
+                                  .Attr<int64_t>("heads").Attr<int64_t>("ffn").Attr<int64_t>("blocks")
+                                  .Attr<bool>("norm_first").Attr<int64_t>("dynamic"));
+XLA_FFI_DEFINE_HANDLER_SYMBOL(apt_all_layers_int8, all_layers_int8,
+                              ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<ffi::AnyBuffer>().Arg<Codes>().Arg<Floats>()
+                                  .Arg<Counts>().Arg<Floats>()
+                                  .Arg<Numbers>().Arg<Numbers>().Arg<Numbers>().Arg<Numbers>()
+                                  .Arg<ffi::Buffer<DataType::PRED>>().Arg<Numbers>().Arg<Numbers>().RemainingArgs()
+                                  .Ret<ffi::AnyBuffer>().Ret<Codes>().Ret<Floats>().Ret<Counts>()
                                   .Attr<int64_t>("heads").Attr<int64_t>("ffn").Attr<int64_t>("blocks")
                                   .Attr<bool>("norm_first").Attr<int64_t>("dynamic"));

@@ -80,6 +80,15 @@ inline Whole add_products(Whole sums, Bits x, Bits kernel) {
 }
 #endif
 
+// Codes of one scale as the numbers that they stand for.
+struct Scaled {
+  const int8_t* codes;
+  float scale;
+
+  Scaled operator+(int i) const { return {codes + i, scale}; }
+  float operator[](int i) const { return codes[i] * scale; }
+};
+
 // The greatest magnitude of `x [size]`; NaN if there is one.
 inline float greatest_magnitude(const float* x, int size) {
   Whole greatest{};  // as bits: without the sign they are in the order of the numbers, and NaN comes last
@@ -118,6 +127,17 @@ inline void encode(const float* x, int size, float factor, int8_t* out) {
     std::memcpy(&bits, &shifted, sizeof bits);
     out[i] = int8_t(bits);
   }
+}
+
+// Codes of `x [size]`, and their scale, as `encode` in apt_jax/attention/int8.py: it is not finite if a number is not.
+inline float encode(const float* x, int size, int8_t* out) {
+  const float scale = greatest_magnitude(x, size) / kLargestCode;
+  if (!(scale > 0) || !std::isfinite(scale)) {
+    std::fill_n(out, size, int8_t(0));
+    return scale;
+  }
+  for (int i = 0; i < size; i++) out[i] = int8_t(std::nearbyint(x[i] / scale));
+  return scale;
 }
 
 // A row's scale, which is not finite if a number is not, and what its numbers are multiplied by to be codes.

@@ -6,6 +6,7 @@
 #pragma once
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <utility>
 #include <vector>
@@ -80,13 +81,31 @@ inline void normalize(const float* x, const Number* scale, const Number* bias, i
   }
 }
 
-// The layers for some tokens, whose residual stream it holds.
-template <class Number>
+// The cache's pool: numbers `[layers * blocks, page_tokens, width]`. Beside codes their scales `[layers * blocks,
+// scale_row]`, see apt_jax/attention/pool.py.
+template <class Cached>
+struct Pool {
+  Cached* numbers;
+  float* scales = nullptr;
+  int scale_row = 0;
+  const float* channels = nullptr;  // [2, layers, width]; null: no vectors are hidden
+  uint32_t* outside = nullptr;      // counts numbers outside their channel's range; null: not to be counted
+};
+
+// Centre and width of a layer's channels, or nulls.
+struct Channels {
+  const float *centre = nullptr, *width = nullptr;
+};
+
+// The layers for some tokens, whose residual stream it holds. The pool holds Number or codes.
+template <class Number, class Cached>
 class Step {
+  static constexpr bool kCodes = std::is_same_v<Cached, int8_t>;
+
  public:
   // `codes`: some kernels are codes.
-  Step(Team& team, const StepShape& shape, const StepRows& rows, Number* pool, bool codes)
-      : team_(team), shape_(shape), pool_(pool) {
+  Step(Team& team, const StepShape& shape, const StepRows& rows, const Pool<Cached>& pool, int layers, bool codes)
+      : team_(team), shape_(shape), pool_(pool), layers_(layers) {
     const auto add = [&](bool hidden, bool together) {
       for (int r = 0; r < shape.rows; r++)
         if (rows.is_hidden[r] == hidden && (rows.length[r] >= kChunkTokens) == together) {
@@ -139,7 +158,6 @@ class Step {
   void run(const Layer<Number>& own, int l) {
     const int D = shape_.width, F = shape_.ffn, n = tokens();
     const float scale = 1 / std::sqrt(float(shape_.head_dim()));
-    Number* pool = pool_of(l);
     const auto add_to_stream = [&](const Number* bias) {
       return [=, this](int first, int last, int begin, int end) {
         for (int t = first; t < last; t++)
@@ -151,13 +169,13 @@ class Step {
     };
 
     std::vector<Product> products{{own.q, D, q_, with_bias(q_, own.q_bias, scale), 0, n}};
-    add_keys_values(products, own, n);  // one by one, hidden rows need none
+    add_keys_values(products, own, kCodes ? end_of_kv_ : n);  // one by one, hidden rows need none
     enter(shape_.norm_first, own.attention_scale, own.attention_bias, products);
     multiply<Number>(team_, transposed_, tiles_, products);
-    write(pool);
-    attend_hidden(own, pool);
-    attend_kv(pool);
-    for (const Group& group : groups_) attend_group(group, own, pool);
+    write(l);
+    attend_hidden(own, l);
+    attend_kv(l);
+    for (const Group& group : groups_) attend_group(group, own, l);
     products = {{own.out, D, added_, add_to_stream(own.out_bias), 0, n}};
     transposed_.choose(products);
     each_tile(8.0 * D, [&](int tile) {
@@ -209,7 +227,7 @@ class Step {
     add_keys_values(products, own, end_of_kv_);
     enter(shape_.norm_first, own.attention_scale, own.attention_bias, products);
     multiply<Number>(team_, transposed_, tiles_, products);
-    write(pool_of(l));
+    write(l);
   }
 
  private:
@@ -220,21 +238,21 @@ class Step {
   };
 
   // A place in a layer's blocks: block and token inside.
-  struct Cached {
+  struct Place {
     int32_t block, inside;
   };
 
   struct Owner {
     bool hidden;
     const int32_t *keys_or_hidden, *values;  // block tables
-    size_t projected;  // of the group's, the first of a hidden chunk's prefix
+    size_t projected;  // of the group's, the first of a hidden chunk's prefix; of codes, and the chunk itself
   };
 
   // Chunks that are attended to together.
   struct Group {
     std::vector<Chunk> chunks;  // begin counts from the first token of any chunk
     std::vector<Owner> owners;
-    std::vector<Cached> projected;  // hidden vectors of prefixes
+    std::vector<Place> projected;  // cached hidden vectors: what later reads see
     int keys = 0;
   };
 
@@ -260,11 +278,24 @@ class Step {
     group.chunks.push_back(chunk);
     group.owners.push_back({hidden, tables.first, tables.second, group.projected.size()});
     group.keys += chunk.keys();
-    for (int t = 0; hidden && t < chunk.prefix; t++)
+    for (int t = 0; hidden && t < (kCodes ? chunk.keys() : chunk.prefix); t++)
       group.projected.push_back({tables.first[t / shape_.page_tokens], t % shape_.page_tokens});
   }
 
-  Number* pool_of(int l) const { return pool_ + size_t(l) * shape_.blocks * shape_.page_tokens * shape_.width; }
+  // Block number `block` of a layer, of all layers' blocks.
+  size_t block_of(int l, int block) const { return size_t(l) * shape_.blocks + block; }
+
+  Pages<Cached> pages_of(int l) const {
+    const size_t first = block_of(l, 0);
+    return {pool_.numbers + first * shape_.page_tokens * shape_.width,
+            kCodes ? pool_.scales + first * pool_.scale_row : nullptr, pool_.scale_row};
+  }
+
+  Channels channels_of(int l) const {
+    if (!pool_.channels) return {};
+    const size_t D = shape_.width;
+    return {pool_.channels + l * D, pool_.channels + (layers_ + l) * D};
+  }
 
   // Keys and values of the tokens `[num_hidden_, end)`. Those of hidden rows are multiplied with rows as they are: what is
   // absorbed is, too, and results must not depend on which of both a token meets.
@@ -340,57 +371,102 @@ class Step {
   }
 
   // This step's vectors into their blocks.
-  void write(Number* pool) {
-    const int D = shape_.width, S = shape_.page_tokens;
+  void write(int l) {
+    const int D = shape_.width, N = shape_.heads, S = shape_.page_tokens;
+    const Channels channels = channels_of(l);
     each_token(8.0 * D, [&](int t) {
       const Token& own = tokens_[t];
-      const auto put = [&](const float* from, const int32_t* blocks) {
-        Number* to = pool + (size_t(blocks[own.position / S]) * S + own.position % S) * D;
-        for (int i = 0; i < D; i++) from_float(from[size_t(t) * D + i], to + i);
+      const auto put = [&](const float* from, const int32_t* blocks, bool hidden) {
+        const size_t block = block_of(l, blocks[own.position / S]), inside = own.position % S;
+        Cached* to = pool_.numbers + (block * S + inside) * D;
+        from += size_t(t) * D;
+        if constexpr (!kCodes) {
+          for (int i = 0; i < D; i++) from_float(from[i], to + i);
+        } else {
+          float* scales = pool_.scales + block * pool_.scale_row + inside * N;
+          if (hidden)
+            std::fill_n(scales, N, put_hidden(from, channels, to));
+          else
+            for (int n = 0; n < N; n++) scales[n] = encode(from + n * (D / N), D / N, to + n * (D / N));
+        }
       };
-      put(own.values ? k_ : normed_, own.keys_or_hidden);
-      if (own.values) put(v_, own.values);
+      put(own.values ? k_ : normed_, own.keys_or_hidden, !own.values);
+      if (own.values) put(v_, own.values, false);
     });
+  }
+
+  // Codes of a hidden vector relative to its channels, whose scale it returns.
+  float put_hidden(const float* h, const Channels& channels, int8_t* to) const {
+    thread_local Scratch scratch;
+    const int D = shape_.width;
+    float* relative = scratch.of(D);
+    uint32_t outside = 0;
+    for (int i = 0; i < D; i++) {
+      relative[i] = (h[i] - channels.centre[i]) / channels.width[i];
+      outside += std::fabs(relative[i]) > kLargestCode * (1 + 1e-6f);
+    }
+    if (outside && pool_.outside) std::atomic_ref<uint32_t>(*pool_.outside).fetch_add(outside);
+    return encode(relative, D, to);
   }
 
   Shape attention_shape(int rows) const { return {rows, shape_.heads, shape_.width, shape_.page_tokens}; }
 
-  void attend_kv(const Number* pool) {
+  void attend_kv(int l) {
     const int first = num_hidden_, count = num_single_ - num_hidden_;
     const size_t at = size_t(first) * shape_.width;
     if (!count) return;
-    kv_decode(team_, attention_shape(count), q_ + at, pool,
+    kv_decode(team_, attention_shape(count), q_ + at, pages_of(l),
               [&](int r) { return tokens_[first + r].keys_or_hidden; },
               [&](int r) { return tokens_[first + r].values; }, context_.data() + first, attended_ + at, lse_);
   }
 
-  void attend_hidden(const Layer<Number>& own, const Number* pool) {
+  void attend_hidden(const Layer<Number>& own, int l) {
     const Shape shape = attention_shape(num_hidden_);
     if (!num_hidden_) return;
-    absorb<Number>(team_, shape, q_, own.k, wide_);
-    hidden_decode(team_, shape, wide_, pool, [&](int r) { return tokens_[r].keys_or_hidden; }, context_.data(),
-                  wide_found_, lse_);
-    multiply_values(team_, shape, wide_found_, own.v, own.v_bias, attended_);
+    const Channels channels = channels_of(l);
+    absorb<Number>(team_, shape, q_, own.k, channels.width, wide_);
+    hidden_decode<Factor<Number>>(team_, shape, wide_, pages_of(l), [&](int r) { return tokens_[r].keys_or_hidden; },
+                                  context_.data(), wide_found_, lse_);
+    multiply_values(team_, shape, wide_found_, own.v, own.v_bias, channels.centre, channels.width, attended_);
   }
 
-  void attend_group(const Group& group, const Layer<Number>& own, const Number* pool) {
+  // Keys and values of a group's cached hidden vectors.
+  void project(const Group& group, const Layer<Number>& own, int l) {
+    const int D = shape_.width, rows = group.projected.size();
+    if (!rows) return;
+    const Shape shape = attention_shape(0);
+    const Pages<Cached> pages = pages_of(l);
+    const Channels channels = channels_of(l);
+    const Tiles tiles(rows);
+    const auto kernel = [](const Kernel& of) { return of.is_codes() ? of.with(Form::kCodes) : of; };
+    std::vector<Product> products{{kernel(own.k), D, prefix_k_, with_bias(prefix_k_, own.k_bias), 0, rows},
+                                  {kernel(own.v), D, prefix_v_, with_bias(prefix_v_, own.v_bias), 0, rows}};
+    prefix_transposed_.choose(products);
+    team_.run(tiles.count, 8.0 * rows * D, [&](int i) {
+      const auto place = [&](int m) { return group.projected[tiles.first(i) + m]; };
+      if constexpr (!kCodes) {
+        prefix_transposed_.put(tiles, i, [&](int m) { return pages.at(shape, place(m).block, place(m).inside); });
+      } else {
+        thread_local Scratch scratch;
+        float* vectors = scratch.of(size_t(kTallest) * D);
+        for (int m = 0; m < tiles.rows(i); m++) {
+          const auto [block, inside] = place(m);
+          const int8_t* codes = pages.at(shape, block, inside);
+          const float scale = *pages.scales_at(shape, block, inside);
+          for (int d = 0; d < D; d++)
+            vectors[size_t(m) * D + d] = rounded<Number>(channels.centre[d] + channels.width[d] * (codes[d] * scale));
+        }
+        prefix_transposed_.put(tiles, i, rows_of(vectors, 0, D));
+      }
+    });
+    multiply<Number>(team_, prefix_transposed_, tiles, products);
+  }
+
+  void attend_group(const Group& group, const Layer<Number>& own, int l) {
     const int D = shape_.width, S = shape_.page_tokens, H = shape_.head_dim();
-    const auto cached = [&](int32_t block, int inside) { return pool + (size_t(block) * S + inside) * D; };
-    if (const int rows = group.projected.size()) {
-      const Tiles tiles(rows);
-      const auto kernel = [](const Kernel& of) { return of.is_codes() ? of.with(Form::kCodes) : of; };
-      std::vector<Product> products{{kernel(own.k), D, prefix_k_, with_bias(prefix_k_, own.k_bias), 0, rows},
-                                    {kernel(own.v), D, prefix_v_, with_bias(prefix_v_, own.v_bias), 0, rows}};
-      prefix_transposed_.choose(products);
-      team_.run(tiles.count, 8.0 * rows * D, [&](int i) {
-        const auto row = [&](int m) {
-          const Cached& at = group.projected[tiles.first(i) + m];
-          return cached(at.block, at.inside);
-        };
-        prefix_transposed_.put(tiles, i, row);
-      });
-      multiply<Number>(team_, prefix_transposed_, tiles, products);
-    }
+    project(group, own, l);
+    const Shape shape = attention_shape(0);
+    const Pages<Cached> pages = pages_of(l);
     const size_t at = size_t(num_single_) * D;
     using X = Factor<Number>;
     attend_chunks<X>(team_, group.chunks, q_ + at, shape_.heads, H, attended_ + at, nullptr,
@@ -402,12 +478,18 @@ class Step {
                       pack_values(chunk.keys(), H, row_of_values, values);
                     };
                     const auto paged = [&](const int32_t* blocks) {
-                      return [=](int t) { return cached(blocks[t / S], t % S) + n * H; };
+                      return [=](int t) {
+                        const Cached* numbers = pages.at(shape, blocks[t / S], t % S) + n * H;
+                        if constexpr (kCodes)
+                          return Scaled{numbers, pages.scales_at(shape, blocks[t / S], t % S)[n]};
+                        else
+                          return numbers;
+                      };
                     };
                     const auto projected = [&](const float* prefix, const float* now) {
                       prefix += owner.projected * D + n * H;
                       now += at + size_t(chunk.begin) * D + n * H;
-                      return [=, cached_tokens = chunk.prefix](int t) {
+                      return [=, cached_tokens = kCodes ? chunk.keys() : chunk.prefix](int t) {
                         return t < cached_tokens ? prefix + size_t(t) * D : now + size_t(t - cached_tokens) * D;
                       };
                     };
@@ -424,7 +506,8 @@ class Step {
 
   Team& team_;
   const StepShape shape_;
-  Number* pool_;
+  const Pool<Cached> pool_;
+  const int layers_;
   // First those of hidden rows that are taken one by one, then of such KV rows, of KV rows' chunks, of hidden rows' chunks.
   std::vector<Token> tokens_;
   std::vector<int32_t> context_;  // by token: cached tokens, itself included
@@ -440,9 +523,9 @@ class Step {
 
 // x [tokens with padding, width], all layers one after the other. Of the last one, tokens that are not among the wanted
 // last ones of their rows get nothing but their place in the cache; theirs in x is what came before it.
-template <class Number>
+template <class Number, class Cached>
 void all_layers(Team& team, const StepShape& shape, const StepRows& rows, const std::vector<Layer<Number>>& layers,
-                Number* pool, Number* x) {
+                const Pool<Cached>& pool, Number* x) {
   std::vector<int32_t> start(shape.rows), length(shape.rows);
   bool all = true;
   for (int r = 0; r < shape.rows; r++) {
@@ -450,9 +533,9 @@ void all_layers(Team& team, const StepShape& shape, const StepRows& rows, const 
     start[r] = rows.start[r] + rows.length[r] - length[r];
     all &= length[r] == rows.length[r];
   }
-  const bool codes = std::any_of(layers.begin(), layers.end(), [](const auto& own) { return own.has_codes(); });
-  Step<Number> step(team, shape, rows, pool, codes);
   const int count = layers.size(), whole = all ? count : count - 1;
+  const bool codes = std::any_of(layers.begin(), layers.end(), [](const auto& own) { return own.has_codes(); });
+  Step<Number, Cached> step(team, shape, rows, pool, count, codes);
   step.start(x);
   for (int l = 0; l < whole; l++) step.run(layers[l], l);
   if (!all) step.cache(layers[whole], whole);
@@ -460,16 +543,22 @@ void all_layers(Team& team, const StepShape& shape, const StepRows& rows, const 
   if (all) return;
   StepRows wanted = rows;
   wanted.start = start.data(), wanted.length = length.data();
-  Step<Number> last(team, shape, wanted, pool, codes);
+  Pool<Cached> written = pool;
+  written.outside = nullptr;  // counted above
+  Step<Number, Cached> last(team, shape, wanted, written, count, codes);
   last.start(x);
   last.run(layers[whole], whole);
   last.finish(x);
 }
 
-// In layers_float.cc and layers_bfloat16.cc, which are compiled at the same time.
-extern template void all_layers(Team&, const StepShape&, const StepRows&, const std::vector<Layer<float>>&, float*,
-                                float*);
+// In layers_*.cc, which are compiled at the same time.
+extern template void all_layers(Team&, const StepShape&, const StepRows&, const std::vector<Layer<float>>&,
+                                const Pool<float>&, float*);
 extern template void all_layers(Team&, const StepShape&, const StepRows&, const std::vector<Layer<BFloat16>>&,
-                                BFloat16*, BFloat16*);
+                                const Pool<BFloat16>&, BFloat16*);
+extern template void all_layers(Team&, const StepShape&, const StepRows&, const std::vector<Layer<float>>&,
+                                const Pool<int8_t>&, float*);
+extern template void all_layers(Team&, const StepShape&, const StepRows&, const std::vector<Layer<BFloat16>>&,
+                                const Pool<int8_t>&, BFloat16*);
 
 }  // namespace apt

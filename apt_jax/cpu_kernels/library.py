@@ -28,7 +28,10 @@ from apt_jax.progress import is_hidden
 
 logger = logging.getLogger(__name__)
 
-TARGETS = ("apt_kv_decode", "apt_hidden_decode", "apt_chunk", "apt_matmul", "apt_matmul_int8", "apt_all_layers")
+TARGETS = (
+    "apt_kv_decode", "apt_hidden_decode", "apt_kv_decode_int8", "apt_hidden_decode_int8", "apt_chunk", "apt_matmul",
+    "apt_matmul_int8", "apt_all_layers", "apt_all_layers_int8",
+)  # fmt: skip
 _FOLDER = "apt-jax/cpu_kernels"  # in the user's cache folder
 _FLAGS = ("-O3", "-std=c++20", "-fPIC")
 _WIDE = "-mprefer-vector-width=512"  # GCC and Clang would use half of AVX-512's registers

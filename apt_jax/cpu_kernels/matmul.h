@@ -239,7 +239,7 @@ inline void transpose(const Row& row, int rows, int inputs, X* out, int out_step
   constexpr int kPart = 64, kWide = kInStep<X>;
   for (int from = 0; from < inputs; from += kPart)
     for (int m = 0; m < rows; m++) {
-      const auto* own = row(m) + from;
+      const auto own = row(m) + from;
       const int count = std::min(kPart, inputs - from);
       X* to = out + (size_t(from / kWide) * out_step + m) * kWide;
       if constexpr (kWide == 1) {
@@ -270,7 +270,7 @@ inline void transpose_codes(const Row& row, int rows, int inputs, const float* f
   thread_local Scratch scratch;
   float* own = scratch.of(inputs);
   for (int m = 0; m < rows; m++) {
-    const auto* found = row(m);
+    const auto found = row(m);
     for (int i = 0; i < inputs; i++) own[i] = factor ? to_float(found[i]) * factor[i] : to_float(found[i]);
     const RowScale scale(greatest_magnitude(own, inputs));
     int32_t sum = 0;

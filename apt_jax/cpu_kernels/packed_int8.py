@@ -26,18 +26,20 @@ class PackedInt8Kernel(Kernel):
         shape: see `Kernel`.
         dynamic: rows are quantised to int8 too, each with its own scale (greatest magnitude / 127), and products are
             sums of int32. Otherwise rows stay as they are, codes are widened, and sums are float32.
+        dtype: number type of `array`, `columns` and `by_head`.
     """
 
     stored: jax.Array
     scale: jax.Array
     shape: tuple[int, ...]
     dynamic: bool = False
+    dtype: DTypeLike = jnp.float32
 
     @property
     def array(self) -> jax.Array:
-        """The unpacked array, float32, a copy; no step needs it."""
+        """The unpacked array, a copy; no step needs it."""
         found = self._parts().swapaxes(0, 1).reshape(-1, len(self.scale))[: self._inputs, : self._outputs]
-        return found.reshape(self.shape)
+        return found.reshape(self.shape).astype(self.dtype)
 
     def matmul(self, x: jax.Array, axes: int = 1, dtype: DTypeLike | None = None) -> jax.Array:
         """See `Kernel`."""
@@ -45,13 +47,13 @@ class PackedInt8Kernel(Kernel):
         return rows.reshape(*x.shape[: x.ndim - axes], *self.shape[axes:]).astype(dtype or x.dtype)
 
     def columns(self, index: jax.Array) -> jax.Array:
-        """See `Kernel`; float32."""
+        """See `Kernel`."""
         codes = self.stored[index // PACKED_OUTPUTS, :, index % PACKED_OUTPUTS].reshape(*index.shape, -1)
-        return codes[..., : self._inputs].astype(jnp.float32) * self.scale[index][..., None]
+        return (codes[..., : self._inputs].astype(jnp.float32) * self.scale[index][..., None]).astype(self.dtype)
 
     def by_head(self) -> jax.Array:
-        """See `Kernel`: the tiles, float32, a copy; heads must be whole tiles."""
-        return self._parts()[:, : self._inputs]
+        """See `Kernel`: the tiles, a copy; heads must be whole tiles."""
+        return self._parts()[:, : self._inputs].astype(self.dtype)
 
     def _parts(self) -> jax.Array:
         return self._codes().astype(jnp.float32) * self.scale.reshape(-1, 1, PACKED_OUTPUTS)

@@ -103,11 +103,17 @@ class Operands {
   std::vector<Kind> kinds_;
 };
 
-// In matmul_int8.cc, which is compiled at the same time as others.
+// In matmul*.cc, which are compiled at the same time.
+extern template void multiply_packed(const float*, const Tiles&, int, int, const float*, const Scales&, int, int, int,
+                                     float*, int);
+extern template void multiply_packed(const float*, const Tiles&, int, int, const BFloat16*, const Scales&, int, int, int,
+                                     float*, int);
+extern template void multiply_packed(const BFloat16*, const Tiles&, int, int, const BFloat16*, const Scales&, int, int, int,
+                                     float*, int);
 extern template void multiply_packed(const float*, const Tiles&, int, int, const int8_t*, const Scales&, int, int, int,
                                      float*, int);
-extern template void multiply_packed(const BFloat16*, const Tiles&, int, int, const int8_t*, const Scales&, int, int,
-                                     int, float*, int);
+extern template void multiply_packed(const BFloat16*, const Tiles&, int, int, const int8_t*, const Scales&, int, int, int,
+                                     float*, int);
 extern template void multiply_packed(const int8_t*, const Tiles&, int, int, const int8_t*, const Scales&, int, int, int,
                                      float*, int);
 

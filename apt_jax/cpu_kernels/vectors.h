@@ -30,6 +30,7 @@ struct BFloat16 {
 };
 
 inline float to_float(float x) { return x; }
+inline float to_float(int8_t x) { return x; }
 inline float to_float(BFloat16 x) {
   const uint32_t bits = uint32_t{x.bits} << 16;
   float out;
@@ -64,6 +65,18 @@ inline Vector load_as_float(const BFloat16* at) {
   Vector out;
   std::memcpy(&out, &bits, sizeof out);
   return out;
+#endif
+}
+
+inline Vector load_as_float(const int8_t* at) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<Vector>(
+      _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(at)))));
+#else
+  typedef int8_t Bytes __attribute__((vector_size(kLanes)));
+  Bytes bytes;
+  std::memcpy(&bytes, at, sizeof bytes);
+  return __builtin_convertvector(bytes, Vector);
 #endif
 }
 

@@ -18,6 +18,7 @@ from apt_jax.attention.pool import Pool
 from apt_jax.batching.arrays import Batch
 from apt_jax.batching.buckets import Buckets
 from apt_jax.cache import BlockTable
+from apt_jax.cpu_kernels.calls import KERNELS as CPU_KERNELS
 from apt_jax.execution.arguments import Arguments, Shapes
 from apt_jax.execution.cache.host_memory import HostMemory
 from apt_jax.execution.compiler import Compiler, temporary_bytes
@@ -56,8 +57,8 @@ class Runner:
         self.model_config, self.shapes, self.weights = model_config, shapes, weights
         form: type[StackedForm] | type[LayeredForm] = StackedForm
         if weights.layers is not None:
-            native = shapes.cache_dtype == "auto" and NativeForm.takes(weights)  # the C++ call does not read int8
-            form = NativeForm if native else LayeredForm
+            form = NativeForm if NativeForm.takes(weights) else LayeredForm
+        self._is_native = form is NativeForm
         self.pads = form.pads
         self.buckets = buckets if self.pads else buckets.largest()
         self.arguments = Arguments(model_config, shapes, self.buckets, weights.dtype, weights.device, weights.parallel)
@@ -95,6 +96,8 @@ class Runner:
     @property
     def attention(self) -> str:
         """Which implementation of attention runs: the kernels' name, or xla."""
+        if self._is_native:
+            return CPU_KERNELS.name
         return self.weights.kernels.name if self.weights.kernels else "xla"
 
     @property

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from apt_jax.attention.int8 import encode
 from apt_jax.attention.kinds import KindMix
-from apt_jax.attention.pool import Pool
+from apt_jax.attention.pool import Pool, scale_row
 from apt_jax.batching.arrays import Rows, Tokens
 from apt_jax.cache import CacheKind
 from apt_jax.cpu_kernels import library
@@ -19,7 +20,9 @@ from apt_jax.execution.forms.interface import WholeStep
 from apt_jax.execution.forms.layered import LayeredStep
 from apt_jax.execution.forms.native import NativeForm, run_native_step, scratch_bytes
 from apt_jax.execution.steps import run_step
+from apt_jax.execution.weights.int8 import PARTS, Int8Choice
 from apt_jax.execution.weights.layer_layout import LayerLayout
+from apt_jax.execution.weights.layout import StackedLayout
 from apt_jax.model_config import ModelConfig
 from apt_jax.models.opt import OPT
 from tests.support.engines import GREEDY, Orders, finish, make_engine
@@ -35,6 +38,7 @@ PLAIN = ModelConfig(
 )  # fmt: skip
 POST_NORM = replace(PLAIN, do_layer_norm_before=False, word_embed_proj_dim=32)
 BARE = replace(PLAIN, enable_bias=False, layer_norm_elementwise_affine=False, num_attention_heads=1, hidden_size=64)
+ODD = replace(PLAIN, ffn_dim=147)
 BLOCK_SIZE, PAGES = 8, 16
 KV, HIDDEN = CacheKind.KV, CacheKind.HIDDEN
 
@@ -86,16 +90,34 @@ def blocks_of(requests):
     return sum(2 * -(-(cached + now) // BLOCK_SIZE) for cached, now, _ in requests) + 3
 
 
-def packed_weights(model):
+def packed_weights(model, int8=None):
     """A copy of a model's weights as the C++ kernels take them."""
-    return LayerLayout.of(model, jax.devices("cpu")[0], CPU_KERNELS).lay_out(model)
+    return LayerLayout.of(model, jax.devices("cpu")[0], CPU_KERNELS, int8).lay_out(model)
+
+
+def coded(vectors, config, dtype, is_hidden, rng):
+    """An int8 pool that holds `vectors [L, P, S, D]`, relative to channels where `is_hidden [P]`; NaN stays so."""
+    L, P, S, D = vectors.shape
+    heads = config.num_attention_heads
+    channels = np.stack([rng.normal(size=(L, D)), rng.uniform(1 / 127, 3 / 127, (L, D))]).astype(np.float32)
+    centre, width = channels[:, :, None, None]
+    relative = (vectors - centre) / width
+    x = np.where(is_hidden[:, None, None], relative, vectors).reshape(L * P * S, D)
+    by_head, whole = encode(jnp.asarray(x), heads), encode(jnp.asarray(x), 1)
+    whole = whole._replace(scales=jnp.broadcast_to(whole.scales, by_head.scales.shape))
+    mask = np.repeat(np.tile(is_hidden, L), S)[:, None]
+    codes, scales = jax.tree.map(lambda a, b: jnp.where(mask, a, b), whole, by_head)
+    row = scale_row(S, heads)
+    scales = jnp.pad(scales.reshape(L * P, 1, -1), ((0, 0), (0, 0), (0, row - S * heads)), constant_values=jnp.nan)
+    outside = jnp.full((1, 1, 1), 5, jnp.uint32)
+    return Pool(codes.reshape(L * P, S, D), scales, jnp.asarray(channels), outside, heads, jnp.dtype(dtype))
 
 
 class Step:
-    """A step: its model, arrays, and a pool with NaN where nothing is cached."""
+    """A step: its model, arrays, and a pool with NaN where nothing is cached, which is int8 if it is `coded`."""
 
-    def __init__(self, config, dtype, requests):
-        self.model, rng = noisy(config, dtype), np.random.default_rng(1)
+    def __init__(self, config, dtype, requests, is_coded=False, quantization="none", parts=PARTS):
+        model, rng = noisy(config, dtype), np.random.default_rng(1)
         self.tokens, self.rows = step_of(requests, rng)
         self._decodes, self._blocks, R = decodes(requests), blocks_of(requests), len(requests)
         pool = np.full((config.num_hidden_layers, self._blocks, BLOCK_SIZE, config.hidden_size), np.nan, np.float32)
@@ -104,16 +126,22 @@ class Step:
                 page, offset = divmod(position, BLOCK_SIZE)
                 for table in map(self.rows.table_of, (HIDDEN if hidden else KV).spec.vectors):
                     pool[:, table[r, page], offset] = rng.normal(size=(config.num_hidden_layers, config.hidden_size))
-        self.pool = jnp.asarray(pool.reshape(-1, BLOCK_SIZE, config.hidden_size), dtype)
+        is_hidden = np.zeros(self._blocks, bool)
+        is_hidden[self.rows.tables[0][[own[2] for own in requests]]] = True
+        if is_coded:
+            self.pool = coded(pool, config, dtype, is_hidden, rng)
+        else:
+            self.pool = Pool(jnp.asarray(pool.reshape(-1, BLOCK_SIZE, config.hidden_size), dtype))
         self.history = jnp.zeros((R, PAGES * BLOCK_SIZE), jnp.int32)
-        weights = packed_weights(self.model)
+        int8 = Int8Choice.of(model, quantization, parts)
+        weights = packed_weights(model, int8)
         assert NativeForm.takes(weights)
+        self._stacked = StackedLayout(jax.devices("cpu")[0], int8=int8).lay_out(model)
 
         @jax.jit
         def native(outer_arrays, layer_arrays, pool, tokens, rows):
             own = weights.model(outer_arrays)
             modules = [weights.layers[0].module(arrays) for arrays in layer_arrays]
-            pool = Pool(pool)
             return run_native_step(own, modules, self._blocks, self._decodes, R, pool, self.history, tokens, rows)
 
         # these return the rows' last hidden states, the pool, and the hidden states after every token
@@ -127,12 +155,12 @@ class Step:
         tokens, rows = jax.tree.map(jnp.asarray, (tokens, rows))
         return self._found(
             run_step(
-                self.model,
+                self._stacked.model(self._stacked.outer.arrays),
                 kinds,
                 self._blocks,
                 self._decodes,
                 len(rows.slot),
-                Pool(self.pool),
+                self.pool,
                 self.history,
                 tokens,
                 rows,
@@ -141,7 +169,9 @@ class Step:
 
     def _found(self, found):
         last, pool, _, every, _ = found
-        return last, pool.numbers, last if every is None else every
+        self.outside, self.new_pool = pool.outside, pool
+        numbers = pool.read(jnp.arange(len(pool.numbers)), jnp.float32 if pool.is_coded else pool.dtype)
+        return last, numbers, last if every is None else every
 
 
 def decoding(contexts, hidden):
@@ -179,9 +209,92 @@ def test_one_call_is_the_layers_one_after_the_other(config, requests, dtype):
         assert_close(mine[counted], other[counted])
 
 
-def assert_close(mine, other):
+@pytest.mark.parametrize(
+    ("config", "requests", "dtype"),
+    [
+        (PLAIN, MIXED, jnp.float32), (POST_NORM, ALL_HIDDEN, jnp.bfloat16), (PLAIN, ALL_KV, jnp.bfloat16),
+        (BARE, decoding([120], [True]), jnp.float32), (PLAIN, PROMPTS, jnp.float32), (POST_NORM, CHUNKS, jnp.bfloat16),
+        (BARE, CHUNKS, jnp.float32), (PLAIN, MANY, jnp.float32),
+    ],
+)  # fmt: skip
+def test_one_call_over_an_int8_cache(config, requests, dtype):
+    """A number halfway between two codes may become either, which goes on to what reads it."""
+    step = Step(config, dtype, requests, is_coded=True)
+    found = step.in_one_call(step.tokens, step.rows)
+    outside = int(step.outside.item())
+    expected = step.in_xla(step.tokens, step.rows)
+    rows, tokens = step.rows.length > 0, step.tokens.row < len(requests)
+    error = 6e-2 if dtype == jnp.bfloat16 else 4e-3
+    for mine, other, counted in zip(found, expected, (rows, slice(None), tokens), strict=True):
+        assert_close(mine[counted], other[counted], error)
+    written = sum(now * config.hidden_size * 2 for _, now, hidden in requests if hidden)
+    assert abs(outside - int(step.outside.item())) <= 0.01 * written and 5 <= outside <= 5 + written / 2
+
+
+@pytest.mark.parametrize(
+    ("config", "requests", "dtype", "quantization", "parts"),
+    [
+        (PLAIN, MIXED, jnp.float32, "int8", PARTS), (POST_NORM, CHUNKS, jnp.bfloat16, "int8", PARTS),
+        (PLAIN, ALL_HIDDEN, jnp.float32, "int8", PARTS), (BARE, CHUNKS, jnp.float32, "int8", PARTS),
+        (PLAIN, PROMPTS, jnp.float32, "int8", ("k_proj", "fc2")), (PLAIN, CHUNKS, jnp.float32, "int8-dynamic", PARTS),
+        (POST_NORM, MIXED, jnp.bfloat16, "int8-dynamic", PARTS), (ODD, PROMPTS, jnp.bfloat16, "int8-dynamic", PARTS),
+        (PLAIN, ALL_HIDDEN, jnp.float32, "int8-dynamic", ("q_proj", "v_proj", "fc1")),
+    ],
+)  # fmt: skip
+def test_one_call_with_int8_weights(config, requests, dtype, quantization, parts):
+    """In a dynamic product a number halfway between two codes may become either; keys of KV rows are dynamic here."""
+    step = Step(config, dtype, requests, quantization=quantization, parts=parts)
+    found, expected = (run(step.tokens, step.rows) for run in (step.in_one_call, step.in_xla))
+    rows, tokens = step.rows.length > 0, step.tokens.row < len(requests)
+    error = None if quantization == "int8" else 6e-2
+    for mine, other, counted in zip(found, expected, (rows, slice(None), tokens), strict=True):
+        assert_close(mine[counted], other[counted], error)
+
+
+@pytest.mark.parametrize("quantization", ["int8", "int8-dynamic"])
+def test_a_row_with_int8_weights_does_not_depend_on_the_others_or_on_where_chunks_end(quantization):
+    requests = [(0, 20, True), (0, 33, False), (7, 1, True), (0, 3, False)]
+    step = Step(PLAIN, jnp.float32, requests, quantization=quantization)
+    _, _, every = step.in_one_call(step.tokens, step.rows)
+    begin = 0
+    for r, (cached, length, _) in enumerate(requests):
+        parts, pool = [], step.pool
+        for start, end in [(0, length // 2), (length // 2, length)]:
+            rows = step.rows._replace(
+                start=np.full(4, cached + start, np.int32), last=np.full(4, end - start - 1, np.int32),
+                length=np.where(np.arange(4) == r, end - start, 0).astype(np.int32),
+                wanted=np.full(4, end - start, np.int32),
+            )  # fmt: skip
+            tokens = Tokens(*(array[begin + start : begin + end] for array in step.tokens))
+            if end > start:
+                parts.append(step.in_one_call(tokens, rows)[2])
+                step.pool = step.new_pool
+        step.pool = pool
+        own = np.asarray(every[begin : begin + length])
+        np.testing.assert_allclose(np.concatenate(parts), own, rtol=1e-3, atol=1e-4 * np.abs(own).max())
+        begin += length
+
+
+def test_an_int8_cache_gives_what_it_holds_wherever_chunks_end():
+    """The second half of a prompt after the first, in one row and token by token: to rounding of float32."""
+    for hidden in (False, True):
+        whole = Step(PLAIN, jnp.float32, [(0, 60, hidden)], is_coded=True)
+        every = np.asarray(whole.in_one_call(whole.tokens, whole.rows)[2])
+        found = []
+        for begin, end in [(0, 37), (37, 55), *((t, t + 1) for t in range(55, 60))]:
+            rows = whole.rows._replace(
+                start=np.array([begin], np.int32), length=np.array([end - begin], np.int32),
+                last=np.array([end - begin - 1], np.int32), wanted=np.array([end - begin], np.int32),
+            )  # fmt: skip
+            tokens = Tokens(*(array[begin:end] for array in whole.tokens))
+            found.append(whole.in_one_call(tokens, rows)[2])
+            whole.pool = whole.new_pool
+        np.testing.assert_allclose(np.concatenate(found), every[:60], rtol=2e-4, atol=2e-4 * np.abs(every).max())
+
+
+def assert_close(mine, other, error=None):
     """NaN in the same places, and elsewhere the same but for rounding."""
-    error = 3e-2 if mine.dtype == jnp.bfloat16 else 2e-5
+    error = error or (3e-2 if mine.dtype == jnp.bfloat16 else 2e-5)
     mine, other = np.asarray(mine, np.float32), np.asarray(other, np.float32)
     np.testing.assert_array_equal(np.isnan(mine), np.isnan(other))
     np.testing.assert_allclose(mine, other, rtol=error, atol=error * np.nanmax(np.abs(other)))
@@ -218,7 +331,7 @@ def test_a_row_does_not_depend_on_the_others():
         tokens = step.tokens._replace(row=np.where(others, 5, r).astype(np.int32))
         alone, own_pool, _ = step.in_one_call(tokens, rows)
         np.testing.assert_array_equal(alone[r], beside[r])
-        written = ~np.isclose(own_pool, step.pool, equal_nan=True)
+        written = ~np.isclose(own_pool, step.pool.numbers, equal_nan=True)
         assert written.any() and (np.asarray(own_pool)[written] == np.asarray(pool)[written]).all()
 
 
@@ -269,6 +382,33 @@ def test_every_cache_kind_gives_the_tokens_of_xla():
     assert found["native"] == found["xla"]
     by_prompt = [{tuple(found["native"][i]) for i, (own, _) in ids.items() if own == prompt} for prompt in range(3)]
     assert all(len(tokens) == 1 for tokens in by_prompt)
+
+
+@pytest.mark.usefixtures("few_shapes")
+def test_tokens_over_an_int8_cache_with_int8_weights_depend_on_the_request_only():
+    """Preempted and converted requests beside others; and what attends, by name."""
+    rng = np.random.default_rng(5)
+    prompts = [rng.integers(0, 96, size).tolist() for size in (3, 40)]
+    ids = {f"{prompt}-{how}": (prompt, how) for how in ("kv", "hidden", "converted", "preempted") for prompt in (0, 1)}
+    options = {"cache_dtype": "int8", "quantization": "int8-dynamic", "num_blocks": 300, "calibrate": False}
+    engine = make_engine(OPT(PLAIN, rngs=nnx.Rngs(3)), PLAIN, attention_backend="native", **options)
+    engine.policy = Orders(
+        kinds={i: KV if how == "kv" else HIDDEN for i, (_, how) in ids.items()},
+        convert_at={i: 9 for i, (_, how) in ids.items() if how == "converted"},
+        preempt_at={i: 21 for i, (_, how) in ids.items() if how == "preempted"},
+    )
+    assert engine.runner.attention == "cpu"
+    requests = {i: engine.add(prompts[prompt], GREEDY, request_id=i) for i, (prompt, _) in ids.items()}
+    finish(engine)
+    assert {type(step) for step in engine.runner.programs.steps} == {WholeStep}
+    tokens = {i: request.output_token_ids for i, request in requests.items()}
+    for prompt in (0, 1):
+        assert tokens[f"{prompt}-preempted"] == tokens[f"{prompt}-hidden"]
+        assert tokens[f"{prompt}-converted"][:9] == tokens[f"{prompt}-hidden"][:9]
+        engine.policy = Orders(kinds={"alone": KV})
+        alone = engine.add(prompts[prompt], GREEDY, request_id="alone")
+        finish(engine)
+        assert alone.output_token_ids == tokens[f"{prompt}-kv"]
 
 
 def test_arrays_are_cut_from_one_piece_of_memory():

@@ -13,7 +13,7 @@ from flax import nnx
 from apt_jax.attention.pool import Pool
 from apt_jax.batching.arrays import Rows, Tokens
 from apt_jax.batching.buckets import Bucket
-from apt_jax.cpu_kernels.calls import all_layers
+from apt_jax.cpu_kernels.calls import Coded, LayersShape, all_layers, all_layers_int8
 from apt_jax.cpu_kernels.packed import PackedKernel
 from apt_jax.cpu_kernels.packed_int8 import PackedInt8Kernel
 from apt_jax.execution.forms.interface import Step, WholeStep
@@ -22,7 +22,7 @@ from apt_jax.execution.steps import StepOutput, end_step, start_step
 from apt_jax.execution.weights.layout import Weights
 from apt_jax.model_config import ModelConfig
 from apt_jax.models.interface import Model
-from apt_jax.models.kernels import kernel_of
+from apt_jax.models.kernels import Kernel, RowScaledKernel, kernel_of
 from apt_jax.models.linear import Linear
 from apt_jax.models.opt import DecoderLayer
 
@@ -43,7 +43,7 @@ class NativeForm(LayeredForm):
         layer = weights.layers[0].module(weights.layers[0].arrays)
         if not isinstance(layer, DecoderLayer) or layer.activation != "relu":
             return False
-        return all(isinstance(kernel_of(own.kernel), PackedKernel | PackedInt8Kernel) for own in _linears(layer))
+        return all(isinstance(_unscaled(own)[0], PackedKernel | PackedInt8Kernel) for own in _linears(layer))
 
     def compile_step(self, bucket: Bucket, num_blocks: int) -> Step:
         """See `Form`."""
@@ -65,13 +65,15 @@ class NativeForm(LayeredForm):
             f"native {bucket} {num_blocks}", native, every, arguments.pool(num_blocks), arguments.history(),
             arguments.tokens(bucket), arguments.rows(bucket), donate=(1, 2),
         )  # fmt: skip
-        return WholeStep(program, every, scratch_bytes(arguments.model_config, bucket.tokens, bucket.rows))
+        is_quantised = self.weights.quantization != "none"
+        scratch = scratch_bytes(arguments.model_config, bucket.tokens, bucket.rows, is_quantised=is_quantised)
+        return WholeStep(program, every, scratch)
 
 
-def scratch_bytes(config: ModelConfig, tokens: int, rows: int) -> int:
+def scratch_bytes(config: ModelConfig, tokens: int, rows: int, *, is_quantised: bool = False) -> int:
     """Bytes that the C++ call keeps for a step of this shape: `Step` in layers.h, and packed keys and values."""
     D = config.hidden_size
-    of_tokens = tokens * (8 * D + 2 * config.ffn_dim)
+    of_tokens = tokens * (8 * D + 2 * config.ffn_dim + (6 * D if is_quantised else 0))
     wide = 2 * rows * config.num_attention_heads * D  # queries and results of hidden rows
     return 4 * (of_tokens + wide + 2 * _KEYS_PACKED * D)
 
@@ -95,20 +97,28 @@ def run_native_step(
     """
     x, history = start_step(model, history, tokens, rows)
     first = layers[0]
-    x, numbers = all_layers(
-        x, pool.numbers, rows, [array for layer in layers for array in _parameters(layer)],
-        heads=first.self_attn.q_proj.outputs[0], ffn_dim=first.fc1.outputs[0], num_blocks=num_blocks,
-        norm_first=first.norm_first, dynamic=_dynamic(first),
-    )  # fmt: skip
+    parameters = [array for layer in layers for array in _parameters(layer)]
+    heads, ffn_dim = first.self_attn.q_proj.outputs[0], first.fc1.outputs[0]
+    shape = LayersShape(heads, ffn_dim, num_blocks, first.norm_first, _dynamic(first))
+    if pool.scales is None:
+        x, numbers = all_layers(x, pool.numbers, rows, parameters, shape)
+        pool = replace(pool, numbers=numbers)
+    else:
+        outside = jnp.zeros((1, 1, 1), jnp.uint32) if pool.outside is None else pool.outside
+        channels = jnp.zeros(0) if pool.channels is None else pool.channels
+        own = Coded(pool.numbers, pool.scales, outside)
+        x, own = all_layers_int8(x, own, channels, rows, parameters, shape)
+        counted = None if pool.outside is None else own.outside
+        pool = replace(pool, numbers=own.codes, scales=own.scales, outside=counted)
     last, every = end_step(model, decode_only, max_rows, x, rows)
-    return StepOutput(last, replace(pool, numbers=numbers), history, every)
+    return StepOutput(last, pool, history, every)
 
 
 def _dynamic(layer: DecoderLayer) -> list[bool]:
     """Whether rows are quantised for the layer's kernels; keys and values of KV rows are as queries are."""
 
     def of(linear: Linear) -> bool:
-        kernel = kernel_of(linear.kernel)
+        kernel, _ = _unscaled(linear)
         return isinstance(kernel, PackedInt8Kernel) and kernel.dynamic
 
     q, _, _, out, fc1, fc2 = map(of, _linears(layer))
@@ -122,7 +132,7 @@ def _linears(layer: DecoderLayer) -> list[Linear]:
 
 def _parameters(layer: DecoderLayer) -> list[jax.Array]:
     """A layer's parameters in the order that the C++ call takes them in."""
-    q, k, v, out, fc1, fc2 = ([*_packed(own.kernel), _or_nothing(own.bias)] for own in _linears(layer))
+    q, k, v, out, fc1, fc2 = ([*_packed(own), _or_nothing(own.bias)] for own in _linears(layer))
     attention_norm, final_norm = (
         [_or_nothing(norm.scale), _or_nothing(norm.bias)]
         for norm in (layer.self_attn_layer_norm, layer.final_layer_norm)
@@ -130,13 +140,19 @@ def _parameters(layer: DecoderLayer) -> list[jax.Array]:
     return [*attention_norm, *q, *k, *v, *out, *final_norm, *fc1, *fc2]
 
 
-def _packed(parameter: nnx.Param) -> list[jax.Array]:
+def _packed(linear: Linear) -> list[jax.Array]:
     """A kernel as it is stored, the scales of its outputs and the factors of its inputs."""
-    kernel = kernel_of(parameter)
+    kernel, factor = _unscaled(linear)
     if isinstance(kernel, PackedInt8Kernel):
-        return [kernel.stored, kernel.scale, jnp.zeros(0)]
-    assert isinstance(kernel, PackedKernel)
+        return [kernel.stored, kernel.scale, jnp.zeros(0) if factor is None else factor]
+    assert isinstance(kernel, PackedKernel) and factor is None
     return [kernel.stored, jnp.zeros(0), jnp.zeros(0)]
+
+
+def _unscaled(linear: Linear) -> tuple[Kernel, jax.Array | None]:
+    """A projection's kernel without the factors of its inputs, and these."""
+    kernel = kernel_of(linear.kernel)
+    return (kernel.kernel, kernel.factor) if isinstance(kernel, RowScaledKernel) else (kernel, None)
 
 
 def _or_nothing(parameter: nnx.Param | None) -> jax.Array:

@@ -114,7 +114,8 @@ class LayerLayout(WeightLayout):
         padded = np.pad(of_outputs, [(0, 0), (0, -of_outputs.shape[1] % PACKED_OUTPUTS)])
         stored = [self._put(pack_int8(one, memory)) for one in matrices]
         others = [[self._put(np.array(one)) for one in part] for part in (padded, *factor)]
-        make = partial(PackedInt8Kernel, shape=shape, dynamic=self.int8.is_dynamic(path))
+        dynamic, dtype = self.int8.is_dynamic(path), self.int8.dtype
+        make = partial(PackedInt8Kernel, shape=shape, dynamic=dynamic, dtype=dtype)
         return Placed(list(zip(stored, *others, strict=True)), partial(quantised_kernel, make))
 
     def weights(self, model: Any, placed: Mapping[Path, Placed]) -> Weights:
