@@ -16,7 +16,10 @@ from apt_jax.serve.http.middleware import MAX_HEADERS, ApiKeys, HeaderLimit, Hos
 from apt_jax.serve.http.resume import RETRY_S, Resumption
 from apt_jax.serve.http.routes.debug import SHOWN_PLANS
 from apt_jax.serve.http.routes.table import openapi_document
+from apt_jax.serve.http.service import Service
 from apt_jax.serve.http.snapshot_file import write_snapshot
+from apt_jax.serve.options import ServerOptions
+from apt_jax.serve.runtime.engine_thread import EngineThread
 from tests.serve.test_snapshot_fields import kept
 from tests.support.asgi_service import MAX_BODY_BYTES, run, serving
 from tests.support.fake_engine import CharTokenizer, FakeEngine
@@ -174,3 +177,34 @@ def test_a_resumed_request_that_finds_no_room_is_tried_again_after_a_pause(tmp_p
     monkeypatch.setattr("apt_jax.serve.http.resume.asyncio.sleep", pause)
     run(lambda: Resumption(tmp_path / "none")._generate(service, None, []))
     assert pauses == [RETRY_S] * 2 and group.answers == []
+
+
+@pytest.mark.parametrize(
+    ("is_stopping", "is_wanted", "is_whole", "is_cut", "kept"),
+    [
+        (False, True, False, True, False),  # an error of its own
+        (True, False, False, True, False),  # the client has left
+        (True, True, True, False, False),  # answered
+        (True, True, False, False, True),  # ended with what it had
+        (True, True, True, True, True),  # whole, and not all of it sent
+    ],
+)
+def test_what_is_kept_of_a_request_when_the_server_stops(engine, is_stopping, is_wanted, is_whole, is_cut, kept):
+    service = Service.of_engine(EngineThread(lambda: engine), "tiny", ServerOptions(snapshot_file=None))
+    service.record_of = lambda generation: {"id": "a"}
+    group = SimpleNamespace(is_wanted=is_wanted, take_pending=lambda: [("sample", "output")])
+    collected = []
+    generation = SimpleNamespace(is_whole=is_whole, collect=lambda *pair: collected.append(pair))
+
+    def work():
+        with service.generating(generation, group):
+            assert service.num_generating == 1
+            service.is_stopping = is_stopping
+            if is_cut:
+                raise BrokenPipeError
+
+    for _ in range(2):  # twice, and kept once
+        with contextlib.suppress(BrokenPipeError):
+            work()
+    assert service.num_generating == 0 and service.unfinished_records == [{"id": "a"}] * kept
+    assert collected == [("sample", "output")] * 2 * (is_stopping and is_wanted)

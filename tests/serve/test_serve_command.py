@@ -16,6 +16,7 @@ from apt_jax.serve.http import server
 from apt_jax.serve.http.server import report_failure, serve, url_of, with_environment
 from apt_jax.serve.http.snapshot_file import read_snapshot
 from apt_jax.serve.options import LoadOptions, ServerOptions
+from apt_jax.serve.replicas.options import RayOptions, ReplicaOptions
 from tests.support.fake_engine import CharTokenizer, FakeEngine
 from tests.support.live_server import until
 
@@ -222,3 +223,23 @@ def test_a_second_signal_ends_the_server_at_once(monkeypatch):
     assert made.should_exit and codes == []
     made.handle_exit(signal.SIGINT, None)
     assert codes == [130]
+
+
+@pytest.mark.parametrize("given", [None, RayOptions(ray_address="other:1")])
+def test_replicas_are_kept_by_ray_as_it_is_told(monkeypatch, given):
+    """Ray itself is another package; `make test-ray` runs the replicas."""
+
+    class Stop(Exception):
+        pass
+
+    def backend(spec, replicas, ray, on_ready, on_failure):
+        raise Stop(spec.model, spec.model_name, replicas, ray)
+
+    monkeypatch.setattr(server, "check_ray", lambda: None)
+    monkeypatch.setattr(server, "ReplicaBackend", backend)
+    options, replicas = ServerOptions(port=0, snapshot_file=None, served_model_name="n"), ReplicaOptions(replicas=2)
+    with server.listen("127.0.0.1", 0) as listener:
+        monkeypatch.setattr(server, "listen_everywhere", lambda *address: [listener])
+        with pytest.raises(Stop) as caught:
+            serve("folder", LoadOptions(), options, EngineConfig(), replicas, given)
+    assert caught.value.args == ("folder", "n", replicas, given or RayOptions())
