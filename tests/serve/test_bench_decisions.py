@@ -1,5 +1,6 @@
 """What `bench` prints, draws and sums up, for a few figures worked out by hand."""
 
+import asyncio
 import math
 from types import SimpleNamespace
 
@@ -21,6 +22,7 @@ from apt_jax.serve.bench.serving.client import (
     plain_base,
 )
 from apt_jax.serve.bench.serving.client import Piece as Arrived
+from apt_jax.serve.bench.serving.load import load
 from apt_jax.serve.bench.serving.measure import Serving
 from apt_jax.serve.bench.serving.options import BenchServe
 from apt_jax.serve.bench.serving.pictures import draw
@@ -304,6 +306,8 @@ def test_who_was_turned_away():
         Answer(record).take(chunk, 1.0)
         return record.was_turned_away, record.error
 
+    assert TURNED_AWAY == (429, 503), "the statuses of those without room"
+
     def reason(name):
         return b'{"choices": [{"text": "a", "finish_reason": "%s"}]}' % name
 
@@ -332,3 +336,31 @@ def test_a_queue_is_from_the_plan_to_the_sending_and_the_client_s_lag_to_its_tur
     assert (waited.queue_s, Record(1.0, 4, 2).queue_s) == (2.0, 0.0)
     run = Run([waited, Record(2.0, 4, 2)], 4.0)
     assert (run.max_lag_s, run.window_s, Run([], 1.0).max_lag_s, Run([], 1.0).window_s) == (0.5, 2.0, 0.0, 0.0)
+
+
+def test_the_client_counts_an_answer_s_tokens_where_it_has_a_tokenizer(monkeypatch):
+    monkeypatch.setattr("apt_jax.serve.bench.serving.measure.load_tokenizer", lambda name: name and CharTokenizer())
+    counting = Serving(BenchServe(model="m", tokenizer="here")).endpoint.count
+    assert counting is not None and counting("abc") == 3, "without the first special token"
+    assert Serving(BenchServe(model="m")).endpoint.count is None
+
+
+@pytest.mark.parametrize(("limit", "at_once"), [(None, 3), (1, 1)])
+def test_requests_are_sent_when_they_are_due_and_as_many_at_once_as_allowed(monkeypatch, limit, at_once):
+    running, most, ended = [], [0], []
+
+    async def ask(session, endpoint, body, record, origin, **more):
+        running.append(body)
+        most[0] = max(most[0], len(running))
+        await asyncio.sleep(0.05)
+        running.remove(body)
+
+    monkeypatch.setattr("apt_jax.serve.bench.serving.load.ask", ask)
+    endpoint, planned = Endpoint("b", "completions", "m", {}, {}, 1.0), [0.0, 0.0, 0.0, 0.3]
+    works = [Work([number], 1, 2) for number in range(4)]
+    sending = load(None, endpoint, works, planned, max_concurrency=limit, on_done=ended.append)
+    run = asyncio.run(asyncio.wait_for(sending, 10))
+    assert most == [at_once] and len(ended) == 4
+    for record, due in zip(run.records, planned, strict=True):
+        assert (record.planned_s, record.asked_tokens) == (due, 2) and record.sent_s >= record.started_s >= due
+    assert run.duration_s >= 0.35 and run.loop_lag_s > 0
