@@ -103,6 +103,8 @@ class SamplingParams:
         ignore_eos: continue past the end-of-sequence token.
         logprobs: report the chosen token's log-probability and those of this many most likely tokens (0 to 20).
         prompt_logprobs: the same for every token of the prompt but its first.
+        structured_outputs: what the output must follow: {"json": SCHEMA}, {"json_object": True}, {"regex": TEXT},
+            {"choice": [TEXT, ...]} or {"grammar": TEXT} (Lark or GBNF).
         skip_special_tokens: leave special tokens such as </s> out of the text.
 
     Raises:
@@ -128,6 +130,7 @@ class SamplingParams:
     prompt_logprobs: int | None = None
     skip_special_tokens: bool = True
     include_stop_str_in_output: bool = False
+    structured_outputs: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ()))
@@ -159,6 +162,8 @@ class SamplingParams:
         for token_id in self.stop_token_ids:  # type: ignore[union-attr]
             if not _is_number(token_id, whole=True):
                 raise ValueError(f"stop_token_ids has {token_id!r}, every one must be a token id")
+        if self.structured_outputs is not None:
+            check_structured(self.structured_outputs)
         for text in self.stop:  # type: ignore[union-attr]
             if not isinstance(text, str):
                 raise ValueError(f"stop has {text!r}, every stop must be a string")
@@ -220,6 +225,9 @@ RANGES = (  # field, lowest, highest value; whole numbers where the lowest is on
     ("prompt_logprobs", 0, MAX_LOGPROBS),
     ("seed", -(2**63), 2**63 - 1),
 )
+STRUCTURED: dict[str, tuple[type, ...]] = {
+    "json": (dict, str), "json_object": (bool,), "regex": (str,), "choice": (list, tuple), "grammar": (str,),
+}  # fmt: skip
 _OPTIONAL = ("max_tokens", "logprobs", "prompt_logprobs", "seed")  # may be None
 
 
@@ -235,6 +243,20 @@ def _by_token_id(bias: Mapping[int, float]) -> dict[int, float]:
             raise ValueError(f"logit_bias has the key {key!r}, every key must be a token id") from error
         found[token_id] = value
     return found
+
+
+def check_structured(asked: object) -> None:
+    """Raise ValueError unless it asks for one form of structured output; whether it can be compiled is not checked."""
+    if not isinstance(asked, Mapping):
+        raise ValueError(f"structured_outputs={asked!r} must be an object with one of {', '.join(STRUCTURED)}")
+    if len(asked) != 1 or not asked.keys() <= STRUCTURED.keys():
+        raise ValueError(f"structured_outputs has {sorted(asked)}, give exactly one of {', '.join(STRUCTURED)}")
+    ((kind, value),) = asked.items()
+    texts: Any = value if kind == "choice" else ()
+    if not isinstance(value, STRUCTURED[kind]) or value in ("", [], (), False):
+        raise ValueError(f"structured_outputs {kind}={value!r} must be a {STRUCTURED[kind][0].__name__} and not empty")
+    if not all(isinstance(text, str) and text for text in texts):
+        raise ValueError("structured_outputs choice has something that is no text; every choice must be one")
 
 
 def _is_number(value: object, whole: bool) -> bool:
@@ -278,6 +300,7 @@ class Request:
     slo: Slo = Slo()
     priority: int = 0
     cache_salt: str | None = None  # only requests with the same one share cached prefixes
+    matcher: Any = None  # its state in the grammar of structured outputs, see `tokenization/grammars.py`
     order: int = -1  # arrival number, given by SchedulerState.add; ties are broken by it
 
     status: Status = Status.WAITING

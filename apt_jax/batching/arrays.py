@@ -76,3 +76,4 @@ class Batch(NamedTuple):
     requests: tuple[Request, ...]
     spans: tuple[Span, ...]  # row by row
     chunks: tuple[ScoreChunk, ...] = ()
+    allowed: Array | None = None  # int32 [sample_rows, W]: bits of the tokens that may be sampled; None: all

@@ -36,6 +36,7 @@ class Sampling(NamedTuple):
     bias_ids: Array  # int32 [R, MAX_LOGIT_BIAS]; padding NO_TOKEN
     bias_values: Array  # float32 [R, MAX_LOGIT_BIAS]
     wants_logprobs: Array  # bool [R]
+    is_restricted: Array  # bool [R]: only some tokens are allowed
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,7 @@ COLUMNS = {
     "bias_ids": Column(np.int32, NO_TOKEN, lambda r: list(r.params.logit_bias or ()), width=MAX_LOGIT_BIAS),
     "bias_values": Column(np.float32, 0, lambda r: list((r.params.logit_bias or {}).values()), width=MAX_LOGIT_BIAS),
     "wants_logprobs": Column(np.bool_, False, lambda r: r.params.logprobs is not None),
+    "is_restricted": Column(np.bool_, False, lambda r: r.matcher is not None),
 }
 
 

@@ -11,12 +11,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from apt_jax.batching.allowed_tokens import allowed_tokens
 from apt_jax.batching.arrays import Batch
 from apt_jax.engine.calibration import calibrate
 from apt_jax.engine.compilations import Compilations
 from apt_jax.engine.interface import EngineFigures
+from apt_jax.engine.memory import move_pages
 from apt_jax.engine.prompt_logprobs import PromptLogprobs
-from apt_jax.engine.requests import Requests
+from apt_jax.engine.requests import NO_GRAMMAR, Requests
 from apt_jax.engine.setup import EngineSetup
 from apt_jax.engine.step_times import StepTimes
 from apt_jax.engine.text import OutputTexts
@@ -112,6 +114,7 @@ class Engine:
         self._clock = clock
         self._depth = 1 if self.config.async_scheduling else 0
         self._inflight: deque[_Flight] = deque()
+        self._early: list[Output] = []  # committed by the step under way, before it planned
         self._was_idle = True  # after the last step
         self._compilations = Compilations()
 
@@ -123,7 +126,7 @@ class Engine:
     @property
     def has_unfinished(self) -> bool:
         """Whether `step` has anything to do or to report."""
-        return bool(self.requests or self._inflight)
+        return bool(self.requests or self._inflight or self._early)
 
     @property
     def num_waiting(self) -> int:
@@ -206,6 +209,9 @@ class Engine:
         Raises:
             PolicyFailed: the policy raised, and no iteration is in flight that could be committed instead.
         """
+        outputs = self._early  # kept if the policy raises
+        while any(r.matcher for flight in self._inflight for r in flight.batch.requests):  # before its next bits
+            outputs += self._commit(self._inflight.popleft())
         now = self._clock()
         self.last_plan = plan = self._plan(now)
         self._counts.schedule_s = self._clock() - now
@@ -213,9 +219,9 @@ class Engine:
             self._dispatch(plan, now, started_s=now if self._was_idle else None)
         elif not self._inflight and self.state.num_unfinished:
             self._give_up()
-        outputs: list[Output] = []
         while len(self._inflight) > (self._depth if plan.scheduled else 0):
             outputs += self._commit(self._inflight.popleft())
+        self._early = []
         self._was_idle = not self.has_unfinished
         return [*self.requests.take_ended(), *outputs]
 
@@ -274,50 +280,30 @@ class Engine:
         candidates = self.state.num_unfinished
         try:
             spans = self.state.apply(plan, now)
-            spans, moved = self._move(spans)
+            spans, moved = move_pages(self.state, self.runner, spans)
             if plan.converted:
                 self.runner.convert([c.request.table for c in plan.converted if c.request.table is not None])
             if spans:
-                batch, programs = self._build(spans), self.runner.num_programs
+                (batch, failed), programs = self._build(spans), self.runner.num_programs
                 self._counts.padded_tokens = batch.bucket.tokens
                 results = self.runner.dispatch(batch)
                 usual = programs == self.runner.num_programs and not results.scores and not moved
                 load = self.times.load(plan, spans) if usual else None
                 written = self.state.written(spans)
                 self._inflight.append(_Flight(batch, results, load, started_s, candidates, written))
+                for request, reason in failed:
+                    self._end(request, FinishReason.ERROR, f"{NO_GRAMMAR}: {reason}")
         except Exception as error:
             logger.exception("an iteration failed; its requests end with an error")
             self._recover(str(error) or type(error).__name__)
 
-    def _move(self, spans: list[Span]) -> tuple[list[Span], bool]:
-        """Copy what the plan just applied evicts to host memory, and back what it begins with.
-
-        Returns:
-            The spans that can run, and whether anything was copied. Who misses a copy computes its tokens instead.
-        """
-        moves = self.state.take_moves()
-        if not moves:
-            return spans, False
-        try:
-            if moves.saved:
-                self.runner.save(moves.saved)
-        except Exception:
-            logger.exception("copying cached pages to host memory failed; they are lost")
-            self.state.forget_saved(moves)
-            return self.state.forget_restored(moves, spans), True
-        try:
-            if moves.restored:
-                self.runner.restore(moves.restored)
-        except Exception:
-            logger.exception("copying cached pages from host memory failed; they are computed again")
-            return self.state.forget_restored(moves, spans), True
-        return spans, True
-
-    def _build(self, spans: Sequence[Span]) -> Batch:
-        if not self.prompt_logprobs.wanted(spans):
-            return self.builder.build(spans)
-        batch = self.builder.build(spans, prefill=True)  # only prefill steps hand on every hidden state
-        return self.prompt_logprobs.ask(batch)
+    def _build(self, spans: Sequence[Span]) -> tuple[Batch, list[tuple[Request, str]]]:
+        """The batch, and the requests whose grammar has failed, with the reason."""
+        scores = self.prompt_logprobs.wanted(spans)
+        batch = self.builder.build(spans, prefill=scores)  # only prefill steps hand on every hidden state
+        allowed, failed = allowed_tokens(batch.requests, len(batch.sample_slot), self.model_config.vocab_size)
+        batch = batch._replace(allowed=allowed)
+        return self.prompt_logprobs.ask(batch) if scores else batch, failed
 
     def _recover(self, message: str) -> None:
         """After a failed device step the cache cannot be trusted: end all running requests, start with an empty one."""

@@ -14,6 +14,8 @@ from apt_jax.output import Output, QueueFull, TokenLogprobs
 from apt_jax.request import FinishReason, Request, SamplingParams, Slo
 from apt_jax.scheduling.state import SchedulerState
 
+NO_GRAMMAR = "the output cannot go on as structured_outputs asks"
+
 
 class Requests:
     """The unfinished requests by id. `state` holds queues and blocks, `prompt_logprobs` the prompts' results."""
@@ -75,6 +77,8 @@ class Requests:
             cache_salt=cache_salt,
             output_token_ids=list(output_token_ids),
         )
+        if params.structured_outputs is not None:
+            request.matcher = self._texts.matcher(params.structured_outputs, output_token_ids)
         if len(output_token_ids) >= request.max_new_tokens:
             raise ValueError(f"output_token_ids has all {request.max_new_tokens} tokens that may be generated")
         self._state.add(request)
@@ -96,13 +100,20 @@ class Requests:
             self._state.finish(request, FinishReason.STOP)
             request.stop_reason = stop
             request.finish_reason = reason = FinishReason.STOP  # also where this token was the last allowed
-        elif reason is not None:
+        error = None
+        if reason is None and request.matcher is not None:
+            error = request.matcher.accept(token)
+            if error is not None or request.matcher.is_complete:
+                reason = FinishReason.STOP if error is None else FinishReason.ERROR
+                self._state.finish(request, reason)
+        if reason is not None and stop is None:
             shown += self._texts.flush(request)
         prompt_logprobs = self.prompt_logprobs.pop(request)
         if reason is not None:
             self._forget(request)
         logprobs = token_logprobs(request, token, row, host)
-        return Output(request, shown, (token,), logprobs, reason, prompt_logprobs=prompt_logprobs)
+        failure = None if error is None else f"{NO_GRAMMAR}: {error}"
+        return Output(request, shown, (token,), logprobs, reason, failure, prompt_logprobs=prompt_logprobs)
 
     def end(self, request: Request, reason: FinishReason, error: str | None = None) -> None:
         """End an unfinished request early (abort or error); `take_ended` reports it."""

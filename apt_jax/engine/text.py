@@ -1,11 +1,16 @@
 """Output text: tokens become text as soon as it is complete, and it is searched for stop strings."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from apt_jax.request import Request
 from apt_jax.tokenization.detokenizer import IncrementalDetokenizer
 from apt_jax.tokenization.stop_text import StopText
 from apt_jax.tokenization.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from apt_jax.tokenization.grammars import Matcher
 
 
 @dataclass
@@ -32,6 +37,20 @@ class OutputTexts:
         self._texts[request.request_id] = text
         for number, token in enumerate(request.output_token_ids, start=1):
             text.resumed += _show(text, token, early=number < params.min_tokens)[0]
+
+    def matcher(self, asked: Mapping[str, Any], output_token_ids: Sequence[int]) -> "Matcher":
+        """A matcher of structured outputs, after tokens that were generated before.
+
+        Raises:
+            ValueError: there is no tokenizer, the grammar cannot be compiled, or the tokens do not follow it.
+        """
+        if self._tokenizer is None:
+            raise ValueError("structured_outputs need a tokenizer, and this model has none; leave them out")
+        matcher = self._tokenizer.grammars.matcher(asked)
+        for token in output_token_ids:
+            if (error := matcher.accept(token)) is not None:
+                raise ValueError(f"output_token_ids do not follow structured_outputs: {error}")
+        return matcher
 
     def push(self, request: Request, token: int) -> tuple[str, str | None]:
         """Text to show after the request's newest token, and the stop string that it ends, if any."""

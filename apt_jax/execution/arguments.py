@@ -10,6 +10,7 @@ from jax.typing import DTypeLike
 from apt_jax.attention import xla as xla_attention
 from apt_jax.attention.kinds import KindMix
 from apt_jax.attention.pool import Pool
+from apt_jax.batching.allowed_tokens import num_words
 from apt_jax.batching.arrays import NUM_TABLES, Rows, Tokens
 from apt_jax.batching.buckets import Bucket, Buckets
 from apt_jax.batching.sampling_rows import Sampling, empty_sampling
@@ -78,6 +79,10 @@ class Arguments:
     def sampling(self, rows: int) -> Sampling:
         """Sampling parameters of `rows` rows."""
         return Sampling(*(abstract((rows, *a.shape[1:]), a.dtype) for a in empty_sampling(1)))
+
+    def allowed(self, rows: int) -> jax.ShapeDtypeStruct:
+        """Bits of the tokens that each row may sample."""
+        return self.numbers(rows, num_words(self.model_config.vocab_size))
 
     def residual(self, tokens: int) -> jax.ShapeDtypeStruct:
         """The residual stream between layers, `[T, D]`."""

@@ -160,13 +160,14 @@ class Programs:
 
         def sampler(
             arrays: list[jax.Array], history: jax.Array, hidden: jax.Array, sampling: Sampling, slot: jax.Array,
-            length: jax.Array,
+            length: jax.Array, allowed: jax.Array,
         ) -> tuple[Sampled, jax.Array]:  # fmt: skip
-            return run_sampling(weights.model(arrays), history, hidden, sampling, slot, length)
+            return run_sampling(weights.model(arrays), history, hidden, sampling, slot, length, allowed)
 
         return self._compiler.compile(
             "sampler", sampler, weights.outer.arrays, arguments.history(), arguments.hidden(arguments.buckets.max_rows),
-            arguments.sampling(rows), arguments.numbers(rows), arguments.numbers(rows), donate=(1,),
+            arguments.sampling(rows), arguments.numbers(rows), arguments.numbers(rows),
+            arguments.allowed(rows), donate=(1,),
         )  # fmt: skip
 
     def _compile_gather(self, bucket: Bucket) -> Compiled:

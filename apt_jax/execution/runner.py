@@ -15,6 +15,7 @@ import numpy as np
 from tqdm import tqdm
 
 from apt_jax.attention.pool import Pool
+from apt_jax.batching.allowed_tokens import EVERY
 from apt_jax.batching.arrays import Batch
 from apt_jax.batching.buckets import Buckets
 from apt_jax.cache import BlockTable
@@ -70,6 +71,7 @@ class Runner:
         self._last_outside = 0
         self._channels: np.ndarray | None = None
         self._host: HostMemory | None = None
+        self._every: dict[int, jax.Array] = {}
         self._pool: Pool
         self._history: jax.Array
 
@@ -178,13 +180,22 @@ class Runner:
         sampled = None
         if batch.requests:
             sampled, self._history = self.programs[SamplerKey(len(batch.sample_slot))](
-                arrays, self._history, last, batch.sampling, batch.sample_slot, batch.sample_length
-            )
+                arrays, self._history, last, batch.sampling, batch.sample_slot, batch.sample_length,
+                self._every_token(len(batch.sample_slot)) if batch.allowed is None else batch.allowed,
+            )  # fmt: skip
         scores = []
         for chunk in batch.chunks:
             wanted = self.programs[GatherKey(batch.bucket)]([], every, chunk.index)
             scores.append(self.programs[ScorerKey()](arrays, wanted, chunk.target))
         return StepResults(sampled, tuple(scores), outside)
+
+    def _every_token(self, rows: int) -> jax.Array:
+        """Bits that allow every token: on the device, since most steps need them."""
+        if rows not in self._every:
+            shape, everywhere = self.arguments.allowed(rows).shape, self.arguments.sharding(EVERYWHERE)
+            found = np.full(shape, EVERY, np.int32)
+            self._every[rows] = jax.make_array_from_callback(shape, everywhere, found.__getitem__)
+        return self._every[rows]
 
     def read(self, results: StepResults) -> StepResults:
         """Wait for a step and bring its results to the host as numpy arrays: the one read-back of an iteration."""

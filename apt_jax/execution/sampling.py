@@ -1,8 +1,8 @@
 """Choosing the next token on the device, vectorised over rows; every row has its own parameters.
 
-Order of the steps, as in vLLM: logit bias and min_tokens, penalties, temperature, min_p, top_k, top_p, draw.
-Work that no row asks for is skipped by `lax.cond`, all of it at once where no row asks for anything. Shape letters:
-R rows, V vocabulary, M history width.
+Order of the steps, as in vLLM: allowed tokens, logit bias and min_tokens, penalties, temperature, min_p, top_k,
+top_p, draw. Work that no row asks for is skipped by `lax.cond`, all of it at once where no row asks for anything.
+Shape letters: R rows, V vocabulary, M history width, W words of 32 tokens.
 """
 
 from typing import NamedTuple
@@ -36,7 +36,13 @@ class Scored(NamedTuple):
     top_logprobs: jax.Array  # float32 [R, MAX_LOGPROBS]
 
 
-def sample(logits: jax.Array, history: jax.Array, num_tokens: jax.Array, sampling: Sampling) -> Sampled:
+def sample(
+    logits: jax.Array,
+    history: jax.Array,
+    num_tokens: jax.Array,
+    sampling: Sampling,
+    allowed: jax.Array | None = None,
+) -> Sampled:
     """Choose each row's next token.
 
     Args:
@@ -44,25 +50,30 @@ def sample(logits: jax.Array, history: jax.Array, num_tokens: jax.Array, samplin
         history: int32 `[R, M]` token ids of prompt and output.
         num_tokens: int32 `[R]` tokens in `history` that count.
         sampling: parameters of each row. A seed and a position give the same draw in any batch.
+        allowed: int32 `[R, W]`, token t is bit t % 32 of word t // 32; of rows that are restricted.
     """
     is_finite = jnp.all(jnp.isfinite(logits), axis=-1)
     asks = (
         (sampling.temperature > 0) | _too_early(num_tokens, sampling) | _penalised(sampling) | sampling.wants_logprobs
     )
-    asks |= jnp.any(sampling.bias_values != 0, axis=-1)
+    asks |= jnp.any(sampling.bias_values != 0, axis=-1) | sampling.is_restricted
 
     def most_likely() -> tuple[jax.Array, Scored]:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32), _nothing(logits)
 
     # one condition around all: each of those inside would copy the logits
-    token, scored = jax.lax.cond(jnp.any(asks), lambda: _choose(logits, history, num_tokens, sampling), most_likely)
+    token, scored = jax.lax.cond(
+        jnp.any(asks), lambda: _choose(logits, history, num_tokens, sampling, allowed), most_likely
+    )
     return Sampled(token, is_finite, *scored)
 
 
 def _choose(
-    logits: jax.Array, history: jax.Array, num_tokens: jax.Array, sampling: Sampling
+    logits: jax.Array, history: jax.Array, num_tokens: jax.Array, sampling: Sampling, allowed: jax.Array | None
 ) -> tuple[jax.Array, Scored]:
     raw = logits
+    if allowed is not None:
+        logits = _restrict(logits, sampling, allowed)
     logits = _bias(logits, num_tokens, sampling)
     logits = _penalise(logits, history, num_tokens, sampling)
     greedy = jnp.argmax(logits, axis=-1)
@@ -83,6 +94,15 @@ def _choose(
 
     token = jax.lax.cond(jnp.any(random), draw, lambda: greedy).astype(jnp.int32)
     return token, _logprobs(raw, token, sampling.wants_logprobs)
+
+
+def _restrict(logits: jax.Array, sampling: Sampling, allowed: jax.Array) -> jax.Array:
+    def restrict() -> jax.Array:
+        token = jnp.arange(logits.shape[1])
+        bits = allowed[:, token // 32] >> (token % 32)
+        return jnp.where((bits & 1) == 1, logits, _MASKED)
+
+    return jax.lax.cond(jnp.any(sampling.is_restricted), restrict, lambda: logits)
 
 
 def _too_early(num_tokens: jax.Array, sampling: Sampling) -> jax.Array:

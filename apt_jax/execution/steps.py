@@ -110,19 +110,26 @@ def count_of(pool: Pool) -> jax.Array | None:
 
 
 def run_sampling(
-    model: Model, history: jax.Array, hidden: jax.Array, sampling: Sampling, slot: jax.Array, length: jax.Array
+    model: Model,
+    history: jax.Array,
+    hidden: jax.Array,
+    sampling: Sampling,
+    slot: jax.Array,
+    length: jax.Array,
+    allowed: jax.Array | None = None,
 ) -> tuple[Sampled, jax.Array]:
     """Sample after the first rows of `hidden`, as many as `slot` has. Pure.
 
     Args:
         slot: int32 `[R]`, out of range for padding rows.
         length: int32 `[R]`, tokens before the one to sample.
+        allowed: see `sample`.
 
     Returns:
         What was sampled, and the history with it.
     """
     known = history[jnp.minimum(slot, history.shape[0] - 1)]
-    sampled = sample(model.logits(hidden[: slot.shape[0]]), known, length, sampling)
+    sampled = sample(model.logits(hidden[: slot.shape[0]]), known, length, sampling, allowed)
     return sampled, history.at[slot, length].set(sampled.token, mode="drop")
 
 

@@ -12,12 +12,15 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from apt_jax.files import Unreadable
 from apt_jax.tokenization.detokenizer import ByteDetokenizer, IncrementalDetokenizer, TokenBytes, WindowDetokenizer
 from apt_jax.tokenization.token_texts import ByteTokenTexts, TokenText, TokenTexts, WindowTokenTexts, shown, spans_of
 from apt_jax.tokenization.tokenizer_store import TokenizerStore, check_tokenizer_files
+
+if TYPE_CHECKING:
+    from apt_jax.tokenization.grammars import Grammars
 
 logger = logging.getLogger(__name__)
 
@@ -258,6 +261,17 @@ class Tokenizer:
                 if text.isascii() and text.isalnum():
                     return token_id, text
         return None
+
+    @cached_property
+    def grammars(self) -> "Grammars":
+        """Structured outputs in this vocabulary; made in half a second.
+
+        Raises:
+            ValueError: there is no end-of-sequence token.
+        """
+        from apt_jax.tokenization.grammars import Grammars
+
+        return Grammars(self._backend.to_str(), self.eos_token_id)
 
     def detokenizer(
         self, skip_special_tokens: bool = True, prompt_token_ids: Sequence[int] = ()

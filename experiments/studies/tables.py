@@ -2,6 +2,7 @@
 
 import statistics
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from experiments.studies.catalogue import Study
@@ -80,8 +81,9 @@ def targets_table(study: Study, rows: Sequence[Row]) -> str:
     base: list[Row] = []
     experiment = None
     for case, row in zip(study.cases, by_point(rows).values(), strict=True):
-        if case.experiment != experiment:
-            experiment, base = case.experiment, row
+        plain = replace(case.experiment, cache_dtype="auto", quantization="none")  # ratios are to 16 bits
+        if plain != experiment:
+            experiment, base = plain, row
         cells, ratios = [], []
         for reading, target in asked:
             own, first = throughput(row, reading, target), throughput(base, reading, target)["rate"]

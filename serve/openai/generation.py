@@ -24,6 +24,7 @@ from apt_jax.serve.openai.replies import PromptTokenLogprob, prompt_tokens_detai
 from apt_jax.serve.openai.requests import GenerationRequest, bad_request, slo_of
 from apt_jax.serve.openai.slo_report import is_unanswered, slo_abandoned, slo_report
 from apt_jax.serve.openai.sse import event
+from apt_jax.serve.openai.strict import check_grammar
 from apt_jax.serve.runtime.samples import Sample, fan_out
 from apt_jax.tokenization.token_texts import ByteTokenTexts, TokenTexts
 
@@ -120,6 +121,8 @@ class Generation[Body: GenerationRequest]:
             )
         if params.stop and engine.tokenizer is None:
             raise BadRequest("stop needs a tokenizer and this model has none; use stop_token_ids", "stop")
+        if params.structured_outputs is not None:
+            check_grammar(params.structured_outputs, engine.tokenizer)
         prompts = cls._prompts(body, model)
         if body.asked_max_tokens is not None:
             check_room(max(map(len, prompts)), body.asked_max_tokens, engine.max_model_len)

@@ -71,10 +71,8 @@ EITHER: Fields = {
     "min_new_tokens": Neutral((0,)),
     "repetition_detection": NULL,
     "request_id": Neutral(instead="the header x-request-id"),
-    "response_format": Neutral(({"type": "text"},)),
     "return_tokens_as_token_ids": Neutral((False,), instead="return_token_ids"),
     "spaces_between_special_tokens": TRUE,
-    "structured_outputs": NULL,
     "truncate_prompt_tokens": NULL,
     "use_beam_search": FALSE,
     "vllm_xargs": NO_OBJECT,
@@ -134,9 +132,15 @@ OF_MESSAGES: Fields = {
     "tool_calls": NO_LIST,
 }
 OF_TEXT_PARTS: Fields = {"annotations": NO_LIST, "cache_control": ANY_OBJECT}
+OF_STRUCTURED_OUTPUTS: Fields = {
+    "disable_additional_properties": FALSE,
+    "disable_any_whitespace": FALSE,
+    "disable_fallback": FALSE,
+    "whitespace_pattern": NULL,
+}
 OF_STREAM_OPTIONS: Fields = {"include_obfuscation": FALSE}
 
-ALL = (OF_COMPLETIONS, OF_CHATS, OF_MESSAGES, OF_TEXT_PARTS, OF_STREAM_OPTIONS)
+ALL = (OF_COMPLETIONS, OF_CHATS, OF_MESSAGES, OF_TEXT_PARTS, OF_STREAM_OPTIONS, OF_STRUCTURED_OUTPUTS)
 
 
 def without_neutral(value: Mapping[str, Any], fields: Fields) -> dict[str, Any]:

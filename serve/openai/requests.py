@@ -2,14 +2,14 @@
 
 import math
 from collections.abc import Iterable, Mapping
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, PlainValidator, WithJsonSchema
 
 from apt_jax.request import MAX_LOGIT_BIAS, MAX_STOP_TOKEN_IDS, RANGES, SamplingParams, Slo
 from apt_jax.serve.errors import BadRequest
 from apt_jax.serve.json_text import shown
-from apt_jax.serve.openai.neutral_fields import OF_COMPLETIONS, OF_STREAM_OPTIONS, Fields
+from apt_jax.serve.openai.neutral_fields import OF_COMPLETIONS, OF_STREAM_OPTIONS, OF_STRUCTURED_OUTPUTS, Fields
 from apt_jax.serve.openai.strict import Strict, at_most, check_length, parse_body
 
 MAX_STOP_STRINGS = 64
@@ -93,6 +93,9 @@ LOGIT_BIAS_SCHEMA = {
 }
 
 
+Text = Annotated[str, Field(min_length=1)]
+
+
 class SloBody(Strict):
     """Latency SLO of one request, in milliseconds; a missing part takes the server's default."""
 
@@ -108,6 +111,42 @@ class StreamOptions(Strict):
 
     include_usage: bool | None = None
     continuous_usage_stats: bool | None = None
+
+
+class JsonSchema(Strict):
+    """The schema of `response_format`; it is always followed strictly."""
+
+    name: str | None = None
+    description: str | None = None
+    schema_: dict[str, Any] | None = Field(default=None, alias="schema")
+    strict: bool | None = None
+
+
+class ResponseFormat(Strict):
+    """OpenAI's way to ask for structured outputs."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+    def asked(self) -> dict[str, Any] | None:
+        """As `SamplingParams.structured_outputs`; None for text."""
+        if self.type != "json_schema":
+            return {"json_object": True} if self.type == "json_object" else None
+        if self.json_schema is None or not self.json_schema.schema_:
+            raise BadRequest("response_format of type json_schema needs json_schema with a schema", "response_format")
+        return {"json": self.json_schema.schema_}
+
+
+class StructuredOutputs(Strict):
+    """vLLM's way to ask for them; one of these."""
+
+    NEUTRAL: ClassVar[Fields] = OF_STRUCTURED_OUTPUTS
+
+    json_: dict[str, Any] | Text | None = Field(default=None, alias="json")
+    json_object: bool | None = None
+    regex: Text | None = None
+    choice: Annotated[list[Text], Field(min_length=1)] | None = None
+    grammar: Text | None = None
 
 
 def as_whole(value: object) -> object:
@@ -131,7 +170,6 @@ def ranged(name: str) -> Any:
 
 Whole = Annotated[int, BeforeValidator(as_whole)]
 TokenId = Annotated[Whole, Field(ge=0)]
-Text = Annotated[str, Field(min_length=1)]
 PromptForms = (
     Text
     | Annotated[list[Text], Field(min_length=1)]
@@ -185,6 +223,8 @@ class GenerationRequest(Strict):
     user: str | None = None
     cache_salt: Annotated[str, Field(min_length=1)] | None = None
     slo: SloBody | None = None
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
 
     @property
     def asked_max_tokens(self) -> int | None:
@@ -207,10 +247,28 @@ class GenerationRequest(Strict):
             BadRequest: a value out of its range; `param` names the field.
         """
         given = {name: value for name, value in self.sampling_fields().items() if value is not None}
+        if (asked := self.asked_structure()) is not None:
+            given["structured_outputs"] = asked
         try:
             return SamplingParams(**{"max_tokens": self.default_max_tokens, **(defaults or {}), **given})
         except ValueError as error:
             raise bad_request(error, given) from error
+
+    def asked_structure(self) -> dict[str, Any] | None:
+        """`SamplingParams.structured_outputs`.
+
+        Raises:
+            BadRequest: both fields ask for something, or a schema is missing.
+        """
+        of_format = None if self.response_format is None else self.response_format.asked()
+        if self.structured_outputs is None:
+            return of_format
+        own = self.structured_outputs.model_dump(by_alias=True, exclude_none=True)
+        if of_format is not None and own:
+            raise BadRequest(
+                "response_format and structured_outputs ask for the same thing; give one", "response_format"
+            )
+        return own or of_format
 
     @property
     def default_max_tokens(self) -> int | None:

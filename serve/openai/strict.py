@@ -1,8 +1,8 @@
 """The base of all bodies, checked strictly up to the first fault, which one sentence tells."""
 
 import difflib
-from collections.abc import Sized
-from typing import Any, ClassVar, get_args
+from collections.abc import Mapping, Sized
+from typing import TYPE_CHECKING, Any, ClassVar, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, GetJsonSchemaHandler, ValidationError, model_validator
 from pydantic_core import CoreSchema
@@ -10,6 +10,9 @@ from pydantic_core import CoreSchema
 from apt_jax.serve.errors import BadRequest
 from apt_jax.serve.json_text import SHOWN_VALUE_CHARS, shown
 from apt_jax.serve.openai.neutral_fields import ALL, Fields, Neutral, refused, without_neutral
+
+if TYPE_CHECKING:
+    from apt_jax.tokenization.tokenizer import Tokenizer
 
 MAX_OBJECT_FIELDS = 256  # known and unknown
 
@@ -107,3 +110,14 @@ def _holder(model: type[BaseModel], path: list[str]) -> type[BaseModel]:
 
 def _lower_first(text: str) -> str:
     return text[:1].lower() + text[1:]
+
+
+def check_grammar(asked: Mapping[str, Any], tokenizer: "Tokenizer | None") -> None:
+    """Compile structured outputs, for the engine to find; raises BadRequest if that is impossible."""
+    name = "structured_outputs"
+    if tokenizer is None:
+        raise BadRequest("structured outputs need a tokenizer, and this model has none; leave them out", name)
+    try:
+        tokenizer.grammars.matcher(asked)
+    except ValueError as error:
+        raise BadRequest(str(error), name) from error

@@ -157,6 +157,52 @@ def test_openai_s_client_chats_as_the_template_says(client, server):
     assert chunks[-1].usage.completion_tokens == 8 and chunks[-2].slo["ttft_slo_ms"] == 60_000
 
 
+SCHEMA = {
+    "type": "object", "properties": {"ok": {"type": "boolean"}, "n": {"enum": [1, 22, 333]}},
+    "required": ["ok", "n"], "additionalProperties": False,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("fields", "pattern"),
+    [
+        ({"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": SCHEMA}}}, None),
+        ({"extra_body": {"structured_outputs": {"regex": "[0-9]{3}-[ab]{2}"}}}, "[0-9]{3}-[ab]{2}"),
+        ({"extra_body": {"structured_outputs": {"choice": ["left", "right"]}}}, "left|right"),
+    ],
+)
+def test_answers_follow_what_openai_s_client_asks_for(client, fields, pattern):
+    messages = [{"role": "user", "content": "the quick"}]
+    asked = {"model": NAME, "messages": messages, "max_tokens": 60, "temperature": 1.5, "seed": 3, **fields}
+    reply = client.chat.completions.create(**asked)
+    text = reply.choices[0].message.content
+    assert reply.choices[0].finish_reason == "stop"
+    if pattern is None:
+        found = json.loads(text)
+        assert type(found["ok"]) is bool and found["n"] in (1, 22, 333) and len(found) == 2
+    else:
+        assert re.fullmatch(pattern, text)
+    streamed = client.chat.completions.create(**asked, stream=True)
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in streamed if chunk.choices) == text
+
+
+@pytest.mark.parametrize(
+    ("fields", "sentence"),
+    [
+        ({"response_format": {"type": "json_schema"}}, "needs json_schema with a schema"),
+        ({"structured_outputs": {"regex": "a("}}, "structured_outputs regex cannot be compiled"),
+        ({"structured_outputs": {"regex": "a", "json": {}}}, "give exactly one of"),
+        (
+            {"response_format": {"type": "json_object"}, "structured_outputs": {"regex": "a"}},
+            "response_format and structured_outputs ask for one thing",
+        ),
+    ],
+)
+def test_structures_that_cannot_be_followed_are_400(client, fields, sentence):
+    with pytest.raises(openai.BadRequestError, match=sentence):
+        client.completions.create(model=NAME, prompt="the quick", extra_body=fields)
+
+
 def test_tokens_of_the_served_model(server):
     with httpx.Client(base_url=server.url) as http:
         tokens = http.post("/tokenize", json={"prompt": "the quick"}).json()["tokens"]

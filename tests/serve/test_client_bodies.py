@@ -158,7 +158,7 @@ def test_whole_numbers_may_be_written_with_a_point():
         (COMPLETIONS, {"best_of": 2}, "best_of"),
         (COMPLETIONS, {"suffix": "x"}, "suffix"),
         (COMPLETIONS, {"use_beam_search": True}, "use_beam_search"),
-        (COMPLETIONS, {"response_format": {"type": "json_object"}}, "response_format"),
+        (COMPLETIONS, {"response_format": {"type": "json_schema"}}, "response_format"),
         (COMPLETIONS, {"truncate_prompt_tokens": 5}, "truncate_prompt_tokens"),
         (COMPLETIONS, {"best_of": True}, "best_of"),
         (CHATS, {"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),

@@ -59,9 +59,28 @@ def test_sampling_fields_reach_the_sampling_params():
         "skip_special_tokens": False,
         "include_stop_str_in_output": True,
     }
-    assert set(fields) | {"logit_bias"} == SamplingParams.field_names(), "a sampling field is not in the API"
+    assert set(fields) | {"logit_bias", "structured_outputs"} == SamplingParams.field_names(), (
+        "a sampling field is not in the API"
+    )
     expected = SamplingParams(**fields, logit_bias={7: -1.5})
     assert parse(**fields, logit_bias={"7": -1.5}).sampling_params() == expected
+
+
+@pytest.mark.parametrize(
+    ("fields", "asked"),
+    [
+        ({"response_format": {"type": "text"}}, None),
+        ({"response_format": {"type": "json_object"}}, {"json_object": True}),
+        ({"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "null"}, "strict": True}}},
+         {"json": {"type": "null"}}),
+        ({"structured_outputs": {"json": {"enum": [1]}}}, {"json": {"enum": [1]}}),
+        ({"structured_outputs": {"json": '{"enum": [1]}', "regex": None}}, {"json": '{"enum": [1]}'}),
+        ({"structured_outputs": {"choice": ["a", "b"]}, "response_format": {"type": "text"}}, {"choice": ["a", "b"]}),
+        ({"structured_outputs": {"grammar": "start: x"}}, {"grammar": "start: x"}),
+    ],
+)  # fmt: skip
+def test_structures_reach_the_sampling_params(fields, asked):
+    assert parse(**fields).sampling_params().structured_outputs == asked
 
 
 @pytest.mark.parametrize(

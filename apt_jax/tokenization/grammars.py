@@ -1,0 +1,118 @@
+"""Which tokens may come next where an output must follow a grammar: a JSON schema, a regular expression, choices, Lark.
+
+Grammars are compiled and followed by the llguidance library, whose limits bound a hostile one in time and memory: it
+ends with a reason. No jax here.
+"""
+
+import json
+import threading
+from collections import OrderedDict
+from collections.abc import Mapping
+from typing import Any
+
+import llguidance.numpy
+import numpy as np
+from llguidance import LLMatcher, LLTokenizer
+
+MOST_KEPT = 64  # compiled grammars, those used last
+_ANY_OBJECT = {"type": "object"}
+_WHITE_SPACE = r"[ ]?|\n[ ]{0,40}"  # between the parts of JSON: without a bound some models write nothing else
+
+
+class Matcher:
+    """The state of one output in its grammar."""
+
+    def __init__(self, matcher: LLMatcher, num_words: int):
+        self._matcher, self._num_words = matcher, num_words
+
+    def allow(self, words: np.ndarray) -> str | None:
+        """Set the bits of the tokens that may come next, and clear all others; an error if none can be found.
+
+        Args:
+            words: int32 `[W]`, token t is bit t % 32 of word t // 32; W may be more than this vocabulary needs.
+        """
+        words[:] = 0
+        llguidance.numpy.fill_next_token_bitmask(self._matcher, words[None, : self._num_words], 0)
+        return self._error() or (None if words.any() else "no token can follow")
+
+    def accept(self, token_id: int) -> str | None:
+        """Take in the next token; an error if it may not follow."""
+        if self._matcher.consume_token(token_id):
+            return None
+        return self._error() or f"token {token_id} may not follow"
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether nothing can follow but the end."""
+        return self._matcher.is_stopped()
+
+    def _error(self) -> str | None:
+        error = self._matcher.get_error()
+        return error.strip().splitlines()[0] if error else None
+
+
+class Grammars:
+    """Compiles grammars for one tokenizer. Thread-safe.
+
+    Args:
+        tokenizer: a `tokenizers.Tokenizer` as JSON.
+        eos_token_id: what ends an output that could go on.
+    """
+
+    def __init__(self, tokenizer: str, eos_token_id: int | None):
+        if eos_token_id is None:
+            raise ValueError("structured outputs need an end-of-sequence token, and this tokenizer has none")
+        self._tokenizer = LLTokenizer(tokenizer, eos_token=eos_token_id)
+        self._num_words = -(-self._tokenizer.vocab_size // 32)
+        self._kept: OrderedDict[str, LLMatcher] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def matcher(self, asked: Mapping[str, Any]) -> Matcher:
+        """A new matcher at the beginning of what `SamplingParams.structured_outputs` asks for.
+
+        Raises:
+            ValueError: it cannot be compiled, or is over the limits; one sentence with the library's reason.
+        """
+        key = json.dumps(asked, sort_keys=True)
+        with self._lock:
+            kept = self._kept.get(key)
+            if kept is not None:
+                self._kept.move_to_end(key)
+        if kept is None:
+            kept = self._compile(asked)
+            with self._lock:
+                self._kept[key] = kept
+                if len(self._kept) > MOST_KEPT:
+                    self._kept.popitem(last=False)
+        return Matcher(kept.deep_copy(), self._num_words)
+
+    def _compile(self, asked: Mapping[str, Any]) -> LLMatcher:
+        ((kind, value),) = asked.items()
+        try:
+            matcher = LLMatcher(self._tokenizer, _grammar(kind, value), log_level=0)
+        except Exception as error:  # of the library, which raises nothing narrower
+            raise ValueError(f"structured_outputs {kind} cannot be compiled: {error}") from error
+        if matcher.is_error():
+            raise ValueError(f"structured_outputs {kind} cannot be compiled: {_one_line(matcher.get_error())}")
+        return matcher
+
+
+def _grammar(kind: str, value: Any) -> str:
+    """Text in llguidance's own form."""
+    if kind == "json":
+        return _json_grammar(value if isinstance(value, str) else json.dumps(value))
+    if kind == "json_object":
+        return _json_grammar(json.dumps(_ANY_OBJECT))
+    if kind == "regex":
+        return LLMatcher.grammar_from_regex(value)
+    if kind == "choice":
+        return LLMatcher.grammar_from_lark("start: " + " | ".join(map(json.dumps, value)))
+    return llguidance.grammar_from("grammar", value)
+
+
+def _json_grammar(schema: str) -> str:
+    return LLMatcher.grammar_from_json_schema(schema, defaults={"whitespace_pattern": _WHITE_SPACE})
+
+
+def _one_line(text: str) -> str:
+    return " ".join(line.strip() for line in text.strip().splitlines() if line.strip())[:500]

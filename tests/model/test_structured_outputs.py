@@ -1,0 +1,170 @@
+"""Outputs that must follow a grammar: what the engine samples, whatever runs beside it."""
+
+import json
+import re
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from apt_jax.batching.allowed_tokens import allowed_tokens
+from apt_jax.checkpoints.load import load_model
+from apt_jax.engine.engine import Engine
+from apt_jax.engine.setup import set_up
+from apt_jax.engine_config import EngineConfig
+from apt_jax.request import FinishReason, SamplingParams
+from apt_jax.tokenization.grammars import Grammars
+from apt_jax.tokenization.tokenizer import Tokenizer
+from tests.support.engines import finish
+
+SCHEMA = {
+    "type": "object", "additionalProperties": False, "required": ["name", "age", "tags"],
+    "properties": {
+        "name": {"type": "string", "maxLength": 12}, "age": {"type": "integer", "minimum": 0, "maximum": 120},
+        "tags": {"type": "array", "items": {"enum": ["a", "bb"]}, "maxItems": 3},
+    },
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def loaded():
+    found = load_model(None)
+    return SimpleNamespace(weights=found.weights, config=found.config, tokenizer=Tokenizer.from_folder(found.folder))
+
+
+@pytest.fixture(scope="module")
+def engine(loaded):
+    """One whose pool is too small for four long outputs."""
+    chosen = EngineConfig(
+        max_model_len=256, num_blocks=34, max_num_seqs=4, max_num_batched_tokens=64, scheduling_policy="fcfs",
+        cache_mode="kv",
+    )  # fmt: skip
+    return Engine(set_up(loaded.weights, loaded.config, chosen), loaded.tokenizer)
+
+
+def text_of(engine, request) -> str:
+    return engine.tokenizer.decode(request.output_token_ids)
+
+
+def ask(engine, name, asked, prompt="def f(", **params):
+    chosen = SamplingParams(**{"max_tokens": 120, "temperature": 1.0, "seed": 5, "structured_outputs": asked, **params})
+    return engine.add(engine.tokenizer.encode(prompt), chosen, request_id=name)
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_every_form_is_followed_beside_requests_that_are_free(engine, asynchronous, monkeypatch):
+    monkeypatch.setattr(engine, "_depth", int(asynchronous))
+    free = ask(engine, "free", None, temperature=0, max_tokens=40, ignore_eos=True)
+    asked = {
+        "json": {"json": SCHEMA}, "regex": {"regex": r"\d{3}-[a-f]{4}"}, "choice": {"choice": ["yes", 'n"o']},
+        "grammar": {"grammar": 'start: "x" ("," "x")~2'}, "object": {"json_object": True},
+    }  # fmt: skip
+    requests = {name: ask(engine, name, each, max_tokens=160) for name, each in asked.items()}
+    finish(engine)
+    texts = {name: text_of(engine, request) for name, request in requests.items()}
+    found = json.loads(texts["json"])
+    assert found.keys() == {"name", "age", "tags"} and 0 <= found["age"] <= 120 and set(found["tags"]) <= {"a", "bb"}
+    assert re.fullmatch(r"\d{3}-[a-f]{4}", texts["regex"]) and texts["choice"] in ("yes", 'n"o')
+    assert texts["grammar"] == "x,x,x"
+    assert {r.finish_reason for name, r in requests.items() if name != "object"} == {FinishReason.STOP}
+    alone = ask(engine, "alone", None, temperature=0, max_tokens=40, ignore_eos=True)
+    finish(engine)
+    assert free.output_token_ids == alone.output_token_ids
+
+
+def test_the_same_seed_gives_the_same_alone_preempted_and_resumed(engine):
+    alone = ask(engine, "alone", {"json": SCHEMA})
+    finish(engine)
+    crowd = [ask(engine, f"free{i}", None, max_tokens=100, ignore_eos=True, seed=i) for i in range(3)]
+    crowded = ask(engine, "crowded", {"json": SCHEMA})
+    finish(engine)
+    assert crowded.output_token_ids == alone.output_token_ids
+    assert sum(request.num_preemptions for request in (*crowd, crowded)) > 0
+    begun = alone.output_token_ids[:9]
+    resumed = engine.add(alone.prompt_token_ids, alone.params, request_id="resumed", output_token_ids=begun)
+    finish(engine)
+    assert resumed.output_token_ids == alone.output_token_ids
+    with pytest.raises(ValueError, match="output_token_ids do not follow structured_outputs"):
+        engine.add(alone.prompt_token_ids, alone.params, request_id="bad", output_token_ids=[90, 91, 92])
+
+
+def test_log_probabilities_stay_the_model_s_own(engine):
+    outputs = []
+    request = ask(engine, "a", {"choice": ["yes", "no"]}, temperature=0, logprobs=2)
+    while engine.has_unfinished:
+        outputs += engine.step()
+    assert text_of(engine, request) in ("yes", "no")
+    assert all(entry.rank >= 1 and entry.logprob < 0 for output in outputs for entry in output.logprobs)
+    assert any(entry.rank > 1 for output in outputs for entry in output.logprobs), "or the grammar changed nothing"
+
+
+@pytest.mark.parametrize(
+    ("asked", "sentence"),
+    [
+        ({"json": {"type": "banana"}}, "structured_outputs json cannot be compiled: .*banana"),
+        ({"regex": "a("}, "structured_outputs regex cannot be compiled"),
+        ({"grammar": "start: nothing"}, "structured_outputs grammar cannot be compiled"),
+    ],
+)
+def test_what_cannot_be_compiled_is_refused_with_the_reason(engine, asked, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        ask(engine, "bad", asked)
+    assert not engine.has_unfinished
+
+
+@pytest.mark.parametrize(
+    ("asked", "sentence"),
+    [
+        ({}, r"structured_outputs has \[\], give exactly one of json, json_object"),
+        ({"json": {}, "regex": "a"}, "give exactly one of"),
+        ({"xml": "a"}, r"structured_outputs has \['xml'\]"),
+        ("json", "structured_outputs='json' must be an object"),
+        ({"choice": ["a", 1]}, "choice has something that is no text"),
+        ({"regex": ""}, "structured_outputs regex='' must be a str and not empty"),
+        ({"json_object": False}, "json_object=False must be a bool and not empty"),
+    ],
+)
+def test_what_makes_no_sense_is_refused_where_it_is_made(asked, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        SamplingParams(structured_outputs=asked)
+
+
+def test_a_grammar_that_fails_while_it_runs_ends_its_request_alone(engine):
+    request, other = ask(engine, "a", {"regex": "[ab]{50}"}), ask(engine, "b", {"regex": "[ab]{4}"})
+
+    class Fails:
+        is_complete = False
+
+        def allow(self, words) -> str:
+            words[:] = 0
+            return "too many states"
+
+    engine.step()
+    request.matcher = Fails()
+    outputs = [output for _ in range(30) if engine.has_unfinished for output in engine.step()]
+    (failed,) = [output for output in outputs if output.request is request and output.finish_reason is not None]
+    assert failed.error == "the output cannot go on as structured_outputs asks: too many states"
+    assert re.fullmatch("[ab]{4}", text_of(engine, other))
+    engine.state.check()
+
+
+def test_bits_of_rows(loaded):
+    grammars = Grammars(loaded.tokenizer._backend.to_str(), loaded.tokenizer.eos_token_id)
+    matcher = grammars.matcher({"choice": ["yes"]})
+
+    class Row:
+        def __init__(self, matcher):
+            self.matcher = matcher
+
+    words, failed = allowed_tokens([Row(None), Row(matcher)], 4, loaded.config.vocab_size)
+    assert words.shape == (4, -(-loaded.config.vocab_size // 32)) and not failed
+    assert (words[[0, 2, 3]] == -1).all()
+    bits = np.unpackbits(words[1].view(np.uint8), bitorder="little")
+    texts = {loaded.tokenizer.token_text(int(token)) for token in np.flatnonzero(bits)}
+    assert texts <= {"y", "ye", "yes"} and "y" in texts
+    assert allowed_tokens([Row(None)], 4, loaded.config.vocab_size) == (None, [])
+
+
+def test_a_tokenizer_without_an_end_cannot():
+    with pytest.raises(ValueError, match="need an end-of-sequence token, and this tokenizer has none"):
+        Grammars("{}", None)
