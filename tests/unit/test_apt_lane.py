@@ -140,6 +140,26 @@ def test_a_stream_that_broke_its_promise_stands_until_its_patience_is_over_and_t
     assert np.delete(gaps, stands) == pytest.approx(0.03)
 
 
+@pytest.mark.parametrize("mode", ["kv", "hidden", "hybrid"])
+@pytest.mark.parametrize(("options", "seats"), [("", 256), (":lane_share=1", 8), (":lane_share=1:prediction=off", 8)])
+def test_a_lane_that_outgrows_the_pool_sends_its_newest_back(mode, options, seats):
+    """80 blocks hold four requests when they enter, and two or one of them at their end. Before, blocks ran out."""
+    state = make_state(80, 8, seats, 64, mode)
+    policy = make_policy(f"apt:patience_s=1{options}", PolicyContext(A100))
+    late = [request(8, 400 if mode == "hidden" else 250, -30.0 + k, name=f"late{k}") for k in range(4)]
+    for each in late:
+        state.add(each)
+    now, ended, sent_back = 0.0, [], []
+    while state.num_unfinished:
+        plan = step(state, policy, now)
+        ended += [each for each in late if each.finish_reason is not None and each not in ended]
+        sent_back += [e.request for e in plan.preempted if e.reason is Reason.PREEMPTED_FOR_LONGEST_LATE]
+        now += 0.03
+        assert now < 120.0
+    assert ended == late and late[0].num_preemptions == 0 and sent_back
+    assert all(sent_back.count(each) <= number for number, each in enumerate(late))
+
+
 @pytest.mark.parametrize("options", ["", ":convert=off"])
 def test_one_of_the_lane_that_outgrows_the_pool_as_kv_begins_again_as_hidden(options):
     """12 blocks are 24 tokens as KV; all 35 are 9 blocks as hidden. Where hidden is far slower it has KV first.

@@ -15,7 +15,8 @@ from apt_jax.scheduling.policies.apt.knapsack.problem import Bools, Ints, Proble
 def start_draft(view: View, decodes: Bools, prefills: Bools, *, mixes: bool) -> Draft:
     """A draft with blocks set aside for the growth of those that decode.
 
-    If the blocks do not last, the running requests worth least per block are preempted; those in the lane never.
+    If the blocks do not last, the running requests worth least per block are preempted; those in the lane only if it
+    outgrows the pool by itself, the newest first.
     """
     pool, seats = view.state.pool, view.state.limits.max_num_seqs - len(view.running)
     need = np.where(decodes, view.need_r, view.held_r)
@@ -23,18 +24,26 @@ def start_draft(view: View, decodes: Bools, prefills: Bools, *, mixes: bool) -> 
     if growth <= pool.num_free:
         return Draft(decodes, prefills, mixes, claims, pool.num_free - growth, seats)
     capacity = pool.num_blocks - (0 if view.state.prefixes is None else view.state.prefixes.num_shared)
-    dropped = _least_valuable(view, claims, capacity)
+    sent_back = _outgrowing(view, claims, capacity)
+    dropped = np.concatenate([_least_valuable(view, claims, capacity), sent_back])
+    reasons = dict.fromkeys(dropped.tolist(), Reason.PREEMPTED_LEAST_VALUE)
     return Draft(
         decodes, prefills, mixes, claims,
         free_blocks=capacity - int(claims.sum()) + int(claims[dropped].sum()),
         seats=seats + len(dropped),
-        preempted=dict.fromkeys(dropped.tolist(), Reason.PREEMPTED_LEAST_VALUE),
+        preempted=reasons | dict.fromkeys(sent_back.tolist(), Reason.PREEMPTED_FOR_LONGEST_LATE),
     )  # fmt: skip
+
+
+def _outgrowing(view: View, claims: Ints, capacity: int) -> Ints:
+    """Indices of the newest in the lane without which the others of it find room in `capacity` blocks."""
+    lane = np.flatnonzero(view.lane_r)
+    return lane[np.cumsum(claims[lane]) > capacity]
 
 
 def _least_valuable(view: View, claims: Ints, capacity: int) -> Ints:
     """Indices of the running requests that the solver leaves out if each takes `claims` of `capacity` blocks."""
-    capacity -= int(claims[view.lane_r].sum())
+    capacity = max(capacity - int(claims[view.lane_r].sum()), 0)
     claims = np.maximum(claims, view.running.blocks_per_page)  # also where everything is shared
     rest = np.flatnonzero(~view.lane_r)
     as_kv = view.running.kind[rest] == CacheKind.KV.index

@@ -59,7 +59,11 @@ class Apt:
         self._decided = view, draft
         if self._options.fallback == "aging":
             self._ledger.give_up(view.late_w, view.late_r)
-            entered = list(compress(running.requests, view.lane_r.tolist())) if view.lane_r.any() else []
+            entered = []
+            if view.lane_r.any():
+                stays = draft.stays
+                entered = list(compress(running.requests, (view.lane_r & stays).tolist()))
+                self._ledger.leave_lane(list(compress(running.requests, (view.lane_r & ~stays).tolist())))
             if view.lane_w.any():
                 entered += [s.request for s in plan.scheduled if s.reason is Reason.ADMITTED_LONGEST_LATE]
             self._ledger.enter_lane(entered)

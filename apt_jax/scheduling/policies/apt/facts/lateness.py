@@ -3,15 +3,17 @@
 A late request is demoted: its value shrinks to 1/10,000, so it never takes memory from a request that can still be
 served in time (Apt-Serve, section 5). Alone that starves it for as long as others keep coming. The aging fallback
 bounds the wait: late requests that have been in the system for `patience_s` queue, in order of arrival, for a lane.
-A request that has entered the lane is scheduled in every iteration, cannot be preempted, and leaves only when finished.
+A request that has entered the lane is scheduled in every iteration and cannot be preempted, and leaves when finished;
+should those in it outgrow the pool by themselves, the newest of them leaves and queues again.
 
 Bound, in iterations. A request is eligible once it is late and its patience is over, and stays so: being late does not
 turn back. The oldest in the lane gets the first chunk of every iteration and nobody takes its memory, so it computes
 min(16, what is left of its prompt) tokens or more, or one output token. (It needs room for 16 tokens beside one for
 each of `max_num_seqs`.) With n tokens to compute and o to generate it is served by w = ceil(n / 16) + o iterations.
-Only older requests, and those in the lane already, go before a request that is eligible; none of them is sent back, but
-one that outgrows the pool as KV, which begins again as hidden. So a request is finished after at most the sum of w over
-those and itself (twice, where it may be KV), whatever else arrives.
+Only older requests, and those in the lane already, go before a request that is eligible. So while the lane does not
+outgrow the pool, a request is finished after at most the sum of w over those and itself (twice, where it may be KV: one
+that outgrows the pool as KV begins again as hidden), whatever else arrives. One that the lane sends back computes its
+tokens again, each time after an older one has ended.
 
 In seconds: let an iteration with the decodes alone take T, 16 prompt tokens with their cached prefix C, and let P be
 the tightest promise of those in time (of all, if all are late): a gap or a first token. `budget.py` makes an iteration

@@ -95,11 +95,17 @@ class Ledger:
                 self._has_new_standings = True
 
     def enter_lane(self, requests: Sequence[Request]) -> None:
-        """Remember these of the last update's queues as in the lane until they end."""
+        """Remember these of the last update's queues as in the lane, until they end or leave it."""
         if requests:
             column = _orders(requests) - self._base
             self._has_new_standings |= bool((self._counts[3, column] != _IN_LANE).any())
             self._counts[3, column] = _IN_LANE
+
+    def leave_lane(self, requests: Sequence[Request]) -> None:
+        """Remember these of the last update's queues as late only: they queue for the lane again."""
+        if requests:
+            self._counts[3, _orders(requests) - self._base] = _LATE
+            self._has_new_standings = True
 
     def _enter(self, fresh: list[Request]) -> None:
         """Columns of requests that were never seen: what does not change."""
