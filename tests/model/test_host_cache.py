@@ -12,9 +12,11 @@ from hypothesis import strategies as st
 from apt_jax.engine_config import EngineConfig
 from apt_jax.model_config import ModelConfig
 from apt_jax.request import SamplingParams
-from tests.model.test_prefix_engine import Conversations, converse
+from tests.model.test_prefix_engine import converse, greedy
 from tests.support.checkpoint_folders import random_model
+from tests.support.conversations import Conversations
 from tests.support.engines import finish, make_engine
+from tests.support.token_runner import VOCABULARY, answer
 from tests.support.token_runner import make_engine as token_engine
 
 CONFIG = ModelConfig(
@@ -58,7 +60,10 @@ def test_copies_that_fail_are_computed_again(asynchronous):
             return happened[-1]
 
         engine.runner.failing_copies = fails
-        Conversations(engine, draw).run(10)
+        talks = Conversations(engine, draw, VOCABULARY, greedy)
+        talks.run(10)
+        for request in talks.answered:
+            assert request.output_token_ids == answer(request.prompt_token_ids, request.max_new_tokens)
         failures += sum(happened)
         assert engine.state.pool.num_free == 50 and engine.figures().num_failed_steps == 0
     assert failures > 10
