@@ -170,6 +170,7 @@ class Converted(Work):
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(convert, "read_parameters", lambda *args, **options: ({}, ""))
+            patch.setattr(convert, "choose_int8", lambda *args: None)
             patch.setattr(convert, "weights_fingerprint", lambda *args: "weights:none")
             patch.setattr(convert, "_host", lambda: None)
             patch.setattr(convert.Skeleton, "of", lambda *args: SimpleNamespace(dtype=np.dtype("float32"), nbytes=0))

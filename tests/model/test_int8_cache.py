@@ -81,7 +81,7 @@ def stacked_engine(model):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
             "apt_jax.execution.weights.choice.LayerLayout.of",
-            lambda model, device, kernels: StackedLayout(device, kernels=kernels),
+            lambda model, device, kernels, int8: StackedLayout(device, kernels=kernels, int8=int8),
         )
         found = int8_engine(model, attention_backend="xla", enable_prefix_caching=False)
     assert found.runner.weights.layers is None

@@ -39,7 +39,7 @@ def order(array: jax.Array) -> tuple[int, ...]:
 
 def put_for_tpu(path, array: jax.Array) -> jax.Array:
     """As a loader puts it."""
-    return StackedLayout(jax.devices()[0], custom_layouts=True).place(path_of(path), array).arrays[0]
+    return StackedLayout(jax.devices()[0], custom_layouts=True).place(path_of(path), array).array
 
 
 def test_only_the_projections_are_laid_out_anew_and_hold_the_same_numbers(model):
