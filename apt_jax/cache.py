@@ -9,7 +9,7 @@ A new cache kind is a `CacheSpec` and a member of `CacheKind`, and a mode in whi
 import enum
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Literal, cast, get_args
+from typing import Literal, NamedTuple, cast, get_args
 
 
 class Vector(enum.Enum):
@@ -118,6 +118,16 @@ class OutOfBlocks(RuntimeError):
     """More blocks were asked for than are free: a scheduling policy planned past the pool."""
 
 
+class Projection(NamedTuple):
+    """Pages of which the device computes one kind from another: hidden vectors in `sources`, a block for each page.
+
+    `targets[v][i]` gets vector v of the new kind for page i; it may be `sources[i]` itself.
+    """
+
+    sources: list[int]
+    targets: list[list[int]]
+
+
 @dataclass
 class BlockTable:
     """The blocks of one request: `blocks[v][i]` holds vector `kind.spec.vectors[v]` of page i's tokens."""
@@ -174,8 +184,8 @@ class BlockPool:
             blocks.extend(taken[v * pages : (v + 1) * pages])
         table.num_pages += pages
 
-    def convert(self, table: BlockTable) -> None:
-        """Turn a table into one of the kind that its own converts to, in place.
+    def convert(self, table: BlockTable) -> Projection:
+        """Turn a table into one of the kind that its own converts to, in place; what the device has to do.
 
         The new kind's first vectors take the blocks there are, the others take new ones.
 
@@ -186,11 +196,12 @@ class BlockPool:
         if new is None:
             raise ValueError(f"a table of kind {old.value} cannot be converted in place")
         added = new.blocks_per_page - old.blocks_per_page
-        taken = self._take(added * pages)
+        taken, sources = self._take(added * pages), [*table.blocks[0]]
         table.blocks += [taken[v * pages : (v + 1) * pages] for v in range(added)]
         table.kind = new
         self._held[old.index] -= old.blocks_per_page * pages
         self._held[new.index] += new.blocks_per_page * pages
+        return Projection(sources, [[*blocks] for blocks in table.blocks])
 
     def release(self, table: BlockTable) -> None:
         """Give all of `table`'s blocks back and empty it."""

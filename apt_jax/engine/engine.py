@@ -28,6 +28,7 @@ from apt_jax.execution.interface import StepResults
 from apt_jax.output import DeviceLost, Output, PolicyFailed
 from apt_jax.request import FinishReason, Request, SamplingParams, Slo, Status
 from apt_jax.routing.instance import InstanceLoad, instance_load
+from apt_jax.scheduling.costs.projection import least_projected_tokens
 from apt_jax.scheduling.costs.step_load import StepLoad
 from apt_jax.scheduling.plan import Plan
 from apt_jax.scheduling.policies.catalogue import make_policy
@@ -102,6 +103,7 @@ class Engine:
         rules = RequestRules(self.model_config, self.max_model_len, tokenizer is not None, self.state)
         self.prompt_logprobs = PromptLogprobs(setup.builder.buckets.score_rows)
         self.requests = Requests(self.state, self.config, rules, OutputTexts(tokenizer), self.prompt_logprobs)
+        self.state.least_projected_tokens = least_projected_tokens(setup.cost_model)
         self.last_plan = Plan()
         self._counts = _Counts()
         self._cache_config = {
@@ -281,14 +283,13 @@ class Engine:
         try:
             spans = self.state.apply(plan, now)
             spans, moved = move_pages(self.state, self.runner, spans)
-            if plan.converted:
-                self.runner.convert([c.request.table for c in plan.converted if c.request.table is not None])
+            self.runner.project(self.state.projections)
             if spans:
                 (batch, failed), programs = self._build(spans), self.runner.num_programs
                 self._counts.padded_tokens = batch.bucket.tokens
                 results = self.runner.dispatch(batch)
                 usual = programs == self.runner.num_programs and not results.scores and not moved
-                load = self.times.load(plan, spans) if usual else None
+                load = self.times.load(plan, spans, self.state.num_projected_tokens) if usual else None
                 written = self.state.written(spans)
                 self._inflight.append(_Flight(batch, results, load, started_s, candidates, written))
                 for request, reason in failed:
@@ -367,8 +368,8 @@ class Engine:
         self._end(request, FinishReason.ERROR, NOT_FINITE)
 
     def _use_cost_model(self) -> None:
-        if self.times.fitted_model is not None:
-            self.policy_context.cost_model = self.times.fitted_model
+        if (model := self.times.fitted_model) is not None:
+            self.policy_context.cost_model, self.state.least_projected_tokens = model, least_projected_tokens(model)
 
     def _end(self, request: Request, reason: FinishReason, error: str | None = None) -> None:
         """End a request outside the normal course; reported by the next step."""

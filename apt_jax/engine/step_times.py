@@ -39,9 +39,9 @@ class StepTimes:
         largest = StepLoad(tokens, tokens * max_model_len, seats, context_tokens, 0, seats, decodes, tuple(prefixes))
         return self.calibration.model.step_s(largest)
 
-    def load(self, plan: Plan, spans: Sequence[Span]) -> StepLoad | None:
-        """The load of an iteration for the cost model; None if its time is not used."""
-        return step_load(plan, spans) if self.learns else None
+    def load(self, plan: Plan, spans: Sequence[Span], projected_tokens: int) -> StepLoad | None:
+        """The load of an iteration (`step_load`) for the cost model; None if its time is not used."""
+        return step_load(plan, spans, projected_tokens) if self.learns else None
 
     def ended(self, load: StepLoad | None, started_s: float | None, now: float, candidates: int) -> bool:
         """An iteration ended `now`. Whether the cost model has changed.

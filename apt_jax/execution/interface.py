@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
 from apt_jax.batching.arrays import Batch
-from apt_jax.cache import BlockTable
+from apt_jax.cache import Projection
 from apt_jax.execution.sampling import Sampled, Scored
 
 
@@ -36,8 +36,8 @@ class StepRunner(Protocol):
     def read(self, results: StepResults) -> StepResults:
         """Wait for an iteration and bring its results to the host as numpy arrays."""
 
-    def convert(self, tables: Sequence[BlockTable]) -> None:
-        """Compute keys and values for tables that have just become KV."""
+    def project(self, projections: Sequence[Projection]) -> None:
+        """Compute keys and values of cached hidden vectors, in this order."""
 
     def save(self, pairs: Sequence[tuple[int, int]]) -> None:
         """Copy blocks to slots of host memory, pairs (block, slot), after all that was started before."""

@@ -30,7 +30,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from apt_jax.batching.arrays import Batch, ScoreChunk
-from apt_jax.cache import BlockTable
+from apt_jax.cache import Projection
 from apt_jax.execution.interface import StepResults, StepRunner
 
 logger = logging.getLogger(__name__)
@@ -74,10 +74,11 @@ class LeadingRunner:
         """See `StepRunner`; every process holds all results."""
         return self._runner.read(results)
 
-    def convert(self, tables: Sequence[BlockTable]) -> None:
+    def project(self, projections: Sequence[Projection]) -> None:
         """See `StepRunner`."""
-        self._send("convert", list(tables))
-        self._runner.convert(tables)
+        if projections:
+            self._send("project", list(projections))
+            self._runner.project(projections)
 
     def save(self, pairs: Sequence[tuple[int, int]]) -> None:
         """See `StepRunner`; each process keeps its devices' parts."""

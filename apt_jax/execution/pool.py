@@ -129,20 +129,23 @@ def empty_pool(shapes: Pool, channels: np.ndarray | None, sharding: Sharding) ->
 
 
 def convert_blocks(
-    model: Model, pool: Pool, hidden_blocks: jax.Array, value_blocks: jax.Array, num_blocks: int
-) -> Pool:
-    """Convert hidden blocks to KV in place: keys replace the hidden vectors in their blocks, values go to new blocks.
+    model: Model, pool: Pool, hidden_blocks: jax.Array, key_blocks: jax.Array, value_blocks: jax.Array,
+    num_blocks: int,
+) -> Pool:  # fmt: skip
+    """Compute KV of hidden blocks: values go to new blocks, and keys too or where the hidden vectors are.
 
-    One matrix product over the cached hidden vectors per layer, no new prefill. Source: docs/hybrid_cache.md.
+    One matrix product over the cached hidden vectors per layer, no new prefill. Everything is read before anything is
+    written. Source: docs/hybrid_cache.md.
 
     Args:
-        hidden_blocks, value_blocks: int32 `[K]` blocks of the pages to convert; padding is `num_blocks`.
+        hidden_blocks, key_blocks, value_blocks: int32 `[K]` blocks of the pages; padding is `num_blocks`.
     """
     graphdef, stacked = nnx.split(model.layers)
+    blocks = hidden_blocks, key_blocks, value_blocks
 
     def one_layer(pool: Pool, xs: tuple[jax.Array, nnx.State]) -> tuple[Pool, None]:
         layer, state = xs
-        return convert_layer(nnx.merge(graphdef, state), pool, layer, hidden_blocks, value_blocks, num_blocks), None
+        return convert_layer(nnx.merge(graphdef, state), pool, layer, *blocks, num_blocks), None
 
     pool, _ = jax.lax.scan(one_layer, pool, (jnp.arange(num_layers(model.layers), dtype=jnp.int32), stacked))
     return pool
@@ -153,15 +156,16 @@ def convert_layer(
     pool: Pool,
     index: jax.Array,
     hidden_blocks: jax.Array,
+    key_blocks: jax.Array,
     value_blocks: jax.Array,
     num_blocks: int,
 ) -> Pool:
     """`convert_blocks` in layer number `index` (int32 scalar) only. Pure."""
     nowhere = pool.numbers.shape[0]
     base = index * num_blocks
-    key_rows = jnp.where(hidden_blocks < num_blocks, base + hidden_blocks, nowhere)
-    value_rows = jnp.where(hidden_blocks < num_blocks, base + value_blocks, nowhere)
-    x = pool.read(jnp.minimum(key_rows, nowhere - 1), pool.read_dtype)
+    is_page = hidden_blocks < num_blocks
+    key_rows, value_rows = (jnp.where(is_page, base + blocks, nowhere) for blocks in (key_blocks, value_blocks))
+    x = pool.read(jnp.minimum(base + hidden_blocks, nowhere - 1), pool.read_dtype)
     h = pool.channels_of(index).vectors(x, pool.dtype)
     for rows, vectors in zip((key_rows, value_rows), layer.self_attn.keys_values(h), strict=True):
         pool = pool.replace_blocks(rows, pool.keep(vectors.reshape(-1, *vectors.shape[2:])))

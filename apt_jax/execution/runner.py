@@ -18,7 +18,7 @@ from apt_jax.attention.pool import Pool
 from apt_jax.batching.allowed_tokens import EVERY
 from apt_jax.batching.arrays import Batch
 from apt_jax.batching.buckets import Buckets
-from apt_jax.cache import BlockTable
+from apt_jax.cache import Projection
 from apt_jax.cpu_kernels.calls import KERNELS as CPU_KERNELS
 from apt_jax.execution.arguments import Arguments, Shapes
 from apt_jax.execution.cache.host_memory import HostMemory
@@ -206,15 +206,17 @@ class Runner:
             self._last_outside = count
         return found
 
-    def convert(self, tables: Sequence[BlockTable]) -> None:
-        """Compute keys and values for tables that have just become KV; keys sit where hidden vectors were."""
+    def project(self, projections: Sequence[Projection]) -> None:
+        """Compute keys and values of cached hidden vectors, in this order; keys may replace the vectors."""
+        if not projections:
+            return
         convert = self.programs[ConversionKey(self.num_blocks)]
-        keys, values = (np.concatenate([table.blocks[v] for table in tables]) for v in (0, 1))
+        blocks = np.concatenate([[sources, *targets] for sources, targets in projections], axis=1)
         size = self.arguments.convert_pages
-        for at in range(0, len(keys), size):
-            padded = np.full((2, size), self.num_blocks, np.int32)
-            pages = len(keys[at : at + size])
-            padded[0, :pages], padded[1, :pages] = keys[at : at + pages], values[at : at + pages]
+        for at in range(0, blocks.shape[1], size):
+            part = blocks[:, at : at + size]
+            padded = np.full((3, size), self.num_blocks, np.int32)
+            padded[:, : part.shape[1]] = part
             self._pool = convert(self._pool, *padded)
 
     def save(self, pairs: Sequence[tuple[int, int]]) -> None:

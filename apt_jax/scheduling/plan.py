@@ -18,6 +18,7 @@ class Reason(enum.Enum):
     ADMITTED_HIDDEN_KV_DOES_NOT_FIT = "admitted with hidden cache because KV does not fit"
     ADMITTED_HIDDEN_SERVES_MORE = "admitted with hidden cache because its half of the memory serves others"
     ADMITTED_HIDDEN_FASTER = "admitted with hidden cache because hidden attention is faster here"
+    ADMITTED_HIDDEN_CACHED = "admitted with hidden cache because more of its prompt is cached so"
     ADMITTED_LATE = "admitted although past its SLO because memory was left over"
     ADMITTED_LONGEST_LATE = "admitted because it has waited longest of those past their SLO"
     DECODES = "decodes its next token"

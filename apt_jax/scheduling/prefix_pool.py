@@ -16,7 +16,7 @@ from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from hashlib import sha256
 
-from apt_jax.cache import KINDS, BlockPool, BlockTable, CacheKind, OutOfBlocks
+from apt_jax.cache import KINDS, BlockPool, BlockTable, CacheKind, OutOfBlocks, Projection
 from apt_jax.request import Request
 from apt_jax.scheduling.host_tier import HostPage, HostTier
 
@@ -66,6 +66,11 @@ class PrefixPool(BlockPool):
     def num_shared(self) -> int:
         """Blocks in several tables, each counted once."""
         return self._num_shared
+
+    @property
+    def num_repeated(self) -> int:
+        """Blocks by which all tables together have more than are held: those of shared pages but once."""
+        return sum((self._by_block[first].refs - 1) * len(self._by_block[first].blocks) for first in self._shared)
 
     def shared_blocks(self, table: BlockTable) -> int:
         """Blocks of `table` that other tables hold too."""
@@ -171,23 +176,41 @@ class PrefixPool(BlockPool):
             if page.refs == 0:
                 self._drop_idle(page)
 
-    def convert(self, table: BlockTable) -> None:
-        """As in a `BlockPool`; the table's pages can no longer be found.
+    def convert(self, table: BlockTable) -> Projection:
+        """As in a `BlockPool`, but pages that others hold too stay theirs: the table gets new blocks for these.
+
+        What was its own can no longer be found. It takes `blocks_to_convert` blocks.
 
         Raises:
             OutOfBlocks: too few blocks are free; `table` is unchanged.
-            ValueError: others share its pages, which must not change.
         """
-        if self.shared_blocks(table):
-            raise ValueError(
-                f"{self.shared_blocks(table)} of {table.num_blocks} blocks are shared with other requests, so they "
-                "cannot be converted in place; convert requests that share nothing"
-            )
-        super().convert(table)
+        old, new, pages = table.kind, table.kind.converts_to, table.num_pages
+        assert new is not None and old.blocks_per_page == 1, "only hidden pages are converted"
+        shared = [i for i, first in enumerate(table.blocks[0]) if first in self._shared]
+        taken = self._take(self.blocks_to_convert(table))
+        sources = [*table.blocks[0]]
+        for i in shared:
+            others = self._by_block[sources[i]]
+            others.refs -= 1
+            if others.refs == 1:
+                self._shared.remove(sources[i])
+                self._num_shared -= old.blocks_per_page
+            table.blocks[0][i] = taken.pop()
         for first in table.blocks[0]:
             page = self._by_block.pop(first, None)
             if page is not None:
                 self._unlist(page)
+        table.blocks += [taken[v * pages : (v + 1) * pages] for v in range(new.blocks_per_page - 1)]
+        table.kind = new
+        self._held[old.index] -= pages - len(shared)
+        self._held[new.index] += new.blocks_per_page * pages
+        return Projection(sources, [[*blocks] for blocks in table.blocks])
+
+    def blocks_to_convert(self, table: BlockTable) -> int:
+        """Free blocks that converting a table takes: those that its pages grow by, and a shared page's own."""
+        assert table.kind.converts_to is not None
+        added = table.kind.converts_to.blocks_per_page - table.kind.blocks_per_page
+        return added * table.num_pages + self.shared_blocks(table)
 
     def release(self, table: BlockTable) -> None:
         """Give a table's blocks back and empty it; its pages in the prefix table become idle if it was the last."""

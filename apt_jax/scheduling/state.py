@@ -7,10 +7,10 @@ from typing import NamedTuple
 
 from apt_jax.cache import KINDS, MODE_KINDS, BlockPool, BlockTable, CacheKind, CacheMode, blocks_for
 from apt_jax.request import FinishReason, Request, Status
-from apt_jax.scheduling.host_tier import HostPage, Moves
+from apt_jax.scheduling.cached_prefixes import CachedPrefixes
+from apt_jax.scheduling.host_tier import Moves
 from apt_jax.scheduling.plan import Plan, Scheduled
 from apt_jax.scheduling.plan_log import PlanLog
-from apt_jax.scheduling.prefix_pool import Page, PrefixPool
 from apt_jax.scheduling.progress import Progress, progress_of
 
 
@@ -52,13 +52,11 @@ class Written(NamedTuple):
     num_pages: int
 
 
-class SchedulerState:
+class SchedulerState(CachedPrefixes):
     """Waiting and running requests, in order of arrival, and the blocks they hold."""
 
     def __init__(self, pool: BlockPool, limits: Limits):
-        self.pool = pool
-        self.prefixes = pool if isinstance(pool, PrefixPool) else None
-        self.prefix_queries = self.prefix_hits = 0  # tokens looked up and found at first admissions
+        super().__init__(pool)
         self.limits = limits
         self.waiting: list[Request] = []
         self.running: list[Request] = []
@@ -81,9 +79,12 @@ class SchedulerState:
         pages = -(-request.num_tokens // self.pool.block_size) - table.num_pages
         return pages * table.kind.blocks_per_page if pages > 0 else 0
 
-    def cached_tokens(self, request: Request, kind: CacheKind) -> int:
-        """Tokens of a waiting request that it would not compute if it were admitted as `kind`."""
-        return 0 if self.prefixes is None else len(self._cached_pages(request, kind)) * self.pool.block_size
+    def kinds_to_admit(self, request: Request) -> Sequence[CacheKind]:
+        """Kinds of the cache mode, those first as which more of a waiting request is cached, else in their order."""
+        kinds = self.limits.kinds
+        if self.prefixes is None or len(kinds) == 1:
+            return kinds
+        return sorted(kinds, key=lambda kind: -self.cached_tokens(request, kind))
 
     def tokens_to_compute(self, request: Request, kind: CacheKind) -> int:
         """Tokens still to be run through the model; of a waiting request, if it is admitted as `kind`."""
@@ -102,10 +103,6 @@ class SchedulerState:
             return blocks
         return blocks - self.held_pages(request, kind) * kind.blocks_per_page
 
-    def held_pages(self, request: Request, kind: CacheKind) -> int:
-        """Pages of a waiting request that running ones hold already as `kind`."""
-        return 0 if self.prefixes is None else sum(page.refs > 0 for page in self._cached_pages(request, kind))
-
     def blocks_given_back(self, request: Request, gone: dict[int, int]) -> int:
         """Blocks that preempting a running request frees, after those of one plan that `gone`, empty at first, counts.
 
@@ -115,7 +112,7 @@ class SchedulerState:
         return request.table.num_blocks if self.prefixes is None else self.prefixes.given_back(request.table, gone)
 
     def shared_blocks(self, request: Request) -> int:
-        """Blocks of a running request that others hold too; one that has any cannot be converted."""
+        """Blocks of a running request that others hold too; if it is converted, it needs as many more."""
         assert request.table is not None
         return 0 if self.prefixes is None else self.prefixes.shared_blocks(request.table)
 
@@ -274,19 +271,26 @@ class SchedulerState:
 
     def _clear(self, plan: Plan, now: float) -> None:
         """Carry out all of a plan but what it schedules."""
+        self.projections, self.num_projected_tokens = [], 0
         self.plans.record(plan, now)
         for abandoned in plan.abandoned:
             self.finish(abandoned.request, FinishReason.ABANDONED)
         for preempted in plan.preempted:
             self._preempt(preempted.request)
         if self.prefixes is not None:  # before anything takes blocks: what was found must still be there
-            for entry in plan.scheduled:
-                if entry.request.table is None:
+            newcomers = [entry for entry in plan.scheduled if entry.request.table is None]
+            requests = [entry.request for entry in newcomers]
+            held = self._hold_pages_to_project(requests, [entry.kind for entry in newcomers])
+            try:
+                for entry in newcomers:
                     self._admit(entry.request, entry.kind, 0, now)
+                self._project(requests, held)
+            finally:
+                self._let_go(held)
         for converted in plan.converted:
             table = converted.request.table
             assert table is not None
-            self.pool.convert(table)
+            self.projections.append(self.pool.convert(table))
             converted.request.num_conversions += 1
             converted.request.cache_history.append(table.kind)
 
@@ -317,7 +321,7 @@ class SchedulerState:
         assert request.status is Status.WAITING
         request.table = BlockTable(kind)
         if self.prefixes is not None:
-            self._begin_with_cached(request, request.table)
+            self._begin_with_cached(request)
         self.pool.grow(request.table, tokens)
         request.cache_history.append(kind)
         _remove(self.waiting, request)
@@ -325,23 +329,6 @@ class SchedulerState:
         request.status = Status.RUNNING
         if request.first_scheduled_s is None:
             request.first_scheduled_s = now
-
-    def _cached_pages(self, request: Request, kind: CacheKind) -> Sequence[Page | HostPage]:
-        """The first pages of a waiting request that are cached as `kind`; at least one token is left to compute."""
-        if self.prefixes is None or request.params.needs_whole_prompt:
-            return ()
-        return self.prefixes.find(request, kind, (request.num_tokens - 1) // self.pool.block_size)
-
-    def _begin_with_cached(self, request: Request, table: BlockTable) -> None:
-        assert self.prefixes is not None
-        pages = self._cached_pages(request, table.kind)
-        self.prefixes.share(table, pages)
-        request.num_computed_tokens = cached = len(pages) * self.pool.block_size
-        if request.num_cached_tokens is None:
-            request.num_cached_tokens = cached
-            if not request.params.needs_whole_prompt:
-                self.prefix_queries += request.num_tokens
-                self.prefix_hits += cached
 
     def _preempt(self, request: Request) -> None:
         assert request.status is Status.RUNNING

@@ -11,6 +11,7 @@ from apt_jax.routing.instance import InstanceLoad, instance_load
 from apt_jax.scheduling.costs.cost_model import CostModel, block_bytes
 from apt_jax.scheduling.costs.host_copies import worth_restoring
 from apt_jax.scheduling.costs.host_times import HostTime
+from apt_jax.scheduling.costs.projection import least_projected_tokens
 from apt_jax.scheduling.host_tier import HostTier
 from apt_jax.scheduling.length import LengthPredictor
 from apt_jax.scheduling.plan import Plan, Reason
@@ -63,6 +64,7 @@ class Instance:
         if isinstance(pool, PrefixPool) and pool.host is not None:
             pool.host.restores = worth_restoring(cost_model, block_size, self._copy_s)
         self.state = SimulatedState(pool, limits)
+        self.state.least_projected_tokens = least_projected_tokens(cost_model) if prefix_caching else None
         self.samples: list[Sample] = []
         self.is_busy = False
         self._policy, self._cost_model, self._on_plan = policy, cost_model, on_plan

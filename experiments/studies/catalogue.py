@@ -133,6 +133,20 @@ def _routed(
     return tuple(cases)
 
 
+def _conversations(*names: str) -> tuple[Case, ...]:
+    """Nothing kept, KV prefixes and hidden prefixes, on each of these settings, in one pool of the same bytes."""
+    kinds: tuple[tuple[str, CacheMode], ...] = (("sarathi", "kv"), ("sarathi", "hidden"), ("vllm-v1", "kv"))
+    return tuple(
+        Case(
+            f"{name}: {policy}, {mode}, {'prefix cache' if caching else 'none'}", policy, mode,
+            SETTINGS[name].hidden_attention if name == "v6e-13b" else "one-pass",
+            replace(SETTINGS[name].experiment, workload="conversations", duration_s=900.0, num_requests=1,
+                    enable_prefix_caching=caching),
+        )
+        for name in names for policy, mode in kinds for caching in (False, True)
+    )  # fmt: skip
+
+
 AZURE = replace(DEFAULT, workload="azure")
 LONG = replace(DEFAULT, duration_s=900.0)  # long enough to say whether a rate lasts
 MIXED = replace(DEFAULT, workload="sharegpt+longbench")
@@ -213,6 +227,8 @@ STUDIES = (
              ("OPT-66B x4", replace(SHORT, model="opt-66b", tensor_parallel_size=4))),
     _targets("azure", "Recorded arrivals: Azure's conversation trace of 2023, stretched in time.",
              ("", replace(SHORT, workload="azure"))),
+    Study("conversations", "Four turns after a shared system prompt: what do cached prefixes bring, by kind?",
+          _conversations("v6e-13b", "a100-13b-one-pass"), targets=(0.9,)),
     Study("routing", "Eight instances: which router keeps most promises?",
           (*_routed("rate", AZURE, "fcfs", "kv", (0.7, 0.9, 1.0, 1.1, 1.2, 1.4), 60),
            *_routed("rate", AZURE, "apt", "hybrid", (2.0, 2.5), 60)), over="rate"),

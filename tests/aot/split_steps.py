@@ -115,10 +115,10 @@ def compile_split(
 
     if convert:
 
-        def program(weights, pool, hidden_blocks, value_blocks):  # type: ignore[no-untyped-def]
-            return convert_blocks(merged(weights), Pool(pool), hidden_blocks, value_blocks, num_blocks)
+        def program(weights, pool, hidden_blocks, key_blocks, value_blocks):  # type: ignore[no-untyped-def]
+            return convert_blocks(merged(weights), Pool(pool), hidden_blocks, key_blocks, value_blocks, num_blocks)
 
-        args, outs, donate = (pool, shape(16), shape(16)), POOL, (1,)
+        args, outs, donate = (pool, shape(16), shape(16), shape(16)), POOL, (1,)
     else:
 
         def program(weights, pool, history, tokens, rows):  # type: ignore[no-untyped-def]

@@ -96,10 +96,11 @@ def test_conversion_does_not_copy_the_pool():
     graphdef, weights = make_model()
     pool = make_pool()
 
-    def convert(weights, pool, hidden_blocks, value_blocks):
-        return convert_blocks(nnx.merge(graphdef, weights), Pool(pool), hidden_blocks, value_blocks, NUM_BLOCKS)
+    def convert(weights, pool, hidden_blocks, key_blocks, value_blocks):
+        model = nnx.merge(graphdef, weights)
+        return convert_blocks(model, Pool(pool), hidden_blocks, key_blocks, value_blocks, NUM_BLOCKS)
 
-    program = jax.jit(convert, donate_argnums=1).lower(weights, pool, shape(16), shape(16)).compile()
+    program = jax.jit(convert, donate_argnums=1).lower(weights, pool, shape(16), shape(16), shape(16)).compile()
     in_place(program, pool)
     assert program.memory_analysis().temp_size_in_bytes < 250e6, "two layers have 1.3 GB, the pool 5.4 GB"
 

@@ -145,8 +145,10 @@ def test_no_step_copies_the_pool_or_a_weight(chip, size, num_tokens):
 def test_conversion_does_not_copy_the_pool(chip):
     model = Model("13B")
 
-    def convert(weights, pool, hidden_blocks, value_blocks):
+    def convert(weights, pool, hidden_blocks, key_blocks, value_blocks):
         layers = nnx.merge(model.graphdef, weights)
-        return convert_blocks(layers, Pool(pool), hidden_blocks, value_blocks, model.num_blocks)
+        return convert_blocks(layers, Pool(pool), hidden_blocks, key_blocks, value_blocks, model.num_blocks)
 
-    in_place(compile_for(chip, convert, model.placed(chip), model.pool, shape(16), shape(16), donate=(1,)), model)
+    in_place(
+        compile_for(chip, convert, model.placed(chip), model.pool, shape(16), shape(16), shape(16), donate=(1,)), model
+    )

@@ -45,3 +45,16 @@ def test_turns_of_a_chat_get_the_same_tokens_cold_and_from_the_cache(engine, kin
     assert second.num_cached_tokens >= len(prompt)  # some of the answer too
     assert first.output_token_ids == again.output_token_ids
     assert second.output_token_ids == cold.output_token_ids
+
+
+@pytest.mark.parametrize("params", [GREEDY, SEEDED], ids=["greedy", "seeded"])
+def test_a_kv_request_gets_its_tokens_from_projected_hidden_pages(engine, params):
+    prompt = engine.tokenizer.encode(TEXT)
+    engine.reset_prefix_cache()
+    cold = served(engine, prompt, params, CacheKind.KV)
+    engine.reset_prefix_cache()
+    served(engine, prompt, params, CacheKind.HIDDEN)
+    engine.state.least_projected_tokens = 16
+    projected = served(engine, prompt, params, CacheKind.KV)
+    assert projected.num_cached_tokens == (len(prompt) - 1) // 16 * 16
+    assert projected.output_token_ids == cold.output_token_ids

@@ -6,8 +6,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from apt_jax.cache import CacheKind
 from apt_jax.request import FinishReason, SamplingParams
 from tests.support.conversations import Conversations
+from tests.support.engines import Orders, finish
 from tests.support.token_runner import VOCABULARY, answer, make_engine
 
 POLICIES = ("fcfs", "apt", "apt:mixed=off", "sarathi", "mlfq", "vllm-v0", "vllm-v1")
@@ -24,6 +26,7 @@ def converse(policy: str, mode: str, asynchronous: bool, seed: int, *, cached: b
         blocks, cache_mode=mode, async_scheduling=asynchronous, scheduling_policy=policy,
         enable_prefix_caching=cached, **options,
     )  # fmt: skip
+    engine.state.least_projected_tokens = draw.choice([None, 4, 8])
     talks = Conversations(engine, draw, VOCABULARY, greedy)
     talks.run(draw.randint(1, 12))
     for request in talks.answered:
@@ -46,6 +49,19 @@ def test_these_conversations_share_preempt_and_convert():
     assert all(sum(t.engine.state.prefix_hits for t in talks[i : i + 8]) > 0 for i in (0, 8, 16))
     assert sum(t.preemptions for t in talks) > 0 and sum(t.conversions for t in talks) > 0
     assert sum(t.aborted for t in talks) > sum(t.resumed for t in talks) > 0
+
+
+def test_a_kv_request_goes_on_from_hidden_pages_that_were_projected_for_it():
+    engine = make_engine(60, cache_mode="hybrid", enable_prefix_caching=True)
+    engine.policy = Orders(kinds={"hidden": CacheKind.HIDDEN})
+    engine.state.least_projected_tokens = 4
+    first = engine.add([*range(30)], greedy(9), request_id="hidden")
+    finish(engine)
+    turn = [*first.prompt_token_ids, *first.output_token_ids, 5, 6]
+    both = [engine.add(turn, greedy(9), request_id=name) for name in ("kv", "hidden")]
+    finish(engine)
+    assert [r.num_cached_tokens for r in both] == [36, 36] and both[0].cache_history == [CacheKind.KV]
+    assert all(r.output_token_ids == answer(turn, 9) for r in both)
 
 
 def test_without_the_cache_nothing_is_shared():

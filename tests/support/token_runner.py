@@ -10,7 +10,7 @@ import numpy as np
 from apt_jax.batching.arrays import Batch
 from apt_jax.batching.buckets import Buckets
 from apt_jax.batching.builder import BatchBuilder, table_pages
-from apt_jax.cache import KINDS, BlockPool, BlockTable, CacheKind
+from apt_jax.cache import KINDS, BlockPool, CacheKind, Projection
 from apt_jax.engine.engine import Engine
 from apt_jax.engine.setup import EngineSetup
 from apt_jax.engine_config import EngineConfig
@@ -105,11 +105,10 @@ class TokenRunner:
         if self.failing_copies():
             raise MemoryError("no memory for a copy")
 
-    def convert(self, tables: Sequence[BlockTable]) -> None:
-        for table in tables:
-            for key, value in zip(*table.blocks, strict=True):
-                hidden = self.pool[key].copy()
-                self.pool[key], self.pool[value] = hidden - HIDDEN + KEY, hidden - HIDDEN + VALUE
+    def project(self, projections: Sequence[Projection]) -> None:
+        for sources, (keys, values) in projections:
+            hidden = self.pool[sources].copy()  # all are read before any is written
+            self.pool[keys], self.pool[values] = hidden - HIDDEN + KEY, hidden - HIDDEN + VALUE
 
 
 def make_engine(num_blocks: int, **options) -> Engine:

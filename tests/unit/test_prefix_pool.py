@@ -169,24 +169,6 @@ def test_forgetting_leaves_running_requests_their_pages():
     assert answer(runs, ask(range(14))) == [0]
 
 
-def test_a_shared_table_cannot_be_converted_and_one_converted_leaves_the_cache():
-    runs = loop(mode="hybrid")
-    state = runs.state
-    for request in (first := ask(range(14), output=9), again := ask(range(14), output=9)):
-        state.add(request)
-        runs.run(
-            Plan(scheduled=(Scheduled(request, state.tokens_to_compute(request, HIDDEN), HIDDEN, Reason.DECODES),))
-        )
-    assert again.num_cached_tokens == 12
-    convert = Plan(converted=(Converted(again, Reason.CONVERTED_MEMORY_FREE),))
-    with pytest.raises(ValueError, match="3 of 4 blocks are shared"):
-        state.apply(convert, 0.0)
-    state.finish(first, FinishReason.ABORT)
-    state.apply(convert, 0.0)
-    state.check()
-    assert again.cache_kind is KV and state.cached_tokens(waiting(runs, range(14)), HIDDEN) == 0
-
-
 @given(
     num_blocks=st.integers(30, 60), mode=st.sampled_from(["hybrid", "kv", "hidden"]), with_model=st.booleans(),
     seconds=st.sampled_from([0.01, 0.4]),

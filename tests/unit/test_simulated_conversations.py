@@ -10,6 +10,7 @@ from apt_jax.cache import CacheKind
 from apt_jax.request import FinishReason, Request, SamplingParams, Slo
 from apt_jax.scheduling.costs.cost_model import CostModel
 from apt_jax.scheduling.costs.hardware import HARDWARE, MODELS
+from apt_jax.scheduling.costs.projection import least_projected_tokens
 from apt_jax.scheduling.costs.step_load import step_load
 from apt_jax.scheduling.plan_log import plan_dict
 from apt_jax.scheduling.policies.catalogue import make_policy, policy_names
@@ -118,6 +119,7 @@ def test_conversations_longer_than_the_context_are_refused():
 def by_the_engine(arrivals, policy, limits, num_blocks):
     """The same simulation with `SchedulerState`, token by token; plans and requests."""
     state, plans, now = SchedulerState(PrefixPool(num_blocks, 16), limits), [], 0.0
+    state.least_projected_tokens = least_projected_tokens(COST)
     coming, requests, turns = [(a.arrival_s, i, a) for i, a in enumerate(arrivals)], [], {}
     while coming or state.num_unfinished:
         if not state.num_unfinished:
@@ -138,7 +140,7 @@ def by_the_engine(arrivals, policy, limits, num_blocks):
         plans.append((now, plan_dict(0, now, plan)))
         spans = state.apply(plan, now)
         written = state.written(spans)
-        now += COST.step_s(step_load(plan, spans))
+        now += COST.step_s(step_load(plan, spans, state.num_projected_tokens))
         for abandoned in plan.abandoned:
             policy.finished(abandoned.request, now)
         state.keep(written)

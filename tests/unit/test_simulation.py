@@ -228,7 +228,7 @@ class FakeRunner:
         self._load = step_load(plan, self._spans)
         return self._spans
 
-    def convert(self, tables):
+    def project(self, projections):
         pass
 
     def dispatch(self, batch):

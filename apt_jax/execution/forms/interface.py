@@ -36,7 +36,7 @@ class Conversion(Protocol):
     def programs(self) -> Sequence[Compiled]:
         """The executables that it consists of."""
 
-    def __call__(self, pool: Pool, hidden_blocks: np.ndarray, value_blocks: np.ndarray) -> Pool:
+    def __call__(self, pool: Pool, hidden_blocks: np.ndarray, key_blocks: np.ndarray, value_blocks: np.ndarray) -> Pool:
         """See `pool.convert_blocks`; the pool is donated."""
 
 
@@ -86,7 +86,7 @@ class WholeConversion:
         self.programs = (program,)
         self._program, self._weights = program, weights
 
-    def __call__(self, pool: Pool, hidden_blocks: np.ndarray, value_blocks: np.ndarray) -> Pool:
+    def __call__(self, pool: Pool, hidden_blocks: np.ndarray, key_blocks: np.ndarray, value_blocks: np.ndarray) -> Pool:
         """See `Conversion`."""
-        pool = self._program(self._weights, pool, hidden_blocks, value_blocks)
+        pool = self._program(self._weights, pool, hidden_blocks, key_blocks, value_blocks)
         return pool

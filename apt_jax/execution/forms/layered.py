@@ -80,13 +80,13 @@ class LayeredForm:
 
         def layer(
             arrays: list[jax.Array], pool: Pool, index: jax.Array, hidden_blocks: jax.Array,
-            value_blocks: jax.Array,
+            key_blocks: jax.Array, value_blocks: jax.Array,
         ) -> Pool:  # fmt: skip
-            return convert_layer(first.module(arrays), pool, index, hidden_blocks, value_blocks, num_blocks)
+            return convert_layer(first.module(arrays), pool, index, hidden_blocks, key_blocks, value_blocks, num_blocks)
 
         program = self.compiler.compile(
             f"convert {num_blocks} layer", layer, first.arrays, self.arguments.pool(num_blocks),
-            self.arguments.numbers(), blocks, blocks, donate=(1,),
+            self.arguments.numbers(), blocks, blocks, blocks, donate=(1,),
         )  # fmt: skip
         return LayeredConversion(program, self.layers)
 
@@ -149,9 +149,9 @@ class LayeredConversion:
         self.programs = (program,)
         self._layers = [(one.arrays, jnp.int32(number)) for number, one in enumerate(layers)]
 
-    def __call__(self, pool: Pool, hidden_blocks: np.ndarray, value_blocks: np.ndarray) -> Pool:
+    def __call__(self, pool: Pool, hidden_blocks: np.ndarray, key_blocks: np.ndarray, value_blocks: np.ndarray) -> Pool:
         """See `Conversion`."""
-        blocks = jax.device_put((hidden_blocks, value_blocks))
+        blocks = jax.device_put((hidden_blocks, key_blocks, value_blocks))
         for arrays, number in self._layers:
             pool = self.programs[0](arrays, pool, number, *blocks)
         return pool

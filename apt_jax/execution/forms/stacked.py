@@ -58,12 +58,15 @@ class StackedForm:
         """See `Form`."""
         weights, blocks = self.weights, self.arguments.numbers(self.arguments.convert_pages)
 
-        def convert(arrays: list[jax.Array], pool: Pool, hidden_blocks: jax.Array, value_blocks: jax.Array) -> Pool:
-            return convert_blocks(weights.model(arrays), pool, hidden_blocks, value_blocks, num_blocks)
+        def convert(
+            arrays: list[jax.Array], pool: Pool, hidden_blocks: jax.Array, key_blocks: jax.Array,
+            value_blocks: jax.Array,
+        ) -> Pool:  # fmt: skip
+            return convert_blocks(weights.model(arrays), pool, hidden_blocks, key_blocks, value_blocks, num_blocks)
 
         program = self.compiler.compile(
             f"convert {num_blocks}", convert, weights.outer.arrays, self.arguments.pool(num_blocks), blocks, blocks,
-            donate=(1,), outs=POOL,
+            blocks, donate=(1,), outs=POOL,
         )  # fmt: skip
         return WholeConversion(program, weights.outer.arrays)
 

@@ -86,10 +86,13 @@ def _padded(count: int, sizes: tuple[int, ...]) -> int:
     return sizes[index] if count and index < len(sizes) else count
 
 
-def step_load(plan: Plan, spans: Sequence[Span]) -> StepLoad:
-    """What an iteration computes and reads. `spans` come from applying `plan`."""
+def step_load(plan: Plan, spans: Sequence[Span], projected_tokens: int = 0) -> StepLoad:
+    """What an iteration computes and reads. `spans` come from applying `plan`.
+
+    `projected_tokens` are those of `SchedulerState.num_projected_tokens`; conversions project further ones.
+    """
     prefill = pairs = samples = 0
-    projected = sum(entry.request.num_computed_tokens for entry in plan.converted)
+    projected = projected_tokens + sum(entry.request.num_computed_tokens for entry in plan.converted)
     context_tokens, decodes = [0] * len(KINDS), [0] * len(KINDS)
     chunks: list[Chunk] = []
     for span in spans:

@@ -149,13 +149,15 @@ def choose_kind(
 ) -> tuple[CacheKind, Reason] | None:
     """The first kind of the cache mode in which the request's known tokens fit; None if none does.
 
-    `preempts` as in `SchedulerState.blocks_to_admit`.
+    Kinds as which more of it is cached go first. `preempts` as in `SchedulerState.blocks_to_admit`.
     """
-    kinds = state.limits.kinds
-    for kind in kinds:
+    kinds, order = state.limits.kinds, state.kinds_to_admit(request)
+    for kind in order:
         if state.blocks_to_admit(request, kind, preempts=preempts) <= free_blocks:
             if not kind.is_projected:
                 return kind, Reason.ADMITTED_KV
+            if kind is order[0] and kind is not kinds[0]:
+                return kind, Reason.ADMITTED_HIDDEN_CACHED
             return kind, Reason.ADMITTED_HIDDEN if kind is kinds[0] else Reason.ADMITTED_HIDDEN_KV_DOES_NOT_FIT
     return None
 
@@ -227,9 +229,10 @@ def plan_conversion(state: SchedulerState, free: int) -> tuple[Converted, ...]:
     for request in state.running:
         assert request.table is not None
         kind = request.table.kind.converts_to
-        if kind is not None and request.is_decoding and not request.is_exhausted and not state.shared_blocks(request):
+        if kind is not None and request.is_decoding and not request.is_exhausted:
             # a page that this step adds is no longer in `free`, as one of the old kind
             extra = state.blocks_needed(request, kind) - request.table.num_blocks - state.blocks_to_grow(request)
+            extra += state.shared_blocks(request)  # which stay with the others
             if free - extra >= state.limits.watermark_blocks + kind.blocks_per_page * len(state.running):
                 return (Converted(request, Reason.CONVERTED_MEMORY_FREE),)
             return ()

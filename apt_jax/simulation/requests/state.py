@@ -91,7 +91,10 @@ class SimulatedState(SchedulerState):
         decoded, decoding = self._decode(decoders)
         chunks = [span.request.order for span in spans if span.samples]
         self._sampling = np.concatenate([decoding, np.array(chunks, np.int64)]) if chunks else decoding
-        return (step_load(plan, spans) if spans or plan.converted else StepLoad()) + decoded
+        load = StepLoad()
+        if spans or plan.converted or self.num_projected_tokens:
+            load = step_load(plan, spans, self.num_projected_tokens)
+        return load + decoded
 
     def complete(self, now: float) -> list[SimulatedRequest]:
         """Commit the iteration's tokens at `now`; the requests that finished, in the order of its plan."""

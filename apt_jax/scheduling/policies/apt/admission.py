@@ -173,6 +173,7 @@ def _forecast(view: View, draft: Draft) -> Forecast | None:
         return None
     staying = np.flatnonzero(draft.stays)
     expected = view.expected_r(staying).sum(axis=0)
+    expected = expected - view.repeated_r(staying, expected)
     if draft.admitted:
         index = np.array([entry.position for entry in draft.admitted])
         per_page = np.array([entry.kind.blocks_per_page for entry in draft.admitted])

@@ -57,8 +57,8 @@ def _conversions(view: View, draft: Draft) -> list[int]:
     budget = limits.max_num_batched_tokens  # projected tokens, like prefill
     chosen = []
     for i in draft.decode_index[view.running.kind[draft.decode_index] == hidden.index].tolist():
-        blocks, tokens = int(view.pages_r[i]) * added_per_page, int(view.running.tokens[i])
-        if blocks <= room and tokens <= budget and not view.shared_r[i]:
+        blocks, tokens = int(view.pages_r[i]) * added_per_page + int(view.shared_r[i]), int(view.running.tokens[i])
+        if blocks <= room and tokens <= budget:
             chosen.append(i)
             room -= blocks
             budget -= tokens

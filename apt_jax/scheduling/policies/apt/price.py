@@ -14,7 +14,7 @@ from apt_jax.cache import CacheKind, per_kind
 from apt_jax.scheduling.costs.cost_model import CostModel
 from apt_jax.scheduling.costs.step_load import StepLoad
 from apt_jax.scheduling.policies.apt.draft import Draft
-from apt_jax.scheduling.policies.apt.facts.view import View
+from apt_jax.scheduling.policies.apt.facts.view import View, prompt_token_s
 from apt_jax.scheduling.policies.apt.knapsack.problem import Bools, Floats, Ints
 
 SCARCE_SHARE = 0.5  # of the pool, expected to be held at some time: beyond it memory has a price
@@ -26,6 +26,14 @@ def allowed_kinds(view: View, draft: Draft, candidates: Ints) -> tuple[Bools, Bo
     as_kv, as_hidden = np.full(len(candidates), kv is not None), np.full(len(candidates), hidden is not None)
     if kv is None or hidden is None or model is None or not view.options.sustained:
         return as_kv, as_hidden
+    as_kv, as_hidden = _by_memory(view, draft, candidates, kv, model)
+    prefers = _cached_as_hidden(view, candidates, kv, hidden, model)
+    return as_kv & ~prefers, as_hidden | prefers
+
+
+def _by_memory(view: View, draft: Draft, candidates: Ints, kv: CacheKind, model: CostModel) -> tuple[Bools, Bools]:
+    """`allowed_kinds` as if nothing were cached."""
+    as_kv, as_hidden = np.full(len(candidates), True), np.full(len(candidates), True)
     tokens = _mean_tokens(view, candidates)
     at_none_s = model.hidden_delay_s(0)  # linear in tokens
     delay_s = at_none_s + (model.hidden_delay_s(1) - at_none_s) * tokens
@@ -39,6 +47,21 @@ def allowed_kinds(view: View, draft: Draft, candidates: Ints) -> tuple[Bools, Bo
     else:
         scarce = np.ones(len(candidates), np.bool_)
     return ~(slower & scarce), ~(slower & ~scarce)
+
+
+def _cached_as_hidden(view: View, candidates: Ints, kv: CacheKind, hidden: CacheKind, model: CostModel) -> Bools:
+    """`[n]` whether so much more of it is cached as hidden that computing the rest as KV takes longer than its delay.
+
+    The delay is that of all its decodes to come; what is cached as hidden and would be projected for KV is no delay.
+    """
+    missing = view.cached_of(kv)[candidates] < view.cached_of(hidden)[candidates]
+    if not missing.any():
+        return missing
+    more = (view.cached_of(hidden) - view.cached_of(kv))[candidates]
+    decodes = 1.0 if view.remaining_w is None else view.remaining_w[candidates]
+    at_none_s = model.hidden_delay_s(0)
+    delay_s = at_none_s + (model.hidden_delay_s(1) - at_none_s) * _mean_tokens(view, candidates)
+    return np.asarray(missing & (more * prompt_token_s(model) > delay_s * decodes))
 
 
 def _is_worth_mixing(view: View, model: CostModel, delay_s: float) -> bool:

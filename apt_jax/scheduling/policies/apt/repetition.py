@@ -66,6 +66,8 @@ def _nobody_fits_for(view: View, draft: Draft) -> int:
 
     Free blocks only shrink meanwhile, so those that lack them now go on lacking them.
     """
+    if view.state.prefixes is not None and view.state.prefixes.num_shared:
+        return 0  # `_rooms` counts shared pages for each request
     victims = late_victims(view, draft)
     index = np.flatnonzero(may_fit(view, draft, view.state.limits.watermark_blocks, victims))
     if not len(index):

@@ -131,19 +131,44 @@ class View:
         """Tokens that are cached in the kind that has most of them."""
         return self._cached(self.state.cached_tokens, max)
 
+    def cached_of(self, kind: CacheKind) -> Ints:
+        """`[waiting]` tokens that are cached, if each is admitted as `kind`."""
+        if self.state.prefixes is None or not self.cached_w.any():
+            return np.zeros(len(self.waiting), np.int64)
+        return np.array([self.state.cached_tokens(r, kind) for r in self.waiting.requests], np.int64)
+
     def _cached(self, count: Callable[[Request, CacheKind], int], among: Callable[[Iterable[int]], int]) -> Ints:
         if self.state.prefixes is None:
             return np.zeros(len(self.waiting), np.int64)
         return np.array([among(count(r, kind) for kind in self.kinds) for r in self.waiting.requests], np.int64)
 
     def expected_w(self, index: Ints, blocks_per_page: Ints) -> Floats:
-        """`[len(index), horizons]` blocks that these waiting requests are expected to hold; needs prediction."""
+        """`[len(index), horizons]` blocks that these waiting requests are expected to add; needs prediction.
+
+        Cached pages that running requests hold are theirs already, as long as the newcomer is expected to be there.
+        """
         assert self.remaining_w is not None
-        return expected_blocks(self.waiting.tokens[index], blocks_per_page, self.remaining_w[index], self.block_size)
+        expected = expected_blocks(
+            self.waiting.tokens[index], blocks_per_page, self.remaining_w[index], self.block_size
+        )
+        if self.state.prefixes is None or not (held := self.held_pages_w[index]).any():
+            return expected
+        there = np.minimum(expected / (self.pages_w[index] * blocks_per_page)[:, None], 1.0)
+        return expected - there * (held * blocks_per_page)[:, None]
 
     def expected_r(self, index: Ints) -> Floats:
         """`[len(index), horizons]` blocks that these running requests are expected to hold; needs prediction."""
         return self._moments_r[0][index]
+
+    def repeated_r(self, index: Ints, expected: Floats) -> Floats:
+        """`[horizons]` of the `expected` blocks of these running requests, all together, those counted more than once.
+
+        The blocks of a shared page are counted for each request that holds it; fewer do as requests end.
+        """
+        prefixes = self.state.prefixes
+        if prefixes is None or not prefixes.num_shared or len(index) < len(self.running):
+            return np.zeros_like(expected)
+        return prefixes.num_repeated * np.minimum(expected / max(int(self.held_r.sum()), 1), 1.0)
 
     def variance_r(self, index: Ints) -> Floats:
         """`[len(index), horizons]` variance of what these running requests hold; needs prediction."""
