@@ -194,7 +194,7 @@ def test_answers_follow_what_openai_s_client_asks_for(client, fields, pattern):
         ({"structured_outputs": {"regex": "a", "json": {}}}, "give exactly one of"),
         (
             {"response_format": {"type": "json_object"}, "structured_outputs": {"regex": "a"}},
-            "response_format and structured_outputs ask for one thing",
+            "response_format and structured_outputs ask for the same thing",
         ),
     ],
 )

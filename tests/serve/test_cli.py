@@ -167,7 +167,7 @@ def test_an_error_points_to_the_help_of_its_own_command(name, capsys):
         ),
         (
             "bench throughput",
-            "a CSV file with prompt_tokens, output_tokens and, optionally, arrival_s; or",
+            "a CSV file with prompt_tokens, output_tokens and, optionally, arrival_s; a ShareGPT",
         ),
     ],
 )
