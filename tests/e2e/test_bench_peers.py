@@ -237,7 +237,9 @@ def test_every_part_on_a_gpu_is_a_command_that_its_program_takes(tmp_path):
 
 
 def test_parts_on_a_gpu_fail_and_end_one_by_one(tmp_path, monkeypatch, capsys):
-    code = {"a": "pass", "b": "raise SystemExit(3)", "c": "import time; time.sleep(60)", "d": "pass"}
+    # a shell's background job, such as a whole run of these tests may be, ignores SIGINT, and so would what it starts
+    endless = "import signal, time; signal.signal(signal.SIGINT, signal.default_int_handler); time.sleep(60)"
+    code = {"a": "pass", "b": "raise SystemExit(3)", "c": endless, "d": "pass"}
     monkeypatch.setattr(gpu, "commands", lambda args: {n: [sys.executable, "-c", c] for n, c in code.items()})
     assert gpu.main(gpu.Args(results=tmp_path / "r", parts="a,b,c,d", part_minutes=0.02)) == 1
     ends = capsys.readouterr().out.splitlines()[-4:]

@@ -2,7 +2,6 @@
 
 import os
 import shutil
-import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -67,10 +66,10 @@ def test_a_pool_larger_than_the_processors_that_may_be_used_costs_nothing():
     library.built()
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     took = {size: [] for size in (allowed, 32 * allowed)}
-    for _ in range(3):
+    for _ in range(2):
         for size, found in took.items():
             env = {**os.environ, "NPROC": str(size), "JAX_PLATFORMS": "cpu"}
             done = subprocess.run([sys.executable, "-c", PRODUCTS], env=env, check=True, capture_output=True, text=True)
             found.append(float(done.stdout))
-    few, many = map(statistics.median, took.values())
+    few, many = map(min, took.values())  # what others on the machine add is never less than nothing
     assert many <= 2 * few, took

@@ -40,11 +40,10 @@ MANY = [(110, 9, True), (100, 8, False)] * 20  # more keys than are packed at a 
 @pytest.mark.parametrize(
     ("config", "requests", "dtype"),
     [
-        (PLAIN, MIXED, jnp.float32), (POST_NORM, MIXED, jnp.float32), (BARE, MIXED, jnp.float32),
-        (PLAIN, MIXED, jnp.bfloat16), (PLAIN, ALL_HIDDEN, jnp.float32), (PLAIN, ALL_KV, jnp.float32),
-        (POST_NORM, ALL_HIDDEN, jnp.bfloat16), (PLAIN, decoding([9], [False]), jnp.float32),
-        (BARE, decoding([120], [True]), jnp.bfloat16),
-        (PLAIN, PROMPTS, jnp.float32), (POST_NORM, PROMPTS, jnp.bfloat16), (BARE, PROMPTS, jnp.float32),
+        (PLAIN, MIXED, jnp.float32), (BARE, MIXED, jnp.float32), (PLAIN, ALL_HIDDEN, jnp.float32),
+        (PLAIN, ALL_KV, jnp.float32), (POST_NORM, ALL_HIDDEN, jnp.bfloat16),
+        (PLAIN, decoding([9], [False]), jnp.float32), (BARE, decoding([120], [True]), jnp.bfloat16),
+        (PLAIN, PROMPTS, jnp.float32), (POST_NORM, PROMPTS, jnp.bfloat16),
         (PLAIN, CHUNKS, jnp.float32), (PLAIN, CHUNKS, jnp.bfloat16), (POST_NORM, CHUNKS, jnp.float32),
         (BARE, CHUNKS, jnp.float32), (PLAIN, [(90, 30, True)], jnp.float32), (PLAIN, [(0, 120, False)], jnp.float32),
         (PLAIN, MANY, jnp.float32),

@@ -188,3 +188,10 @@ def test_a_namespace_keeps_what_a_template_sets():
     for bad in ("{{ namespace(_a=1) }}", "{% set ns = namespace() %}{% set ns._b = 1 %}", "{{ namespace({'_c': 1}) }}"):
         with pytest.raises(jinja2.TemplateError, match=r"cannot have the attribute '_[abc]'; leave out the first _"):
             render_template(bad, [])
+
+
+def test_a_join_of_operands_that_are_short_enough_each():
+    """`*` lets either through; together they are one character too many."""
+    assert render_template(most(f"'y' * {MAX_CHARS - 2} ~ 'zz'"), []) == str(MAX_CHARS)
+    with pytest.raises(TemplateTooCostly, match=f"more than {MAX_CHARS} entries"):
+        render_template(most(f"'y' * {MAX_CHARS - 1} ~ 'zz'"), [])
