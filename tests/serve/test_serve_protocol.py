@@ -1,6 +1,7 @@
 """The completion body: what is taken, and the sentence with which the rest is refused."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
@@ -9,7 +10,10 @@ from hypothesis import strategies as st
 from apt_jax.request import SamplingParams, Slo
 from apt_jax.serve.errors import BadRequest
 from apt_jax.serve.json_text import parse_json
+from apt_jax.serve.openai.chat_requests import MAX_MESSAGES, parse_chat
+from apt_jax.serve.openai.completions import _token_ids
 from apt_jax.serve.openai.requests import SloBody, parse_completion, slo_of
+from tests.support.fake_engine import CharTokenizer
 
 
 def parse(**fields):
@@ -259,3 +263,23 @@ def test_a_bad_slo_header_is_refused(text):
         assert caught.value.param == header
     with pytest.raises(BadRequest, match="must be a number of milliseconds greater than 0"):
         slo_of(SloBody(tbt_ms=5.0), {"x-slo-tbt-ms": text}, Slo())  # the body goes before it, but wrong is wrong
+
+
+def test_a_list_is_counted_before_its_entries_are_checked():
+    for number, refusal in ((MAX_MESSAGES, "messages.0"), (MAX_MESSAGES + 1, f"at most {MAX_MESSAGES} are allowed")):
+        with pytest.raises(BadRequest) as caught:
+            parse_chat({"messages": [0] * number})
+        assert refusal in f"{caught.value.param}: {caught.value}"
+
+
+class NeverEncodes(CharTokenizer):
+    def encode(self, text, add_special_tokens=True):
+        raise AssertionError("it was tokenised")
+
+
+def test_a_text_that_cannot_fit_is_refused_before_it_is_tokenised():
+    engine = SimpleNamespace(tokenizer=NeverEncodes(), max_model_len=128)
+    with pytest.raises(BadRequest, match="maximum context length"):
+        _token_ids("a" * 129, engine)
+    with pytest.raises(AssertionError, match="it was tokenised"):
+        _token_ids("a" * 20, engine)
