@@ -309,3 +309,15 @@ def test_a_process_that_never_lets_go_of_the_file_does_not_hold_up_the_end(tmp_p
     with snapshot_file._locked(path):
         other = keep_records(path, [kept("b")])
     assert other is not None and other != path and ids(other) == ["b"] and ids(path) == ["a"]
+
+
+def test_the_first_other_place_is_beside_the_file_and_the_next_the_working_directory(tmp_path, monkeypatch):
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    path = tmp_path / "place" / "left.jsonl"
+    path.mkdir(parents=True)  # a folder in the file's way
+    beside = keep_records(path, [kept("a")])
+    assert beside.parent.parent == tmp_path / "place" and beside.name == "left.jsonl"
+    shutil.rmtree(tmp_path / "place")
+    elsewhere = keep_records(path, [kept("a")])
+    assert elsewhere.parent.parent == tmp_path / "work" and ids(elsewhere) == ["a"]
