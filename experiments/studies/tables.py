@@ -81,7 +81,7 @@ def targets_table(study: Study, rows: Sequence[Row]) -> str:
     base: list[Row] = []
     experiment = None
     for case, row in zip(study.cases, by_point(rows).values(), strict=True):
-        plain = replace(case.experiment, cache_dtype="auto", quantization="none")  # ratios are to 16 bits
+        plain = replace(case.experiment, cache_dtype="auto", quantization="none", enable_prefix_caching=False)
         if plain != experiment:
             experiment, base = plain, row
         cells, ratios = [], []
