@@ -5,7 +5,7 @@ from typing import Literal
 
 from apt_jax.cache import CacheMode, as_cache_dtype
 from apt_jax.model_config import as_quantization
-from apt_jax.ranges import check_at_least, check_block_size, check_finite, check_greater, check_share
+from apt_jax.ranges import check_at_least, check_block_size, check_finite, check_greater, check_host_cache, check_share
 from apt_jax.request import Slo
 
 AttentionBackend = Literal["auto", "xla", "pallas", "native"]
@@ -85,11 +85,7 @@ class EngineConfig:
         check_at_least(self, 0, ("abandon_after", "seed", "host_cache_bytes"))
         check_greater(self, 0, ("ttft_slo_ms", "tbt_slo_ms", "stall_slo_ms"))
         check_share(self, ("device_memory_utilization",))
-        if self.host_cache_bytes and not self.enable_prefix_caching:
-            raise ValueError(
-                f"host_cache_bytes={self.host_cache_bytes} keeps pages of the prefix cache, which is off; "
-                "use --enable-prefix-caching too"
-            )
+        check_host_cache(self.host_cache_bytes, self.enable_prefix_caching)
 
     @property
     def slo(self) -> Slo:

@@ -62,3 +62,12 @@ def check_share(options: Any, names: Iterable[str]) -> None:
         value = getattr(options, name)
         if value is not None and not 0 < value <= 1:
             raise ValueError(f"{name}={value} must be greater than 0 and at most 1")
+
+
+def check_host_cache(host_cache_bytes: int, prefix_caching: bool) -> None:
+    """Raises ValueError if host memory is asked for without the prefix cache, whose pages it keeps."""
+    if host_cache_bytes and not prefix_caching:
+        raise ValueError(
+            f"host_cache_bytes={host_cache_bytes} keeps pages of the prefix cache, which is off; "
+            "use --enable-prefix-caching too"
+        )

@@ -11,6 +11,7 @@ from apt_jax.ranges import (
     check_cv,
     check_finite,
     check_greater,
+    check_host_cache,
     check_share,
 )
 
@@ -112,11 +113,7 @@ class SimulateArgs:
         check_finite(self)
         check_greater(self, 0, ("cv", "ttft_slo_ms", "tbt_slo_ms", "stall_slo_ms"))
         check_at_least(self, 0, ("abandon_after", "duration_s", "report_interval_s", "seed", "host_cache_bytes"))
-        if self.host_cache_bytes and not self.enable_prefix_caching:
-            raise ValueError(
-                f"host_cache_bytes={self.host_cache_bytes} keeps pages of the prefix cache, which is off; "
-                "use --enable-prefix-caching too"
-            )
+        check_host_cache(self.host_cache_bytes, self.enable_prefix_caching)
         check_at_least(self, 1, ("tensor_parallel_size", "num_requests", "max_num_seqs", "max_num_batched_tokens"))
         check_at_least(
             self, 1, ("block_size", "num_blocks", "instances", "max_instances", "max_num_queued_reqs", "jobs")
