@@ -14,8 +14,9 @@ from apt_jax.simulation.requests.surge import Surge
 from apt_jax.simulation.simulator import Outcome
 
 MEANS = (  # figures with a mean over seeds
-    "strict_attainment", "attainment", "worst_class", "turned_away", "kept_token_throughput", "backlog_growth",
-    "p99_ttft_s", "p99_tbt_s", "longest_gap_s", "longest_wait_s", "mean_batch", "preemptions", "drain_s",
+    "strict_attainment", "attainment", "worst_class", "turned_away", "frozen", "kept_token_throughput",
+    "backlog_growth", "p99_ttft_s", "p99_tbt_s", "longest_gap_s", "longest_wait_s", "mean_batch", "preemptions",
+    "drain_s",
 )  # fmt: skip
 
 
@@ -31,6 +32,7 @@ class Report:
         attainment_by_phase: both, of those that came before a surge, in it, within a minute after it and later.
         cached_share: of prompt tokens, those that came from the prefix cache when the request was first admitted.
         turned_away: share that was refused or abandoned.
+        frozen: share whose stream, once begun, stood still for longer than its stall limit.
         kept_token_throughput: tokens per second of requests kept strictly, those that came while requests arrived.
         backlog: unfinished requests when the last one arrived; `backlog_by_quarter` after each quarter of the arrivals.
         sustained: whether the rate lasts; None if arrivals were too short to say (`apt_jax/run_figures.py`).
@@ -56,6 +58,7 @@ class Report:
     attainment_by_class: dict[str, list[dict[str, Any]]]
     attainment_by_phase: list[dict[str, Any]]
     turned_away: float
+    frozen: float
     kept_token_throughput: float
     sustained: bool | None
     backlog_by_quarter: list[int]
@@ -133,6 +136,7 @@ def summarise(
         attainment_by_class=classes,
         attainment_by_phase=surge.by_phase(arrivals, strictly, kept) if surge else [],
         turned_away=_share(not is_answered for _, is_answered in answered),
+        frozen=_share(r.num_stalls > 0 for r in requests),
         kept_token_throughput=kept_tokens / over_s,
         sustained=outcome.is_sustained(),
         backlog_by_quarter=backlog_by_quarter(arrivals, ends, window_s),

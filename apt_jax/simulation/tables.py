@@ -13,7 +13,7 @@ from apt_jax.simulation.report import Report
 UNCUT_COLUMNS = 10_000  # on a narrow terminal lines wrap, and no figure is cut
 LASTS = {True: "yes", False: "no", None: "unknown"}
 RUN_COLUMNS = (
-    "policy", "cache", "hidden", "rate", "strict", "P99", "worst class", "turned away", "TTFT ok", "TBT ok",
+    "policy", "cache", "hidden", "rate", "strict", "P99", "worst class", "turned away", "frozen", "TTFT ok", "TBT ok",
     "TTFT p50/p99 s", "TBT p99 s", "longest gap s", "longest wait s", "kept tokens/s", "batch", "preempt", "convert",
     "backlog by quarter", "sustained", "drain s", "fluid bound", "of the bound",
 )  # fmt: skip
@@ -55,9 +55,9 @@ def _runs(experiment: Experiment, reports: list[Report], seeds: list[int]) -> Ta
         table.add_row(
             *where, *([str(r.seed)] if seeded else []), r.policy, r.cache_mode,
             _attention(r.cache_mode, r.hidden_attention), f"{r.rate:g}", f"{r.strict_attainment:.1%}",
-            f"{r.attainment:.1%}", f"{r.worst_class:.1%}", f"{r.turned_away:.1%}", f"{r.ttft_attainment:.1%}",
-            f"{r.tbt_attainment:.1%}", f"{r.p50_ttft_s:.2f}/{r.p99_ttft_s:.2f}", f"{r.p99_tbt_s:.3f}",
-            f"{r.longest_gap_s:.1f}", f"{r.longest_wait_s:.1f}", f"{r.kept_token_throughput:.0f}",
+            f"{r.attainment:.1%}", f"{r.worst_class:.1%}", f"{r.turned_away:.1%}", f"{r.frozen:.1%}",
+            f"{r.ttft_attainment:.1%}", f"{r.tbt_attainment:.1%}", f"{r.p50_ttft_s:.2f}/{r.p99_ttft_s:.2f}",
+            f"{r.p99_tbt_s:.3f}", f"{r.longest_gap_s:.1f}", f"{r.longest_wait_s:.1f}", f"{r.kept_token_throughput:.0f}",
             f"{r.mean_batch:.0f}", str(r.preemptions), str(r.conversions), " ".join(map(str, r.backlog_by_quarter)),
             LASTS[r.sustained], f"{r.drain_s:.0f}", f"{r.fluid_bound:.2f}", f"{r.rate / r.fluid_bound:.0%}",
             *([f"{r.cached_share:.1%}"] if cached else []),

@@ -12,7 +12,7 @@ from experiments.studies.settings import SETTINGS
 
 FOLDER = Path(__file__).parent
 DEFAULT = SETTINGS["a100-13b-one-pass"].experiment
-SHARES = ("strict_attainment", "attainment", "worst_class")
+SHARES = ("strict_attainment", "attainment", "worst_class", "frozen")
 
 
 @dataclass(frozen=True)
@@ -194,7 +194,8 @@ STUDIES = (
           tuple(Case(policy, policy, "hidden", experiment=OVERLOAD)
                 for policy in ("fcfs", "sarathi", "edf", "sjf", "mlfq", "apt")),
           rates=(2.8,), seeds=SEEDS,
-          columns=("strict_attainment", "worst_class", "before", "surge", "minute_after", "later", "longest_wait_s")),
+          columns=("strict_attainment", "worst_class", "frozen", "before", "surge", "minute_after", "later",
+                   "longest_wait_s")),
     Study("kinds", "Is the mix of kinds ever worse than the better of KV alone and hidden alone?",
           _modes(("a100-13b-one-pass", "one-pass", (3.5, 5.2)), ("a100-13b", "recompute", (3.5,)),
                  ("v6e-13b", "absorbed", (3.0,)), ("v5e-6.7b", "absorbed", (2.0,)),
@@ -210,8 +211,9 @@ STUDIES = (
           columns=(*SHARES, "backlog_growth", "longest_wait_s", "preemptions")),
     Study("options", "What is each part of the policy worth?",
           _options("mixed=off", "convert=off", "prediction=off", "paced=off", "readmit_first=off", "fit_victims=off",
-                   "patience_s=5", "patience_s=60", "lane_share=0", "lane_share=0.2", "fallback=none",
-                   "fallback=constant", "value=absolute", "value=slack", "value=longest", experiment=LONG),
+                   "margin=1.5", "margin=2", "patience_s=5", "patience_s=60", "lane_share=0", "lane_share=0.2",
+                   "fallback=none", "fallback=constant", "value=absolute", "value=slack", "value=longest",
+                   experiment=LONG),
           rates=(5.2,), columns=(*SHARES, "backlog_growth", "longest_wait_s", "preemptions")),
     Study("oracle", "What could knowing output lengths in advance bring?",
           (Case("not predicted", "apt:prediction=off", "hybrid", experiment=LONG),

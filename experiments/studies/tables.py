@@ -16,11 +16,12 @@ _HEADS = {
     "p50_queue_s": "queue p50, s", "p99_queue_s": "queue p99, s", "preemptions": "preemptions",
     "conversions": "conversions", "backlog": "backlog", "longest_wait_s": "longest wait, s",
     "before": "before", "surge": "in the surge", "minute_after": "the minute after", "later": "later",
-    "longest_gap_s": "longest gap, s", "backlog_growth": "growth", "kept_token_throughput": "kept tokens/s",
+    "frozen": "frozen", "longest_gap_s": "longest gap, s", "backlog_growth": "growth",
+    "kept_token_throughput": "kept tokens/s",
 }  # fmt: skip
 
 
-SHARES = ("worst_class", "backlog_growth", "before", "surge", "minute_after", "later")
+SHARES = ("worst_class", "frozen", "backlog_growth", "before", "surge", "minute_after", "later")
 
 
 def head(column: str) -> str:

@@ -39,6 +39,7 @@ def print_point(figures: Mapping[str, Any], metrics: Iterable[str], percentiles:
     )
     console.print(
         f"longest gap {figures['longest_gap_ms']:.0f} ms, longest wait {figures['longest_wait_ms']:.0f} ms; "
+        f"{figures['frozen']:.1%} froze; "
         f"{figures['turned_away']:.1%} refused or ended; {figures['kept_token_throughput']:.4g} tokens/s of kept "
         "requests"
     )
@@ -63,11 +64,11 @@ def print_point(figures: Mapping[str, Any], metrics: Iterable[str], percentiles:
 def print_points(points: Sequence[Mapping[str, Any]], found: Mapping[str, Mapping[float, float]]) -> None:
     """All runs in order of rate, and the effective throughput in each reading, strict first."""
     table = Table(
-        *("requests/s", "answered", "failed", "turned away", "strict", "P99", "TTFT ok", "TBT ok"),
+        *("requests/s", "answered", "failed", "turned away", "frozen", "strict", "P99", "TTFT ok", "TBT ok"),
         *("worst class", "longest gap, s", "kept tokens/s", "backlog by quarter", "sustained"),
     )
     for point in points:
-        names = ("turned_away", "strict_attainment", "attainment", "ttft_attainment", "tbt_attainment")
+        names = ("turned_away", "frozen", "strict_attainment", "attainment", "ttft_attainment", "tbt_attainment")
         shares = (f"{point[name]:.1%}" for name in names)
         row = (str(point["request_rate"]), str(point["completed"]), str(point["failed"]), *shares)
         quarters = point["backlog_by_quarter"]

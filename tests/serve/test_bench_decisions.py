@@ -37,7 +37,8 @@ FIGURES = {
     "request_rate": 4, "completed": 3, "failed": 1, "duration": 2.0, "request_throughput": 1.5, "output_throughput": 30,
     "total_token_throughput": 45, "request_goodput": None, "strict_attainment": 0.5, "stall_slo_ms": 900,
     "attainment": 0.75, "ttft_slo_ms": 500, "ttft_attainment": 0.8, "tbt_slo_ms": 100, "tbt_attainment": 0.9,
-    "longest_gap_ms": 250.0, "longest_wait_ms": 700.0, "turned_away": 0.25, "kept_token_throughput": 20.0,
+    "longest_gap_ms": 250.0, "longest_wait_ms": 700.0, "turned_away": 0.25, "frozen": 0.125,
+    "kept_token_throughput": 20.0,
     "attainment_by_class": {
         "prompt_quartile": [{"strict_attainment": 1.0}, {"strict_attainment": 0.25}],
         "output_quartile": [{"strict_attainment": 0.5}],
@@ -75,7 +76,9 @@ def test_a_run_in_words_and_a_table(capsys):
         "attained 50.0% strictly (no gap over 900 ms), 75.0% by the 99th percentile of gaps (first token within "
         "500 ms: 80.0%, gaps within 100 ms: 90.0%)"
     )
-    assert lines[2] == "longest gap 250 ms, longest wait 700 ms; 25.0% refused or ended; 20 tokens/s of kept requests"
+    assert lines[2] == (
+        "longest gap 250 ms, longest wait 700 ms; 12.5% froze; 25.0% refused or ended; 20 tokens/s of kept requests"
+    )
     assert lines[3] == (
         "strictly by prompt quartiles 100.0%, 25.0%; by output quartiles 50.0%; unfinished after each quarter "
         "1, 2, 3, 4; sustained: no"
@@ -97,9 +100,10 @@ def test_several_runs_and_the_rates_that_were_reached(capsys):
     print_points(points, found)
     lines = capsys.readouterr().out.splitlines()
     rows = [[cell.strip() for cell in line.strip("│").split("│")] for line in lines if line.startswith("│")]
+    shares = ["25.0%", "12.5%", "50.0%", "75.0%", "80.0%", "90.0%", "25.0%"]
     assert rows == [
-        ["2", "3", "1", "25.0%", "50.0%", "75.0%", "80.0%", "90.0%", "25.0%", "0.25", "20.0", "1 2 3 4", "yes"],
-        ["4", "3", "1", "25.0%", "50.0%", "75.0%", "80.0%", "90.0%", "25.0%", "0.25", "20.0", "-", "no"],
+        ["2", "3", "1", *shares, "0.25", "20.0", "1 2 3 4", "yes"],
+        ["4", "3", "1", *shares, "0.25", "20.0", "-", "no"],
     ]
     assert lines[-2:] == [
         "effective throughput at 90% attainment: not reached strictly, 2 requests/s by the 99th percentile",

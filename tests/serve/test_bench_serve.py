@@ -380,7 +380,7 @@ def test_a_freeze_and_who_was_turned_away_are_told_and_the_limits_are_sent(tmp_p
         assert bench("--base-url", url, *flags, "--output", output) == 0
     found = json.loads(output.read_text())
     assert (found["completed"], found["failed"], found["turned_away"]) == (2, 3, 3 / 5)
-    assert (found["attainment"], found["strict_attainment"]) == (2 / 5, 1 / 5)
+    assert (found["attainment"], found["strict_attainment"], found["frozen"]) == (2 / 5, 1 / 5, 1 / 5)
     assert found["longest_gap_ms"] >= 1190 and found["stall_slo_ms"] == 1000
     assert "the server ended it: abandoned" in found["errors_by_reason"]
     sent = {name: value for name, value in server.headers[-1].items() if name.startswith("x-slo")}

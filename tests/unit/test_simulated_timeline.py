@@ -135,7 +135,7 @@ def test_the_report_over_them(mode):
             "output_quartile": [quartile(1, 1, 1, 0.0), quartile(2, 2, 1, 1.0), quartile(3, 3, 1, 0.0)],
         },
         "attainment_by_phase": [],
-        "turned_away": 0.0, "kept_token_throughput": 0.0,  # b's tokens come after the last arrival
+        "turned_away": 0.0, "frozen": 0.333333, "kept_token_throughput": 0.0,  # b's tokens come after the last arrival
         "sustained": None, "backlog_by_quarter": [0, 1, 2, 3],
         # ten parts of 1..2 s, half of them with one request and half with two, at 1.5 requests/s
         "backlog_growth": round(1.25 / 0.825 / 1.5, 5), "fluid_bound": 0.0, "drain_s": 2.5, "longest_gap_s": 2.25,

@@ -189,6 +189,7 @@ def who_pays(run: Run, slo: Slo) -> dict[str, Any]:
         },
         "kept_token_throughput": tokens / max(over_s, 1e-9),
         "turned_away": _share(r.was_turned_away for r in records),
+        "frozen": _share(r.longest_gap_s > slo.stall_limit_s for r in records),
         "arrivals_s": window_s,
         "backlog_by_quarter": backlog_by_quarter(arrivals, ends, window_s) if window_s else None,
         "sustained": is_sustained(arrivals, ends, window_s),
