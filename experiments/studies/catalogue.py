@@ -185,6 +185,11 @@ STUDIES = (
                 for policy in ("fcfs", "sarathi", "edf", "sjf", "mlfq", "apt")),
           rates=(4.4, 5.0),
           columns=(*SHARES, "longest_gap_s", "longest_wait_s", "backlog_growth", "preemptions")),
+    Study("long-prompts", "ShareGPT and LongBench, half and half, 900 s, hidden blocks: who keeps long prompts?",
+          tuple(Case(policy, policy, "hidden", experiment=replace(MIXED, duration_s=900.0))
+                for policy in ("fcfs", "sarathi", "edf", "sjf", "mlfq", "apt")),
+          rates=(2.0, 2.6),
+          columns=(*SHARES, "longest_gap_s", "longest_wait_s", "backlog_growth", "preemptions")),
     Study("classes", "Chats (0.5 s, gaps of 0.1 s) and a fifth of summaries (30 s, 5 s), 900 s, hidden blocks.",
           tuple(Case(policy, policy, "hidden", experiment=replace(LONG, classes=FOLDER / "chats_and_summaries.csv"))
                 for policy in ("fcfs", "sarathi", "edf", "sjf", "mlfq", "apt")),
