@@ -60,7 +60,9 @@ class Instance:
         pool = BlockPool(num_blocks, block_size)
         if prefix_caching:
             pool = PrefixPool(num_blocks, block_size, host=HostTier(host_slots) if host_slots else None)
-        self._copy_s = block_bytes(cost_model, block_size) / cost_model.hardware.host_bytes_per_s / cost_model.devices
+        self.moved_bytes = 0.0
+        self._block_bytes = block_bytes(cost_model, block_size)
+        self._copy_s = self._block_bytes / cost_model.hardware.host_bytes_per_s / cost_model.devices
         if isinstance(pool, PrefixPool) and pool.host is not None:
             pool.host.restores = worth_restoring(cost_model, block_size, self._copy_s)
         self.state = SimulatedState(pool, limits)
@@ -105,6 +107,7 @@ class Instance:
         self._num_scheduled = len(plan.scheduled)
         self._abandoned = [cast(SimulatedRequest, abandoned.request) for abandoned in plan.abandoned]
         moves = self.state.take_moves()  # copies to the host run beside the device's work, those from it before
+        self.moved_bytes += (len(moves.saved) + len(moves.restored)) * self._block_bytes
         step_s = self._cost_model.step_s(load) + len(moves.restored) * self._copy_s
         self._start_s, self._end_s = now, now + host_s + max(step_s, len(moves.saved) * self._copy_s)
         self.is_busy = True

@@ -43,6 +43,8 @@ class Report:
         p50_tbt_s, p99_tbt_s: over all gaps of all requests.
         fluid_bound: highest rate that could last, whatever the policy; 0 if it is not known.
         mean_batch: of an instance.
+        mean_token_latency_s: mean over answered requests of (arrival to end) / output tokens, as Orca and vLLM's paper.
+        moved_bytes: of the cache, copied between device and host memory in both directions.
         mean_instances: over the makespan.
     """
 
@@ -72,7 +74,9 @@ class Report:
     p99_tbt_s: float
     p50_queue_s: float
     p99_queue_s: float
+    mean_token_latency_s: float
     preemptions: int
+    moved_bytes: float
     conversions: int
     mean_batch: float
     cache_mix: dict[str, float]
@@ -150,7 +154,9 @@ def summarise(
         p99_tbt_s=_quantile(gaps, 99),
         p50_queue_s=_quantile(queue, 50),
         p99_queue_s=_quantile(queue, 99),
+        mean_token_latency_s=_token_latency_s(r for r, is_answered in answered if is_answered),
         preemptions=sum(r.num_preemptions for r in requests),
+        moved_bytes=outcome.moved_bytes,
         conversions=sum(r.num_conversions for r in requests),
         mean_batch=float((seconds * [s.scheduled for s in samples]).sum()) / busy,
         cache_mix=cache_mix,
@@ -216,6 +222,12 @@ def _longest_wait_s(request: SimulatedRequest) -> float:
     if request.ended_s is not None:
         waits.append(request.pending_s(request.ended_s))
     return max(waits)
+
+
+def _token_latency_s(answered: Iterable[SimulatedRequest]) -> float:
+    """Mean seconds per output token from a request's arrival to its end; 0 of nothing."""
+    found = [(r.ended_s - r.arrival_s) / r.num_generated_tokens for r in answered if r.ended_s is not None]
+    return sum(found) / len(found) if found else 0.0
 
 
 def _share(flags: Iterable[bool]) -> float:

@@ -58,6 +58,7 @@ class Outcome:
         makespan_s: when the last iteration ended.
         instance_s: seconds of all instances together, from the time each was asked for until it ended.
         by_instance: requests that each instance was given; one number for one instance.
+        moved_bytes: of the cache, copied between device and host memory in both directions.
         standing: at the end.
     """
 
@@ -68,6 +69,7 @@ class Outcome:
     makespan_s: float = 0.0
     instance_s: float = 0.0
     by_instance: list[int] = field(default_factory=list)
+    moved_bytes: float = 0.0
     standing: Standing = NOBODY
 
     @property
@@ -228,6 +230,7 @@ def simulate_fleet(
             raise Stalled(f"nothing scheduled at {now:.3f} s, {num_planned - finished} requests unfinished")
     outcome.makespan_s, outcome.backlog, outcome.standing = now, backlog or 0, standing()
     outcome.samples_by_instance = [instance.samples for instance in fleet.instances]
+    outcome.moved_bytes = sum(instance.moved_bytes for instance in fleet.instances)
     outcome.instance_s = fleet.instance_s(now)
     outcome.by_instance = [member.num_requests for member in fleet.members]
     return outcome

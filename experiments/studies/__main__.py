@@ -48,7 +48,7 @@ def run(study: Study, path: Path, num_processes: int = 1) -> list[Row]:
 
 def has_figures(row: Row) -> bool:
     """Whether a row of a file has today's figures; older ones are simulated again."""
-    return "effective_throughput" in row or "frozen" in row
+    return "effective_throughput" in row or "moved_bytes" in row
 
 
 def _key(row: Row) -> tuple[str, float | None, int]:

@@ -14,6 +14,8 @@ _HEADS = {
     "ttft_attainment": "TTFT ok", "tbt_attainment": "TBT ok", "mean_batch": "mean batch",
     "p50_ttft_s": "TTFT p50, s", "p99_ttft_s": "TTFT p99, s", "p99_tbt_s": "TBT p99, s",
     "p50_queue_s": "queue p50, s", "p99_queue_s": "queue p99, s", "preemptions": "preemptions",
+    "moved_bytes": "moved, GB",
+    "mean_token_latency_s": "latency per token, s",
     "conversions": "conversions", "backlog": "backlog", "longest_wait_s": "longest wait, s",
     "before": "before", "surge": "in the surge", "minute_after": "the minute after", "later": "later",
     "frozen": "frozen", "longest_gap_s": "longest gap, s", "backlog_growth": "growth",
@@ -141,6 +143,8 @@ def _seeded_cell(column: str, values: Sequence[float]) -> str:
 def _cell(column: str, value: float) -> str:
     if column.endswith("attainment") or column in SHARES:
         return f"{value:.1%}"
+    if column == "moved_bytes":
+        value /= 1e9
     return f"{value:.3g}" if isinstance(value, float) and value < 100 else f"{value:.0f}"
 
 

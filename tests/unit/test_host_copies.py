@@ -57,6 +57,7 @@ def test_saving_runs_beside_the_step_and_restoring_before_it():
     # the second takes seven of eight blocks, so that five pages are saved; the third finds six, of them five there,
     # for which five of the second's are saved
     assert found == pytest.approx([1.0, max(1.0, 5 * 0.4), max(1.0 + 5 * 0.4, 5 * 0.4)])
+    assert instance.moved_bytes == 15 * block_bytes(A100, 16)
 
 
 @pytest.mark.parametrize(("mode", "num_blocks"), [("kv", 900), ("hidden", 450)])
@@ -67,7 +68,7 @@ def test_conversations_find_more_with_host_memory(mode, num_blocks):
     roomy = replace(experiment, host_cache_bytes=2 * 10**11)
     short, more = (each.run("fcfs", mode, "one-pass", 3.0)[1] for each in (experiment, roomy))
     assert more.cached_share > short.cached_share + 0.05
-    assert more.p50_ttft_s < short.p50_ttft_s
+    assert more.p50_ttft_s < short.p50_ttft_s and more.moved_bytes > 0 == short.moved_bytes
 
 
 def test_options_that_make_no_sense():

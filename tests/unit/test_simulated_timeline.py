@@ -142,7 +142,8 @@ def test_the_report_over_them(mode):
         "attainment": 0.333333,  # b alone: a has a gap of 2.25 s, c waits 2 s
         "ttft_attainment": 0.666667, "tbt_attainment": 0.666667,
         "p50_ttft_s": 1.5, "p99_ttft_s": 2.0, "p50_tbt_s": 1.25, "p99_tbt_s": 2.25, "p50_queue_s": 0.5,
-        "p99_queue_s": 1.0, "preemptions": 0, "conversions": 0,
+        "p99_queue_s": 1.0, "preemptions": 0, "conversions": 0, "moved_bytes": 0.0,
+        "mean_token_latency_s": round((3.5 / 3 + 2.75 / 2 + 2.0) / 3, 5),
         "mean_batch": round((1 + 1 + 1 + 2 * 0.25 + 0.25) / 3.5, 5),
         "arrivals_s": 2.0, "makespan_s": 4.5, "iterations": 5, "backlog": 3, "longest_wait_s": 2.25, "instances": 1,
         "router": "", "report_interval_s": 0.0, "mean_instances": 1.0, "cached_share": 0.0,
