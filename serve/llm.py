@@ -15,7 +15,7 @@ from apt_jax.output import Output, TokenLogprobs
 from apt_jax.progress import is_hidden
 from apt_jax.request import FinishReason, SamplingParams
 from apt_jax.serve.errors import BadRequest
-from apt_jax.serve.openai.chat_requests import parse_chat
+from apt_jax.serve.openai.bodies.chat_requests import parse_chat
 from apt_jax.serve.openai.templates.chat_template import NO_TEMPLATE, render
 from apt_jax.serve.options import LoadOptions
 from apt_jax.serve.runtime.build import build_engine

@@ -14,22 +14,44 @@ def num_words(vocab_size: int) -> int:
     return -(-vocab_size // 32)
 
 
-def allowed_tokens(
-    requests: Sequence[Request], rows: int, vocab_size: int
-) -> tuple[np.ndarray | None, list[tuple[Request, str]]]:
-    """What each row may sample, int32 `[rows, W]`; None where no row is restricted.
+class AllowedTokens:
+    """What each row of a batch may sample; found when it is first asked for, while the device runs the model.
 
-    Returns:
-        The bits, and the requests whose grammar has failed, with the reason: they are not restricted here.
+    Args:
+        requests: those that sample, row by row; at least one of them is restricted.
+        rows: that the sampler has.
+
+    Attributes:
+        failed: requests whose grammar has failed, with the reason, once the bits are found: they are not restricted.
     """
-    restricted = [(row, request) for row, request in enumerate(requests) if request.matcher is not None]
-    if not restricted:
-        return None, []
-    words = np.full((rows, num_words(vocab_size)), EVERY, np.int32)
-    failed = []
-    for row, request in restricted:
-        error = request.matcher.allow(words[row])
-        if error is not None:
-            words[row] = EVERY
-            failed.append((request, error))
-    return words, failed
+
+    def __init__(self, requests: Sequence[Request], rows: int, vocab_size: int):
+        self.failed: list[tuple[Request, str]] = []
+        self._restricted = [(row, request) for row, request in enumerate(requests) if request.matcher is not None]
+        self._shape = rows, num_words(vocab_size)
+        self._words: np.ndarray | None = None
+
+    def words(self) -> np.ndarray:
+        """Int32 `[rows, W]`, token t is bit t % 32 of word t // 32."""
+        if self._words is None:
+            self._words = np.full(self._shape, EVERY, np.int32)
+            for row, request in self._restricted:
+                error = request.matcher.allow(self._words[row])
+                if error is not None:
+                    self._words[row] = EVERY
+                    self.failed.append((request, error))
+            self._restricted = []
+        return self._words
+
+    def found(self) -> "AllowedTokens":
+        """The bits alone, for another process."""
+        made = AllowedTokens((), 0, 0)
+        made._words = self.words()
+        return made
+
+
+def allowed_tokens(requests: Sequence[Request], rows: int, vocab_size: int) -> AllowedTokens | None:
+    """What the rows of a batch may sample; None where none is restricted."""
+    if all(request.matcher is None for request in requests):
+        return None
+    return AllowedTokens(requests, rows, vocab_size)

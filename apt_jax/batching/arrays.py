@@ -7,6 +7,7 @@ from functools import reduce
 from operator import or_
 from typing import Any, NamedTuple
 
+from apt_jax.batching.allowed_tokens import AllowedTokens
 from apt_jax.batching.buckets import Bucket
 from apt_jax.batching.sampling_rows import Sampling
 from apt_jax.cache import KINDS, CacheKind, Vector
@@ -76,4 +77,4 @@ class Batch(NamedTuple):
     requests: tuple[Request, ...]
     spans: tuple[Span, ...]  # row by row
     chunks: tuple[ScoreChunk, ...] = ()
-    allowed: Array | None = None  # int32 [sample_rows, W]: bits of the tokens that may be sampled; None: all
+    allowed: AllowedTokens | None = None  # the tokens that may be sampled; None: all

@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import DTypeLike
 
-from apt_jax.request import MAX_LOGIT_BIAS, MAX_STOP_TOKEN_IDS, Request
+from apt_jax.request import Request
+from apt_jax.sampling.params import MAX_LOGIT_BIAS, MAX_STOP_TOKEN_IDS
 
 MAX_END_IDS = MAX_STOP_TOKEN_IDS + 8  # stop ids of the request and end-of-sequence ids of the model
 NO_TOKEN = np.int32(2**31 - 1)  # padding in lists of token ids: out of range of any vocabulary, so updates drop it

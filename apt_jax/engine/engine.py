@@ -285,26 +285,25 @@ class Engine:
             spans, moved = move_pages(self.state, self.runner, spans)
             self.runner.project(self.state.projections)
             if spans:
-                (batch, failed), programs = self._build(spans), self.runner.num_programs
+                batch, programs = self._build(spans), self.runner.num_programs
                 self._counts.padded_tokens = batch.bucket.tokens
                 results = self.runner.dispatch(batch)
                 usual = programs == self.runner.num_programs and not results.scores and not moved
                 load = self.times.load(plan, spans, self.state.num_projected_tokens) if usual else None
                 written = self.state.written(spans)
                 self._inflight.append(_Flight(batch, results, load, started_s, candidates, written))
-                for request, reason in failed:
+                for request, reason in () if batch.allowed is None else batch.allowed.failed:
                     self._end(request, FinishReason.ERROR, f"{NO_GRAMMAR}: {reason}")
         except Exception as error:
             logger.exception("an iteration failed; its requests end with an error")
             self._recover(str(error) or type(error).__name__)
 
-    def _build(self, spans: Sequence[Span]) -> tuple[Batch, list[tuple[Request, str]]]:
-        """The batch, and the requests whose grammar has failed, with the reason."""
+    def _build(self, spans: Sequence[Span]) -> Batch:
         scores = self.prompt_logprobs.wanted(spans)
         batch = self.builder.build(spans, prefill=scores)  # only prefill steps hand on every hidden state
-        allowed, failed = allowed_tokens(batch.requests, len(batch.sample_slot), self.model_config.vocab_size)
+        allowed = allowed_tokens(batch.requests, len(batch.sample_slot), self.model_config.vocab_size)
         batch = batch._replace(allowed=allowed)
-        return self.prompt_logprobs.ask(batch) if scores else batch, failed
+        return self.prompt_logprobs.ask(batch) if scores else batch
 
     def _recover(self, message: str) -> None:
         """After a failed device step the cache cannot be trusted: end all running requests, start with an empty one."""

@@ -197,6 +197,7 @@ def smallest_of_all(count: int) -> int:
 def without_requests(batch: Batch) -> Batch:
     """The part of a batch that a runner needs: its arrays, and whether any row samples."""
     return batch._replace(
+        allowed=None if batch.allowed is None else batch.allowed.found(),
         requests=(None,) * len(batch.requests),  # type: ignore[arg-type] # their number is what counts
         spans=(),
         chunks=tuple(ScoreChunk(chunk.index, chunk.target, ()) for chunk in batch.chunks),

@@ -179,10 +179,11 @@ class Runner:
         last, self._pool, self._history, every, outside = step(self._pool, self._history, batch.tokens, batch.rows)
         sampled = None
         if batch.requests:
-            sampled, self._history = self.programs[SamplerKey(len(batch.sample_slot))](
-                arrays, self._history, last, batch.sampling, batch.sample_slot, batch.sample_length,
-                self._every_token(len(batch.sample_slot)) if batch.allowed is None else batch.allowed,
-            )  # fmt: skip
+            rows = len(batch.sample_slot)
+            allowed = self._every_token(rows) if batch.allowed is None else batch.allowed.words()  # during the step
+            sampled, self._history = self.programs[SamplerKey(rows)](
+                arrays, self._history, last, batch.sampling, batch.sample_slot, batch.sample_length, allowed
+            )
         scores = []
         for chunk in batch.chunks:
             wanted = self.programs[GatherKey(batch.bucket)]([], every, chunk.index)

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from apt_jax.batching.sampling_rows import Sampling
-from apt_jax.request import MAX_LOGPROBS
+from apt_jax.sampling.params import MAX_LOGPROBS
 
 _MASKED = -jnp.inf
 

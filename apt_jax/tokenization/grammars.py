@@ -1,7 +1,7 @@
 """Which tokens may come next where an output must follow a grammar: a JSON schema, a regular expression, choices, Lark.
 
-Grammars are compiled and followed by the llguidance library, whose limits bound a hostile one in time and memory: it
-ends with a reason. No jax here.
+Grammars are compiled and followed by the llguidance library, within LIMITS of time and memory: a hostile one is
+refused, or ends its own request, with a reason. No jax here.
 """
 
 import json
@@ -12,9 +12,14 @@ from typing import Any
 
 import llguidance.numpy
 import numpy as np
-from llguidance import LLMatcher, LLTokenizer
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
-MOST_KEPT = 64  # compiled grammars, those used last
+MAX_CHARS = 400_000  # of a schema, expression, grammar, or of all choices
+MOST_KEPT, MOST_KEPT_CHARS = 64, 2_000_000  # compiled grammars, those used last
+# Of what the library allows by itself: the third of a second that an ambiguous grammar may take for a token would be
+# other requests' time too, and 250,000 states of 1 to 2 kB each are half a gigabyte of one request.
+LIMITS = LLParserLimits(max_items_in_row=500, step_max_items=20_000, max_lexer_states=50_000)
+NOTHING_MEETS_IT = "no text meets it"
 _ANY_OBJECT = {"type": "object"}
 _WHITE_SPACE = r"[ ]?|\n[ ]{0,40}"  # between the parts of JSON: without a bound some models write nothing else
 
@@ -23,16 +28,19 @@ class Matcher:
     """The state of one output in its grammar."""
 
     def __init__(self, matcher: LLMatcher, num_words: int):
-        self._matcher, self._num_words = matcher, num_words
+        self._matcher = matcher
+        self._words = np.zeros((1, num_words), np.int32)
 
     def allow(self, words: np.ndarray) -> str | None:
         """Set the bits of the tokens that may come next, and clear all others; an error if none can be found.
 
         Args:
-            words: int32 `[W]`, token t is bit t % 32 of word t // 32; W may be more than this vocabulary needs.
+            words: int32 `[W]`, token t is bit t % 32 of word t // 32; W is the model's, the tokenizer may have others.
         """
         words[:] = 0
-        llguidance.numpy.fill_next_token_bitmask(self._matcher, words[None, : self._num_words], 0)
+        llguidance.numpy.fill_next_token_bitmask(self._matcher, self._words)  # without Python's lock
+        count = min(len(words), self._words.shape[1])
+        words[:count] = self._words[0, :count]
         return self._error() or (None if words.any() else "no token can follow")
 
     def accept(self, token_id: int) -> str | None:
@@ -48,7 +56,10 @@ class Matcher:
 
     def _error(self) -> str | None:
         error = self._matcher.get_error()
-        return error.strip().splitlines()[0] if error else None
+        if not error:
+            return None
+        reason = error.strip().splitlines()[0]
+        return NOTHING_MEETS_IT if reason == "NoExtensionBias" else reason
 
 
 class Grammars:
@@ -74,6 +85,8 @@ class Grammars:
             ValueError: it cannot be compiled, or is over the limits; one sentence with the library's reason.
         """
         key = json.dumps(asked, sort_keys=True)
+        if len(key) > MAX_CHARS:
+            raise ValueError(f"structured_outputs has {len(key)} characters, at most {MAX_CHARS} are allowed")
         with self._lock:
             kept = self._kept.get(key)
             if kept is not None:
@@ -82,18 +95,22 @@ class Grammars:
             kept = self._compile(asked)
             with self._lock:
                 self._kept[key] = kept
-                if len(self._kept) > MOST_KEPT:
+                while len(self._kept) > MOST_KEPT or sum(map(len, self._kept)) > MOST_KEPT_CHARS:
                     self._kept.popitem(last=False)
         return Matcher(kept.deep_copy(), self._num_words)
 
     def _compile(self, asked: Mapping[str, Any]) -> LLMatcher:
         ((kind, value),) = asked.items()
+        refusal = f"structured_outputs {kind} cannot be compiled"
         try:
-            matcher = LLMatcher(self._tokenizer, _grammar(kind, value), log_level=0)
+            matcher = LLMatcher(self._tokenizer, _grammar(kind, value), log_level=0, limits=LIMITS)
         except Exception as error:  # of the library, which raises nothing narrower
-            raise ValueError(f"structured_outputs {kind} cannot be compiled: {error}") from error
+            raise ValueError(f"{refusal}: {_one_line(str(error))}") from error
         if matcher.is_error():
-            raise ValueError(f"structured_outputs {kind} cannot be compiled: {_one_line(matcher.get_error())}")
+            raise ValueError(f"{refusal}: {_one_line(matcher.get_error())}")
+        reason = Matcher(matcher.deep_copy(), self._num_words).allow(np.zeros(self._num_words, np.int32))
+        if reason is not None:
+            raise ValueError(f"structured_outputs {kind} cannot be followed from its first token on: {reason}")
         return matcher
 
 
@@ -106,7 +123,8 @@ def _grammar(kind: str, value: Any) -> str:
     if kind == "regex":
         return LLMatcher.grammar_from_regex(value)
     if kind == "choice":
-        return LLMatcher.grammar_from_lark("start: " + " | ".join(map(json.dumps, value)))
+        # one lexeme, which is found in a hundredth of the time of a rule with as many alternatives
+        return LLMatcher.grammar_from_lark("start: CHOICE\nCHOICE: " + " | ".join(map(json.dumps, value)))
     return llguidance.grammar_from("grammar", value)
 
 

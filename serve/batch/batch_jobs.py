@@ -29,9 +29,9 @@ from apt_jax.serve.batch.batch_file import (
 )
 from apt_jax.serve.errors import BadRequest, EngineFailure, error_reply
 from apt_jax.serve.json_text import parse_json
+from apt_jax.serve.openai.bodies.strict import Strict, first_fault
 from apt_jax.serve.openai.endpoints import ENDPOINTS
 from apt_jax.serve.openai.generation import Generation, ServedModel, as_bad_request
-from apt_jax.serve.openai.strict import Strict, first_fault
 from apt_jax.serve.options import DEMO_NAME, LoadOptions
 from apt_jax.serve.runtime.driver import Driver
 from apt_jax.serve.runtime.samples import Sample

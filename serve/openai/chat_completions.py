@@ -5,7 +5,7 @@ from typing import Any
 
 from apt_jax.output import Output, TokenLogprobs
 from apt_jax.serve.errors import BadRequest
-from apt_jax.serve.openai.chat_requests import ChatRequest
+from apt_jax.serve.openai.bodies.chat_requests import ChatRequest
 from apt_jax.serve.openai.generation import Choice, Generation, ServedModel, check_length, finite
 from apt_jax.serve.openai.templates.chat_template import render
 from apt_jax.serve.runtime.samples import Sample

@@ -7,8 +7,8 @@ from apt_jax.engine.interface import EngineFacts
 from apt_jax.output import Output, TokenLogprobs
 from apt_jax.request import FinishReason
 from apt_jax.serve.errors import BadRequest
+from apt_jax.serve.openai.bodies.requests import CompletionRequest
 from apt_jax.serve.openai.generation import Choice, Generation, ServedModel, check_length, finite
-from apt_jax.serve.openai.requests import CompletionRequest
 from apt_jax.serve.runtime.samples import Sample
 from apt_jax.tokenization.token_texts import TokenText, shown
 

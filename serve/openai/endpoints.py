@@ -5,11 +5,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from apt_jax.serve.openai import replies
+from apt_jax.serve.openai.bodies.chat_requests import ChatRequest, parse_chat
+from apt_jax.serve.openai.bodies.requests import CompletionRequest, GenerationRequest, parse_completion
 from apt_jax.serve.openai.chat_completions import ChatCompletion
-from apt_jax.serve.openai.chat_requests import ChatRequest, parse_chat
 from apt_jax.serve.openai.completions import Completion
 from apt_jax.serve.openai.generation import Generation
-from apt_jax.serve.openai.requests import CompletionRequest, GenerationRequest, parse_completion
 
 
 @dataclass(frozen=True)

@@ -20,11 +20,12 @@ from apt_jax.output import ContextExceeded, Output, TokenLogprobs
 from apt_jax.request import FinishReason, Request, Slo
 from apt_jax.serve.errors import BadRequest, ContextTooLong, EngineFailure, ModelNotFound
 from apt_jax.serve.json_text import SHOWN_VALUE_CHARS, json_pieces
+from apt_jax.serve.openai.bodies.requests import GenerationRequest, bad_request
+from apt_jax.serve.openai.bodies.slo import slo_of
+from apt_jax.serve.openai.bodies.strict import check_grammar
 from apt_jax.serve.openai.replies import PromptTokenLogprob, prompt_tokens_details
-from apt_jax.serve.openai.requests import GenerationRequest, bad_request, slo_of
 from apt_jax.serve.openai.slo_report import is_unanswered, slo_abandoned, slo_report
 from apt_jax.serve.openai.sse import event
-from apt_jax.serve.openai.strict import check_grammar
 from apt_jax.serve.runtime.samples import Sample, fan_out
 from apt_jax.tokenization.token_texts import ByteTokenTexts, TokenTexts
 

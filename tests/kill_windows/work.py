@@ -18,9 +18,9 @@ from apt_jax.serve.batch.batch_jobs import BatchJob
 from apt_jax.serve.http.resume import Resumption
 from apt_jax.serve.http.snapshot import record_of
 from apt_jax.serve.http.snapshot_file import check_snapshot_file, keep_records, read_snapshot, write_snapshot
+from apt_jax.serve.openai.bodies.requests import parse_completion
 from apt_jax.serve.openai.completions import Completion
 from apt_jax.serve.openai.generation import ServedModel
-from apt_jax.serve.openai.requests import parse_completion
 from tests.kill_windows.forks import forked
 from tests.support.asgi_service import run, serving, until
 from tests.support.fake_engine import CharTokenizer, FakeEngine

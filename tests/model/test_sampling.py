@@ -17,7 +17,7 @@ from hypothesis.extra import numpy as numpy_st
 
 from apt_jax.batching.sampling_rows import Sampling, empty_sampling, write_sampling
 from apt_jax.execution.sampling import largest_where, sample
-from apt_jax.request import MAX_LOGPROBS
+from apt_jax.sampling.params import MAX_LOGPROBS
 from tests.support.host_loop import EOS, make_request
 
 V, M = 32, 24  # vocabulary, and width of the history

@@ -1,9 +1,16 @@
-"""Outputs that must follow a grammar: what the engine samples, whatever runs beside it."""
+"""Outputs that must follow a grammar: what the engine samples, whatever runs beside it.
+
+APT_JAX_SCHEMAS=FILE takes the random schemas from a file, a JSON list, in place of those drawn here.
+"""
 
 import json
+import os
+import pickle
 import re
+from pathlib import Path
 from types import SimpleNamespace
 
+import jsonschema_rs
 import numpy as np
 import pytest
 
@@ -13,9 +20,11 @@ from apt_jax.engine.engine import Engine
 from apt_jax.engine.setup import set_up
 from apt_jax.engine_config import EngineConfig
 from apt_jax.request import FinishReason, SamplingParams
+from apt_jax.serve.runtime.samples import fan_out
 from apt_jax.tokenization.grammars import Grammars
 from apt_jax.tokenization.tokenizer import Tokenizer
 from tests.support.engines import finish
+from tests.support.random_schemas import random_schemas
 
 SCHEMA = {
     "type": "object", "additionalProperties": False, "required": ["name", "age", "tags"],
@@ -88,6 +97,37 @@ def test_the_same_seed_gives_the_same_alone_preempted_and_resumed(engine):
         engine.add(alone.prompt_token_ids, alone.params, request_id="bad", output_token_ids=[90, 91, 92])
 
 
+def test_what_follows_a_random_schema_is_an_instance_of_it(engine):
+    given = os.environ.get("APT_JAX_SCHEMAS")
+    schemas = random_schemas(40) if given is None else json.loads(Path(given).read_text("utf-8"))
+    for number, schema in enumerate(schemas):
+        ask(engine, str(number), {"json": schema}, f"x{number % 7} = ", seed=number, max_tokens=240)
+    outputs = []
+    while engine.has_unfinished:
+        outputs += engine.step()
+    ended = [output for output in outputs if output.finish_reason is not None]
+    cut = [output for output in ended if output.finish_reason is FinishReason.LENGTH]  # a number without an end
+    assert len(ended) == len(schemas) and len(cut) <= len(schemas) // 20
+    for output in ended:
+        schema, text = schemas[int(output.request.request_id)], text_of(engine, output.request)
+        if output not in cut:
+            assert output.finish_reason is FinishReason.STOP, (schema, text, output.error)
+            assert jsonschema_rs.is_valid(schema, json.loads(text), validate_formats=True), (schema, text)
+
+
+def test_a_stop_string_ends_it_and_samples_of_one_prompt_differ(engine):
+    """`n` samples are requests with seeds of their own, which `fan_out` derives."""
+    samples = fan_out("s", [engine.tokenizer.encode("def f(")], SamplingParams(
+        n=3, seed=1, max_tokens=40, structured_outputs={"regex": "[a-z]{12}"}, logprobs=1
+    ))  # fmt: skip
+    requests = [sample.add_to(engine) for sample in samples]
+    stopped = ask(engine, "stopped", {"regex": "aaaa,bbbb,cccc"}, stop=["b,"])
+    finish(engine)
+    texts = [text_of(engine, request) for request in requests]
+    assert all(re.fullmatch("[a-z]{12}", text) for text in texts) and len(set(texts)) == 3
+    assert stopped.stop_reason == "b," and "aaaa,bbbb,cccc".startswith(text_of(engine, stopped))
+
+
 def test_log_probabilities_stay_the_model_s_own(engine):
     outputs = []
     request = ask(engine, "a", {"choice": ["yes", "no"]}, temperature=0, logprobs=2)
@@ -104,6 +144,12 @@ def test_log_probabilities_stay_the_model_s_own(engine):
         ({"json": {"type": "banana"}}, "structured_outputs json cannot be compiled: .*banana"),
         ({"regex": "a("}, "structured_outputs regex cannot be compiled"),
         ({"grammar": "start: nothing"}, "structured_outputs grammar cannot be compiled"),
+        (
+            {"json": {"$ref": "#/$defs/a", "$defs": {"a": {"$ref": "#/$defs/a"}}}},
+            "structured_outputs json cannot be followed from its first token on: no text meets it",
+        ),
+        ({"regex": "a" * 500_000}, "structured_outputs has 500013 characters, at most 400000 are allowed"),
+        ({"json": {"allOf": [{"type": "string"}, {"type": "integer"}]}}, "json cannot be compiled: Unsatisfiable"),
     ],
 )
 def test_what_cannot_be_compiled_is_refused_with_the_reason(engine, asked, sentence):
@@ -121,6 +167,7 @@ def test_what_cannot_be_compiled_is_refused_with_the_reason(engine, asked, sente
         ("json", "structured_outputs='json' must be an object"),
         ({"choice": ["a", 1]}, "choice has something that is no text"),
         ({"regex": ""}, "structured_outputs regex='' must be a str and not empty"),
+        ({"choice": ["a"] * 10_001}, "structured_outputs choice has 10001 texts, at most 10000 are allowed"),
         ({"json_object": False}, "json_object=False must be a bool and not empty"),
     ],
 )
@@ -148,6 +195,17 @@ def test_a_grammar_that_fails_while_it_runs_ends_its_request_alone(engine):
     engine.state.check()
 
 
+def test_a_grammar_that_would_take_long_ends_within_the_limits(engine):
+    """By itself the library allows the ambiguous one a third of a second for a token."""
+    asked = {"grammar": 'start: s\ns: s s s | s s | "a" | "b" | "ab" | '}
+    request = ask(engine, "ambiguous", asked, ignore_eos=True, max_tokens=200)
+    outputs = []
+    while engine.has_unfinished:
+        outputs += engine.step()
+    assert outputs[-1].request is request and outputs[-1].finish_reason is FinishReason.ERROR
+    assert re.search("items; max is 500", outputs[-1].error) and "\n" not in outputs[-1].error
+
+
 def test_bits_of_rows(loaded):
     grammars = Grammars(loaded.tokenizer._backend.to_str(), loaded.tokenizer.eos_token_id)
     matcher = grammars.matcher({"choice": ["yes"]})
@@ -156,13 +214,15 @@ def test_bits_of_rows(loaded):
         def __init__(self, matcher):
             self.matcher = matcher
 
-    words, failed = allowed_tokens([Row(None), Row(matcher)], 4, loaded.config.vocab_size)
-    assert words.shape == (4, -(-loaded.config.vocab_size // 32)) and not failed
+    allowed = allowed_tokens([Row(None), Row(matcher)], 4, loaded.config.vocab_size)
+    words = allowed.words()
+    assert words.shape == (4, -(-loaded.config.vocab_size // 32)) and not allowed.failed
+    assert (pickle.loads(pickle.dumps(allowed.found())).words() == words).all(), "what other processes get"
     assert (words[[0, 2, 3]] == -1).all()
     bits = np.unpackbits(words[1].view(np.uint8), bitorder="little")
     texts = {loaded.tokenizer.token_text(int(token)) for token in np.flatnonzero(bits)}
     assert texts <= {"y", "ye", "yes"} and "y" in texts
-    assert allowed_tokens([Row(None)], 4, loaded.config.vocab_size) == (None, [])
+    assert allowed_tokens([Row(None)], 4, loaded.config.vocab_size) is None
 
 
 def test_a_tokenizer_without_an_end_cannot():

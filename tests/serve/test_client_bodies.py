@@ -10,7 +10,7 @@ from openai.types import chat, completion_create_params
 
 from apt_jax.output import ContextExceeded
 from apt_jax.serve.http.routes.table import openapi_document
-from apt_jax.serve.openai.neutral_fields import OF_CHATS, OF_COMPLETIONS, OF_MESSAGES
+from apt_jax.serve.openai.bodies.neutral_fields import OF_CHATS, OF_COMPLETIONS, OF_MESSAGES
 from tests.support.asgi_service import run, serving
 from tests.support.fake_engine import CharTokenizer, FakeEngine
 

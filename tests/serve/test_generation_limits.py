@@ -8,10 +8,11 @@ from apt_jax.engine_config import EngineConfig
 from apt_jax.output import Output
 from apt_jax.request import FinishReason, Request, SamplingParams, Slo
 from apt_jax.serve.errors import BadRequest, EngineFailure, ModelNotFound
-from apt_jax.serve.openai.chat_requests import parse_chat
+from apt_jax.serve.openai.bodies.chat_requests import parse_chat
+from apt_jax.serve.openai.bodies.requests import parse_completion
+from apt_jax.serve.openai.bodies.slo import slo_of
 from apt_jax.serve.openai.completions import Completion
 from apt_jax.serve.openai.generation import VALUES_OF_CHOICE, ServedModel, as_bad_request, check_room
-from apt_jax.serve.openai.requests import parse_completion, slo_of
 from tests.support.fake_engine import CharTokenizer, FakeEngine
 
 MODEL = ServedModel(FakeEngine(tokenizer=CharTokenizer()), "tiny")  # a context of 128

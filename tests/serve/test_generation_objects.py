@@ -10,11 +10,11 @@ import pytest
 from apt_jax.output import Output, TokenLogprobs
 from apt_jax.request import FinishReason, Request, SamplingParams
 from apt_jax.serve.errors import EngineFailure
+from apt_jax.serve.openai.bodies.chat_requests import parse_chat
+from apt_jax.serve.openai.bodies.requests import parse_completion
 from apt_jax.serve.openai.chat_completions import ChatCompletion
-from apt_jax.serve.openai.chat_requests import parse_chat
 from apt_jax.serve.openai.completions import Completion
 from apt_jax.serve.openai.generation import ServedModel
-from apt_jax.serve.openai.requests import parse_completion
 from tests.support.fake_engine import CharTokenizer, FakeEngine
 
 MODEL = ServedModel(FakeEngine(tokenizer=CharTokenizer()), "tiny")

@@ -17,11 +17,11 @@ from tokenizers import Tokenizer as Backend
 from apt_jax.engine_config import EngineConfig
 from apt_jax.output import Output, TokenLogprobs
 from apt_jax.request import FinishReason
+from apt_jax.serve.openai.bodies.chat_requests import parse_chat
+from apt_jax.serve.openai.bodies.requests import parse_completion
 from apt_jax.serve.openai.chat_completions import ChatCompletion
-from apt_jax.serve.openai.chat_requests import parse_chat
 from apt_jax.serve.openai.completions import Completion
 from apt_jax.serve.openai.generation import ServedModel
-from apt_jax.serve.openai.requests import parse_completion
 from apt_jax.tokenization.tokenizer import Tokenizer
 
 CORPUS = ["the quick brown fox jumps over the lazy dog, don't it? yes it does.", "naïve café costs 5 € 你好 🙂 ok"] * 8

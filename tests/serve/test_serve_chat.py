@@ -4,7 +4,7 @@ import httpx
 import pytest
 
 from apt_jax.serve.errors import BadRequest
-from apt_jax.serve.openai.requests import bad_request
+from apt_jax.serve.openai.bodies.requests import bad_request
 from apt_jax.serve.openai.templates.chat_template import read_template
 from tests.support.asgi_service import events_of, run, serving
 from tests.support.fake_engine import EOS, CharTokenizer, FakeEngine

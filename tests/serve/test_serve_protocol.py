@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 from apt_jax.request import SamplingParams, Slo
 from apt_jax.serve.errors import BadRequest
 from apt_jax.serve.json_text import parse_json
-from apt_jax.serve.openai.chat_requests import MAX_MESSAGES, parse_chat
+from apt_jax.serve.openai.bodies.chat_requests import MAX_MESSAGES, parse_chat
+from apt_jax.serve.openai.bodies.requests import parse_completion
+from apt_jax.serve.openai.bodies.slo import SloBody, slo_of
 from apt_jax.serve.openai.completions import _token_ids
-from apt_jax.serve.openai.requests import SloBody, parse_completion, slo_of
 from tests.support.fake_engine import CharTokenizer
 
 

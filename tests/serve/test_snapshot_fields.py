@@ -8,9 +8,9 @@ from apt_jax.output import Output, TokenLogprobs
 from apt_jax.request import FinishReason, Request, Slo
 from apt_jax.serve.http.snapshot import is_of, record_of, restore
 from apt_jax.serve.http.snapshot_file import read_snapshot, write_snapshot
+from apt_jax.serve.openai.bodies.requests import parse_completion
 from apt_jax.serve.openai.completions import Completion
 from apt_jax.serve.openai.generation import ServedModel
-from apt_jax.serve.openai.requests import parse_completion
 from tests.support.fake_engine import CharTokenizer, FakeEngine
 
 MODEL = ServedModel(FakeEngine(tokenizer=CharTokenizer()), "tiny")

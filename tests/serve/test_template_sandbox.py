@@ -3,7 +3,7 @@
 import jinja2
 import pytest
 
-from apt_jax.serve.openai.chat_requests import MAX_MESSAGES
+from apt_jax.serve.openai.bodies.chat_requests import MAX_MESSAGES
 from apt_jax.serve.openai.templates.sandbox import (
     MAX_CHARS,
     MAX_STEPS,

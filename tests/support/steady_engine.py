@@ -16,7 +16,8 @@ from apt_jax.engine_config import EngineConfig
 from apt_jax.execution.sampling import Sampled, Scored
 from apt_jax.model_config import ModelConfig
 from apt_jax.output import Output
-from apt_jax.request import MAX_LOGPROBS, FinishReason, Request
+from apt_jax.request import FinishReason, Request
+from apt_jax.sampling.params import MAX_LOGPROBS
 from apt_jax.scheduling.plan import Plan, Reason, Scheduled
 from tests.support.fake_engine import FakeEngine
 

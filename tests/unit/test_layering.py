@@ -19,6 +19,7 @@ from tests.support.import_graph import LINKED, ROOT, Source, circles, sources
 # A group is a list of folders and files; "folder/*" is what lies directly in it.
 LAYERS = (
     ("pallas_kernels",),
+    ("apt_jax/sampling",),
     ("apt_jax/*",),
     ("apt_jax/flags", "apt_jax/models", "apt_jax/tokenization"),
     ("apt_jax/scheduling",),
@@ -41,7 +42,10 @@ LAYERS = (
     ("experiments",),
     ("tests",),
 )
-PURE = ("apt_jax/scheduling/", "apt_jax/simulation/", "apt_jax/routing/", "apt_jax/cache.py", "apt_jax/request.py")
+PURE = (
+    *("apt_jax/scheduling/", "apt_jax/simulation/", "apt_jax/routing/", "apt_jax/sampling/"),
+    *("apt_jax/cache.py", "apt_jax/request.py"),
+)
 IMPURE_MODULES = {"jax", "jaxlib", "flax", "time", "datetime", "asyncio", "threading"}
 PLATFORMS = {"cpu", "gpu", "tpu", "cuda", "rocm"}
 NO_POLICIES = ("catalogue.py", "interface.py", "packing.py")  # in scheduling/policies: what the policies share

@@ -10,7 +10,7 @@ from starlette.responses import JSONResponse, Response
 from apt_jax.serve.errors import BadRequest, error_body
 from apt_jax.serve.http.service import Service
 from apt_jax.serve.json_text import parse_json
-from apt_jax.serve.openai.strict import Strict, parse_body
+from apt_jax.serve.openai.bodies.strict import Strict, parse_body
 
 SHOWN_PLANS = 64
 STATE_PLANS = 48  # on the dashboard

@@ -15,9 +15,9 @@ from starlette.responses import JSONResponse, Response
 from apt_jax.serve.errors import CLIENT_CLOSED_REQUEST, RequestTimeout, error_reply, reason_of
 from apt_jax.serve.http.service import Service
 from apt_jax.serve.json_text import parse_json
+from apt_jax.serve.openai.bodies.requests import GenerationRequest
 from apt_jax.serve.openai.endpoints import Endpoint
 from apt_jax.serve.openai.generation import Generation, as_bad_request
-from apt_jax.serve.openai.requests import GenerationRequest
 from apt_jax.serve.openai.slo_report import check_begun
 from apt_jax.serve.openai.sse import PiecesResponse, SseResponse, close_on_disconnect, event
 from apt_jax.serve.runtime.group import Group

@@ -10,10 +10,10 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from apt_jax.serve.errors import BadRequest, ModelNotFound
 from apt_jax.serve.http.service import Service
 from apt_jax.serve.json_text import Joined, json_pieces, parse_json
+from apt_jax.serve.openai.bodies.strict import parse_body
+from apt_jax.serve.openai.bodies.token_requests import DetokenizeRequest, TokenizeRequest, parse_tokenize
 from apt_jax.serve.openai.generation import check_model
-from apt_jax.serve.openai.strict import parse_body
 from apt_jax.serve.openai.templates.chat_template import render
-from apt_jax.serve.openai.token_requests import DetokenizeRequest, TokenizeRequest, parse_tokenize
 from apt_jax.tokenization.tokenizer import Tokenizer
 
 LONG_TOKENS = 4096  # more are answered in pieces

@@ -15,9 +15,9 @@ from apt_jax.serve.http.routes.probes import health, load, metrics, ready, versi
 from apt_jax.serve.http.routes.route import RouteSpec
 from apt_jax.serve.http.service import Service
 from apt_jax.serve.openai import replies
+from apt_jax.serve.openai.bodies.slo import MAX_SLO_MS, MIN_SLO_MS, SLO_HEADERS
+from apt_jax.serve.openai.bodies.token_requests import DetokenizeRequest, TokenizeRequest
 from apt_jax.serve.openai.endpoints import ENDPOINTS, Endpoint
-from apt_jax.serve.openai.requests import MAX_SLO_MS, MIN_SLO_MS, SLO_HEADERS
-from apt_jax.serve.openai.token_requests import DetokenizeRequest, TokenizeRequest
 
 NAME: dict[str, Any] = {"name": "name", "in": "path", "required": True, "schema": {"type": "string"}}
 SLO_PARAMETERS: tuple[dict[str, Any], ...] = tuple(

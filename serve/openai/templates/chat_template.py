@@ -8,7 +8,7 @@ import jinja2
 
 from apt_jax.files import read_text
 from apt_jax.serve.errors import BadRequest
-from apt_jax.serve.openai.chat_requests import Message
+from apt_jax.serve.openai.bodies.chat_requests import Message
 from apt_jax.serve.openai.templates.sandbox import render_template
 
 if TYPE_CHECKING:

@@ -5,9 +5,9 @@ from typing import Annotated, ClassVar
 from pydantic import Field
 
 from apt_jax.serve.errors import BadRequest
-from apt_jax.serve.openai.chat_requests import Messages
-from apt_jax.serve.openai.neutral_fields import OF_TEMPLATES, Fields
-from apt_jax.serve.openai.strict import Strict, parse_body
+from apt_jax.serve.openai.bodies.chat_requests import Messages
+from apt_jax.serve.openai.bodies.neutral_fields import OF_TEMPLATES, Fields
+from apt_jax.serve.openai.bodies.strict import Strict, parse_body
 
 
 class TokenizeRequest(Strict):

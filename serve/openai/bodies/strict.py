@@ -9,7 +9,7 @@ from pydantic_core import CoreSchema
 
 from apt_jax.serve.errors import BadRequest
 from apt_jax.serve.json_text import SHOWN_VALUE_CHARS, shown
-from apt_jax.serve.openai.neutral_fields import ALL, Fields, Neutral, refused, without_neutral
+from apt_jax.serve.openai.bodies.neutral_fields import ALL, Fields, Neutral, refused, without_neutral
 
 if TYPE_CHECKING:
     from apt_jax.tokenization.tokenizer import Tokenizer

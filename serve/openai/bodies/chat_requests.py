@@ -4,11 +4,12 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from apt_jax.request import MAX_LOGPROBS
+from apt_jax.sampling.params import MAX_LOGPROBS
 from apt_jax.serve.errors import BadRequest
-from apt_jax.serve.openai.neutral_fields import OF_CHATS, OF_MESSAGES, OF_TEXT_PARTS, Fields
-from apt_jax.serve.openai.requests import GenerationRequest, Whole, check_stream, limits
-from apt_jax.serve.openai.strict import Strict, at_most, parse_body
+from apt_jax.serve.openai.bodies.fields import Whole, limits
+from apt_jax.serve.openai.bodies.neutral_fields import OF_CHATS, OF_MESSAGES, OF_TEXT_PARTS, Fields
+from apt_jax.serve.openai.bodies.requests import GenerationRequest, check_stream
+from apt_jax.serve.openai.bodies.strict import Strict, at_most, parse_body
 
 MAX_MESSAGES = 4096
 

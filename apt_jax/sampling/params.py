@@ -1,0 +1,183 @@
+"""How a request's tokens are chosen: `SamplingParams`, in vLLM's names and meanings."""
+
+import copy
+import math
+import numbers
+import operator
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+from apt_jax.sampling.structured import check_structured
+
+MAX_LOGIT_BIAS = 300  # OpenAI's limit
+MAX_STOP_TOKEN_IDS = 64
+MAX_LOGPROBS = 20
+MAX_SAMPLES = 128
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How to choose tokens, in vLLM's names and meanings. Immutable; checked when made.
+
+    Attributes:
+        n: samples per prompt.
+        temperature: 0 is greedy.
+        top_k: keep the k most likely tokens; 0 or -1 keeps all.
+        top_p: keep the most likely tokens whose probabilities sum to top_p.
+        min_p: drop tokens less likely than min_p times the most likely one.
+        repetition_penalty: divides (multiplies, if negative) logits of tokens in prompt or output; 1 is off.
+        presence_penalty: subtracted from logits of tokens in the output.
+        frequency_penalty: subtracted once per occurrence in the output.
+        logit_bias: token id -> value added to its logit, at most 300 entries.
+        seed: same seed, same tokens, whatever else runs; None draws one per request.
+        max_tokens: maximum number of tokens to generate; None: up to the context length; 0, with prompt_logprobs:
+            only score the prompt, which may fill the context.
+        min_tokens: no end-of-sequence or stop token id before this many.
+        stop: strings that end the text (left out of it unless include_stop_str_in_output).
+        stop_token_ids: token ids that end the output; at most 64.
+        ignore_eos: continue past the end-of-sequence token.
+        logprobs: report the chosen token's log-probability and those of this many most likely tokens (0 to 20).
+        prompt_logprobs: the same for every token of the prompt but its first.
+        structured_outputs: what the output must follow: {"json": SCHEMA}, {"json_object": True}, {"regex": TEXT},
+            {"choice": [TEXT, ...]} or {"grammar": TEXT} (Lark or GBNF).
+        skip_special_tokens: leave special tokens such as </s> out of the text.
+
+    Raises:
+        ValueError: one sentence with the value and the limit.
+    """
+
+    n: int = 1
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] | None = None
+    seed: int | None = None
+    max_tokens: int | None = 16
+    min_tokens: int = 0
+    stop: Sequence[str] | str | None = ()
+    stop_token_ids: Sequence[int] | None = ()
+    ignore_eos: bool = False
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    skip_special_tokens: bool = True
+    include_stop_str_in_output: bool = False
+    structured_outputs: Mapping[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ()))
+        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids or ()))
+        object.__setattr__(self, "logit_bias", _by_token_id(self.logit_bias or {}))
+        for name, low, high in RANGES:
+            value = getattr(self, name)
+            if value is None and name in _OPTIONAL:
+                continue
+            if name == "max_tokens" and value == 0 and self.prompt_logprobs is not None:
+                continue
+            whole = isinstance(low, int)
+            if not _is_number(value, whole):
+                raise ValueError(f"{name}={value!r} must be {'a whole' if whole else 'a'} number")
+            if not low <= value <= high:
+                limits = f"at least {low}" if high == math.inf else f"between {low} and {high}"
+                raise ValueError(f"{name}={value} must be {limits}")
+        object.__setattr__(self, "top_k", max(self.top_k, 0))
+        if not self.top_p > 0:
+            raise ValueError(f"top_p={self.top_p} must be greater than 0 and at most 1")
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            raise ValueError(f"min_tokens={self.min_tokens} is more than max_tokens={self.max_tokens}")
+        for name, limit in (("logit_bias", MAX_LOGIT_BIAS), ("stop_token_ids", MAX_STOP_TOKEN_IDS)):
+            if len(getattr(self, name)) > limit:
+                raise ValueError(f"{name} has {len(getattr(self, name))} entries, at most {limit} are allowed")
+        for token_id, bias in self.logit_bias.items():  # type: ignore[union-attr]
+            if not _is_number(bias, whole=False) or not -100 <= bias <= 100:
+                raise ValueError(f"logit_bias of token {token_id} is {bias}, must be between -100 and 100")
+        for token_id in self.stop_token_ids:  # type: ignore[union-attr]
+            if not _is_number(token_id, whole=True):
+                raise ValueError(f"stop_token_ids has {token_id!r}, every one must be a token id")
+        if self.structured_outputs is not None:
+            check_structured(self.structured_outputs)
+        for text in self.stop:  # type: ignore[union-attr]
+            if not isinstance(text, str):
+                raise ValueError(f"stop has {text!r}, every stop must be a string")
+            if not text:
+                raise ValueError("stop has an empty string, every stop string needs at least one character")
+        named = (*self.logit_bias, *self.stop_token_ids)  # type: ignore[misc]
+        object.__setattr__(self, "_named_ids", (min(named), max(named)) if named else None)
+
+    def with_seed(self, seed: int | None) -> "SamplingParams":
+        """These for one sample with its own seed, a checked one; nothing else is checked anew."""
+        made = copy.copy(self)
+        object.__setattr__(made, "n", 1)
+        object.__setattr__(made, "seed", seed)
+        return made
+
+    @classmethod
+    def field_names(cls) -> frozenset[str]:
+        """Names that the constructor takes."""
+        return frozenset(f.name for f in fields(cls))
+
+    @property
+    def is_prompt_only(self) -> bool:
+        """Whether the prompt is only scored. The engine generates one token all the same, which is to be dropped."""
+        return self.max_tokens == 0
+
+    @property
+    def needs_whole_prompt(self) -> bool:
+        """Whether every token must be run: to score the prompt, or for penalties, which count tokens on the device."""
+        return (
+            self.prompt_logprobs is not None
+            or self.repetition_penalty != 1
+            or self.presence_penalty != 0
+            or self.frequency_penalty != 0
+        )
+
+    def check_vocabulary(self, vocab_size: int) -> None:
+        """Raise ValueError if a token id in logit_bias or stop_token_ids is not in the vocabulary."""
+        bounds = self._named_ids  # type: ignore[attr-defined]
+        if bounds is None or (bounds[0] >= 0 and bounds[1] < vocab_size):
+            return
+        for name in ("logit_bias", "stop_token_ids"):
+            for token_id in getattr(self, name):
+                if not 0 <= token_id < vocab_size:
+                    raise ValueError(f"{name} has token id {token_id}, the vocabulary is 0..{vocab_size - 1}")
+
+
+RANGES = (  # field, lowest, highest value; whole numbers where the lowest is one
+    ("n", 1, MAX_SAMPLES),
+    ("temperature", 0.0, 1e4),
+    ("top_k", -1, math.inf),
+    ("top_p", 0.0, 1.0),
+    ("min_p", 0.0, 1.0),
+    ("repetition_penalty", 1e-4, 1e4),
+    ("presence_penalty", -2.0, 2.0),
+    ("frequency_penalty", -2.0, 2.0),
+    ("max_tokens", 1, math.inf),
+    ("min_tokens", 0, math.inf),
+    ("logprobs", 0, MAX_LOGPROBS),
+    ("prompt_logprobs", 0, MAX_LOGPROBS),
+    ("seed", -(2**63), 2**63 - 1),
+)
+_OPTIONAL = ("max_tokens", "logprobs", "prompt_logprobs", "seed")  # may be None
+
+
+def _by_token_id(bias: Mapping[int, float]) -> dict[int, float]:
+    """`logit_bias` with whole numbers as keys, also where they came as text, as JSON has them."""
+    if not isinstance(bias, Mapping):
+        raise ValueError(f"logit_bias={bias!r} must map token ids to numbers")
+    found = {}
+    for key, value in bias.items():
+        try:
+            token_id = int(key) if isinstance(key, str) else operator.index(key)
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"logit_bias has the key {key!r}, every key must be a token id") from error
+        found[token_id] = value
+    return found
+
+
+def _is_number(value: object, whole: bool) -> bool:
+    """Whether it is a number, numpy's included, and no bool."""
+    return isinstance(value, numbers.Integral if whole else numbers.Real) and not isinstance(value, bool)
