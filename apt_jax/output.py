@@ -65,3 +65,16 @@ class Output:
         """For a prompt that was only to be scored: no token was asked for, so none ended it early."""
         reason = FinishReason.LENGTH if self.finish_reason is FinishReason.STOP else self.finish_reason
         return replace(self, text="", token_ids=(), logprobs=(), finish_reason=reason)
+
+
+def joined(outputs: Sequence[Output]) -> Output:
+    """Successive outputs of one request as one."""
+    if len(outputs) == 1:
+        return outputs[0]
+    return replace(
+        outputs[-1],
+        text="".join(output.text for output in outputs),
+        token_ids=tuple(token_id for output in outputs for token_id in output.token_ids),
+        logprobs=[entry for output in outputs for entry in output.logprobs],
+        prompt_logprobs=next((o.prompt_logprobs for o in outputs if o.prompt_logprobs is not None), None),
+    )

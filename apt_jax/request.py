@@ -110,7 +110,7 @@ class Request:
     slo: Slo = Slo()
     priority: int = 0
     cache_salt: str | None = None  # only requests with the same one share cached prefixes
-    matcher: Any = None  # its state in the grammar of structured outputs, see `tokenization/grammars.py`
+    restriction: Any = None  # which tokens it may not go on with, see `tokenization/restriction.py`
     order: int = -1  # arrival number, given by SchedulerState.add; ties are broken by it
 
     status: Status = Status.WAITING

@@ -108,6 +108,8 @@ class ServerOptions:
     max_step_seconds: float | None = None
     """Seconds that a step may take before /health is 503; default: 20 times the largest step's predicted time, at
     least 60."""
+    stream_interval: int = 1
+    """Tokens that a stream sends at once, but for the first and the last; more cost less per token."""
     shutdown_timeout: float = 30.0
     """Seconds that running requests may go on after SIGTERM or SIGINT."""
     snapshot_file: str | None = DEFAULT_SNAPSHOT_FILE
@@ -138,7 +140,7 @@ class ServerOptions:
                 raise ValueError(f"{name}={seconds} must be greater than 0 seconds")
         if self.request_timeout is not None and not self.request_timeout > 0:
             raise ValueError(f"request_timeout={self.request_timeout} must be greater than 0 seconds")
-        check_at_least(self, 1, ("max_failed_steps",))
+        check_at_least(self, 1, ("max_failed_steps", "stream_interval"))
         check_greater(self, 0, ("max_step_seconds",))
         if not 0 <= self.shutdown_timeout < 1e6:
             raise ValueError(f"shutdown_timeout={self.shutdown_timeout} must be at least 0 seconds")

@@ -1,12 +1,11 @@
-"""The tokens that rows may sample where outputs must follow a grammar, as bits for the device."""
+"""The tokens that rows may sample where some are forbidden, as bits for the device."""
 
 from collections.abc import Sequence
 
 import numpy as np
 
 from apt_jax.request import Request
-
-EVERY = np.int32(-1)  # a word of which every token is allowed
+from apt_jax.tokenization.restriction import EVERY
 
 
 def num_words(vocab_size: int) -> int:
@@ -27,7 +26,7 @@ class AllowedTokens:
 
     def __init__(self, requests: Sequence[Request], rows: int, vocab_size: int):
         self.failed: list[tuple[Request, str]] = []
-        self._restricted = [(row, request) for row, request in enumerate(requests) if request.matcher is not None]
+        self._restricted = [(row, request) for row, request in enumerate(requests) if request.restriction is not None]
         self._shape = rows, num_words(vocab_size)
         self._words: np.ndarray | None = None
 
@@ -36,7 +35,7 @@ class AllowedTokens:
         if self._words is None:
             self._words = np.full(self._shape, EVERY, np.int32)
             for row, request in self._restricted:
-                error = request.matcher.allow(self._words[row])
+                error = request.restriction.allow(self._words[row])
                 if error is not None:
                     self._words[row] = EVERY
                     self.failed.append((request, error))
@@ -52,6 +51,6 @@ class AllowedTokens:
 
 def allowed_tokens(requests: Sequence[Request], rows: int, vocab_size: int) -> AllowedTokens | None:
     """What the rows of a batch may sample; None where none is restricted."""
-    if all(request.matcher is None for request in requests):
+    if all(request.restriction is None for request in requests):
         return None
     return AllowedTokens(requests, rows, vocab_size)

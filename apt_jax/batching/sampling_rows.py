@@ -68,7 +68,7 @@ COLUMNS = {
     "bias_ids": Column(np.int32, NO_TOKEN, lambda r: list(r.params.logit_bias or ()), width=MAX_LOGIT_BIAS),
     "bias_values": Column(np.float32, 0, lambda r: list((r.params.logit_bias or {}).values()), width=MAX_LOGIT_BIAS),
     "wants_logprobs": Column(np.bool_, False, lambda r: r.params.logprobs is not None),
-    "is_restricted": Column(np.bool_, False, lambda r: r.matcher is not None),
+    "is_restricted": Column(np.bool_, False, lambda r: r.restriction is not None),
 }
 
 

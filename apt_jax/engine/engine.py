@@ -212,7 +212,11 @@ class Engine:
             PolicyFailed: the policy raised, and no iteration is in flight that could be committed instead.
         """
         outputs = self._early  # kept if the policy raises
-        while any(r.matcher for flight in self._inflight for r in flight.batch.requests):  # before its next bits
+        while any(  # before its next bits
+            r.restriction is not None and r.restriction.follows_tokens
+            for flight in self._inflight
+            for r in flight.batch.requests
+        ):
             outputs += self._commit(self._inflight.popleft())
         now = self._clock()
         self.last_plan = plan = self._plan(now)

@@ -77,8 +77,7 @@ class Requests:
             cache_salt=cache_salt,
             output_token_ids=list(output_token_ids),
         )
-        if params.structured_outputs is not None:
-            request.matcher = self._texts.matcher(params.structured_outputs, output_token_ids)
+        request.restriction = self._texts.restriction(params, self._rules.model_config.vocab_size, output_token_ids)
         if len(output_token_ids) >= request.max_new_tokens:
             raise ValueError(f"output_token_ids has all {request.max_new_tokens} tokens that may be generated")
         self._state.add(request)
@@ -101,9 +100,9 @@ class Requests:
             request.stop_reason = stop
             request.finish_reason = reason = FinishReason.STOP  # also where this token was the last allowed
         error = None
-        if reason is None and request.matcher is not None:
-            error = request.matcher.accept(token)
-            if error is not None or request.matcher.is_complete:
+        if reason is None and request.restriction is not None:
+            error = request.restriction.accept(token)
+            if error is not None or request.restriction.is_complete:
                 reason = FinishReason.STOP if error is None else FinishReason.ERROR
                 self._state.finish(request, reason)
         if reason is not None and stop is None:

@@ -1,16 +1,14 @@
 """Output text: tokens become text as soon as it is complete, and it is searched for stop strings."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
 
-from apt_jax.request import Request
+from apt_jax.batching.allowed_tokens import num_words
+from apt_jax.request import Request, SamplingParams
 from apt_jax.tokenization.detokenizer import IncrementalDetokenizer
+from apt_jax.tokenization.restriction import Restriction, restriction
 from apt_jax.tokenization.stop_text import StopText
 from apt_jax.tokenization.tokenizer import Tokenizer
-
-if TYPE_CHECKING:
-    from apt_jax.tokenization.grammars import Matcher
 
 
 @dataclass
@@ -38,19 +36,11 @@ class OutputTexts:
         for number, token in enumerate(request.output_token_ids, start=1):
             text.resumed += _show(text, token, early=number < params.min_tokens)[0]
 
-    def matcher(self, asked: Mapping[str, Any], output_token_ids: Sequence[int]) -> "Matcher":
-        """A matcher of structured outputs, after tokens that were generated before.
-
-        Raises:
-            ValueError: there is no tokenizer, the grammar cannot be compiled, or the tokens do not follow it.
-        """
-        if self._tokenizer is None:
-            raise ValueError("structured_outputs need a tokenizer, and this model has none; leave them out")
-        matcher = self._tokenizer.grammars.matcher(asked)
-        for token in output_token_ids:
-            if (error := matcher.accept(token)) is not None:
-                raise ValueError(f"output_token_ids do not follow structured_outputs: {error}")
-        return matcher
+    def restriction(
+        self, params: SamplingParams, vocab_size: int, output_token_ids: Sequence[int]
+    ) -> Restriction | None:
+        """See `tokenization/restriction.py`, whose ValueError this raises."""
+        return restriction(params, self._tokenizer, num_words(vocab_size), output_token_ids)
 
     def push(self, request: Request, token: int) -> tuple[str, str | None]:
         """Text to show after the request's newest token, and the stop string that it ends, if any."""

@@ -15,7 +15,6 @@ import numpy as np
 from tqdm import tqdm
 
 from apt_jax.attention.pool import Pool
-from apt_jax.batching.allowed_tokens import EVERY
 from apt_jax.batching.arrays import Batch
 from apt_jax.batching.buckets import Buckets
 from apt_jax.cache import Projection
@@ -44,6 +43,7 @@ from apt_jax.execution.weights.layout import Weights
 from apt_jax.model_config import ModelConfig
 from apt_jax.models.sharding import EVERYWHERE, POOL, zeros
 from apt_jax.progress import is_hidden
+from apt_jax.tokenization.restriction import EVERY
 
 MOVED_AT_ONCE = 8  # blocks that one program takes out of the pool or puts back, for host memory
 

@@ -12,6 +12,7 @@ from apt_jax.sampling.structured import check_structured
 
 MAX_LOGIT_BIAS = 300  # OpenAI's limit
 MAX_STOP_TOKEN_IDS = 64
+MAX_BAD_WORDS = 256
 MAX_LOGPROBS = 20
 MAX_SAMPLES = 128
 
@@ -36,6 +37,8 @@ class SamplingParams:
         min_tokens: no end-of-sequence or stop token id before this many.
         stop: strings that end the text (left out of it unless include_stop_str_in_output).
         stop_token_ids: token ids that end the output; at most 64.
+        allowed_token_ids: only these may be sampled, the end-of-sequence token too only if it is one of them.
+        bad_words: texts of which no output has all tokens in a row, with or without a space in front; at most 256.
         ignore_eos: continue past the end-of-sequence token.
         logprobs: report the chosen token's log-probability and those of this many most likely tokens (0 to 20).
         prompt_logprobs: the same for every token of the prompt but its first.
@@ -61,6 +64,8 @@ class SamplingParams:
     min_tokens: int = 0
     stop: Sequence[str] | str | None = ()
     stop_token_ids: Sequence[int] | None = ()
+    allowed_token_ids: Sequence[int] | None = None
+    bad_words: Sequence[str] | None = ()
     ignore_eos: bool = False
     logprobs: int | None = None
     prompt_logprobs: int | None = None
@@ -71,6 +76,9 @@ class SamplingParams:
     def __post_init__(self) -> None:
         object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ()))
         object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids or ()))
+        object.__setattr__(self, "bad_words", tuple(self.bad_words or ()))
+        if self.allowed_token_ids is not None:
+            object.__setattr__(self, "allowed_token_ids", tuple(self.allowed_token_ids))
         object.__setattr__(self, "logit_bias", _by_token_id(self.logit_bias or {}))
         for name, low, high in RANGES:
             value = getattr(self, name)
@@ -89,23 +97,27 @@ class SamplingParams:
             raise ValueError(f"top_p={self.top_p} must be greater than 0 and at most 1")
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise ValueError(f"min_tokens={self.min_tokens} is more than max_tokens={self.max_tokens}")
-        for name, limit in (("logit_bias", MAX_LOGIT_BIAS), ("stop_token_ids", MAX_STOP_TOKEN_IDS)):
+        for name, limit in LIMITS:
             if len(getattr(self, name)) > limit:
                 raise ValueError(f"{name} has {len(getattr(self, name))} entries, at most {limit} are allowed")
         for token_id, bias in self.logit_bias.items():  # type: ignore[union-attr]
             if not _is_number(bias, whole=False) or not -100 <= bias <= 100:
                 raise ValueError(f"logit_bias of token {token_id} is {bias}, must be between -100 and 100")
-        for token_id in self.stop_token_ids:  # type: ignore[union-attr]
-            if not _is_number(token_id, whole=True):
-                raise ValueError(f"stop_token_ids has {token_id!r}, every one must be a token id")
+        if self.allowed_token_ids == ():
+            raise ValueError("allowed_token_ids is empty, so that nothing could be sampled; give at least one token id")
+        for name in ("stop_token_ids", "allowed_token_ids"):
+            for token_id in getattr(self, name) or ():
+                if not _is_number(token_id, whole=True):
+                    raise ValueError(f"{name} has {token_id!r}, every one must be a token id")
         if self.structured_outputs is not None:
             check_structured(self.structured_outputs)
-        for text in self.stop:  # type: ignore[union-attr]
-            if not isinstance(text, str):
-                raise ValueError(f"stop has {text!r}, every stop must be a string")
-            if not text:
-                raise ValueError("stop has an empty string, every stop string needs at least one character")
-        named = (*self.logit_bias, *self.stop_token_ids)  # type: ignore[misc]
+        for name in ("stop", "bad_words"):
+            for text in getattr(self, name):
+                if not isinstance(text, str):
+                    raise ValueError(f"{name} has {text!r}, every one must be a string")
+                if not text.strip() if name == "bad_words" else not text:
+                    raise ValueError(f"{name} has an empty string, every one needs at least one character")
+        named = (*self.logit_bias, *self.stop_token_ids, *(self.allowed_token_ids or ()))  # type: ignore[misc]
         object.__setattr__(self, "_named_ids", (min(named), max(named)) if named else None)
 
     def with_seed(self, seed: int | None) -> "SamplingParams":
@@ -126,6 +138,11 @@ class SamplingParams:
         return self.max_tokens == 0
 
     @property
+    def is_restricted(self) -> bool:
+        """Whether some tokens may not be sampled: see `tokenization/restriction.py`."""
+        return bool(self.bad_words) or self.allowed_token_ids is not None or self.structured_outputs is not None
+
+    @property
     def needs_whole_prompt(self) -> bool:
         """Whether every token must be run: to score the prompt, or for penalties, which count tokens on the device."""
         return (
@@ -136,12 +153,12 @@ class SamplingParams:
         )
 
     def check_vocabulary(self, vocab_size: int) -> None:
-        """Raise ValueError if a token id in logit_bias or stop_token_ids is not in the vocabulary."""
+        """Raise ValueError if a token id that is named is not in the vocabulary."""
         bounds = self._named_ids  # type: ignore[attr-defined]
         if bounds is None or (bounds[0] >= 0 and bounds[1] < vocab_size):
             return
-        for name in ("logit_bias", "stop_token_ids"):
-            for token_id in getattr(self, name):
+        for name in ("logit_bias", "stop_token_ids", "allowed_token_ids"):
+            for token_id in getattr(self, name) or ():
                 if not 0 <= token_id < vocab_size:
                     raise ValueError(f"{name} has token id {token_id}, the vocabulary is 0..{vocab_size - 1}")
 
@@ -161,6 +178,7 @@ RANGES = (  # field, lowest, highest value; whole numbers where the lowest is on
     ("prompt_logprobs", 0, MAX_LOGPROBS),
     ("seed", -(2**63), 2**63 - 1),
 )
+LIMITS = (("logit_bias", MAX_LOGIT_BIAS), ("stop_token_ids", MAX_STOP_TOKEN_IDS), ("bad_words", MAX_BAD_WORDS))
 _OPTIONAL = ("max_tokens", "logprobs", "prompt_logprobs", "seed")  # may be None
 
 

@@ -163,6 +163,19 @@ class Tokenizer:
         if after:
             yield list(after)
 
+    def encode_end(self, text: str, limit: int, add_special_tokens: bool = True) -> list[int]:
+        """The last `limit` token ids of `text`; special tokens around it are kept, and counted.
+
+        Raises:
+            ValueError: see `encode_pieces`.
+        """
+        before, after = self._special_around if add_special_tokens else ([], [])
+        room = max(limit - len(before) - len(after), 0)
+        found: list[int] = []
+        for ids in self.encode_pieces(text, add_special_tokens=False):
+            found = [*found, *ids][-room:] if room else []
+        return [*before, *found, *after][:limit]
+
     def fewest_tokens(self, text: str) -> int:
         """Tokens that `text` has at least; found without tokenising, in a fraction of its time."""
         if self._longest_bytes is None:

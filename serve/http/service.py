@@ -50,6 +50,7 @@ class Service:
         backend.watch(WatchLimits(options.max_failed_steps, options.max_step_seconds))
         self._workers = CapacityLimiter(NUM_WORKERS)
         self.num_generating = 0  # requests for completions that are under way
+        self._under_way: list[tuple[str, Generation[Any], Group]] = []  # these, with their x-request-id
         self.is_stopping = False
         self.profiling = threading.Lock()  # held while the device is recorded
         self.unfinished_records: list[dict[str, Any]] = []  # for the snapshot
@@ -88,25 +89,46 @@ class Service:
 
     @contextlib.contextmanager
     def generating(
-        self, generation: Generation[Any], group: Group, keep: Callable[[dict[str, Any]], None] | None = None
+        self,
+        generation: Generation[Any],
+        group: Group,
+        keep: Callable[[dict[str, Any]], None] | None = None,
+        http_id: str = "",
     ) -> Iterator[None]:
         """While a request is under way. If the server stops meanwhile, `keep` gets the record of what is unfinished.
 
         Default: it goes into the snapshot. So does an answer that is finished but whose sending is cut off.
         """
         self.num_generating += 1
+        entry = http_id, generation, group
+        self._under_way.append(entry)
         is_cut = True
         try:
             yield
             is_cut = False
         finally:
             self.num_generating -= 1
+            self._under_way.remove(entry)
             if self.is_stopping and group.is_wanted:
                 with contextlib.suppress(EngineFailure):
                     for sample, output in group.take_pending():
                         generation.collect(sample, output)
                 if is_cut or not generation.is_whole:
                     (keep or self.keep)(self.record_of(generation))
+
+    def end(self, request_id: str | None) -> int:
+        """End the requests under way with this id, of the answer, the body or the header; None ends all.
+
+        Their clients get what there is, with finish reason abort. Returns how many there were.
+        """
+        named = [
+            group
+            for http_id, generation, group in self._under_way
+            if request_id in (None, http_id, generation.request_id, generation.body.request_id)
+        ]
+        for group in named:
+            self.backend.end(group)
+        return len(named)
 
     def keep(self, record: dict[str, Any]) -> None:
         """Put a record into the snapshot, once."""

@@ -6,7 +6,8 @@ from typing import Any
 from apt_jax.output import Output, TokenLogprobs
 from apt_jax.serve.errors import BadRequest
 from apt_jax.serve.openai.bodies.chat_requests import ChatRequest
-from apt_jax.serve.openai.generation import Choice, Generation, ServedModel, check_length, finite
+from apt_jax.serve.openai.generation import Choice, Generation, ServedModel, finite
+from apt_jax.serve.openai.prompts import prompt_ids
 from apt_jax.serve.openai.templates.chat_template import render
 from apt_jax.serve.runtime.samples import Sample
 from apt_jax.tokenization.token_texts import shown
@@ -24,8 +25,7 @@ class ChatCompletion(Generation[ChatRequest]):
             raise BadRequest("this model has no tokenizer, so it cannot chat; use /v1/completions", "messages")
         generate = body.add_generation_prompt is not False
         text = render(body.messages, tokenizer, model.chat_template, generate=generate)
-        check_length(text, tokenizer, model.engine.max_model_len, "messages")
-        return [tokenizer.encode(text, add_special_tokens=False)]  # the template writes the special ones
+        return [prompt_ids(text, body, model.engine, "messages", special=False)]  # the template writes the special ones
 
     def _response(self, choices: Iterable[dict[str, Any]]) -> dict[str, Any]:
         """`prompt_logprobs` is a field next to the choices, which share their prompt, as in vLLM."""
@@ -72,12 +72,13 @@ class ChatCompletion(Generation[ChatRequest]):
         for entry in entries:
             own = texts.push(entry.token_id)
             top = [
-                _token(own.shown, own.data, logprob)
+                _token(self._name(token_id, own.shown), own.data, logprob)
                 if token_id == entry.token_id
-                else _token(shown(token_id, data := self._token_bytes(token_id)), data, logprob)
+                else _token(self._name(token_id, shown(token_id, data := self._token_bytes(token_id))), data, logprob)
                 for token_id, logprob in entry.top
             ]
-            content.append({**_token(own.shown, own.data, entry.logprob), "top_logprobs": top})
+            name = self._name(entry.token_id, own.shown)
+            content.append({**_token(name, own.data, entry.logprob), "top_logprobs": top})
         return {"content": content, "refusal": None}
 
 

@@ -3,12 +3,11 @@
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from apt_jax.engine.interface import EngineFacts
 from apt_jax.output import Output, TokenLogprobs
 from apt_jax.request import FinishReason
-from apt_jax.serve.errors import BadRequest
 from apt_jax.serve.openai.bodies.requests import CompletionRequest
-from apt_jax.serve.openai.generation import Choice, Generation, ServedModel, check_length, finite
+from apt_jax.serve.openai.generation import Choice, Generation, ServedModel, finite
+from apt_jax.serve.openai.prompts import prompt_ids
 from apt_jax.serve.runtime.samples import Sample
 from apt_jax.tokenization.token_texts import TokenText, shown
 
@@ -20,7 +19,7 @@ class Completion(Generation[CompletionRequest]):
 
     @classmethod
     def _prompts(cls, body: CompletionRequest, model: ServedModel) -> list[Sequence[int]]:
-        return [_token_ids(item, model.engine) for item in body.prompt]
+        return [prompt_ids(item, body, model.engine, "prompt", special=True) for item in body.prompt]
 
     def _object(self, choices: Iterable[dict[str, Any]], stream: bool = False) -> dict[str, Any]:
         return {
@@ -74,11 +73,11 @@ class Completion(Generation[CompletionRequest]):
         following = self._texts(sample, offset)
         rows += [(following.push(entry.token_id), entry.token_id, entry) for entry in entries]
         return {
-            "tokens": [text.shown for text, _, _ in rows],
+            "tokens": [self._name(token_id, text.shown) for text, token_id, _ in rows],
             "token_logprobs": [None if entry is None else finite(entry.logprob) for _, _, entry in rows],
             "top_logprobs": [
-                None if entry is None else self._top(text.shown, entry, sample.params.logprobs or 0)
-                for text, _, entry in rows
+                None if entry is None else self._top(self._name(token, text.shown), entry, sample.params.logprobs or 0)
+                for text, token, entry in rows
             ],
             "text_offset": [text.offset for text, _, _ in rows],
         }
@@ -88,12 +87,14 @@ class Completion(Generation[CompletionRequest]):
         found = {own: finite(entry.logprob)}
         for token_id, logprob in entry.top[:count]:
             if token_id != entry.token_id:
-                name = shown(token_id, self._token_bytes(token_id))
+                name = self._name(token_id, shown(token_id, self._token_bytes(token_id)))
                 found[f"token_id:{token_id}" if name in found else name] = finite(logprob)
         return found
 
     def _prompt(self, sample: Sample) -> str | None:
-        """The sample's prompt if it was given as text."""
+        """The sample's prompt if it was given as text, and not cut."""
+        if self.body.truncate_prompt_tokens is not None:
+            return None
         item = self.body.prompt[sample.index // (len(self.samples) // len(self.body.prompt))]
         return item if isinstance(item, str) else None
 
@@ -102,12 +103,3 @@ class Completion(Generation[CompletionRequest]):
         if text is not None or self._tokenizer is None:
             return text or ""
         return self._tokenizer.prompt_texts(None, sample.prompt_token_ids)[0]
-
-
-def _token_ids(item: str | tuple[int, ...], engine: EngineFacts) -> Sequence[int]:
-    if not isinstance(item, str):
-        return item
-    if engine.tokenizer is None:
-        raise BadRequest("this model has no tokenizer; give the prompt as token ids", "prompt")
-    check_length(item, engine.tokenizer, engine.max_model_len, "prompt")
-    return engine.tokenizer.encode(item)

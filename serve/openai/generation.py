@@ -340,6 +340,10 @@ class Generation[Body: GenerationRequest]:
                 choice.token_texts = self._tokenizer.token_texts(skip, sample.prompt_token_ids, offset)
         return choice.token_texts
 
+    def _name(self, token_id: int, shown: str) -> str:
+        """How log-probabilities name a token: as it is shown, or by its id where the body asks for that."""
+        return f"token_id:{token_id}" if self.body.return_tokens_as_token_ids else shown
+
     def _token_bytes(self, token_id: int) -> bytes:
         return b"" if self._tokenizer is None else self._tokenizer.token_bytes(token_id)
 
@@ -348,20 +352,6 @@ def check_model(name: str | None, served: str) -> None:
     """Raises ModelNotFound if a body names another model than the served one."""
     if name is not None and name != served:
         raise ModelNotFound(f"the model {name[:SHOWN_VALUE_CHARS]!r} is not served here; use {served!r}", "model")
-
-
-def check_length(text: str, tokenizer: "Tokenizer", max_model_len: int, param: str) -> None:
-    """Raises ContextTooLong if the context cannot hold `text`, whatever its tokens are: they need not be found then."""
-    if len(text) <= max_model_len:
-        return
-    fewest = tokenizer.fewest_tokens(text)
-    if fewest > max_model_len:
-        error = ContextExceeded(
-            f"the prompt has {len(text)} characters and so at least {fewest} tokens, but the context holds "
-            f"{max_model_len}; shorten the prompt or raise --max-model-len",
-            max_model_len,
-        )
-        raise ContextTooLong(error, param)
 
 
 def check_room(prompt_tokens: int, max_tokens: int, max_model_len: int) -> None:

@@ -198,6 +198,12 @@ class Tokens(TypedDict):
     token_strs: list[str] | None
 
 
+class Aborted(TypedDict):
+    """How many requests were under way and end now."""
+
+    aborted: int
+
+
 class Detokenized(TypedDict):
     """Answer of /detokenize."""
 

@@ -109,6 +109,10 @@ class ReplicaBackend:
         if self._loop is not None:
             self._loop.call_soon_threadsafe(self.keeper.update)
 
+    def end(self, group: Group) -> None:
+        """See `Backend`."""
+        self.fleet.end_group(group)
+
     def abort_all(self) -> None:
         """End every request, with finish reason abort."""
         self.fleet.abort_all()

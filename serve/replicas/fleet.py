@@ -115,13 +115,20 @@ class Fleet:
     def abort_all(self) -> None:
         """End every request, with finish reason abort."""
         for route in [*self._by_group.values()]:
-            self._forget(route)
-            outputs = self._aborted(route)
-            for output, progress in zip(outputs, route.unfinished.values(), strict=True):
-                route.group.receive(progress.sample, output)
-            self._tell(outputs, set())
-            if not route.is_accepted:
-                route.group.accept()
+            self.end_group(route.group)
+
+    def end_group(self, group: Group) -> None:
+        """End what is unfinished of a group, with finish reason abort."""
+        route = self._by_group.get(id(group))
+        if route is None:
+            return
+        self._forget(route)
+        outputs = self._aborted(route)
+        for output, progress in zip(outputs, route.unfinished.values(), strict=True):
+            group.receive(progress.sample, output)
+        self._tell(outputs, set())
+        if not route.is_accepted:
+            group.accept()
 
     def end(self, error: Exception) -> None:
         """Nothing will be served any more: every request fails."""

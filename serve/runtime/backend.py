@@ -56,6 +56,9 @@ class Backend(Protocol):
             NotReady: no requests are accepted now.
         """
 
+    def end(self, group: Group) -> None:
+        """End what is unfinished of a group, with finish reason abort; its client gets what there is."""
+
     def abort_all(self) -> None:
         """End every request, with finish reason abort."""
 

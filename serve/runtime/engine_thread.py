@@ -19,7 +19,7 @@ from apt_jax.request import OFFLINE_SLO, FinishReason, SamplingParams
 from apt_jax.routing.instance import InstanceLoad
 from apt_jax.serve.errors import EngineFailure, NotReady, PredictedLate
 from apt_jax.serve.runtime.admission import Admission
-from apt_jax.serve.runtime.group import SAMPLES_AT_ONCE, Abort, Active, Command, Entry, Group
+from apt_jax.serve.runtime.group import SAMPLES_AT_ONCE, Abort, Active, Command, End, Entry, Group, Mail
 from apt_jax.serve.runtime.observer import Observer, Stepped
 from apt_jax.serve.runtime.samples import Sample, as_sent, has_broken_slo, record_of
 from apt_jax.serve.runtime.status import EngineStatus, Watchdog, WatchLimits
@@ -57,14 +57,13 @@ class EngineThread:
         self._on_ready = on_ready
         self._on_failure = on_failure
         self._gate = threading.Lock()  # no request enters the inbox once the status says that nobody reads it
-        self._inbox: queue.SimpleQueue[Group | Abort | Command] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[Group | Abort | End | Command] = queue.SimpleQueue()
         self._active: dict[str, Active] = {}
         self._cancelled: dict[str, Active] = {}  # until the engine has ended them
         self._entering: deque[Entry] = deque()
         self._stopping = False
         self._failed_steps = 0  # of the engine's own, as counted last
-        self._mail: list[Callable[[], None]] = []  # what the loop is to be told, in order
-        self._loop: asyncio.AbstractEventLoop | None = None
+        self._mail = Mail()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     def refuse_late(self) -> None:
@@ -78,7 +77,7 @@ class EngineThread:
 
     def start(self) -> None:
         """Begin; call it on the loop that outputs are to go to."""
-        self._loop = asyncio.get_running_loop()
+        self._mail.connect(asyncio.get_running_loop())
         self._thread.start()
         self._report_health()
 
@@ -125,6 +124,10 @@ class EngineThread:
         """End what is unfinished of a group; nothing more comes for it."""
         self._inbox.put(Abort(group))
 
+    def end(self, group: Group) -> None:
+        """End what is unfinished of a group, with finish reason abort."""
+        self._inbox.put(End(group))
+
     def ready_engine(self) -> ServingEngine:
         """The engine, for its configuration and tokenizer.
 
@@ -164,23 +167,23 @@ class EngineThread:
                 observer.ready(figures)
             self.watchdog.watch(lambda: engine.longest_step_s)
             self.status = EngineStatus.READY
-            self._mail.append(partial(self._on_ready, time.monotonic() - began))
-            self._post()
+            self._mail.add(partial(self._on_ready, time.monotonic() - began))
+            self._mail.post()
             self._serve(engine)
             self._end(EngineStatus.STOPPED, NotReady("the server is stopping"))
         except Exception as error:
             self._end(EngineStatus.FAILED, EngineFailure(f"the engine has failed; {SEE_LOG}"))
-            self._mail.append(partial(self._on_failure, error))
-        self._post()
+            self._mail.add(partial(self._on_failure, error))
+        self._mail.post()
 
     def _serve(self, engine: ServingEngine) -> None:
         while not (self._stopping and not engine.has_unfinished):
             self._read_inbox(engine)
-            self._post()  # who was accepted or refused need not wait for the step
+            self._mail.post()  # who was accepted or refused need not wait for the step
             if engine.has_unfinished:
                 with self.watchdog.working():
                     self._step(engine)
-                self._post()
+                self._mail.post()
 
     def _step(self, engine: ServingEngine) -> None:
         began = time.monotonic()
@@ -221,7 +224,7 @@ class EngineThread:
         while True:
             left_s = 0.0 if self._stopping else until - time.monotonic()
             if left_s > 0:
-                self._post()
+                self._mail.post()
             idle_s = PROBE_S if self.watchdog.is_exhausted and not self._stopping else None
             try:
                 command = self._inbox.get(block or left_s > 0, idle_s if block else max(left_s, 0.0))
@@ -236,7 +239,7 @@ class EngineThread:
             with self.watchdog.working():
                 self._admit(engine, self._entering.popleft())
 
-    def _obey(self, engine: ServingEngine, command: Group | Abort | Command) -> None:
+    def _obey(self, engine: ServingEngine, command: Group | Abort | End | Command) -> None:
         match command:
             case Group():
                 if len(command.samples) > SAMPLES_AT_ONCE:
@@ -250,6 +253,12 @@ class EngineThread:
                     if active is not None:
                         self._cancelled[sample.request_id] = active
                         engine.abort(sample.request_id)
+            case End(group):
+                while entries := [entry for entry in self._entering if entry.group is group]:
+                    self._entering.remove(entries[0])
+                    self._admit(engine, entries[0])
+                for sample in group.samples:
+                    engine.abort(sample.request_id)  # the next step reports it
             case Command.RESET_PREFIX_CACHE:
                 engine.reset_prefix_cache()
             case Command.ABORT_ALL | Command.STOP:
@@ -278,12 +287,12 @@ class EngineThread:
             if not isinstance(error, ValueError | QueueFull | PredictedLate):
                 logger.exception("the engine failed to take a request")
                 error = EngineFailure(f"the engine failed to take this request; {SEE_LOG}")
-            self._mail.append(partial(group.fail, error))
+            self._mail.add(partial(group.fail, error))
         else:
             if entry.left:
                 self._entering.append(entry)
             else:
-                self._mail.append(group.accept)
+                self._mail.add(group.accept)
 
     def _deliver(self, outputs: Sequence[Output], began_s: float) -> None:
         delivered: list[tuple[Active, Output]] = []
@@ -299,9 +308,10 @@ class EngineThread:
                 del self._active[request_id]
             if output.finish_reason is FinishReason.ERROR:
                 logger.error("request %s ended with an error: %s", request_id, output.error)
-            delivered.append((active, output))
+            if (shown := active.hold(output)) is not None:
+                delivered.append((active, shown))
         if outputs:
-            self._mail.append(partial(self._hand_out, delivered, unwanted, began_s))
+            self._mail.add(partial(self._hand_out, delivered, unwanted, began_s))
 
     def _hand_out(
         self, delivered: list[tuple[Active, Output]], unwanted: list[tuple[Active | None, Output]], began_s: float
@@ -363,9 +373,8 @@ class EngineThread:
     def _report_health(self) -> None:
         """On the loop, again and again until the thread ends: it cannot report its own standstill."""
         if self.status not in (EngineStatus.FAILED, EngineStatus.STOPPED):
-            assert self._loop is not None
             self.watchdog.report()
-            self._loop.call_later(REPORT_S, self._report_health)
+            asyncio.get_running_loop().call_later(REPORT_S, self._report_health)
 
     def _end(self, status: EngineStatus, error: Exception) -> None:
         """Take no more requests and fail those that still wait for an answer."""
@@ -375,26 +384,12 @@ class EngineThread:
         while not self._inbox.empty():
             command = self._inbox.get()
             if isinstance(command, Group):
-                self._mail.append(partial(command.fail, error))
+                self._mail.add(partial(command.fail, error))
 
     def _fail_groups(self, error: Exception) -> None:
         entering, self._entering = self._entering, deque()
         groups = {
             id(group): group for group in [*(a.group for a in self._active.values()), *(e.group for e in entering)]
         }
-        self._mail.extend(partial(group.fail, error) for group in groups.values())
-
-    def _post(self) -> None:
-        if not self._mail:
-            return
-        mail, self._mail = self._mail, []
-        assert self._loop is not None
-        try:
-            self._loop.call_soon_threadsafe(_open, mail)
-        except RuntimeError:  # the loop is closed: nobody waits any more
-            logger.debug("the event loop is closed; %d messages dropped", len(mail))
-
-
-def _open(mail: list[Callable[[], None]]) -> None:
-    for tell in mail:
-        tell()
+        for group in groups.values():
+            self._mail.add(partial(group.fail, error))

@@ -5,14 +5,17 @@ And what the engine's thread is told of groups, and keeps of them.
 
 import asyncio
 import enum
+import logging
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 
-from apt_jax.output import Output
+from apt_jax.output import Output, joined
 from apt_jax.request import Request
 from apt_jax.serve.errors import NotReady
 from apt_jax.serve.runtime.samples import Sample
+
+logger = logging.getLogger("apt_jax.serve")
 
 SAMPLES_AT_ONCE = 64  # of a larger group enter before a step: a few milliseconds, so that no stream waits for all
 
@@ -127,6 +130,13 @@ class Abort:
     group: Group
 
 
+@dataclass(frozen=True)
+class End:
+    """A group is to end with what it has, finish reason abort."""
+
+    group: Group
+
+
 class Command(enum.Enum):
     """What concerns all groups."""
 
@@ -148,10 +158,58 @@ class Entry:
         return self.group.samples[len(self.added) :]
 
 
-@dataclass(frozen=True)
+@dataclass
 class Active:
     """A sample that the engine works on, and its record, which only the loop changes."""
 
     group: Group
     sample: Sample
     record: Request
+    has_begun: bool = False
+    held: list[Output] = field(default_factory=list)
+
+    def hold(self, output: Output) -> Output | None:
+        """What is to be delivered now: nothing until there are as many tokens as the sample's client wants at once.
+
+        The first token and the end are never held back.
+        """
+        if self.sample.tokens_at_once == 1:
+            return output
+        self.held.append(output)
+        count = sum(len(held.token_ids) for held in self.held)
+        if self.has_begun and output.finish_reason is None and count < self.sample.tokens_at_once:
+            return None
+        self.has_begun, held, self.held = True, self.held, []
+        return joined(held)
+
+
+class Mail:
+    """What the engine's thread tells the asyncio loop: everything since the last time with one call, in order."""
+
+    def __init__(self) -> None:
+        self._calls: list[Callable[[], None]] = []
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    def connect(self, loop: asyncio.AbstractEventLoop) -> None:
+        """The loop that the calls are for."""
+        self._loop = loop
+
+    def add(self, call: Callable[[], None]) -> None:
+        """To be called on the loop, once it is posted."""
+        self._calls.append(call)
+
+    def post(self) -> None:
+        """Have the loop make the calls that were added."""
+        if not self._calls:
+            return
+        calls, self._calls = self._calls, []
+        assert self._loop is not None
+        try:
+            self._loop.call_soon_threadsafe(_make, calls)
+        except RuntimeError:  # the loop is closed: nobody waits any more
+            logger.debug("the event loop is closed; %d messages dropped", len(calls))
+
+
+def _make(calls: list[Callable[[], None]]) -> None:
+    for call in calls:
+        call()

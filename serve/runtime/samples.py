@@ -31,6 +31,7 @@ class Sample:
     arrival_s: float | None = None
     output_token_ids: Sequence[int] = ()  # generated before
     cache_salt: str | None = None
+    tokens_at_once: int = 1  # that its client gets in one piece, but for the first and the last
 
     def add_to(self, engine: ServingEngine) -> Request:
         """Give it to the engine.

@@ -181,13 +181,14 @@ def test_a_grammar_that_fails_while_it_runs_ends_its_request_alone(engine):
 
     class Fails:
         is_complete = False
+        follows_tokens = True
 
         def allow(self, words) -> str:
             words[:] = 0
             return "too many states"
 
     engine.step()
-    request.matcher = Fails()
+    request.restriction = Fails()
     outputs = [output for _ in range(30) if engine.has_unfinished for output in engine.step()]
     (failed,) = [output for output in outputs if output.request is request and output.finish_reason is not None]
     assert failed.error == "the output cannot go on as structured_outputs asks: too many states"
@@ -212,7 +213,7 @@ def test_bits_of_rows(loaded):
 
     class Row:
         def __init__(self, matcher):
-            self.matcher = matcher
+            self.restriction = matcher
 
     allowed = allowed_tokens([Row(None), Row(matcher)], 4, loaded.config.vocab_size)
     words = allowed.words()

@@ -159,7 +159,6 @@ def test_whole_numbers_may_be_written_with_a_point():
         (COMPLETIONS, {"suffix": "x"}, "suffix"),
         (COMPLETIONS, {"use_beam_search": True}, "use_beam_search"),
         (COMPLETIONS, {"response_format": {"type": "json_schema"}}, "response_format"),
-        (COMPLETIONS, {"truncate_prompt_tokens": 5}, "truncate_prompt_tokens"),
         (COMPLETIONS, {"best_of": True}, "best_of"),
         (CHATS, {"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
         (CHATS, {"tool_choice": "required"}, "tool_choice"),

@@ -13,7 +13,7 @@ from apt_jax.serve.json_text import parse_json
 from apt_jax.serve.openai.bodies.chat_requests import MAX_MESSAGES, parse_chat
 from apt_jax.serve.openai.bodies.requests import parse_completion
 from apt_jax.serve.openai.bodies.slo import SloBody, slo_of
-from apt_jax.serve.openai.completions import _token_ids
+from apt_jax.serve.openai.prompts import prompt_ids
 from tests.support.fake_engine import CharTokenizer
 
 
@@ -279,8 +279,8 @@ class NeverEncodes(CharTokenizer):
 
 
 def test_a_text_that_cannot_fit_is_refused_before_it_is_tokenised():
-    engine = SimpleNamespace(tokenizer=NeverEncodes(), max_model_len=128)
+    engine, body = SimpleNamespace(tokenizer=NeverEncodes(), max_model_len=128), parse_completion({"prompt": "a"})
     with pytest.raises(BadRequest, match="maximum context length"):
-        _token_ids("a" * 129, engine)
+        prompt_ids("a" * 129, body, engine, "prompt", special=True)
     with pytest.raises(AssertionError, match="it was tokenised"):
-        _token_ids("a" * 20, engine)
+        prompt_ids("a" * 20, body, engine, "prompt", special=True)

@@ -39,6 +39,10 @@ class CharTokenizer:
     def encode_pieces(self, text: str, add_special_tokens: bool = True) -> Iterator[list[int]]:
         yield self.encode(text, add_special_tokens)
 
+    def encode_end(self, text: str, limit: int, add_special_tokens: bool = True) -> list[int]:
+        special = [EOS] if add_special_tokens else []
+        return [*special, *self.encode(text, add_special_tokens=False)[-(limit - len(special)) :]]
+
     def fewest_tokens(self, text: str) -> int:
         return len(text)
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import dataclasses
 import logging
 import time
 import uuid
@@ -16,6 +17,7 @@ from apt_jax.serve.errors import CLIENT_CLOSED_REQUEST, RequestTimeout, error_re
 from apt_jax.serve.http.service import Service
 from apt_jax.serve.json_text import parse_json
 from apt_jax.serve.openai.bodies.requests import GenerationRequest
+from apt_jax.serve.openai.bodies.token_requests import parse_abort
 from apt_jax.serve.openai.endpoints import Endpoint
 from apt_jax.serve.openai.generation import Generation, as_bad_request
 from apt_jax.serve.openai.slo_report import check_begun
@@ -46,7 +48,7 @@ async def generate(endpoint: Endpoint, service: Service, http: Request) -> Respo
         return endpoint.generation.prepare(
             body,
             model,
-            request_id=f"{endpoint.generation.ID_PREFIX}-{uuid.uuid4().hex}",
+            request_id=f"{endpoint.generation.ID_PREFIX}-{body.request_id or uuid.uuid4().hex}",
             headers={name: ",".join(http.headers.getlist(name)) for name in http.headers},
             arrival_s=arrival_s,
             max_samples=model.engine.config.max_num_queued_reqs,
@@ -57,9 +59,12 @@ async def generate(endpoint: Endpoint, service: Service, http: Request) -> Respo
     if service.options.log_requests:
         fields = {"id": generation.request_id, "request_id": http.state.request_id}
         logger.info("body %s", body.model_dump_json(exclude_none=True, warnings=False), extra={"fields": fields})
+    if body.stream and service.options.stream_interval > 1:
+        interval = service.options.stream_interval
+        generation.samples = [dataclasses.replace(s, tokens_at_once=interval) for s in generation.samples]
     with contextlib.ExitStack() as cleanup:
         group = service.backend.submit(generation.samples)
-        cleanup.enter_context(service.generating(generation, group))
+        cleanup.enter_context(service.generating(generation, group, http_id=http.state.request_id))
         if (connection := getattr(http.state, "connection", None)) is not None:
             connection.answers.append(partial(service.keep_unsent, generation, group))
         cleanup.callback(_limit_time(group, service.options.request_timeout))
@@ -73,6 +78,12 @@ async def generate(endpoint: Endpoint, service: Service, http: Request) -> Respo
                 check_begun(await group.begun(), len(generation.samples))
             return SseResponse(_events(service, generation, group), cleanup.pop_all())
         return await _whole(service, generation, group, cleanup)
+
+
+async def abort_request(service: Service, http: Request) -> Response:
+    """POST /abort_request: end requests under way; their clients get what there is, with finish reason abort."""
+    data = await service.read_body(http)
+    return JSONResponse({"aborted": service.end(parse_abort(parse_json(data)).request_id)})
 
 
 def _limit_time(group: Group, limit_s: float | None) -> Callable[[], None]:

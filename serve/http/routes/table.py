@@ -8,7 +8,7 @@ from starlette.responses import JSONResponse, Response
 
 from apt_jax.serve.http.routes.dashboard import dashboard
 from apt_jax.serve.http.routes.debug import plans, profile, reset_prefix_cache, state, story
-from apt_jax.serve.http.routes.generation import generate
+from apt_jax.serve.http.routes.generation import abort_request, generate
 from apt_jax.serve.http.routes.models import detokenize, model, models, tokenize
 from apt_jax.serve.http.routes.openapi import document
 from apt_jax.serve.http.routes.probes import health, load, metrics, ready, version
@@ -16,7 +16,7 @@ from apt_jax.serve.http.routes.route import RouteSpec
 from apt_jax.serve.http.service import Service
 from apt_jax.serve.openai import replies
 from apt_jax.serve.openai.bodies.slo import MAX_SLO_MS, MIN_SLO_MS, SLO_HEADERS
-from apt_jax.serve.openai.bodies.token_requests import DetokenizeRequest, TokenizeRequest
+from apt_jax.serve.openai.bodies.token_requests import AbortRequest, DetokenizeRequest, TokenizeRequest
 from apt_jax.serve.openai.endpoints import ENDPOINTS, Endpoint
 
 NAME: dict[str, Any] = {"name": "name", "in": "path", "required": True, "schema": {"type": "string"}}
@@ -87,6 +87,13 @@ ROUTES = (
         summary="Token ids to text",
         body=DetokenizeRequest,
         reply=replies.Detokenized,
+        statuses=POST_STATUSES,
+    ),
+    RouteSpec(
+        *("POST", "/abort_request", abort_request),
+        summary="End requests under way, with what they have",
+        body=AbortRequest,
+        reply=replies.Aborted,
         statuses=POST_STATUSES,
     ),
     RouteSpec(

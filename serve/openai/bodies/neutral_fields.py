@@ -56,8 +56,6 @@ EITHER: Fields = {
     "service_tier": Neutral(("auto", "default")),
     "store": FALSE,
     # vLLM's
-    "allowed_token_ids": NULL,
-    "bad_words": NO_LIST,
     "guided_choice": NULL,
     "guided_decoding_backend": NULL,
     "guided_grammar": NULL,
@@ -70,16 +68,12 @@ EITHER: Fields = {
     "lora_path": NULL,
     "min_new_tokens": Neutral((0,)),
     "repetition_detection": NULL,
-    "request_id": Neutral(instead="the header x-request-id"),
-    "return_tokens_as_token_ids": Neutral((False,), instead="return_token_ids"),
     "spaces_between_special_tokens": TRUE,
-    "truncate_prompt_tokens": NULL,
-    "use_beam_search": FALSE,
+    "use_beam_search": Neutral((False,), instead="n samples, of which logprobs say how likely each is"),
     "vllm_xargs": NO_OBJECT,
 }
 OF_COMPLETIONS: Fields = {
     **EITHER,
-    "add_special_tokens": TRUE,
     "best_of": Neutral((1,), instead="n"),
     "max_completion_tokens": Neutral(instead="in /v1/completions, it is called max_tokens"),
     "messages": Neutral(instead="it is a field of /v1/chat/completions; a completion has a prompt"),
@@ -99,7 +93,6 @@ OF_TEMPLATES: Fields = {
 OF_CHATS: Fields = {
     **EITHER,
     **OF_TEMPLATES,
-    "add_special_tokens": FALSE,
     "audio": NULL,
     "best_of": Neutral((1,), instead="n"),
     "echo": Neutral((False,), instead="it is a field of /v1/completions"),

@@ -3,9 +3,9 @@
 from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, ClassVar
 
-from pydantic import BeforeValidator, Field, PlainValidator, WithJsonSchema
+from pydantic import BeforeValidator, Field, PlainValidator, WithJsonSchema, field_validator
 
-from apt_jax.sampling.params import MAX_STOP_TOKEN_IDS, SamplingParams
+from apt_jax.sampling.params import MAX_BAD_WORDS, MAX_STOP_TOKEN_IDS, SamplingParams
 from apt_jax.serve.errors import BadRequest
 from apt_jax.serve.openai.bodies.fields import (
     LOGIT_BIAS_SCHEMA,
@@ -38,13 +38,35 @@ class StreamOptions(Strict):
     continuous_usage_stats: bool | None = None
 
 
-class GenerationRequest(Strict):
+class PromptRequest(Strict):
+    """What every request with a prompt takes."""
+
+    model: str | None = None
+    user: str | None = None
+    priority: Whole | None = Field(default=None, ge=-(2**31), le=2**31 - 1)
+    request_id: Annotated[str, Field(pattern=r"^[\x21-\x7e]{1,128}$")] | None = None
+    add_special_tokens: bool | None = None
+    truncate_prompt_tokens: Whole | None = Field(default=None, ge=-1, json_schema_extra={"not": {"const": 0}})
+
+    @field_validator("truncate_prompt_tokens")
+    @classmethod
+    def _check_truncation(cls, value: int | None) -> int | None:
+        if value == 0:
+            raise ValueError("truncate_prompt_tokens=0 leaves nothing of the prompt; give at least 1, or -1")
+        return value
+
+    @property
+    def reserved_tokens(self) -> int:
+        """Tokens that the context must have room for beside a prompt."""
+        return 0
+
+
+class GenerationRequest(PromptRequest):
     """What both kinds of completion take: OpenAI's fields, vLLM's sampling fields, and `slo`.
 
     For every field null means the default. Limits of the sampling fields are those of `SamplingParams`.
     """
 
-    model: str | None = None
     n: Whole | None = ranged("n")
     max_tokens: Whole | None = ranged("max_tokens")
     min_tokens: Whole | None = ranged("min_tokens")
@@ -73,14 +95,18 @@ class GenerationRequest(Strict):
         Annotated[list[TokenId], Field(fail_fast=True)] | None,
         at_most(MAX_STOP_TOKEN_IDS, "stop_token_ids"),
     ] = Field(default=None, json_schema_extra={"maxItems": MAX_STOP_TOKEN_IDS})
+    allowed_token_ids: Annotated[list[TokenId], Field(min_length=1, fail_fast=True)] | None = None
+    bad_words: Annotated[
+        Annotated[list[Text], Field(fail_fast=True)] | None,
+        at_most(MAX_BAD_WORDS, "bad_words"),
+    ] = Field(default=None, json_schema_extra={"maxItems": MAX_BAD_WORDS})
     ignore_eos: bool | None = None
     skip_special_tokens: bool | None = None
     include_stop_str_in_output: bool | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     return_token_ids: bool | None = None
-    priority: Whole | None = Field(default=None, ge=-(2**31), le=2**31 - 1)
-    user: str | None = None
+    return_tokens_as_token_ids: bool | None = None
     cache_salt: Annotated[str, Field(min_length=1)] | None = None
     slo: SloBody | None = None
     response_format: ResponseFormat | None = None
@@ -90,6 +116,11 @@ class GenerationRequest(Strict):
     def asked_max_tokens(self) -> int | None:
         """The limit that the client gave; None leaves it to the server."""
         return self.max_tokens
+
+    @property
+    def reserved_tokens(self) -> int:
+        """Those of the answer."""
+        return 1 if self.asked_max_tokens is None else self.asked_max_tokens
 
     @property
     def num_prompts(self) -> int:

@@ -1,4 +1,4 @@
-"""The bodies of POST /tokenize and POST /detokenize, as vLLM has them."""
+"""The bodies of POST /tokenize and POST /detokenize, as vLLM has them, and of POST /abort_request, as SGLang has it."""
 
 from typing import Annotated, ClassVar
 
@@ -28,6 +28,27 @@ class DetokenizeRequest(Strict):
 
     model: str | None = None
     tokens: Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(fail_fast=True)]
+
+
+class AbortRequest(Strict):
+    """Which requests to end: one by its id, in either spelling, or all."""
+
+    request_id: Annotated[str, Field(min_length=1)] | None = None
+    rid: Annotated[str, Field(min_length=1)] | None = None
+    abort_all: bool | None = None
+
+
+def parse_abort(value: object) -> AbortRequest:
+    """Check a parsed body; `request_id` of what is returned is None where all are to end.
+
+    Raises:
+        BadRequest: a field is wrong, or there is not exactly one of them.
+    """
+    body = parse_body(value, AbortRequest)
+    given = [name for name in (body.request_id, body.rid, body.abort_all or None) if name is not None]
+    if len(given) != 1:
+        raise BadRequest("give request_id, the id of one request, or abort_all=true", "request_id")
+    return AbortRequest(request_id=body.request_id or body.rid)
 
 
 def parse_tokenize(value: object) -> TokenizeRequest:

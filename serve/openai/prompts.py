@@ -1,0 +1,68 @@
+"""Prompts to token ids, within the context or cut to it."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from apt_jax.engine.interface import EngineFacts
+from apt_jax.output import ContextExceeded
+from apt_jax.serve.errors import BadRequest, ContextTooLong
+from apt_jax.serve.openai.bodies.requests import PromptRequest
+
+if TYPE_CHECKING:
+    from apt_jax.tokenization.tokenizer import Tokenizer
+
+
+def prompt_ids(
+    prompt: str | Sequence[int], body: PromptRequest, engine: EngineFacts, param: str, *, special: bool
+) -> Sequence[int]:
+    """Token ids of a text, or those given; the last ones where `truncate_prompt_tokens` says so.
+
+    Args:
+        param: the field that the prompt is from.
+        special: whether special tokens are added to a text if the body does not say.
+
+    Raises:
+        BadRequest: a text and no tokenizer, or more tokens than the context holds.
+    """
+    limit = _limit(body, engine.max_model_len)
+    if not isinstance(prompt, str):
+        return prompt if limit is None else prompt[-limit:]
+    tokenizer = engine.tokenizer
+    if tokenizer is None:
+        raise BadRequest("this model has no tokenizer; give the prompt as token ids", param)
+    special = special if body.add_special_tokens is None else body.add_special_tokens
+    if limit is None:
+        check_length(prompt, tokenizer, engine.max_model_len, param)
+        return tokenizer.encode(prompt, add_special_tokens=special)
+    try:
+        return tokenizer.encode_end(prompt, limit, add_special_tokens=special)
+    except ValueError as error:
+        raise BadRequest(str(error), param) from error
+
+
+def _limit(body: PromptRequest, max_model_len: int) -> int | None:
+    """Tokens that a prompt is cut to; None if it is not to be cut."""
+    asked = body.truncate_prompt_tokens
+    if asked is None or asked > max_model_len:
+        if asked is not None:
+            raise BadRequest(
+                f"truncate_prompt_tokens={asked} is more than the context of {max_model_len} tokens; give at most "
+                "that, or -1 for what fits",
+                "truncate_prompt_tokens",
+            )
+        return None
+    return asked if asked > 0 else max(max_model_len - body.reserved_tokens, 1)
+
+
+def check_length(text: str, tokenizer: "Tokenizer", max_model_len: int, param: str) -> None:
+    """Raises ContextTooLong if the context cannot hold `text`, whatever its tokens are: they need not be found then."""
+    if len(text) <= max_model_len:
+        return
+    fewest = tokenizer.fewest_tokens(text)
+    if fewest > max_model_len:
+        error = ContextExceeded(
+            f"the prompt has {len(text)} characters and so at least {fewest} tokens, but the context holds "
+            f"{max_model_len}; shorten the prompt or raise --max-model-len",
+            max_model_len,
+        )
+        raise ContextTooLong(error, param)
