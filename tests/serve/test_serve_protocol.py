@@ -58,6 +58,8 @@ def test_sampling_fields_reach_the_sampling_params():
         "seed": -4,
         "stop": ["x"],
         "stop_token_ids": [9],
+        "allowed_token_ids": [9, 10],
+        "bad_words": ["never"],
         "ignore_eos": True,
         "logprobs": 3,
         "prompt_logprobs": 4,
