@@ -30,6 +30,7 @@ from apt_jax.request import FinishReason, Request, SamplingParams, Slo, Status
 from apt_jax.routing.instance import InstanceLoad, instance_load
 from apt_jax.scheduling.costs.projection import least_projected_tokens
 from apt_jax.scheduling.costs.step_load import StepLoad
+from apt_jax.scheduling.idling import Idling
 from apt_jax.scheduling.plan import Plan
 from apt_jax.scheduling.policies.catalogue import make_policy
 from apt_jax.scheduling.policies.interface import PolicyContext
@@ -118,6 +119,7 @@ class Engine:
         self._inflight: deque[_Flight] = deque()
         self._early: list[Output] = []  # committed by the step under way, before it planned
         self._was_idle = True  # after the last step
+        self._idling = Idling()
         self._compilations = Compilations()
 
     @property
@@ -139,6 +141,11 @@ class Engine:
     def num_running(self) -> int:
         """Requests with blocks."""
         return len(self.state.running)
+
+    @property
+    def idle_s(self) -> float:
+        """Seconds until `step` has anything to do again; 0 if it has."""
+        return self._idling.left_s(self._clock()) if self.state.num_unfinished else 0.0
 
     @property
     def longest_step_s(self) -> float:
@@ -186,6 +193,7 @@ class Engine:
         cache_salt: str | None = None,
     ) -> Request:
         """Queue one request (one sample); see `ServingEngine.add`."""
+        self._idling.end()
         return self.requests.add(
             prompt_token_ids,
             params,
@@ -222,8 +230,9 @@ class Engine:
         self.last_plan = plan = self._plan(now)
         self._counts.schedule_s = self._clock() - now
         if not plan.is_empty:
+            self._idling.end()
             self._dispatch(plan, now, started_s=now if self._was_idle else None)
-        elif not self._inflight and self.state.num_unfinished:
+        elif not self._inflight and self.state.num_unfinished and not self._idling.accepts(plan, now):
             self._give_up()
         while len(self._inflight) > (self._depth if plan.scheduled else 0):
             outputs += self._commit(self._inflight.popleft())
@@ -377,6 +386,7 @@ class Engine:
     def _end(self, request: Request, reason: FinishReason, error: str | None = None) -> None:
         """End a request outside the normal course; reported by the next step."""
         if request.status is not Status.FINISHED:
+            self._idling.end()
             self.requests.end(request, reason, error)
             self._tell_policy(request, self._clock())
 

@@ -116,6 +116,10 @@ class ServingEngine(EngineFacts, Protocol):
         """Requests with blocks."""
 
     @property
+    def idle_s(self) -> float:
+        """Seconds until `step` has anything to do again, while a policy waits on purpose; else 0."""
+
+    @property
     def longest_step_s(self) -> float:
         """Predicted seconds of the largest iteration that its limits allow. From any thread."""
 

@@ -24,6 +24,7 @@ class Reason(enum.Enum):
     DECODES = "decodes its next token"
     CONVERTED_MEMORY_FREE = "converted to KV because memory is free"
     PREEMPTED_NO_BLOCKS = "preempted because no block is free for a request ahead of it"
+    PREEMPTED_AHEAD = "preempted ahead of need, so that blocks stay free"
     PREEMPTED_LEAST_VALUE = "preempted because memory ran out and it was worth least per block"
     PREEMPTED_FOR_EARLIER = "preempted for a waiting request that goes before it"
     PREEMPTED_LATE = "preempted because it is past its SLO and others can still meet theirs"
@@ -91,13 +92,18 @@ class Abandoned:
 
 @dataclass(frozen=True)
 class Plan:
-    """One iteration. Applied in the order: abandoned, preempted, converted, scheduled."""
+    """One iteration. Applied in the order: abandoned, preempted, converted, scheduled.
+
+    An empty plan of a policy that waits on purpose has `wake_at_s`, when to plan anew if nobody comes or leaves before
+    (`idling.py`).
+    """
 
     scheduled: tuple[Scheduled, ...] = ()
     preempted: tuple[Preempted, ...] = ()
     converted: tuple[Converted, ...] = ()
     waited: tuple[Waited, ...] = ()
     abandoned: tuple[Abandoned, ...] = ()
+    wake_at_s: float | None = None
 
     @property
     def is_empty(self) -> bool:

@@ -73,6 +73,7 @@ class Experiment:
     duration_s: float = MIN_DURATION_S
     surge: Surge | None = None
     known_lengths: bool = False
+    known_lengths_error: float = 0.0
     instances: int = 1
     max_instances: int | None = None
     router: str = DEFAULT_ROUTER
@@ -264,7 +265,9 @@ class Experiment:
         )
 
         def start(name: str) -> Instance:
-            predictor = KnownLengths() if self.known_lengths else LengthPredictor()
+            predictor = LengthPredictor()
+            if self.known_lengths:
+                predictor = KnownLengths(self.known_lengths_error, self.seed)
             context = PolicyContext(
                 cost_model, predictor=predictor, seed=self.seed + int(name), abandon_after_s=self.abandon_after
             )

@@ -13,6 +13,7 @@ from apt_jax.scheduling.costs.host_copies import worth_restoring
 from apt_jax.scheduling.costs.host_times import HostTime
 from apt_jax.scheduling.costs.projection import least_projected_tokens
 from apt_jax.scheduling.host_tier import HostTier
+from apt_jax.scheduling.idling import Idling
 from apt_jax.scheduling.length import LengthPredictor
 from apt_jax.scheduling.plan import Plan, Reason
 from apt_jax.scheduling.policies.interface import Policy, Repeat, Repeating
@@ -68,7 +69,7 @@ class Instance:
         self.state = SimulatedState(pool, limits)
         self.state.least_projected_tokens = least_projected_tokens(cost_model) if prefix_caching else None
         self.samples: list[Sample] = []
-        self.is_busy = False
+        self.is_busy, self._idling = False, Idling()
         self._policy, self._cost_model, self._on_plan = policy, cost_model, on_plan
         self._repeating = policy if isinstance(policy, Repeating) else None
         self._host_time = host_time
@@ -82,10 +83,18 @@ class Instance:
     def add(self, request: SimulatedRequest, output_tokens: int) -> None:
         """Queue a request, which will end after `output_tokens`."""
         self._report = self._repeat = None
+        self._idling.end()
         self.state.submit(request, output_tokens)
 
+    @property
+    def is_idling(self) -> bool:
+        """Whether the policy lets everybody wait until a certain time."""
+        return self._idling.until_s is not None
+
     def begin(self, now: float, horizon_s: float = -math.inf) -> float | None:
-        """Plan and start an iteration; when it ends. None if the policy has nothing to do.
+        """Plan and start an iteration; when it ends, or, if the policy waits on purpose, when to plan again.
+
+        None if it has nothing to do.
 
         Iterations before it that end before `horizon_s`, and in which nothing happens but that all decode, are run at
         once where the policy says how long its plan stays.
@@ -99,7 +108,8 @@ class Instance:
             self._repeat = self._repeat_of(self._plan, now)
         plan = self._plan
         if plan.is_empty:
-            return None
+            return plan.wake_at_s if candidates and self._idling.accepts(plan, now) else None
+        self._idling.end()
         if self._on_plan is not None:
             self._on_plan(plan, now)
         self._report = None

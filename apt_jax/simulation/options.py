@@ -15,6 +15,7 @@ from apt_jax.ranges import (
     check_share,
 )
 
+MOST_LENGTH_ERROR = 3.0  # a factor of 20 either way
 MOST_INSTANCES = 1000
 
 
@@ -92,6 +93,9 @@ class SimulateArgs:
     seconds; attainment is then also told by phase: before, surge, minute after, later."""
     known_lengths: bool = False
     """Policies know the length of every output in advance: a bound on what predicting them better could bring."""
+    known_lengths_error: float = 0.0
+    """With --known-lengths, the standard deviation of the logarithm of what they are misjudged by: 0.5 is a factor of
+    1.65 either way."""
     instances: int = 1
     """Number of instances of the model; --rate is the total over all of them."""
     router: str = "pending-time"
@@ -119,6 +123,10 @@ class SimulateArgs:
             self, 1, ("block_size", "num_blocks", "instances", "max_instances", "max_num_queued_reqs", "jobs")
         )
         check_share(self, ("device_memory_utilization",))
+        if not 0 <= self.known_lengths_error <= MOST_LENGTH_ERROR:
+            raise ValueError(f"known_lengths_error={self.known_lengths_error} must be in 0..{MOST_LENGTH_ERROR:g}")
+        if self.known_lengths_error and not self.known_lengths:
+            raise ValueError(f"known_lengths_error={self.known_lengths_error} needs --known-lengths")
         check_at_most(self, MOST_INSTANCES, ("instances", "max_instances"))
         check_block_size(self.block_size)
         if self.cv is not None:

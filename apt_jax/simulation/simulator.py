@@ -197,6 +197,10 @@ def simulate_fleet(
                 finished, missed, missed_strictly = finished + 1, missed + 1, missed_strictly + 1
                 go_on(request)
                 continue
+            if instance.is_idling:  # it plans at once, and not when it meant to
+                events[:] = [event for event in events if event[1] != number]
+                heapq.heapify(events)
+                awake.discard(number)
             instance.add(request, arrival.output_tokens)
             if number not in awake:  # it plans when all that arrive now are there
                 awake.add(number)

@@ -1,5 +1,6 @@
 """Runs samples through an engine in the calling thread; for offline use, where nothing else steps the engine."""
 
+import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 
@@ -40,6 +41,8 @@ class Driver:
                     continue
                 if not self._active:
                     return
+                if (idle_s := self.engine.idle_s) > 0:
+                    time.sleep(idle_s)
                 outputs = self.engine.step()
                 if self._on_step is not None:
                     self._on_step()

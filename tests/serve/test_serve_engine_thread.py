@@ -63,6 +63,37 @@ def test_a_group_gets_the_tokens_of_each_of_its_samples():
     run(main)
 
 
+class Idling(FakeEngine):
+    """Waits on purpose for `REST_S` after every step, unless somebody comes."""
+
+    REST_S = 30.0
+
+    def step(self):
+        self.idle_s = self.REST_S
+        return super().step()
+
+    def add(self, *args, **options):
+        self.idle_s = 0.0
+        return super().add(*args, **options)
+
+
+def test_the_thread_sleeps_while_the_engine_waits_on_purpose_and_an_arrival_wakes_it():
+    async def main():
+        engine = Idling()
+        async with running(engine) as thread:
+            first = submit(thread, "a", [10], max_tokens=2)
+            await until(lambda: engine.num_steps == 1)
+            await asyncio.sleep(0.1)
+            assert engine.num_steps == 1, "it rests"
+            second = submit(thread, "b", [20], max_tokens=1)
+            assert await tokens_of(second) == {0: [21]} and engine.num_steps == 2
+            engine.REST_S = 0.0
+            third = submit(thread, "c", [30], max_tokens=1)
+            assert await tokens_of(third) == {0: [31]} and await tokens_of(first) == {0: [11, 12]}
+
+    run(main)
+
+
 def test_groups_share_steps():
     async def main():
         engine = FakeEngine(paced=True)

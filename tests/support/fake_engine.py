@@ -90,7 +90,7 @@ class FakeEngine:
         self.warmed = False
         self.fail_with: Exception | None = None
         self.fails_with: Exception | None = None
-        self.longest_step_s = 0.01
+        self.longest_step_s, self.idle_s = 0.01, 0.0
         self.num_policies = 1
         self.num_begun = 0  # steps, of which the last may wait to be allowed
         self.num_steps = 0

@@ -4,6 +4,7 @@ from apt_jax.cache import BlockPool
 from apt_jax.request import Request, SamplingParams, Slo
 from apt_jax.scheduling.costs.cost_model import CostModel
 from apt_jax.scheduling.costs.hardware import HARDWARE, MODELS
+from apt_jax.scheduling.idling import Idling
 from apt_jax.scheduling.state import Limits, SchedulerState
 
 TINY = CostModel(MODELS["opt-125m"], HARDWARE["h200"])
@@ -41,7 +42,8 @@ def step(state, policy, now, seconds=0.03):
 
 
 def serve(state, policy, requests, seconds=0.03, max_steps=20_000):
-    """Serve all to the end; returns (now, plan) of every iteration. Fails on an idle plan."""
+    """Serve all to the end; returns (now, plan) of every iteration. Fails on an idle plan, unless it is on purpose."""
+    idling = Idling()
     now, plans, coming = 0.0, [], sorted(requests, key=lambda r: r.arrival_s)
     while coming or state.num_unfinished:
         while coming and coming[0].arrival_s <= now:
@@ -50,6 +52,10 @@ def serve(state, policy, requests, seconds=0.03, max_steps=20_000):
             now = coming[0].arrival_s
             continue
         plan = step(state, policy, now, seconds)
+        if plan.is_empty and idling.accepts(plan, now):
+            now = min([plan.wake_at_s, *(r.arrival_s for r in coming[:1])])
+            continue
+        idling.end()
         assert plan.scheduled, f"nothing ran at {now}: {len(state.waiting)} wait, {len(state.running)} run"
         plans.append((now, plan))
         now += seconds

@@ -89,7 +89,7 @@ def test_the_operator_s_limit_goes_around_it_too(package):
     [
         (
             "oldest-first",
-            r"unknown scheduling_policy='oldest-first'; known: apt, .*newest-first.*MODULE:CLASS of your own",
+            r"unknown scheduling_policy='oldest-first'; known: alise, .*newest-first.*MODULE:CLASS of your own",
         ),
         ("nowhere:Policy", r"'nowhere:Policy': No module named 'nowhere'; install the package .* PYTHONPATH"),
         ("needs_others:Policy", r"No module named 'nothing_of_that_name'; install"),

@@ -47,7 +47,7 @@ def test_same_trace_same_plans(name):
 
 def test_names_and_options():
     assert {"apt", "apt-paper", "fcfs", "random", "sarathi", "mlfq", "sjf", "edf", "priority"} <= set(ALL)
-    with pytest.raises(ValueError, match="known: apt"):
+    with pytest.raises(ValueError, match="known: alise"):
         make_policy("lifo")
     with pytest.raises(ValueError, match="fallback=aging"):
         make_policy("apt:fallbck=none")

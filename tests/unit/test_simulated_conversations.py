@@ -136,7 +136,9 @@ def by_the_engine(arrivals, policy, limits, num_blocks):
             turns[requests[-1].request_id] = turn
             state.add(requests[-1])
         plan = policy.schedule(state, now)
-        assert not plan.is_empty
+        if plan.is_empty:
+            now = min([plan.wake_at_s, *(at_s for at_s, _, _ in coming[:1])])
+            continue
         plans.append((now, plan_dict(0, now, plan)))
         spans = state.apply(plan, now)
         written = state.written(spans)

@@ -3,7 +3,11 @@
 import numpy as np
 import pytest
 
+from apt_jax.request import SamplingParams
 from apt_jax.simulation.experiment import Experiment
+from apt_jax.simulation.options import SimulateArgs
+from apt_jax.simulation.requests.columns import SimulatedRequest
+from apt_jax.simulation.requests.known_lengths import KnownLengths
 from apt_jax.simulation.requests.surge import Surge
 
 
@@ -63,3 +67,21 @@ def test_known_lengths_are_the_requests_own():
         return np.corrcoef(*ranks)[0, 1]
 
     assert rank_correlation(known) > rank_correlation(learnt) + 0.05, "the shortest really go first"
+
+
+def test_lengths_known_with_an_error_are_off_by_it_and_stay_so():
+    requests = []
+    for order in range(2000):
+        one = SimulatedRequest(f"r{order}", range(4), SamplingParams(max_tokens=None), 0.0, 5000)
+        one.order, one.target_tokens = order, 100
+        requests.append(one)
+    none, predictor = np.zeros(2000, np.int64), KnownLengths(0.5, seed=3)
+    logs = np.log(predictor.remaining_of(requests, none, none) / 100)
+    assert abs(logs.mean()) < 0.05 and logs.std() == pytest.approx(0.5, rel=0.05)
+    assert (predictor.remaining_of(requests[:5], none[:5], none[:5]) == 100 * np.exp(logs[:5])).all()
+    assert (KnownLengths().remaining_of(requests, none, none) == 100).all()
+    assert predictor.remaining_of(requests[:1], none[:1], np.array([4000]))[0] == 400, "it has outlived the guess"
+    with pytest.raises(ValueError, match=r"known_lengths_error=0.5 needs --known-lengths"):
+        SimulateArgs(known_lengths_error=0.5)
+    with pytest.raises(ValueError, match=r"known_lengths_error=4.0 must be in 0..3"):
+        SimulateArgs(known_lengths=True, known_lengths_error=4.0)

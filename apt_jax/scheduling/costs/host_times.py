@@ -22,17 +22,23 @@ class HostTime:
 
 
 HOST_TIMES = {
+    "alise": HostTime(73e-6, 2.62e-6),
     "apt": HostTime(29e-6, 2.52e-6),
     "apt-paper": HostTime(150e-6, 0.69e-6),
     "edf": HostTime(34e-6, 0.60e-6),
+    "fastserve": HostTime(64e-6, 0.59e-6),
+    "fastswitch": HostTime(68e-6, 0.92e-6),
     "fcfs": HostTime(38e-6, 0.28e-6),
     "mlfq": HostTime(28e-6, 0.96e-6),
+    "nested-wait": HostTime(22e-6, 0.41e-6),
     "priority": HostTime(39e-6, 0.29e-6),
     "random": HostTime(31e-6, 0.62e-6),
     "sarathi": HostTime(54e-6, 0.22e-6),
+    "semi-pd": HostTime(130e-6, 0.18e-6),
     "sjf": HostTime(59e-6, 1.42e-6),
     "vllm-v0": HostTime(39e-6, 0.20e-6),
     "vllm-v1": HostTime(50e-6, 0.28e-6),
+    "wait": HostTime(72e-6, 0.08e-6),
 }
 
 

@@ -17,6 +17,11 @@ from apt_jax.scheduling.policies.edf import EarliestDeadlineFirst
 from apt_jax.scheduling.policies.fcfs import Fcfs
 from apt_jax.scheduling.policies.interface import Policy, PolicyContext
 from apt_jax.scheduling.policies.mlfq import MultiLevelFeedbackQueue
+from apt_jax.scheduling.policies.papers.alise import Alise
+from apt_jax.scheduling.policies.papers.fastserve import FastServe
+from apt_jax.scheduling.policies.papers.fastswitch import FastSwitch
+from apt_jax.scheduling.policies.papers.semi_pd import SemiPd
+from apt_jax.scheduling.policies.papers.wait import NestedWait, Wait
 from apt_jax.scheduling.policies.priority import Priority
 from apt_jax.scheduling.policies.random_order import RandomOrder
 from apt_jax.scheduling.policies.sarathi import Sarathi
@@ -26,17 +31,23 @@ from apt_jax.scheduling.policies.vllm.v1 import VllmV1
 
 # Called with a `PolicyContext` and, if the class has a dataclass `Options`, an instance of that.
 POLICIES: dict[str, Callable[..., Policy]] = {
+    "alise": Alise,
     "apt": Apt,
     "apt-paper": AptPaper,
     "edf": EarliestDeadlineFirst,
+    "fastserve": FastServe,
+    "fastswitch": FastSwitch,
     "fcfs": Fcfs,
     "mlfq": MultiLevelFeedbackQueue,
+    "nested-wait": NestedWait,
     "priority": Priority,
     "random": RandomOrder,
     "sarathi": Sarathi,
+    "semi-pd": SemiPd,
     "sjf": ShortestJobFirst,
     "vllm-v0": VllmV0,
     "vllm-v1": VllmV1,
+    "wait": Wait,
 }
 
 

@@ -25,6 +25,7 @@ def serve_in_order(
     running: Sequence[Request],
     may_preempt: MayPreempt | None = None,
     *,
+    watermark_blocks: int | None = None,
     whole_prompts: bool = False,
 ) -> Plan:
     """A prefill iteration if one fits, else a decode iteration.
@@ -34,9 +35,11 @@ def serve_in_order(
         waiting: `state.waiting` in the order to admit.
         running: `state.running`, those to keep longest first.
         may_preempt: `(waiting, running)` -> whether the first may take the second's memory; None is never.
-        whole_prompts: as in `plan_prefill`.
+        watermark_blocks, whole_prompts: as in `plan_prefill`.
     """
-    scheduled, preempted, waited = plan_prefill(state, waiting, running, may_preempt, whole_prompts=whole_prompts)
+    scheduled, preempted, waited = plan_prefill(
+        state, waiting, running, may_preempt, watermark_blocks=watermark_blocks, whole_prompts=whole_prompts
+    )
     if not scheduled:
         return plan_decode(state, running, waited)
     gone = {entry.request.order for entry in preempted}
@@ -121,20 +124,22 @@ def _prefilling(state: SchedulerState) -> set[int]:
 
 
 def plan_mixed(
-    state: SchedulerState, token_budget: int, *, least_tokens: int = 0, watermark_blocks: int | None = None
-) -> Plan:
+    state: SchedulerState, token_budget: int, *, least_tokens: int = 0, watermark_blocks: int | None = None,
+    waiting: Sequence[Request] | None = None, running: Sequence[Request] | None = None,
+) -> Plan:  # fmt: skip
     """Decode everything, and spend what is left of the token budget on prompts in order of arrival.
 
     `least_tokens` of prompts are computed whatever the decodes take; the watermark is the limits' unless given.
+    `waiting` and `running` are those that may take part, in their order; None: all.
     """
-    decode = plan_decode(state, state.running, ())
+    decode = plan_decode(state, state.running if running is None else running, ())
     budget = min(token_budget, state.limits.max_num_batched_tokens) - len(decode.scheduled)
     gone = {entry.request.order for entry in decode.preempted}
     prefill, _, waited = plan_prefill(
         state,
         # after a preemption nobody is admitted: the blocks are needed by those that run
-        () if gone or decode.converted else state.waiting,
-        [r for r in state.running if r.order not in gone],
+        () if gone or decode.converted else state.waiting if waiting is None else waiting,
+        [r for r in (state.running if running is None else running) if r.order not in gone],
         budget=max(budget, least_tokens),
         claimed_blocks=sum(state.blocks_to_grow(entry.request) for entry in decode.scheduled),
         watermark_blocks=watermark_blocks,

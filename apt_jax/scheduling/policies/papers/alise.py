@@ -1,0 +1,100 @@
+"""ALISE: whoever is expected to be done soonest goes first, by the predicted length of its output.
+
+A request's remaining time is that of its prompt, if it is to be computed, and of its predicted tokens, each as long as
+a step with its context. Queues have borders at powers of two of that time, and within one the earliest goes first;
+waiting lifts a request by a queue for every `age_s` (aging). A waiting request takes the memory of running ones of
+lower queues, those expected to wait longest for their turn first; with host memory their pages move there.
+
+Lengths are found by retrieval (`length_by_retrieval.py`) where prompts have words, and in the simulator, which has
+none, by what `--known-lengths` or the history of lengths say. Source: arXiv 2410.23537, sections 3 and 4.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from apt_jax.cache import CacheKind, per_kind
+from apt_jax.ranges import check_finite
+from apt_jax.request import Request
+from apt_jax.scheduling.costs.step_load import StepLoad
+from apt_jax.scheduling.length import LengthPredictor
+from apt_jax.scheduling.length_by_retrieval import RetrievalPredictor
+from apt_jax.scheduling.plan import Plan
+from apt_jax.scheduling.policies.interface import PolicyContext
+from apt_jax.scheduling.policies.packing import serve_in_order
+from apt_jax.scheduling.state import SchedulerState
+
+LEAST_S = 0.125  # remaining time below which all are in the first queue
+FAR = 1024  # tokens of context, at which its cost is measured
+UNKNOWN_TOKEN_S = 0.03  # of an output token, and of 100 prompt tokens, without a cost model
+
+
+@dataclass(frozen=True)
+class AliseOptions:
+    """`age_s`: seconds of waiting that lift a request by one queue. `retrieval`: find lengths by similar prompts."""
+
+    age_s: float = 5.0
+    retrieval: bool = True
+
+    def __post_init__(self) -> None:
+        check_finite(self)
+        if not self.age_s > 0:
+            raise ValueError(f"age_s={self.age_s} must be greater than 0")
+
+
+class Alise:
+    """Order by expected remaining time with aging."""
+
+    Options = AliseOptions
+    uses_cost_model = True
+
+    def __init__(self, context: PolicyContext | None = None, options: AliseOptions | None = None):
+        self._context, self._options = context or PolicyContext(), options or AliseOptions()
+        self._predictor = self._context.predictor
+        if self._options.retrieval and type(self._predictor) is LengthPredictor:
+            self._predictor = RetrievalPredictor(self._predictor)
+
+    def schedule(self, state: SchedulerState, now: float) -> Plan:
+        """Prefill first, then decode; those with most left are preempted first."""
+        unfinished = [*state.waiting, *state.running]
+        queue = dict(zip((r.order for r in unfinished), self._queues(unfinished, now), strict=True))
+
+        def key(request: Request) -> tuple[int, int]:
+            return queue[request.order], request.order
+
+        return serve_in_order(
+            state,
+            sorted(state.waiting, key=key),
+            sorted(state.running, key=key),
+            lambda waiting, running: queue[waiting.order] < queue[running.order],
+        )
+
+    def finished(self, request: Request, now: float) -> None:
+        """Learn its length."""
+        self._predictor.learn(request)
+
+    def _queues(self, requests: list[Request], now: float) -> list[int]:
+        """The queue of each: by remaining time, lifted by what it has waited since its last token; 0 goes first."""
+        counts = np.array([(r.num_prompt_tokens, r.num_generated_tokens, r.num_tokens) for r in requests], np.int64)
+        remaining = self._predictor.remaining_of(requests, counts[:, 0], counts[:, 1])
+        prompts = np.array([0 if r.is_decoding else r.num_uncomputed_tokens for r in requests], np.int64)
+        prompt_token_s, token_s, context_s = self._times()
+        left_s = prompts * prompt_token_s + remaining * (token_s + context_s * (counts[:, 2] + remaining / 2))
+        places = np.ceil(np.log2(np.maximum(left_s, LEAST_S) / LEAST_S)).astype(np.int64)
+        waits = [r.pending_s(now) if r.table is None else 0.0 for r in requests]
+        lifted: list[int] = (places - (np.array(waits) // self._options.age_s).astype(np.int64)).tolist()
+        return lifted
+
+    def _times(self) -> tuple[float, float, float]:
+        """Seconds of a prompt token, of an output token alone, and of each token of its context (as hidden vectors)."""
+        model = self._context.cost_model
+        if model is None:
+            return UNKNOWN_TOKEN_S / 100, UNKNOWN_TOKEN_S, 0.0
+
+        def decode_s(context: int) -> float:
+            contexts = per_kind(lambda kind: context * (kind is CacheKind.HIDDEN))
+            counts = per_kind(lambda kind: int(kind is CacheKind.HIDDEN))
+            return model.step_s(StepLoad(decode_requests=1, samples=1, context_tokens=contexts, decodes=counts))
+
+        token_s = decode_s(0)
+        return model.token_s, token_s, (decode_s(FAR) - token_s) / FAR

@@ -1,0 +1,96 @@
+"""FastSwitch: fair shares for classes of requests, by priorities that change while they run.
+
+A class, here the requests of one `priority`, is owed service in proportion to its weight 2^-priority. Service is
+counted as in VTC (a prompt token once, an output token twice), and a class that was idle begins level with the least
+served. Every `update_every` iterations requests are put in order anew: the class that has had least for its weight,
+then the request that has had least; those ahead take the memory of those behind. So contexts are switched often, which
+is cheap only where their pages move to host memory and back in large copies instead of being computed again, and where
+the host keeps its copy, so that only new pages move (`host_tier.py`). Source: arXiv 2411.18424, sections 3 to 5; the
+counters are those of VTC (arXiv 2401.00588).
+"""
+
+from dataclasses import dataclass
+
+from apt_jax.ranges import check_at_least
+from apt_jax.request import Request
+from apt_jax.scheduling.plan import Plan
+from apt_jax.scheduling.policies.interface import PolicyContext
+from apt_jax.scheduling.policies.packing import serve_in_order
+from apt_jax.scheduling.state import SchedulerState
+
+OUTPUT_WEIGHT = 2.0  # of an output token, against a prompt token
+MOST_PRIORITY = 30  # priorities beyond it, in either direction, weigh like it
+
+
+@dataclass(frozen=True)
+class FastSwitchOptions:
+    """`update_every`: iterations between two changes of priorities; FastSwitch's paper varies this."""
+
+    update_every: int = 25
+
+    def __post_init__(self) -> None:
+        check_at_least(self, 1, ("update_every",))
+
+
+class FastSwitch:
+    """Order by what each class and each request have had."""
+
+    Options = FastSwitchOptions
+
+    def __init__(self, context: PolicyContext | None = None, options: FastSwitchOptions | None = None):
+        self._options = options or FastSwitchOptions()
+        self._served: dict[int, float] = {}  # service for its weight of each class, by priority
+        self._active: set[int] = set()  # classes with unfinished requests
+        self._had: dict[int, float] = {}  # service of each request, by arrival number
+        self._rank: dict[int, tuple[float, float]] = {}  # of each request, at the last update
+        self._scheduled: list[tuple[Request, int, int]] = []  # of the last plan: tokens, generated before
+        self._iterations = 0
+
+    def schedule(self, state: SchedulerState, now: float) -> Plan:
+        """Prefill first, then decode; priorities take memory only in an iteration that updates them."""
+        self._count()
+        unfinished = (*state.waiting, *state.running)
+        self._admit_classes(unfinished)
+        updates = self._iterations % self._options.update_every == 0
+        self._iterations += 1
+        for request in unfinished:
+            if updates or request.order not in self._rank:
+                had = self._had.setdefault(request.order, 0.0)
+                self._rank[request.order] = (self._served[request.priority], had)
+
+        def key(request: Request) -> tuple[float, float, int]:
+            return (*self._rank[request.order], request.order)
+
+        plan = serve_in_order(
+            state,
+            sorted(state.waiting, key=key),
+            sorted(state.running, key=key),
+            (lambda new, old: self._rank[new.order] < self._rank[old.order]) if updates else None,
+        )
+        self._scheduled = [(e.request, e.num_tokens, e.request.num_generated_tokens) for e in plan.scheduled]
+        return plan
+
+    def finished(self, request: Request, now: float) -> None:
+        """Forget it, after its last token has been counted."""
+        self._count()
+        self._had.pop(request.order, None)
+        self._rank.pop(request.order, None)
+
+    def _count(self) -> None:
+        """Count what the last plan has served."""
+        for request, tokens, before in self._scheduled:
+            service = OUTPUT_WEIGHT if before else float(tokens)
+            priority = max(-MOST_PRIORITY, min(request.priority, MOST_PRIORITY))
+            self._served[request.priority] = self._served.get(request.priority, 0.0) + service * 2.0**priority
+            if request.order in self._had:
+                self._had[request.order] += service
+        self._scheduled = []
+
+    def _admit_classes(self, unfinished: tuple[Request, ...]) -> None:
+        """A class that comes back is lifted to the least served of those that are there: idling earns no credit."""
+        classes = {request.priority for request in unfinished}
+        there = [self._served[each] for each in classes & self._active]
+        least = min(there or self._served.values(), default=0.0)
+        for each in classes - self._active:
+            self._served[each] = max(self._served.get(each, 0.0), least)
+        self._active = classes

@@ -1,0 +1,348 @@
+"""The mechanisms of FastServe, ALISE, FastSwitch, WAIT and semi-PD: each test fails without the one it names."""
+
+import numpy as np
+import pytest
+
+from apt_jax.request import FinishReason, Slo
+from apt_jax.scheduling.costs.cost_model import CostModel
+from apt_jax.scheduling.costs.hardware import HARDWARE, MODELS
+from apt_jax.scheduling.host_tier import HostTier
+from apt_jax.scheduling.idling import MOST_IDLE_S, Idling
+from apt_jax.scheduling.length import LengthPredictor
+from apt_jax.scheduling.length_by_retrieval import RetrievalPredictor
+from apt_jax.scheduling.plan import Plan, Reason
+from apt_jax.scheduling.policies.catalogue import make_policy
+from apt_jax.scheduling.policies.interface import PolicyContext
+from apt_jax.scheduling.prefix_pool import PrefixPool
+from apt_jax.simulation.simulator import Stalled, simulate
+from apt_jax.simulation.workload import Arrival
+from tests.support.scheduling_loop import TINY, make_state, request, serve, step
+
+A100 = CostModel(MODELS["opt-13b"], HARDWARE["a100-40gb"])
+
+
+def names(entries):
+    return [entry.request.request_id for entry in entries]
+
+
+def made(name, model=None, **context):
+    return make_policy(name, PolicyContext(model, **context))
+
+
+# -- FastServe ------------------------------------------------------------------------------------------------------
+
+
+def test_fastserve_lets_a_long_prompt_join_below_a_short_one():
+    """1,600 tokens of OPT-13B take some 250 ms on an A100, five levels below 20 tokens."""
+    state, policy = make_state(999, 16, max_num_seqs=1, tokens=2048), made("fastserve", A100)
+    state.add(request(1600, 2, name="long"))
+    state.add(request(20, 2, name="short"))
+    assert names(step(state, policy, 0.0).scheduled) == ["short"]
+
+
+@pytest.mark.parametrize(("seconds", "first"), [(0.02, "new"), (0.0001, "old")])
+def test_fastserve_counts_what_a_request_was_served_in_seconds(seconds, first):
+    """After four tokens the old one has had 80 ms, and sinks below a newcomer, or 0.4 ms, and does not."""
+    state, policy = make_state(200, 4, max_num_seqs=1), made("fastserve:first_quantum_ms=10", TINY)
+    state.add(request(8, 40, name="old"))
+    now = 0.0
+    for _ in range(4):
+        step(state, policy, now, seconds)
+        now += seconds
+    state.add(request(8, 5, name="new"))
+    assert names(step(state, policy, now, seconds).scheduled) == [first]
+
+
+def test_fastserve_promotes_who_was_not_served_for_long():
+    """One that has sunk is overtaken by ever new ones, until the thousandth iteration finds that it has waited."""
+    state, policy = make_state(200, 4, max_num_seqs=1), made("fastserve", TINY)
+    state.add(request(8, 200, name="sunken"))
+    served = []
+    for k in range(1005):
+        if k >= 6 and not any(r.request_id != "sunken" for r in (*state.waiting, *state.running)):
+            state.add(request(8, 2, name=f"new {k}"))
+        served.append(names(step(state, policy, 0.02 * k, 0.02).scheduled) == ["sunken"])
+    assert not any(served[10:999]) and any(served[999:])
+
+
+def roomy_state(host_slots, **options):
+    return make_state(
+        pool=lambda blocks, size: PrefixPool(blocks, size, host=HostTier(host_slots) if host_slots else None), **options
+    )
+
+
+@pytest.mark.parametrize(("host_slots", "ahead"), [(100, True), (0, False)])
+def test_fastserve_frees_blocks_ahead_of_need_where_they_can_be_moved(host_slots, ahead):
+    state = roomy_state(host_slots, num_blocks=40, block_size=4, max_num_seqs=8, tokens=64, mode="hidden")
+    policy = made("fastserve:free_share=0.25:first_quantum_ms=1", TINY)
+    for k in range(6):
+        state.add(request(16, 12, name=str(k)))
+    plans = [step(state, policy, 0.05 * k, 0.05) for k in range(12)]
+    reasons = {entry.reason for plan in plans for entry in plan.preempted}
+    assert (Reason.PREEMPTED_AHEAD in reasons) == ahead
+
+
+def test_fastserve_lets_newcomers_wait_while_the_host_is_full():
+    """Two preempted requests of 10 blocks each fill 22 slots beyond nine tenths."""
+    found = {}
+    for slots in (22, 60):
+        state = roomy_state(slots, num_blocks=30, block_size=4, max_num_seqs=8, tokens=64, mode="hidden")
+        policy = made("fastserve:free_share=0", TINY)
+        for name in ("a", "b", "keeps"):
+            state.add(request(36, 40, name=name))
+            step(state, policy, 0.0)
+        for each in ("a", "b"):
+            victim = next(r for r in state.running if r.request_id == each)
+            state._preempt(victim)
+        state.add(request(8, 4, name="new"))
+        found[slots] = names(policy.schedule(state, 0.1).scheduled)
+    assert "new" not in found[22] and "new" in found[60]
+
+
+# -- ALISE ----------------------------------------------------------------------------------------------------------
+
+
+class Known(LengthPredictor):
+    """Answers with `max_new_tokens`."""
+
+    def remaining_of(self, requests, prompt_tokens, generated_tokens):
+        return np.maximum(np.array([r.max_new_tokens for r in requests], float) - generated_tokens, 1.0)
+
+
+def test_alise_serves_the_soonest_done_first_and_preempts_for_it():
+    state, policy = make_state(200, 4, max_num_seqs=1), made("alise", A100, predictor=Known())
+    state.add(request(8, 400, name="long"))
+    step(state, policy, 0.0)
+    state.add(request(8, 5, name="short"))
+    plan = step(state, policy, 0.03)
+    assert names(plan.preempted) == ["long"] and names(plan.scheduled) == ["short"]
+
+
+@pytest.mark.parametrize(("age_s", "old_is_served"), [(1.0, True), (1000.0, False)])
+def test_alise_lifts_who_has_waited(age_s, old_is_served):
+    """Short ones come for ever; the long one is eight queues below them."""
+    state, policy = make_state(400, 4, max_num_seqs=1), made(f"alise:age_s={age_s}", A100, predictor=Known())
+    old = request(8, 600, name="old")
+    state.add(old)
+    for k in range(300):
+        if len(state.waiting) < 3:
+            state.add(request(8, 4, arrival_s=0.05 * k, name=f"short {k}"))
+        step(state, policy, 0.05 * k, 0.05)
+    assert bool(old.output_token_ids) == old_is_served
+
+
+def finished(prompt, length, order):
+    made_up = request(4, 999)
+    made_up.prompt_token_ids, made_up.order = prompt, order
+    made_up.output_token_ids = [5] * length
+    made_up.finish_reason = FinishReason.STOP
+    return made_up
+
+
+def test_lengths_are_those_of_similar_prompts_and_else_of_the_history():
+    """Questions of two topics share words with their own kind; their lengths are equal within each."""
+    rng = np.random.default_rng(0)
+    topics = [rng.integers(10, 5000, 60) for _ in range(2)]
+    predictor, order = RetrievalPredictor(LengthPredictor()), 0
+    for _ in range(60):
+        for topic, length in zip(topics, (20, 700), strict=True):
+            predictor.learn(finished(rng.choice(topic, 40).tolist(), length, order))
+            order += 1
+    asked = [finished(rng.choice(topic, 40).tolist(), 0, order + k) for k, topic in enumerate(topics)]
+    asked.append(finished(rng.integers(6000, 9000, 40).tolist(), 0, order + 9))
+    counts, none = np.full(3, 40), np.zeros(3, np.int64)
+    short, long, unlike = predictor.remaining_of(asked, counts, none).tolist()
+    assert short == 20 and long == 700 and 200 < unlike < 500, "the mean of all"
+    assert predictor.remaining_of(asked[:1], counts[:1], np.array([30]))[0] > 1, "no neighbour was longer than 30"
+    assert made("alise")._predictor.__class__ is RetrievalPredictor
+    assert made("alise:retrieval=off")._predictor.__class__ is LengthPredictor
+
+
+# -- FastSwitch -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("priority", "share"), [(0, 0.5), (1, 1 / 3), (-1, 2 / 3)])
+def test_fastswitch_gives_each_class_service_by_its_weight(priority, share):
+    """A class with one request at a time beside one of class 0 (`priority` 5 floods), on one seat."""
+    state, policy = make_state(400, 4, max_num_seqs=1), made("fastswitch:update_every=2")
+    few = request(4, 400, priority=priority, name="few")
+    state.add(few)
+    for k in range(6):
+        state.add(request(4, 400, priority=0 if priority else 7, name=f"flood {k}"))
+    served = {"few": 0, "flood": 0}
+    for k in range(300):
+        for name in names(step(state, policy, 0.03 * k).scheduled):
+            served[name.split()[0]] += 1
+    weight = 2.0**-priority
+    expected = weight / (weight + (1.0 if priority else 2.0**-7))
+    assert served["few"] / 300 == pytest.approx(expected, abs=0.08)
+    if priority:
+        assert expected == pytest.approx(share)
+
+
+def test_fastswitch_changes_priorities_only_now_and_then():
+    state, policy = make_state(400, 4, max_num_seqs=1), made("fastswitch:update_every=10")
+    for k in range(3):
+        state.add(request(4, 200, name=str(k)))
+    switches = [k for k in range(60) if step(state, policy, 0.03 * k).preempted]
+    assert switches and {k % 10 for k in switches} == {0}
+
+
+def test_fastswitch_gives_no_credit_for_idling():
+    state, policy = make_state(400, 4, max_num_seqs=1), made("fastswitch:update_every=1")
+    state.add(request(4, 300, priority=0, name="always"))
+    for k in range(100):
+        step(state, policy, 0.03 * k)
+    state.add(request(4, 300, priority=1, name="late"))
+    served = [names(step(state, policy, 3 + 0.03 * k).scheduled)[0] for k in range(90)]
+    assert 0.2 < served.count("late") / 90 < 0.5, "a third, and not all until it has caught up"
+
+
+# -- WAIT -----------------------------------------------------------------------------------------------------------
+
+
+def test_wait_idles_until_a_request_has_come_or_a_second_has_passed():
+    state, policy = make_state(999, 4, max_num_seqs=64), made("wait", TINY, predictor=Known())
+    state.add(request(8, 200, name="a"))
+    assert names(step(state, policy, 0.0).scheduled) == ["a"]
+    ran = 0.0
+    for k in range(1, 400):
+        plan = policy.schedule(state, 0.01 * k)
+        if plan.is_empty:
+            assert plan.wake_at_s == pytest.approx(ran + 1.0)
+            break
+        step(state, policy, 0.01 * k)
+        ran = 0.01 * k
+    assert plan.is_empty, "one arrival pays for some iterations only"
+    state.add(request(8, 200, name="b"))
+    assert names(step(state, policy, ran + 0.5).scheduled) == ["a", "b"]
+    plan = policy.schedule(state, ran + 0.52)
+    forced = step(state, policy, ran + 1.6)
+    assert names(forced.scheduled) == ["a", "b"]
+
+
+def test_wait_gathers_several_where_more_come_than_one_in_an_iteration():
+    """64 seats and outputs of 3 tokens: an iteration of a full batch takes 0.9 * 64 / 4 = 14.4 prompts."""
+    state, policy = make_state(999, 4, max_num_seqs=64, tokens=2048), made("wait", TINY, predictor=Known())
+    for k in range(40):  # so that rates are known
+        state.add(request(8, 3, name=f"first {k}"))
+    serve_now = 0.0
+    while state.num_unfinished:
+        plan = step(state, policy, serve_now)
+        serve_now += 0.03 if plan.scheduled else 1.0
+    counts = []
+    for k in range(30):
+        state.add(request(8, 3, arrival_s=serve_now, name=str(k)))
+        counts.append(len(step(state, policy, serve_now + 0.001 * k).scheduled))
+    first = next(k for k, count in enumerate(counts) if count)
+    assert 8 <= first <= 20 and counts[first] >= 8
+
+
+def test_nested_wait_holds_those_that_reach_a_later_segment_until_they_are_enough():
+    state, policy = make_state(4000, 4, max_num_seqs=512, tokens=4096), made("nested-wait", TINY)
+    for length in [8] * 50 + [100] * 50:
+        policy.finished(finished([1], length, 10**6), 0.0)
+    for k in range(60):
+        state.add(request(4, 60, name=str(k)))
+    step(state, policy, 0.0)
+    reached = []
+    for k in range(1, 40):
+        if not state.waiting:
+            for n in range(40):
+                state.add(request(4, 60, name=f"{k}.{n}"))
+        plan = step(state, policy, 0.02 * k)
+        gate = [r for r in state.running if r.num_generated_tokens >= 16]
+        moving = [e for e in plan.scheduled if e.request.num_generated_tokens > 16]
+        reached.append((len(gate), len(moving)))
+    assert any(gate and not moving for gate, moving in reached), "some stand at the gate of the second segment"
+
+
+@pytest.mark.parametrize("name", ["wait", "nested-wait"])
+def test_waiting_policies_end_every_request_and_sleep_between(name):
+    requests = [request(5 + k % 7, 3 + k % 9, 0.4 * k) for k in range(20)]
+    plans = serve(make_state(60, 4), made(name, TINY), requests)
+    times = [now for now, _ in plans]
+    assert max(np.diff(times)) > 0.2
+
+
+def test_the_simulator_sleeps_as_long_as_a_policy_says_and_wakes_for_an_arrival():
+    slept = []
+    policy = made("wait:force_after_s=0.7", TINY)
+    arrivals = [Arrival(0.0, 8, 200), Arrival(20.0, 8, 2)]
+    outcome = simulate(
+        arrivals, policy, cost_model=TINY, num_blocks=100, limits=make_state(100).limits, slo=Slo(), max_model_len=512,
+        on_plan=lambda plan, now: slept.append(now),
+    )  # fmt: skip
+    gaps = np.diff(slept)
+    assert outcome.is_complete and gaps.max() == pytest.approx(0.7, abs=0.01)
+    assert any(abs(now - 20.0) < 1e-9 for now in slept), "the second one is served when it comes"
+
+
+class Sleeper:
+    """Never plans anything."""
+
+    def schedule(self, state, now):
+        return Plan(wake_at_s=now + 1.0)
+
+    def finished(self, request, now):
+        raise AssertionError
+
+
+def test_a_policy_that_only_sleeps_is_stuck():
+    with pytest.raises(Stalled):
+        simulate([Arrival(0.0, 8, 2)], Sleeper(), cost_model=TINY, num_blocks=100, limits=make_state(100).limits)
+    idling = Idling()
+    assert idling.accepts(Plan(wake_at_s=2.0), 1.0) and idling.left_s(1.5) == 0.5 and idling.left_s(9.0) == 0
+    assert not idling.accepts(Plan(wake_at_s=1.0), 1.0) and not idling.accepts(Plan(), 1.5)
+    assert not idling.accepts(Plan(wake_at_s=99.0), 1.0 + MOST_IDLE_S)
+    idling.end()
+    assert idling.accepts(Plan(wake_at_s=99.0), 1.0 + MOST_IDLE_S), "somebody came"
+
+
+# -- semi-PD --------------------------------------------------------------------------------------------------------
+
+
+def ended(policy, ttft, tpot, count=20):
+    """`count` requests that took so many times their SLOs of 1 s, and one that was quick."""
+    for a, b in [(ttft, tpot)] * count + [(0.1, 0.1)] * 3:
+        one = request(8, 3, slo=Slo(1.0, 1.0))
+        one.first_token_s, one.last_token_s, one.output_token_ids = a, a + 2 * b, [5, 5, 5]
+        policy.finished(one, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("ttft", "tpot", "change"), [(2.0, 0.5, 1), (0.5, 2.0, -1), (0.5, 0.5, 0), (2.0, 2.0, 0)]
+)  # fmt: skip
+def test_semi_pd_raises_the_share_of_the_one_that_misses(ttft, tpot, change):
+    state, policy = make_state(), made("semi-pd", A100)
+    policy.schedule(state, 0.0)
+    ended(policy, ttft, tpot)
+    policy.schedule(state, 9.0)
+    assert policy.share == 0.5, "not before the window is over"
+    policy.schedule(state, 10.0)
+    assert np.sign(policy.share - 0.5) == change
+    if change > 0:  # (2 - 0.1) * 0.5 / x + 0.1 <= 1 from x = 1.06 on, which is more than there is
+        assert policy.share == pytest.approx(0.95)
+
+
+def test_semi_pd_raises_a_share_by_as_many_steps_as_its_estimate_asks_for():
+    state, policy = make_state(), made("semi-pd", A100)
+    policy.schedule(state, 0.0)
+    ended(policy, 1.1, 0.5)  # (1.1 - 0.1) * 0.5 / x + 0.1 <= 1 from x = 0.556 on
+    policy.schedule(state, 10.0)
+    assert policy.share == pytest.approx(0.6)
+
+
+def test_semi_pd_gives_prompts_their_share_of_an_iterations_seconds():
+    """As many seconds as the decodes at a half, a third of them at a quarter."""
+    sizes = {}
+    for share in (0.25, 0.5):
+        state = make_state(999, 16, max_num_seqs=8, tokens=2048)
+        policy = made(f"semi-pd:share={share}", A100)
+        state.add(request(16, 50, name="talks"))
+        step(state, policy, 0.0)
+        state.add(request(1900, 2, name="long"))
+        plan = step(state, policy, 0.03)
+        assert names(plan.scheduled) == ["talks", "long"]
+        sizes[share] = plan.scheduled[1].num_tokens
+    assert sizes[0.5] == pytest.approx(3 * sizes[0.25], rel=0.03)
