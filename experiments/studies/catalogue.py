@@ -147,7 +147,40 @@ def _conversations(*names: str) -> tuple[Case, ...]:
     )  # fmt: skip
 
 
+def _systems(*experiments: tuple[str, Experiment, float | None]) -> tuple[Case, ...]:
+    """The systems named beside Apt-Serve, with KV as in their papers, between the baselines and `apt`."""
+    found: list[Case] = []
+    for where, experiment, rate in experiments:
+        host = replace(experiment, enable_prefix_caching=True, host_cache_bytes=HOST_BYTES)
+        for label, policy, mode, each in (
+            ("vllm-v0, KV", "vllm-v0", "kv", experiment),
+            ("vllm-v1, KV", "vllm-v1", "kv", experiment),
+            ("fastserve, KV", "fastserve", "kv", experiment),
+            ("fastserve, KV, host", "fastserve", "kv", host),
+            ("alise, KV, host", "alise", "kv", host),
+            ("alise, KV, host, lengths known within 1.65", "alise", "kv",
+             replace(host, known_lengths=True, known_lengths_error=0.5)),
+            ("alise, KV, host, lengths known", "alise", "kv", replace(host, known_lengths=True)),
+            ("fastswitch, KV", "fastswitch", "kv", experiment),
+            ("fastswitch, KV, host", "fastswitch", "kv", host),
+            ("wait, KV", "wait", "kv", experiment),
+            ("nested-wait, KV", "nested-wait", "kv", experiment),
+            ("semi-pd, KV", "semi-pd", "kv", experiment),
+            ("sarathi, KV", "sarathi", "kv", experiment),
+            ("apt, KV", "apt", "kv", experiment),
+            ("apt, hybrid", "apt", "hybrid", experiment),
+        ):  # fmt: skip
+            rates = () if rate is None else (rate,)
+            found.append(Case(f"{where}{label}", policy, mode, "one-pass", each, rates))  # type: ignore[arg-type]
+    return tuple(found)
+
+
 AZURE = replace(DEFAULT, workload="azure")
+HOST_BYTES = 64 * 10**9  # of host memory
+SYSTEMS_COLUMNS = (
+    "strict_attainment", "attainment", "frozen", "kept_token_throughput", "mean_token_latency_s", "p99_ttft_s",
+    "p99_tbt_s", "preemptions", "moved_bytes", "backlog_growth",
+)  # fmt: skip
 LONG = replace(DEFAULT, duration_s=900.0)  # long enough to say whether a rate lasts
 MIXED = replace(DEFAULT, workload="sharegpt+longbench")
 SEEDS = (0, 1, 2)
@@ -236,6 +269,12 @@ STUDIES = (
              ("", replace(SHORT, workload="azure"))),
     Study("conversations", "Four turns after a shared system prompt: what do cached prefixes bring, by kind?",
           _conversations("v6e-13b", "a100-13b-one-pass"), targets=(0.9,)),
+    Study("systems", "The systems named beside Apt-Serve on one scheduler: ShareGPT, KV as in their papers, 900 s.",
+          _systems(("", LONG, None)), rates=(1.5, 2.0, 2.5, 3.0, 3.5), columns=SYSTEMS_COLUMNS),
+    Study("systems-elsewhere", "The same: recorded arrivals, mixed classes, bursts (coefficient of variation 2), 900 s.",
+          _systems(("Azure: ", replace(AZURE, duration_s=900.0), 0.9),
+                   ("classes: ", replace(LONG, classes=FOLDER / "chats_and_summaries.csv"), 1.5),
+                   ("bursts: ", replace(LONG, cv=2.0), 2.5)), columns=SYSTEMS_COLUMNS),
     Study("routing", "Eight instances: which router keeps most promises?",
           (*_routed("rate", AZURE, "fcfs", "kv", (0.7, 0.9, 1.0, 1.1, 1.2, 1.4), 60),
            *_routed("rate", AZURE, "apt", "hybrid", (2.0, 2.5), 60)), over="rate"),

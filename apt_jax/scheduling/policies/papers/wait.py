@@ -103,6 +103,10 @@ class _Gathering:
         self._paid[key] = max(paid + entering - used, 0.0)
         return max(entering, 0)
 
+    def take_all(self, key: int, there: int, threshold: float) -> None:
+        """Use up one iteration's threshold while all those `there` enter; what they pay beyond it is kept."""
+        self._paid[key] = max(self._paid.get(key, 0.0) + there - threshold, 0.0)
+
 
 class _Waiting:
     """What both policies share: when the last iteration ran, and how large a full batch is."""
@@ -238,7 +242,7 @@ class NestedWait(_Waiting):
             inside = any(r.num_generated_tokens > first[k] for r in state.running)
             if not (at_gate or inside) or not self._gathering.holds(k, at_gate, limits[k], math.inf):
                 break
-            self._gathering.take(k, at_gate, limits[k])
+            self._gathering.take_all(k, at_gate, limits[k])
             last = k + 1
         end = first[last] if last < SEGMENTS else math.inf
         return waiting, [r for r in state.running if r.num_generated_tokens < end]
