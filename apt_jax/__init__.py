@@ -1,6 +1,6 @@
 """Serve OPT language models in JAX under latency SLOs, with a hybrid cache of KV pairs and hidden vectors.
 
-`LLM` and `SamplingParams` are imported when they are first used, so that the rest of the package stays light.
+`LLM`, `AsyncLLM` and `SamplingParams` are imported when they are first used, so that the rest stays light.
 """
 
 import importlib
@@ -8,12 +8,17 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from apt_jax.request import SamplingParams
+    from apt_jax.sampling.params import SamplingParams
     from apt_jax.serve.llm import LLM
+    from apt_jax.serve.python.async_llm import AsyncLLM
 
-__all__ = ["LLM", "SamplingParams"]
+__all__ = ["LLM", "AsyncLLM", "SamplingParams"]
 
-_HOMES = {"LLM": "apt_jax.serve.llm", "SamplingParams": "apt_jax.request"}
+_HOMES = {
+    "AsyncLLM": "apt_jax.serve.python.async_llm",
+    "LLM": "apt_jax.serve.llm",
+    "SamplingParams": "apt_jax.sampling.params",
+}
 
 
 def __getattr__(name: str) -> Any:

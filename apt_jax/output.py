@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from apt_jax.request import FinishReason, Request
 
@@ -44,7 +45,8 @@ class TokenLogprobs:
 class Output:
     """The output of one step for one request. `finish_reason` is set exactly once, on the request's last Output.
 
-    `prompt_logprobs`, of every prompt token but the first, come with the first token if they were asked for.
+    `prompt_logprobs`, of every prompt token but the first, come with the first token if they were asked for. So does
+    `hidden`, float32 `[E]`: the hidden state after the prompt, after the final layer norm and projection.
     """
 
     request: Request
@@ -54,6 +56,7 @@ class Output:
     finish_reason: FinishReason | None
     error: str | None = None
     prompt_logprobs: Sequence[TokenLogprobs] | None = None
+    hidden: Any = None
 
     def of(self, request: Request) -> "Output":
         """The same for another record of the request. Made for every token, so without a constructor's checks."""
@@ -77,4 +80,5 @@ def joined(outputs: Sequence[Output]) -> Output:
         token_ids=tuple(token_id for output in outputs for token_id in output.token_ids),
         logprobs=[entry for output in outputs for entry in output.logprobs],
         prompt_logprobs=next((o.prompt_logprobs for o in outputs if o.prompt_logprobs is not None), None),
+        hidden=next((o.hidden for o in outputs if o.hidden is not None), None),
     )

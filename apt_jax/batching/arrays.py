@@ -77,4 +77,5 @@ class Batch(NamedTuple):
     requests: tuple[Request, ...]
     spans: tuple[Span, ...]  # row by row
     chunks: tuple[ScoreChunk, ...] = ()
+    pools: bool = False  # whether hidden states of the rows that sample are wanted
     allowed: AllowedTokens | None = None  # the tokens that may be sampled; None: all

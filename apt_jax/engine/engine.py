@@ -315,7 +315,7 @@ class Engine:
         scores = self.prompt_logprobs.wanted(spans)
         batch = self.builder.build(spans, prefill=scores)  # only prefill steps hand on every hidden state
         allowed = allowed_tokens(batch.requests, len(batch.sample_slot), self.model_config.vocab_size)
-        batch = batch._replace(allowed=allowed)
+        batch = batch._replace(allowed=allowed, pools=any(request.params.pools for request in batch.requests))
         return self.prompt_logprobs.ask(batch) if scores else batch
 
     def _recover(self, message: str) -> None:
@@ -348,7 +348,7 @@ class Engine:
             self.state.keep(flight.written)
             return []
         try:
-            host, scores, _ = self.runner.read(flight.results)
+            host, scores, _, pooled = self.runner.read(flight.results)
         except Exception as error:
             logger.exception("an iteration failed on the device; its requests end with an error")
             self._recover(str(error) or type(error).__name__)
@@ -368,7 +368,7 @@ class Engine:
             assert host is not None
             if request.status is Status.FINISHED:
                 continue
-            output = self.requests.accept(request, row, host, now)
+            output = self.requests.accept(request, row, host, now, pooled[row] if request.params.pools else None)
             if output.finish_reason is not None:
                 self._tell_policy(request, now)
             outputs.append(output)

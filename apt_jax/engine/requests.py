@@ -90,7 +90,7 @@ class Requests:
         """The unfinished request with this id."""
         return self._unfinished.get(request_id)
 
-    def accept(self, request: Request, row: int, host: Sampled, now: float) -> Output:
+    def accept(self, request: Request, row: int, host: Sampled, now: float, hidden: np.ndarray | None = None) -> Output:
         """Take in the token that was sampled in `row` of an iteration; it may be the request's last."""
         token = int(host.token[row])
         reason = self._state.commit(request, token, now)
@@ -112,7 +112,7 @@ class Requests:
             self._forget(request)
         logprobs = token_logprobs(request, token, row, host)
         failure = None if error is None else f"{NO_GRAMMAR}: {error}"
-        return Output(request, shown, (token,), logprobs, reason, failure, prompt_logprobs=prompt_logprobs)
+        return Output(request, shown, (token,), logprobs, reason, failure, prompt_logprobs, hidden)
 
     def end(self, request: Request, reason: FinishReason, error: str | None = None) -> None:
         """End an unfinished request early (abort or error); `take_ended` reports it."""

@@ -14,6 +14,7 @@ class StepResults(NamedTuple):
     sampled: Sampled | None  # None if no row samples
     scores: tuple[Scored, ...]  # of the batch's chunks
     outside: Any = None  # uint32: see `Pool.outside`
+    pooled: Any = None  # float32 [max_rows, E]: hidden states after each row's last token, if any is wanted
 
 
 class StepRunner(Protocol):

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import jax
+import jax.numpy as jnp
 from jax.stages import Compiled
 from tqdm import tqdm
 
@@ -77,6 +78,11 @@ class ScorerKey(Key[Compiled]):
     """`score` of one chunk."""
 
 
+@dataclass(frozen=True)
+class PoolerKey(Key[Compiled]):
+    """Hands out the hidden states after each row's last token, as float32."""
+
+
 type AnyProgram = Step | Conversion | Compiled
 type AnyKey = Key[Any]
 
@@ -136,6 +142,8 @@ class Programs:
                 return self._compile_gather(key.bucket)
             case ScorerKey():
                 return self._compile_scorer()
+            case PoolerKey():
+                return self._compile_pooler()
         raise TypeError(f"{key=} is of no program")
 
     def _compile_save(self, num_blocks: int, count: int) -> Compiled:
@@ -177,6 +185,12 @@ class Programs:
         arguments = self._arguments
         index = arguments.numbers(arguments.buckets.score_rows)
         return self._compiler.compile("gather", gather, [], arguments.hidden(bucket.tokens), index)
+
+    def _compile_pooler(self) -> Compiled:
+        def pooler(_: list[jax.Array], hidden: jax.Array) -> jax.Array:
+            return hidden.astype(jnp.float32)
+
+        return self._compiler.compile("pooler", pooler, [], self._arguments.hidden(self._arguments.buckets.max_rows))
 
     def _compile_scorer(self) -> Compiled:
         weights, arguments = self._weights, self._arguments

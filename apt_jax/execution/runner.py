@@ -32,6 +32,7 @@ from apt_jax.execution.programs import (
     AnyKey,
     ConversionKey,
     GatherKey,
+    PoolerKey,
     Programs,
     RestoreKey,
     SamplerKey,
@@ -188,7 +189,8 @@ class Runner:
         for chunk in batch.chunks:
             wanted = self.programs[GatherKey(batch.bucket)]([], every, chunk.index)
             scores.append(self.programs[ScorerKey()](arrays, wanted, chunk.target))
-        return StepResults(sampled, tuple(scores), outside)
+        pooled = self.programs[PoolerKey()]([], last) if batch.pools else None
+        return StepResults(sampled, tuple(scores), outside, pooled)
 
     def _every_token(self, rows: int) -> jax.Array:
         """Bits that allow every token: on the device, since most steps need them."""
@@ -256,6 +258,7 @@ class Runner:
         yield from map(SamplerKey, self.buckets.sample_rows)
         yield from map(GatherKey, self.buckets.prefill)
         yield ScorerKey()
+        yield PoolerKey()
         if self.shapes.kinds.converts:
             yield ConversionKey(self.num_blocks)
         if self._host is not None:

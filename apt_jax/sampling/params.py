@@ -6,7 +6,7 @@ import numbers
 import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, ClassVar
 
 from apt_jax.sampling.structured import check_structured
 
@@ -50,6 +50,8 @@ class SamplingParams:
         ValueError: one sentence with the value and the limit.
     """
 
+    pools: ClassVar[bool] = False  # whether the hidden state after the prompt is what is wanted
+
     n: int = 1
     temperature: float = 1.0
     top_k: int = 0
@@ -84,7 +86,7 @@ class SamplingParams:
             value = getattr(self, name)
             if value is None and name in _OPTIONAL:
                 continue
-            if name == "max_tokens" and value == 0 and self.prompt_logprobs is not None:
+            if name == "max_tokens" and value == 0 and (self.prompt_logprobs is not None or self.pools):
                 continue
             whole = isinstance(low, int)
             if not _is_number(value, whole):
@@ -161,6 +163,16 @@ class SamplingParams:
             for token_id in getattr(self, name) or ():
                 if not 0 <= token_id < vocab_size:
                     raise ValueError(f"{name} has token id {token_id}, the vocabulary is 0..{vocab_size - 1}")
+
+
+@dataclass(frozen=True)
+class PoolingParams(SamplingParams):
+    """For the model's last hidden state after the last token of a prompt, and no answer; see `Output.hidden`."""
+
+    pools: ClassVar[bool] = True
+
+    temperature: float = 0.0
+    max_tokens: int | None = 0
 
 
 RANGES = (  # field, lowest, highest value; whole numbers where the lowest is one

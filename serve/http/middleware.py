@@ -53,7 +53,7 @@ class RequestIds:
         try:
             await self._app(scope, receive, send_with_id)
         finally:
-            if scope["path"] not in self._unlogged_paths:
+            if route_of(scope) not in self._unlogged_paths:
                 fields = {
                     "method": scope["method"],
                     "path": scope["path"],
@@ -123,6 +123,13 @@ class Hosts:
         return bool(parents & self._allowed) or is_loopback(name.removeprefix("[").removesuffix("]"))
 
 
+def route_of(scope: Scope) -> str:
+    """The path of a route, without where the application is mounted (or --root-path)."""
+    path, root = str(scope["path"]), str(scope.get("root_path", ""))
+    below = path.removeprefix(root)
+    return below if root and path.startswith(root) and below.startswith("/") else path
+
+
 def is_loopback(host: str) -> bool:
     """Whether a host is a loopback address, or the name that stands for them."""
     try:
@@ -169,7 +176,7 @@ class ApiKeys:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one connection."""
-        if scope["type"] == "http" and scope["path"] not in self._open_paths and scope["method"] != "OPTIONS":
+        if scope["type"] == "http" and route_of(scope) not in self._open_paths and scope["method"] != "OPTIONS":
             kind, _, token = Headers(scope=scope).get("authorization", "").partition(" ")
             given = token.strip().encode("latin-1", "replace")
             # every key is compared, in constant time, so that timing tells nothing

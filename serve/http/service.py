@@ -4,7 +4,7 @@ import contextlib
 import re
 import threading
 import time
-from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
+from collections.abc import AsyncGenerator, Callable, Collection, Iterator, Mapping
 from typing import Any
 
 from anyio import CapacityLimiter, to_thread
@@ -50,7 +50,7 @@ class Service:
         backend.watch(WatchLimits(options.max_failed_steps, options.max_step_seconds))
         self._workers = CapacityLimiter(NUM_WORKERS)
         self.num_generating = 0  # requests for completions that are under way
-        self._under_way: list[tuple[str, Generation[Any], Group]] = []  # these, with their x-request-id
+        self._under_way: list[tuple[Collection[str | None], Group]] = []  # these, with all their ids
         self.is_stopping = False
         self.profiling = threading.Lock()  # held while the device is recorded
         self.unfinished_records: list[dict[str, Any]] = []  # for the snapshot
@@ -88,27 +88,35 @@ class Service:
             raise NotReady("the server is stopping; try another one, or this one again soon")
 
     @contextlib.contextmanager
+    def under_way(self, ids: Collection[str | None], group: Group) -> Iterator[None]:
+        """While a request is under way, which `end` knows by `ids`."""
+        entry = ids, group
+        self.num_generating += 1
+        self._under_way.append(entry)
+        try:
+            yield
+        finally:
+            self.num_generating -= 1
+            self._under_way.remove(entry)
+
+    @contextlib.contextmanager
     def generating(
         self,
         generation: Generation[Any],
         group: Group,
         keep: Callable[[dict[str, Any]], None] | None = None,
-        http_id: str = "",
+        ids: Collection[str | None] = (),
     ) -> Iterator[None]:
         """While a request is under way. If the server stops meanwhile, `keep` gets the record of what is unfinished.
 
         Default: it goes into the snapshot. So does an answer that is finished but whose sending is cut off.
         """
-        self.num_generating += 1
-        entry = http_id, generation, group
-        self._under_way.append(entry)
         is_cut = True
         try:
-            yield
+            with self.under_way(ids, group):
+                yield
             is_cut = False
         finally:
-            self.num_generating -= 1
-            self._under_way.remove(entry)
             if self.is_stopping and group.is_wanted:
                 with contextlib.suppress(EngineFailure):
                     for sample, output in group.take_pending():
@@ -121,11 +129,7 @@ class Service:
 
         Their clients get what there is, with finish reason abort. Returns how many there were.
         """
-        named = [
-            group
-            for http_id, generation, group in self._under_way
-            if request_id in (None, http_id, generation.request_id, generation.body.request_id)
-        ]
+        named = [group for ids, group in self._under_way if request_id is None or request_id in ids]
         for group in named:
             self.backend.end(group)
         return len(named)

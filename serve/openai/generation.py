@@ -20,7 +20,7 @@ from apt_jax.output import ContextExceeded, Output, TokenLogprobs
 from apt_jax.request import FinishReason, Request, Slo
 from apt_jax.serve.errors import BadRequest, ContextTooLong, EngineFailure, ModelNotFound
 from apt_jax.serve.json_text import SHOWN_VALUE_CHARS, json_pieces
-from apt_jax.serve.openai.bodies.requests import GenerationRequest, bad_request
+from apt_jax.serve.openai.bodies.requests import GenerationRequest, PromptRequest, bad_request
 from apt_jax.serve.openai.bodies.slo import slo_of
 from apt_jax.serve.openai.bodies.strict import check_grammar
 from apt_jax.serve.openai.replies import PromptTokenLogprob, prompt_tokens_details
@@ -291,8 +291,8 @@ class Generation[Body: GenerationRequest]:
         raise NotImplementedError
 
     def _add(self, choice: Choice, output: Output) -> None:
-        if output.finish_reason is FinishReason.ERROR:
-            raise EngineFailure(f"the engine failed on this request: {_first_line(output.error)}")
+        if (error := failed(output)) is not None:
+            raise error
         choice.started = True
         if output.finish_reason is not None:
             choice.request = output.request
@@ -366,11 +366,18 @@ def check_room(prompt_tokens: int, max_tokens: int, max_model_len: int) -> None:
         raise ContextTooLong(error, "max_tokens")
 
 
-def as_bad_request(error: ValueError, body: GenerationRequest) -> BadRequest:
+def failed(output: Output) -> EngineFailure | None:
+    """The error with which the engine ended a request."""
+    if output.finish_reason is not FinishReason.ERROR:
+        return None
+    return EngineFailure(f"the engine failed on this request: {_first_line(output.error)}")
+
+
+def as_bad_request(error: ValueError, body: PromptRequest) -> BadRequest:
     """The engine's refusal as the client's error."""
     if isinstance(error, BadRequest):
         return error
-    prompt = "prompt" if "prompt" in type(body).model_fields else "messages"
+    prompt = next(name for name in ("prompt", "messages", "input") if name in type(body).model_fields)
     if isinstance(error, ContextExceeded):
         return ContextTooLong(error, prompt)
     refused = bad_request(error, [*type(body).model_fields, "prompt"])

@@ -198,6 +198,32 @@ class Tokens(TypedDict):
     token_strs: list[str] | None
 
 
+class EmbeddedText(TypedDict):
+    """The vector of one input: numbers, or little-endian float32 in base64."""
+
+    object: Literal["embedding"]
+    index: int
+    embedding: list[float] | str
+
+
+class PromptUsage(TypedDict):
+    """Tokens of all inputs."""
+
+    prompt_tokens: int
+    total_tokens: int
+
+
+class EmbeddingList(TypedDict):
+    """Answer of /v1/embeddings."""
+
+    id: str
+    object: Literal["list"]
+    created: int
+    model: str
+    data: list[EmbeddedText]
+    usage: PromptUsage
+
+
 class Aborted(TypedDict):
     """How many requests were under way and end now."""
 

@@ -90,6 +90,7 @@ class Brought:
     prompt_logprobs: Sequence[TokenLogprobs] | None = None
     queued_s: float | None = None  # with the first token: arrival to being scheduled
     ending: "Ending | None" = None
+    hidden: Any = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -107,6 +107,7 @@ class RelayedGroup(Group):
                 output.prompt_logprobs,
                 queued_s,
                 ending,
+                output.hidden,
             )
         )
 

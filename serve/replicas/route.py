@@ -71,7 +71,7 @@ class Progress:
             request.num_preemptions += ending.num_preemptions
             request.num_conversions += ending.num_conversions
             request.num_cached_tokens = ending.num_cached_tokens
-        return Output(request, text, tokens, brought.logprobs, reason, error, prompt_logprobs)
+        return Output(request, text, tokens, brought.logprobs, reason, error, prompt_logprobs, brought.hidden)
 
     def aborted(self) -> Output:
         """The last output of a sample that is not continued."""

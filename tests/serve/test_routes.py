@@ -103,7 +103,9 @@ def test_what_can_be_asked_without_a_key_and_without_a_line_in_the_log():
     assert {route.path for route in ROUTES if route.is_probe} == {
         *("/health", "/ready", "/metrics", "/load", "/debug/state")
     }
-    assert {route.path for route in ROUTES if route.is_generation} == {"/v1/completions", "/v1/chat/completions"}
+    assert {route.path for route in ROUTES if route.is_generation} == {
+        *("/v1/completions", "/v1/chat/completions", "/v1/embeddings")
+    }
 
 
 def test_every_path_has_one_row():

@@ -8,6 +8,8 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import numpy as np
+
 from apt_jax.cache import BlockPool
 from apt_jax.engine.interface import EngineFigures
 from apt_jax.engine_config import EngineConfig
@@ -258,4 +260,7 @@ class FakeEngine:
                 )
                 for i in request.prompt_token_ids[1:]
             )
-        return Output(request, text, (token,), logprobs, finish_reason, prompt_logprobs=prompt_logprobs)
+        hidden = None
+        if request.params.pools:
+            hidden = np.array([request.num_prompt_tokens, request.prompt_token_ids[-1], 0, 0], np.float32)
+        return Output(request, text, (token,), logprobs, finish_reason, None, prompt_logprobs, hidden)

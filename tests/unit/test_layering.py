@@ -36,6 +36,7 @@ LAYERS = (
     ("serve/observability", "serve/batch"),
     ("serve/replicas",),
     ("serve/http",),
+    ("serve/python",),
     ("serve/llm.py", "serve/bench"),
     ("pallas_kernels/bench",),
     ("serve/cli.py serve/__main__.py",),

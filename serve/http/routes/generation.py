@@ -64,10 +64,11 @@ async def generate(endpoint: Endpoint, service: Service, http: Request) -> Respo
         generation.samples = [dataclasses.replace(s, tokens_at_once=interval) for s in generation.samples]
     with contextlib.ExitStack() as cleanup:
         group = service.backend.submit(generation.samples)
-        cleanup.enter_context(service.generating(generation, group, http_id=http.state.request_id))
+        ids = http.state.request_id, generation.request_id, body.request_id
+        cleanup.enter_context(service.generating(generation, group, ids=ids))
         if (connection := getattr(http.state, "connection", None)) is not None:
             connection.answers.append(partial(service.keep_unsent, generation, group))
-        cleanup.callback(_limit_time(group, service.options.request_timeout))
+        cleanup.callback(limit_time(group, service.options.request_timeout))
         close_on_disconnect(http.receive, group, cleanup)
         try:
             await group.accepted()
@@ -86,7 +87,7 @@ async def abort_request(service: Service, http: Request) -> Response:
     return JSONResponse({"aborted": service.end(parse_abort(parse_json(data)).request_id)})
 
 
-def _limit_time(group: Group, limit_s: float | None) -> Callable[[], None]:
+def limit_time(group: Group, limit_s: float | None) -> Callable[[], None]:
     """Ends `group` after --request-timeout; call what this returns when it is over."""
     if limit_s is None:
         return lambda: None

@@ -8,6 +8,7 @@ from starlette.responses import JSONResponse, Response
 
 from apt_jax.serve.http.routes.dashboard import dashboard
 from apt_jax.serve.http.routes.debug import plans, profile, reset_prefix_cache, state, story
+from apt_jax.serve.http.routes.embeddings import embed
 from apt_jax.serve.http.routes.generation import abort_request, generate
 from apt_jax.serve.http.routes.models import detokenize, model, models, tokenize
 from apt_jax.serve.http.routes.openapi import document
@@ -15,6 +16,7 @@ from apt_jax.serve.http.routes.probes import health, load, metrics, ready, versi
 from apt_jax.serve.http.routes.route import RouteSpec
 from apt_jax.serve.http.service import Service
 from apt_jax.serve.openai import replies
+from apt_jax.serve.openai.bodies.embeddings import EmbeddingRequest
 from apt_jax.serve.openai.bodies.slo import MAX_SLO_MS, MIN_SLO_MS, SLO_HEADERS
 from apt_jax.serve.openai.bodies.token_requests import AbortRequest, DetokenizeRequest, TokenizeRequest
 from apt_jax.serve.openai.endpoints import ENDPOINTS, Endpoint
@@ -67,6 +69,15 @@ def openapi_document() -> dict[str, Any]:
 
 ROUTES = (
     *(generation_route(path, endpoint) for path, endpoint in ENDPOINTS.items()),
+    RouteSpec(
+        *("POST", "/v1/embeddings", embed),
+        is_generation=True,
+        summary="Vectors of texts: the last hidden state after each",
+        body=EmbeddingRequest,
+        reply=replies.EmbeddingList,
+        statuses=(*POST_STATUSES, 504),
+        parameters=SLO_PARAMETERS,
+    ),
     RouteSpec("GET", "/v1/models", models, summary="The model served, as a list", reply=replies.ModelList),
     RouteSpec(
         *("GET", "/v1/models/{name:path}", model),

@@ -133,6 +133,14 @@ OF_STRUCTURED_OUTPUTS: Fields = {
 }
 OF_STREAM_OPTIONS: Fields = {"include_obfuscation": FALSE}
 
+OF_EMBEDDINGS: Fields = {
+    "dimensions": NULL,
+    "embed_dtype": Neutral(("float32",)),
+    "endianness": Neutral(("native", "little")),
+    "safety_identifier": ANY_TEXT,
+    "use_activation": TRUE,
+}
+
 ALL = (OF_COMPLETIONS, OF_CHATS, OF_MESSAGES, OF_TEXT_PARTS, OF_STREAM_OPTIONS, OF_STRUCTURED_OUTPUTS)
 
 

@@ -14,10 +14,16 @@ from apt_jax.serve.openai.templates.sandbox import render_template
 if TYPE_CHECKING:
     from apt_jax.tokenization.tokenizer import Tokenizer
 
-NO_TEMPLATE = (
-    "this model has no chat template (OPT models come without one), so it cannot chat; start the server with "
-    "--chat-template FILE, or use /v1/completions"
-)
+
+class NoTemplate(BadRequest):
+    """There is nothing to turn messages into text with."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "this model has no chat template (OPT models come without one), so it cannot chat; start the server with "
+            "--chat-template FILE, or use /v1/completions",
+            "messages",
+        )
 
 
 def read_template(path: Path) -> str:
@@ -48,11 +54,12 @@ def render(messages: Sequence[Message], tokenizer: "Tokenizer", template: str | 
     With `generate`, the text ends where the assistant's answer begins.
 
     Raises:
-        BadRequest: there is no template, or it refuses the messages or fails on them.
+        NoTemplate: there is none.
+        BadRequest: it refuses the messages or fails on them.
     """
     chosen = template or tokenizer.chat_template
     if chosen is None:
-        raise BadRequest(NO_TEMPLATE, "messages")
+        raise NoTemplate
     variables: dict[str, Any] = {**tokenizer.special_tokens, "add_generation_prompt": generate}
     try:
         text = render_template(chosen, [message.for_template() for message in messages], **variables)
