@@ -12,7 +12,8 @@ from jax.typing import DTypeLike
 from apt_jax.pallas_kernels import reference
 from apt_jax.pallas_kernels.reference import Partial
 
-_TOLERANCE = {2: 2e-2, 4: 1e-3}  # by bytes of a number; float32 kernels may multiply in a shorter format
+_TOLERANCE = {2: 2e-2, 4: 1e-3}  # by bytes of a query's number; float32 kernels may multiply in a shorter format
+_LANES = 128  # what a block's row of scales is padded to
 
 
 class Kernels(NamedTuple):
@@ -20,8 +21,9 @@ class Kernels(NamedTuple):
 
     Differences from the references: `hidden_decode` and `hidden_prefix` may give `out` in the pool's dtype, and
     `hidden_decode` anything in rows of length 0. Each may be None, and XLA does its part: `hidden_decode` where there
-    is no kernel for hidden rows, prefix attention, `chunk` (a prefill chunk's own tokens) and `cache_writer`, which may
-    not handle every dtype, and all that use the pool where it is int8 (`without_pool`).
+    is no kernel for hidden rows, prefix attention, `chunk` (a prefill chunk's own tokens), `cache_writer`, which may
+    not handle every dtype, `scale_writer`, and all that use the pool where it is int8 and they do not read it
+    (`without_pool`).
     """
 
     name: str
@@ -31,6 +33,9 @@ class Kernels(NamedTuple):
     hidden_prefix: Callable[..., Partial] | None = None
     chunk: Callable[..., Partial] | None = None
     cache_writer: Callable[..., Callable[..., jax.Array]] | None = None
+    scale_writer: Callable[..., Callable[..., jax.Array]] | None = None
+    reads_int8: bool = False
+    """Whether attention takes the `scales` of an int8 pool, and `cache_writer`, if there is one, its numbers."""
     hidden_prefix_reads: int = 0
     """How often `hidden_prefix` reads a row's vectors for each query; 0: once for many queries."""
 
@@ -50,6 +55,8 @@ REFERENCES = Kernels(
     reference.hidden_prefix_attention,
     reference.chunk_attention,
     reference.cache_writer,
+    reference.scale_writer,
+    reads_int8=True,
 )
 
 
@@ -104,16 +111,19 @@ def tpu_kernels(name: str, *, cores: int, interpret: Any) -> Kernels:
     from apt_jax.pallas_kernels.tpu import hidden_prefix as tpu_hidden_prefix
     from apt_jax.pallas_kernels.tpu import kv_decode as tpu_kv_decode
     from apt_jax.pallas_kernels.tpu import kv_prefix as tpu_kv_prefix
+    from apt_jax.pallas_kernels.tpu import scale_write as tpu_scale_write
 
     options = {"cores": cores, "interpret": interpret}
 
-    def hidden_decode(q_wide: jax.Array, pool: jax.Array, blocks: jax.Array, length: jax.Array) -> Partial:
+    def hidden_decode(q_wide: jax.Array, pool: jax.Array, *rows: jax.Array, scales: jax.Array | None = None) -> Partial:
         kernel = tpu_hidden_decode.hidden_decode_attention
-        return kernel(q_wide, pool, blocks, length, out_dtype=pool.dtype, clears=False, **options)
+        dtype = pool.dtype if scales is None else q_wide.dtype
+        return kernel(q_wide, pool, *rows, scales=scales, out_dtype=dtype, clears=False, **options)
 
-    def hidden_prefix(q_wide: jax.Array, pool: jax.Array, *rows: jax.Array) -> Partial:
+    def hidden_prefix(q_wide: jax.Array, pool: jax.Array, *rows: jax.Array, scales: jax.Array | None = None) -> Partial:
         kernel = tpu_hidden_prefix.hidden_prefix_attention
-        return kernel(q_wide, pool, *rows, out_dtype=pool.dtype, interpret=interpret)
+        dtype = pool.dtype if scales is None else q_wide.dtype
+        return kernel(q_wide, pool, *rows, scales=scales, out_dtype=dtype, interpret=interpret)
 
     return Kernels(
         name,
@@ -123,50 +133,69 @@ def tpu_kernels(name: str, *, cores: int, interpret: Any) -> Kernels:
         hidden_prefix,
         functools.partial(tpu_chunk.chunk_attention, interpret=interpret),
         functools.partial(tpu_cache_write.cache_writer, **options),
+        functools.partial(tpu_scale_write.scale_writer, interpret=interpret),
+        reads_int8=True,
     )
 
 
-def self_check(kernels: Kernels, *, heads: int, head_dim: int, block_size: int, dtype: DTypeLike) -> str | None:
+def self_check(
+    kernels: Kernels, *, heads: int, head_dim: int, block_size: int, dtype: DTypeLike, is_coded: bool = False
+) -> str | None:
     """Compare decode attention with the references on a few rows; the reason not to use the kernels, or None.
 
     On the default device. Rows have no token, one, a block and one more, and several hundred; blocks are shuffled and
     NaN beyond a row's length. Takes some seconds, most of it compiling.
+
+    Args:
+        is_coded: over an int8 pool, which the kernels must read.
     """
-    case = _Case(heads, head_dim, block_size, dtype)
+    case = _Case(heads, head_dim, block_size, dtype, is_coded)
     args = case.normal(4, head_dim), case.pool, *case.tables, case.lengths
-    reason = _differs(kernels, "kv_decode", args)
+    reason = _differs(kernels, "kv_decode", args, case.scales)
     if reason is None and kernels.hidden_decode is not None:
         args = case.normal(4, case.width), case.pool, case.tables[0], case.lengths
-        reason = _differs(kernels, "hidden_decode", args, counted=case.lengths > 0)
+        reason = _differs(kernels, "hidden_decode", args, case.scales, counted=case.lengths > 0)
     return reason
 
 
-def check_prefix(kernels: Kernels, *, heads: int, head_dim: int, block_size: int, dtype: DTypeLike) -> str | None:
+def check_prefix(
+    kernels: Kernels, *, heads: int, head_dim: int, block_size: int, dtype: DTypeLike, is_coded: bool = False
+) -> str | None:
     """Compare prefix attention, which must exist, as `self_check` does decode attention; rows have a few queries."""
-    case = _Case(heads, head_dim, block_size, dtype)
+    case = _Case(heads, head_dim, block_size, dtype, is_coded)
     count = np.array([5, 2, 1, 7], np.int32)
     rows = case.lengths, np.cumsum(count) - count, count  # one slot is left over
     args = case.normal(16, head_dim), case.pool, *case.tables, *rows
-    return _differs(kernels, "kv_prefix", args) or _differs(
-        kernels, "hidden_prefix", (case.normal(16, case.width), case.pool, case.tables[0], *rows)
+    return _differs(kernels, "kv_prefix", args, case.scales) or _differs(
+        kernels, "hidden_prefix", (case.normal(16, case.width), case.pool, case.tables[0], *rows), case.scales
     )
 
 
 class _Case:
-    """A small cache of random vectors: pool `[P, S, D]`, tables `[2, R, W]`, lengths `[R]`."""
+    """A small cache of random vectors: pool `[P, S, D]`, tables `[2, R, W]`, lengths `[R]`; scales if it is int8.
 
-    def __init__(self, heads: int, head_dim: int, block_size: int, dtype: DTypeLike) -> None:
+    Codes have no NaN beyond a row's length, but the scales there are NaN.
+    """
+
+    def __init__(self, heads: int, head_dim: int, block_size: int, dtype: DTypeLike, is_coded: bool) -> None:
         self.heads, self.width, self.dtype = heads, heads * head_dim, jnp.dtype(dtype)
         self.lengths = np.array([block_size + 1, 0, 1, 517], np.int32)
         pages = -(-self.lengths.max() // block_size)
         self._rng = np.random.default_rng(0)
         self.tables = self._rng.permutation(4 * 2 * pages).reshape(2, 4, pages).astype(np.int32)
         vectors = self._rng.standard_normal((8 * pages, block_size, self.width), np.float32)
+        is_used = np.zeros((8 * pages, block_size), bool)
         for table in self.tables:
             for row, length in zip(table, self.lengths, strict=True):
-                position = np.arange(pages * block_size).reshape(pages, block_size)
-                vectors[row] = np.where((position < length)[..., None], vectors[row], np.nan)
-        self.pool = jnp.asarray(vectors, self.dtype)
+                is_used[row] = np.arange(pages * block_size).reshape(pages, block_size) < length
+        self.scales: jax.Array | None = None
+        if not is_coded:
+            self.pool = jnp.asarray(np.where(is_used[..., None], vectors, np.nan), self.dtype)
+            return
+        self.pool = jnp.asarray(np.clip(np.round(40 * vectors), -127, 127), jnp.int8)
+        scales = self._rng.uniform(0.5, 1, (8 * pages, heads, block_size)) / 40
+        rows = np.where(is_used[:, None], scales, np.nan).reshape(8 * pages, 1, -1)
+        self.scales = jnp.asarray(np.pad(rows, ((0, 0), (0, 0), (0, -rows.shape[2] % _LANES))), jnp.float32)
 
     def normal(self, rows: int, width: int) -> jax.Array:
         """Queries `[rows, N, width]`."""
@@ -184,10 +213,13 @@ def check_chunk(kernels: Kernels, *, heads: int, head_dim: int, dtype: DTypeLike
         return _differs(kernels, "chunk", (q, k, v, row))
 
 
-def check_cache_writer(kernels: Kernels, *, heads: int, head_dim: int, block_size: int, dtype: DTypeLike) -> str | None:
+def check_cache_writer(
+    kernels: Kernels, *, heads: int, head_dim: int, block_size: int, dtype: DTypeLike, is_coded: bool = False
+) -> str | None:
     """Write tokens of three rows, one of them hidden, by `cache_writer`, which must exist, and by the reference.
 
-    Rows begin and end inside blocks; some slots are of no row. Nothing else in the pool may change.
+    Rows begin and end inside blocks; some slots are of no row. Nothing else in the pool may change. Of an int8 pool
+    `scale_writer` is checked likewise, if there is one.
     """
     rng = np.random.default_rng(0)
     starts, counts = np.array([3, block_size, 5]), np.array([2 * block_size + 70, 1, 9])
@@ -198,35 +230,47 @@ def check_cache_writer(kernels: Kernels, *, heads: int, head_dim: int, block_siz
     page, offset = position // block_size, position % block_size
     value_block = np.where(row == 2, -1, blocks[1, row, page])
     places = [np.pad(x, (0, 3), constant_values=-1) for x in (blocks[0, row, page], value_block, offset)]
-    shapes = (8 * pages, block_size), *[places[0].shape] * 2
-    vectors = (rng.standard_normal((*shape, heads * head_dim), np.float32) for shape in shapes)
-    args = *(jnp.asarray(x, jnp.int32) for x in places), *(jnp.asarray(x, dtype) for x in vectors)
+    arrays = [jnp.asarray(x, jnp.int32) for x in places]
 
-    def written(writer: Callable[..., Callable[..., jax.Array]]) -> jax.Array:
-        def run(
-            key_block: jax.Array, value_block: jax.Array, offset: jax.Array, pool: jax.Array, *x: jax.Array
-        ) -> jax.Array:
-            return writer(key_block, value_block, offset)(pool, 2 * pages, *x)
+    def wrong(name: str, columns: int, *shapes: tuple[int, ...], dtype: DTypeLike, **options: int) -> str | None:
+        drawn = (rng.standard_normal(shape, np.float32) * (40 if dtype == jnp.int8 else 1) for shape in shapes)
+        vectors = [jnp.asarray(x, dtype) for x in drawn]
 
-        return jax.jit(run)(*args)
+        def written(writer: Callable[..., Callable[..., jax.Array]]) -> jax.Array:
+            def run(places: list[jax.Array], pool: jax.Array, *x: jax.Array) -> jax.Array:
+                return writer(*places, **options)(pool, 2 * pages, *x)
 
-    assert kernels.cache_writer is not None
-    try:
-        wrong = int(jnp.sum(written(kernels.cache_writer) != written(reference.cache_writer)))
-    except Exception as error:
-        return _failed("cache_writer", error)
-    return f"cache_writer puts {wrong} numbers wrong" if wrong else None
+            return jax.jit(run)(arrays, *vectors)[..., :columns]  # not what pads a row of scales
+
+        try:
+            count = int(jnp.sum(written(getattr(kernels, name)) != written(getattr(reference, name))))
+        except Exception as error:
+            return _failed(name, error)
+        return f"{name} puts {count} numbers wrong" if count else None
+
+    T, D = len(places[0]), heads * head_dim
+    reason = wrong(
+        "cache_writer", D, (8 * pages, block_size, D), (T, D), (T, D), dtype=jnp.int8 if is_coded else jnp.dtype(dtype)
+    )
+    if reason is None and is_coded and kernels.scale_writer is not None:
+        lanes = -(-heads * block_size // _LANES) * _LANES
+        shapes = (8 * pages, 1, lanes), (T, heads), (T, heads)
+        reason = wrong("scale_writer", heads * block_size, *shapes, dtype=jnp.float32, block_size=block_size)
+    return reason
 
 
 def _failed(name: str, error: Exception) -> str:
     return f"{name} failed: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
 
 
-def _differs(kernels: Kernels, name: str, args: tuple[Any, ...], counted: Any = slice(None)) -> str | None:
+def _differs(
+    kernels: Kernels, name: str, args: tuple[Any, ...], scales: jax.Array | None = None, counted: Any = slice(None)
+) -> str | None:
     """The reason not to use the kernel `name`; None if it agrees with its reference in the rows `counted`."""
     run = getattr(kernels, name), jax.jit(getattr(REFERENCES, name))  # each of a reference's operations would compile
+    options = {} if scales is None else {"scales": scales}
     try:
-        found, expected = (jax.device_get(function(*map(jnp.asarray, args))) for function in run)
+        found, expected = (jax.device_get(function(*map(jnp.asarray, args), **options)) for function in run)
     except Exception as error:
         return _failed(name, error)
     wrong = np.abs(np.asarray(found.out, np.float32) - expected.out) / np.abs(expected.out).max()

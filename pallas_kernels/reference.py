@@ -6,6 +6,9 @@ The pool is flat, `[L*P, S, D]`; tables hold rows of it (block + layer*P). Pages
 it may hold anything, NaN too. Rows of length 0 give `out` 0 and lse `NEVER`; a batch of KV and hidden rows runs both
 functions, each with length 0 for the other's rows.
 
+An int8 pool comes with `scales`, float32 `[L*P, 1, X]`: the numbers of head n of token s of a block are multiplied by
+`n*S + s` of its row, a hidden vector by the scale of head 0.
+
 Attention here gathers every page of every row, so it is for checks, not for speed.
 """
 
@@ -60,14 +63,40 @@ def cache_writer(
     return write
 
 
+def scale_writer(
+    key_block: jax.Array, value_block: jax.Array, offset: jax.Array, *, block_size: int
+) -> Callable[[jax.Array, jax.Array, jax.Array, jax.Array | None], jax.Array]:
+    """How the scales of a step's tokens are written to an int8 pool, beside what `cache_writer` writes. Pure.
+
+    Args:
+        key_block, value_block, offset: as of `cache_writer`.
+        block_size: S.
+
+    Returns:
+        `write(scales, base, keys, values)`: `scales [L*P, 1, X]` with those of keys or hidden vectors,
+        float32 `[T, N]`, and of values, unless they are None.
+    """
+
+    def write(scales: jax.Array, base: jax.Array, keys: jax.Array, values: jax.Array | None) -> jax.Array:
+        for blocks, own in ((key_block, keys), (value_block, values)):
+            if own is not None:
+                block = jnp.where(blocks >= 0, base + blocks, scales.shape[0])
+                place = jnp.arange(own.shape[1]) * block_size + offset[:, None]
+                scales = scales.at[block[:, None], 0, place].set(own, mode="drop")
+        return scales
+
+    return write
+
+
 def kv_decode_attention(
-    q: jax.Array, pool: jax.Array, key_blocks: jax.Array, value_blocks: jax.Array, length: jax.Array
-) -> Partial:
+    q: jax.Array, pool: jax.Array, key_blocks: jax.Array, value_blocks: jax.Array, length: jax.Array, *,
+    scales: jax.Array | None = None,
+) -> Partial:  # fmt: skip
     """One query per row over the row's cached keys and values. Pure.
 
     Args:
         q: `[R, N, H]`, bfloat16 or float32, already scaled.
-        pool: `[L*P, S, D]`, bfloat16 or float32.
+        pool: `[L*P, S, D]`, bfloat16 or float32, or int8 with `scales`.
         key_blocks, value_blocks: int32 `[R, W]`.
         length: int32 `[R]`, cached tokens, at most W*S.
 
@@ -75,27 +104,29 @@ def kv_decode_attention(
         float32 out `[R, N, H]` and lse `[R, N]`.
     """
     R, N, H = q.shape
-    keys, valid = _gather(pool, key_blocks, length)
-    values, _ = _gather(pool, value_blocks, length)
+    keys, valid = _gather(pool, key_blocks, length, scales, N)
+    values, _ = _gather(pool, value_blocks, length, scales, N)
     keys, values = keys.reshape(R, -1, N, H), values.reshape(R, -1, N, H)
     scores = jnp.einsum("RNH,RCNH->RNC", q.astype(jnp.float32), keys, precision="highest")
     weights, lse = _softmax(scores, valid)
     return Partial(jnp.einsum("RNC,RCNH->RNH", weights, values, precision="highest"), lse)
 
 
-def hidden_decode_attention(q_wide: jax.Array, pool: jax.Array, blocks: jax.Array, length: jax.Array) -> Partial:
+def hidden_decode_attention(
+    q_wide: jax.Array, pool: jax.Array, blocks: jax.Array, length: jax.Array, *, scales: jax.Array | None = None
+) -> Partial:
     """One absorbed query per row and head over the row's cached hidden vectors. Pure. Source: docs/hybrid_cache.md.
 
     Args:
         q_wide: `[R, N, D]`, bfloat16 or float32: q Wk^T of scaled q. Any width D that the pool has.
-        pool: `[L*P, S, D]`, bfloat16 or float32.
+        pool: `[L*P, S, D]`, bfloat16 or float32, or int8 with `scales`.
         blocks: int32 `[R, W]`.
         length: int32 `[R]`, cached tokens, at most W*S.
 
     Returns:
         float32 out `[R, N, D]` (the weighted sum of hidden vectors, Wv not applied) and lse `[R, N]` (without q . bk).
     """
-    vectors, valid = _gather(pool, blocks, length)
+    vectors, valid = _gather(pool, blocks, length, scales)
     scores = jnp.einsum("RND,RCD->RNC", q_wide.astype(jnp.float32), vectors, precision="highest")
     weights, lse = _softmax(scores, valid)
     return Partial(jnp.einsum("RNC,RCD->RND", weights, vectors, precision="highest"), lse)
@@ -109,6 +140,8 @@ def kv_prefix_attention(
     length: jax.Array,
     first_query: jax.Array,
     num_queries: jax.Array,
+    *,
+    scales: jax.Array | None = None,
 ) -> Partial:
     """Each packed query over all of its own row's cached keys and values. Pure.
 
@@ -127,8 +160,8 @@ def kv_prefix_attention(
 
     def one_row(found: Partial, row: tuple[jax.Array, ...]) -> tuple[Partial, None]:
         key_row, value_row, length, first, count = row
-        keys, valid = _gather(pool, key_row[None], length[None])
-        values, _ = _gather(pool, value_row[None], length[None])
+        keys, valid = _gather(pool, key_row[None], length[None], scales, q.shape[1])
+        values, _ = _gather(pool, value_row[None], length[None], scales, q.shape[1])
         keys, values = keys.reshape(-1, *q.shape[1:]), values.reshape(-1, *q.shape[1:])
         scores = jnp.einsum("TNH,CNH->TNC", q.astype(jnp.float32), keys, precision="highest")
         weights, lse = _softmax(scores, valid)
@@ -145,6 +178,8 @@ def hidden_prefix_attention(
     length: jax.Array,
     first_query: jax.Array,
     num_queries: jax.Array,
+    *,
+    scales: jax.Array | None = None,
 ) -> Partial:
     """Each packed absorbed query over all of its own row's cached hidden vectors. Pure. Source: docs/hybrid_cache.md.
 
@@ -161,7 +196,7 @@ def hidden_prefix_attention(
 
     def one_row(found: Partial, row: tuple[jax.Array, ...]) -> tuple[Partial, None]:
         table, length, first, count = row
-        (vectors,), valid = _gather(pool, table[None], length[None])
+        (vectors,), valid = _gather(pool, table[None], length[None], scales)
         scores = jnp.einsum("TND,CD->TNC", q_wide.astype(jnp.float32), vectors, precision="highest")
         weights, lse = _softmax(scores, valid)
         part = Partial(jnp.einsum("TNC,CD->TND", weights, vectors, precision="highest"), lse)
@@ -195,12 +230,18 @@ def _of_queries(found: Partial, part: Partial, first: jax.Array, count: jax.Arra
     return Partial(jnp.where(mine[..., None], part.out, found.out), jnp.where(mine, part.lse, found.lse))
 
 
-def _gather(pool: jax.Array, blocks: jax.Array, length: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _gather(
+    pool: jax.Array, blocks: jax.Array, length: jax.Array, scales: jax.Array | None, heads: int = 1
+) -> tuple[jax.Array, jax.Array]:
     """Vectors of whole tables in float32, `[R, C, D]` with C = W*S, 0 where not valid; and valid `[R, C]`."""
     R, W = blocks.shape
     S, D = pool.shape[1:]
     valid = jnp.arange(W * S) < length[:, None]
     vectors = pool[blocks].reshape(R, W * S, D)  # an index out of range is clamped, and then not valid
+    if scales is not None:
+        by_head = scales[blocks][:, :, 0, : heads * S].reshape(R, W, heads, S)
+        by_token = by_head.swapaxes(2, 3).reshape(R, W * S, heads, 1)
+        vectors = (vectors.reshape(R, W * S, heads, -1) * by_token).reshape(R, W * S, D)
     return jnp.where(valid[..., None], vectors, 0).astype(jnp.float32), valid
 
 

@@ -143,7 +143,7 @@ def _decode(
         if slices:  # a kernel cannot sum the devices' scores before its softmax
             found = hidden_decode_slices(wide.astype(q.dtype), pool, blocks, length).out
         elif kernels is not None and kernels.hidden_decode is not None:
-            found = kernels.hidden_decode(wide.astype(q.dtype), pool.numbers, blocks, length).out
+            found = kernels.hidden_decode(wide.astype(q.dtype), pool.numbers, blocks, length, **pool.options).out
         else:
             found = hidden_decode(wide, pool, blocks, length).out
         return jnp.where(hidden, absorbed_values(projections, channels.context(found)), otherwise)
@@ -155,7 +155,7 @@ def _decode(
     if kernels is None or kernels.kv_decode is None:
         out = kv_decode(q, pool, *tables, length).out
     else:
-        out = kernels.kv_decode(q, pool.numbers, *tables, length).out
+        out = kernels.kv_decode(q, pool.numbers, *tables, length, **pool.options).out
     if not kinds.keep(Vector.HIDDEN):
         return out
     if not kinds.asks:
@@ -182,7 +182,7 @@ def _chunks(
     prefix = jnp.where(rows.length > 1, rows.start, 0)
     # kernels cannot sum the devices' scores before their softmax
     if kernels is not None and kernels.kv_prefix is not None and not projections.splits_inputs:
-        return merge_prefix(own, projections, q, pool.numbers, rows, prefix, kernels, kinds).out
+        return merge_prefix(own, projections, q, pool, channels, rows, prefix, kernels, kinds).out
     # with few queries absorbing (T*N*D per cached token) is cheaper than re-projecting (D*D)
     absorbs = kinds.keep(Vector.HIDDEN) and T <= H
     is_hidden = rows.keep(Vector.HIDDEN)

@@ -4,8 +4,8 @@ Shape letters as in `paged.py`; T tokens of a step. Block b of layer l is row `l
 
 An int8 pool has a float32 scale for each token and head beside its numbers, in one array under the same block ids. A
 block may hold a key, a value or a hidden vector and is read alike in each case: a hidden vector's scale stands in the
-places of all heads. The scales of a block are one row of `S * N` numbers, padded to a TPU's 128 lanes, for as `[S, N]`
-each token's would be.
+places of all heads. The scales of a block are one row of `N * S` numbers, head by head, padded to a TPU's 128 lanes:
+as `[N, S]` each head's would be. Kernels read those of neighbouring heads together.
 """
 
 from dataclasses import dataclass, replace
@@ -18,6 +18,8 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from apt_jax.attention.int8 import LARGEST, Channels, Coded, decode, encode
+from apt_jax.pallas_kernels import reference
+from apt_jax.pallas_kernels.dispatch import Kernels
 
 LANES = 128
 
@@ -45,7 +47,7 @@ class Pool:
 
     Attributes:
         numbers: `[L*P, S, D]`, of the model's number type, or int8.
-        scales: float32 `[L*P, 1, scale_row(S, N)]` of an int8 pool, token by token; None: numbers are not coded.
+        scales: float32 `[L*P, 1, scale_row(S, N)]` of an int8 pool, head by head; None: numbers are not coded.
         channels: float32 `[2, L, D]`, the `Channels` of every layer of an int8 pool with hidden vectors.
         outside: uint32 `[1, 1, 1]`, numbers of hidden vectors written so far that were outside their channel's range
             (centre plus or minus 127 widths), modulo 2^32; None without `channels`.
@@ -76,6 +78,11 @@ class Pool:
         return self.numbers.shape[1]
 
     @property
+    def options(self) -> dict[str, jax.Array]:
+        """What kernels that read it take in addition to its numbers."""
+        return {} if self.scales is None else {"scales": self.scales}
+
+    @property
     def is_coded(self) -> bool:
         """Whether it is int8, so that vectors are read otherwise than they were computed."""
         return self.scales is not None
@@ -92,8 +99,9 @@ class Pool:
         numbers = self.numbers[blocks]
         if self.scales is None:
             return numbers.astype(dtype)
-        rows = self.scales[blocks][..., 0, : self.block_size * self.heads]
-        return decode(Coded(numbers, rows.reshape(*numbers.shape[:-1], self.heads)), dtype)
+        by_head = self.scales[blocks][..., 0, : self.block_size * self.heads]
+        by_head = by_head.reshape(*numbers.shape[:-2], self.heads, self.block_size)
+        return decode(Coded(numbers, by_head.swapaxes(-1, -2)), dtype)
 
     def keep(self, x: jax.Array) -> Kept:
         """Keys or values `[T, N, H]` as the pool keeps them."""
@@ -111,23 +119,28 @@ class Pool:
         """Float32 `[T, D]`: what `read` gives of vectors that are kept so."""
         return kept.numbers if kept.scales is None else decode(Coded(kept.numbers, kept.scales))
 
-    def replace_blocks(self, blocks: jax.Array, kept: Kept) -> "Pool":
-        """The pool with rows `blocks [K]` replaced by what is kept of K * S tokens; those out of range go nowhere."""
-        numbers = kept.numbers.astype(self.numbers.dtype).reshape(-1, *self.numbers.shape[1:])
-        pool = replace(self, numbers=self.numbers.at[blocks].set(numbers, mode="drop"))
-        if self.scales is None or kept.scales is None:
-            return pool
-        rows = kept.scales.reshape(len(blocks), -1)
-        return replace(pool, scales=self.scales.at[blocks, 0, : rows.shape[1]].set(rows, mode="drop"))
+    def replace_blocks(self, blocks: jax.Array, kept: Kept, kernels: Kernels | None = None) -> "Pool":
+        """The pool with rows `blocks [K]` replaced by what is kept of K * S tokens; those out of range go nowhere.
 
-    def write_scales(self, block: jax.Array, offset: jax.Array, scales: jax.Array | None) -> "Pool":
-        """The pool with scales `[T, N]` at place `offset [T]` of rows `block [T]`; those out of range go nowhere."""
-        if self.scales is None or scales is None:
-            return self
-        numbers = jax.lax.ScatterDimensionNumbers((1,), (0, 1), (0, 2))
-        index = jnp.stack([block, offset * self.heads], 1)
-        written = jax.lax.scatter(self.scales, index, scales, numbers, mode=jax.lax.GatherScatterMode.FILL_OR_DROP)
-        return replace(self, scales=written)
+        Args:
+            kernels: write to an int8 pool, which a TPU's scatter would copy; XLA does where they lack a writer.
+        """
+        S, size = self.block_size, len(self.numbers)
+        numbers = kept.numbers.astype(self.numbers.dtype)
+        if self.scales is None or kept.scales is None:
+            by_block = numbers.reshape(-1, *self.numbers.shape[1:])
+            return replace(self, numbers=self.numbers.at[blocks].set(by_block, mode="drop"))
+        of_tokens = jnp.repeat(jnp.where(blocks < size, blocks, -1), S)
+        places = of_tokens, jnp.full_like(of_tokens, -1), jnp.tile(jnp.arange(S, dtype=jnp.int32), len(blocks))
+        writers = (None, None) if kernels is None else (kernels.cache_writer, kernels.scale_writer)
+        write_numbers = (writers[0] or reference.cache_writer)(*places)
+        write_scales = (writers[1] or reference.scale_writer)(*places, block_size=S)
+        zero = jnp.int32(0)
+        return replace(
+            self,
+            numbers=write_numbers(self.numbers, zero, numbers, None),
+            scales=write_scales(self.scales, zero, kept.scales, None),
+        )
 
     def count_outside(self, h: jax.Array, channels: Channels, counted: jax.Array) -> "Pool":
         """The pool with the numbers of `h [T, D]` outside their channels' ranges added, in tokens `counted [T]`."""

@@ -13,7 +13,9 @@ import jax
 import jax.numpy as jnp
 
 from apt_jax.attention.absorption import absorb_query, absorbed_values, key_bias_score
+from apt_jax.attention.int8 import Channels
 from apt_jax.attention.kinds import KindMix
+from apt_jax.attention.pool import Pool
 from apt_jax.batching.arrays import Rows
 from apt_jax.cache import Vector
 from apt_jax.models.linear import KeyValueProjections
@@ -31,7 +33,8 @@ def merge_prefix(
     own: Partial,
     projections: KeyValueProjections,
     q: jax.Array,
-    pool: jax.Array,
+    pool: Pool,
+    channels: Channels,
     rows: Rows,
     prefix: jax.Array,
     kernels: Kernels,
@@ -42,6 +45,7 @@ def merge_prefix(
     Args:
         own: of every token over its own chunk, `[T, N, H]`.
         q: `[T, N, H]`, scaled.
+        channels: of the layer's hidden vectors.
         rows: tables hold rows of the pool.
         prefix: int32 `[R]`, cached tokens that row r's chunk attends to; 0 leaves the row out.
         kernels: with prefix attention.
@@ -55,7 +59,7 @@ def merge_prefix(
 
         def over_kv(own: Partial) -> Partial:
             tables = rows.table_of(Vector.KEY), rows.table_of(Vector.VALUE)
-            return merge(own, kernels.kv_prefix(q, pool, *tables, length, first, rows.length))  # type: ignore[misc]
+            return merge(own, kernels.kv_prefix(q, pool.numbers, *tables, length, first, rows.length, **pool.options))  # type: ignore[misc]
 
         own = _if(jnp.any(length > 0), over_kv, own)
     if kinds.keep(Vector.HIDDEN):
@@ -63,8 +67,9 @@ def merge_prefix(
         absorbs = absorbing_is_cheaper(
             rows.length, length, heads=q.shape[1], head_dim=q.shape[2], reads=kernels.hidden_prefix_reads
         )
-        own = _over_absorbed(own, projections, q, pool, rows, jnp.where(absorbs, length, 0), first, kernels)
-        own = _over_projected(own, projections, q, pool, rows, jnp.where(absorbs, 0, length), first, kernels)
+        arguments = projections, q, pool, channels, rows
+        own = _over_absorbed(own, *arguments, jnp.where(absorbs, length, 0), first, kernels)
+        own = _over_projected(own, *arguments, jnp.where(absorbs, 0, length), first, kernels)
     return own
 
 
@@ -90,8 +95,8 @@ def _if(condition: jax.Array, function: Callable[[Partial], Partial], own: Parti
 
 
 def _over_absorbed(
-    own: Partial, projections: KeyValueProjections, q: jax.Array, pool: jax.Array, rows: Rows, length: jax.Array,
-    first: jax.Array, kernels: Kernels,
+    own: Partial, projections: KeyValueProjections, q: jax.Array, pool: Pool, channels: Channels, rows: Rows,
+    length: jax.Array, first: jax.Array, kernels: Kernels,
 ) -> Partial:  # fmt: skip
     """`own` merged with attention over hidden vectors, absorbed `ABSORBED_TOKENS` at a time where there are any."""
     T = q.shape[0]
@@ -106,9 +111,12 @@ def _over_absorbed(
             assert kernels.hidden_prefix is not None
             queries = jax.lax.dynamic_slice_in_dim(q, at, size)
             sliced_here = projections.after(i)
-            wide = absorb_query(sliced_here, queries).astype(pool.dtype)
-            part = kernels.hidden_prefix(wide, pool, blocks, length, start - at, jnp.maximum(stop - start, 0))
-            part = Partial(absorbed_values(sliced_here, part.out), part.lse + key_bias_score(projections, queries))
+            wide = absorb_query(sliced_here, queries)
+            over = channels.query(wide).astype(pool.dtype)
+            mine = length, start - at, jnp.maximum(stop - start, 0)
+            part = kernels.hidden_prefix(over, pool.numbers, blocks, *mine, **pool.options)
+            lse = part.lse + channels.constant_score(wide) + key_bias_score(projections, queries)
+            part = Partial(absorbed_values(sliced_here, channels.context(part.out)), lse)
             merged = merge(Partial(*(jax.lax.dynamic_slice_in_dim(a, at, size) for a in own)), part)
             return Partial(
                 *(jax.lax.dynamic_update_slice_in_dim(a, b, at, 0) for a, b in zip(own, merged, strict=True))
@@ -120,11 +128,11 @@ def _over_absorbed(
 
 
 def _over_projected(
-    own: Partial, projections: KeyValueProjections, q: jax.Array, pool: jax.Array, rows: Rows, length: jax.Array,
-    first: jax.Array, kernels: Kernels,
+    own: Partial, projections: KeyValueProjections, q: jax.Array, pool: Pool, channels: Channels, rows: Rows,
+    length: jax.Array, first: jax.Array, kernels: Kernels,
 ) -> Partial:  # fmt: skip
     """`own` merged with attention over hidden vectors, row by row projected to keys and values."""
-    S, D = pool.shape[1:]
+    S, D = pool.numbers.shape[1:]
     blocks = rows.table_of(Vector.HIDDEN)
     W = blocks.shape[1]
     step = max(PROJECTED_TOKENS // S, 1)  # pages
@@ -137,7 +145,7 @@ def _over_projected(
 
         def project(piece: jax.Array, keys_values: jax.Array) -> jax.Array:
             page = jnp.minimum(piece * step + jnp.arange(step), W - 1)
-            h = pool[blocks[r][page]]
+            h = channels.vectors(pool.read(blocks[r][page], pool.read_dtype), pool.dtype)
             both = [a.reshape(h.shape).astype(pool.dtype) for a in projections.after(piece).keys_values(h)]
             return jax.lax.dynamic_update_slice(keys_values, jnp.stack(both), (0, piece * step, 0, 0))
 

@@ -36,8 +36,8 @@ def select_kernels(
 
     auto takes the Pallas kernels on TPU and GPU, and on a CPU those in C++ (for a model on one device), if they pass a
     check against their references on this device, else XLA. pallas on a CPU takes the TPU kernels in interpret mode.
-    Whatever is left to XLA, a warning says why. Only the C++ call for all layers reads an int8 cache: of the others
-    those for a chunk's own tokens are taken with it.
+    Whatever is left to XLA, a warning says why. Of kernels that do not read an int8 cache those for a chunk's own
+    tokens are taken with it; the C++ call for all layers reads one.
 
     Args:
         model_config: of the part of the model that a device has.
@@ -47,27 +47,24 @@ def select_kernels(
     Raises:
         ValueError: the option asks for pallas or native, and those kernels do not work here or with this cache.
     """
-    reads_int8 = cpp_kernels and num_devices == 1
-    if cache_dtype != "auto" and (backend == "pallas" or (backend == "native" and not reads_int8)):
-        raise ValueError(
-            f"attention_backend={backend!r} has no kernels for cache_dtype={cache_dtype!r}; use auto or xla, or "
-            "cache_dtype='auto'"
-        )
+    is_coded = cache_dtype != "auto"
     if backend == "xla" or (backend == "auto" and cpp_kernels and num_devices > 1):
         return None
     if backend == "pallas" and cpp_kernels:
         logger.warning("attention_backend='pallas' on a CPU interprets the TPU kernels: for checks, many times slower")
-        return dispatch.kernels_for(device)
+        return _reading(dispatch.kernels_for(device), cache_dtype)
 
     heads, head_dim = model_config.num_attention_heads, model_config.head_dim
 
     def check(kernels: Kernels) -> str | None:
+        shape: dict[str, Any] = {"heads": heads, "head_dim": head_dim, "dtype": dtype}
         with jax.default_device(device):
-            reason = dispatch.self_check(kernels, heads=heads, head_dim=head_dim, block_size=block_size, dtype=dtype)
+            codes = is_coded and kernels.reads_int8
+            reason = dispatch.self_check(kernels, **shape, block_size=block_size, is_coded=codes)
             if reason is None and cpp_kernels:
-                reason = dispatch.check_chunk(kernels, heads=heads, head_dim=head_dim, dtype=dtype)
-            if reason is None and cpp_kernels and cache_dtype == "int8":
-                reason = check_int8_kernels(heads=heads, head_dim=head_dim, block_size=block_size, dtype=dtype)
+                reason = dispatch.check_chunk(kernels, **shape)
+            if reason is None and cpp_kernels and is_coded:
+                reason = check_int8_kernels(**shape, block_size=block_size)
             return reason
 
     shape = f"{heads}x{head_dim}-{block_size}-{dtype}" + ("" if cache_dtype == "auto" else f"-{cache_dtype}")
@@ -86,16 +83,28 @@ def select_kernels(
             usable = found
         else:
             with jax.default_device(device):
-                usable = _usable(found, heads=heads, head_dim=head_dim, block_size=block_size, dtype=dtype)
-        if cache_dtype == "auto":
+                codes = is_coded and found.reads_int8
+                usable = _usable(
+                    found, heads=heads, head_dim=head_dim, block_size=block_size, dtype=dtype, is_coded=codes
+                )
+        if not is_coded or usable.reads_int8:
             return usable
-        if not reads_int8:
-            logger.info("attention: XLA over the %s cache, which no kernel here reads yet", cache_dtype)
+        if backend == "pallas":
+            return _reading(usable, cache_dtype)
+        if not cpp_kernels:
+            logger.info("attention: XLA over the %s cache, which no kernel here reads", cache_dtype)
         return dispatch.without_pool(usable)
     if backend != "auto":
         raise ValueError(f"attention_backend={backend!r} cannot be used here ({found}); use auto or xla")
     logger.warning("attention: XLA, because the kernels cannot be used here (%s)", found)
     return None
+
+
+def _reading(kernels: Kernels, cache_dtype: CacheDtype) -> Kernels:
+    """The kernels, which were asked for; ValueError if they do not read the cache."""
+    if cache_dtype != "auto" and not kernels.reads_int8:
+        raise ValueError(f"attention_backend='pallas' has no kernels here for {cache_dtype=}; use auto or xla")
+    return kernels
 
 
 def compile_kernels(backend: AttentionBackend, *, cpp_kernels: bool, num_devices: int = 1) -> None:
@@ -131,14 +140,14 @@ def _cpu_kernels(check: Callable[[Kernels], str | None], shape: str) -> Kernels 
     return CPU_KERNELS
 
 
-def _usable(kernels: Kernels, *, block_size: int, **shape: Any) -> Kernels:
+def _usable(kernels: Kernels, *, block_size: int, is_coded: bool, **shape: Any) -> Kernels:
     """The kernels for decode attention, and of the others those that work here."""
-    prefix = partial(dispatch.check_prefix, block_size=block_size)
-    writer = partial(dispatch.check_cache_writer, block_size=block_size)
+    prefix = partial(dispatch.check_prefix, block_size=block_size, is_coded=is_coded)
+    writer = partial(dispatch.check_cache_writer, block_size=block_size, is_coded=is_coded)
     others: list[tuple[tuple[str, ...], str, str, Callable[..., str | None]]] = [
         (("kv_prefix", "hidden_prefix"), "prefixes", "over cached prefixes", prefix),
         (("chunk",), "chunks", "among a prefill chunk's own tokens", dispatch.check_chunk),
-        (("cache_writer",), "writes", "for writing to the cache", writer),
+        (("cache_writer", "scale_writer"), "writes", "for writing to the cache", writer),
     ]
     without: list[str] = []
     for names, short, place, check in others:

@@ -23,7 +23,7 @@ def token_writer(
 
     Args:
         kinds: cache kinds that can occur.
-        kernels: without a `cache_writer`, or None: XLA's scatter.
+        kernels: without a `cache_writer`, or None: XLA's scatter; likewise `scale_writer` for an int8 pool.
 
     Returns:
         `write(pool, base, kept)`: the pool with what is kept of every token, in the layer whose first block is `base`.
@@ -40,9 +40,10 @@ def token_writer(
         has = real & ~reduce(or_, lacks) if lacks else real
         return jnp.where(has, rows.tables[number][row, page], -1)
 
-    kernel = None if kernels is None else kernels.cache_writer
-    tables = blocks(0), blocks(1)
-    write_vectors = (kernel or reference.cache_writer)(*tables, offset)
+    kernel, scale_kernel = (None, None) if kernels is None else (kernels.cache_writer, kernels.scale_writer)
+    places = blocks(0), blocks(1), offset
+    write_vectors = (kernel or reference.cache_writer)(*places)
+    write_scales = partial((scale_kernel or reference.scale_writer), *places, block_size=block_size)
 
     def write(pool: Pool, base: jax.Array, kept: Mapping[Vector, Kept]) -> Pool:
         def vectors(number: int) -> Kept | None:
@@ -58,9 +59,9 @@ def token_writer(
         assert first is not None, "every kind keeps something"
         numbers = write_vectors(pool.numbers, base, first.numbers, None if second is None else second.numbers)
         pool = replace(pool, numbers=numbers)
-        for block, vector in zip(tables, (first, second), strict=True):
-            if vector is not None:
-                pool = pool.write_scales(jnp.where(block < 0, numbers.shape[0], base + block), offset, vector.scales)
-        return pool
+        if pool.scales is None or first.scales is None:
+            return pool
+        scales = write_scales()(pool.scales, base, first.scales, None if second is None else second.scales)
+        return replace(pool, scales=scales)
 
     return write

@@ -1,7 +1,7 @@
 // One query per request over its cached tokens, read where they lie: pages of the pool `[pages, page_tokens, D]`. While
 // some are multiplied, memory is asked for the next ones.
 //
-// Pages of codes (int8.h) have a scale for each token and head beside them; a hidden vector has the same for all heads.
+// Pages of codes (int8.h) have scales `[heads, page_tokens]` beside them; a hidden vector has the same for all heads.
 // Scales go into scores and weights. Hidden vectors of codes are relative to their channels (apt_jax/attention/int8.py),
 // which is the caller's to heed, in queries and results.
 //
@@ -46,7 +46,7 @@ struct Pages {
     return numbers + (size_t(page) * shape.page_tokens + inside) * shape.width;
   }
   const float* scales_at(const Shape& shape, int page, int inside) const {
-    return scales ? scales + size_t(page) * scale_row + size_t(inside) * shape.heads : nullptr;
+    return scales ? scales + size_t(page) * scale_row + inside : nullptr;
   }
 };
 
@@ -234,7 +234,7 @@ void kv_part(const Shape& shape, const float* q, const Pages<Number>& pool, cons
           const int count = std::min(own.count - t, 4);
           few_scores<1>(queries + n * H, tokens + t, n * H, count, H, to);
           if constexpr (kCodes)
-            for (int i = 0; i < count; i++) to[i] *= own.scales[(t + i) * shape.heads + n];
+            for (int i = 0; i < count; i++) to[i] *= own.scales[n * shape.page_tokens + t + i];
         }
       if (!pages[i + 1].keys) running.weigh(scores.data(), own.at + own.count);
       continue;
@@ -244,7 +244,7 @@ void kv_part(const Shape& shape, const float* q, const Pages<Number>& pool, cons
       const float* weights = scores.data() + size_t(n) * kTokens + own.at;
       float scaled[kTokens];
       if constexpr (kCodes) {
-        for (int t = 0; t < own.count; t++) scaled[t] = weights[t] * own.scales[t * shape.heads + n];
+        for (int t = 0; t < own.count; t++) scaled[t] = weights[t] * own.scales[n * shape.page_tokens + t];
         weights = scaled;
       }
       add_all_values<1, 4>(weights, tokens, n * H, own.count, H, running.out + n * H, H);
@@ -296,7 +296,7 @@ void hidden_part(const Shape& shape, const float* q, const Pages<Number>& pool, 
   each_page(shape, pool, blocks, begin, end, [&](const Number* page, const float* of_page, int, int count) {
     for (int t = 0; t < count; t++) {
       all.push_back(page + size_t(t) * D);
-      if (kCodes) scales.push_back(of_page[t * N]);
+      if (kCodes) scales.push_back(of_page[t]);
     }
   });
   if (kCodes) scales.resize(all.size() + kTokens);  // whole vectors of them

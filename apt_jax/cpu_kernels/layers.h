@@ -383,11 +383,10 @@ class Step {
         if constexpr (!kCodes) {
           for (int i = 0; i < D; i++) from_float(from[i], to + i);
         } else {
-          float* scales = pool_.scales + block * pool_.scale_row + inside * N;
-          if (hidden)
-            std::fill_n(scales, N, put_hidden(from, channels, to));
-          else
-            for (int n = 0; n < N; n++) scales[n] = encode(from + n * (D / N), D / N, to + n * (D / N));
+          float* scales = pool_.scales + block * pool_.scale_row + inside;
+          const float whole = hidden ? put_hidden(from, channels, to) : 0;
+          for (int n = 0; n < N; n++)
+            scales[n * S] = hidden ? whole : encode(from + n * (D / N), D / N, to + n * (D / N));
         }
       };
       put(own.values ? k_ : normed_, own.keys_or_hidden, !own.values);
@@ -481,7 +480,7 @@ class Step {
                       return [=](int t) {
                         const Cached* numbers = pages.at(shape, blocks[t / S], t % S) + n * H;
                         if constexpr (kCodes)
-                          return Scaled{numbers, pages.scales_at(shape, blocks[t / S], t % S)[n]};
+                          return Scaled{numbers, pages.scales_at(shape, blocks[t / S], t % S)[n * S]};
                         else
                           return numbers;
                       };

@@ -21,6 +21,7 @@ from apt_jax.attention.pool import Pool, scale_row
 from apt_jax.model_config import ModelConfig
 from apt_jax.models.interface import Layer, Model, num_layers
 from apt_jax.models.sharding import zeros
+from apt_jax.pallas_kernels.dispatch import Kernels
 
 
 def pool_shape(config: ModelConfig, num_blocks: int, block_size: int) -> tuple[int, int, int]:
@@ -130,7 +131,7 @@ def empty_pool(shapes: Pool, channels: np.ndarray | None, sharding: Sharding) ->
 
 def convert_blocks(
     model: Model, pool: Pool, hidden_blocks: jax.Array, key_blocks: jax.Array, value_blocks: jax.Array,
-    num_blocks: int,
+    num_blocks: int, kernels: Kernels | None = None,
 ) -> Pool:  # fmt: skip
     """Compute KV of hidden blocks: values go to new blocks, and keys too or where the hidden vectors are.
 
@@ -139,13 +140,14 @@ def convert_blocks(
 
     Args:
         hidden_blocks, key_blocks, value_blocks: int32 `[K]` blocks of the pages; padding is `num_blocks`.
+        kernels: that write to an int8 pool.
     """
     graphdef, stacked = nnx.split(model.layers)
     blocks = hidden_blocks, key_blocks, value_blocks
 
     def one_layer(pool: Pool, xs: tuple[jax.Array, nnx.State]) -> tuple[Pool, None]:
         layer, state = xs
-        return convert_layer(nnx.merge(graphdef, state), pool, layer, *blocks, num_blocks), None
+        return convert_layer(nnx.merge(graphdef, state), pool, layer, *blocks, num_blocks, kernels), None
 
     pool, _ = jax.lax.scan(one_layer, pool, (jnp.arange(num_layers(model.layers), dtype=jnp.int32), stacked))
     return pool
@@ -159,6 +161,7 @@ def convert_layer(
     key_blocks: jax.Array,
     value_blocks: jax.Array,
     num_blocks: int,
+    kernels: Kernels | None = None,
 ) -> Pool:
     """`convert_blocks` in layer number `index` (int32 scalar) only. Pure."""
     nowhere = pool.numbers.shape[0]
@@ -168,5 +171,5 @@ def convert_layer(
     x = pool.read(jnp.minimum(base + hidden_blocks, nowhere - 1), pool.read_dtype)
     h = pool.channels_of(index).vectors(x, pool.dtype)
     for rows, vectors in zip((key_rows, value_rows), layer.self_attn.keys_values(h), strict=True):
-        pool = pool.replace_blocks(rows, pool.keep(vectors.reshape(-1, *vectors.shape[2:])))
+        pool = pool.replace_blocks(rows, pool.keep(vectors.reshape(-1, *vectors.shape[2:])), kernels)
     return pool

@@ -5,6 +5,8 @@ Heads are taken in groups of 8, one row of a register tile each. A group's queri
 the form of one product per head would cut 64 or 80 columns out of a tile, and the form over all heads would make N/8
 times as many products. The values' product gives `[8, 8H]` too, of which the diagonal is the group's output; the other
 entries are kept (they share the registers) and dropped at the end.
+
+Of an int8 pool the codes become numbers of the query's type in registers; scales go into scores and weights.
 """
 
 import functools
@@ -16,6 +18,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from apt_jax.pallas_kernels.reference import NEVER, Partial
+from apt_jax.pallas_kernels.tpu import codes as tpu_codes
 from apt_jax.pallas_kernels.tpu import paging as tpu_paging
 from apt_jax.pallas_kernels.tpu.paging import LANES, Ref, RowOrder, Source
 
@@ -29,12 +32,14 @@ def kv_decode_attention(
     value_blocks: jax.Array,
     length: jax.Array,
     *,
+    scales: jax.Array | None = None,
     cores: int = 1,
     interpret: bool | pltpu.InterpretParams = False,
 ) -> Partial:
     """As the reference, with queries rounded to the pool's dtype. Pure.
 
     Args:
+        scales: of an int8 pool; queries are multiplied in their own dtype then.
         cores: tensor cores of one device; rows are distributed over them.
         interpret: run without a TPU.
 
@@ -45,23 +50,26 @@ def kv_decode_attention(
     S, D = pool.shape[1:]
     groups = tpu_paging.row_groups(R, key_blocks.shape[1], 2)
     if len(groups) > 1:
-        own = functools.partial(kv_decode_attention, cores=cores, interpret=interpret)
+        own = functools.partial(kv_decode_attention, scales=scales, cores=cores, interpret=interpret)
         parts = [own(q[g], pool, key_blocks[g], value_blocks[g], length[g]) for g in groups]
         return Partial(*map(jnp.concatenate, zip(*parts, strict=True)))
-    tpu_paging.check_shapes(q, pool, GROUP * H, interpret)
+    tpu_paging.check_shapes(q, pool, GROUP * H, interpret, scales is not None)
+    arrays = (pool,) if scales is None else (pool, scales)
+    multiplied = pool.dtype if scales is None else q.dtype
+    lanes = 0 if scales is None else tpu_codes.lanes(N, S)
     chunk = tpu_paging.chunk_tokens(D, S, pool.dtype.itemsize, num_sources=2)
     row_order = tpu_paging.order_rows(length)
     cores = min(cores, R)
     spec = functools.partial(tpu_paging.row_spec, cores=cores)
-    scratch = [*tpu_paging.scratch(2, chunk, S, D, pool.dtype), pltpu.VMEM((GROUP, D), jnp.float32)]
+    scratch = [*tpu_paging.scratch(2, chunk, S, D, pool.dtype, lanes), pltpu.VMEM((GROUP, D), jnp.float32)]
     scratch += [pltpu.VMEM((N, LANES), jnp.float32)] * 2
-    blocks_in_out = N * GROUP * H * pool.dtype.itemsize + D * 4
+    blocks_in_out = N * GROUP * H * multiplied.itemsize + D * 4
     out, lse = pl.pallas_call(
         functools.partial(_kernel, cores=cores, head_dim=H),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=5,
             grid=tpu_paging.grid(row_order, cores),
-            in_specs=[spec((N, GROUP * H)), pl.BlockSpec(memory_space=pl.ANY)],
+            in_specs=[spec((N, GROUP * H)), tpu_paging.pool_specs(arrays)],
             out_specs=[spec((1, D)), spec((N, LANES))],
             scratch_shapes=scratch,
         ),
@@ -73,8 +81,8 @@ def kv_decode_attention(
         *row_order,
         key_blocks.astype(jnp.int32),
         value_blocks.astype(jnp.int32),
-        _by_group(q.astype(pool.dtype)),
-        pool,
+        _by_group(q.astype(multiplied)),
+        arrays,
     )
     some = length > 0  # rows that were never visited hold anything
     out = jnp.where(some[:, None, None], out.reshape(R, N, H), 0)
@@ -95,12 +103,12 @@ def _kernel(
     key_blocks: Ref,  # SMEM int32 [R, W]
     value_blocks: Ref,  # SMEM int32 [R, W]
     q: Ref,  # VMEM [N, 8H]
-    pool: Ref,  # HBM [L*P, S, D]
+    pool: tuple[Ref, ...],  # HBM [L*P, S, D] and float32 [L*P, 1, X]
     out: Ref,  # VMEM float32 [1, D]
     lse: Ref,  # VMEM float32 [N, LANES]
-    keys: Ref,  # VMEM [2, C/S, S, D]
+    keys: tuple[Ref, ...],  # VMEM [2, C/S, S, D] and float32 [2, C/S, 1, X]
     keys_arrived: Ref,  # DMA semaphores [2]
-    values: Ref,  # VMEM [2, C/S, S, D]
+    values: tuple[Ref, ...],  # likewise
     values_arrived: Ref,  # DMA semaphores [2]
     next_buffer: Ref,  # SMEM int32 [1]
     sums: Ref,  # VMEM float32 [8, D]
@@ -111,11 +119,18 @@ def _kernel(
     head_dim: int,
 ) -> None:
     N = q.shape[0]
-    precision = lax.Precision.HIGHEST if pool.dtype == jnp.float32 else lax.Precision.DEFAULT
+    precision = lax.Precision.HIGHEST if q.dtype == jnp.float32 else lax.Precision.DEFAULT
+    C, S = keys[0].shape[1] * keys[0].shape[2], keys[0].shape[2]
     groups = [slice(n, min(n + GROUP, N)) for n in range(0, N, GROUP)]
 
     def columns(heads: slice) -> slice:
         return slice(heads.start * head_dim, heads.stop * head_dim)
+
+    def scaled(x, buffers, heads, index, num_valid):  # type: ignore[no-untyped-def]
+        """Scores or weights `[heads, C]` times the scales of a chunk's keys or values."""
+        if len(buffers) == 1:
+            return x
+        return x * tpu_codes.scales_of(buffers[1], index, num_valid, heads.start, heads.stop - heads.start, S)
 
     def serve(walk):  # type: ignore[no-untyped-def]
         sums[...] = jnp.zeros_like(sums)
@@ -127,21 +142,20 @@ def _kernel(
             for heads in groups:
                 mine = columns(heads)
                 width = mine.stop - mine.start
-                x = keys[index, :, :, mine].reshape(-1, width)
-                scores.append(
-                    lax.dot_general(
-                        q[heads, :width], x, (((1,), (1,)), ((), ())),
-                        precision=precision, preferred_element_type=jnp.float32,
-                    )
+                x = tpu_codes.widened(keys[0][index, :, :, mine].reshape(C, width), q.dtype)
+                found = lax.dot_general(
+                    q[heads, :width], x, (((1,), (1,)), ((), ())),
+                    precision=precision, preferred_element_type=jnp.float32,
                 )  # fmt: skip
+                scores.append(scaled(found, keys, heads, index, num_valid))
             weights, keep, top[...], total[...] = tpu_paging.online_softmax(
                 jnp.concatenate(scores), num_valid, top[...], total[...]
             )
-            weights = weights.astype(values.dtype)
             for heads in groups:
                 mine, size = columns(heads), heads.stop - heads.start
-                y = values[index, :, :, mine].reshape(-1, mine.stop - mine.start)
-                found = jnp.dot(weights[heads], y, precision=precision, preferred_element_type=jnp.float32)
+                y = tpu_codes.widened(values[0][index, :, :, mine].reshape(C, -1), q.dtype)
+                own = scaled(weights[heads], values, heads, index, num_valid).astype(q.dtype)
+                found = jnp.dot(own, y, precision=precision, preferred_element_type=jnp.float32)
                 sums[:size, mine] = sums[:size, mine] * tpu_paging.over_columns(keep[heads], found.shape[1]) + found
             return carry
 

@@ -6,7 +6,9 @@ is in VMEM, which is about what a chip's compute and bandwidth balance at.
 
 A head of 64 or 80 columns does not start where a register tile does. Its products take the whole tiles that its columns
 touch (a window), with queries laid out so that other heads' keys meet zeros; of the values' product its own columns are
-kept. Source: running softmax over chunks as in FlashAttention-2 (arXiv 2307.08691).
+kept. An int8 pool is read as in `kv_decode.py`.
+
+Source: running softmax over chunks as in FlashAttention-2 (arXiv 2307.08691).
 """
 
 import functools
@@ -18,6 +20,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from apt_jax.pallas_kernels.reference import NEVER, Partial
+from apt_jax.pallas_kernels.tpu import codes as tpu_codes
 from apt_jax.pallas_kernels.tpu import paging as tpu_paging
 from apt_jax.pallas_kernels.tpu import query_tiles as tpu_query_tiles
 from apt_jax.pallas_kernels.tpu.paging import LANES, Ref, Source, Steps
@@ -36,12 +39,14 @@ def kv_prefix_attention(
     first_query: jax.Array,
     num_queries: jax.Array,
     *,
+    scales: jax.Array | None = None,
     cores: int = 1,
     interpret: bool | pltpu.InterpretParams = False,
 ) -> Partial:
     """As the reference, with queries rounded to the pool's dtype. Pure.
 
     Args:
+        scales: of an int8 pool; queries are multiplied in their own dtype then.
         cores: tensor cores of one device; groups of heads are distributed over them.
         interpret: run without a TPU.
 
@@ -53,19 +58,24 @@ def kv_prefix_attention(
     rows = key_blocks, value_blocks, length, first_query, num_queries
     row_groups = tpu_paging.row_groups(len(length), key_blocks.shape[1], 2)
     if len(row_groups) > 1:
-        own = functools.partial(kv_prefix_attention, q, pool, cores=cores, interpret=interpret)
+        own = functools.partial(kv_prefix_attention, q, pool, scales=scales, cores=cores, interpret=interpret)
         return tpu_query_tiles.together([own(*(of_rows[g] for of_rows in rows)) for g in row_groups])
     G = _heads_of_a_group(N, H)
     columns, tile = G * H, min(TILE, T)
-    tpu_paging.check_shapes(q, pool, columns, interpret)
+    tpu_paging.check_shapes(q, pool, columns, interpret, scales is not None)
+    arrays = (pool,) if scales is None else (pool, scales)
+    multiplied = pool.dtype if scales is None else q.dtype
     groups = N // G
+    lanes = 0 if scales is None else tpu_codes.lanes(G, S)
+    if lanes > G * S and groups > 1:
+        raise NotImplementedError(f"{lanes=} of scales are more than those of {G} heads; use --attention-backend xla")
     cores = min(cores, groups)
     width = max(window.stop - window.start for window in _windows(G, H))
     chunk = tpu_paging.chunk_tokens(columns, S, pool.dtype.itemsize, num_sources=2)
     work, some = tpu_query_tiles.find_work(length, first_query, num_queries, num_slots=T, tile=tile)
-    scratch = tpu_paging.scratch(2, chunk, S, columns, pool.dtype)
+    scratch = tpu_paging.scratch(2, chunk, S, columns, pool.dtype, lanes)
     scratch += [pltpu.VMEM((tile, columns), jnp.float32), *[pltpu.VMEM((G, tile, LANES), jnp.float32)] * 2]
-    blocks_in_out = tile * (G * width * pool.dtype.itemsize + (columns + LANES) * 4)
+    blocks_in_out = tile * (G * width * multiplied.itemsize + (columns + LANES) * 4)
     steps = jnp.maximum(work.num_items[0], 1) * -(-groups // cores)
 
     def spec(block: tuple[int | None, ...], place) -> pl.BlockSpec:  # type: ignore[no-untyped-def]
@@ -82,7 +92,7 @@ def kv_prefix_attention(
             grid=(cores, steps),
             in_specs=[
                 spec((G, tile, width), lambda group, tile: (group, tile, 0)),
-                pl.BlockSpec(memory_space=pl.ANY),
+                tpu_paging.pool_specs(arrays),
             ],
             out_specs=[
                 spec((tile, columns), lambda group, tile: (tile, group)),
@@ -99,8 +109,8 @@ def kv_prefix_attention(
         length.astype(jnp.int32),
         key_blocks.astype(jnp.int32),
         value_blocks.astype(jnp.int32),
-        _in_windows(q.astype(pool.dtype), G),
-        pool,
+        _in_windows(q.astype(multiplied), G),
+        arrays,
     )
     lse = lse[:, :, :G].transpose(1, 0, 2).reshape(T, N)
     out = jnp.where(some[:, None], out, 0).reshape(T, N, H)  # what was never visited holds anything
@@ -158,12 +168,12 @@ def _kernel(
     key_blocks: Ref,  # SMEM int32 [R, W]
     value_blocks: Ref,  # SMEM int32 [R, W]
     q: Ref,  # VMEM [G, tile, width]
-    pool: Ref,  # HBM [L*P, S, D]
+    pool: tuple[Ref, ...],  # HBM [L*P, S, D] and float32 [L*P, 1, X]
     out: Ref,  # VMEM float32 [tile, G*H]
     lse: Ref,  # VMEM float32 [tile, LANES], head h of the group in lane h
-    keys: Ref,  # VMEM [2, C/S, S, G*H]
+    keys: tuple[Ref, ...],  # VMEM [2, C/S, S, G*H] and float32 [2, C/S, 1, lanes]
     keys_arrived: Ref,  # DMA semaphores [2]
-    values: Ref,  # VMEM [2, C/S, S, G*H]
+    values: tuple[Ref, ...],  # likewise
     values_arrived: Ref,  # DMA semaphores [2]
     next_buffer: Ref,  # SMEM int32 [1]
     sums: Ref,  # VMEM float32 [tile, G*H]
@@ -177,7 +187,8 @@ def _kernel(
     core, step = pl.program_id(0), pl.program_id(1)
     tile, columns = out.shape
     windows = _windows(columns // head_dim, head_dim)
-    precision = lax.Precision.HIGHEST if pool.dtype == jnp.float32 else lax.Precision.DEFAULT
+    precision = lax.Precision.HIGHEST if q.dtype == jnp.float32 else lax.Precision.DEFAULT
+    C, S = keys[0].shape[1] * keys[0].shape[2], keys[0].shape[2]
     lane = lax.broadcasted_iota(jnp.int32, (tile, LANES), 1)
     work = Work(tiles, rows, count, first, stop)
 
@@ -187,20 +198,36 @@ def _kernel(
         column = window.start + lax.broadcasted_iota(jnp.int32, (tile, window.stop - window.start), 1)
         return (column >= h * head_dim) & (column < (h + 1) * head_dim)
 
+    def scales(buffers: tuple[Ref, ...], index: jax.Array, num_valid: jax.Array) -> list[jax.Array]:
+        """Of every head of the group `[1, C]`; none of a pool that is not int8."""
+        if len(buffers) == 1:
+            return []
+        at_once, found = 8, list[jax.Array]()
+        for first in range(0, len(windows), at_once):
+            heads = min(at_once, len(windows) - first)
+            some = tpu_codes.scales_of(buffers[1], index, num_valid, first, heads, S)
+            found += [some[h : h + 1] for h in range(heads)]
+        return found
+
     def serve(walk):  # type: ignore[no-untyped-def]
         sums[...] = jnp.zeros_like(sums)
         top[...] = jnp.full_like(top, NEVER)
         total[...] = jnp.zeros_like(total)
 
         def body(index, num_valid, carry):  # type: ignore[no-untyped-def]
+            key_scales, value_scales = (scales(buffers, index, num_valid) for buffers in (keys, values))
             for h, window in enumerate(windows):
                 size = window.stop - window.start
+                x = tpu_codes.widened(keys[0][index, :, :, window].reshape(C, size), q.dtype)
                 scores = lax.dot_general(
-                    q[h, :, :size], keys[index, :, :, window].reshape(-1, size), (((1,), (1,)), ((), ())),
-                    precision=precision, preferred_element_type=jnp.float32,
-                )  # fmt: skip
+                    q[h, :, :size], x, (((1,), (1,)), ((), ())), precision=precision, preferred_element_type=jnp.float32
+                )
+                if key_scales:
+                    scores *= key_scales[h]
                 weights, keep, top[h], total[h] = tpu_paging.online_softmax(scores, num_valid, top[h], total[h])
-                y = values[index, :, :, window].reshape(-1, size)
+                if value_scales:
+                    weights *= value_scales[h]
+                y = tpu_codes.widened(values[0][index, :, :, window].reshape(C, size), q.dtype)
                 found = jnp.dot(weights.astype(y.dtype), y, precision=precision, preferred_element_type=jnp.float32)
                 before = sums[:, window]
                 found += before * tpu_paging.over_columns(keep, size)
@@ -220,9 +247,10 @@ def _kernel(
         mine = tpu_query_tiles.own_queries(work, item, tile, lse.shape)
         lse[...] = jnp.where(mine, found_lse, lse[...])
 
-    def first_column(step: jax.Array) -> jax.Array:
-        at = _group_item(step, core, count, cores)[0] * columns
-        return pl.multiple_of(at, LANES) if columns % LANES == 0 else at
+    def first_column(array: int, step: jax.Array) -> jax.Array:
+        width = keys[array].shape[-1]
+        at = _group_item(step, core, count, cores)[0] * width
+        return pl.multiple_of(at, LANES) if width % LANES == 0 else at
 
     steps = Steps(
         num_steps=jnp.where(count[0] > 0, _num_steps(core, count, groups, cores), 0),

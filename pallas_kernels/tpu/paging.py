@@ -1,5 +1,7 @@
 """What the TPU kernels share: distributing rows over cores, and reading a row's pages chunk by chunk from HBM.
 
+An int8 pool is its numbers and an array of scales (`codes.py`), which are copied together, page by page.
+
 A kernel runs on a grid (cores, steps). A step serves one row: its pages are copied from the pool in HBM to one of two
 VMEM buffers, a chunk of tokens at a time, while the other buffer is computed on; during a step's last chunk the first
 chunk of the core's next step is already being copied, so a core waits only for its very first read.
@@ -24,6 +26,7 @@ BUFFER_BYTES = 6 * 2**20  # VMEM for page buffers
 MAX_CHUNK_TOKENS = 256
 TABLE_BYTES = 2**19  # of SMEM, half of what every chip has, for the block tables of the rows of one call
 LANES = 128
+INT8_ROWS = 32  # of a tile in memory
 
 type Ref = Any
 
@@ -40,7 +43,7 @@ class Source(NamedTuple):
     """One of the things read for a row (keys, values or hidden vectors)."""
 
     blocks: Ref  # SMEM int32 [R, W]
-    buffer: Ref  # VMEM [2, C/S, S, D], or fewer columns
+    buffers: tuple[Ref, ...]  # VMEM [2, C/S, S, D] and, of an int8 pool, float32 [2, C/S, 1, X]; or fewer columns
     arrived: Ref  # DMA semaphores [2]
 
 
@@ -49,7 +52,8 @@ class Steps(NamedTuple):
 
     num_steps: jax.Array
     row: Callable[[jax.Array], jax.Array]  # of a step
-    first_column: Callable[[jax.Array], jax.Array] | None = None  # of a step, where buffers hold a part of the columns
+    first_column: Callable[[int, jax.Array], jax.Array | int] = lambda array, step: 0
+    """Of array 0 or 1 of the pool in a step, where buffers hold a part of its columns."""
 
 
 def chunk_tokens(width: int, block_size: int, itemsize: int, num_sources: int) -> int:
@@ -71,23 +75,31 @@ def row_groups(num_rows: int, pages: int, num_tables: int) -> list[slice]:
     return [slice(i * num_rows // groups, (i + 1) * num_rows // groups) for i in range(groups)]
 
 
-def check_shapes(query: jax.Array, pool: jax.Array, columns: int, interpret: object) -> None:
+def check_shapes(query: jax.Array, pool: jax.Array, columns: int, interpret: object, is_coded: bool = False) -> None:
     """Refuse what does not compile for a TPU; the interpreter takes any width.
 
     Args:
         columns: of the pool that one product takes.
+        is_coded: the pool is int8, with scales.
 
     Raises:
         NotImplementedError: a dtype, block size or width that a kernel does not handle.
     """
     cure = "use --attention-backend xla"
-    for array in (query, pool):
+    for array in () if is_coded else (query, pool):
         if array.dtype not in (jnp.bfloat16, jnp.float32):
             raise NotImplementedError(f"dtype {array.dtype} is neither bfloat16 nor float32; {cure}")
+    S = pool.shape[1]
+    if is_coded and S not in (16, 32, 64) and S % LANES:
+        raise NotImplementedError(f"block_size={S} of an int8 cache is not 16, 32, 64 or a multiple of {LANES}; {cure}")
     if interpret:
         return
-    if pool.shape[1] < 8:
-        raise NotImplementedError(f"block_size={pool.shape[1]} < 8, the rows of a register tile; {cure}")
+    if is_coded and S % INT8_ROWS:
+        raise NotImplementedError(
+            f"block_size={S} is no multiple of {INT8_ROWS}, the rows of a tile of int8; set --block-size {INT8_ROWS}"
+        )
+    if S < 8:
+        raise NotImplementedError(f"block_size={S} < 8, the rows of a register tile; {cure}")
     if pool.shape[2] % LANES or columns % LANES:
         raise NotImplementedError(f"hidden_size={pool.shape[2]} or {columns=} is no multiple of {LANES}; {cure}")
 
@@ -118,13 +130,23 @@ def row_spec(block_shape: tuple[int, ...], cores: int) -> pl.BlockSpec:
     return pl.BlockSpec((None, *block_shape), index)
 
 
-def scratch(num_sources: int, chunk: int, block_size: int, width: int, dtype: DTypeLike) -> list[Any]:
-    """Scratch shapes: buffer and semaphores of each source, then the number of the buffer that is next."""
-    shapes: list[Any] = []
+def scratch(num_sources: int, chunk: int, block_size: int, width: int, dtype: DTypeLike, lanes: int = 0) -> list[Any]:
+    """Scratch shapes: buffers and semaphores of each source, then the number of the buffer that is next.
+
+    Args:
+        lanes: scales of a block that are read, of an int8 pool.
+    """
+    pages, shapes = chunk // block_size, list[Any]()
     for _ in range(num_sources):
-        shapes.append(pltpu.VMEM((2, chunk // block_size, block_size, width), dtype))
+        numbers = pltpu.VMEM((2, pages, block_size, width), dtype)
+        shapes.append((numbers, pltpu.VMEM((2, pages, 1, lanes), jnp.float32)) if lanes else (numbers,))
         shapes.append(pltpu.SemaphoreType.DMA((2,)))
     return [*shapes, pltpu.SMEM((1,), jnp.int32)]
+
+
+def pool_specs(pool: tuple[jax.Array, ...]) -> tuple[pl.BlockSpec, ...]:
+    """The pool's arrays stay in HBM."""
+    return tuple(pl.BlockSpec(memory_space=pl.ANY) for _ in pool)
 
 
 def compiler_params(
@@ -135,7 +157,8 @@ def compiler_params(
     Args:
         spare_bytes: for what the compiler needs in addition; more than the usual is asked for in any case.
     """
-    buffers = (shape for shape in scratch_shapes if getattr(shape, "memory_space", None) == pltpu.VMEM)
+    shapes = jax.tree.leaves(list(scratch_shapes))
+    buffers = (shape for shape in shapes if getattr(shape, "memory_space", None) == pltpu.VMEM)
     needed = sum(math.prod(b.shape) * jnp.dtype(b.dtype).itemsize for b in buffers) + 2 * block_bytes
     fits = needed < 0.8 * SCOPED_VMEM_BYTES and spare_bytes <= 2 * 2**20
     limit = None if fits else int(1.25 * needed) + spare_bytes
@@ -144,7 +167,7 @@ def compiler_params(
 
 def for_each_row(
     row_order: RowOrder,
-    pool: Ref,
+    pool: tuple[Ref, ...],
     sources: Sequence[Source],
     next_buffer: Ref,
     serve: Callable[..., None],
@@ -161,15 +184,17 @@ def for_each_row(
 
 
 def run_step(
-    steps: Steps, length: Ref, pool: Ref, sources: Sequence[Source], next_buffer: Ref, serve: Callable[..., None]
-) -> None:
+    steps: Steps, length: Ref, pool: tuple[Ref, ...], sources: Sequence[Source], next_buffer: Ref,
+    serve: Callable[..., None],
+) -> None:  # fmt: skip
     """In a kernel: run `serve(walk)` for this step's row, if it has one; the row has tokens.
 
     `walk(body, carry)` calls `body(buffer_index, num_valid, carry)` for each chunk once it has arrived and returns the
-    last carry. The buffers' tokens from `num_valid` on are 0 by then, whatever the pool holds.
+    last carry. The buffers' tokens from `num_valid` on are 0 by then, whatever the pool holds, unless it is int8: then
+    their numbers are finite and their scales anything.
     """
     step = pl.program_id(1)
-    pages, S, width = sources[0].buffer.shape[1:]
+    pages, S, _ = sources[0].buffers[0].shape[1:]
     C = pages * S
 
     def copy(
@@ -185,11 +210,12 @@ def run_step(
         def one_page(page: jax.Array | int, _: None) -> None:
             for source in sources:
                 block = source.blocks[row, chunk * pages + page]
-                if steps.first_column is None:
-                    vectors = pool.at[block]
-                else:
-                    vectors = pool.at[block, :, pl.ds(steps.first_column(step), width)]
-                act(pltpu.make_async_copy(vectors, source.buffer.at[buffer, page], source.arrived.at[buffer]))
+                for number, (array, to) in enumerate(zip(pool, source.buffers, strict=True)):
+                    width = to.shape[-1]
+                    whole = width == array.shape[-1]
+                    columns = slice(None) if whole else pl.ds(steps.first_column(number, step), width)
+                    own = array.at[block, :, columns]
+                    act(pltpu.make_async_copy(own, to.at[buffer, page], source.arrived.at[buffer]))
 
         if not unroll:
             lax.fori_loop(0, needed, one_page, None)
@@ -226,10 +252,12 @@ def run_step(
             copy(step, chunk, buffer, lambda dma: dma.wait())
             num_valid = jnp.minimum(tokens - chunk * C, C)
 
-            @pl.when(num_valid < C)
-            def _() -> None:
-                for source in sources:
-                    _clear_tail(source.buffer, buffer, num_valid)
+            if len(pool) == 1:
+
+                @pl.when(num_valid < C)
+                def _clear() -> None:
+                    for source in sources:
+                        _clear_tail(source.buffers[0], buffer, num_valid)
 
             return body(buffer, num_valid, carry)
 
@@ -238,9 +266,9 @@ def run_step(
         return carry
 
     @pl.when(step < steps.num_steps)
-    def _() -> None:
+    def _serve() -> None:
         @pl.when(step == 0)
-        def _() -> None:
+        def _begin() -> None:
             next_buffer[0] = 0
             start(step, 0, 0)
 

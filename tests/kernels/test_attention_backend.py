@@ -133,15 +133,38 @@ def test_kernels_are_selected_once_from_a_folder_to_an_engine(caplog):
     assert engine.runner.attention == ("xla" if kernels is None else kernels.name)
 
 
-def check(kernels: Kernels) -> str | None:
+def check(kernels: Kernels, *, is_coded: bool = False) -> str | None:
     shape = {"heads": 2, "head_dim": 8, "dtype": jnp.float32}
-    decode_or_prefix = self_check(kernels, block_size=16, **shape) or check_prefix(kernels, block_size=16, **shape)
-    return decode_or_prefix or check_chunk(kernels, **shape) or check_cache_writer(kernels, block_size=16, **shape)
+    paged = {"block_size": 32 if is_coded else 16, "is_coded": is_coded, **shape}
+    decode_or_prefix = self_check(kernels, **paged) or check_prefix(kernels, **paged)
+    return decode_or_prefix or check_chunk(kernels, **shape) or check_cache_writer(kernels, **paged)
 
 
 @pytest.mark.usefixtures("few_shapes")
-def test_the_kernels_pass_the_self_check():
-    assert check(dispatch.kernels_for(jax.devices("cpu")[0])) is None
+@pytest.mark.parametrize("is_coded", [False, True], ids=["float32", "int8"])
+def test_the_kernels_pass_the_self_check(is_coded):
+    assert check(dispatch.kernels_for(jax.devices("cpu")[0]), is_coded=is_coded) is None
+
+
+@pytest.mark.parametrize("name", ["kv_decode", "hidden_decode", "kv_prefix", "hidden_prefix"])
+def test_kernels_that_take_the_wrong_scales_are_found(name):
+    """The scale of the token, or head, beside the right one, in a hundredth of the places."""
+    kernel = getattr(REFERENCES, name)
+
+    def wrong(*args, scales):
+        return kernel(*args, scales=jnp.where(jnp.arange(scales.size).reshape(scales.shape) % 100, scales, scales * 2))
+
+    found = check(REFERENCES._replace(**{name: wrong}), is_coded=True)
+    assert found is not None and found.startswith(f"{name} differs from its reference by ")
+
+
+def test_a_wrong_scale_writer_is_found():
+    def wrong(*places, block_size):
+        right = REFERENCES.scale_writer(*places, block_size=block_size)
+        return lambda *args: right(*args).at[0, 0, 0].add(1)
+
+    found = check(REFERENCES._replace(scale_writer=wrong), is_coded=True)
+    assert found == "scale_writer puts 1 numbers wrong"
 
 
 @pytest.mark.parametrize("name", ["kv_decode", "hidden_decode", "kv_prefix", "hidden_prefix", "chunk"])
@@ -201,7 +224,7 @@ def test_what_is_left_to_xla_is_said(monkeypatch, caplog):
     monkeypatch.setattr(attention_backend.jax, "default_device", lambda _: jax.named_scope("here"))
     options = {"block_size": 16, "dtype": jnp.float32, "device": SimpleNamespace(platform="gpu"), "cpp_kernels": False}
     found = select_kernels("auto", TINY, **options)
-    none = {"kv_prefix": None, "hidden_prefix": None, "chunk": None, "cache_writer": None}
+    none = dict.fromkeys(("kv_prefix", "hidden_prefix", "chunk", "cache_writer", "scale_writer"))
     assert found == kernels._replace(name="kv only, prefixes, chunks, writes by xla", **none)
     hidden, prefix, chunk, writes = (record.message for record in caplog.records if record.levelno == logging.WARNING)
     assert hidden == "attention: XLA for hidden rows, because the 'kv only' kernels have none for them"
@@ -210,3 +233,16 @@ def test_what_is_left_to_xla_is_said(monkeypatch, caplog):
     assert "cache_writer failed: RuntimeError: no such instruction" in writes
     monkeypatch.setattr(dispatch, "kernels_for", lambda _: kernels)
     assert select_kernels("pallas", TINY, **options) == kernels
+
+
+def test_an_int8_cache_gets_the_kernels_that_read_it(monkeypatch, caplog):
+    monkeypatch.setattr(attention_backend.jax, "default_device", lambda _: jax.named_scope("here"))
+    options = {"block_size": 32, "dtype": jnp.float32, "device": SimpleNamespace(platform="tpu"), "cpp_kernels": False}
+    monkeypatch.setattr(dispatch, "kernels_for", lambda _: REFERENCES)
+    assert select_kernels("auto", TINY, **options, cache_dtype="int8") == REFERENCES
+    monkeypatch.setattr(dispatch, "kernels_for", lambda _: REFERENCES._replace(kv_decode=broken))
+    assert select_kernels("auto", TINY, **options, cache_dtype="int8") is None
+    assert "attention: XLA, because the kernels cannot be used here (kv_decode failed: " in caplog.text
+    monkeypatch.setattr(dispatch, "kernels_for", lambda _: REFERENCES._replace(reads_int8=False))
+    found = select_kernels("auto", TINY, **options, cache_dtype="int8")
+    assert found is not None and found.chunk is REFERENCES.chunk and found.kv_decode is None

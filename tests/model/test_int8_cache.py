@@ -16,6 +16,7 @@ from apt_jax.execution.pool import abstract_pool, block_bytes
 from apt_jax.execution.programs import ConversionKey, StepKey
 from apt_jax.execution.weights.layout import StackedLayout
 from apt_jax.model_config import ModelConfig
+from apt_jax.pallas_kernels import dispatch
 from apt_jax.request import FinishReason, SamplingParams
 from apt_jax.scheduling.policies.catalogue import make_policy
 from tests.support.checkpoint_folders import random_model
@@ -276,11 +277,23 @@ def test_the_text_has_several_kinds_and_its_licence_is_in_the_file():
     assert max(map(len, rows)) == 100 and "public domain" not in "".join(chr(code) for row in rows for code in row)
 
 
-def test_a_backend_without_int8_kernels_is_refused_when_it_is_named(model):
-    with pytest.raises(ValueError, match=r"pallas.* has no kernels for cache_dtype='int8'; use auto or xla"):
+def test_a_backend_without_int8_kernels_is_refused_when_it_is_named(model, monkeypatch):
+    kernels = dispatch.REFERENCES._replace(reads_int8=False)
+    monkeypatch.setattr(dispatch, "kernels_for", lambda _: kernels)
+    with pytest.raises(ValueError, match=r"pallas.* has no kernels here for cache_dtype='int8'; use auto or xla"):
         int8_engine(model, attention_backend="pallas")
 
 
 def test_what_attends_is_named(engine, small_engine):
     assert engine.runner.attention == "xla, chunks by cpu"
     assert small_engine.runner.attention == "xla"
+
+
+def test_pallas_kernels_give_the_tokens_of_xla(model, stacked_engine, monkeypatch):
+    """The TPU's, interpreted: decode rows, chunks over KV, absorbed and projected prefixes, writes, conversion."""
+    monkeypatch.setattr("apt_jax.attention.prefix.BALANCE_FLOPS_PER_BYTE", 0)
+    monkeypatch.setattr("apt_jax.pallas_kernels.tpu.paging.MAX_CHUNK_TOKENS", 16)
+    engine = int8_engine(model, attention_backend="pallas", block_size=32, num_blocks=100, enable_prefix_caching=False)
+    assert engine.runner.attention == "tpu-interpreted"
+    few = ("kv", "converted", "preempted-hidden"), (0, 3)
+    assert tokens(engine, SEEDED, *few) == tokens(stacked_engine, SEEDED, *few)

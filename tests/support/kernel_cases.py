@@ -8,6 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
+from apt_jax.attention.int8 import encode
+from apt_jax.attention.pool import scale_row
 from apt_jax.cache import CacheKind
 from apt_jax.pallas_kernels.reference import Partial
 
@@ -58,6 +60,21 @@ def make_case(
         jnp.asarray(q, query_dtype), jnp.asarray(q_wide, query_dtype), jnp.asarray(pool, dtype),
         jnp.asarray(tables[0]), jnp.asarray(tables[1]), jnp.asarray(lengths, jnp.int32),
     )  # fmt: skip
+
+
+def coded(pool: jax.Array, groups: int, heads: int) -> tuple[jax.Array, jax.Array]:
+    """An int8 pool of a pool `[P, S, D]`, and its scales: where the pool is NaN, some codes whose scales are NaN.
+
+    Args:
+        groups: of numbers of a token that share a scale: `heads`, or 1 for hidden vectors, whose scale all heads have.
+    """
+    P, S, D = pool.shape
+    is_used = jnp.isfinite(pool.astype(jnp.float32)).all(-1)
+    codes, scales = encode(jnp.where(is_used[..., None], pool, 0).reshape(P * S, D), groups)
+    scales = jnp.where(is_used.reshape(-1, 1), jnp.broadcast_to(scales, (P * S, heads)), jnp.nan)
+    rows = scales.reshape(P, S, heads).swapaxes(1, 2).reshape(P, 1, -1)
+    rows = jnp.pad(rows, ((0, 0), (0, 0), (0, scale_row(S, heads) - S * heads)), constant_values=jnp.nan)
+    return jnp.where(is_used[..., None], codes.reshape(P, S, D), 77).astype(jnp.int8), rows
 
 
 def prefix_arguments(

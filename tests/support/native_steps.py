@@ -97,6 +97,7 @@ def coded(vectors, config, dtype, is_hidden, rng):
     mask = np.repeat(np.tile(is_hidden, L), S)[:, None]
     codes, scales = jax.tree.map(lambda a, b: jnp.where(mask, a, b), whole, by_head)
     row = scale_row(S, heads)
+    scales = scales.reshape(L * P, S, heads).swapaxes(1, 2)
     scales = jnp.pad(scales.reshape(L * P, 1, -1), ((0, 0), (0, 0), (0, row - S * heads)), constant_values=jnp.nan)
     outside = jnp.full((1, 1, 1), 5, jnp.uint32)
     return Pool(codes.reshape(L * P, S, D), scales, jnp.asarray(channels), outside, heads, jnp.dtype(dtype))

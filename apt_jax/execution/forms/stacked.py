@@ -62,7 +62,8 @@ class StackedForm:
             arrays: list[jax.Array], pool: Pool, hidden_blocks: jax.Array, key_blocks: jax.Array,
             value_blocks: jax.Array,
         ) -> Pool:  # fmt: skip
-            return convert_blocks(weights.model(arrays), pool, hidden_blocks, key_blocks, value_blocks, num_blocks)
+            blocks = hidden_blocks, key_blocks, value_blocks
+            return convert_blocks(weights.model(arrays), pool, *blocks, num_blocks, self.kernels)
 
         program = self.compiler.compile(
             f"convert {num_blocks}", convert, weights.outer.arrays, self.arguments.pool(num_blocks), blocks, blocks,
