@@ -33,7 +33,7 @@ class EngineConfig:
     """Share of the device's memory (on a CPU: of the free memory) that the engine may use."""
     cache_mode: CacheMode = "hybrid"
     """What requests cache: keys and values (kv), hidden vectors at half the memory (hidden), or either (hybrid)."""
-    enable_prefix_caching: bool = False
+    enable_prefix_caching: bool = True
     """Keep full cache pages of ended requests, and share them with requests that begin with the same tokens; see
     docs/prefix_caching.md."""
     host_cache_bytes: int = 0

@@ -31,7 +31,7 @@ def contested_problems(policy: str, attention: str, rate: float, num_requests: i
 
     admission.solve_greedy = eviction.solve_greedy = recording
     try:
-        experiment = replace(Experiment(), num_requests=num_requests)
+        experiment = replace(Experiment(enable_prefix_caching=False), num_requests=num_requests)
         experiment.run(policy, "hybrid", attention, rate)  # type: ignore[arg-type]
     finally:
         admission.solve_greedy = eviction.solve_greedy = solve_greedy

@@ -46,12 +46,26 @@ class Serve:
 
         if self.replicas.uses_ray and self.distributed.coordinator_address is not None:
             raise ValueError("--replicas starts its own processes; leave --coordinator-address out")
+        if self.server.snapshot_cache:
+            self._check_snapshot_cache()
         if not join(self.distributed):
             return _follow(self.model, self.load, self.engine)
         return serve(
             *(self.model, self.load, self.server, self.engine, self.replicas, self.ray),
             leader_host=self.distributed.leader_host,
         )
+
+    def _check_snapshot_cache(self) -> None:
+        """Raises ValueError where there are no pages that this process could keep."""
+        if not self.engine.enable_prefix_caching:
+            raise ValueError(
+                "snapshot_cache=True keeps pages of the prefix cache, which is off; use --enable-prefix-caching too"
+            )
+        if self.replicas.uses_ray or self.distributed.coordinator_address is not None:
+            raise ValueError(
+                "snapshot_cache=True needs the whole cache in this process; leave out --replicas and "
+                "--coordinator-address, or --snapshot-cache"
+            )
 
 
 @dataclass(frozen=True)

@@ -114,6 +114,9 @@ class ServerOptions:
     """Seconds that running requests may go on after SIGTERM or SIGINT."""
     snapshot_file: str | None = DEFAULT_SNAPSHOT_FILE
     """File for requests that are still unfinished after that, for --resume-from; None: do not keep them."""
+    snapshot_cache: bool = False
+    """Keep the cached pages of these requests too, in the folder FILE.caches: resumed requests then begin with them
+    instead of computing their prompts again."""
     resume_from: str | None = None
     """Finish the requests in this snapshot file of an earlier run; results go to FILE.results.jsonl."""
     enable_profiler: bool = False
@@ -146,6 +149,8 @@ class ServerOptions:
             raise ValueError(f"shutdown_timeout={self.shutdown_timeout} must be at least 0 seconds")
         if self.max_header_bytes < 1024:
             raise ValueError(f"max_header_bytes={self.max_header_bytes} must be at least 1024")
+        if self.snapshot_cache and self.snapshot_file is None:
+            raise ValueError("snapshot_cache=True keeps pages beside the snapshot; use --snapshot-file too")
         if not all(self.api_key):
             raise ValueError("api_key has an empty key; give at least one character")
 

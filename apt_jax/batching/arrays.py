@@ -65,6 +65,13 @@ class ScoreChunk(NamedTuple):
     requests: tuple[Request, ...]  # whose positions these are, without padding
 
 
+class Known(NamedTuple):
+    """The first tokens of a request that its slot of the device's history lacks, since they came from the cache."""
+
+    slot: int
+    ids: Sequence[int]
+
+
 class Batch(NamedTuple):
     """One iteration's device input, and which request each row that samples is; these rows come first."""
 
@@ -79,3 +86,4 @@ class Batch(NamedTuple):
     chunks: tuple[ScoreChunk, ...] = ()
     pools: bool = False  # whether hidden states of the rows that sample are wanted
     allowed: AllowedTokens | None = None  # the tokens that may be sampled; None: all
+    known: tuple[Known, ...] = ()  # of requests with penalties, which count them

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from apt_jax.batching.arrays import NUM_TABLES, Batch, Rows, Tokens
+from apt_jax.batching.arrays import NUM_TABLES, Batch, Known, Rows, Tokens
 from apt_jax.batching.buckets import Buckets
 from apt_jax.batching.sampling_rows import Sampling, empty_sampling, write_sampling
 from apt_jax.cache import BlockTable, CacheKind, pages_for
@@ -47,10 +47,14 @@ class BatchBuilder:
         slot = np.full(R, self.num_slots, np.int32)
         start, length, last, wanted = (np.zeros(R, np.int32) for _ in range(4))
         kind = np.zeros(R, np.int32)
+        given: list[Known] = []
         at = 0
         for r, span in enumerate(spans):
             request, n = span.request, span.num_tokens
+            is_new = request.table is not self._seated[self._slot_of.get(id(request), 0)]
             slot[r] = self._seat(request)
+            if is_new and span.start and request.params.has_penalties:
+                given.append(Known(int(slot[r]), known_tokens(request, 0, span.start)))
             start[r], length[r], last[r], wanted[r] = span.start, n, at + n - 1, span.samples
             kind[r] = request.table.kind.index  # type: ignore[union-attr]
             row[at : at + n] = r
@@ -74,6 +78,7 @@ class BatchBuilder:
             sample_length=sample_length,
             requests=requests,
             spans=tuple(spans),
+            known=tuple(given),
         )
 
     def _seat(self, request: Request) -> int:

@@ -24,6 +24,7 @@ from apt_jax.engine.step_times import StepTimes
 from apt_jax.engine.text import OutputTexts
 from apt_jax.engine.trials import Trials
 from apt_jax.engine.validation import RequestRules
+from apt_jax.execution.cache.saved_pages import BlockStore, SavedPages
 from apt_jax.execution.interface import StepResults
 from apt_jax.output import DeviceLost, Output, PolicyFailed
 from apt_jax.request import FinishReason, Request, SamplingParams, Slo, Status
@@ -151,6 +152,12 @@ class Engine:
     def longest_step_s(self) -> float:
         """Predicted seconds of the largest iteration that its limits allow."""
         return self.times.longest_s(self.state, self.max_model_len)
+
+    @property
+    def saved_pages(self) -> SavedPages | None:
+        """See `ServingEngine`."""
+        has_pages = self.state.prefixes is not None and isinstance(self.runner, BlockStore)
+        return SavedPages(self.state, self.runner, self.fingerprint) if has_pages else None  # type: ignore[arg-type]
 
     @property
     def trials(self) -> Trials:

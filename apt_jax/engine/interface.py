@@ -13,6 +13,7 @@ from apt_jax.scheduling.costs.cost_model import CostModel
 from apt_jax.scheduling.plan import Plan
 
 if TYPE_CHECKING:
+    from apt_jax.execution.cache.saved_pages import SavedPages
     from apt_jax.tokenization.tokenizer import Tokenizer
 
 
@@ -162,6 +163,10 @@ class ServingEngine(EngineFacts, Protocol):
 
     def renew_policy(self) -> None:
         """Continue with a fresh policy. The engine must be idle."""
+
+    @property
+    def saved_pages(self) -> "SavedPages | None":
+        """Pages of the prefix cache as bytes, between two steps; None without the cache, or over several processes."""
 
     def reset_prefix_cache(self) -> None:
         """Empty the prefix cache. Running requests keep what they hold; nobody finds it any more."""

@@ -242,9 +242,8 @@ def host_tier(
         )
     runner.use_host(slots)
     save_s, restore_s = runner.measure_copies()
-    tier = HostTier(slots)
-    if cost_model.hardware is not GENERIC:  # else nothing is known yet, and copies are quicker than products
-        tier.restores = worth_restoring(cost_model, config.block_size, restore_s)
+    is_known = cost_model.hardware is not GENERIC  # else copies are taken to be quicker than products
+    tier = HostTier(slots, worth_restoring(cost_model, config.block_size, restore_s) if is_known else None)
     kept = ", ".join(kind.spec.label for kind in kinds if tier.restores[kind.index])
     logger.info(
         "host memory: %d blocks, %.2f GB/s from the device and %.2f GB/s to it; pages kept there: %s",

@@ -9,7 +9,7 @@ import numpy as np
 from apt_jax.attention.kinds import KindMix
 from apt_jax.batching.buckets import Buckets
 from apt_jax.batching.builder import BatchBuilder, table_pages
-from apt_jax.cache import BlockPool, Vector, as_cache_dtype
+from apt_jax.cache import Vector, as_cache_dtype
 from apt_jax.engine.calibration import base_model, calibration_path
 from apt_jax.engine.memory import MemoryBudget, host_tier, share_memory
 from apt_jax.engine_config import EngineConfig
@@ -21,7 +21,7 @@ from apt_jax.execution.runner import Runner
 from apt_jax.execution.weights.layout import Weights
 from apt_jax.model_config import ModelConfig
 from apt_jax.scheduling.costs.cost_model import CostModel
-from apt_jax.scheduling.prefix_pool import PrefixPool
+from apt_jax.scheduling.prefix_pool import make_pool
 from apt_jax.scheduling.state import Limits, SchedulerState
 from apt_jax.tokenization.tokenizer import Tokenizer
 
@@ -84,11 +84,10 @@ def set_up(
     runner.allocate(memory.num_blocks, cache_channels(runner, tokenizer, fingerprint) if is_coded else None)
     limits = replace(limits, watermark_blocks=int(WATERMARK * memory.num_blocks))
     cost_model = base_model(runner)
-    pool = BlockPool(memory.num_blocks, config.block_size)
-    if config.enable_prefix_caching:
-        pool = PrefixPool(
-            memory.num_blocks, config.block_size, host=host_tier(runner, config, limits.kinds, cost_model)
-        )
+    pool = make_pool(
+        memory.num_blocks, config.block_size, prefix_caching=config.enable_prefix_caching,
+        host=host_tier(runner, config, limits.kinds, cost_model),
+    )  # fmt: skip
     return EngineSetup(
         model_config=model_config,
         config=config,

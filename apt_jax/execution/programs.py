@@ -67,6 +67,11 @@ class SamplerKey(Key[Compiled]):
 
 
 @dataclass(frozen=True)
+class HistoryKey(Key[Compiled]):
+    """Writes a request's tokens to its slot of the history."""
+
+
+@dataclass(frozen=True)
 class GatherKey(Key[Compiled]):
     """Gathers the rows to score from a step's hidden states."""
 
@@ -138,6 +143,8 @@ class Programs:
                 return self._compile_restore(key.num_blocks, key.count)
             case SamplerKey():
                 return self._compile_sampler(key.rows)
+            case HistoryKey():
+                return self._compile_history()
             case GatherKey():
                 return self._compile_gather(key.bucket)
             case ScorerKey():
@@ -177,6 +184,16 @@ class Programs:
             arguments.sampling(rows), arguments.numbers(rows), arguments.numbers(rows),
             arguments.allowed(rows), donate=(1,),
         )  # fmt: skip
+
+    def _compile_history(self) -> Compiled:
+        def history(_: list[jax.Array], known: jax.Array, slot: jax.Array, ids: jax.Array) -> jax.Array:
+            return known.at[slot[0]].set(ids)
+
+        arguments = self._arguments
+        ids = arguments.numbers(arguments.shapes.max_model_len)
+        return self._compiler.compile(
+            "history", history, [], arguments.history(), arguments.numbers(1), ids, donate=(1,)
+        )
 
     def _compile_gather(self, bucket: Bucket) -> Compiled:
         def gather(_: list[jax.Array], hidden: jax.Array, index: jax.Array) -> jax.Array:

@@ -8,6 +8,7 @@ there is one program per shape. Carried and donated: the cache pool and the toke
 import time
 from collections.abc import Iterator, Sequence
 from itertools import batched
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,18 +22,20 @@ from apt_jax.cache import Projection
 from apt_jax.cpu_kernels.calls import KERNELS as CPU_KERNELS
 from apt_jax.execution.arguments import Arguments, Shapes
 from apt_jax.execution.cache.host_memory import HostMemory
+from apt_jax.execution.cache.saved_pages import digest_of
 from apt_jax.execution.compiler import Compiler, temporary_bytes
 from apt_jax.execution.forms.interface import Form
 from apt_jax.execution.forms.layered import LayeredForm
 from apt_jax.execution.forms.native import NativeForm
 from apt_jax.execution.forms.stacked import StackedForm
 from apt_jax.execution.interface import StepResults
-from apt_jax.execution.pool import block_bytes, empty_pool
+from apt_jax.execution.pool import Block, abstract_block, block_bytes, empty_pool
 from apt_jax.execution.programs import (
     AnyKey,
     ConversionKey,
     GatherKey,
     PoolerKey,
+    HistoryKey,
     Programs,
     RestoreKey,
     SamplerKey,
@@ -72,6 +75,7 @@ class Runner:
         self._last_outside = 0
         self._channels: np.ndarray | None = None
         self._host: HostMemory | None = None
+        self.moves_blocks = False  # whether blocks are read and written, besides those of host memory
         self._every: dict[int, jax.Array] = {}
         self._pool: Pool
         self._history: jax.Array
@@ -176,6 +180,10 @@ class Runner:
         Replaces pool and history.
         """
         arrays = self.weights.outer.arrays
+        for slot, ids in batch.known:
+            row = np.zeros(self.shapes.max_model_len, np.int32)
+            row[: len(ids)] = ids
+            self._history = self.programs[HistoryKey()]([], self._history, np.array([slot], np.int32), row)
         step = self.programs[StepKey(batch.bucket, self.num_blocks)]
         last, self._pool, self._history, every, outside = step(self._pool, self._history, batch.tokens, batch.rows)
         sampled = None
@@ -222,6 +230,32 @@ class Runner:
             padded[:, : part.shape[1]] = part
             self._pool = convert(self._pool, *padded)
 
+    @property
+    def block_shape(self) -> Block:
+        """See `BlockStore`."""
+        return abstract_block(self.arguments.pool(self.num_blocks), self.num_blocks)
+
+    @property
+    def block_form(self) -> dict[str, Any]:
+        """See `BlockStore`: an int8 pool's channels are measured, and its scales lie as its devices do."""
+        return {
+            "dtype": self.dtype.name, "attention": self.attention, "quantization": self.weights.quantization,
+            "devices": self.num_devices, "channels": digest_of(self._channels),
+        }  # fmt: skip
+
+    def read_blocks(self, blocks: Sequence[int]) -> list[Block]:
+        """See `BlockStore`."""
+        found: list[Block] = []
+        for part, _ in _in_parts([(block, 0) for block in blocks]):
+            found += jax.device_get(self.programs[SaveKey(self.num_blocks, len(part))]([], self._pool, part))
+        return found
+
+    def write_blocks(self, blocks: Sequence[int], contents: Sequence[Block]) -> None:
+        """See `BlockStore`."""
+        for part, places in _in_parts([(block, place) for place, block in enumerate(blocks)]):
+            found = tuple(jax.device_put(contents[place], self.arguments.sharding(POOL)) for place in places)
+            self._pool = self.programs[RestoreKey(self.num_blocks, len(part))]([], self._pool, part, found)
+
     def save(self, pairs: Sequence[tuple[int, int]]) -> None:
         """See `StepRunner`."""
         assert self._host is not None
@@ -259,9 +293,10 @@ class Runner:
         yield from map(GatherKey, self.buckets.prefill)
         yield ScorerKey()
         yield PoolerKey()
+        yield HistoryKey()
         if self.shapes.kinds.converts:
             yield ConversionKey(self.num_blocks)
-        if self._host is not None:
+        if self._host is not None or self.moves_blocks:
             for count in (1, MOVED_AT_ONCE):
                 yield from (SaveKey(self.num_blocks, count), RestoreKey(self.num_blocks, count))
 

@@ -146,13 +146,13 @@ class SamplingParams:
 
     @property
     def needs_whole_prompt(self) -> bool:
-        """Whether every token must be run: to score the prompt, or for penalties, which count tokens on the device."""
-        return (
-            self.prompt_logprobs is not None
-            or self.repetition_penalty != 1
-            or self.presence_penalty != 0
-            or self.frequency_penalty != 0
-        )
+        """Whether every token must be run: to score the prompt."""
+        return self.prompt_logprobs is not None
+
+    @property
+    def has_penalties(self) -> bool:
+        """Whether logits depend on which tokens came before, as the device's history has them."""
+        return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
 
     def check_vocabulary(self, vocab_size: int) -> None:
         """Raise ValueError if a token id that is named is not in the vocabulary."""

@@ -42,15 +42,16 @@ class HostTier:
     """Pages in `num_slots` slots.
 
     Attributes:
-        restores: by kind, whether copying a page back is quicker than computing its tokens. Others are not kept.
+        restores: by kind, whether copying a page back is quicker than computing its tokens. Others are not kept. It is
+            for all kinds if nothing is known.
         num_saved, num_restored: blocks copied since the start.
     """
 
-    def __init__(self, num_slots: int):
+    def __init__(self, num_slots: int, restores: Sequence[bool] | None = None):
         if num_slots < 1:
             raise ValueError(f"{num_slots=} must be at least 1")
         self.num_slots = num_slots
-        self.restores = [True] * len(KINDS)
+        self.restores = [True] * len(KINDS) if restores is None else [*restores]
         self.num_saved = self.num_restored = 0
         self._free = list(range(num_slots - 1, -1, -1))
         self._pages: OrderedDict[tuple[int, bytes], HostPage] = OrderedDict()  # used longest ago first

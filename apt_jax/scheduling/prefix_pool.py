@@ -91,12 +91,15 @@ class PrefixPool(BlockPool):
         return (table.num_pages - kept) * table.kind.blocks_per_page
 
     def find(self, request: Request, kind: CacheKind, most_pages: int) -> Sequence[Page | HostPage]:
-        """The pages of `kind` that hold the first tokens of `request`, at most so many. Not to be changed."""
+        """The pages of `kind` that hold the first tokens of `request`, at most so many. Not to be changed.
+
+        What a queued request found is remembered until the table changes.
+        """
         table, host = self._table[kind.index], self.host
         if most_pages <= 0 or not (table or (host is not None and host.num_used)):
             return ()
         place = request.order, kind.index
-        found = self._found.get(place)
+        found = self._found.get(place) if request.order >= 0 else None
         if found is None:
             found = []
             for i in range(most_pages):
@@ -109,7 +112,8 @@ class PrefixPool(BlockPool):
                 found.append(page)
             if len(self._found) >= MOST_FOUND:
                 self._found.clear()
-            self._found[place] = found
+            if request.order >= 0:
+                self._found[place] = found
         return found if len(found) <= most_pages else found[:most_pages]
 
     def share(self, table: BlockTable, pages: Sequence[Page | HostPage]) -> None:
@@ -320,3 +324,9 @@ class PrefixPool(BlockPool):
         for at in range(0, len(data), step):
             hashed.update(data[at : at + step])
             keys.append(hashed.digest())
+
+
+def make_pool(num_blocks: int, block_size: int, *, prefix_caching: bool, host: HostTier | None = None) -> BlockPool:
+    """The block pool of an engine or a simulated instance; `host` keeps what a prefix cache evicts."""
+    assert prefix_caching or host is None, "host memory keeps pages of the prefix cache"
+    return PrefixPool(num_blocks, block_size, host=host) if prefix_caching else BlockPool(num_blocks, block_size)

@@ -66,7 +66,7 @@ class Experiment:
     device_memory_utilization: float | None = None
     num_blocks: int | None = None
     cache_dtype: str = "auto"
-    enable_prefix_caching: bool = False
+    enable_prefix_caching: bool = True
     host_cache_bytes: int = 0
     max_num_queued_reqs: int = 1024
     abandon_after: float | None = None

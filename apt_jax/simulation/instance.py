@@ -58,14 +58,11 @@ class Instance:
         on_plan: Callable[[Plan, float], None] | None = None,
     ):
         self.name = name
-        pool = BlockPool(num_blocks, block_size)
-        if prefix_caching:
-            pool = PrefixPool(num_blocks, block_size, host=HostTier(host_slots) if host_slots else None)
         self.moved_bytes = 0.0
         self._block_bytes = block_bytes(cost_model, block_size)
         self._copy_s = self._block_bytes / cost_model.hardware.host_bytes_per_s / cost_model.devices
-        if isinstance(pool, PrefixPool) and pool.host is not None:
-            pool.host.restores = worth_restoring(cost_model, block_size, self._copy_s)
+        host = HostTier(host_slots, worth_restoring(cost_model, block_size, self._copy_s)) if host_slots else None
+        pool = make_pool(num_blocks, block_size, prefix_caching=prefix_caching, host=host)
         self.state = SimulatedState(pool, limits)
         self.state.least_projected_tokens = least_projected_tokens(cost_model) if prefix_caching else None
         self.samples: list[Sample] = []

@@ -76,8 +76,9 @@ class SimulateArgs:
     """Number of cache blocks; default: as many as fit into the device's memory next to the weights."""
     cache_dtype: str = "auto"
     """Number type of the cache: auto (16 bits), or int8 with its scales, as if all kernels read that."""
-    enable_prefix_caching: bool = False
-    """Keep full cache pages for requests that begin alike; prompts of other workloads than conversations do not."""
+    enable_prefix_caching: bool = True
+    """Keep full cache pages, as the server does: for requests that begin alike, which only those of conversations do,
+    and for preempted ones that come back."""
     host_cache_bytes: int = 0
     """Bytes of host memory of an instance for cached pages that the device has no room for; 0: none."""
     max_num_queued_reqs: int = 1024

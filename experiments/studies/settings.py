@@ -37,7 +37,11 @@ def capped_blocks(model: ModelConfig, block_size: int = 16) -> int:
 
 
 def _on(hardware: str, model: str, num_blocks: int | None = None) -> Experiment:
-    return Experiment(model=model, hardware=hardware, num_blocks=num_blocks, device_memory_utilization=SHARE)
+    """Without the prefix cache: nothing begins alike but conversations, which say for themselves what they keep."""
+    return Experiment(
+        model=model, hardware=hardware, num_blocks=num_blocks, device_memory_utilization=SHARE,
+        enable_prefix_caching=False,
+    )  # fmt: skip
 
 
 SETTINGS = {

@@ -36,7 +36,7 @@ def mean_running(outcome: Outcome) -> float:
 
 def points(duration_s: float, seed: int, rates: tuple[float, ...]) -> list[dict[str, Any]]:
     """One row for each policy and rate."""
-    experiment = Experiment(duration_s=duration_s, seed=seed, num_requests=1)
+    experiment = Experiment(duration_s=duration_s, seed=seed, num_requests=1, enable_prefix_caching=False)
     rows = []
     for policy in POLICIES:
         for rate in rates:

@@ -42,7 +42,8 @@ def create_app(
         if resuming is not None:
             await asyncio.wait([resuming], timeout=STOP_TIMEOUT_S)
             resuming.cancel()
-        await run_in_threadpool(service.backend.stop, STOP_TIMEOUT_S)
+        if not service.options.snapshot_cache:  # else its cache is read first, once the requests are safe
+            await run_in_threadpool(service.backend.stop, STOP_TIMEOUT_S)
         sys.setswitchinterval(interval_s)
         if service.tracing is not None:
             await run_in_threadpool(service.tracing.close)

@@ -13,9 +13,11 @@ from apt_jax.request import OFFLINE_SLO
 from apt_jax.serve.errors import PredictedLate, error_reply
 from apt_jax.serve.http.service import Service
 from apt_jax.serve.http.snapshot import is_of, restore
+from apt_jax.serve.http.snapshot_cache import SnapshotCache
 from apt_jax.serve.http.snapshot_file import read_snapshot, set_damaged_aside, write_snapshot
 from apt_jax.serve.line_file import FileInUse, LineFile, line_of
 from apt_jax.serve.openai.generation import Generation
+from apt_jax.serve.runtime.engine_thread import EngineThread
 from apt_jax.serve.runtime.status import EngineStatus
 
 RETRY_S = 0.2  # until the queue has room again, or another server lets go of the file
@@ -36,14 +38,21 @@ class Resumption:
 
     def __init__(self, path: Path):
         self._path = path.expanduser().absolute()
+        self._caches = SnapshotCache(self._path)
+        self._num_restored = 0  # tokens whose pages were kept beside it
         with contextlib.suppress(OSError):  # then it is refused
             set_damaged_aside(self._path)
         self.results_path = self._path.with_name(f"{path.name}.results.jsonl")
         self._done: set[str] = set()
         self._records: list[dict[str, Any]] = []
-        self._progress: list[dict[str, Any]] = []  # records of what the server's end has interrupted
+        self.progress: list[dict[str, Any]] = []  # records of what the server's end has interrupted
         self._results: LineFile | None = None
         self._is_claimed = self._claim()
+
+    @property
+    def path(self) -> Path:
+        """The snapshot, absolute."""
+        return self._path
 
     async def run(self, service: Service) -> None:
         """Wait for the engine, then finish every request."""
@@ -96,13 +105,15 @@ class Resumption:
         if mine:
             logger.info("resuming %d requests of %s", len(mine), self._path)
             await asyncio.gather(*(self._finish(service, record) for record in mine))
+            if self._num_restored:
+                logger.info("%d tokens of them came from %s", self._num_restored, self._caches.folder)
 
     def _settle(self) -> None:
         """Take out of the snapshot what has a result, and let go of it."""
         assert self._results is not None
         try:
             self._results.sync()
-            left = write_snapshot(self._path, self._progress, done=self._done)
+            left = write_snapshot(self._path, self.progress, done=self._done)
         except (ValueError, OSError) as error:  # results say what is done
             logger.error("%s cannot be brought up to date (%s); it stays as it was", self._path, error)
         else:
@@ -120,6 +131,8 @@ class Resumption:
             if service.is_stopping and not generation.is_whole:
                 return  # it stays in the snapshot
             self._write(generation.request_id, 200, generation.response())
+            if record["id"] in self._done:
+                self._caches.drop(entry["request_id"] for entry in record["samples"])
         except Exception as error:
             if service.is_stopping:
                 return
@@ -128,6 +141,13 @@ class Resumption:
             self._write(record["id"], status, body)
 
     async def _generate(self, service: Service, generation: Generation[Any], samples: list[Any]) -> None:
+        if isinstance(service.backend, EngineThread):
+            restoring = service.backend.call(lambda engine: self._caches.restore(engine, samples))
+            try:
+                found = await asyncio.wrap_future(restoring)
+                self._num_restored += found  # others add to it while this one waits
+            except Exception:
+                logger.exception("the cached pages of %s cannot be used", generation.request_id)
         while True:
             service.check_accepts()
             if service.served_model().engine.config.abandon_after is not None:  # nobody waits for these
@@ -138,7 +158,7 @@ class Resumption:
                 break
             except (QueueFull, PredictedLate):
                 await asyncio.sleep(RETRY_S)
-        with service.generating(generation, group, self._progress.append):
+        with service.generating(generation, group, self.progress.append):
             async for outputs in group:
                 for sample, output in outputs:
                     generation.collect(sample, output)

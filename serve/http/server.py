@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import uvicorn
 from starlette.types import ASGIApp
@@ -20,10 +21,13 @@ from starlette.types import ASGIApp
 from apt_jax.engine.interface import ServingEngine
 from apt_jax.engine_config import EngineConfig
 from apt_jax.scheduling.policies.catalogue import make_policy
-from apt_jax.serve.http.app import create_app
+from apt_jax.serve.errors import EngineFailure, NotReady
+from apt_jax.serve.http.app import STOP_TIMEOUT_S, create_app
 from apt_jax.serve.http.http_protocol import TimedProtocol, timed_protocol
 from apt_jax.serve.http.resume import Resumption
 from apt_jax.serve.http.service import Service
+from apt_jax.serve.http.snapshot import unfinished_samples
+from apt_jax.serve.http.snapshot_cache import SnapshotCache
 from apt_jax.serve.http.snapshot_file import check_snapshot_file, keep_records
 from apt_jax.serve.logs import tell
 from apt_jax.serve.openai.templates.chat_template import read_template
@@ -119,10 +123,10 @@ def serve(
         from apt_jax.serve.runtime.build import build_engine  # imports jax, which takes seconds
 
         start_up.ended("imports")
-        engine = build_engine(
-            model, engine_config=config, on_phase=start_up.ended, leader_host=leader_host, **dataclasses.asdict(load)
-        )
-        return engine
+        return build_engine(
+            model, engine_config=config, on_phase=start_up.ended, leader_host=leader_host,
+            moves_pages=options.snapshot_cache, **dataclasses.asdict(load),
+        )  # fmt: skip
 
     name, url = options.served_model_name or model or DEMO_NAME, url_of(listeners[0])
 
@@ -152,7 +156,13 @@ def serve(
     try:
         run_until_signal(server, listeners, None if isinstance(backend, EngineThread) else backend.update)
     finally:
-        keep_unfinished(service, snapshot)
+        kept_in = keep_unfinished(service, snapshot)
+        if options.snapshot_cache:
+            if kept_in is not None:
+                keep_caches(service, kept_in, service.unfinished_records)
+            if resumption is not None:
+                keep_caches(service, resumption.path, resumption.progress)
+            backend.stop(STOP_TIMEOUT_S)
     if failures:
         report_failure(failures[0])
     if not backend.stop(timeout_s=0):
@@ -188,18 +198,43 @@ def http_config(app: ASGIApp, options: ServerOptions) -> uvicorn.Config:
     )
 
 
-def keep_unfinished(service: Service, file: Path | None) -> None:
-    """Write what the server could not finish to `file`, if one is wanted, or to another one if it must be."""
+def keep_unfinished(service: Service, file: Path | None) -> Path | None:
+    """Write what the server could not finish to `file`, if one is wanted, or to another one if it must be.
+
+    Returns:
+        The file; None if nothing was written.
+    """
     records = service.unfinished_records
     if not records:
-        return
+        return None
     if file is None:
         logger.warning("%d requests were not finished", len(records))
     elif (path := keep_records(file, records)) is not None:
         logger.info("%d unfinished requests are in %s; --resume-from %s finishes them", len(records), path, path)
+        return path
     else:
         ids = ", ".join(record["id"] for record in records)
         logger.error("%d unfinished requests are lost, nothing could be written anywhere: %s", len(records), ids)
+    return None
+
+
+def keep_caches(service: Service, snapshot: Path, records: list[dict[str, Any]]) -> None:
+    """Write the cached pages of unfinished requests beside their snapshot. What is missing is computed again."""
+    samples = [sample for record in records for sample in unfinished_samples(record)]
+    cache = SnapshotCache(snapshot)
+    if not samples or not isinstance(service.backend, EngineThread):
+        return
+    try:
+        kept = service.backend.call(lambda engine: cache.keep(engine, samples)).result()
+    except (NotReady, EngineFailure) as error:
+        logger.warning("the cached pages of unfinished requests are lost: %s", error)
+    except Exception:
+        logger.exception("not all cached pages of unfinished requests could be kept in %s", cache.folder)
+    else:
+        logger.info(
+            "cached pages of %d of %d unfinished samples are in %s: %d tokens, %.1f MiB",
+            *(kept.num_samples, len(samples), cache.folder, kept.num_tokens, kept.num_bytes / 2**20),
+        )
 
 
 def with_environment(options: ServerOptions) -> ServerOptions:

@@ -41,6 +41,11 @@ def restore(record: dict[str, Any], model: ServedModel) -> tuple[Generation[Any]
     return generation, unfinished
 
 
+def unfinished_samples(record: dict[str, Any]) -> list[Sample]:
+    """The samples of a record that remain to be run."""
+    return [_sample(entry) for entry in record["samples"] if entry["finish_reason"] is None]
+
+
 def is_of(record: dict[str, Any], model: ServedModel) -> bool:
     """Whether a record's tokens are those of the served weights; unknown ones are taken for the same."""
     kept, served = record.get("fingerprint"), model.engine.fingerprint

@@ -73,4 +73,4 @@ class EngineView:
 
     async def reset_prefix_cache(self) -> None:
         """By a message to the thread."""
-        self._thread.reset_prefix_cache()
+        self._thread.call(lambda engine: engine.reset_prefix_cache())

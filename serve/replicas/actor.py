@@ -102,7 +102,8 @@ class EngineActor:
                 return await asyncio.to_thread(self._history.of, argument)
             case "reset_prefix_cache":
                 assert self._thread is not None
-                return self._thread.reset_prefix_cache()
+                self._thread.call(lambda engine: engine.reset_prefix_cache())
+                return None
             case "plans":
                 engine = None if self._thread is None else self._thread.engine
                 return [] if engine is None else (await asyncio.to_thread(engine.recent_plans))[-SHOWN_PLANS:]

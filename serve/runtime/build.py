@@ -42,14 +42,15 @@ def build_engine(
     generation_config: str = AUTO,
     on_phase: Callable[[str], None] = lambda phase: None,
     leader_host: str | None = None,
+    moves_pages: bool = False,
 ) -> Engine:
     """Load a model (None: the bundled demo) and its tokenizer and make an engine of them; compiles nothing.
 
     A model folder without a tokenizer gives an engine that takes token ids only. `on_phase` is called with each phase
     that has ended: "kernels", "weights", "tokenizer", "memory". Of several processes (`jax.distributed`) only process
     0 gets an engine; in the others this runs what process 0 runs, and exits when that ends. `leader_host` is where
-    they reach process 0;
-    default: the address of its route to other machines.
+    they reach process 0; default: the address of its route to other machines. With `moves_pages` `Engine.saved_pages`
+    will be used, and `warm_up` compiles what that needs.
 
     Raises:
         ValueError: model or tokenizer cannot be loaded, or do not fit; one sentence with the file, value or flag.
@@ -96,7 +97,10 @@ def build_engine(
         given = ", ".join(f"{name}={value}" for name, value in generation.sampling.items())
         logger.info("requests that do not say otherwise get %s, of its generation_config.json; none of it with "
                     "--generation-config none", given)  # fmt: skip
-    return Engine(setup, text, sampling_defaults=generation.sampling, fingerprint=loaded.fingerprint)
+    engine = Engine(setup, text, sampling_defaults=generation.sampling, fingerprint=loaded.fingerprint)
+    if moves_pages and engine.saved_pages is not None:
+        engine.saved_pages.prepare()
+    return engine
 
 
 def _number_type(loaded: Loaded) -> str:

@@ -11,6 +11,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from functools import partial
 
 from apt_jax.engine.interface import ServingEngine
@@ -19,7 +20,7 @@ from apt_jax.request import OFFLINE_SLO, FinishReason, SamplingParams
 from apt_jax.routing.instance import InstanceLoad
 from apt_jax.serve.errors import EngineFailure, NotReady, PredictedLate
 from apt_jax.serve.runtime.admission import Admission
-from apt_jax.serve.runtime.group import SAMPLES_AT_ONCE, Abort, Active, Command, End, Entry, Group, Mail
+from apt_jax.serve.runtime.group import SAMPLES_AT_ONCE, Abort, Active, Call, Command, End, Entry, Group, Mail, Message
 from apt_jax.serve.runtime.observer import Observer, Stepped
 from apt_jax.serve.runtime.samples import Sample, as_sent, has_broken_slo, record_of
 from apt_jax.serve.runtime.status import EngineStatus, Watchdog, WatchLimits
@@ -57,7 +58,7 @@ class EngineThread:
         self._on_ready = on_ready
         self._on_failure = on_failure
         self._gate = threading.Lock()  # no request enters the inbox once the status says that nobody reads it
-        self._inbox: queue.SimpleQueue[Group | Abort | End | Command] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[Message] = queue.SimpleQueue()
         self._active: dict[str, Active] = {}
         self._cancelled: dict[str, Active] = {}  # until the engine has ended them
         self._entering: deque[Entry] = deque()
@@ -108,8 +109,8 @@ class EngineThread:
         self.enter(group)
         return group
 
-    def enter(self, group: Group) -> None:
-        """`submit` for a caller that has made the group.
+    def enter(self, message: Group | Call) -> None:  # type: ignore[type-arg]
+        """`submit` for a caller that has made the group, or the call.
 
         Raises:
             NotReady: the engine is not (or no longer) ready, or stuck in a step.
@@ -118,7 +119,7 @@ class EngineThread:
             raise NotReady(f"the engine does not answer: {stuck}; try another server, or this one again later")
         with self._gate:
             self.ready_engine()
-            self._inbox.put(group)
+            self._inbox.put(message)
 
     def abort(self, group: Group) -> None:
         """End what is unfinished of a group; nothing more comes for it."""
@@ -142,9 +143,11 @@ class EngineThread:
         """End every request, with finish reason abort."""
         self._inbox.put(Command.ABORT_ALL)
 
-    def reset_prefix_cache(self) -> None:
-        """Empty the prefix cache before the next step; requests accepted later find nothing of before."""
-        self._inbox.put(Command.RESET_PREFIX_CACHE)
+    def call[T](self, work: Callable[[ServingEngine], T]) -> Future[T]:
+        """Have `work` done in the engine's thread between two steps, in the order of groups; raises as `enter`."""
+        call = Call(work)
+        self.enter(call)
+        return call.answer
 
     def stop(self, timeout_s: float) -> bool:
         """End every request and the thread; False if it is still busy (compiling) after `timeout_s`."""
@@ -239,7 +242,7 @@ class EngineThread:
             with self.watchdog.working():
                 self._admit(engine, self._entering.popleft())
 
-    def _obey(self, engine: ServingEngine, command: Group | Abort | End | Command) -> None:
+    def _obey(self, engine: ServingEngine, command: Message) -> None:
         match command:
             case Group():
                 if len(command.samples) > SAMPLES_AT_ONCE:
@@ -259,8 +262,8 @@ class EngineThread:
                     self._admit(engine, entries[0])
                 for sample in group.samples:
                     engine.abort(sample.request_id)  # the next step reports it
-            case Command.RESET_PREFIX_CACHE:
-                engine.reset_prefix_cache()
+            case Call():
+                command.make(engine)
             case Command.ABORT_ALL | Command.STOP:
                 self._stopping |= command is Command.STOP
                 while self._entering:
@@ -383,7 +386,7 @@ class EngineThread:
         self._fail_groups(error)
         while not self._inbox.empty():
             command = self._inbox.get()
-            if isinstance(command, Group):
+            if isinstance(command, Group | Call):
                 self._mail.add(partial(command.fail, error))
 
     def _fail_groups(self, error: Exception) -> None:

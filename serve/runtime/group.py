@@ -8,8 +8,11 @@ import enum
 import logging
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
+from typing import Any
 
+from apt_jax.engine.interface import ServingEngine
 from apt_jax.output import Output, joined
 from apt_jax.request import Request
 from apt_jax.serve.errors import NotReady
@@ -141,8 +144,29 @@ class Command(enum.Enum):
     """What concerns all groups."""
 
     ABORT_ALL = enum.auto()
-    RESET_PREFIX_CACHE = enum.auto()
     STOP = enum.auto()
+
+
+@dataclass(frozen=True)
+class Call[T]:
+    """Something to be done to the engine between two steps; `answer` is what it returns or raises."""
+
+    work: Callable[[ServingEngine], T]
+    answer: Future[T] = field(default_factory=Future)
+
+    def make(self, engine: ServingEngine) -> None:
+        """Do it."""
+        try:
+            self.answer.set_result(self.work(engine))
+        except Exception as error:
+            self.fail(error)
+
+    def fail(self, error: Exception) -> None:
+        """Nobody will do it, because of `error`."""
+        self.answer.set_exception(error)
+
+
+type Message = Group | Abort | End | Call[Any] | Command
 
 
 @dataclass

@@ -328,7 +328,8 @@ def test_a_batch_that_is_killed_goes_on_and_answers_every_line_once_as_http_woul
         over_http = complete(client, **asked)
         in_batch = by_id[f"line-{i}"]["response"]["body"]
         assert [c["text"] for c in in_batch["choices"]] == [c.text for c in over_http.choices]
-        assert in_batch["usage"] == over_http.usage.model_dump(include=set(in_batch["usage"]))
+        counts = {"prompt_tokens", "completion_tokens", "total_tokens"}  # what was cached may differ
+        assert {key: in_batch["usage"][key] for key in counts} == over_http.usage.model_dump(include=counts)
 
 
 def test_llm_gives_what_http_gives(folder, client):

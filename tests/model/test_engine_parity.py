@@ -52,7 +52,10 @@ def test_every_cache_kind_gives_the_greedy_tokens_of_transformers(name, tmp_path
 @pytest.mark.parametrize("mode", ["kv", "hidden", "hybrid"])
 @pytest.mark.parametrize("asynchronous", [False, True])
 def test_fcfs_under_memory_pressure_gives_the_greedy_tokens_of_transformers(mode, asynchronous, tmp_path):
-    """A pool for about two requests: fcfs preempts and, in hybrid mode, mixes kinds and converts."""
+    """A pool for about two requests: fcfs preempts and, in hybrid mode, mixes kinds and converts.
+
+    It converts nothing where preempted requests find their pages again, as they do with the prefix cache.
+    """
     golden = load_golden("pre_norm")
     config = ModelConfig.from_hf(golden.config)
     blocks = {"kv": 36, "hidden": 25, "hybrid": 40}[mode]
@@ -63,6 +66,7 @@ def test_fcfs_under_memory_pressure_gives_the_greedy_tokens_of_transformers(mode
         max_num_seqs=4,
         num_blocks=blocks,
         async_scheduling=asynchronous,
+        enable_prefix_caching=mode != "hybrid",
     )
     requests = run(engine, golden.prompts)
     assert [r.output_token_ids for r in requests] == golden.greedy_tokens

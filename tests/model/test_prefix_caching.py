@@ -11,6 +11,7 @@ from tests.support.engines import Orders
 TEXT = 'def read(file):\n    """Read the file."""\n' * 12
 GREEDY = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
 SEEDED = SamplingParams(temperature=0.9, seed=5, max_tokens=24, ignore_eos=True)
+PENALISED = SamplingParams(temperature=0, repetition_penalty=1.3, frequency_penalty=0.4, max_tokens=24, ignore_eos=True)
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +32,7 @@ def served(engine, prompt: list[int], params: SamplingParams, kind: CacheKind) -
 
 
 @pytest.mark.parametrize("kind", CacheKind)
-@pytest.mark.parametrize("params", [GREEDY, SEEDED], ids=["greedy", "seeded"])
+@pytest.mark.parametrize("params", [GREEDY, SEEDED, PENALISED], ids=["greedy", "seeded", "penalised"])
 def test_turns_of_a_chat_get_the_same_tokens_cold_and_from_the_cache(engine, kind, params):
     prompt = engine.tokenizer.encode(TEXT)
     engine.reset_prefix_cache()

@@ -16,7 +16,9 @@ POLICIES = ("fcfs", "apt", "apt:mixed=off", "sarathi", "mlfq", "vllm-v0", "vllm-
 
 
 def greedy(max_tokens: int) -> SamplingParams:
-    return SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True)
+    """Every third one has a penalty, so that the runner compares the device's history with the tokens."""
+    penalty = 0.5 * (max_tokens % 3 == 0)
+    return SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True, presence_penalty=penalty)
 
 
 def converse(policy: str, mode: str, asynchronous: bool, seed: int, *, cached: bool = True, **options) -> Conversations:

@@ -42,7 +42,8 @@ def test_second_start_loads_every_program_and_gives_the_same_tokens(cache_folder
 
     first = start()
     stored = sorted(cache_folder.iterdir())
-    assert len(stored) == 12  # prefill and decode in three parts, two samplers, gathering, scoring, pooling, conversion
+    # prefill and decode in three parts, two samplers, gathering, scoring, pooling, conversion, tokens that are known
+    assert len(stored) == 13
     compilations = count_compilations()
     monkeypatch.setattr(jax, "jit", None)  # a second start must not even trace
     assert start() == first
@@ -54,7 +55,7 @@ def test_second_start_loads_every_program_and_gives_the_same_tokens(cache_folder
     assert start() == first
     assert "cannot be used" in caplog.text
     start(num_blocks=100)  # another size is another program
-    assert len(list(cache_folder.iterdir())) == 15  # layers of two shapes, conversion
+    assert len(list(cache_folder.iterdir())) == 16  # layers of two shapes, conversion
 
 
 def test_programs_with_kernels_of_ours_are_not_those_without(cache_folder, monkeypatch):

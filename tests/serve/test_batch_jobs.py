@@ -117,7 +117,9 @@ def test_lines_are_answered_in_openai_s_shape(tmp_path):
     assert first["custom_id"] == "one" and first["error"] is None and first["response"]["status_code"] == 200
     body = first["response"]["body"]
     assert body["object"] == "text_completion" and body["choices"][0]["text"] == "bc"
-    assert body["usage"] == {"prompt_tokens": 2, "completion_tokens": 2, "total_tokens": 4}
+    assert body["usage"] == {
+        "prompt_tokens": 2, "completion_tokens": 2, "total_tokens": 4, "prompt_tokens_details": {"cached_tokens": 0},
+    }  # fmt: skip
     assert body["id"] == first["response"]["request_id"]
     assert [c["text"] for c in second["response"]["body"]["choices"]] == ["y", "y", "c", "c"]
 

@@ -7,7 +7,7 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.support.asgi_service import MAX_BODY_BYTES, events_of, run, serving, until
+from tests.support.asgi_service import MAX_BODY_BYTES, NOTHING_CACHED, events_of, run, serving, until
 from tests.support.fake_engine import CharTokenizer, FakeEngine
 
 
@@ -38,7 +38,7 @@ def test_a_completion_in_openai_s_shape():
         "object": "text_completion",
         "model": "tiny",
         "choices": [{"index": 0, "text": "defg", "logprobs": None, "finish_reason": "length"}],
-        "usage": {"prompt_tokens": 4, "completion_tokens": 4, "total_tokens": 8},
+        "usage": {"prompt_tokens": 4, "completion_tokens": 4, "total_tokens": 8} | NOTHING_CACHED,
     }
 
 
@@ -76,7 +76,7 @@ def test_max_tokens_defaults_to_16():
 def test_prompts_and_samples_become_choices_in_order():
     body = exchange({"prompt": ["a", "x"], "n": 2, "max_tokens": 2}).json()
     assert [(c["index"], c["text"]) for c in body["choices"]] == [(0, "bc"), (1, "bc"), (2, "yz"), (3, "yz")]
-    assert body["usage"] == {"prompt_tokens": 4, "completion_tokens": 8, "total_tokens": 12}
+    assert body["usage"] == {"prompt_tokens": 4, "completion_tokens": 8, "total_tokens": 12} | NOTHING_CACHED
 
 
 @pytest.mark.parametrize("prompt", [[97], [[97], [98]]])
@@ -144,7 +144,7 @@ def test_echo_alone_generates_nothing(stream, stop):
         choices = [chunk["choices"][0] for chunk in events_of(reply)]
     else:
         choices = reply.json()["choices"]
-        assert reply.json()["usage"] == {"prompt_tokens": 3, "completion_tokens": 0, "total_tokens": 3}
+        assert reply.json()["usage"] == {"prompt_tokens": 3, "completion_tokens": 0, "total_tokens": 3} | NOTHING_CACHED
     for choice in choices:
         assert (choice["text"], choice["logprobs"], choice["finish_reason"]) == ("ab", PROMPT_LOGPROBS, "length")
     assert len(choices) == 2

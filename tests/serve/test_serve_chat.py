@@ -6,7 +6,7 @@ import pytest
 from apt_jax.serve.errors import BadRequest
 from apt_jax.serve.openai.bodies.requests import bad_request
 from apt_jax.serve.openai.templates.chat_template import read_template
-from tests.support.asgi_service import events_of, run, serving
+from tests.support.asgi_service import NOTHING_CACHED, events_of, run, serving
 from tests.support.fake_engine import EOS, CharTokenizer, FakeEngine
 
 TEMPLATE = (
@@ -42,7 +42,7 @@ def test_a_chat_in_openai_s_shape():
         "object": "chat.completion",
         "model": "tiny",
         "choices": [{"index": 0, "message": message, "logprobs": None, "finish_reason": "length", **ids}],
-        "usage": {"prompt_tokens": 10, "completion_tokens": 3, "total_tokens": 13},
+        "usage": {"prompt_tokens": 10, "completion_tokens": 3, "total_tokens": 13} | NOTHING_CACHED,
     }
 
 

@@ -2,18 +2,23 @@
 
 import http.client
 import json
+import re
 import signal
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from urllib.parse import urlsplit
 
 import httpx
 import pytest
 
 from apt_jax.serve.http.resume import Resumption
+from apt_jax.serve.http.server import keep_caches
 from apt_jax.serve.http.snapshot_file import write_snapshot
 from tests.support.live_server import until
 from tests.support.served_model import NAME, serving, start_server, write_folder
+
+KEPT = re.compile(r"cached pages of \d+ of \d+ unfinished samples are in (.*): (\d+) tokens, ([0-9.]+) MiB")
 
 COMMON = {"ignore_eos": True, "return_token_ids": True, "model": NAME}
 REQUESTS = [
@@ -69,8 +74,10 @@ def close(found, expected):
             )
 
 
-def test_a_stopped_server_s_requests_end_with_the_tokens_of_one_that_was_never_stopped(folder, tmp_path):
-    path = tmp_path / "left.jsonl"
+def test_a_stopped_server_s_requests_end_with_the_tokens_of_one_that_was_never_stopped(folder, tmp_path, caplog):
+    """With the pages that the server had cached of them, and without."""
+    caplog.set_level("INFO", "apt_jax.serve")
+    paths = tmp_path / "left.jsonl", tmp_path / "with caches.jsonl"
     with serving(folder) as server, ThreadPoolExecutor(len(REQUESTS)) as pool:
         whole = [{**body, "stream": False} for _, body in REQUESTS]
         bodies = [ask(server.url, r[0], body).json() for r, body in zip(REQUESTS, whole, strict=True)]
@@ -79,18 +86,35 @@ def test_a_stopped_server_s_requests_end_with_the_tokens_of_one_that_was_never_s
         step = server.engine.step
         server.engine.step = lambda: (time.sleep(0.02), step())[1]
         asked = [pool.submit(ask, server.url, *request) for request in REQUESTS]
-        until(lambda: any(len(r.output_token_ids) > 8 for r in server.engine.state.running))
+        until(lambda: any(len(r.output_token_ids) > 35 for r in server.engine.state.running))
         server.service.is_stopping = True
         server.thread.abort_all()
         replies = [reply.result() for reply in asked]
+        records = server.service.unfinished_records
+        keep_caches(server.service, paths[1], records)
         assert server.is_idle
     assert all(reply.status_code == 200 and '"abort"' in reply.text for reply in replies)
-    records = server.service.unfinished_records
-    assert write_snapshot(path, records) == len(REQUESTS)
-    resumption = Resumption(path)
-    with serving(folder, resumption=resumption) as server:
-        until(lambda: not path.exists())
-        assert server.is_idle
+    (kept,) = [found for text in caplog.messages if (found := KEPT.search(text))]
+    caches, tokens = Path(kept[1]), int(kept[2])
+    assert (
+        caches.is_dir()
+        and tokens > 16
+        and float(kept[3]) == pytest.approx(sum(path.stat().st_size for path in caches.iterdir()) / 2**20, abs=0.1)
+    )
+    for path in paths:
+        assert write_snapshot(path, records) == len(REQUESTS)
+        resumption = Resumption(path)
+        with serving(folder, resumption=resumption, scheduling_policy="fcfs") as server:
+            until(lambda path=path: not path.exists())
+            assert server.is_idle
+            hits = server.engine.figures().prefix_hits
+        check_results(resumption, records, expected)
+        assert (hits >= 16) is (path is paths[1])
+    assert f"tokens of them came from {caches}" in caplog.text and not caches.exists()
+
+
+def check_results(resumption, records, expected):
+    """Each request has the tokens that it was to have."""
     results = {}
     for line in map(json.loads, resumption.results_path.read_text().splitlines()):
         body = line["response"]["body"]

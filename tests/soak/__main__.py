@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.soak.client import Outcome, complete, send_raw
+from tests.soak.conversations import conversations
 from tests.soak.server import Server
 from tests.soak.stalls import stalls
 
@@ -227,7 +228,7 @@ def clock(server: Server, scale: float) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--scale", type=float, default=1.0)
-    parser.add_argument("--only", default="streams,mixed,slow,hostile,stalls,terminated,killed,clock")
+    parser.add_argument("--only", default="streams,mixed,slow,hostile,stalls,terminated,killed,conversations,clock")
     asked, flags = parser.parse_known_args()
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(most, 8192), most))
@@ -243,6 +244,7 @@ def main() -> None:
             str(folder / "left.jsonl"),
             "--resume-from",
             str(folder / "left.jsonl"),
+            "--snapshot-cache",
         ]
         alive: list[Server] = []
 
@@ -275,7 +277,7 @@ def main() -> None:
         try:
             for part in (streams, mixed, slow, hostile, stalls):
                 run(part)
-            for part in (terminated, killed):
+            for part in (terminated, killed, conversations):
                 run(part, start)
             run(clock, clock_jumps=True)
         finally:

@@ -8,13 +8,17 @@ from typing import Any
 
 @dataclass
 class Outcome:
-    """How a request ended: status (0: none came), events, finish reasons, whether the end of the stream was seen."""
+    """How a request ended: status (0: none came), events, finish reasons, whether the end of the stream was seen.
+
+    `raw` is all that came of one that was not streamed.
+    """
 
     status: int = 0
     events: int = 0
     reasons: tuple[str, ...] = ()
     whole: bool = False
     error: str = ""
+    raw: bytes = b""
 
     @property
     def is_definite(self) -> bool:
@@ -51,6 +55,7 @@ async def complete(
                 await asyncio.sleep(pause_s)
         reasons = ("length", "stop", "abort")
         outcome.reasons = tuple(r for r in reasons for _ in range(text.count(f'"finish_reason":"{r}"'.encode())))
+        outcome.raw = b"" if body.get("stream") else text
         outcome.whole = b"data: [DONE]" in text or (outcome.status == 200 and text.rstrip().endswith(b"}"))
     except OSError as error:
         outcome.error = str(error)

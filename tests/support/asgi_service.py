@@ -15,6 +15,7 @@ from apt_jax.serve.runtime.engine_thread import EngineThread
 from apt_jax.serve.runtime.status import EngineStatus
 
 MAX_BODY_BYTES = 4096
+NOTHING_CACHED = {"prompt_tokens_details": {"cached_tokens": 0}}  # in usage
 
 
 def run(main: Callable[[], Coroutine[Any, Any, None]]) -> None:

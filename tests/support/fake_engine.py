@@ -93,6 +93,7 @@ class FakeEngine:
         self.fail_with: Exception | None = None
         self.fails_with: Exception | None = None
         self.longest_step_s, self.idle_s = 0.01, 0.0
+        self.saved_pages = None  # its pages have no contents
         self.num_policies = 1
         self.num_begun = 0  # steps, of which the last may wait to be allowed
         self.num_steps = 0

@@ -77,10 +77,10 @@ class Server:
 
 @contextlib.contextmanager
 def serving(
-    folder: Path, options: ServerOptions | None = None, resumption: Resumption | None = None
+    folder: Path, options: ServerOptions | None = None, resumption: Resumption | None = None, **engine: Any
 ) -> Iterator[Server]:
     """The real application, engine and uvicorn on a free port, in threads of this process."""
-    config = EngineConfig(**engine_options())
+    config = EngineConfig(**engine_options(), **engine)
     thread = EngineThread(lambda: build_engine(str(folder), engine_config=config, load_format="dummy"))
     service = Service.of_engine(thread, NAME, options or ServerOptions())
     with live(service, resumption) as url:

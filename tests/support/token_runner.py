@@ -4,23 +4,25 @@ So a wrong page, one that was overwritten, or one read before it was written, ch
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
 
 import numpy as np
 
 from apt_jax.batching.arrays import Batch
 from apt_jax.batching.buckets import Buckets
 from apt_jax.batching.builder import BatchBuilder, table_pages
-from apt_jax.cache import KINDS, BlockPool, CacheKind, Projection
+from apt_jax.cache import KINDS, CacheKind, Projection
 from apt_jax.engine.engine import Engine
 from apt_jax.engine.setup import EngineSetup
 from apt_jax.engine_config import EngineConfig
 from apt_jax.execution.interface import StepResults
+from apt_jax.execution.pool import Block
 from apt_jax.execution.sampling import Sampled
 from apt_jax.model_config import ModelConfig
 from apt_jax.scheduling.costs.cost_model import CostModel
 from apt_jax.scheduling.costs.hardware import HARDWARE, MODELS
 from apt_jax.scheduling.host_tier import HostTier
-from apt_jax.scheduling.prefix_pool import PrefixPool
+from apt_jax.scheduling.prefix_pool import make_pool
 from apt_jax.scheduling.state import Limits, SchedulerState
 
 VOCABULARY = 97
@@ -49,6 +51,8 @@ class TokenRunner:
 
     num_programs = 1
     num_outside = 0
+    moves_blocks = False
+    block_form: ClassVar[dict[str, Any]] = {"dtype": "token ids"}
 
     def __init__(self, num_blocks: int, block_size: int, slots: int, context: int):
         self._pool_shape, self._history_shape = (num_blocks, block_size), (slots + 1, context + 1)
@@ -64,6 +68,8 @@ class TokenRunner:
 
     def dispatch(self, batch: Batch) -> StepResults:
         size, (tokens, rows) = self.pool.shape[1], (batch.tokens, batch.rows)
+        for slot, ids in batch.known:
+            self.history[slot, : len(ids)] = ids
         for row, number, on_device, position in zip(
             tokens.row, tokens.ids, tokens.on_device, tokens.position, strict=True
         ):
@@ -83,6 +89,8 @@ class TokenRunner:
             ]
             finite[row] = all((cells >= 0).all() and (cells < VOCABULARY).all() for cells in read)
             finite[row] &= all((cells == read[0]).all() for cells in read)
+            if batch.requests[row].params.has_penalties:  # which count the tokens of the history
+                finite[row] &= (self.history[batch.sample_slot[row], :length] == read[0]).all()
             token[row] = next_token(read[0].tolist())
             self.history[batch.sample_slot[row], length] = token[row]
         nothing = np.zeros((count, 1))
@@ -100,6 +108,17 @@ class TokenRunner:
         for slot, block in pairs:
             self._may_fail()
             self.pool[block] = self.host[slot]
+
+    @property
+    def block_shape(self) -> Block:
+        return Block(self.pool[0])
+
+    def read_blocks(self, blocks: Sequence[int]) -> list[Block]:
+        return [Block(self.pool[block].copy()) for block in blocks]
+
+    def write_blocks(self, blocks: Sequence[int], contents: Sequence[Block]) -> None:
+        for block, content in zip(blocks, contents, strict=True):
+            self.pool[block] = content.numbers
 
     def _may_fail(self) -> None:
         if self.failing_copies():
@@ -123,14 +142,12 @@ def make_engine(num_blocks: int, **options) -> Engine:
     buckets = Buckets(max_num_seqs=limits.max_num_seqs, max_num_batched_tokens=limits.max_num_batched_tokens)
     runner = TokenRunner(num_blocks, config.block_size, limits.max_num_seqs, config.max_model_len)
     pages = table_pages(config.max_model_len, config.block_size, 1)
-    pool = BlockPool(num_blocks, config.block_size)
-    if config.enable_prefix_caching:
-        host = HostTier(config.host_cache_bytes) if config.host_cache_bytes else None
-        pool = PrefixPool(num_blocks, config.block_size, host=host)
+    host = HostTier(config.host_cache_bytes) if config.host_cache_bytes else None
+    pool = make_pool(num_blocks, config.block_size, prefix_caching=config.enable_prefix_caching, host=host)
     setup = EngineSetup(
         model_config=ModelConfig(vocab_size=VOCABULARY, max_position_embeddings=96, eos_token_ids=()), config=config,
         runner=runner, builder=BatchBuilder(buckets, num_slots=limits.max_num_seqs, table_pages=pages),
         state=SchedulerState(pool, limits), memory=None, cost_model=CostModel(MODELS["opt-125m"], HARDWARE["h200"]),
         calibration_file=None, attention="none", dtype=np.dtype(np.float32),
     )  # fmt: skip
-    return Engine(setup)
+    return Engine(setup, fingerprint=f"{VOCABULARY} tokens")

@@ -21,6 +21,7 @@ WRITERS = {
     "checkpoints/demo_training/state.py": "a draft that takes the file's place",
     "pallas_kernels/bench/decode_steps.py": "into a temporary folder",
     "pallas_kernels/bench/kernel_parts.py": "into a temporary folder",
+    "serve/http/snapshot_cache.py": "each page has its digest",
 }
 
 # What reads without `read_file`, with the reason.
@@ -40,6 +41,7 @@ READERS = {
     "pallas_kernels/bench/kernel_parts.py": "written just before",
     "serve/batch/batch_file.py": "`readable_twice` looks what it is: a pipe may be waited for",
     "serve/http/routes/dashboard.py": "of the package",
+    "serve/http/snapshot_cache.py": "`check_file` looks what it is: a page at a time",
     "serve/http/snapshot_file.py": "looks what it is",
 }
 

@@ -67,9 +67,12 @@ class SimulatedState(SchedulerState):
             self._orders = None
         newcomers = [] if self.prefixes is None else [e.request for e in plan.scheduled if e.request.table is None]
         self._clear(plan, now)
+        uncached: set[Request] = set()  # admitted, of whom everything is to be computed
         for request in newcomers:  # admitted before anything else; one token may be all that is not cached
             self._orders = None
             self._note_table(request)
+            if not request.num_computed_tokens:
+                uncached.add(request)
         if plan is self._plan and self._orders is not None and len(plan.scheduled) == len(self._orders):
             decoded, self._sampling = self._decode_all(self._orders)  # once more
             return decoded
@@ -80,7 +83,7 @@ class SimulatedState(SchedulerState):
         spans: list[Span] = []
         for entry in plan.scheduled:
             request = cast(SimulatedRequest, entry[0])
-            if entry[1] == 1 and request.table is not None:
+            if entry[1] == 1 and request.table is not None and request not in uncached:
                 decoders.append(request)
                 continue
             if request.table is None:

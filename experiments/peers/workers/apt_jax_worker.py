@@ -14,7 +14,8 @@ def open_peer(folder: str, dtype: str, options: dict[str, Any]) -> Generate:
     from apt_jax.serve.runtime.driver import Driver
 
     numbers = {"dtype": "bfloat16", "quantization": "int8-dynamic"} if dtype == "int8" else {"dtype": dtype}
-    config = EngineConfig(**{**numbers, "max_num_seqs": 32, **options["engine"]})
+    alike = {"max_num_seqs": 32, "enable_prefix_caching": False}  # as with other peers: rounds repeat their prompts
+    config = EngineConfig(**{**numbers, **alike, **options["engine"]})
     engine = open_engine(folder, LoadOptions(load_format="dummy" if options["dummy"] else "auto"), config)
     engine.warm_up()
 
