@@ -3,6 +3,7 @@
 Shape letters: T token slots of the bucket, R row slots, W pages per table.
 """
 
+from collections.abc import Sequence
 from functools import reduce
 from operator import or_
 from typing import Any, NamedTuple

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import cast
 
-from apt_jax.cache import BlockPool, per_kind
+from apt_jax.cache import per_kind
 from apt_jax.request import Status
 from apt_jax.routing.instance import InstanceLoad, instance_load
 from apt_jax.scheduling.costs.cost_model import CostModel, block_bytes
@@ -17,7 +17,7 @@ from apt_jax.scheduling.idling import Idling
 from apt_jax.scheduling.length import LengthPredictor
 from apt_jax.scheduling.plan import Plan, Reason
 from apt_jax.scheduling.policies.interface import Policy, Repeat, Repeating
-from apt_jax.scheduling.prefix_pool import PrefixPool
+from apt_jax.scheduling.prefix_pool import make_pool
 from apt_jax.scheduling.state import Limits
 from apt_jax.simulation.requests.columns import SimulatedRequest
 from apt_jax.simulation.requests.state import SimulatedState

@@ -23,7 +23,7 @@ def prompt_tokens_details(requests: Iterable[Request | None]) -> dict[str, Promp
 
 
 class Usage(TypedDict):
-    """Tokens: each prompt counts once, every sample's tokens count. Details come with --enable-prefix-caching."""
+    """Tokens: each prompt counts once, every sample's tokens count. Details come with the prefix cache."""
 
     prompt_tokens: int
     completion_tokens: int

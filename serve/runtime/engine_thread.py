@@ -109,7 +109,7 @@ class EngineThread:
         self.enter(group)
         return group
 
-    def enter(self, message: Group | Call) -> None:  # type: ignore[type-arg]
+    def enter(self, message: Group | Call) -> None:
         """`submit` for a caller that has made the group, or the call.
 
         Raises:

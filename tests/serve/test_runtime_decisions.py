@@ -237,10 +237,11 @@ def test_further_samples_have_seeds_of_64_bits_that_never_change():
 
 
 @pytest.mark.parametrize("status", EngineStatus)
-def test_health_is_looked_at_again_and_again_until_the_engine_has_ended(status):
+def test_health_is_looked_at_again_and_again_until_the_engine_has_ended(status, monkeypatch):
     thread, looks = EngineThread(FakeEngine), []
     thread.watchdog = SimpleNamespace(report=lambda: looks.append("looked"))
-    thread._loop = SimpleNamespace(call_later=lambda seconds, look: looks.append((seconds, look)))
+    loop = SimpleNamespace(call_later=lambda seconds, look: looks.append((seconds, look)))
+    monkeypatch.setattr("asyncio.get_running_loop", lambda: loop)
     thread.status = status
     thread._report_health()
     ended = status in (EngineStatus.FAILED, EngineStatus.STOPPED)

@@ -73,4 +73,4 @@ def test_conversations_find_more_with_host_memory(mode, num_blocks):
 
 def test_options_that_make_no_sense():
     with pytest.raises(ValueError, match="which is off; use --enable-prefix-caching too"):
-        SimulateArgs(host_cache_bytes=1)
+        SimulateArgs(host_cache_bytes=1, enable_prefix_caching=False)

@@ -259,8 +259,8 @@ def test_engine_and_simulator_make_the_same_plans(policy):
         while coming and coming[0][1].arrival_s <= runner.now:
             index, arrival = coming.pop(0)
             engine.add(
-                [5 + index, *[4] * (arrival.prompt_tokens - 1)], SamplingParams(max_tokens=None), request_id=f"r{index}",
-                arrival_s=arrival.arrival_s,
+                [5 + index, *[4] * (arrival.prompt_tokens - 1)], SamplingParams(max_tokens=None),
+                request_id=f"r{index}", arrival_s=arrival.arrival_s,
             )  # fmt: skip
         if not engine.has_unfinished:
             runner.now = coming[0][1].arrival_s
