@@ -108,13 +108,6 @@ class Engine:
         self.state.least_projected_tokens = least_projected_tokens(setup.cost_model)
         self.last_plan = Plan()
         self._counts = _Counts()
-        self._cache_config = {
-            "block_size": str(self.config.block_size),
-            "cache_dtype": setup.config.dtype if setup.config.cache_dtype == "auto" else setup.config.cache_dtype,
-            "cache_mode": self.config.cache_mode,
-            "enable_prefix_caching": str(self.config.enable_prefix_caching),
-            "num_gpu_blocks": str(self.state.pool.num_blocks),
-        }
         self._clock = clock
         self._depth = 1 if self.config.async_scheduling else 0
         self._inflight: deque[_Flight] = deque()
@@ -263,7 +256,7 @@ class Engine:
             cost_model=self.times.fitted_model,
             prefix_queries=self.state.prefix_queries,
             prefix_hits=self.state.prefix_hits,
-            cache_config=self._cache_config,
+            cache_config=self.setup.cache_config,
             weights={"dtype": str(self.setup.dtype), "quantization": self.config.quantization or "none"},
             num_outside_range=self.runner.num_outside - self._counts.outside_before,
             **self.state.host_figures(),

@@ -2,6 +2,7 @@
 
 import logging
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -53,6 +54,18 @@ class EngineSetup:
     calibration_file: Path | None
     attention: str
     dtype: np.dtype
+
+    @cached_property
+    def cache_config(self) -> dict[str, str]:
+        """How the cache is set up, in vLLM's names."""
+        config = self.config
+        return {
+            "block_size": str(config.block_size),
+            "cache_dtype": config.dtype if config.cache_dtype == "auto" else config.cache_dtype,
+            "cache_mode": config.cache_mode,
+            "enable_prefix_caching": str(config.enable_prefix_caching),
+            "num_gpu_blocks": str(self.state.pool.num_blocks),
+        }
 
 
 def set_up(

@@ -156,7 +156,7 @@ def test_effective_throughput_between_measured_rates(points, rate):
 
 @pytest.mark.parametrize(
     ("change", "message"),
-    [({"policies": "fcfs,lifo"}, "known: apt"), ({"cache_modes": "kv,both"}, "known: kv, hidden"),
+    [({"policies": "fcfs,lifo"}, "known: .*apt"), ({"cache_modes": "kv,both"}, "known: kv, hidden"),
      ({"hardware": "a100"}, "a100-40gb"), ({"rate": "1,fast"}, "numbers"), ({"rate": "0"}, "greater than 1e-06"),
      ({"effective_throughput": "90"}, "at most 1"), ({"model": "opt-7b"}, "opt-6.7b")],
 )  # fmt: skip
