@@ -46,7 +46,9 @@ class EngineConfig:
     """Number type of the weights: none (that of --dtype), int8 (half of 16 bits, multiplied in --dtype) or int8-dynamic
     (activations are multiplied as 8-bit integers too); default: as they are stored. See docs/quantization.md."""
     scheduling_policy: str = "apt"
-    """Scheduling policy, or MODULE:CLASS of your own, with options as NAME:option=value; see docs/scheduling."""
+    """Scheduling policy: alise, apt, apt-paper, edf, fastserve, fastswitch, fcfs, mlfq, nested-wait, priority, random,
+    sarathi, semi-pd, sjf, vllm-v0, vllm-v1, wait; or MODULE:CLASS of your own; with options as NAME:option=value. See
+    docs/scheduling."""
     ttft_slo_ms: float = 1000.0
     """Default SLO for the time to the first token, in milliseconds."""
     tbt_slo_ms: float = 1000.0

@@ -14,6 +14,7 @@ from apt_jax import __version__
 from apt_jax.engine_config import EngineConfig
 from apt_jax.files import reason_of
 from apt_jax.flags.reader import parse
+from apt_jax.flags.sources import flags_of, with_sources
 from apt_jax.pallas_kernels.bench import kernels
 from apt_jax.serve.bench.offline.options import BenchLatency, BenchThroughput
 from apt_jax.serve.bench.serving.options import BenchServe
@@ -23,7 +24,17 @@ from apt_jax.serve.options import DEMO_NAME, DistributedOptions, LoadOptions, Mo
 from apt_jax.serve.replicas.options import RayBatchOptions, RayOptions, ReplicaOptions
 from apt_jax.simulation.options import SimulateArgs
 
-OTHER_SPELLINGS = {"--kv-cache-dtype": "--cache-dtype"}
+OTHER_SPELLINGS = {  # vLLM's, where they differ
+    "--disable-uvicorn-access-log": "--no-access-log",
+    "--enable-log-requests": "--log-requests",
+    "--gpu-memory-utilization": "--device-memory-utilization",
+    "--kv-cache-dtype": "--cache-dtype",
+    "--kv-cache-memory-bytes": "--cache-memory-bytes",
+    "--num-gpu-blocks-override": "--num-blocks",
+    "--tp": "--tensor-parallel-size",
+    "-tp": "--tensor-parallel-size",
+    "--uvicorn-log-level": "--log-level",
+}
 
 
 @dataclass(frozen=True)
@@ -32,6 +43,8 @@ class Serve:
 
     model: Model = None
     """Hub id, Hugging Face folder or converted folder; default: the bundled demo model."""
+    config: str | None = None
+    """YAML file with flags, NAME: VALUE; those given here or as APT_JAX_NAME in the environment override it."""
     server: OmitArgPrefixes[ServerOptions] = field(default_factory=ServerOptions)
     replicas: OmitArgPrefixes[ReplicaOptions] = field(default_factory=ReplicaOptions)
     ray: OmitArgPrefixes[RayOptions] = field(default_factory=RayOptions)
@@ -78,6 +91,8 @@ class RunBatch:
     """File of results, in order of completion; requests that are answered in it are skipped."""
     model: Model = None
     """Hub id, Hugging Face folder or converted folder; default: the bundled demo model."""
+    config: str | None = None
+    """YAML file with flags, NAME: VALUE; those given here or as APT_JAX_NAME in the environment override it."""
     served_model_name: str | None = None
     """Name of the model in the lines; default: MODEL as given."""
     chat_template: str | None = None
@@ -214,6 +229,19 @@ def with_own_spelling(arguments: list[str]) -> list[str]:
     return [OTHER_SPELLINGS.get(name.replace("_", "-"), name) + equals + value for name, equals, value in pairs]
 
 
+def with_model_first(arguments: list[str], kind: type) -> list[str]:
+    """The arguments with vLLM's `--model MODEL` as what it is in most commands, a word without a flag."""
+    model = flags_of(kind).get("model")
+    if model is None or not model.is_word:
+        return arguments
+    for at, argument in enumerate(arguments):
+        name, equals, value = argument.partition("=")
+        if name == "--model" and (equals or at + 1 < len(arguments)):
+            rest = arguments[at + (1 if equals else 2) :]
+            return [value if equals else arguments[at + 1], *arguments[:at], *rest]
+    return arguments
+
+
 def _with_host_cache_bytes(arguments: list[str]) -> list[str]:
     """The arguments with `--kv-offloading-size`, which is in GiB, as `--host-cache-bytes`."""
     found: list[str] = []
@@ -248,7 +276,11 @@ def read_command(arguments: list[str]) -> Any:
     for name, kind in COMMANDS.items():
         words = name.split()
         if arguments[: len(words)] == words:
-            command: Any = parse(kind, f"apt-jax {name}", arguments[len(words) :])
+            own = arguments[len(words) :]
+            if kind is not Bench:
+                own = with_model_first(own, kind)
+                own = with_sources(own, kind, os.environ, lambda flag: OTHER_SPELLINGS.get(flag, flag))
+            command: Any = parse(kind, f"apt-jax {name}", own)
             return Bench(command) if len(words) > 1 else command
     return parse(AptJax, "apt-jax", arguments).command
 
@@ -270,7 +302,10 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(0)
     try:
         command = read_command(with_own_spelling(arguments))
-        set_up_logs(command.server.log_format if isinstance(command, Serve) else "text")
+        if isinstance(command, Serve):
+            set_up_logs(command.server.log_format, command.server.log_level)
+        else:
+            set_up_logs()
         if not isinstance(command, Serve):
             check_standard_output()
         code = command.run()

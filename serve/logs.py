@@ -4,6 +4,7 @@ import json
 import logging
 import re
 import sys
+from datetime import datetime
 from typing import Any, Literal
 
 from apt_jax.progress import turn_off
@@ -13,6 +14,12 @@ BREAKS = re.compile("[\\x00-\\x09\\x0b-\\x1f\\x7f-\\x9f\\u2028\\u2029]")  # some
 CONTINUED = "\n    "  # a line that does not begin with a time is no record of its own
 
 LogFormat = Literal["text", "json"]
+LogLevel = Literal["debug", "info", "warning", "error"]
+
+
+def time_of(record: logging.LogRecord) -> str:
+    """Local time with its offset from UTC, as ISO 8601 has it."""
+    return datetime.fromtimestamp(record.created).astimezone().isoformat(timespec="milliseconds")
 
 
 class JsonFormatter(logging.Formatter):
@@ -21,7 +28,7 @@ class JsonFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         """Render a record."""
         shown: dict[str, Any] = {
-            "time": self.formatTime(record, "%Y-%m-%dT%H:%M:%S") + f".{int(record.msecs):03d}",
+            "time": time_of(record),
             "level": record.levelname,
             "logger": record.name,
             "message": record.getMessage(),
@@ -38,6 +45,10 @@ class TextFormatter(logging.Formatter):
     def __init__(self) -> None:
         super().__init__("%(asctime)s %(levelname)s %(name)s: %(message)s")
 
+    def formatTime(self, record: logging.LogRecord, datefmt: str | None = None) -> str:
+        """With the time zone."""
+        return time_of(record)
+
     def formatMessage(self, record: logging.LogRecord) -> str:
         """Render what comes before a traceback."""
         fields = "".join(f" {name}={_plain(value)}" for name, value in getattr(record, "fields", {}).items())
@@ -48,15 +59,16 @@ class TextFormatter(logging.Formatter):
         return BREAKS.sub(_escaped, "    " + super().formatException(ei).replace("\n", CONTINUED))
 
 
-def set_up_logs(log_format: LogFormat = "text") -> None:
-    """Send all logs to standard error."""
+def set_up_logs(log_format: LogFormat = "text", level: LogLevel = "info") -> None:
+    """Send all logs of `level` and above to standard error; of other libraries warnings and errors."""
     if log_format == "json":
         turn_off()
         logging.captureWarnings(True)
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonFormatter() if log_format == "json" else TextFormatter())
-    logging.basicConfig(level=logging.WARNING, handlers=[handler])  # of other libraries
-    logging.getLogger("apt_jax").setLevel(logging.INFO)
+    own = logging.getLevelNamesMapping()[level.upper()]
+    logging.basicConfig(level=max(logging.WARNING, own), handlers=[handler])  # of other libraries
+    logging.getLogger("apt_jax").setLevel(own)
 
 
 def tell(error: object) -> None:

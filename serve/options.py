@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from tyro.conf import Positional, UseAppendAction, arg
 
 from apt_jax.ranges import check_at_least, check_finite, check_greater
+from apt_jax.serve.logs import LogLevel
 
 DEMO_NAME = "apt-jax-demo"  # of the bundled model in the API
 DEFAULT_MAX_BODY_BYTES = 4 * 2**20
@@ -80,7 +81,17 @@ class ServerOptions:
     port: int = 8000
     """Port to listen on; 0: any free port."""
     served_model_name: str | None = None
-    """Name of the model in the API; default: MODEL as given."""
+    """Name of the model in the API, or several by commas, of which answers have the first; default: MODEL as given."""
+    root_path: str = ""
+    """Path below which a proxy serves this, such as /llm."""
+    ssl_keyfile: str | None = None
+    """File with the private key (PEM) to serve https with."""
+    ssl_certfile: str | None = None
+    """File with the certificate (PEM), and those that it was signed by."""
+    ssl_ca_certs: str | None = None
+    """File with certificates (PEM) that those of clients must be signed by."""
+    ssl_cert_reqs: Literal[0, 1, 2] = 0
+    """Whether clients need a certificate; 0: no, 1: it is checked if they have one, 2: yes."""
     max_body_bytes: int = DEFAULT_MAX_BODY_BYTES
     """Maximum size of a request body in bytes; a larger one gets 413."""
 
@@ -125,6 +136,10 @@ class ServerOptions:
     """Folder for the recordings of --enable-profiler."""
     otlp_traces_endpoint: str | None = None
     """OpenTelemetry collector for a span per request, such as http://127.0.0.1:4318/v1/traces."""
+    access_log: bool = True
+    """Write a line to the log for each request."""
+    log_level: LogLevel = "info"
+    """Least level of log lines."""
     log_requests: bool = False
     """Write prompts and sampling fields to the log."""
     log_format: Literal["text", "json"] = "text"
@@ -132,6 +147,12 @@ class ServerOptions:
 
     def __post_init__(self) -> None:
         check_finite(self)
+        if (self.ssl_keyfile or self.ssl_ca_certs) and not self.ssl_certfile:
+            raise ValueError("ssl_keyfile and ssl_ca_certs need --ssl-certfile, the server's certificate")
+        if self.ssl_cert_reqs and not self.ssl_ca_certs:
+            raise ValueError(f"ssl_cert_reqs={self.ssl_cert_reqs} needs --ssl-ca-certs, to check certificates with")
+        if self.root_path and not (self.root_path.startswith("/") and not self.root_path.endswith("/")):
+            raise ValueError(f"root_path={self.root_path!r} must begin with / and not end with it, such as /llm")
         for name in ("allowed_origins", "allowed_hosts"):
             object.__setattr__(self, name, listed(name, getattr(self, name)))
         if not 0 <= self.port <= 65535:
@@ -153,6 +174,16 @@ class ServerOptions:
             raise ValueError("snapshot_cache=True keeps pages beside the snapshot; use --snapshot-file too")
         if not all(self.api_key):
             raise ValueError("api_key has an empty key; give at least one character")
+
+    def served_names(self, model: str | None) -> tuple[str, ...]:
+        """Names of the model in the API.
+
+        Raises:
+            ValueError: one is empty.
+        """
+        if self.served_model_name is None:
+            return (model or DEMO_NAME,)
+        return listed("served_model_name", (self.served_model_name,))
 
     @property
     def checks_host(self) -> bool:

@@ -14,7 +14,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 
 from apt_jax.serve.errors import CLIENT_CLOSED_REQUEST, ERROR_REPLIES, error_body, error_reply, reason_of
-from apt_jax.serve.http.middleware import ApiKeys, HeaderLimit, Hosts, RequestIds, Unforeseen
+from apt_jax.serve.http.middleware import ApiKeys, HeaderLimit, Hosts, RequestIds, RootPath, Unforeseen, route_of
 from apt_jax.serve.http.resume import Resumption
 from apt_jax.serve.http.routes.route import RouteSpec
 from apt_jax.serve.http.routes.table import ROUTES
@@ -51,7 +51,8 @@ def create_app(
     options = service.options
     probes = {route.path for route in routes if route.is_probe}
     generating = {route.path for route in routes if route.is_generation}
-    middleware = [Middleware(RequestIds, probes), Middleware(Unforeseen)]
+    middleware = [Middleware(RootPath, options.root_path)] if options.root_path else []
+    middleware += [Middleware(RequestIds, probes if options.access_log else None), Middleware(Unforeseen)]
     middleware.append(Middleware(HeaderLimit, options.max_header_bytes))
     if options.checks_host:
         middleware.append(Middleware(Hosts, options.own_hosts, loopback_only=not options.allowed_hosts))
@@ -71,7 +72,7 @@ def create_app(
 
     async def error(http: Request, error: Exception) -> Response:
         status, body, headers = error_reply(error)
-        if http.url.path in generating and (reason := reason_of(error)) is not None:
+        if route_of(http.scope) in generating and (reason := reason_of(error)) is not None:
             service.refused(reason)
         return JSONResponse(body, status, headers)
 

@@ -25,10 +25,10 @@ access = logging.getLogger("apt_jax.access")
 class RequestIds:
     """Gives every request an id, its client's `x-request-id` or a new one, sends it back, and logs the request.
 
-    Requests for one of `unlogged_paths` get no line in the access log.
+    Requests for one of `unlogged_paths` get no line in the access log; None is all.
     """
 
-    def __init__(self, app: ASGIApp, unlogged_paths: Collection[str]):
+    def __init__(self, app: ASGIApp, unlogged_paths: Collection[str] | None):
         self._app = app
         self._unlogged_paths = unlogged_paths
 
@@ -53,7 +53,7 @@ class RequestIds:
         try:
             await self._app(scope, receive, send_with_id)
         finally:
-            if route_of(scope) not in self._unlogged_paths:
+            if self._unlogged_paths is not None and route_of(scope) not in self._unlogged_paths:
                 fields = {
                     "method": scope["method"],
                     "path": scope["path"],
@@ -64,6 +64,22 @@ class RequestIds:
                     "request_id": request_id,
                 }
                 access.info("request", extra={"fields": fields})
+
+
+class RootPath:
+    """Serves below `root`, whether the proxy in front takes that away or leaves it."""
+
+    def __init__(self, app: ASGIApp, root: str):
+        self._app = app
+        self._root = root
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handle one connection."""
+        if scope["type"] == "http":
+            path = scope["path"]
+            below = path if path.startswith(f"{self._root}/") else self._root + path
+            scope = {**scope, "root_path": self._root, "path": below}
+        await self._app(scope, receive, send)
 
 
 class Unforeseen:

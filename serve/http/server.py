@@ -31,7 +31,7 @@ from apt_jax.serve.http.snapshot_cache import SnapshotCache
 from apt_jax.serve.http.snapshot_file import check_snapshot_file, keep_records
 from apt_jax.serve.logs import tell
 from apt_jax.serve.openai.templates.chat_template import read_template
-from apt_jax.serve.options import DEMO_NAME, LoadOptions, ServerOptions
+from apt_jax.serve.options import LoadOptions, ServerOptions
 from apt_jax.serve.replicas.backend import ReplicaBackend
 from apt_jax.serve.replicas.messages import EngineSpec
 from apt_jax.serve.replicas.options import RayOptions, ReplicaOptions
@@ -128,7 +128,7 @@ def serve(
             moves_pages=options.snapshot_cache, **dataclasses.asdict(load),
         )  # fmt: skip
 
-    name, url = options.served_model_name or model or DEMO_NAME, url_of(listeners[0])
+    (name, *others), url = options.served_names(model), url_of(listeners[0], https=options.ssl_certfile is not None)
 
     def ready(seconds: float) -> None:
         if isinstance(backend, EngineThread):
@@ -148,7 +148,7 @@ def serve(
     else:
         backend = EngineThread(make_engine, ready, fail)
         service = Service.of_engine(backend, name, with_environment(options))
-    service.chat_template = template
+    service.chat_template, service.other_names = template, tuple(others)
     app = create_app(service, resumption)
     server = Server(http_config(app, options), service)
     logging.getLogger("uvicorn.error").setLevel(logging.WARNING)  # its milestones are told here
@@ -192,6 +192,10 @@ def http_config(app: ASGIApp, options: ServerOptions) -> uvicorn.Config:
         h11_max_incomplete_event_size=options.max_header_bytes,
         ws="none",
         log_config=None,
+        ssl_keyfile=options.ssl_keyfile,
+        ssl_certfile=options.ssl_certfile,
+        ssl_ca_certs=options.ssl_ca_certs,
+        ssl_cert_reqs=options.ssl_cert_reqs,
         access_log=False,  # the application's own has more
         lifespan="on",
         timeout_graceful_shutdown=math.ceil(options.shutdown_timeout + FLUSH_S),
@@ -326,7 +330,8 @@ def listen(host: str, port: int) -> socket.socket:
     return listener
 
 
-def url_of(listener: socket.socket) -> str:
+def url_of(listener: socket.socket, https: bool = False) -> str:
     """`http://HOST:PORT` of a bound socket."""
     host, port = listener.getsockname()[:2]
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    shown = f"[{host}]" if ":" in host else host
+    return f"{'https' if https else 'http'}://{shown}:{port}"

@@ -37,6 +37,7 @@ class Service:
         self.model_name = model_name
         self.options = options
         self.chat_template: str | None = None
+        self.other_names: tuple[str, ...] = ()  # that bodies may call the model by
         self.created = int(time.time())
         self.view = view
         self.metrics, self.recent = view.metrics, Recent()
@@ -68,13 +69,18 @@ class Service:
             return "stopping" if self.is_stopping else status.value
         return "unhealthy"
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All names of the model."""
+        return (self.model_name, *self.other_names)
+
     def served_model(self) -> ServedModel:
         """What bodies are checked against.
 
         Raises:
             NotReady: the engine is not ready.
         """
-        return ServedModel(self.backend.ready_engine(), self.model_name, self.chat_template)
+        return ServedModel(self.backend.ready_engine(), self.model_name, self.chat_template, self.other_names)
 
     def refused(self, reason: str) -> None:
         """Count a request that was refused."""

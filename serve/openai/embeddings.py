@@ -12,8 +12,8 @@ from apt_jax.sampling.params import PoolingParams
 from apt_jax.serve.errors import BadRequest
 from apt_jax.serve.openai.bodies.embeddings import EmbeddingRequest
 from apt_jax.serve.openai.bodies.slo import slo_of
-from apt_jax.serve.openai.generation import ServedModel, check_model, failed
-from apt_jax.serve.openai.prompts import prompt_ids
+from apt_jax.serve.openai.generation import ServedModel, failed
+from apt_jax.serve.openai.prompts import check_model, prompt_ids
 from apt_jax.serve.runtime.samples import Sample, fan_out
 
 ID_PREFIX = "embd"
@@ -48,7 +48,7 @@ class Embedding:
             ModelNotFound: the body names another model.
             BadRequest: text without a tokenizer, a bad SLO, more than `max_samples` inputs, or too long ones.
         """
-        check_model(body.model, model.name)
+        check_model(body.model, model.names)
         if len(body.input) > max_samples:
             raise BadRequest(
                 f"{len(body.input)} inputs are more than the queue holds ({max_samples}); send fewer at once or raise "

@@ -18,11 +18,12 @@ from apt_jax.engine.interface import EngineFacts
 from apt_jax.logprob_rows import LogprobRows
 from apt_jax.output import ContextExceeded, Output, TokenLogprobs
 from apt_jax.request import FinishReason, Request, Slo
-from apt_jax.serve.errors import BadRequest, ContextTooLong, EngineFailure, ModelNotFound
-from apt_jax.serve.json_text import SHOWN_VALUE_CHARS, json_pieces
+from apt_jax.serve.errors import BadRequest, ContextTooLong, EngineFailure
+from apt_jax.serve.json_text import json_pieces
 from apt_jax.serve.openai.bodies.requests import GenerationRequest, PromptRequest, bad_request
 from apt_jax.serve.openai.bodies.slo import slo_of
 from apt_jax.serve.openai.bodies.strict import check_grammar
+from apt_jax.serve.openai.prompts import check_model, check_room
 from apt_jax.serve.openai.replies import PromptTokenLogprob, prompt_tokens_details
 from apt_jax.serve.openai.slo_report import is_unanswered, slo_abandoned, slo_report
 from apt_jax.serve.openai.sse import event
@@ -44,6 +45,12 @@ class ServedModel:
     engine: EngineFacts
     name: str
     chat_template: str | None = None  # overrides the tokenizer's own
+    other_names: tuple[str, ...] = ()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All that it may be called by."""
+        return (self.name, *self.other_names)
 
 
 @dataclass
@@ -111,7 +118,7 @@ class Generation[Body: GenerationRequest]:
             BadRequest: text without a tokenizer, a bad sampling field or SLO, more than `max_samples` samples, or
                 more tokens than the context holds.
         """
-        check_model(body.model, model.name)
+        check_model(body.model, model.names)
         engine = model.engine
         params = body.sampling_params(engine.sampling_defaults)
         if max_samples is not None and body.num_prompts * params.n > max_samples:
@@ -346,24 +353,6 @@ class Generation[Body: GenerationRequest]:
 
     def _token_bytes(self, token_id: int) -> bytes:
         return b"" if self._tokenizer is None else self._tokenizer.token_bytes(token_id)
-
-
-def check_model(name: str | None, served: str) -> None:
-    """Raises ModelNotFound if a body names another model than the served one."""
-    if name is not None and name != served:
-        raise ModelNotFound(f"the model {name[:SHOWN_VALUE_CHARS]!r} is not served here; use {served!r}", "model")
-
-
-def check_room(prompt_tokens: int, max_tokens: int, max_model_len: int) -> None:
-    """Raises ContextTooLong if the context cannot hold both; a prompt that fills it alone is the engine's to refuse."""
-    room = max_model_len - prompt_tokens
-    if 0 < room < max_tokens:
-        error = ContextExceeded(
-            f"max_tokens={max_tokens} is more than fits: the context holds {max_model_len} tokens and the prompt has "
-            f"{prompt_tokens}; ask for at most {room}, or leave it out",
-            max_model_len,
-        )
-        raise ContextTooLong(error, "max_tokens")
 
 
 def failed(output: Output) -> EngineFailure | None:

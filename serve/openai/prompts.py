@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING
 
 from apt_jax.engine.interface import EngineFacts
 from apt_jax.output import ContextExceeded
-from apt_jax.serve.errors import BadRequest, ContextTooLong
+from apt_jax.serve.errors import BadRequest, ContextTooLong, ModelNotFound
+from apt_jax.serve.json_text import SHOWN_VALUE_CHARS
 from apt_jax.serve.openai.bodies.requests import PromptRequest
 
 if TYPE_CHECKING:
@@ -66,3 +67,22 @@ def check_length(text: str, tokenizer: "Tokenizer", max_model_len: int, param: s
             max_model_len,
         )
         raise ContextTooLong(error, param)
+
+
+def check_model(name: str | None, served: Sequence[str]) -> None:
+    """Raises ModelNotFound if a body names another model than the served one."""
+    if name is not None and name not in served:
+        known = " or ".join(map(repr, served))
+        raise ModelNotFound(f"the model {name[:SHOWN_VALUE_CHARS]!r} is not served here; use {known}", "model")
+
+
+def check_room(prompt_tokens: int, max_tokens: int, max_model_len: int) -> None:
+    """Raises ContextTooLong if the context cannot hold both; a prompt that fills it alone is the engine's to refuse."""
+    room = max_model_len - prompt_tokens
+    if 0 < room < max_tokens:
+        error = ContextExceeded(
+            f"max_tokens={max_tokens} is more than fits: the context holds {max_model_len} tokens and the prompt has "
+            f"{prompt_tokens}; ask for at most {room}, or leave it out",
+            max_model_len,
+        )
+        raise ContextTooLong(error, "max_tokens")

@@ -136,7 +136,9 @@ class AsyncLLM:
                 here.
         """
         chosen = ServerOptions(**{"snapshot_file": None, "allowed_hosts": ("*",), **options})
-        service = Service.of_engine(self._thread, chosen.served_model_name or self._name, chosen)
+        name, *others = chosen.served_names(self._name)
+        service = Service.of_engine(self._thread, name, chosen)
+        service.other_names = tuple(others)
         return create_app(service)
 
     def _ready(self, seconds: float) -> None:

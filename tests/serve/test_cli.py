@@ -311,7 +311,7 @@ def test_an_empty_value_of_several_is_refused(capsys):
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [
-        (["--scheduling-policy", "aptt"], "unknown scheduling_policy='aptt'; known: apt,"),
+        (["--scheduling-policy", "aptt"], "unknown scheduling_policy='aptt'; known: alise, apt,"),
         (["--scheduling-policy", "apt:pace=3"], "unknown option 'pace=3' of policy 'apt'"),
         (["--scheduling-policy", "apt:lane_share=x"], "option lane_share='x' of policy 'apt' must be"),
         (["--max-model-len", "4096"], "max_model_len=4096 is more than the model's max_position_embeddings=1024"),

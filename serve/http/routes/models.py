@@ -7,12 +7,12 @@ from functools import cache
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
-from apt_jax.serve.errors import BadRequest, ModelNotFound
+from apt_jax.serve.errors import BadRequest
 from apt_jax.serve.http.service import Service
 from apt_jax.serve.json_text import Joined, json_pieces, parse_json
 from apt_jax.serve.openai.bodies.strict import parse_body
 from apt_jax.serve.openai.bodies.token_requests import DetokenizeRequest, TokenizeRequest, parse_tokenize
-from apt_jax.serve.openai.generation import check_model
+from apt_jax.serve.openai.prompts import check_model
 from apt_jax.serve.openai.templates.chat_template import render
 from apt_jax.tokenization.tokenizer import Tokenizer
 
@@ -21,22 +21,21 @@ LONG_TOKENS = 4096  # more are answered in pieces
 
 async def models(service: Service, http: Request) -> Response:
     """GET /v1/models."""
-    return JSONResponse({"object": "list", "data": [_model(service)]})
+    return JSONResponse({"object": "list", "data": [_model(service, name) for name in service.names]})
 
 
 async def model(service: Service, http: Request) -> Response:
     """GET /v1/models/NAME."""
-    name, served = http.path_params["name"], service.model_name
-    if name != served:
-        raise ModelNotFound(f"the model {name!r} is not served here; use {served!r}", "model")
-    return JSONResponse(_model(service))
+    name = http.path_params["name"]
+    check_model(name, service.names)
+    return JSONResponse(_model(service, name))
 
 
 async def tokenize(service: Service, http: Request) -> Response:
     """POST /tokenize: token ids of a text or a chat."""
     data = await service.read_body(http)
     body = await service.off_loop(lambda: parse_tokenize(parse_json(data)))
-    check_model(body.model, service.model_name)
+    check_model(body.model, service.names)
     tokenizer = _tokenizer(service, "prompt")
     token_ids = await service.off_loop(_encode, service, body, tokenizer)
     answer = {
@@ -52,7 +51,7 @@ async def detokenize(service: Service, http: Request) -> Response:
     """POST /detokenize: text of token ids, special ones too."""
     data = await service.read_body(http)
     body = await service.off_loop(lambda: parse_body(parse_json(data), DetokenizeRequest))
-    check_model(body.model, service.model_name)
+    check_model(body.model, service.names)
     text = _tokenizer(service, "tokens").decode_pieces(body.tokens)
     return await _written(service, {"prompt": Joined(text, is_text=True)}, len(body.tokens))
 
@@ -99,10 +98,10 @@ def _tokenizer(service: Service, param: str) -> Tokenizer:
     return tokenizer
 
 
-def _model(service: Service) -> dict[str, object]:
+def _model(service: Service, name: str) -> dict[str, object]:
     engine = service.backend.engine
     return {
-        "id": service.model_name,
+        "id": name,
         "object": "model",
         "created": service.created,
         "owned_by": "apt-jax",
