@@ -123,6 +123,11 @@ class ServerOptions:
     """Tokens that a stream sends at once, but for the first and the last; more cost less per token."""
     shutdown_timeout: float = 30.0
     """Seconds that running requests may go on after SIGTERM or SIGINT."""
+    preemption_notice: str | None = None
+    """Notices that the machine will be taken away: gce (metadata server), file:PATH (once it is there) or signal
+    (SIGUSR1). The server then stops as by SIGTERM, within --preemption-grace instead of --shutdown-timeout."""
+    preemption_grace: float = 30.0
+    """Seconds that the machine lasts after a notice; running requests go on until 5 s before."""
     snapshot_file: str | None = DEFAULT_SNAPSHOT_FILE
     """File for requests that are still unfinished after that, for --resume-from; None: do not keep them."""
     snapshot_cache: bool = False
@@ -168,6 +173,8 @@ class ServerOptions:
         check_greater(self, 0, ("max_step_seconds",))
         if not 0 <= self.shutdown_timeout < 1e6:
             raise ValueError(f"shutdown_timeout={self.shutdown_timeout} must be at least 0 seconds")
+        if not 0 <= self.preemption_grace < 1e6:
+            raise ValueError(f"preemption_grace={self.preemption_grace} must be at least 0 seconds")
         if self.max_header_bytes < 1024:
             raise ValueError(f"max_header_bytes={self.max_header_bytes} must be at least 1024")
         if self.snapshot_cache and self.snapshot_file is None:

@@ -24,6 +24,7 @@ from apt_jax.scheduling.policies.catalogue import make_policy
 from apt_jax.serve.errors import EngineFailure, NotReady
 from apt_jax.serve.http.app import STOP_TIMEOUT_S, create_app
 from apt_jax.serve.http.http_protocol import TimedProtocol, timed_protocol
+from apt_jax.serve.http.preemption import PreemptionNotice, PreemptionWatch
 from apt_jax.serve.http.resume import Resumption
 from apt_jax.serve.http.service import Service
 from apt_jax.serve.http.snapshot import unfinished_samples
@@ -53,6 +54,7 @@ class Server(uvicorn.Server):
     def __init__(self, config: uvicorn.Config, service: Service):
         super().__init__(config)
         self._service = service
+        self._grace_s = service.options.shutdown_timeout
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """A first signal stops the server in order, a second one ends it at once."""
@@ -60,9 +62,17 @@ class Server(uvicorn.Server):
             os._exit(128 + sig)
         super().handle_exit(sig, frame)
 
+    def end_before_preemption(self, why: str) -> None:
+        """Stop in order while the machine lasts; from any thread."""
+        lasts_s = self._service.options.preemption_grace
+        self._grace_s = max(lasts_s - FLUSH_S, 0.0)
+        self.config.timeout_graceful_shutdown = math.ceil(max(lasts_s, FLUSH_S))
+        logger.warning("the machine will be taken away in %g s: %s; no new requests are taken", lasts_s, why)
+        self.should_exit = True
+
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Stop listening, wait for the requests, then close."""
-        grace_s = self._service.options.shutdown_timeout
+        grace_s = self._grace_s
         self._service.is_stopping = True
         if self._service.num_generating:
             logger.info("stopping; %d running requests get %g s", self._service.num_generating, grace_s)
@@ -94,7 +104,8 @@ def serve(
     server with one sentence and exit code 1.
 
     Raises:
-        ValueError: the chat template is not one, the snapshot file cannot be used, or Ray is needed and not installed.
+        ValueError: the chat template is not one, the snapshot file cannot be used, the preemption notice is of no kind
+            that is known, or Ray is needed and not installed.
         OSError: the chat template, or the snapshot to resume from, cannot be read.
     """
     if replicas is not None and replicas.uses_ray:
@@ -104,6 +115,7 @@ def serve(
     snapshot = None if options.snapshot_file is None else check_snapshot_file(options.snapshot_file)
     resumption = None if options.resume_from is None else Resumption(Path(options.resume_from))
     template = None if options.chat_template is None else read_template(Path(options.chat_template))
+    notice = None if options.preemption_notice is None else PreemptionNotice.parse(options.preemption_notice)
     try:
         listeners = listen_everywhere(options.host, options.port)
     except OSError as error:
@@ -153,9 +165,14 @@ def serve(
     server = Server(http_config(app, options), service)
     logging.getLogger("uvicorn.error").setLevel(logging.WARNING)  # its milestones are told here
     logger.info("listening on %s, loading %s; %s/ready turns 200 when requests are taken", url, name, url)
+    watch = None if notice is None else PreemptionWatch(notice, server.end_before_preemption)
     try:
+        if watch is not None:
+            watch.start()
         run_until_signal(server, listeners, None if isinstance(backend, EngineThread) else backend.update)
     finally:
+        if watch is not None:
+            watch.stop()
         kept_in = keep_unfinished(service, snapshot)
         if options.snapshot_cache:
             if kept_in is not None:
