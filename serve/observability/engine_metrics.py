@@ -11,6 +11,13 @@ from apt_jax.serve.observability.instruments import Instruments
 from apt_jax.serve.runtime.observer import Stepped
 
 SCHEDULE_S = (1e-5, 2.5e-5, 5e-5, 1e-4, 2.5e-4, 5e-4, 1e-3, 2.5e-3, 5e-3, 1e-2, 2.5e-2, 5e-2, 0.1)
+TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
+NOTHING = Plan()
+WAITS = {  # label of each reason to wait
+    reason: reason.name.removeprefix("WAITS_").removeprefix("FOR_").lower()
+    for reason in Reason
+    if reason.name.startswith("WAITS_")
+}
 BATCH = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 
 
@@ -21,11 +28,17 @@ class EngineMetrics(Instruments):
         super().__init__(model_name, **labels)
         self._demoted: set[str] = set()
         self._late: tuple[Request, ...] = ()  # of those that waited in the last step
+        self._waited = dict.fromkeys(WAITS, 0)
         self.last_blocks: Mapping[str, int] = {}
         self._failures = self._recompiles = self._outside = 0  # of the engine, as counted last
         self._queried = self._hit = self._saved = self._restored = 0  # the same
         self.running = self._gauge("vllm:num_requests_running", "Requests that hold cache.")
         self.waiting = self._gauge("vllm:num_requests_waiting", "Requests that wait to be scheduled.")
+        self.waiting_by_reason = self._gauge(
+            "vllm:num_requests_waiting_by_reason", "Those that waited in the last step, by reason.", "reason"
+        )
+        for reason in WAITS:
+            self.waiting_by_reason.labels(**self._labels, reason=WAITS[reason]).set(0)
         self.usage = self._gauge("vllm:kv_cache_usage_perc", "Share of the cache blocks in use, 0 to 1.")
         self.preemptions = self._counter("vllm:num_preemptions", "Requests whose blocks were taken away.")
         self.blocks = self._gauge("apt:cache_blocks", "Cache blocks held as KV, as hidden, and free.", "kind")
@@ -44,6 +57,7 @@ class EngineMetrics(Instruments):
         self.demotions = self._counter("apt:late_demotions", "Requests put behind because they are late already.")
         self.recompiles = self._counter("apt:recompiles_after_warmup", "Programs compiled while serving; should be 0.")
         self.schedule = self._histogram("apt:schedule_seconds", "Time that the policy takes per step.", SCHEDULE_S)
+        self.iteration_tokens = self._histogram("vllm:iteration_tokens_total", "Tokens per step.", TOKENS)
         self.batch = self._histogram("apt:batch_requests", "Requests per step.", BATCH)
         self.failures = self._counter("apt:failed_steps", "Steps that failed; the server went on.")
         self.healthy = self._gauge("apt:engine_healthy", "1 while /health of the engine is good, 0 while it is not.")
@@ -75,11 +89,13 @@ class EngineMetrics(Instruments):
         self.schedule.observe(figures.schedule_s)
         if plan.scheduled:
             self.batch.observe(len(plan.scheduled))
+            self.iteration_tokens.observe(plan.num_tokens)
         if plan.preempted:
             self.preemptions.inc(len(plan.preempted))
         if plan.converted:
             self.conversions.inc(len(plan.converted))
         self._count_demotions(plan)
+        self._count_waiting(plan if figures.num_waiting else NOTHING)
         for output in step.outputs:
             if output.finish_reason is not None:
                 self._demoted.discard(output.request.request_id)
@@ -94,6 +110,7 @@ class EngineMetrics(Instruments):
     def idle(self, figures: EngineFigures, lost_blocks: int) -> None:
         """Show whether blocks are lost."""
         self.lost_blocks.set(lost_blocks)
+        self._count_waiting(NOTHING)
         self._levels(figures)
 
     def _count_demotions(self, plan: Plan) -> None:
@@ -106,6 +123,16 @@ class EngineMetrics(Instruments):
             if request.request_id not in self._demoted:
                 self._demoted.add(request.request_id)
                 self.demotions.inc()
+
+    def _count_waiting(self, plan: Plan) -> None:
+        counts = dict.fromkeys(WAITS, 0)
+        for waited in plan.waited:
+            if waited.reason in counts:
+                counts[waited.reason] += sum(request.table is None for request in waited.requests)
+        for reason, count in counts.items():
+            if count != self._waited[reason]:
+                self.waiting_by_reason.labels(**self._labels, reason=WAITS[reason]).set(count)
+        self._waited = counts
 
     def _levels(self, figures: EngineFigures) -> None:
         self.running.set(figures.num_running)

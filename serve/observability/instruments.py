@@ -7,9 +7,11 @@ yet is nothing, not 0, and an alert on it would never fire.
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics, generate_latest
 
 from apt_jax.serve.runtime.observer import Observer
+
+disable_created_metrics()  # a time beside every counter and bucket, which nobody asks for and everybody stores
 
 
 class Instruments(Observer):

@@ -1,6 +1,10 @@
 """Metrics of requests: latencies, tokens, SLO attainment, rejections. They need only outputs, no engine."""
 
+import platform
 from collections.abc import Sequence
+from importlib.metadata import version
+
+from prometheus_client import Gauge, ProcessCollector
 
 from apt_jax.output import Output
 from apt_jax.request import FinishReason, Request
@@ -38,6 +42,16 @@ class RequestMetrics(Instruments):
         )
         self.e2e = self._histogram("vllm:e2e_request_latency_seconds", "Arrival to last token.", SLOW_S)
         self.queue_time = self._histogram("vllm:request_queue_time_seconds", "Arrival to being scheduled.", SLOW_S)
+        self.prefill_time = self._histogram(
+            "vllm:request_prefill_time_seconds", "Being scheduled to first token.", SLOW_S
+        )
+        self.decode_time = self._histogram("vllm:request_decode_time_seconds", "First token to last token.", SLOW_S)
+        self.inference_time = self._histogram(
+            "vllm:request_inference_time_seconds", "Being scheduled to last token.", SLOW_S
+        )
+        self.max_tokens = self._histogram(
+            "vllm:request_params_max_tokens", "Tokens that each finished request could have had.", TOKENS
+        )
         self.prompt_lengths = self._histogram("vllm:request_prompt_tokens", "Prompt tokens per request.", TOKENS)
         self.output_lengths = self._histogram("vllm:request_generation_tokens", "Tokens per finished request.", TOKENS)
         self.longest_gap = self._histogram(
@@ -51,6 +65,11 @@ class RequestMetrics(Instruments):
             "apt:requests_abandoned", "Requests ended by --abandon-after, before and after a token.", "stage", STAGES
         )
         self.rejected = self._counter("apt:requests_rejected", "Requests refused, by reason.", "reason", REJECTIONS)
+        ProcessCollector(registry=self.registry)
+        found = {"version": version("apt-jax"), "jax": version("jax"), "python": platform.python_version()}
+        labels = {**self._labels, **found}
+        text = "What runs here, in labels; always 1."
+        Gauge("apt:build_info", text, [*labels], registry=self.registry).labels(**labels).set(1)
         self.tasks = self._gauge("apt:event_loop_tasks", "Tasks of the server's event loop, this reading's own too.")
 
     def reject(self, reason: str) -> None:
@@ -86,6 +105,8 @@ class RequestMetrics(Instruments):
                     self.ttft.observe(request.ttft_s)
                 if request.first_scheduled_s is not None:
                     self.queue_time.observe(request.first_scheduled_s - request.arrival_s)
+                    if request.first_token_s is not None:
+                        self.prefill_time.observe(request.first_token_s - request.first_scheduled_s)
         if output.finish_reason is not None:
             self._finish(request, output.finish_reason, counts)
 
@@ -101,6 +122,10 @@ class RequestMetrics(Instruments):
             latency_s, tokens = request.last_token_s - request.arrival_s, len(request.output_token_ids)
             self.e2e.observe(latency_s)
             self.output_lengths.observe(tokens)
+            self.max_tokens.observe(request.max_new_tokens)
+            if request.first_token_s is not None and request.first_scheduled_s is not None:
+                self.decode_time.observe(request.last_token_s - request.first_token_s)
+                self.inference_time.observe(request.last_token_s - request.first_scheduled_s)
             if request.attained_strictly:
                 self.kept_tokens.inc(tokens)
             if tokens > 1:

@@ -93,22 +93,27 @@ def test_every_command_takes_the_flags_that_it_is_shown_with(name):
             assert flag in flags_of(command), f"{name}: apt-jax {command} has no {flag}"
 
 
-@pytest.mark.parametrize("name", [*PAGES, "deploy/grafana.json", "serve/http/routes/dashboard.html"])
+@pytest.mark.parametrize(
+    "name",
+    [*PAGES, "deploy/monitoring/grafana.json", "deploy/monitoring/rules.yaml", "serve/http/routes/dashboard.html"],
+)
 def test_every_metric_that_is_named_exists(name):
-    families = {family.name: family.type for family in Metrics("tiny").registry.collect()}
+    found = Metrics("tiny").registry.collect()
+    families = {family.name: family.type for family in found if not family.name.startswith("process_")}
     endings = {"gauge": ("",), "counter": ("_total",), "histogram": ("_bucket", "_sum", "_count")}
     wire = {f"{family}{ending}" for family, kind in families.items() for ending in endings[kind]}
     wire |= {f"{f.name}{end}" for f in FleetMetrics("tiny").registry.collect() for end in endings[f.type]}
+    wire |= set(re.findall(r"record: (\S+)", (ROOT / "deploy/monitoring/rules.yaml").read_text()))
     wire |= {
         "vllm:cache_config_info",
         "apt:weights_info",
     }  # with the first engine's figures: tests/serve/test_serve_prefix_cache.py
-    named = set(re.findall(r"\b(?:vllm|apt):[a-z0-9_]+", (ROOT / name).read_text()))
+    named = set(re.findall(r"\b(?:vllm|apt):[a-z0-9_:]*[a-z0-9_]", (ROOT / name).read_text()))
     assert named <= (wire if name.endswith(".json") else wire | set(families))
-    if name in ("docs/metrics.md", "deploy/grafana.json"):
+    if name in ("docs/metrics.md", "deploy/monitoring/grafana.json"):
         assert named, "the names are not found"
     if name == "docs/metrics.md":
-        described = {metric.removesuffix("_total") for metric in named}
+        described = named | {metric.removesuffix("_total") for metric in named}
         assert set(families) <= described, "a metric is not described"
 
 

@@ -277,3 +277,35 @@ def test_failures_and_compilations_of_the_engine_are_counted_by_what_is_new():
     assert (value("apt:failed_steps_total"), value("apt:recompiles_after_warmup_total")) == (3, 4)
     metrics.failed(figures_of(state, num_failed_steps=3, num_recompiles=4))
     assert value("apt:failed_steps_total") == 4, "a step that raised"
+
+
+def test_where_the_time_of_a_request_went():
+    metrics = RequestMetrics("m")
+    ended = done(1.0, [0.5, 0.25])
+    first = output(ended, reason=ended.finish_reason)
+    metrics.brought(Stepped((first,), (), 0.0))
+    value = reader(metrics)
+    assert value("vllm:request_decode_time_seconds_sum") == pytest.approx(0.75)
+    assert value("vllm:request_inference_time_seconds_sum") == pytest.approx(1.5)
+    assert value("vllm:request_params_max_tokens_count") == 1
+
+
+def test_waiting_by_reason_is_of_the_last_step():
+    metrics = EngineMetrics("m")
+    value = metrics.registry.get_sample_value
+    name = "vllm:num_requests_waiting_by_reason"
+    waiting = [done(1.0), done(1.0), done(1.0)]
+    plan = Plan(waited=(Waited(tuple(waiting[:2]), Reason.WAITS_FOR_BLOCKS), Waited((waiting[2],), Reason.WAITS_LATE)))
+    step = Stepped((), (), 0.0)
+    metrics.stepped(figures_of(make_state(), plan, num_waiting=3), step)
+    labels = {"model_name": "m"}
+    assert [value(name, {**labels, "reason": reason}) for reason in ("blocks", "late", "behind")] == [2, 1, 0]
+    metrics.stepped(figures_of(make_state()), step)
+    assert [value(name, {**labels, "reason": reason}) for reason in ("blocks", "late")] == [0, 0]
+
+
+def test_nothing_says_when_a_metric_was_created():
+    assert "_created" not in Metrics("m").text().decode()
+    assert (
+        'apt:build_info{jax="' in Metrics("m").text().decode() and b"process_cpu_seconds_total" in Metrics("m").text()
+    )
