@@ -14,6 +14,7 @@
 #   make test-devices                  one model on 2, 4 and 8 virtual devices and in two processes
 #   make test-ray                      replicas and batches on Ray, in a virtual environment of its own
 #   make test-aot                      the kernels, compiled for real TPUs and GPUs; needs none, but 6 GB of compilers
+#   make release                       sdist and wheel, tried in an environment of their own; uploads nothing
 #   make clean                         remove everything that these made
 #
 # PYTHON=/path/to/python names the interpreter to start from.
@@ -27,7 +28,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 # Bytecode is written where Python runs, once, instead of for all packages when they are installed.
 export PYTHONDONTWRITEBYTECODE =
 
-.PHONY: serve test test-fast lint parity test-devices test-aot test-ray soak overhead bench-peers bench-servers bench-gpu clean
+.PHONY: serve test test-fast lint parity test-devices test-aot test-ray soak overhead bench-peers bench-servers bench-gpu release clean
 .NOTPARALLEL:
 
 serve: $(VENV)/.installed
@@ -78,6 +79,9 @@ bench-servers: $(VENV)/.installed-dev
 
 bench-gpu: $(VENV)/.installed-dev
 	PYTHONPATH=. $(BIN)/python -m experiments.peers.gpu $(ARGS)
+
+release: $(VENV)/.installed-dev
+	$(BIN)/python deploy/release.py $(ARGS)
 
 clean:
 	rm -rf $(VENV) $(VENV)-aot $(VENV)-ray .venv-parity .venv-peers gpu-results .pytest_cache .mypy_cache .ruff_cache .hypothesis .cache build dist *.egg-info

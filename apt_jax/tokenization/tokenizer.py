@@ -1,7 +1,7 @@
 """Text to token ids and back, and back piece by piece while tokens arrive.
 
-The tokenizer is read by transformers, so ids are those of its `AutoTokenizer`, and run by the `tokenizers`
-library behind it. No jax here.
+The tokenizer is run by the `tokenizers` library; its ids are those of transformers' `AutoTokenizer`, which also reads
+those of rarer kinds. No jax here.
 """
 
 import contextlib
@@ -21,6 +21,7 @@ from apt_jax.tokenization.tokenizer_store import TokenizerStore, check_tokenizer
 
 if TYPE_CHECKING:
     from apt_jax.tokenization.grammars import Grammars
+    from apt_jax.tokenization.tokenizer_files import TokenizerFiles
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +41,10 @@ _VOCABULARIES = ("tokenizer.json", "vocab.json", "tokenizer.model", "spiece.mode
 
 class TokenizerNotFound(FileNotFoundError, ValueError):
     """A folder has no tokenizer; its model can be served with token ids only."""
+
+
+class NeedsTransformers(ValueError):
+    """A tokenizer is of a kind that only transformers reads, which is not installed."""
 
 
 class Tokenizer:
@@ -95,20 +100,21 @@ class Tokenizer:
             raise ValueError(f"{folder / 'merges.txt'} is missing, which belongs to vocab.json beside it")
         if store is not None and (kept := cls._kept(folder, store)) is not None:
             return kept
-        with no_advice():
-            from transformers import AutoTokenizer
+        from apt_jax.tokenization.tokenizer_files import read_tokenizer
+
         try:
-            found = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
-            template = found.chat_template
-            fields = {
+            found = read_tokenizer(folder) or _by_transformers(folder, present)
+            fields: dict[str, Any] = {
                 "eos_token_id": found.eos_token_id,
-                "chat_template": template.get("default") if isinstance(template, dict) else template,
-                "special_tokens": {name: str(text) for name, text in found.special_tokens_map.items()},
+                "chat_template": found.chat_template,
+                "special_tokens": found.special_tokens,
             }
-            tokenizer = cls(found.backend_tokenizer, **fields)
+            tokenizer = cls(found.backend, **fields)
             if store is not None:
-                store.save(folder, {"backend": found.backend_tokenizer.to_str(), **fields})
+                store.save(folder, {"backend": found.backend.to_str(), **fields})
             return tokenizer
+        except NeedsTransformers:
+            raise
         except Exception as error:  # of the JSON parser, the Rust library or transformers
             reason = str(error).strip().splitlines()
             raise ValueError(
@@ -341,6 +347,28 @@ class Tokenizer:
 
     def _skipped(self, skip_special_tokens: bool) -> frozenset[int]:
         return self._special_ids if skip_special_tokens else frozenset()
+
+
+def _by_transformers(folder: Path, present: Sequence[str]) -> "TokenizerFiles":
+    """A tokenizer of another kind than GPT-2's."""
+    from apt_jax.tokenization.tokenizer_files import TokenizerFiles
+
+    try:
+        with no_advice():
+            from transformers import AutoTokenizer
+    except ImportError as error:
+        raise NeedsTransformers(
+            f"the tokenizer in {folder} ({', '.join(present)}) is of a kind that transformers reads, which is not "
+            "installed; pip install 'apt-jax[transformers]'"
+        ) from error
+    found = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+    template = found.chat_template
+    return TokenizerFiles(
+        found.backend_tokenizer,
+        found.eos_token_id,
+        template.get("default") if isinstance(template, dict) else template,
+        {name: str(text) for name, text in found.special_tokens_map.items()},
+    )
 
 
 @contextlib.contextmanager

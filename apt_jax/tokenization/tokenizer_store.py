@@ -1,4 +1,4 @@
-"""Tokenizers on disk in the form that transformers has read, so that a second start need not import it.
+"""Tokenizers on disk in the form in which they were read, so that a second start need not import transformers for one.
 
 That import takes seconds. The key is a hash of the folder's files and the versions of both libraries. The
 folder is trusted like that of compiled programs.
@@ -8,7 +8,7 @@ import contextlib
 import hashlib
 import json
 import logging
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
 )
 _SOURCES = ("*.json", "*.txt", "*.model", "*.jinja", "additional_chat_templates/*.jinja")
-_FORM = 1  # of what is kept; another number makes all files new
+_FORM = 2  # of what is kept; another number makes all files new
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +34,13 @@ def check_tokenizer_files(folder: Path) -> None:
     for path in (*(folder / name for name in TOKENIZER_FILES), *folder.glob("additional_chat_templates/*.jinja")):
         with contextlib.suppress(FileNotFoundError):
             check_file(path)
+
+
+def _version(library: str) -> str:
+    try:
+        return version(library)
+    except PackageNotFoundError:
+        return ""
 
 
 class TokenizerStore:
@@ -62,7 +69,7 @@ class TokenizerStore:
             logger.warning("cannot keep a tokenizer at %s (%s)", path, error)
 
     def _path(self, source: Path) -> Path:
-        digest = hashlib.sha256(repr((_FORM, version("transformers"), version("tokenizers"))).encode())
+        digest = hashlib.sha256(repr((_FORM, _version("transformers"), _version("tokenizers"))).encode())
         for pattern in _SOURCES:
             for path in sorted(source.glob(pattern)):
                 with contextlib.suppress(FileNotFoundError, Unreadable):  # it is no file of the tokenizer

@@ -1,14 +1,19 @@
 """What a user installs: one name at the top, in a wheel, from an sdist and editable, beside files of their own."""
 
+import email
+import io
 import os
 import subprocess
 import sys
 import sysconfig
 import tarfile
+import tomllib
 import zipfile
 from pathlib import Path
 
 import pytest
+from packaging import requirements, utils
+from readme_renderer import markdown
 
 ROOT = Path(__file__).parents[2]
 # of a user, in the folder that they work in; each says so if it is imported in place of a part of the package
@@ -85,6 +90,35 @@ def test_a_wheel_holds_all_source_and_data_files(wheel):
     expected = {name if name.startswith("apt_jax/") else f"apt_jax/{name}" for name in tracked} - linked
     missing = {name for name in expected - names_in(wheel) if (ROOT / name).exists()}
     assert not missing
+
+
+def test_its_metadata_has_licences_addresses_and_a_description_that_renders(wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
+        metadata = email.message_from_bytes(archive.read(name))
+        licences = [name for name in archive.namelist() if ".dist-info/licenses/" in name]
+    assert {Path(licence).name for licence in licences} == {"LICENSE", "PYTHON_LICENSE.txt", "README.md"}
+    assert metadata.get_all("Project-URL") and metadata["Description-Content-Type"] == "text/markdown"
+    problems = io.StringIO()
+    assert markdown.render(str(metadata.get_payload()), stream=problems), problems.getvalue()
+
+
+def test_the_constraints_are_versions_within_the_ranges_and_name_no_host():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if not line.startswith("#")]
+    pins = {utils.canonicalize_name(name): pinned for name, _, pinned in (line.partition("==") for line in lines)}
+    assert all(pins.values()) and not any(mark in line for line in lines for mark in ("://", "@", "--"))
+    for text in project["dependencies"]:
+        asked = requirements.Requirement(text)
+        assert pins[utils.canonicalize_name(asked.name)] in asked.specifier, text
+
+
+def test_the_command_imports_little(tmp_path):
+    code = (
+        "import sys, apt_jax.serve.cli; from apt_jax.serve.cli import read_command; read_command(['serve']);"
+        "print(sorted({'jax', 'numpy', 'transformers', 'scipy'} & set(sys.modules)))"
+    )
+    assert call(sys.executable, "-c", code, cwd=ROOT).strip() == "[]"
 
 
 def test_it_works_beside_files_of_the_same_names(wheel, user_folder, tmp_path):

@@ -100,7 +100,8 @@ def source_of(target: str) -> str:
     assert recipe is not None, target
     module = re.search(r"python -m ((?:experiments|tests)[\w.]*)", recipe[1])
     if module is None:
-        return ""
+        script = re.search(r"python (\S+\.py)", recipe[1])
+        return "" if script is None else (ROOT / script[1]).read_text("utf-8")
     path = ROOT / module[1].replace(".", "/")
     files = path.glob("*.py") if path.is_dir() else [path.with_suffix(".py")]
     return "\n".join(file.read_text("utf-8") for file in files)

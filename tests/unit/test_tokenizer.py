@@ -15,8 +15,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from tokenizers import Tokenizer as Backend
+from transformers import AutoTokenizer
 
+import apt_jax.checkpoints
 from apt_jax.tokenization.tokenizer import Tokenizer, TokenizerNotFound
+from apt_jax.tokenization.tokenizer_files import read_tokenizer
 from apt_jax.tokenization.tokenizer_store import TokenizerStore
 
 SPECIAL = ["<s>", "<pad>", "</s>", "<unk>"]
@@ -111,6 +114,43 @@ def test_ids_are_those_of_transformers(tokenizers, theirs, name, text):
     ids = mine.encode(text)
     assert mine.decode(ids) == other.decode(ids, skip_special_tokens=True)
     assert mine.decode(ids, skip_special_tokens=False) == other.decode(ids)
+
+
+@pytest.mark.parametrize("name", ["opt", "json", "metaspace", "demo"])
+def test_they_are_read_without_transformers_and_alike(folders, theirs, name):
+    folder = Path(apt_jax.checkpoints.__file__).parent / "demo" if name == "demo" else folders[name]
+    found = read_tokenizer(folder)
+    other = AutoTokenizer.from_pretrained(str(folder))
+    assert found.eos_token_id == other.eos_token_id and found.chat_template == other.chat_template
+    assert found.special_tokens == {key: str(text) for key, text in other.special_tokens_map.items()}
+    for text in (TEXT, " a", "a</s>b<pad><unk>"):
+        assert found.backend.encode(text).ids[:8] == other(text).input_ids[:8]
+        bare = found.backend.encode(text, add_special_tokens=False).ids
+        assert bare == other(text, add_special_tokens=False).input_ids or name == "json", "which the file cuts"
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"tokenizer_class": "LlamaTokenizer"},
+        {"auto_map": {"AutoTokenizer": ["a.B", None]}},
+        {"add_eos_token": True},
+        {"additional_special_tokens": ["<x>"]},
+        {"eos_token": "<not there>"},
+        {"tokenizer_class": "PreTrainedTokenizerFast", "add_bos_token": False},
+    ],
+)
+def test_other_kinds_are_for_transformers(folders, tmp_path, changes, monkeypatch):
+    folder = tmp_path / "model"
+    shutil.copytree(folders["json"], folder)
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps({**config, **changes}))
+    assert read_tokenizer(folder) is None
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(
+        ValueError, match=r"of a kind that transformers reads, .* pip install 'apt-jax\[transformers\]'"
+    ):
+        Tokenizer.from_folder(folder)
 
 
 @settings(max_examples=60, deadline=None)
