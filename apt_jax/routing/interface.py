@@ -8,7 +8,7 @@ go to the instance that looked best at its start. One router must not be used by
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from apt_jax.request import Slo
 from apt_jax.routing.instance import InstanceLoad
@@ -56,6 +56,14 @@ class Router(Protocol):
             ValueError: `loads` is empty.
         """
         ...
+
+
+@runtime_checkable
+class Remembers(Protocol):
+    """A router that remembers what instances have cached."""
+
+    def forget(self) -> None:
+        """The caches of all instances have been emptied."""
 
 
 def check_loads(loads: Sequence[InstanceLoad]) -> None:

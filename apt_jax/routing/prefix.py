@@ -72,6 +72,10 @@ class Prefix:
         self._remember(keys, loads[index].instance)
         return index
 
+    def forget(self) -> None:
+        """Every instance has forgotten what it was sent."""
+        self._chunks.clear()
+
     def _uncached(self, request: RouteRequest, keys: list[Hashable], load: InstanceLoad) -> RouteRequest:
         """`request` with those prompt tokens only that the instance of `load` was not sent before."""
         chunks = 0

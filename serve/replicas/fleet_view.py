@@ -10,6 +10,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.registry import Collector
 
+from apt_jax.routing.interface import Remembers
 from apt_jax.serve.observability.request_metrics import RequestMetrics
 from apt_jax.serve.replicas.fleet import Fleet
 from apt_jax.serve.replicas.keeper import Keeper
@@ -81,8 +82,10 @@ class FleetView:
         return base
 
     async def reset_prefix_cache(self) -> None:
-        """In every replica."""
+        """In every replica, and in what the router remembers of them."""
         await self._ask("reset_prefix_cache")
+        if isinstance(self._fleet.router, Remembers):
+            self._fleet.router.forget()
 
     def replicas(self) -> list[dict[str, Any]]:
         """One entry each."""

@@ -1,9 +1,11 @@
-"""Replicas without Ray: real actors, relays, fleet and keeper in one event loop, around fake engines."""
+"""Replicas without Ray: real actors, relays, fleet and keeper in one event loop, around fake or real engines."""
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from typing import Any
 
+from apt_jax.engine.interface import ServingEngine
 from apt_jax.engine_config import EngineConfig
 from apt_jax.routing.autoscaler import AutoscalerOptions
 from apt_jax.routing.catalogue import make_router
@@ -20,7 +22,7 @@ SPEC = EngineSpec(None, LoadOptions(), EngineConfig(), "tiny")
 class LocalHandle:
     """An actor of this loop. Once killed it is silent, as a process that is gone."""
 
-    def __init__(self, name: str, engine: FakeEngine):
+    def __init__(self, name: str, engine: ServingEngine | FakeEngine):
         self.name = name
         self.engine = engine
         self._actor = EngineActor(name, SPEC, lambda: engine)  # type: ignore[arg-type, return-value]
@@ -55,9 +57,13 @@ class LocalHandle:
 
     def kill(self) -> None:
         self._killed.set()
-        if self.engine.is_paced:
-            self.engine.allow_step(1000)
+        self.let_run()
         self._tasks.add(asyncio.create_task(self._actor.stop()))
+
+    def let_run(self) -> None:
+        """Let a paced engine go on by itself."""
+        if isinstance(self.engine, FakeEngine) and self.engine.is_paced:
+            self.engine.allow_step(1000)
 
     @property
     def is_killed(self) -> bool:
@@ -67,7 +73,7 @@ class LocalHandle:
 class Replicas:
     """A fleet with its keeper; `handles` by name, `make_engine` makes the next one's engine (or raises)."""
 
-    def __init__(self, router: str = "round-robin", make_engine: Callable[[], FakeEngine] = FakeEngine, **options):
+    def __init__(self, router: str = "round-robin", make_engine: Callable[[], Any] = FakeEngine, **options):
         self.fleet = Fleet(make_router(router, 0), 0)
         options.setdefault("max_instances", options.get("min_instances", 1))
         self.handles: dict[str, LocalHandle] = {}
@@ -83,11 +89,11 @@ class Replicas:
 
 
 @asynccontextmanager
-async def keeping(replicas: Replicas) -> AsyncIterator[Replicas]:
+async def keeping(replicas: Replicas, wait_s: float = 10) -> AsyncIterator[Replicas]:
     """Run the keeper; wait for as many replicas as there should be."""
     task = asyncio.create_task(replicas.keeper.run())
     try:
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(wait_s):
             while len(replicas.fleet.ready()) < replicas.keeper.target and not replicas.failures:
                 await asyncio.sleep(0.002)
         yield replicas
@@ -95,6 +101,5 @@ async def keeping(replicas: Replicas) -> AsyncIterator[Replicas]:
         task.cancel()
         replicas.keeper.stop()
         for handle in replicas.handles.values():
-            if handle.engine.is_paced:
-                handle.engine.allow_step(1000)
+            handle.let_run()
         await asyncio.sleep(0.01)
