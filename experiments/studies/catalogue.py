@@ -134,16 +134,16 @@ def _routed(
 
 
 def _conversations(*names: str) -> tuple[Case, ...]:
-    """Nothing kept, KV prefixes and hidden prefixes, on each of these settings, in one pool of the same bytes."""
+    """Nothing kept, prefixes, and host memory behind them, as KV and hidden, in a pool of the same bytes."""
     kinds: tuple[tuple[str, CacheMode], ...] = (("sarathi", "kv"), ("sarathi", "hidden"), ("vllm-v1", "kv"))
     return tuple(
         Case(
-            f"{name}: {policy}, {mode}, {'prefix cache' if caching else 'none'}", policy, mode,
+            f"{name}: {policy}, {mode}, {kept}", policy, mode,
             SETTINGS[name].hidden_attention if name == "v6e-13b" else "one-pass",
             replace(SETTINGS[name].experiment, workload="conversations", duration_s=900.0, num_requests=1,
-                    enable_prefix_caching=caching),
+                    enable_prefix_caching=kept != "none", host_cache_bytes=HOST_BYTES * kept.endswith("host")),
         )
-        for name in names for policy, mode in kinds for caching in (False, True)
+        for name in names for policy, mode in kinds for kept in ("none", "prefix cache", "prefix cache, host")
     )  # fmt: skip
 
 

@@ -84,7 +84,9 @@ def targets_table(study: Study, rows: Sequence[Row]) -> str:
     base: list[Row] = []
     experiment = None
     for case, row in zip(study.cases, by_point(rows).values(), strict=True):
-        plain = replace(case.experiment, cache_dtype="auto", quantization="none", enable_prefix_caching=False)
+        plain = replace(
+            case.experiment, cache_dtype="auto", quantization="none", enable_prefix_caching=False, host_cache_bytes=0
+        )
         if plain != experiment:
             experiment, base = plain, row
         cells, ratios = [], []

@@ -131,6 +131,23 @@ def test_blocks_to_admit_are_those_not_held_by_others():
     assert runs.state.blocks_to_admit(third, KV) == 8, "idle pages count as free"
 
 
+@pytest.mark.parametrize(("start", "first"), [(0, "cached"), (200, "earlier"), (100, "earlier")])
+@pytest.mark.parametrize("mode", ["kv", "hidden"])
+def test_of_two_that_are_worth_the_same_apt_admits_the_one_whose_beginning_is_cached(mode, start, first):
+    """Nobody holds it any more, so both take as many blocks."""
+    state, policy = (
+        policy_state(60, max_num_seqs=1, mode=mode, pool=PrefixPool),
+        make_policy("apt", PolicyContext(TINY)),
+    )
+    serve(state, policy, [ask(range(start, start + 22), output=2)])
+    both = {"earlier": ask(range(100, 122), arrival_s=1.0), "cached": ask(range(22), arrival_s=1.0)}
+    for request in both.values():
+        state.add(request)
+    plan = policy.schedule(state, 1.1)
+    assert [entry.request for entry in plan.scheduled] == [both[first]]
+    assert state.blocks_to_admit(both["cached"], plan.scheduled[0].kind) == (6 if mode == "hidden" else 12)
+
+
 def test_the_page_released_longest_ago_is_evicted_first_and_the_end_of_a_prompt_before_its_beginning():
     runs = loop(num_blocks=16, mode="hidden")
     for start in (0, 100, 200):
@@ -270,6 +287,10 @@ class TwoTierMachine(SharingMachine):
 
     @invariant()
     def copies_are_of_blocks_and_slots_that_exist(self):
+        self.loop.started = lambda plan, spans: self.check_moves()  # before anybody of the plan may end
+        self.check_moves()
+
+    def check_moves(self):
         host, moves = self.state.pool.host, self.state.take_moves()
         assert host.num_used <= 7 and len({slot for _, slot in moves.saved}) == len(moves.saved)
         restored = [block for _, block in moves.restored]

@@ -179,3 +179,16 @@ def test_with_a_prefix_cache_columns_do_what_the_engine_s_state_does(policy, mod
         assert {f: getattr(simulated, f) for f in fields} == {f: getattr(request, f) for f in fields}
     assert state.prefix_hits > 0.2 * state.prefix_queries
     assert state.pool.num_free == 60 and all(state.pool.num_held(kind) == 0 for kind in CacheKind)
+
+
+@pytest.mark.parametrize(("policy", "mode"), [("sarathi", "hidden"), ("apt", "hybrid"), ("fcfs", "kv")])
+def test_where_no_prompt_begins_like_another_and_nobody_is_preempted_the_cache_changes_nothing(policy, mode):
+    """Some chunks are a single token of a newcomer, which is no decode."""
+    found = []
+    for caching in (False, True):
+        experiment = Experiment(
+            num_requests=1, duration_s=60.0, max_num_batched_tokens=96, num_blocks=20_000,
+            enable_prefix_caching=caching,
+        )  # fmt: skip
+        found.append(experiment.run(policy, mode, "one-pass", 3.0)[1].as_dict())
+    assert found[0] == found[1] and found[0]["preemptions"] == 0

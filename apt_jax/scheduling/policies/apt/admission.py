@@ -79,8 +79,13 @@ def _pages_to_admit(view: View, *, preempts: bool) -> Ints:
 
 
 def _solve(view: View, draft: Draft, capacity: int, *, preempts: bool) -> tuple[Ints, Bools]:
-    """Waiting requests to admit into `capacity` blocks, best first, and whether as hidden."""
+    """Waiting requests to admit into `capacity` blocks, best first, and whether as hidden.
+
+    Of those with the same value per block the ones with more of their prompt in the cache, then the earlier ones.
+    """
     candidates = np.flatnonzero(~view.lane_w)
+    if view.cached_w.any():
+        candidates = candidates[np.argsort(-view.cached_w[candidates], kind="stable")]
     kv_block_s = (view.rho_s or UNKNOWN_RHO_S) * view.block_size / CacheKind.KV.blocks_per_page
     kv_blocks = CacheKind.KV.blocks_per_page * _pages_to_admit(view, preempts=preempts)[candidates]
     may_be_kv, may_be_hidden = allowed_kinds(view, draft, candidates)

@@ -22,7 +22,7 @@ FILL_ROUNDS = 24  # each is one vectorised pass; later ones would add next to no
 
 @dataclass(frozen=True)
 class Items:
-    """What the requests offer, the best gain per block first; ties by arrival, an upgrade after its first half."""
+    """What the requests offer, the best gain per block first; ties by their order, an upgrade after its first half."""
 
     request: Ints
     blocks: Ints

@@ -28,7 +28,7 @@ KV_PER_HIDDEN = CacheKind.KV.blocks_per_page // CacheKind.HIDDEN.blocks_per_page
 
 @dataclass(frozen=True)
 class Problem:
-    """One instance over n requests in order of arrival. Arrays are `[n]`.
+    """One instance over n requests; of equal ones the first is taken first. Arrays are `[n]`.
 
     Attributes:
         pending_s: value of serving the request now, in seconds; at least 0.
