@@ -45,28 +45,39 @@ def test_these_conversations_copy_in_both_directions():
         assert sum(tier.num_saved for tier in tiers) > 20 and sum(tier.num_restored for tier in tiers) > 5, mode
 
 
-@pytest.mark.parametrize("asynchronous", [False, True])
-def test_copies_that_fail_are_computed_again(asynchronous):
-    failures = 0
+@pytest.mark.parametrize("policy", ["fcfs", "apt", "vllm-v1"])
+def test_copies_that_fail_are_computed_again(policy):
+    """Beside projections, conversions, preemption, aborts and resumes."""
+    failures = projections = conversions = preemptions = 0
     for seed in range(12):
         draw = random.Random(seed)
         engine = token_engine(
-            50, cache_mode="hybrid", enable_prefix_caching=True, host_cache_bytes=30, async_scheduling=asynchronous
-        )
-        happened = []
+            50, cache_mode="hybrid", enable_prefix_caching=True, host_cache_bytes=30, async_scheduling=bool(seed % 2),
+            scheduling_policy=policy,
+        )  # fmt: skip
+        engine.state.least_projected_tokens = draw.choice([4, 8])
+        happened, project = [], engine.runner.project
 
         def fails(draw=draw, happened=happened) -> bool:
             happened.append(draw.random() < 0.3)
             return happened[-1]
 
-        engine.runner.failing_copies = fails
+        def counted(found, project=project) -> None:
+            nonlocal projections
+            projections += len(found)
+            project(found)
+
+        engine.runner.failing_copies, engine.runner.project = fails, counted
         talks = Conversations(engine, draw, VOCABULARY, greedy)
         talks.run(10)
         for request in talks.answered:
             assert request.output_token_ids == answer(request.prompt_token_ids, request.max_new_tokens)
         failures += sum(happened)
+        conversions += talks.conversions
+        preemptions += talks.preemptions
         assert engine.state.pool.num_free == 50 and engine.figures().num_failed_steps == 0
-    assert failures > 10
+    assert failures > 10 and preemptions > 0
+    assert (projections > conversions > 0) if policy == "fcfs" else projections >= 0
 
 
 @pytest.fixture(scope="module")
