@@ -57,6 +57,7 @@ class HostTier:
         self._pages: OrderedDict[tuple[int, bytes], HostPage] = OrderedDict()  # used longest ago first
         self._in_use: set[tuple[int, bytes]] = set()  # to be restored by the next moves
         self._saved: list[tuple[int, int]] = []
+        self._new: set[tuple[int, bytes]] = set()  # pages that `_saved` is to fill
         self._restored: list[tuple[int, int]] = []
 
     @property
@@ -84,6 +85,7 @@ class HostTier:
         slots = tuple(self._free.pop() for _ in blocks)
         self._pages[place] = HostPage(key, kind, slots)
         self._saved += zip(blocks, slots, strict=True)
+        self._new.add(place)
 
     def hold(self, page: HostPage) -> None:
         """Keep a page until the next moves have been taken."""
@@ -99,6 +101,7 @@ class HostTier:
         """What is to be copied now, before anything else is done to the pool's blocks."""
         moves = Moves(self._saved, self._restored)
         self._saved, self._restored = [], []
+        self._new.clear()
         self._in_use.clear()
         self.num_saved += len(moves.saved)
         self.num_restored += len(moves.restored)
@@ -120,6 +123,7 @@ class HostTier:
         for place in list(self._pages):
             self._drop(place)
         self._saved, self._restored = [], []
+        self._new.clear()
         self._in_use.clear()
 
     def check(self) -> None:
@@ -134,5 +138,7 @@ class HostTier:
         page = self._pages.pop(place)
         self._free += reversed(page.slots)
         self._in_use.discard(place)
-        slots = set(page.slots)
-        self._saved = [pair for pair in self._saved if pair[1] not in slots]
+        if place in self._new:
+            self._new.discard(place)
+            slots = set(page.slots)
+            self._saved = [pair for pair in self._saved if pair[1] not in slots]

@@ -59,8 +59,7 @@ class RetrievalPredictor(LengthPredictor):
             near = self._own.get(request.order)
             if near is None:
                 near = self._own[request.order] = self._near(request)
-            longer = near[near > generated_tokens[i]]
-            if len(longer) >= ENOUGH:
+            if len(near) >= ENOUGH and len(longer := near[near > generated_tokens[i]]) >= ENOUGH:
                 answer[i] = max(float(longer.mean()) - float(generated_tokens[i]), 1.0)
         return answer
 
