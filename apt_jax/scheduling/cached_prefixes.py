@@ -125,6 +125,10 @@ class CachedPrefixes:
             if source is not None:
                 self.prefixes.release(source)
 
+    def _may_keep(self, request: Request) -> bool:
+        """Whether others may use what a request has computed: not where converted pages are not those of a prompt."""
+        return self.least_projected_tokens is not None or not request.num_conversions
+
     def _begin_with_cached(self, request: Request) -> None:
         """Begin the empty table of a request that is admitted with what is cached of its kind."""
         table = request.table

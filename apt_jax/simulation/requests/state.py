@@ -212,7 +212,7 @@ class SimulatedState(SchedulerState):
         for order, pages in zip(orders[full].tolist(), (end[full] // self.pool.block_size).tolist(), strict=True):
             request = self.columns.requests[order]
             assert request.table is not None
-            if not request.num_conversions:
+            if self._may_keep(request):
                 found.append(Written(request, request.table, pages))
         return found
 
