@@ -29,6 +29,10 @@ class ContextTooLong(BadRequest):
         super().__init__(str(error), param)
 
 
+class NotFound(BadRequest):
+    """There is no file or batch of this id, or it is another client's; or the server keeps none."""
+
+
 class BodyTooLarge(BadRequest):
     """The request's body is longer than the server reads."""
 
@@ -84,6 +88,7 @@ class ErrorReply:
 
 ERROR_REPLIES: tuple[tuple[type[Exception], ErrorReply], ...] = (
     (ModelNotFound, ErrorReply(404, "invalid_request_error", "model_not_found")),
+    (NotFound, ErrorReply(404, "invalid_request_error", None)),
     (BodyTooLarge, ErrorReply(413, "invalid_request_error", "body_too_large")),
     (NotJson, ErrorReply(415, "invalid_request_error", "unsupported_media_type")),
     (ContextTooLong, ErrorReply(400, "invalid_request_error", "context_length_exceeded")),

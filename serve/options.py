@@ -123,6 +123,11 @@ class ServerOptions:
     """Tokens that a stream sends at once, but for the first and the last; more cost less per token."""
     shutdown_timeout: float = 30.0
     """Seconds that running requests may go on after SIGTERM or SIGINT."""
+    batch_dir: str | None = None
+    """Folder for OpenAI's Batch API (/v1/files, /v1/batches): files and unfinished batches are kept there; default: no
+    such routes."""
+    max_batch_file_bytes: int = 200 * 2**20
+    """Maximum size of a file of requests in bytes; a larger one gets 413."""
     preemption_notice: str | None = None
     """Notices that the machine will be taken away: gce (metadata server), file:PATH (once it is there) or signal
     (SIGUSR1). The server then stops as by SIGTERM, within --preemption-grace instead of --shutdown-timeout."""
@@ -162,6 +167,8 @@ class ServerOptions:
             object.__setattr__(self, name, listed(name, getattr(self, name)))
         if not 0 <= self.port <= 65535:
             raise ValueError(f"port={self.port} must be between 0 and 65535")
+        if self.max_batch_file_bytes < 1:
+            raise ValueError(f"max_batch_file_bytes={self.max_batch_file_bytes} must be at least 1")
         if self.max_body_bytes < 1:
             raise ValueError(f"max_body_bytes={self.max_body_bytes} must be at least 1")
         for name in ("request_read_timeout", "response_write_timeout"):

@@ -36,9 +36,13 @@ def create_app(
         interval_s = sys.getswitchinterval()
         sys.setswitchinterval(SWITCH_INTERVAL_S)
         resuming = None if resumption is None else asyncio.create_task(resumption.run(service))
+        worker = None if service.batches is None else asyncio.create_task(service.batches.run())
         yield
         service.is_stopping = True
         service.backend.abort_all()
+        if worker is not None:  # what it has not answered is answered after the next start
+            worker.cancel()
+            await asyncio.wait([worker], timeout=STOP_TIMEOUT_S)
         if resuming is not None:
             await asyncio.wait([resuming], timeout=STOP_TIMEOUT_S)
             resuming.cancel()
@@ -61,7 +65,7 @@ def create_app(
             Middleware(
                 CORSMiddleware,
                 allow_origins=options.allowed_origins,
-                allow_methods=["GET", "POST"],
+                allow_methods=["GET", "POST", "DELETE"],
                 allow_headers=["*"],
                 expose_headers=["x-request-id"],
             )

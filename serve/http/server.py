@@ -21,6 +21,8 @@ from starlette.types import ASGIApp
 from apt_jax.engine.interface import ServingEngine
 from apt_jax.engine_config import EngineConfig
 from apt_jax.scheduling.policies.catalogue import make_policy
+from apt_jax.serve.batch.store import BatchStore
+from apt_jax.serve.batch.worker import BatchWorker
 from apt_jax.serve.errors import EngineFailure, NotReady
 from apt_jax.serve.http.app import STOP_TIMEOUT_S, create_app
 from apt_jax.serve.http.http_protocol import TimedProtocol, timed_protocol
@@ -104,8 +106,8 @@ def serve(
     server with one sentence and exit code 1.
 
     Raises:
-        ValueError: the chat template is not one, the snapshot file cannot be used, the preemption notice is of no kind
-            that is known, or Ray is needed and not installed.
+        ValueError: the chat template is not one, the snapshot file cannot be used, the batch folder or the preemption
+            notice cannot be used, or Ray is needed and not installed.
         OSError: the chat template, or the snapshot to resume from, cannot be read.
     """
     if replicas is not None and replicas.uses_ray:
@@ -114,6 +116,7 @@ def serve(
     start_up = StartUp()
     snapshot = None if options.snapshot_file is None else check_snapshot_file(options.snapshot_file)
     resumption = None if options.resume_from is None else Resumption(Path(options.resume_from))
+    store = None if options.batch_dir is None else BatchStore(Path(options.batch_dir).expanduser().absolute())
     template = None if options.chat_template is None else read_template(Path(options.chat_template))
     notice = None if options.preemption_notice is None else PreemptionNotice.parse(options.preemption_notice)
     try:
@@ -161,6 +164,8 @@ def serve(
         backend = EngineThread(make_engine, ready, fail)
         service = Service.of_engine(backend, name, with_environment(options))
     service.chat_template, service.other_names = template, tuple(others)
+    if store is not None:
+        service.batches = BatchWorker(store, backend.submit, service.served_model, service.off_loop)
     app = create_app(service, resumption)
     server = Server(http_config(app, options), service)
     logging.getLogger("uvicorn.error").setLevel(logging.WARNING)  # its milestones are told here

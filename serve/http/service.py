@@ -10,6 +10,7 @@ from typing import Any
 from anyio import CapacityLimiter, to_thread
 from starlette.requests import Request
 
+from apt_jax.serve.batch.worker import BatchWorker
 from apt_jax.serve.errors import BodyTooLarge, EngineFailure, NotJson, NotReady
 from apt_jax.serve.http.snapshot import record_of
 from apt_jax.serve.json_text import shown
@@ -54,6 +55,7 @@ class Service:
         self._under_way: list[tuple[Collection[str | None], Group]] = []  # these, with all their ids
         self.is_stopping = False
         self.profiling = threading.Lock()  # held while the device is recorded
+        self.batches: BatchWorker | None = None  # of the Batch API
         self.unfinished_records: list[dict[str, Any]] = []  # for the snapshot
 
     @classmethod

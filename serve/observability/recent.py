@@ -9,7 +9,7 @@ from functools import reduce
 from typing import Any
 
 from apt_jax.engine.interface import EngineFigures
-from apt_jax.request import FinishReason
+from apt_jax.request import OFFLINE_SLO, FinishReason
 from apt_jax.serve.runtime.observer import Observer, Stepped
 from apt_jax.serve.runtime.samples import Sample
 
@@ -80,7 +80,7 @@ class Recent(Observer):
                     longest_gap_s = max(longest_gap_s, request.gaps_s[-1])
                 elif output.token_ids and request.ttft_s is not None:
                     self._ttfts.append((now, request.ttft_s))
-                if step.counts(output):
+                if step.counts(output) and request.slo != OFFLINE_SLO:  # else nobody was promised anything
                     is_kept = request.attained_strictly
                     abandoned = output.finish_reason is FinishReason.ABANDONED
                     self._ended.add(now, 1, is_kept, request.attained, abandoned)

@@ -7,7 +7,7 @@ from importlib.metadata import version
 from prometheus_client import Gauge, ProcessCollector
 
 from apt_jax.output import Output
-from apt_jax.request import FinishReason, Request
+from apt_jax.request import OFFLINE_SLO, FinishReason, Request
 from apt_jax.serve.errors import ERROR_REPLIES
 from apt_jax.serve.observability.instruments import Instruments
 from apt_jax.serve.runtime.observer import Stepped
@@ -136,9 +136,9 @@ class RequestMetrics(Instruments):
                 "ttft": request.ttft_s <= request.slo.ttft_s,
                 "tbt": request.p99_gap_s <= request.slo.tbt_s,
             }
-            for slo in SLOS:
+            for slo in SLOS if request.slo != OFFLINE_SLO else ():  # nobody was promised anything
                 (self.attained if kept[slo] else self.missed).labels(**self._labels, slo=slo).inc()
-        elif counts:  # a request that its client cancelled says nothing
+        elif counts and request.slo != OFFLINE_SLO:  # a request that its client cancelled says nothing
             self._missed()
 
     def _missed(self) -> None:

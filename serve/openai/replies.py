@@ -269,3 +269,94 @@ class Error(TypedDict):
     """Every error, in OpenAI's shape."""
 
     error: ErrorDetail
+
+
+class FileObject(TypedDict):
+    """A file that is kept."""
+
+    id: str
+    object: Literal["file"]
+    bytes: int
+    created_at: int
+    filename: str
+    purpose: Literal["batch", "batch_output"]
+    status: Literal["processed"]
+
+
+class FileList(TypedDict):
+    """Files, the newest first."""
+
+    object: Literal["list"]
+    data: list[FileObject]
+    first_id: str | None
+    last_id: str | None
+    has_more: bool
+
+
+class Deleted(TypedDict):
+    """A file that was deleted."""
+
+    id: str
+    object: Literal["file"]
+    deleted: bool
+
+
+class BatchError(TypedDict):
+    """What keeps a file from being a batch."""
+
+    code: str
+    message: str
+    param: NotRequired[str | None]
+    line: NotRequired[int | None]
+
+
+class BatchErrors(TypedDict):
+    """All of them, up to 100."""
+
+    object: Literal["list"]
+    data: list[BatchError]
+
+
+class RequestCounts(TypedDict):
+    """Of the requests of a batch."""
+
+    total: int
+    completed: int
+    failed: int
+
+
+class BatchObject(TypedDict):
+    """A batch; times are seconds since 1970, null until they come."""
+
+    id: str
+    object: Literal["batch"]
+    endpoint: str
+    errors: BatchErrors | None
+    input_file_id: str
+    completion_window: str
+    status: Literal[
+        "validating", "in_progress", "finalizing", "completed", "failed", "expired", "cancelling", "cancelled"
+    ]
+    output_file_id: str | None
+    error_file_id: str | None
+    created_at: int
+    in_progress_at: int | None
+    expires_at: int
+    finalizing_at: int | None
+    completed_at: int | None
+    failed_at: int | None
+    expired_at: int | None
+    cancelling_at: int | None
+    cancelled_at: int | None
+    request_counts: RequestCounts
+    metadata: dict[str, str] | None
+
+
+class BatchList(TypedDict):
+    """Batches, the newest first."""
+
+    object: Literal["list"]
+    data: list[BatchObject]
+    first_id: str | None
+    last_id: str | None
+    has_more: bool

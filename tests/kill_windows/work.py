@@ -5,7 +5,7 @@ import json
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -15,6 +15,7 @@ from apt_jax.checkpoints.mappings.opt import OPT_MAPPING
 from apt_jax.files import replace_file
 from apt_jax.serve.batch.batch_file import ResultFile, count_lines, read_lines
 from apt_jax.serve.batch.batch_jobs import BatchJob
+from apt_jax.serve.batch.store import BatchStore
 from apt_jax.serve.http.resume import Resumption
 from apt_jax.serve.http.snapshot import record_of
 from apt_jax.serve.http.snapshot_file import check_snapshot_file, keep_records, read_snapshot, write_snapshot
@@ -228,7 +229,73 @@ def verify(folder: Path) -> None:
     verify(folder / "new")
 
 
+class HttpBatch(Work):
+    """A batch of the Batch API, from its request to its files; a file is uploaded beside it."""
+
+    def prepare(self, folder: Path) -> None:
+        store = BatchStore(folder / "store")
+        lines = [
+            {"custom_id": str(i), "method": "POST", "url": "/v1/completions", "body": {"prompt": "a", "max_tokens": n}}
+            for i, n in enumerate((1, 2, 0, 3))
+        ]
+        known = store.add_file("", "in", "batch", [b"".join(json.dumps(line).encode() + b"\n" for line in lines)])
+        store.add_batch("", batch_of(known["id"]))
+        store.close()
+
+    def do(self, folder: Path) -> None:
+        store = BatchStore(folder / "store")
+        store.add_file("other", "upload", "batch", [b"some", b"thing"])
+
+        async def main() -> None:
+            async with serving(FakeEngine(tokenizer=CharTokenizer()), store=store):
+                await until(lambda: not store.unfinished())
+
+        run(main)
+        store.close()
+
+    def check_killed(self, folder: Path) -> None:
+        store = BatchStore(folder / "store")
+        for known in store.files("other"):
+            assert store.path_of(known["id"]).read_bytes() == b"something"
+        for batch in store.batches(""):
+            if batch["status"] == "completed":
+                self._check_batch(store, batch)
+        store.close()
+
+    def check(self, folder: Path) -> None:
+        store = BatchStore(folder / "store")
+        (batch,) = store.batches("")
+        self._check_batch(store, batch)
+        left = names(folder / "store" / "batches")
+        assert len(store.files("")) == 3 and left == [f"{batch['id']}.json"], left
+        store.close()
+
+    def _check_batch(self, store: BatchStore, batch: dict[str, Any]) -> None:
+        assert batch["status"] == "completed" and batch["request_counts"] == {"total": 4, "completed": 3, "failed": 1}
+        found = [
+            json.loads(line)
+            for field in ("output_file_id", "error_file_id")
+            for line in store.path_of(batch[field]).read_text().splitlines()
+        ]
+        texts = {
+            line["custom_id"]: line["response"]["body"].get("choices", [{"text": None}])[0]["text"] for line in found
+        }
+        assert len(found) == 4 and texts == {"0": "b", "1": "bc", "2": None, "3": "bcd"}
+
+
+def batch_of(file_id: str) -> dict[str, Any]:
+    """What the route keeps of a new batch."""
+    times = dict.fromkeys(("in_progress", "finalizing", "completed", "failed", "expired", "cancelling", "cancelled"))
+    return {
+        "endpoint": "/v1/completions", "errors": None, "input_file_id": file_id, "completion_window": "24h",
+        "status": "validating", "output_file_id": None, "error_file_id": None, "created_at": 1, "expires_at": 10**10,
+        **{f"{name}_at": None for name in times}, "metadata": None,
+        "request_counts": {"total": 0, "completed": 0, "failed": 0},
+    }  # fmt: skip
+
+
 WORKS: dict[str, Work] = {
+    "http-batch": HttpBatch(),
     "batch": Batch(),
     "snapshot": Snapshot(),
     "first-snapshot": FirstSnapshot(),

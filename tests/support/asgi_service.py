@@ -8,6 +8,7 @@ from typing import Any
 
 import httpx
 
+from apt_jax.serve.batch.worker import BatchWorker
 from apt_jax.serve.http.app import create_app
 from apt_jax.serve.http.service import Service
 from apt_jax.serve.options import ServerOptions
@@ -29,11 +30,13 @@ async def until(condition: Callable[[], bool]) -> None:
 
 
 @asynccontextmanager
-async def serving(engine, *, wait=True, template=None, resumption=None, **options):
-    """A client of an application around `engine`; `options` are the server's."""
+async def serving(engine, *, wait=True, template=None, resumption=None, store=None, **options):
+    """A client of an application around `engine`; `options` are the server's, `store` has files and batches."""
     thread = EngineThread(lambda: engine)
     service = Service.of_engine(thread, "tiny", ServerOptions(max_body_bytes=MAX_BODY_BYTES, **options))
     service.chat_template = template
+    if store is not None:
+        service.batches = BatchWorker(store, thread.submit, service.served_model, service.off_loop)
     app = create_app(service, resumption)
     async with app.router.lifespan_context(app):
         if wait:

@@ -16,7 +16,7 @@ from apt_jax.serve.http.service import Service
 class RouteSpec:
     """One route: how it is served and, where it has a `reply`, how the OpenAPI document shows it."""
 
-    method: Literal["GET", "POST"]
+    method: Literal["GET", "POST", "DELETE"]
     path: str  # as Starlette matches it: with {name} or {name:path}
     handler: Callable[[Service, Request], Awaitable[Response]]
     _: KW_ONLY

@@ -6,6 +6,7 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
+from apt_jax.serve.http.routes import batches
 from apt_jax.serve.http.routes.dashboard import dashboard
 from apt_jax.serve.http.routes.debug import plans, profile, reset_prefix_cache, state, story
 from apt_jax.serve.http.routes.embeddings import embed
@@ -16,6 +17,7 @@ from apt_jax.serve.http.routes.probes import health, load, metrics, ready, versi
 from apt_jax.serve.http.routes.route import RouteSpec
 from apt_jax.serve.http.service import Service
 from apt_jax.serve.openai import replies
+from apt_jax.serve.openai.bodies.batches import BatchRequest
 from apt_jax.serve.openai.bodies.embeddings import EmbeddingRequest
 from apt_jax.serve.openai.bodies.slo import MAX_SLO_MS, MIN_SLO_MS, SLO_HEADERS
 from apt_jax.serve.openai.bodies.token_requests import AbortRequest, DetokenizeRequest, TokenizeRequest
@@ -56,6 +58,67 @@ def generation_route(path: str, endpoint: Endpoint) -> RouteSpec:
     )
 
 
+ID: dict[str, Any] = {**NAME, "name": "id"}
+BATCH_ROUTES = (
+    RouteSpec(
+        *("POST", "/v1/files", batches.create_file),
+        summary="Keep a file of requests (multipart form: file, purpose=batch)",
+        reply=replies.FileObject,
+        statuses=(400, 404, 413, 415),
+    ),
+    RouteSpec("GET", "/v1/files", batches.list_files, summary="Files", reply=replies.FileList, statuses=(400, 404)),
+    RouteSpec(
+        *("GET", "/v1/files/{id}", batches.get_file),
+        summary="A file",
+        reply=replies.FileObject,
+        statuses=(404,),
+        parameters=(ID,),
+    ),
+    RouteSpec(
+        *("DELETE", "/v1/files/{id}", batches.delete_file),
+        summary="Delete a file",
+        reply=replies.Deleted,
+        statuses=(400, 404),
+        parameters=(ID,),
+    ),
+    RouteSpec(
+        *("GET", "/v1/files/{id}/content", batches.file_content),
+        summary="The bytes of a file",
+        reply=str,
+        media_type="application/jsonl",
+        statuses=(404,),
+        parameters=(ID,),
+    ),
+    RouteSpec(
+        *("POST", "/v1/batches", batches.create_batch),
+        summary="Answer a file of requests, behind all others",
+        body=BatchRequest,
+        reply=replies.BatchObject,
+        statuses=(400, 404, 413, 415),
+    ),
+    RouteSpec(
+        *("GET", "/v1/batches", batches.list_batches),
+        summary="Batches, the newest first",
+        reply=replies.BatchList,
+        statuses=(400, 404),
+    ),
+    RouteSpec(
+        *("GET", "/v1/batches/{id}", batches.get_batch),
+        summary="A batch",
+        reply=replies.BatchObject,
+        statuses=(404,),
+        parameters=(ID,),
+    ),
+    RouteSpec(
+        *("POST", "/v1/batches/{id}/cancel", batches.cancel_batch),
+        summary="End a batch with what it has",
+        reply=replies.BatchObject,
+        statuses=(400, 404),
+        parameters=(ID,),
+    ),
+)
+
+
 async def openapi(service: Service, http: Request) -> Response:
     """GET /openapi.json."""
     return JSONResponse(openapi_document())
@@ -78,6 +141,7 @@ ROUTES = (
         statuses=(*POST_STATUSES, 504),
         parameters=SLO_PARAMETERS,
     ),
+    *BATCH_ROUTES,
     RouteSpec("GET", "/v1/models", models, summary="The model served, as a list", reply=replies.ModelList),
     RouteSpec(
         *("GET", "/v1/models/{name:path}", model),
