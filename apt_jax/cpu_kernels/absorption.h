@@ -5,6 +5,7 @@
 #pragma once
 
 #include <algorithm>
+#include <utility>
 
 #include "attention.h"
 #include "matmul.h"
@@ -36,23 +37,56 @@ inline Vector of_inputs(const int8_t* packed_tile, int i, int lane) {  // times 
   return to_floats(reinterpret_cast<Whole>(codes << (24 - 8 * (i % 4)) & 0xff000000));
 }
 
-// wide [begin, end) of one row and head = the head's packed tiles times its query, rounded to Number.
-template <class Number, class Packed>
-void absorb_one(const float* q, const Packed* packed, int H, int D, int begin, int end, float* wide) {
-  for (int at = begin; at < end; at += 4) {
-    Vector sums[4] = {};
-    const int count = std::min(4, end - at);
-    for (int j = 0; j < H; j += kPackedWidth)
-      for (int i = 0; i < count; i++)
-        for (int lane = 0; lane < kPackedWidth; lane += kLanes)
-          sums[i] += load(q + j + lane) * of_inputs(packed + size_t(j) * D, at + i, lane);
-    float found[4];
-    sum_four(sums[0], sums[1], sums[2], sums[3], found);
-    for (int i = 0; i < count; i++) wide[at + i] = rounded<Number>(found[i]);
+// Blocks of kHalf lanes change places: those of `a` with an odd number, and those of `b` with an even one.
+template <int kHalf, int... kLane>
+inline void exchange(Vector& a, Vector& b, std::integer_sequence<int, kLane...>) {
+  const Vector first = a, second = b;
+  a = __builtin_shufflevector(first, second, (kLane & kHalf ? kLanes + kLane - kHalf : kLane)...);
+  b = __builtin_shufflevector(first, second, (kLane & kHalf ? kLanes + kLane : kLane + kHalf)...);
+}
+
+// Vector i of `x` becomes lane i of each.
+template <int kHalf = kLanes / 2>
+inline void transpose(Vector (&x)[kLanes]) {
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes; i++)
+    if (!(i & kHalf)) exchange<kHalf>(x[i], x[i + kHalf], std::make_integer_sequence<int, kLanes>{});
+  if constexpr (kHalf > 1) transpose<kHalf / 2>(x);
+}
+
+// wide [begin, end) of one head and kRows rows, `step` apart = the head's packed tiles times their queries, `width` apart,
+// rounded to Number. Inputs are the lanes of vectors, so that sums are in the order of `absorb_together`.
+template <int kRows, class Number, class Packed>
+void absorb_few(const float* q, const Packed* packed, const Shape& shape, int begin, int end, float* wide) {
+  const int D = shape.width, H = D / shape.heads;
+  const size_t step = size_t(shape.heads) * D;
+  for (int at = begin; at < end; at += kLanes) {
+    Vector sums[kRows] = {};
+    for (int j = 0; j < H; j += kLanes) {
+      const Packed* packed_tile = packed + size_t(j / kPackedWidth * kPackedWidth) * D;
+      Vector inputs[kLanes];
+#pragma GCC unroll 16
+      for (int i = 0; i < kLanes; i++) inputs[i] = of_inputs(packed_tile, at + i, j % kPackedWidth);
+      transpose(inputs);
+#pragma GCC unroll 16
+      for (int i = 0; i < kLanes; i++)
+#pragma GCC unroll 8
+        for (int r = 0; r < kRows; r++) sums[r] += inputs[i] * q[size_t(r) * D + j + i];
+    }
+    for (int r = 0; r < kRows; r++)
+      for (int i = 0; i < kLanes; i++) wide[r * step + at + i] = rounded<Number>(sums[r][i]);
   }
 }
 
-// The same of all rows for one head; rows are the lanes of vectors, which pays for many. The sums are in another order.
+// The same of as many rows as there are, fewer than kRowsTogether.
+template <int kRows, class Number, class Packed>
+void absorb_few_of(const float* q, const Packed* packed, const Shape& shape, int begin, int end, float* wide) {
+  if constexpr (kRows > 1)
+    if (shape.rows < kRows) return absorb_few_of<kRows - 1, Number>(q, packed, shape, begin, end, wide);
+  absorb_few<kRows, Number>(q, packed, shape, begin, end, wide);
+}
+
+// The same of all rows for one head; rows are the lanes of vectors, which pays for many.
 template <class Number, class Packed>
 void absorb_together(const float* q, const Packed* packed, const Shape& shape, int begin, int end, float* wide) {
   constexpr int kInputs = 8;
@@ -103,8 +137,7 @@ void absorb(Team& team, const Shape& shape, float* q, const Kernel& kernel, cons
     if (shape.rows >= kRowsTogether)
       absorb_together<Number>(q + n * H, packed, shape, begin, end, own(0));
     else
-      for (int r = 0; r < shape.rows; r++)
-        absorb_one<Number>(q + size_t(r) * D + n * H, packed, H, D, begin, end, own(r));
+      absorb_few_of<kRowsTogether - 1, Number>(q + n * H, packed, shape, begin, end, own(0));
     for (const float* factor : {kernel.factor, width})
       for (int r = 0; factor && r < shape.rows; r++)
         for (int i = begin; i < end; i++) own(r)[i] *= factor[i];

@@ -22,6 +22,7 @@
 namespace apt {
 
 constexpr int kTokens = 64;
+constexpr int kParts = 8;  // of a long row, that threads share
 // Heads of which the sums stay in registers: with four tokens, and of some vectors of values.
 #if defined(__AVX512F__)
 constexpr int kHeads = 4, kValueHeads = 8, kValueVectors = 3;
@@ -338,32 +339,33 @@ void hidden_part(const Shape& shape, const float* q, const Pages<Number>& pool, 
   }
 }
 
-// Rows of `length` tokens in parts that threads share, and their parts merged: `attend(row, begin, end, running)`.
+// Rows of `length` tokens in parts that threads share, and their parts merged: `attend(row, begin, end, running)`. Where
+// parts end depends on the length alone, so a row's results do not depend on other rows or on the number of threads.
 // out `[rows, heads, size]` and lse `[rows, heads]`; zeros and kNever for a row of length 0.
 inline void attend_rows(Team& team, const Shape& shape, int size, const int32_t* length, float* out, float* lse,
                         const std::function<void(int, int, int, Running&)>& attend) {
-  const int heads = shape.heads, wanted = 4 * static_cast<int>(team.threads());
+  const int heads = shape.heads;
   const size_t numbers = size_t(heads) * size;
   struct Part {
     int row, begin, end;
-    size_t scratch;
+    size_t number, apart;  // of all; of those in rows with several, from 1 on
   };
   std::vector<Part> parts;
   std::vector<int> first(shape.rows + 1);
-  const int split = std::max(1, wanted / std::max(shape.rows, 1));
+  size_t apart = 0;  // parts of rows that have several
   for (int r = 0; r < shape.rows; r++) {
     first[r] = parts.size();
-    const int tokens = std::max((length[r] + split - 1) / split, 2 * kTokens);
+    const int tokens = std::max((length[r] + kParts - 1) / kParts, 2 * kTokens);
     for (int begin = 0; begin < std::max(length[r], 1); begin += tokens)
-      parts.push_back({r, begin, std::min(begin + tokens, length[r]), parts.size()});
+      parts.push_back({r, begin, std::min(begin + tokens, length[r]), parts.size(), length[r] > tokens ? ++apart : 0});
   }
   first[shape.rows] = parts.size();
   std::vector<float> tops(parts.size() * heads), totals(parts.size() * heads);
-  const bool direct = parts.size() == size_t(shape.rows);
-  std::vector<float> sums(direct ? 0 : parts.size() * numbers);
+  thread_local Scratch scratch;
+  float* sums = scratch.of(apart * numbers);
   const auto running_of = [&](const Part& part) {
-    float* own = direct ? out + part.row * numbers : sums.data() + part.scratch * numbers;
-    return Running{tops.data() + part.scratch * heads, totals.data() + part.scratch * heads, own, heads, size};
+    float* own = part.apart ? sums + (part.apart - 1) * numbers : out + part.row * numbers;
+    return Running{tops.data() + part.number * heads, totals.data() + part.number * heads, own, heads, size};
   };
   std::vector<Part> order = parts;
   std::stable_sort(order.begin(), order.end(), [](const Part& a, const Part& b) { return a.end - a.begin > b.end - b.begin; });

@@ -53,6 +53,24 @@ def test_no_request_sees_what_is_not_finite_in_another():
     assert np.isnan(found.out[~others]).all()
 
 
+@pytest.mark.parametrize("name", ["kv_decode", "hidden_decode"])
+def test_a_rows_attention_does_not_depend_on_the_other_rows(name):
+    """To the last digit, over contexts that are attended to in several parts."""
+    rng = np.random.default_rng(0)
+    R, N, H, S, W = 32, 2, 16, 16, 48
+    pool = jnp.asarray(rng.standard_normal((2 * W, S, N * H), np.float32))
+    tables = jnp.asarray(rng.integers(0, 2 * W, (2, R, W)), jnp.int32)
+    length = jnp.asarray([700, 128, 129, 5, 256, 300, 64, 513] * 4, jnp.int32)
+    q = jnp.asarray(rng.standard_normal((R, N, H if name == "kv_decode" else N * H), np.float32))
+    tables = tables[: 2 if name == "kv_decode" else 1]
+    kernel = getattr(calls, name)
+    every = kernel(q, pool, *tables, length)
+    for rows in (1, 2, 8, 31):
+        found = kernel(q[:rows], pool, *(table[:rows] for table in tables), length[:rows])
+        np.testing.assert_array_equal(found.out, every.out[:rows], err_msg=f"{rows=}")
+        np.testing.assert_array_equal(found.lse, every.lse[:rows])
+
+
 @settings(max_examples=10)
 @given(st.data())
 def test_attention_to_any_lengths_in_any_blocks(data):

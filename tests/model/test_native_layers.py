@@ -184,6 +184,23 @@ def test_a_row_does_not_depend_on_the_others():
         assert written.any() and (np.asarray(own_pool)[written] == np.asarray(pool)[written]).all()
 
 
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize(
+    ("is_coded", "quantization"), [(False, "none"), (True, "none"), (False, "int8"), (True, "int8")]
+)
+def test_a_decode_row_is_the_same_in_a_batch_of_any_size(dtype, is_coded, quantization):
+    """To the last digit: in batches of 1 to 32, of which kernels for few and for many rows do their parts."""
+    contexts = [7, 30, 128, 1, 50, 12, 64, 99] * 4
+    step = Step(PLAIN, dtype, decoding(contexts, [r % 3 != 1 for r in range(32)]), is_coded, quantization)
+    every, _, _ = step.in_one_call(step.tokens, step.rows)
+    assert np.isfinite(np.asarray(every, np.float32)).all()
+    for size in (1, 2, 7, 8, 15, 16, 17, 31):
+        rows = step.rows._replace(length=np.where(np.arange(32) < size, step.rows.length, 0).astype(np.int32))
+        tokens = step.tokens._replace(row=np.where(np.arange(32) < size, step.tokens.row, 32).astype(np.int32))
+        found, _, _ = step.in_one_call(tokens, rows)
+        np.testing.assert_array_equal(*(np.asarray(x[:size], np.float32) for x in (found, every)), err_msg=f"{size=}")
+
+
 @pytest.fixture
 def few_shapes(monkeypatch):
     """One prefill and one decode shape."""
