@@ -44,7 +44,8 @@ def without_pool(kernels: Kernels) -> Kernels | None:
     """Those that neither read nor write the pool, for a pool of a form that no kernel takes; None if there are none."""
     if kernels.chunk is None:
         return None
-    return Kernels(f"xla, chunks by {kernels.name}", None, None, chunk=kernels.chunk)
+    name = kernels.name if kernels.kv_decode is None else f"xla, chunks by {kernels.name}"
+    return Kernels(name, None, None, chunk=kernels.chunk)
 
 
 REFERENCES = Kernels(
@@ -93,6 +94,7 @@ def gpu_kernels(compute_capability: str) -> Kernels:
             kv_prefix.kv_prefix_attention,
             hidden_prefix.hidden_prefix_attention,
             chunk,
+            reads_int8=True,
             hidden_prefix_reads=2,
         )
     if generation.isdecimal() and int(generation) >= 8:

@@ -75,9 +75,15 @@ def select_kernels(
         found = _cpu_kernels(check, shape)
     else:
         found = _pallas_kernels(check, device)
+        if is_coded and isinstance(found, str) and backend == "auto":
+            logger.warning(
+                "attention: XLA over the %s cache, because the kernels cannot be used (%s)", cache_dtype, found
+            )
+            rest = _pallas_kernels(lambda kernels: None, device)
+            found = (dispatch.without_pool(rest) if isinstance(rest, Kernels) else None) or found
     if isinstance(found, Kernels):
         logger.info("attention: kernels for %s", found.name)
-        if found.hidden_decode is None:
+        if found.hidden_decode is None and found.kv_decode is not None:
             logger.warning("attention: XLA for hidden rows, because the %r kernels have none for them", found.name)
         if cpp_kernels:
             usable = found

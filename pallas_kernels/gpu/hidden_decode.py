@@ -12,6 +12,9 @@ Tensor cores multiply float32 only in shorter formats. A float32 pool is therefo
 into three bfloat16 parts that add up to it, and so are queries and weights; six of the nine products of parts are above
 float32's own error.
 
+Of an int8 pool the codes are decoded tile by tile too, into one part of 16 bits that has all of theirs. A token's scale
+goes into its scores, and into its weights after their sum is taken.
+
 The hidden vectors are read twice, so from HBM as many bytes as K and V, unless the second pass finds them in L2: it
 visits the rows in reverse order, those that the first pass read last first.
 
@@ -29,7 +32,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from apt_jax.pallas_kernels.gpu import pages as gpu_pages
-from apt_jax.pallas_kernels.gpu.pages import CHUNK_TOKENS, PADDED_HEADS, TILE_COLUMNS, TILES, TILES_32
+from apt_jax.pallas_kernels.gpu.pages import CHUNK_TOKENS, PADDED_HEADS, TILE_COLUMNS, TILES, TILES_8, TILES_32
 from apt_jax.pallas_kernels.reference import NEVER, Partial
 
 _WGMMA = plgpu.Layout.WGMMA
@@ -38,13 +41,14 @@ _BLOCKS_WANTED = 2 * 132  # an H200 has 132 SMs
 
 
 def hidden_decode_attention(
-    q_wide: jax.Array, pool: jax.Array, blocks: jax.Array, length: jax.Array, *, interpret: object = None
-) -> Partial:
+    q_wide: jax.Array, pool: jax.Array, blocks: jax.Array, length: jax.Array, *, scales: jax.Array | None = None,
+    interpret: object = None,
+) -> Partial:  # fmt: skip
     """One absorbed query per row and head over hidden vectors; as `reference.hidden_decode_attention`. Pure.
 
     Args:
-        q_wide: `[R, N, D]`, already scaled; cast to the pool's dtype.
-        pool: `[L*P, S, D]`, bfloat16, float16 or float32.
+        q_wide: `[R, N, D]`, already scaled; cast to the pool's dtype, unless that is int8.
+        pool: `[L*P, S, D]`, bfloat16, float16 or float32, or int8 with `scales`.
         blocks: int32 `[R, W]`.
         length: int32 `[R]`.
         interpret: None on a GPU, `plgpu.InterpretGPUParams()` elsewhere.
@@ -56,13 +60,17 @@ def hidden_decode_attention(
         NotImplementedError: a dtype, block size or width that the kernel does not handle.
     """
     N, D = q_wide.shape[1:]
-    gpu_pages.check_pool(pool, D)
+    gpu_pages.check_pool(pool, D, q_wide.dtype, scales is not None)
     if D % TILE_COLUMNS:
         raise NotImplementedError(f"{D=} is no multiple of {TILE_COLUMNS}; use --attention-backend xla")
-    q_wide = jnp.pad(q_wide.astype(pool.dtype), ((0, 0), (0, -N % PADDED_HEADS), (0, 0)))
+    operand = pool.dtype if scales is None else q_wide.dtype
+    of_tokens = (
+        jnp.zeros((1, 1, CHUNK_TOKENS)) if scales is None else gpu_pages.scales_by_head(scales, 1, pool.shape[1])
+    )
+    q_wide = jnp.pad(q_wide.astype(operand), ((0, 0), (0, -N % PADDED_HEADS), (0, 0)))
     parts = gpu_pages.split_float32(q_wide) if pool.dtype == jnp.float32 else [q_wide]
     q_wide = jnp.stack(parts, 1)
-    weights, top, total = _weights(q_wide, pool, blocks, length, interpret)
+    weights, top, total = _weights(q_wide, pool, of_tokens, blocks, length, interpret)
     used = (jnp.arange(top.shape[1]) * CHUNK_TOKENS < length[:, None])[..., None]
     top = jnp.where(used, top, NEVER)
     highest = top.max(1, keepdims=True)
@@ -75,13 +83,13 @@ def hidden_decode_attention(
 
 
 def _weights(
-    q_wide: jax.Array, pool: jax.Array, blocks: jax.Array, length: jax.Array, interpret: object
+    q_wide: jax.Array, pool: jax.Array, scales: jax.Array, blocks: jax.Array, length: jax.Array, interpret: object
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """First pass, `q_wide [R, F, M, D]`: weights `[R, F, M, X*C]` relative to each chunk's maximum, maxima and sums
     `[R, X, M]`.
     """
     R, F, M, D = q_wide.shape
-    S = pool.shape[1]
+    S, is_coded = pool.shape[1], pool.dtype == jnp.int8
     capacity = blocks.shape[1] * S
     most = 4 if F == 1 else 2
     workers = max(w for w in (1, 2, most) if w == 1 or R * capacity >= _BLOCKS_WANTED * w * CHUNK_TOKENS)
@@ -95,7 +103,13 @@ def _weights(
     # wide steps, for fewer and larger copies
     columns = 2 * TILE_COLUMNS if D % (2 * TILE_COLUMNS) == 0 and F == 1 else TILE_COLUMNS
     slot_bytes = columns * (tile * pool.dtype.itemsize + F * M * q_wide.dtype.itemsize)
-    fixed_bytes = workers * (M * (CHUNK_TOKENS * F * 2 + 8) + (CHUNK_TOKENS * columns * F * 2 if F > 1 else 0))
+    decodes = F > 1 or is_coded
+    scales_scratch: dict[str, Any] = {
+        "scales_s": plgpu.SMEM((workers, CHUNK_TOKENS), jnp.float32),
+        "scales_ready": plgpu.Barrier(num_barriers=workers),
+    }
+    fixed_bytes = 4 * workers * CHUNK_TOKENS if is_coded else 0
+    fixed_bytes += workers * (M * (CHUNK_TOKENS * F * 2 + 8) + (CHUNK_TOKENS * columns * F * 2 if decodes else 0))
     slots = min((_SMEM_BYTES - fixed_bytes) // slot_bytes, 6)
     kernel = plgpu.kernel(
         functools.partial(_weights_body, workers=workers, block_size=S),
@@ -110,34 +124,38 @@ def _weights(
         thread_name="wg",
         scratch_types={
             "pages": plgpu.SMEM((gpu_pages.copied_pages(pages),), jnp.int32),
-            "ring": plgpu.SMEM(
-                (slots, workers, CHUNK_TOKENS, columns), pool.dtype, transforms=TILES if F == 1 else TILES_32
-            ),
+            "ring": plgpu.SMEM((slots, workers, CHUNK_TOKENS, columns), pool.dtype, transforms=_tiles(pool.dtype)),
             "q_ring": plgpu.SMEM((slots, F, M, columns), q_wide.dtype, transforms=TILES),
             "weights_s": plgpu.SMEM((workers, F, M, CHUNK_TOKENS), q_wide.dtype, transforms=TILES),
-            "parts_s": gpu_pages.parts_scratch(F, workers, columns),
+            "parts_s": gpu_pages.parts_scratch(F, workers, columns, decoded=q_wide.dtype if is_coded else None),
             "top_s": plgpu.SMEM((workers, M), jnp.float32),
             "total_s": plgpu.SMEM((workers, M), jnp.float32),
             "table_ready": plgpu.Barrier(),
             "full": plgpu.Barrier(num_arrivals=gpu_pages.copies_per_chunk(S), num_barriers=slots * workers),
             "q_full": plgpu.Barrier(num_arrivals=F, num_barriers=slots),
             "empty": plgpu.Barrier(num_arrivals=workers, num_barriers=slots),
+            **(scales_scratch if is_coded else {}),
         },
         compiler_params=gpu_pages.compiler(pool.dtype),
         interpret=interpret,
     )
-    return kernel(q_wide, pool, table, length)
+    return kernel(q_wide, pool, scales, table, length)
+
+
+def _tiles(dtype: jnp.dtype) -> Any:
+    """The layout of a tile of the pool in shared memory."""
+    return {1: TILES_8, 2: TILES, 4: TILES_32}[dtype.itemsize]
 
 
 def _weights_body(  # type: ignore[no-untyped-def]
-    q_wide, pool, table, length, weights, tops, totals, *, pages, ring, q_ring, weights_s, parts_s, top_s, total_s,
-    table_ready, full, q_full, empty, workers, block_size,
+    q_wide, pool, scales, table, length, weights, tops, totals, *, pages, ring, q_ring, weights_s, parts_s, top_s,
+    total_s, table_ready, full, q_full, empty, workers, block_size, scales_s=None, scales_ready=None,
 ):  # fmt: skip
     """One CUDA block of the first pass. q_wide `[R, F, M, D]`, weights `[R, F, M, X*C]`, tops, totals `[R, X, M]`."""
     row, tile, worker = lax.axis_index("row"), lax.axis_index("tile"), lax.axis_index("wg")
     slots, tile_tokens = ring.shape[0], workers * CHUNK_TOKENS
     todo = jnp.minimum(length[row] - tile * tile_tokens, tile_tokens)
-    step_columns = ring.shape[3]
+    step_columns, is_coded = ring.shape[3], ring.dtype == jnp.int8
     F = q_wide.shape[1]
     steps = q_wide.shape[3] // step_columns
 
@@ -146,6 +164,14 @@ def _weights_body(  # type: ignore[no-untyped-def]
         first = tile * tile_tokens
         plgpu.copy_gmem_to_smem(table.at[row, pl.ds(lax.div(first, block_size), pages.shape[0])], pages, table_ready)
         plgpu.barrier_wait(table_ready)
+        for chunk in range(workers if is_coded else 0):
+
+            @pl.when(chunk * CHUNK_TOKENS < todo)
+            def _(chunk: int = chunk) -> None:
+                start = lax.rem(first, block_size) + chunk * CHUNK_TOKENS
+                inside = pl.multiple_of(lax.rem(start, block_size), CHUNK_TOKENS)
+                own = scales.at[pages[lax.div(start, block_size)], 0, pl.ds(inside, CHUNK_TOKENS)]
+                plgpu.copy_gmem_to_smem(own, scales_s.at[chunk], scales_ready.at[chunk])
 
         @pl.loop(0, steps)
         def _(step: jax.Array) -> None:
@@ -189,7 +215,10 @@ def _weights_body(  # type: ignore[no-untyped-def]
                     slot = lax.rem(step, slots)
                     plgpu.barrier_wait(q_full.at[slot])
                     plgpu.barrier_wait(full.at[slot * workers + worker])
-                    if F == 1:
+                    if is_coded:
+                        gpu_pages.store_decoded(ring.at[slot, worker], None, todo, parts_s.at[worker, 0], 1)
+                        plgpu.wgmma(acc, parts_s.at[worker, 0], q_ring.at[slot, 0].T)
+                    elif F == 1:
                         plgpu.wgmma(acc, ring.at[slot, worker], q_ring.at[slot, 0].T)
                     else:
                         vectors = plgpu.layout_cast(ring.at[slot, worker][...], _WGMMA)
@@ -205,13 +234,21 @@ def _weights_body(  # type: ignore[no-untyped-def]
             scores = pl.run_scoped(multiply, plgpu.ACC((CHUNK_TOKENS, M), jnp.float32))
             scores = plgpu.layout_cast(scores, _WGMMA)
             valid = gpu_pages.valid_rows(todo - worker * CHUNK_TOKENS, scores.shape)
+            factors = None
+            if is_coded:
+                plgpu.barrier_wait(scales_ready.at[worker])
+                own_scales = plgpu.load(scales_s.at[worker], layout=_WGMMA.reduce(1), optimized=False)
+                factors = gpu_pages.over_columns(own_scales, scores.shape)
+                scores = scores * factors
             scores = jnp.where(valid, scores, NEVER)
             top = gpu_pages.column(scores.max(axis=0))
             found = jnp.exp(scores - gpu_pages.over_rows(top, scores.shape))
+            total_s.at[worker][...] = gpu_pages.column(found.sum(axis=0))
+            if factors is not None:
+                found = jnp.where(valid, found * factors, 0.0)
             for i, part in enumerate([found.astype(weights_s.dtype)] if F == 1 else gpu_pages.split_float32(found)):
                 weights_s.at[worker, i].T[...] = plgpu.layout_cast(part, _WGMMA)
             top_s.at[worker][...] = top
-            total_s.at[worker][...] = gpu_pages.column(found.sum(axis=0))
             plgpu.commit_smem()
             chunk = tile * workers + worker
             tokens = pl.ds(chunk * CHUNK_TOKENS, CHUNK_TOKENS)
@@ -228,6 +265,7 @@ def _context(
     """Second pass: `[R, M, D]` float32 from weights `[R, F, M, X*C]` and the factor `[R, X, M]` of each chunk."""
     R, F, M, _ = weights.shape
     _, S, D = pool.shape
+    is_coded = pool.dtype == jnp.int8
     width = 2 * TILE_COLUMNS if D % (2 * TILE_COLUMNS) == 0 and F == 1 else TILE_COLUMNS  # columns of one warpgroup
     workers = 2 if D % (2 * width) == 0 else 1
     columns = workers * width
@@ -238,7 +276,7 @@ def _context(
     table, splits = gpu_pages.pad_table(blocks, split // S)
     factors = jnp.pad(factors, ((0, 0), (0, 0), (0, -M % 32)))
     slot_bytes = CHUNK_TOKENS * (columns * pool.dtype.itemsize + F * M * 2) + factors.shape[2] * 4
-    fixed_bytes = columns * M * 4 + (columns * CHUNK_TOKENS * F * 2 if F > 1 else 0)
+    fixed_bytes = columns * M * 4 + (columns * CHUNK_TOKENS * F * 2 if F > 1 or is_coded else 0)
     slots = min((_SMEM_BYTES - fixed_bytes) // slot_bytes, 6)
     kernel = plgpu.kernel(
         functools.partial(_context_body, split=split, workers=workers, block_size=S),
@@ -249,9 +287,9 @@ def _context(
         thread_name="wg",
         scratch_types={
             "pages": plgpu.SMEM((gpu_pages.copied_pages(split // S),), jnp.int32),
-            "ring": plgpu.SMEM((slots, CHUNK_TOKENS, columns), pool.dtype, transforms=TILES if F == 1 else TILES_32),
+            "ring": plgpu.SMEM((slots, CHUNK_TOKENS, columns), pool.dtype, transforms=_tiles(pool.dtype)),
             "weights_ring": plgpu.SMEM((slots, F, M, CHUNK_TOKENS), weights.dtype, transforms=TILES),
-            "parts_s": gpu_pages.parts_scratch(F, workers, width),
+            "parts_s": gpu_pages.parts_scratch(F, workers, width, decoded=weights.dtype if is_coded else None),
             "factor_ring": plgpu.SMEM((slots, factors.shape[2]), jnp.float32),
             "out_s": plgpu.SMEM((workers, M, width), jnp.float32, transforms=TILES_32),
             "table_ready": plgpu.Barrier(),
@@ -315,7 +353,10 @@ def _context_body(  # type: ignore[no-untyped-def]
             slot = lax.rem(chunk, slots)
             plgpu.barrier_wait(full.at[slot])
             vectors = ring.at[slot, :, mine]
-            if F == 1:
+            if ring.dtype == jnp.int8:
+                gpu_pages.store_decoded(vectors, None, todo, parts_s.at[worker, 0], 1)
+                pairs = [(parts_s.at[worker, 0].T, weights_ring.at[slot, 0].T)]
+            elif F == 1:
                 gpu_pages.clear_tail(vectors, todo - chunk * CHUNK_TOKENS)
                 pairs = [(vectors.T, weights_ring.at[slot, 0].T)]
             else:

@@ -21,11 +21,13 @@ def hidden_prefix_attention(
     first_query: jax.Array,
     num_queries: jax.Array,
     *,
+    scales: jax.Array | None = None,
     interpret: object = None,
 ) -> Partial:
-    """As the reference, with queries rounded to the pool's dtype. Pure.
+    """As the reference, with queries rounded to the pool's dtype, unless that is int8. Pure.
 
     Args:
+        scales: of an int8 pool.
         interpret: None on a GPU, `plgpu.InterpretGPUParams()` elsewhere.
 
     Raises:
@@ -33,4 +35,5 @@ def hidden_prefix_attention(
     """
     row, some = gpu_pages.rows_of_slots(length, first_query, num_queries, q_wide.shape[0])
     length = jnp.where(some, length[row], 0)
-    return gpu_hidden_decode.hidden_decode_attention(q_wide, pool, blocks[row], length, interpret=interpret)
+    decode = gpu_hidden_decode.hidden_decode_attention
+    return decode(q_wide, pool, blocks[row], length, scales=scales, interpret=interpret)

@@ -9,7 +9,7 @@ Results leave in groups of 8 queries, the rows of a tile of the layout without b
 first moved to a multiple of 8, and no group has queries of two rows.
 
 Float32 is multiplied in three bfloat16 parts, as in `gpu_hidden_decode.py`, which take the shared memory of one of the
-compute warpgroups.
+compute warpgroups. So is what an int8 page is decoded to, by each of them.
 
 Source: running softmax over chunks as in FlashAttention-2 (arXiv 2307.08691). Shape letters as in `reference.py`; C
 tokens in a chunk, I tiles.
@@ -34,6 +34,7 @@ _QUERIES = 64  # of a warpgroup that computes, the row dimension of one wgmma
 _SLOTS = 6  # of the ring: three chunks' keys and values
 _RING_BYTES = {1: 96 << 10, 3: 64 << 10}  # at most, by parts of a number
 _LEAST_COLUMNS = 16  # the narrowest tile of shared memory, in bfloat16
+_LEAST_BYTES = 32  # of its rows
 _SPLIT_COLUMNS = 32  # of a tile whose float32 numbers are split at a time, since registers are short
 _GROUP = 8  # queries, the rows of a tile of shared memory
 _WGMMA = plgpu.Layout.WGMMA
@@ -56,12 +57,13 @@ def kv_prefix_attention(
     first_query: jax.Array,
     num_queries: jax.Array,
     *,
+    scales: jax.Array | None = None,
     interpret: object = None,
 ) -> Partial:
-    """As the reference, with queries and weights rounded to the pool's dtype. Pure.
+    """As the reference, with queries and weights rounded to the pool's dtype, unless that is int8. Pure.
 
     Args:
-        pool: `[L*P, S, D]`, bfloat16, float16 or float32.
+        pool: `[L*P, S, D]`, bfloat16, float16 or float32, or int8 with `scales`.
         interpret: None on a GPU, `plgpu.InterpretGPUParams()` elsewhere.
 
     Raises:
@@ -69,12 +71,15 @@ def kv_prefix_attention(
     """
     T, N, H = q.shape
     R, S = length.shape[0], pool.shape[1]
-    gpu_pages.check_pool(pool, N * H)
-    parts, workers, operand = (3, 1, jnp.bfloat16) if pool.dtype == jnp.float32 else (1, 2, pool.dtype)
+    is_coded = scales is not None
+    gpu_pages.check_pool(pool, N * H, q.dtype, is_coded)
+    number = q.dtype if is_coded else pool.dtype
+    parts, workers, operand = (3, 1, jnp.bfloat16) if number == jnp.float32 else (1, 2, number)
     columns = math.gcd(H, gpu_pages.TILE_COLUMNS if parts == 1 else _SPLIT_COLUMNS)
     if columns < _LEAST_COLUMNS:
         raise NotImplementedError(f"head_dim={H} over a cached prefix is left to XLA: it must be a multiple of 16")
     layout = _tiles(columns, operand)  # of the weights too: wgmma wants both its operands swizzled alike
+    ring_layout = _tiles(columns, pool.dtype) if columns * pool.dtype.itemsize >= _LEAST_BYTES else ()
     slots = min(_RING_BYTES[parts] // (CHUNK_TOKENS * H * pool.dtype.itemsize), _SLOTS)
     tile = workers * _QUERIES
     places = -(-T // _GROUP) * _GROUP + _GROUP * R
@@ -97,16 +102,17 @@ def kv_prefix_attention(
             "q_s": plgpu.SMEM((workers, parts, _QUERIES, H), operand, transforms=layout),
             "key_pages": plgpu.SMEM((pages,), jnp.int32),
             "value_pages": plgpu.SMEM((pages,), jnp.int32),
-            "ring": plgpu.SMEM((slots, CHUNK_TOKENS, H), pool.dtype, transforms=_tiles(columns, pool.dtype)),
-            "parts_s": gpu_pages.parts_scratch(parts, workers, H, layout),
+            "ring": plgpu.SMEM((slots, CHUNK_TOKENS, H), pool.dtype, transforms=ring_layout),
+            "parts_s": gpu_pages.parts_scratch(parts, workers, H, layout, operand if is_coded else None),
             "weights_s": plgpu.SMEM((workers, parts, _QUERIES, CHUNK_TOKENS), operand, transforms=layout),
             "out_s": plgpu.SMEM((workers, _QUERIES, H), jnp.float32, transforms=_tiles(math.gcd(H, 32), jnp.float32)),
             "lse_s": plgpu.SMEM((workers, _QUERIES), jnp.float32),
             "q_ready": plgpu.Barrier(num_arrivals=parts, num_barriers=workers),
             "table_ready": plgpu.Barrier(num_arrivals=2),
-            "full": plgpu.Barrier(num_arrivals=gpu_pages.copies_per_chunk(S), num_barriers=slots),
+            "full": plgpu.Barrier(num_arrivals=gpu_pages.copies_per_chunk(S) + is_coded, num_barriers=slots),
             "empty": plgpu.Barrier(num_arrivals=workers, num_barriers=slots),
             "tail_cleared": plgpu.Barrier(num_arrivals=workers),
+            **({"scale_ring": plgpu.SMEM((slots, 1, CHUNK_TOKENS), jnp.float32)} if is_coded else {}),
         },
         compiler_params=gpu_pages.compiler(pool.dtype),
         interpret=interpret,
@@ -114,9 +120,10 @@ def kv_prefix_attention(
     place = jnp.arange(places + tile)  # a tile may reach beyond the last query
     row = _row_of(place, first_place + num_queries)
     slot = jnp.clip(first_query[row] + place - first_place[row], 0, T - 1)
-    queries = q.astype(pool.dtype).reshape(T, N * H)[slot]
+    queries = q.astype(number).reshape(T, N * H)[slot]
     queries = jnp.stack(gpu_pages.split_float32(queries) if parts > 1 else [queries])
-    out, lse = kernel(*tiles, length.astype(jnp.int32), queries, pool, key_blocks, value_blocks)
+    by_head = jnp.zeros((1, 1, CHUNK_TOKENS)) if scales is None else gpu_pages.scales_by_head(scales, N, S)
+    out, lse = kernel(*tiles, length.astype(jnp.int32), queries, pool, by_head, key_blocks, value_blocks)
     row, some = gpu_pages.rows_of_slots(length, first_query, num_queries, T)
     inside = jnp.arange(T) - first_query[row]
     lse = lse[_starts(num_queries, tile)[row] // tile + inside // tile, :, inside % tile]
@@ -153,14 +160,15 @@ def _find_tiles(num_queries: jax.Array, first_place: jax.Array, *, tile: int, nu
 
 
 def _body(  # type: ignore[no-untyped-def]
-    tile_row, tile_start, tile_size, length, q, pool, key_blocks, value_blocks, out, lse, *,
+    tile_row, tile_start, tile_size, length, q, pool, scales, key_blocks, value_blocks, out, lse, *,
     q_s, key_pages, value_pages, ring, parts_s, weights_s, out_s, lse_s,
-    q_ready, table_ready, full, empty, tail_cleared, block_size, interpreted,
+    q_ready, table_ready, full, empty, tail_cleared, block_size, interpreted, scale_ring=None,
 ):  # fmt: skip
     """One CUDA block. q `[F, places + tile, D]` in F parts, out `[places, D]`, lse `[I, N, tile]`, all in GMEM."""
     tile, head, worker = lax.axis_index("tile"), lax.axis_index("head"), lax.axis_index("wg")
     workers, F, _, H = q_s.shape
-    slots = ring.shape[0]
+    slots, is_coded = ring.shape[0], ring.dtype == jnp.int8
+    is_copied = F > 1 or is_coded  # so that a slot is free before its product
     row, start, count = tile_row[tile], tile_start[tile], tile_size[tile]
     columns = pl.ds(head * H, H)
     todo = jnp.where(count > 0, length[row], 0)
@@ -170,7 +178,10 @@ def _body(  # type: ignore[no-untyped-def]
     def _memory() -> None:
         own = pl.ds(0, key_pages.shape[0])
         tables = (key_blocks.at[row, own], key_pages), (value_blocks.at[row, own], value_pages)
-        gpu_pages.stream_keys_values(pool, tables, table_ready, ring, full, empty, todo, block_size, columns)
+        own_scales = (scales, scale_ring, pl.ds(head, 1)) if is_coded else None
+        gpu_pages.stream_keys_values(
+            pool, tables, table_ready, ring, full, empty, todo, block_size, columns, own_scales
+        )
 
     @pl.when((todo > 0) & (worker < workers))
     def _compute() -> None:
@@ -184,8 +195,12 @@ def _body(  # type: ignore[no-untyped-def]
 
         def operands(slot: jax.Array, left: jax.Array, mine: jax.Array) -> list[Any]:
             """What wgmma reads of a slot: the slot itself, or parts of its valid rows; then it is free."""
-            if F == 1:
+            if not is_copied:
                 return [ring.at[slot]]
+            if is_coded:
+                gpu_pages.store_decoded(ring.at[slot], scale_ring.at[slot], left, parts_s.at[mine, 0], 1)
+                plgpu.barrier_arrive(empty.at[slot])
+                return [parts_s.at[mine, 0]]
 
             columns = math.gcd(H, _SPLIT_COLUMNS)
             for at in range(0, H, columns):
@@ -207,7 +222,7 @@ def _body(  # type: ignore[no-untyped-def]
             keys = operands(slot, left, mine)
             products = ((q_s.at[mine, i], keys[j].T) for i, j in pairs)
             scores = gpu_pages.product((_QUERIES, CHUNK_TOKENS), *products)
-            if F == 1:
+            if not is_copied:
                 plgpu.barrier_arrive(empty.at[slot])
             token = plgpu.broadcasted_iota(jnp.int32, scores.shape, 1, layout=_WGMMA)
             scores = jnp.where(token < left, scores, NEVER)
@@ -222,13 +237,13 @@ def _body(  # type: ignore[no-untyped-def]
                 gpu_pages.store_parts(weights, weights_s.at[mine])
             slot = lax.rem(2 * chunk + 1, slots)
             plgpu.barrier_wait(full.at[slot])
-            if F == 1:
+            if not is_copied:
                 clear_tail(slot, left)
             values = operands(slot, left, mine)
             kept = acc * gpu_pages.over_columns(keep, acc.shape)
             products = ((weights_s.at[mine, i], values[j]) for i, j in pairs)
             acc = gpu_pages.add_product(kept, *products, interpreted=interpreted)
-            if F == 1:
+            if not is_copied:
                 plgpu.barrier_arrive(empty.at[slot])
             return new_top, total, acc
 

@@ -1,5 +1,8 @@
 """What the GPU decode kernels share: pages into shared memory, tails, small tensor-core products, merging of splits.
 
+Pages of an int8 pool are read from shared memory into registers, where they become numbers of the query's type, and
+written to shared memory again, since wgmma wants both its operands alike.
+
 Shape letters as in `reference.py`; C tokens in a chunk, E columns of D that one CUDA block reads.
 """
 
@@ -12,6 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.typing import DTypeLike
 
 from apt_jax.pallas_kernels.reference import NEVER, Partial
 
@@ -23,6 +27,7 @@ TILES: tuple[Any, ...] = (plgpu.TilingTransform((8, TILE_COLUMNS)), plgpu.Swizzl
 TILES_32: tuple[Any, ...] = (plgpu.TilingTransform((8, TILE_COLUMNS // 2)), plgpu.SwizzleTransform(128))  # type: ignore[abstract]
 # Lane semantics: layouts are as written here, where inferring them takes minutes for the loops of these kernels.
 COMPILER = plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane)
+TILES_8: tuple[Any, ...] = (plgpu.TilingTransform((8, TILE_COLUMNS)), plgpu.SwizzleTransform(64))  # type: ignore[abstract]
 _WGMMA = plgpu.Layout.WGMMA
 
 
@@ -31,9 +36,18 @@ def compiler(dtype: jnp.dtype) -> plgpu.CompilerParams:
     return dataclasses.replace(COMPILER, approx_math=dtype != jnp.float32)
 
 
-def check_pool(pool: jax.Array, width: int) -> None:
-    """Raise NotImplementedError, naming the XLA backend, for a pool `[L*P, S, D]` that wgmma kernels cannot read."""
+def check_pool(pool: jax.Array, width: int, query: DTypeLike = jnp.bfloat16, is_coded: bool = False) -> None:
+    """Raise NotImplementedError, with a cure, for a pool `[L*P, S, D]` that wgmma kernels cannot read.
+
+    Args:
+        query: number type of queries.
+        is_coded: the pool is int8, with scales.
+    """
     _, S, D = pool.shape
+    if is_coded and S % CHUNK_TOKENS:
+        raise NotImplementedError(f"block_size={S} of an int8 cache is no multiple of 64; set --block-size 64")
+    if is_coded and jnp.dtype(query).itemsize != 2:
+        raise NotImplementedError(f"queries of {jnp.dtype(query)} over an int8 cache; use --attention-backend xla")
     if S % 8 or (CHUNK_TOKENS % S and S % CHUNK_TOKENS):
         raise NotImplementedError(
             f"block_size={S} must be 8, 16, 32 or a multiple of 64; set --block-size, or --attention-backend xla"
@@ -100,6 +114,48 @@ def load_chunk(
         plgpu.copy_gmem_to_smem(pool.at[block, :, columns], slot.at[pl.ds(i * block_size, block_size)], full)
 
 
+def scales_by_head(scales: jax.Array, heads: int, block_size: int) -> jax.Array:
+    """Scales `[L*P, 1, X]` of an int8 pool as `[L*P, X/S, S]`: of `heads` heads; the rest pads a row."""
+    if scales.shape[2] % block_size or scales.shape[2] < heads * block_size:
+        raise NotImplementedError(f"{block_size=} does not divide the row of scales; use --attention-backend xla")
+    return scales.reshape(scales.shape[0], -1, block_size)
+
+
+def load_scales(
+    scales: Any, pages: Any, slot: Any, full: Any, chunk: jax.Array | int, block_size: int, heads: Any
+) -> None:
+    """Start the copy of a chunk's scales `[L*P, N, S]` of some heads into `slot [heads, C]`; it arrives on `full`."""
+    start = chunk * CHUNK_TOKENS
+    inside = pl.multiple_of(lax.rem(start, block_size), CHUNK_TOKENS)
+    own = scales.at[pages[lax.div(start, block_size)], heads, pl.ds(inside, CHUNK_TOKENS)]
+    plgpu.copy_gmem_to_smem(own, slot, full)
+
+
+def store_decoded(codes: Any, scales: Any, valid: jax.Array, slot: Any, heads: int) -> None:
+    """Write `codes [C, E]` times `scales [heads, C]` into `slot [C, E]` in its type, for wgmma; 0 from row `valid` on.
+
+    Args:
+        scales: None: codes as they are, all rows of them; their scales go elsewhere.
+        heads: whose columns E are.
+    """
+    width = codes.shape[1] // heads
+    columns = math.gcd(codes.shape[1], TILE_COLUMNS)  # whole tiles of both layouts, though not of heads
+    for at in range(0, codes.shape[1], columns):
+        own = pl.ds(at, columns)
+        found = plgpu.load(codes.at[:, own], layout=_WGMMA, optimized=False).astype(jnp.float32)
+        if scales is not None:
+            column = plgpu.broadcasted_iota(jnp.int32, found.shape, 1, layout=_WGMMA)
+            factor: jax.Array | float = 1.0
+            for head in range(at // width, -(-(at + columns) // width)):
+                row_factor = plgpu.load(scales.at[head], layout=_WGMMA.reduce(1), optimized=False)
+                of_head = over_columns(row_factor, found.shape)
+                before = head * width - at  # columns of the tile that are other heads'
+                factor = of_head if before <= 0 else jnp.where(column >= before, of_head, factor)
+            found = jnp.where(valid_rows(valid, found.shape), found * factor, 0.0)
+        slot.at[:, own][...] = plgpu.layout_cast(found.astype(slot.dtype), _WGMMA)
+    plgpu.commit_smem()
+
+
 def stream_keys_values(
     pool: Any,
     tables: tuple[tuple[Any, Any], tuple[Any, Any]],
@@ -110,10 +166,12 @@ def stream_keys_values(
     todo: jax.Array,
     block_size: int,
     columns: Any,
+    scales: tuple[Any, Any, Any] | None = None,
 ) -> None:
     """What the memory warpgroup does: keys and values of every chunk, alternately, through `ring [slots, C, E]`.
 
     Args:
+        scales: of an int8 pool those of all heads `[L*P, N, S]`, a ring `[slots, heads, C]` and which heads.
         tables: for keys and for values, the split's part of the row's table in GMEM and its place in shared memory.
         todo: valid tokens of the split.
         columns: slice of D.
@@ -134,6 +192,9 @@ def stream_keys_values(
                 plgpu.barrier_wait(empty.at[slot])
 
             load_chunk(pool, pages, ring.at[slot], full.at[slot], chunk, todo, block_size, columns)
+            if scales is not None:
+                own, scale_ring, heads = scales
+                load_scales(own, pages, scale_ring.at[slot], full.at[slot], chunk, block_size, heads)
 
     drain(empty, 2 * chunks)
 
@@ -154,11 +215,17 @@ def part_pairs(parts: int) -> list[tuple[int, int]]:
     return [(i, j) for i in range(parts) for j in range(parts) if i + j < parts]
 
 
-def parts_scratch(parts: int, workers: int, columns: int, transforms: tuple[Any, ...] = TILES) -> Any:
-    """Shared memory for the parts of each warpgroup's tile `[C, columns]`; next to nothing where nothing is split."""
-    if parts == 1:
+def parts_scratch(
+    parts: int, workers: int, columns: int, transforms: tuple[Any, ...] = TILES, decoded: DTypeLike | None = None
+) -> Any:
+    """Shared memory for the parts of each warpgroup's tile `[C, columns]`; next to nothing where nothing is split.
+
+    Args:
+        decoded: type of the one part that codes become; None: there are none.
+    """
+    if parts == 1 and decoded is None:
         return plgpu.SMEM((1, 1, 8, TILE_COLUMNS), jnp.bfloat16, transforms=TILES)
-    return plgpu.SMEM((workers, parts, CHUNK_TOKENS, columns), jnp.bfloat16, transforms=transforms)
+    return plgpu.SMEM((workers, parts, CHUNK_TOKENS, columns), decoded or jnp.bfloat16, transforms=transforms)
 
 
 def store_parts(x: jax.Array, slot: Any) -> None:

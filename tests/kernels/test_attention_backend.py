@@ -241,8 +241,17 @@ def test_an_int8_cache_gets_the_kernels_that_read_it(monkeypatch, caplog):
     monkeypatch.setattr(dispatch, "kernels_for", lambda _: REFERENCES)
     assert select_kernels("auto", TINY, **options, cache_dtype="int8") == REFERENCES
     monkeypatch.setattr(dispatch, "kernels_for", lambda _: REFERENCES._replace(kv_decode=broken))
-    assert select_kernels("auto", TINY, **options, cache_dtype="int8") is None
-    assert "attention: XLA, because the kernels cannot be used here (kv_decode failed: " in caplog.text
+    assert_chunks_only(select_kernels("auto", TINY, **options, cache_dtype="int8"))
+    assert "attention: XLA over the int8 cache, because the kernels cannot be used (kv_decode failed: " in caplog.text
+    with pytest.raises(ValueError, match=r"cannot be used here \(kv_decode failed: "):
+        select_kernels("pallas", TINY, **options, cache_dtype="int8")
     monkeypatch.setattr(dispatch, "kernels_for", lambda _: REFERENCES._replace(reads_int8=False))
-    found = select_kernels("auto", TINY, **options, cache_dtype="int8")
-    assert found is not None and found.chunk is REFERENCES.chunk and found.kv_decode is None
+    assert_chunks_only(select_kernels("auto", TINY, **options, cache_dtype="int8"))
+    with pytest.raises(ValueError, match="has no kernels here for cache_dtype='int8'"):
+        select_kernels("pallas", TINY, **options, cache_dtype="int8")
+
+
+def assert_chunks_only(found: Kernels | None) -> None:
+    """Those for a chunk's own tokens, none that use the pool."""
+    assert found is not None and found.chunk is REFERENCES.chunk and found.name == "xla, chunks by reference"
+    assert found.kv_decode is found.hidden_decode is found.kv_prefix is found.cache_writer is None
