@@ -1,16 +1,20 @@
 """Routers over the same real replicas, one after the other, round by round: `python -m experiments.replica_routers`.
 
-Needs Ray. One server with replicas of the demo model; between runs of `apt-jax bench serve` only its router changes, so
-that figures of one round differ by it, by chance, and by what else the machine does.
+Needs Ray. One server with replicas of the demo model; between runs of `apt-jax bench serve` only its router changes,
+and prefix caches are emptied, so that figures of one round differ by it, by chance, and by what else the machine does.
+With conversations: `--routers pending-time prefix --max-model-len 1024 --num-blocks 800 --request-rate 3
+--bench="--dataset conversations:turns=3:system_tokens=180:think_s=2"`.
 """
 
 import json
+import shlex
 import statistics
 import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import httpx
 import tyro
 import uvicorn
 
@@ -38,19 +42,18 @@ class Args:
     num_prompts: int = 120
     max_num_seqs: int = 8
     num_blocks: int = 96
+    max_model_len: int = 256
     ttft_slo_ms: float = 500.0
     tbt_slo_ms: float = 500.0
-    bench: tuple[str, ...] = (
-        *("--random-input-len", "90", "--random-output-len", "40", "--random-range-ratio", "0.9", "--cv", "2"),
-    )
+    bench: str = "--random-input-len 90 --random-output-len 40 --random-range-ratio 0.9 --cv 2"
 
 
 def main(args: Args) -> None:
     """Run and print a table: medians over the rounds."""
     set_up_logs()
     config = EngineConfig(
-        max_num_seqs=args.max_num_seqs, max_num_batched_tokens=128, num_blocks=args.num_blocks, max_model_len=256,
-        compilation_cache_dir=str(Path(".cache/replica_routers").absolute()),
+        max_num_seqs=args.max_num_seqs, max_num_batched_tokens=128, num_blocks=args.num_blocks,
+        max_model_len=args.max_model_len, compilation_cache_dir=str(Path(".cache/replica_routers").absolute()),
         ttft_slo_ms=args.ttft_slo_ms, tbt_slo_ms=args.tbt_slo_ms,
     )  # fmt: skip
     spec = EngineSpec(None, LoadOptions(), config, DEMO_NAME)
@@ -67,6 +70,7 @@ def main(args: Args) -> None:
         bench(url_of(listener), args, seed=0)  # not counted
         for number in range(1, args.rounds + 1):
             for name in args.routers:
+                httpx.post(f"{url_of(listener)}/reset_prefix_cache").raise_for_status()
                 backend.fleet.router = make_router(name, number)
                 figures = bench(url_of(listener), args, seed=number)
                 found[name].append(figures)
@@ -74,11 +78,12 @@ def main(args: Args) -> None:
     finally:
         http.should_exit = True
         thread.join()
-    head = "router | attained strictly | by P99 of gaps | P99 of first-token times, ms | mean, ms | P99 of gaps, ms"
-    print(f"| {head} |\n|---|---:|---:|---:|---:|---:|")
+    first = "P99 of first-token times, ms | mean, ms | median, ms"
+    head = f"router | attained strictly | by P99 of gaps | prompt tokens cached | {first} | P99 of gaps, ms"
+    print(f"| {head} |\n|---|---:|---:|---:|---:|---:|---:|---:|")
     for name, runs in found.items():
         cells = [statistics.median(run[key] for run in runs) for key in runs[0]]
-        shown = [f"{cell:.1%}" for cell in cells[:2]] + [f"{cell:.0f}" for cell in cells[2:]]
+        shown = [f"{cell:.1%}" for cell in cells[:3]] + [f"{cell:.0f}" for cell in cells[3:]]
         print(f"| {' | '.join([name, *shown])} |")
 
 
@@ -87,10 +92,15 @@ def bench(url: str, args: Args, seed: int) -> dict[str, float]:
     flags = [
         *("--request-rate", str(args.request_rate), "--num-prompts", str(args.num_prompts), "--seed", str(seed)),
         *("--ttft-slo-ms", str(args.ttft_slo_ms), "--tbt-slo-ms", str(args.tbt_slo_ms), "--ignore-eos"),
-        *args.bench,
+        *shlex.split(args.bench),
     ]
     run = bench_serve(url, flags)
-    return {key: run[key] for key in ("strict_attainment", "attainment", "p99_ttft_ms", "mean_ttft_ms", "p99_itl_ms")}
+    cached = run["total_cached_tokens"] / max(run["total_input_tokens"], 1)
+    times = ("p99_ttft_ms", "mean_ttft_ms", "median_ttft_ms", "p99_itl_ms")
+    return {
+        "strict_attainment": run["strict_attainment"], "attainment": run["attainment"], "cached": cached,
+        **{key: run[key] for key in times},
+    }  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -76,7 +76,8 @@ def test_columns_do_what_the_engine_s_state_does(policy, mode):
     for simulated, request in zip(outcome.requests, requests, strict=True):
         assert {f: getattr(simulated, f) for f in FIELDS} == {f: getattr(request, f) for f in FIELDS}
         assert len(simulated.output_token_ids) == len(request.output_token_ids)
-    preempts = policy != "wait"  # which leaves room as long as it has measured lengths
+    # these leave room as long as they have measured lengths
+    preempts = policy != "wait" and (policy, mode) != ("nested-wait", "kv")
     assert (sum(r.num_preemptions for r in requests) > 0) == preempts, "the pool was meant to be too small"
 
 
