@@ -1,13 +1,19 @@
-"""Cached pages as bytes, from one engine to another: over a cache that holds token ids, so a wrong page shows."""
+"""Cached pages as bytes, from one engine to another: over a cache that holds token ids, so a wrong page shows.
+
+And of a real int8 cache, whose blocks have scales.
+"""
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from apt_jax.model_config import ModelConfig
 from apt_jax.serve.http.snapshot_cache import SnapshotCache, tokens_of
 from apt_jax.serve.runtime.samples import Sample
 from tests.model.test_prefix_engine import greedy
+from tests.support.checkpoint_folders import random_model
 from tests.support.engines import finish
+from tests.support.engines import make_engine as real_engine
 from tests.support.token_runner import answer, make_engine
 
 PROMPT, COUNT, GENERATED = [3 * k % 97 for k in range(30)], 24, 9  # 9 pages are full when 9 tokens are known
@@ -153,3 +159,33 @@ def test_a_write_that_fails_lists_what_was_written_before():
         other.saved_pages.restore(tokens_of(sample), None, saved.form, iter(pages))
     other.state.check()
     assert resumed(other, sample) == 4 * 8
+
+
+@pytest.mark.parametrize("mode", ["kv", "hidden"])
+def test_pages_of_an_int8_cache_have_their_scales_and_only_its_own_ranges(mode):
+    config = ModelConfig(
+        vocab_size=96, hidden_size=32, num_hidden_layers=2, ffn_dim=64, max_position_embeddings=64,
+        num_attention_heads=2, word_embed_proj_dim=32, eos_token_ids=(2,),
+    )  # fmt: skip
+    model, prompt, params = random_model(config, seed=3), [4 + 7 * k % 90 for k in range(40)], greedy(10)
+
+    def engine():
+        made = real_engine(model, config, cache_mode=mode, cache_dtype="int8", num_blocks=28, max_num_seqs=2)
+        made.fingerprint = "these weights"
+        return made
+
+    first, other = engine(), engine()
+    cold = first.add(prompt, params, request_id="cold")
+    finish(first)
+    saved = first.saved_pages.save(prompt, None)
+    pages = list(saved.pages)
+    assert saved.num_pages == len(pages) == 5 and {len(page) for page in pages} == {saved.page_bytes}
+    assert other.saved_pages.restore(prompt, None, saved.form, pages) == 40
+    again = other.add(prompt, params, request_id="again")
+    finish(other)
+    assert again.num_cached_tokens == 32 and again.output_token_ids == cold.output_token_ids
+    assert list(other.saved_pages.save(prompt, None).pages) == pages
+    if mode == "hidden":
+        other.runner._channels = 2 * other.runner._channels
+        other.reset_prefix_cache()
+        assert other.saved_pages.restore(prompt, None, saved.form, pages) == 0, "ranges of another calibration"
