@@ -10,7 +10,9 @@ import os
 import signal
 import socket
 import sys
+import time
 from collections.abc import Callable
+from concurrent.futures import CancelledError
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -45,6 +47,7 @@ from apt_jax.serve.runtime.start_up import StartUp
 NO_SUCH_ADDRESS = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
 ATTEMPTS = 10  # at a free port that is free on every address
 BACKLOG = 2048  # connections that wait to be accepted
+KEEP_BEGINS_S = 30.0  # by when an engine must have ended its step, to keep cached pages
 FLUSH_S = 5.0  # that clients get, after the running requests were ended, to read what is sent
 
 logger = logging.getLogger("apt_jax.serve")
@@ -251,9 +254,16 @@ def keep_caches(service: Service, snapshot: Path, records: list[dict[str, Any]])
     if not samples or not isinstance(service.backend, EngineThread):
         return
     try:
-        kept = service.backend.call(lambda engine: cache.keep(engine, samples)).result()
-    except (NotReady, EngineFailure) as error:
-        logger.warning("the cached pages of unfinished requests are lost: %s", error)
+        answer = service.backend.call(lambda engine: cache.keep(engine, samples))
+        end = time.monotonic() + KEEP_BEGINS_S
+        while not (answer.running() or answer.done()) and time.monotonic() < end:
+            time.sleep(0.01)
+        answer.cancel()  # no effect once it has begun
+        kept = answer.result()
+    except (NotReady, EngineFailure, CancelledError) as error:
+        logger.warning(
+            "the cached pages of unfinished requests are lost: %s", str(error) or "the engine does not answer"
+        )
     except Exception:
         logger.exception("not all cached pages of unfinished requests could be kept in %s", cache.folder)
     else:

@@ -155,15 +155,18 @@ class Call[T]:
     answer: Future[T] = field(default_factory=Future)
 
     def make(self, engine: ServingEngine) -> None:
-        """Do it."""
+        """Do it, unless the answer has been cancelled."""
+        if not self.answer.set_running_or_notify_cancel():
+            return
         try:
             self.answer.set_result(self.work(engine))
         except Exception as error:
             self.fail(error)
 
     def fail(self, error: Exception) -> None:
-        """Nobody will do it, because of `error`."""
-        self.answer.set_exception(error)
+        """It failed, or nobody will do it, because of `error`."""
+        if not self.answer.cancelled():
+            self.answer.set_exception(error)
 
 
 type Message = Group | Abort | End | Call[Any] | Command
