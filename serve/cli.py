@@ -23,6 +23,7 @@ from apt_jax.serve.logs import set_up_logs, tell
 from apt_jax.serve.options import DEMO_NAME, DistributedOptions, LoadOptions, Model, ServerOptions
 from apt_jax.serve.replicas.options import RayBatchOptions, RayOptions, ReplicaOptions
 from apt_jax.simulation.options import SimulateArgs
+from apt_jax.simulation.planning.options import PlanArgs
 
 OTHER_SPELLINGS = {  # vLLM's, where they differ
     "--disable-uvicorn-access-log": "--no-access-log",
@@ -166,6 +167,18 @@ class Simulate(SimulateArgs):
         return 0
 
 
+@dataclass(frozen=True)
+class Plan(PlanArgs):
+    """Plan a deployment by simulation: devices, replicas and cost. Lists are separated by commas."""
+
+    def run(self) -> int:
+        """Simulate, print a table, write the file asked for."""
+        from apt_jax.simulation.planning.planner import run
+
+        run(self)
+        return 0
+
+
 Measurement = (
     Annotated[BenchServe, subcommand("serve")]
     | Annotated[BenchThroughput, subcommand("throughput")]
@@ -204,6 +217,7 @@ Command = (
     | Annotated[RunBatch, subcommand("run-batch")]
     | Annotated[Convert, subcommand("convert")]
     | Annotated[Simulate, subcommand("simulate")]
+    | Annotated[Plan, subcommand("plan")]
     | Annotated[Bench, subcommand("bench")]
 )
 
@@ -265,7 +279,8 @@ def _from_gib(size: str) -> str:
 
 
 COMMANDS: dict[str, type] = {
-    "serve": Serve, "run-batch": RunBatch, "convert": Convert, "simulate": Simulate, "bench serve": BenchServe,
+    "serve": Serve, "run-batch": RunBatch, "convert": Convert, "simulate": Simulate, "plan": Plan,
+    "bench serve": BenchServe,
     "bench throughput": BenchThroughput, "bench latency": BenchLatency, "bench kernels": kernels.BenchKernels,
     "bench": Bench,
 }  # fmt: skip

@@ -102,7 +102,7 @@ def test_convert_takes_source_and_destination(ran):
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        ([], "Expected one of {serve, run-batch, convert, simulate, bench}"),
+        ([], "Expected one of {serve, run-batch, convert, simulate, plan, bench}"),
         (["sreve"], "sreve"),
         (["serve", "--max-num-seq", "3"], "--max-num-seqs"),
         (["serve", "--block-size", "3"], "block_size=3 must be a power of"),
