@@ -5,6 +5,7 @@
 #   make test-fast                     lint and the quick tests, for every save: under 90 s on two cores
 #   make test                          lint, types and tests
 #   make test ARGS="tests/unit"        some of the tests, any argument of pytest
+#   make test-clients                  openai, langchain, litellm, lm-eval, locust and others against a server
 #   make soak                          load and faults on a running server; ARGS="--scale 0.1" for a short one
 #   make overhead                      what HTTP costs per streamed token
 #   make parity                        live comparison with transformers, in a virtual environment of its own
@@ -28,7 +29,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 # Bytecode is written where Python runs, once, instead of for all packages when they are installed.
 export PYTHONDONTWRITEBYTECODE =
 
-.PHONY: serve test test-fast lint parity test-devices test-aot test-ray soak overhead bench-peers bench-servers bench-gpu release clean
+.PHONY: serve test test-fast lint parity test-devices test-aot test-ray test-clients soak overhead bench-peers bench-servers bench-gpu release clean
 .NOTPARALLEL:
 
 serve: $(VENV)/.installed
@@ -65,6 +66,9 @@ test-aot: $(VENV)-aot/.installed
 test-ray: $(VENV)-ray/.installed
 	JAX_PLATFORMS=cpu $(VENV)-ray/bin/python -m pytest tests/on_ray $(ARGS)
 
+test-clients: $(VENV)/.installed-dev
+	PYTHONPATH=. $(BIN)/python -m tests.clients $(ARGS)
+
 soak: $(VENV)/.installed-dev
 	PYTHONPATH='$(CURDIR)' $(BIN)/python -m tests.soak $(ARGS)
 
@@ -84,7 +88,7 @@ release: $(VENV)/.installed-dev
 	$(BIN)/python deploy/release.py $(ARGS)
 
 clean:
-	rm -rf $(VENV) $(VENV)-aot $(VENV)-ray .venv-parity .venv-peers gpu-results .pytest_cache .mypy_cache .ruff_cache .hypothesis .cache build dist *.egg-info
+	rm -rf $(VENV) $(VENV)-aot $(VENV)-ray .venv-parity .venv-peers .venv-clients gpu-results .pytest_cache .mypy_cache .ruff_cache .hypothesis .cache build dist *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The stamps are newer than pyproject.toml once everything that it names is installed; then nothing is installed again.

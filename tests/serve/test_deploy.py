@@ -44,7 +44,7 @@ OTHER_TOOLS = {  # flags of docker, apt-get, useradd, gcloud and uv
 }
 HIDDEN = {*OTHER_SPELLINGS, "--model", "--kv-offloading-size", "--tyro-print-completion", "--tyro-write-completion"}
 OTHER_PROGRAMS = (
-    "(?:python -m (?!serve)|make [a-z-]+ ARGS|vllm bench|guidellm benchmark|locust -f|lm_eval --|ruff |git )"
+    "(?:python -m (?!serve)|make [a-z-]+ ARGS|vllm bench|guidellm run|aiperf profile|locust -f|lm_eval --|ruff |git )"
 )
 PAGES = sorted(
     str(path.relative_to(ROOT))
