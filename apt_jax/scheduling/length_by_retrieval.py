@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from apt_jax.request import FinishReason, Request
 from apt_jax.scheduling.length import Counts, LengthPredictor
 
-WIDTH = 64  # of a vector
+WIDTH = 128  # of a vector
 DIRECTIONS = 8191  # those of token ids, scattered over them
 SCATTER = 2_654_435_761
 MOST_PROMPTS = 4096  # kept, the newest
@@ -35,12 +35,14 @@ class RetrievalPredictor(LengthPredictor):
         self._count = 0
         self._seen = np.zeros(DIRECTIONS)  # prompts with each token
         self._own: dict[int, NDArray[np.float64]] = {}  # lengths near each unfinished request, by arrival number
+        self._alone: set[int] = set()  # those that have too few
         signs = np.random.default_rng(0).integers(0, 2, (DIRECTIONS, WIDTH)) * 2 - 1
         self._directions = (signs / np.sqrt(WIDTH)).astype(np.float32)
 
     def learn(self, request: Request) -> None:
         """Take in a finished request."""
         self._own.pop(request.order, None)
+        self._alone.discard(request.order)
         self._history.learn(request)
         if request.finish_reason not in (FinishReason.STOP, FinishReason.LENGTH):
             return
@@ -56,10 +58,16 @@ class RetrievalPredictor(LengthPredictor):
         """`[n]` expected tokens still to come, at least 1: the mean of longer outputs among the neighbours'."""
         answer = np.array(self._history.remaining_of(requests, prompt_tokens, generated_tokens), np.float64)
         for i, request in enumerate(requests):
+            if request.order in self._alone:
+                continue
             near = self._own.get(request.order)
             if near is None:
-                near = self._own[request.order] = self._near(request)
-            if len(near) >= ENOUGH and len(longer := near[near > generated_tokens[i]]) >= ENOUGH:
+                near = self._near(request)
+                if len(near) < ENOUGH:
+                    self._alone.add(request.order)
+                    continue
+                self._own[request.order] = near
+            if len(longer := near[near > generated_tokens[i]]) >= ENOUGH:
                 answer[i] = max(float(longer.mean()) - float(generated_tokens[i]), 1.0)
         return answer
 

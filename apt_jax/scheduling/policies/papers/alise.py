@@ -53,11 +53,11 @@ class Alise:
         self._predictor = self._context.predictor
         if self._options.retrieval and type(self._predictor) is LengthPredictor:
             self._predictor = RetrievalPredictor(self._predictor)
+        self._known: dict[int, tuple[int, tuple[float, float, float, float]]] = {}  # of waiting ones, by arrival number
 
     def schedule(self, state: SchedulerState, now: float) -> Plan:
         """Prefill first, then decode; those with most left are preempted first."""
-        unfinished = [*state.waiting, *state.running]
-        queue = dict(zip((r.order for r in unfinished), self._queues(unfinished, now), strict=True))
+        queue = self._queues(state, now)
 
         def key(request: Request) -> tuple[int, int]:
             return queue[request.order], request.order
@@ -70,20 +70,33 @@ class Alise:
         )
 
     def finished(self, request: Request, now: float) -> None:
-        """Learn its length."""
+        """Learn its length, and forget it."""
         self._predictor.learn(request)
+        self._known.pop(request.order, None)
 
-    def _queues(self, requests: list[Request], now: float) -> list[int]:
-        """The queue of each: by remaining time, lifted by what it has waited since its last token; 0 goes first."""
-        counts = np.array([(r.num_prompt_tokens, r.num_generated_tokens, r.num_tokens) for r in requests], np.int64)
-        remaining = self._predictor.remaining_of(requests, counts[:, 0], counts[:, 1])
-        prompts = np.array([0 if r.is_decoding else r.num_uncomputed_tokens for r in requests], np.int64)
+    def _queues(self, state: SchedulerState, now: float) -> dict[int, int]:
+        """The queue of each by arrival number: by remaining time, lifted by what it has waited; 0 goes first."""
+        waiting, running, progress = state.waiting, state.running, state.running_progress()
+        requests = [*waiting, *running]
+        seen = np.array([self._seen(r) for r in waiting], np.float64).reshape(-1, 4)
+        ran = np.column_stack([progress.prompt_tokens, progress.generated, progress.tokens - progress.computed])
+        prompt, generated, uncomputed = np.concatenate([seen[:, :3], ran]).T
+        uncomputed[len(waiting) :][progress.is_decoding] = 0
+        remaining = self._predictor.remaining_of(requests, prompt, generated)
         prompt_token_s, token_s, context_s = self._times()
-        left_s = prompts * prompt_token_s + remaining * (token_s + context_s * (counts[:, 2] + remaining / 2))
-        places = np.ceil(np.log2(np.maximum(left_s, LEAST_S) / LEAST_S)).astype(np.int64)
-        waits = [r.pending_s(now) if r.table is None else 0.0 for r in requests]
-        lifted: list[int] = (places - (np.array(waits) // self._options.age_s).astype(np.int64)).tolist()
-        return lifted
+        left_s = uncomputed * prompt_token_s + remaining * (token_s + context_s * (prompt + generated + remaining / 2))
+        places = np.ceil(np.log2(np.maximum(left_s, LEAST_S) / LEAST_S))
+        places[: len(waiting)] -= (now - seen[:, 3]) // self._options.age_s
+        return dict(zip((r.order for r in requests), places.astype(np.int64).tolist(), strict=True))
+
+    def _seen(self, request: Request) -> tuple[float, float, float, float]:
+        """Prompt, generated and uncomputed tokens of a waiting request, and since when it waits; none of it changes."""
+        key, known = request.order, self._known.get(request.order)
+        if known is None or known[0] != request.num_preemptions:
+            since_s = request.arrival_s if request.last_token_s is None else request.last_token_s
+            counts = request.num_prompt_tokens, request.num_generated_tokens, request.num_uncomputed_tokens, since_s
+            known = self._known[key] = request.num_preemptions, counts
+        return known[1]
 
     def _times(self) -> tuple[float, float, float]:
         """Seconds of a prompt token, of an output token alone, and of each token of its context (as hidden vectors)."""
