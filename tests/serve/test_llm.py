@@ -42,7 +42,7 @@ def test_one_prompt_gives_a_list_of_one(llm):
     assert output.logprobs is None and output.cumulative_logprob is None
     times = result.metrics
     assert times.arrival_time <= times.first_scheduled_time <= times.first_token_time <= times.finished_time
-    assert times.ttft >= times.time_in_queue >= 0 and times.num_preemptions == 0 and result.num_cached_tokens is None
+    assert times.ttft >= times.time_in_queue >= 0 and times.num_preemptions == 0 and result.num_cached_tokens == 0
 
 
 def test_many_prompts_of_all_kinds_come_back_in_order(llm):

@@ -48,7 +48,8 @@ def test_a_long_text_is_cut_to_what_fits_beside_the_answer():
         {"prompt": "a" * 500 + "b", "max_tokens": 28, "truncate_prompt_tokens": -1, "echo": True},
     )
     assert whole.json()["error"]["code"] == "context_length_exceeded"
-    assert fits.json()["usage"] == {"prompt_tokens": 100, "completion_tokens": 28, "total_tokens": 128}
+    usage = fits.json()["usage"]
+    assert (usage["prompt_tokens"], usage["completion_tokens"], usage["total_tokens"]) == (100, 28, 128)
     text = fits.json()["choices"][0]["text"]
     assert text.startswith("\x02" + "a" * 98 + "b" + "cd"), "an echo is of what was served"
 
