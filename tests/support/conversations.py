@@ -88,13 +88,16 @@ class Conversations:
 
 
 def converse(engine, count: int, *, seed: int) -> Conversations:
-    """`count` conversations, greedy and seeded, on an engine with a model, to their end; no block is lost."""
+    """`count` conversations on an engine with a model, to their end: greedy, seeded, with penalties; no block is lost."""
     draw = random.Random(seed)
 
     def drawn(max_tokens: int) -> SamplingParams:
+        some = {"max_tokens": max_tokens, "ignore_eos": True}
+        if draw.random() < 0.3:
+            some |= {"repetition_penalty": 1.3, "frequency_penalty": 0.2}
         if draw.random() < 0.5:
-            return SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True)
-        return SamplingParams(temperature=0.9, seed=draw.randrange(2**31), max_tokens=max_tokens, ignore_eos=True)
+            return SamplingParams(temperature=0, **some)
+        return SamplingParams(temperature=0.9, seed=draw.randrange(2**31), **some)
 
     talks = Conversations(engine, draw, engine.model_config.vocab_size, drawn)
     talks.run(count, most_steps=100 * count + 4000)
