@@ -88,7 +88,7 @@ class Conversations:
 
 
 def converse(engine, count: int, *, seed: int) -> Conversations:
-    """`count` conversations on an engine with a model, to their end: greedy, seeded, with penalties; no block is lost."""
+    """`count` conversations on an engine with a model, to their end: greedy, seeded, penalised; no block is lost."""
     draw = random.Random(seed)
 
     def drawn(max_tokens: int) -> SamplingParams:
