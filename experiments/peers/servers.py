@@ -26,11 +26,11 @@ from typing import Any, Literal
 import tyro
 
 from apt_jax.simulation.search import interpolated_throughput
-from experiments.client import bench_serve
 from experiments.peers.catalogue import OURS, PEERS, ROOT, Peer
 from experiments.peers.environments import FOLDER, NotInstalled, model_folder, python_of, versions_of
 from experiments.peers.folder import write_folder
 from experiments.peers.process_group import ProcessGroup, end_what_was_started
+from experiments.servers.client import bench_serve
 
 READINGS = {"strict": "strict_attainment", "paper": "attainment"}  # and the figure of each
 START_S = 900.0  # that a server may take to be ready

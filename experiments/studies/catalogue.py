@@ -270,7 +270,7 @@ STUDIES = (
     Study("conversations", "Four turns after a shared system prompt: what do cached prefixes bring, by kind?",
           _conversations("v6e-13b", "a100-13b-one-pass"), targets=(0.9,)),
     Study("systems", "The systems named beside Apt-Serve on one scheduler: ShareGPT, KV as in their papers, 900 s.",
-          _systems(("", LONG, None)), rates=(1.5, 2.0, 2.5, 3.0, 3.5), columns=SYSTEMS_COLUMNS),
+          _systems(("", LONG, None)), rates=(1.5, 2.0, 2.5, 3.0), columns=SYSTEMS_COLUMNS),
     Study("systems-elsewhere", "The same: recorded arrivals, mixed classes, bursts (variation 2), 900 s.",
           _systems(("Azure: ", replace(AZURE, duration_s=900.0), 0.9),
                    ("classes: ", replace(LONG, classes=FOLDER / "chats_and_summaries.csv"), 1.5),

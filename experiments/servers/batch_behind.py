@@ -1,4 +1,4 @@
-"""What a batch costs those who wait: `python -m experiments.batch_behind`.
+"""What a batch costs those who wait: `python -m experiments.servers.batch_behind`.
 
 One server of the demo model; `apt-jax bench serve` sends it the same requests alternately with nothing else to do and
 with a batch of `--lines` requests behind (OpenAI's Batch API). Prints strict attainment, times, and what of the batch
@@ -28,7 +28,7 @@ from apt_jax.serve.logs import set_up_logs
 from apt_jax.serve.options import DEMO_NAME, ServerOptions
 from apt_jax.serve.runtime.build import build_engine
 from apt_jax.serve.runtime.engine_thread import EngineThread
-from experiments.client import bench_serve
+from experiments.servers.client import bench_serve
 
 
 @dataclass(frozen=True)

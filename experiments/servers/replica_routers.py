@@ -1,4 +1,4 @@
-"""Routers over the same real replicas, one after the other, round by round: `python -m experiments.replica_routers`.
+"""Routers over the same real replicas, one after the other: `python -m experiments.servers.replica_routers`.
 
 Needs Ray. One server with replicas of the demo model; between runs of `apt-jax bench serve` only its router changes,
 and prefix caches are emptied, so that figures of one round differ by it, by chance, and by what else the machine does.
@@ -28,7 +28,7 @@ from apt_jax.serve.options import DEMO_NAME, LoadOptions, ServerOptions
 from apt_jax.serve.replicas.backend import ReplicaBackend
 from apt_jax.serve.replicas.messages import EngineSpec
 from apt_jax.serve.replicas.options import RayOptions, ReplicaOptions
-from experiments.client import bench_serve
+from experiments.servers.client import bench_serve
 
 
 @dataclass(frozen=True)

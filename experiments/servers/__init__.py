@@ -1,0 +1,1 @@
+"""Real servers under load: routers over replicas, and what a batch costs the others."""
