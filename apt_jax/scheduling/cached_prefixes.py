@@ -36,18 +36,22 @@ class CachedPrefixes:
 
     def cached_tokens(self, request: Request, kind: CacheKind) -> int:
         """Tokens of a waiting request that it would not compute if it were admitted as `kind`, projected ones too."""
-        if self.prefixes is None:
+        if self.prefixes is None or self.prefixes.is_cold(request):
             return 0
         pages = len(self._cached_pages(request, kind)) + len(self._pages_to_project(request, kind))
         return pages * self.pool.block_size
 
     def projected_tokens(self, request: Request, kind: CacheKind) -> int:
         """Of `cached_tokens` those that are cached as another kind, from which they are projected into new blocks."""
+        if self.prefixes is None or self.prefixes.is_cold(request):
+            return 0
         return len(self._pages_to_project(request, kind)) * self.pool.block_size
 
     def held_pages(self, request: Request, kind: CacheKind) -> int:
         """Pages of a waiting request that running ones hold already as `kind`."""
-        return 0 if self.prefixes is None else sum(page.refs > 0 for page in self._cached_pages(request, kind))
+        if self.prefixes is None or self.prefixes.is_cold(request):
+            return 0
+        return sum(page.refs > 0 for page in self._cached_pages(request, kind))
 
     def _cached_pages(self, request: Request, kind: CacheKind) -> Sequence[Page | HostPage]:
         """The first pages of a waiting request that are cached as `kind`; at least one token is left to compute."""

@@ -21,6 +21,7 @@ from apt_jax.request import Request
 from apt_jax.scheduling.host_tier import HostPage, HostTier
 
 MOST_FOUND = 4096  # requests whose pages are remembered between two changes of the table
+MOST_COLD = 100_000  # requests that are known to find nothing
 
 
 class Page:
@@ -51,6 +52,8 @@ class PrefixPool(BlockPool):
         self._shared: set[int] = set()  # first blocks of pages in several tables
         self._num_shared = 0  # blocks in them
         self._found: dict[tuple[int, int], list[Page | HostPage]] = {}  # what `find` found since the table last changed
+        self.cold: set[int] = set()  # arrival numbers of those known to find nothing
+        self._cold_of: dict[bytes, list[int]] = {}  # these by the key of their first page, which would change it
 
     @property
     def num_free(self) -> int:
@@ -89,6 +92,26 @@ class PrefixPool(BlockPool):
             gone[first] = gone.get(first, 0) + 1
             kept += gone[first] < self._by_block[first].refs
         return (table.num_pages - kept) * table.kind.blocks_per_page
+
+    def is_cold(self, request: Request) -> bool:
+        """Whether a queued request finds nothing, of any kind. Most do, and asking again costs next to nothing."""
+        if request.order in self.cold:
+            return True
+        if request.num_tokens <= self.block_size or not (self._by_block or (self.host and self.host.num_used)):
+            return True
+        self._extend_keys(request, 1)
+        key = request.page_keys[0]
+        if any(key in table for table in self._table) or (
+            self.host is not None and any(self.host.find(key, kind) for kind in KINDS)
+        ):
+            return False
+        if request.order >= 0:
+            if len(self.cold) >= MOST_COLD:
+                self.cold.clear()
+                self._cold_of.clear()
+            self.cold.add(request.order)
+            self._cold_of.setdefault(key, []).append(request.order)
+        return True
 
     def find(self, request: Request, kind: CacheKind, most_pages: int) -> Sequence[Page | HostPage]:
         """The pages of `kind` that hold the first tokens of `request`, at most so many. Not to be changed.
@@ -159,6 +182,8 @@ class PrefixPool(BlockPool):
             if key not in listed and blocks[0] not in self._by_block:
                 listed[key] = self._by_block[blocks[0]] = Page(key, table.kind, blocks, 1)
                 self._found.clear()
+                if i == 0:
+                    self.cold.difference_update(self._cold_of.pop(key, ()))
         table.num_listed = max(table.num_listed, pages)
 
     def forget(self, table: BlockTable) -> None:

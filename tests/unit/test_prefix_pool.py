@@ -97,6 +97,27 @@ def test_nothing_of_a_step_is_found_before_it_is_committed():
     assert state.cached_tokens(second, KV) == 12
 
 
+def test_who_finds_nothing_is_asked_again_only_once_a_prompt_begins_as_theirs(monkeypatch):
+    monkeypatch.setattr("apt_jax.scheduling.prefix_pool.MOST_COLD", 3)
+    runs = loop()
+    answer(runs, ask(range(14)))
+    pool, state = runs.state.pool, runs.state
+    cold = [waiting(runs, range(100 * k, 100 * k + 9)) for k in (1, 2, 3)]
+    hot, short = waiting(runs, range(9)), waiting(runs, range(4))
+    assert [state.cached_tokens(r, KV) for r in (*cold, hot, short)] == [0, 0, 0, 8, 0]
+    assert pool.cold == {r.order for r in cold} and pool.is_cold(short) and not pool.is_cold(hot)
+    runs.run(Plan(scheduled=(Scheduled(cold[0], 9, KV, Reason.ADMITTED_KV),)))
+    again = waiting(runs, range(100, 120))
+    assert state.cached_tokens(again, KV) == 8 and pool.cold == {r.order for r in cold[1:]}
+    twin = waiting(runs, range(200, 220))
+    assert state.cached_tokens(twin, KV) == 0 and len(pool.cold) == 3
+    runs.run(Plan(scheduled=(Scheduled(cold[1], 9, KV, Reason.ADMITTED_KV),)))
+    assert state.cached_tokens(twin, KV) == 8 and pool.cold == {cold[2].order}
+    for k in (4, 5, 6):
+        assert pool.is_cold(waiting(runs, range(100 * k, 100 * k + 9)))
+    assert len(pool.cold) <= 3
+
+
 def test_pages_of_one_that_was_preempted_before_the_commit_are_not_kept():
     state = make_state(40, cache_mode="kv", pool=PrefixPool)
     first, other = ask(range(14)), ask(range(30, 44))

@@ -135,12 +135,22 @@ class View:
         """`[waiting]` tokens that are cached, if each is admitted as `kind`."""
         if self.state.prefixes is None or not self.cached_w.any():
             return np.zeros(len(self.waiting), np.int64)
-        return np.array([self.state.cached_tokens(r, kind) for r in self.waiting.requests], np.int64)
+        return self._cached(lambda request, _: self.state.cached_tokens(request, kind), max)
+
+    @cached_property
+    def _hot_w(self) -> list[int]:
+        """Positions of the waiting requests of which anything is cached."""
+        prefixes = self.state.prefixes
+        if prefixes is None:
+            return []
+        cold, requests = prefixes.cold, self.waiting.requests
+        return [i for i, r in enumerate(requests) if r.order not in cold and not prefixes.is_cold(r)]
 
     def _cached(self, count: Callable[[Request, CacheKind], int], among: Callable[[Iterable[int]], int]) -> Ints:
-        if self.state.prefixes is None:
-            return np.zeros(len(self.waiting), np.int64)
-        return np.array([among(count(r, kind) for kind in self.kinds) for r in self.waiting.requests], np.int64)
+        found = np.zeros(len(self.waiting), np.int64)
+        for i in self._hot_w:
+            found[i] = among(count(self.waiting.requests[i], kind) for kind in self.kinds)
+        return found
 
     def expected_w(self, index: Ints, blocks_per_page: Ints) -> Floats:
         """`[len(index), horizons]` blocks that these waiting requests are expected to add; needs prediction.
