@@ -9,7 +9,6 @@ from typing import Any
 import jax
 from jax.typing import DTypeLike
 
-from apt_jax.attention.int8_check import check_int8_kernels
 from apt_jax.cache import CacheDtype
 from apt_jax.cpu_kernels import library
 from apt_jax.cpu_kernels.calls import KERNELS as CPU_KERNELS
@@ -37,7 +36,7 @@ def select_kernels(
     auto takes the Pallas kernels on TPU and GPU, and on a CPU those in C++ (for a model on one device), if they pass a
     check against their references on this device, else XLA. pallas on a CPU takes the TPU kernels in interpret mode.
     Whatever is left to XLA, a warning says why. Of kernels that do not read an int8 cache those for a chunk's own
-    tokens are taken with it; the C++ call for all layers reads one.
+    tokens are taken with it.
 
     Args:
         model_config: of the part of the model that a device has.
@@ -63,8 +62,6 @@ def select_kernels(
             reason = dispatch.self_check(kernels, **shape, block_size=block_size, is_coded=codes)
             if reason is None and cpp_kernels:
                 reason = dispatch.check_chunk(kernels, **shape)
-            if reason is None and cpp_kernels and is_coded:
-                reason = check_int8_kernels(**shape, block_size=block_size)
             return reason
 
     shape = f"{heads}x{head_dim}-{block_size}-{dtype}" + ("" if cache_dtype == "auto" else f"-{cache_dtype}")
@@ -97,8 +94,7 @@ def select_kernels(
             return usable
         if backend == "pallas":
             return _reading(usable, cache_dtype)
-        if not cpp_kernels:
-            logger.info("attention: XLA over the %s cache, which no kernel here reads", cache_dtype)
+        logger.info("attention: XLA over the %s cache, which no kernel here reads", cache_dtype)
         return dispatch.without_pool(usable)
     if backend != "auto":
         raise ValueError(f"attention_backend={backend!r} cannot be used here ({found}); use auto or xla")

@@ -15,14 +15,25 @@ from apt_jax.pallas_kernels.reference import Partial
 
 
 def kv_decode(
-    q: jax.Array, pool: jax.Array, key_blocks: jax.Array, value_blocks: jax.Array, length: jax.Array
-) -> Partial:
+    q: jax.Array, pool: jax.Array, key_blocks: jax.Array, value_blocks: jax.Array, length: jax.Array, *,
+    scales: jax.Array | None = None,
+) -> Partial:  # fmt: skip
     """As `apt_jax.pallas_kernels.reference.kv_decode_attention`. Pure."""
+    if scales is not None:
+        return _attend("apt_kv_decode_int8", q, pool, scales, key_blocks, value_blocks, length)
     return _attend("apt_kv_decode", q, pool, key_blocks, value_blocks, length)
 
 
-def hidden_decode(q_wide: jax.Array, pool: jax.Array, blocks: jax.Array, length: jax.Array) -> Partial:
-    """As `apt_jax.pallas_kernels.reference.hidden_decode_attention`. Pure."""
+def hidden_decode(
+    q_wide: jax.Array, pool: jax.Array, blocks: jax.Array, length: jax.Array, *, scales: jax.Array | None = None
+) -> Partial:
+    """As `apt_jax.pallas_kernels.reference.hidden_decode_attention`. Pure.
+
+    Over int8 queries of bfloat16 are multiplied as that, if the processor does.
+    """
+    if scales is not None:
+        as_bfloat16 = q_wide.dtype == jnp.bfloat16
+        return _attend("apt_hidden_decode_int8", q_wide, pool, scales, blocks, length, as_bfloat16=as_bfloat16)
     return _attend("apt_hidden_decode", q_wide, pool, blocks, length)
 
 
@@ -31,30 +42,7 @@ def chunk(q: jax.Array, k: jax.Array, v: jax.Array, row: jax.Array) -> Partial:
     return _attend("apt_chunk", q, k.astype(jnp.float32), v.astype(jnp.float32), row)
 
 
-def kv_decode_int8(
-    q: jax.Array,
-    codes: jax.Array,
-    scales: jax.Array,
-    key_blocks: jax.Array,
-    value_blocks: jax.Array,
-    length: jax.Array,
-) -> Partial:
-    """As `apt_jax.attention.xla.kv_decode`, of an int8 pool's codes and scales. Pure."""
-    return _attend("apt_kv_decode_int8", q, codes, scales, key_blocks, value_blocks, length)
-
-
-def hidden_decode_int8(
-    q_wide: jax.Array, codes: jax.Array, scales: jax.Array, blocks: jax.Array, length: jax.Array
-) -> Partial:
-    """As `apt_jax.attention.xla.hidden_decode`, of an int8 pool's codes and scales. Pure.
-
-    Queries of bfloat16 are multiplied as that, if the processor does.
-    """
-    as_bfloat16 = q_wide.dtype == jnp.bfloat16
-    return _attend("apt_hidden_decode_int8", q_wide, codes, scales, blocks, length, as_bfloat16=as_bfloat16)
-
-
-KERNELS = Kernels("cpu", kv_decode, hidden_decode, chunk=chunk)
+KERNELS = Kernels("cpu", kv_decode, hidden_decode, chunk=chunk, reads_int8=True)
 
 
 def matmul(x: jax.Array, packed: jax.Array, outputs: int) -> jax.Array:

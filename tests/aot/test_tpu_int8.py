@@ -33,7 +33,7 @@ if MISSING:
 CONTEXT, BLOCK_SIZE = 2048, 32
 LAYERS = {"6.7B": 32, "13B": 40}
 GIB = 2**30
-SPARE = GIB // 4  # for what a step takes beside weights and pool, and temporaries that grow with it
+SPARE = 5 * GIB // 8  # for what a step takes beside weights and pool, and a copy of an int8 pool's scales
 KV, HIDDEN = CacheKind.KV, CacheKind.HIDDEN
 
 

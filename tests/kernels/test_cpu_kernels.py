@@ -35,8 +35,9 @@ TINY = ModelConfig(hidden_size=16, num_attention_heads=2, num_hidden_layers=1, f
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(("heads", "head_dim", "block_size"), [(3, 64, 16), (3, 80, 8), (5, 128, 128)])
 def test_attention_is_that_of_the_references(heads, head_dim, block_size, dtype):
-    found = dispatch.self_check(calls.KERNELS, heads=heads, head_dim=head_dim, block_size=block_size, dtype=dtype)
-    assert found is None
+    shape = {"heads": heads, "head_dim": head_dim, "block_size": block_size, "dtype": dtype}
+    assert dispatch.self_check(calls.KERNELS, **shape) is None
+    assert dispatch.self_check(calls.KERNELS, **shape, is_coded=True) is None
     assert dispatch.check_chunk(calls.KERNELS, heads=heads, head_dim=head_dim, dtype=dtype) is None
 
 

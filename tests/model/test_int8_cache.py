@@ -285,7 +285,7 @@ def test_a_backend_without_int8_kernels_is_refused_when_it_is_named(model, monke
 
 
 def test_what_attends_is_named(engine, small_engine):
-    assert engine.runner.attention == "xla, chunks by cpu"
+    assert engine.runner.attention == "cpu"
     assert small_engine.runner.attention == "xla"
 
 
