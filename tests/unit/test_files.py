@@ -39,6 +39,8 @@ READERS = {
     "checkpoints/formats/flax_reader.py": "looked at by `find_weight_files`",
     "pallas_kernels/bench/kernel_cycles.py": "written just before",
     "pallas_kernels/bench/kernel_parts.py": "written just before",
+    "serve/batch/store.py": "its own lock and files",
+    "serve/batch/worker.py": "its own results",
     "serve/batch/batch_file.py": "`readable_twice` looks what it is: a pipe may be waited for",
     "serve/http/routes/dashboard.py": "of the package",
     "serve/http/snapshot_cache.py": "`check_file` looks what it is: a page at a time",
