@@ -2,8 +2,8 @@
 
 A request's remaining time is that of its prompt, if it is to be computed, and of its predicted tokens, each as long as
 a step with its context. Queues have borders at powers of two of that time, and within one the earliest goes first;
-waiting lifts a request by a queue for every `age_s` (aging). A waiting request takes the memory of running ones of
-lower queues, those expected to wait longest for their turn first; with host memory their pages move there.
+waiting lifts a request by a queue for every `age_s`, until it ends (aging). A waiting request takes the memory of
+running ones of lower queues, those expected to wait longest for their turn first; with host memory their pages move.
 
 Lengths are found by retrieval (`length_by_retrieval.py`) where prompts have words, and in the simulator, which has
 none, by what `--known-lengths` or the history of lengths say. Source: arXiv 2410.23537, sections 3 and 4.
@@ -53,6 +53,7 @@ class Alise:
         self._predictor = self._context.predictor
         if self._options.retrieval and type(self._predictor) is LengthPredictor:
             self._predictor = RetrievalPredictor(self._predictor)
+        self._lifts: dict[int, float] = {}  # queues by which each has been lifted, by arrival number
         self._known: dict[int, tuple[int, tuple[float, float, float, float]]] = {}  # of waiting ones, by arrival number
 
     def schedule(self, state: SchedulerState, now: float) -> Plan:
@@ -73,6 +74,7 @@ class Alise:
         """Learn its length, and forget it."""
         self._predictor.learn(request)
         self._known.pop(request.order, None)
+        self._lifts.pop(request.order, None)
 
     def _queues(self, state: SchedulerState, now: float) -> dict[int, int]:
         """The queue of each by arrival number: by remaining time, lifted by what it has waited; 0 goes first."""
@@ -86,7 +88,12 @@ class Alise:
         prompt_token_s, token_s, context_s = self._times()
         left_s = uncomputed * prompt_token_s + remaining * (token_s + context_s * (prompt + generated + remaining / 2))
         places = np.ceil(np.log2(np.maximum(left_s, LEAST_S) / LEAST_S))
-        places[: len(waiting)] -= (now - seen[:, 3]) // self._options.age_s
+        lifts = ((now - seen[:, 3]) // self._options.age_s).tolist()
+        for request, lift in zip(waiting, lifts, strict=True):
+            if lift > self._lifts.get(request.order, 0.0):
+                self._lifts[request.order] = lift
+        if self._lifts:  # also while it runs, or it would give its memory to the next that has waited
+            places -= [self._lifts.get(request.order, 0.0) for request in requests]
         return dict(zip((r.order for r in requests), places.astype(np.int64).tolist(), strict=True))
 
     def _seen(self, request: Request) -> tuple[float, float, float, float]:
