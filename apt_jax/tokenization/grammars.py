@@ -8,6 +8,7 @@ import json
 import threading
 from collections import OrderedDict
 from collections.abc import Mapping
+from decimal import Decimal
 from typing import Any
 
 import llguidance.numpy
@@ -19,6 +20,8 @@ MOST_KEPT, MOST_KEPT_CHARS = 64, 2_000_000  # compiled grammars, those used last
 # Of what the library allows by itself: the third of a second that an ambiguous grammar may take for a token would be
 # other requests' time too, and 250,000 states of 1 to 2 kB each are half a gigabyte of one request.
 LIMITS = LLParserLimits(max_items_in_row=500, step_max_items=20_000, max_lexer_states=50_000)
+MOST_REFS = 16  # within each other, that are followed for it
+MOST_MULTIPLE = 100_000  # product of the multipleOf that one number has to meet: the library multiplies them out
 NOTHING_MEETS_IT = "no text meets it"
 _ANY_OBJECT = {"type": "object"}
 _WHITE_SPACE = r"[ ]?|\n[ ]{0,40}"  # between the parts of JSON: without a bound some models write nothing else
@@ -115,9 +118,17 @@ class Grammars:
 
 
 def _grammar(kind: str, value: Any) -> str:
-    """Text in llguidance's own form."""
+    """Text in llguidance's own form.
+
+    Raises:
+        ValueError: what it takes to compile it has no bound.
+    """
     if kind == "json":
-        return _json_grammar(value if isinstance(value, str) else json.dumps(value))
+        schema = json.loads(value) if isinstance(value, str) else value
+        _check_multiples(schema, schema)
+        return _json_grammar(json.dumps(schema))
+    if kind == "grammar" and "multipleOf" in value:
+        raise ValueError("multipleOf within a grammar is not served; use a JSON schema")
     if kind == "json_object":
         return _json_grammar(json.dumps(_ANY_OBJECT))
     if kind == "regex":
@@ -126,6 +137,46 @@ def _grammar(kind: str, value: Any) -> str:
         # one lexeme, which is found in a hundredth of the time of a rule with as many alternatives
         return LLMatcher.grammar_from_lark("start: CHOICE\nCHOICE: " + " | ".join(map(json.dumps, value)))
     return llguidance.grammar_from("grammar", value)
+
+
+def _check_multiples(node: Any, root: Any) -> None:
+    """Raises ValueError if one number of the schema would have to meet too many multipleOf at a time."""
+    waiting = [node]
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, list):
+            waiting += node
+        elif isinstance(node, dict):
+            waiting += node.values()
+            if any(key in node for key in ("multipleOf", "allOf", "anyOf", "oneOf", "$ref")):
+                product = _multiples(node, root, frozenset())
+                if product > MOST_MULTIPLE:
+                    raise ValueError(
+                        f"the multipleOf of one number have a product of {product:.6g}, at most {MOST_MULTIPLE} is "
+                        "allowed; leave some out"
+                    )
+
+
+def _multiples(node: Any, root: Any, within: frozenset[str]) -> float:
+    """The product of all multipleOf that a value of `node` may have to meet; those of its parts are others' values."""
+    if not isinstance(node, dict):
+        return 1.0
+    product, own = 1.0, node.get("multipleOf")
+    if isinstance(own, int | float) and not isinstance(own, bool) and own:
+        numerator, denominator = Decimal(repr(own)).copy_abs().as_integer_ratio()
+        product = float(min(max(numerator * denominator, 1), 10**30))
+    for key in ("allOf", "anyOf", "oneOf"):
+        parts = node.get(key)
+        for part in parts if isinstance(parts, list) else ():
+            product = min(product * _multiples(part, root, within), 1e30)
+    name = node.get("$ref")
+    if isinstance(name, str) and name.startswith("#") and name not in within and len(within) < MOST_REFS:
+        target = root
+        for step in name[1:].strip("/").split("/") if name.strip("#/") else ():
+            step = step.replace("~1", "/").replace("~0", "~")
+            target = target.get(step) if isinstance(target, dict) else None
+        product = min(product * _multiples(target, root, within | {name}), 1e30)
+    return product
 
 
 def _json_grammar(schema: str) -> str:

@@ -93,9 +93,11 @@ class AsyncLLM:
         engine = self._thread.ready_engine()
         params = sampling_params or self.get_default_sampling_params()
         name = f"async-{next(self._numbers)}" if request_id is None else request_id
+        self._check_free(name)
         prompted = await asyncio.to_thread(
             Prompted.prepare, prompt, params, engine.tokenizer, request_id=name, priority=priority, slo=slo
         )
+        self._check_free(name)
         group = self._groups[name] = self._thread.submit(prompted.samples)
         try:
             await group.accepted()
@@ -106,6 +108,10 @@ class AsyncLLM:
         finally:
             self._groups.pop(name, None)
             group.close()
+
+    def _check_free(self, name: str) -> None:
+        if name in self._groups:
+            raise ValueError(f"request_id={name!r} is that of a request under way; give each its own")
 
     async def abort(self, request_id: str) -> None:
         """End a request, whose generator brings what it has with finish reason abort; unknown ids change nothing."""

@@ -207,6 +207,26 @@ def test_a_grammar_that_would_take_long_ends_within_the_limits(engine):
     assert re.search("items; max is 500", outputs[-1].error) and "\n" not in outputs[-1].error
 
 
+SEVERAL = [{"type": "integer", "multipleOf": number} for number in (9973, 9967, 9949, 9941)]
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"allOf": SEVERAL},
+        {"properties": {"a": {"items": {"multipleOf": 9973, "anyOf": SEVERAL[1:]}}}},
+        {"$defs": {"a": SEVERAL[0], "b/c": SEVERAL[1]}, "allOf": [{"$ref": "#/$defs/a"}, {"$ref": "#/$defs/b~1c"}]},
+    ],
+)
+def test_a_number_that_must_be_a_multiple_of_many_is_refused_at_once(engine, schema):
+    """The library multiplies them out: it took all memory there was, without end."""
+    with pytest.raises(ValueError, match=r"multipleOf of one number have a product of .* at most 100000 is allowed"):
+        ask(engine, "bad", {"json": schema})
+    several = {name: {"multipleOf": 997, "type": "integer"} for name in "abcde"}
+    ask(engine, "good", {"json": {"properties": several}}, max_tokens=3)
+    finish(engine)
+
+
 def test_bits_of_rows(loaded):
     grammars = Grammars(loaded.tokenizer._backend.to_str(), loaded.tokenizer.eos_token_id)
     matcher = grammars.matcher({"choice": ["yes"]})

@@ -144,3 +144,25 @@ def test_mounted_in_another_application(engine):
                 assert (await last(llm, "a", 2)).outputs[0].text == "bc"
 
     run(main)
+
+
+def test_an_id_that_is_under_way_is_refused(engine):
+    """It used to wait for ever: both wanted the outputs of one."""
+
+    async def main():
+        async with AsyncLLM("tiny") as llm:
+            first = llm.generate("a", SamplingParams(max_tokens=60), "same")
+            begun = await anext(first)
+            with pytest.raises(ValueError, match="request_id='same' is that of a request under way; give each its own"):
+                await anext(llm.generate("a", SamplingParams(max_tokens=2), "same"))
+            assert [begun, *[result async for result in first]][-1].finished
+            found = await asyncio.gather(
+                *(last_of(llm.generate("a", SamplingParams(max_tokens=9), "two")) for _ in range(2)),
+                return_exceptions=True,
+            )
+            assert sum(isinstance(each, ValueError) for each in found) == 1
+
+    async def last_of(results):
+        return [result async for result in results][-1]
+
+    run(main)
