@@ -130,7 +130,7 @@ def test_a_server_that_will_be_taken_away_keeps_what_it_cannot_finish(tmp_path):
         folder, "--preemption-notice", f"file:{notice}", "--preemption-grace", "6", "--snapshot-file", str(left),
         "--scheduling-policy", "wait:force_after_s=0.5",  # soon two iterations a second
     )  # fmt: skip
-    body = {"prompt": [5, 6, 7], "max_tokens": 110, "ignore_eos": True, "temperature": 0, "return_token_ids": True}
+    body = {"prompt": [5, 6, 7], "max_tokens": 124, "ignore_eos": True, "temperature": 0, "return_token_ids": True}
     try:
         until(lambda: is_ready(url), 120)
         with ThreadPoolExecutor(1) as pool:
@@ -141,6 +141,7 @@ def test_a_server_that_will_be_taken_away_keeps_what_it_cannot_finish(tmp_path):
             reply = asked.result()
             assert process.wait(20) == 0 and time.monotonic() - began < 15
         choice = reply.json()["choices"][0]
+        assert choice["finish_reason"] == "abort", (choice["finish_reason"], len(choice["token_ids"]))
         (record,) = map(json.loads, left.read_text().splitlines())
         assert choice["finish_reason"] == "abort" and record["prompts"] == [[5, 6, 7]]
         assert "the machine will be taken away in 6 s" in process.stderr.read()
