@@ -68,7 +68,10 @@ def test_it_reads_a_server_records_attainment_and_knows_every_expression(command
         )
 
         def ask(expression):
-            reply = httpx.get(f"http://127.0.0.1:{port}/api/v1/query", params={"query": expression}).json()
+            answer = httpx.get(f"http://127.0.0.1:{port}/api/v1/query", params={"query": expression})
+            if answer.status_code == 503:  # it answers so, without JSON, until it has started
+                answer.raise_for_status()
+            reply = answer.json()
             assert reply["status"] == "success", (expression, reply)
             return reply["data"]["result"]
 
@@ -80,7 +83,7 @@ def test_it_reads_a_server_records_attainment_and_knows_every_expression(command
                     share = ask('apt:slo_attainment:ratio_rate5m{slo="strict"}')
                     if share and share[0]["value"][1] == "1":
                         break
-                except httpx.TransportError:
+                except httpx.HTTPError:
                     pass
                 assert time.monotonic() < limit, "nothing was recorded"
                 time.sleep(0.1)
