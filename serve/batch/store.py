@@ -13,8 +13,9 @@ import logging
 import os
 import re
 import secrets
+import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,7 @@ class BatchStore:
         self._files, self._batches = folder / "files", folder / "batches"
         for each in (self._files, self._batches):
             each.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._changing = threading.Lock()
         self._lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, OWNER_ONLY)
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -165,11 +167,19 @@ class BatchStore:
         found = [(known.pop("owner"), known) for known in self._read_all(self._batches)]
         return [(owner, batch) for owner, batch in reversed(found) if batch["status"] not in ENDED]
 
-    def update(self, owner: str, batch: dict[str, Any], **changes: Any) -> dict[str, Any]:
-        """`batch` with `changes`, as it is kept from now on."""
-        changed = {**batch, **changes}
-        self._save(self._batches / f"{batch['id']}.json", {**changed, "owner": owner})
-        return changed
+    def update(self, owner: str, batch_id: str, unless: Collection[str] = ENDED, **changes: Any) -> dict[str, Any]:
+        """A batch with `changes`, as it is kept from now on; as it was if its status is one of `unless`. Thread-safe.
+
+        Raises:
+            NotFound: there is none.
+        """
+        with self._changing:
+            batch = self.batch(owner, batch_id)
+            if batch["status"] in unless:
+                return batch
+            changed = {**batch, **changes}
+            self._save(self._batches / f"{batch_id}.json", {**changed, "owner": owner})
+            return changed
 
     def results_of(self, batch_id: str) -> Path:
         """Where the answers of a batch are kept as they come."""

@@ -12,7 +12,7 @@ import hashlib
 import json
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 from apt_jax.output import QueueFull
@@ -59,7 +59,6 @@ class BatchWorker:
         self.store = store
         self._submit, self._served_model, self._off_loop = submit, served_model, off_loop
         self._wake = asyncio.Event()
-        self._cancelled: set[str] = set()
         self._ending = asyncio.Event()  # the batch that is worked on is to end
         self._current: str | None = None  # batch that is worked on
         self._counts: dict[str, dict[str, int]] = {}  # of it
@@ -68,21 +67,21 @@ class BatchWorker:
         """There is a new batch."""
         self._wake.set()
 
-    def cancel(self, owner: str, batch_id: str) -> dict[str, Any]:
+    async def cancel(self, owner: str, batch_id: str) -> dict[str, Any]:
         """A batch is to end with what it has; one that was not begun ends at once.
 
         Raises:
             BadRequest: it has ended, or its answers are being put together.
         """
-        batch = self.store.batch(owner, batch_id)
-        if batch["status"] in (*ENDED, "finalizing"):
+        batch = await self._update(
+            owner, batch_id, (*ENDED, "finalizing", "cancelling"), status="cancelling", cancelling_at=int(time.time())
+        )
+        if batch["status"] != "cancelling":
             raise BadRequest(f"{batch_id} is {batch['status']}; only a batch that is under way can be cancelled")
-        now = int(time.time())
-        batch = self.store.update(owner, batch, status="cancelling", cancelling_at=batch["cancelling_at"] or now)
-        if batch_id != self._current and not self.store.results_of(batch_id).exists():
-            return self._end(owner, batch, "cancelled")
-        self._cancelled.add(batch_id)
-        self._ending.set()
+        if batch_id == self._current:
+            self._ending.set()
+        elif not self.store.results_of(batch_id).exists():
+            return await self._end(owner, batch_id, "cancelled")
         return self.shown(batch)
 
     def shown(self, batch: dict[str, Any]) -> dict[str, Any]:
@@ -103,17 +102,16 @@ class BatchWorker:
             self._current = batch["id"]
             self._ending.clear()
             try:
-                await self._answer(owner, batch)
+                await self._answer(owner, await self._off_loop(self.store.batch, owner, batch["id"]))  # as it is now
             except (NotReady, asyncio.CancelledError):
                 raise_if_cancelled()
                 await asyncio.sleep(RETRY_S)
             except Exception as error:
                 logger.exception("batch %s fails", batch["id"])
-                self._end(owner, batch, "failed", errors=[{"code": "server_error", "message": str(error)}])
+                await self._end(owner, batch["id"], "failed", errors=[{"code": "server_error", "message": str(error)}])
             finally:
                 self._current = None
                 self._counts.pop(batch["id"], None)
-                self._cancelled.discard(batch["id"])
 
     async def _is_ready(self) -> bool:
         try:
@@ -123,21 +121,24 @@ class BatchWorker:
         return True
 
     async def _answer(self, owner: str, batch: dict[str, Any]) -> None:
-        source = self.store.path_of(batch["input_file_id"])
         if batch["status"] == "validating":
+            source = self.store.path_of(batch["input_file_id"])
             errors, total = await self._off_loop(_faults, source, batch["endpoint"])
             if errors:
-                self._end(owner, batch, "failed", errors=errors)
+                await self._end(owner, batch["id"], "failed", errors=errors)
                 return
             counts = {"total": total, "completed": 0, "failed": 0}
-            if batch["id"] in self._cancelled:
-                self._end(owner, {**batch, "cancelling_at": int(time.time())}, "cancelled")
-                return
-            batch = self.store.update(
-                owner, batch, status="in_progress", in_progress_at=int(time.time()), request_counts=counts
-            )
-        with ResultFile(self.store.results_of(batch["id"])) as results:
-            counts = {**batch["request_counts"], **await self._off_loop(_counted, self.store.results_of(batch["id"]))}
+            batch = await self._update(
+                owner, batch["id"], (*ENDED, "cancelling"), status="in_progress", in_progress_at=int(time.time()),
+                request_counts=counts,
+            )  # fmt: skip
+        if batch["status"] in ENDED:
+            return
+        async with contextlib.AsyncExitStack() as stack:
+            path = self.store.results_of(batch["id"])
+            results = await self._off_loop(ResultFile, path)
+            stack.push_async_callback(self._off_loop, results.__exit__, None, None, None)
+            counts = {**batch["request_counts"], **await self._off_loop(_counted, path)}
             self._counts[batch["id"]] = counts
             status = "completed"
             if batch["status"] != "finalizing":
@@ -156,6 +157,8 @@ class BatchWorker:
             Cancelled, TimeoutError: the batch is cancelled, or its time is over.
             NotReady: the server stops.
         """
+        if batch["status"] == "cancelling":
+            raise Cancelled
         seats = max(1, (self._served_model().engine.config.max_num_seqs or 1) // SHARE_OF_SEATS)
         lines: Iterator[Line] = read_lines(self.store.path_of(batch["input_file_id"]))
         running: set[asyncio.Task[None]] = set()
@@ -178,8 +181,7 @@ class BatchWorker:
 
     async def _watch(self, batch: dict[str, Any]) -> None:
         """Raises Cancelled or TimeoutError once the batch is to end."""
-        if batch["id"] not in self._cancelled and batch["status"] != "cancelling":
-            await asyncio.wait_for(self._ending.wait(), max(batch["expires_at"] - time.time(), 0))
+        await asyncio.wait_for(self._ending.wait(), max(batch["expires_at"] - time.time(), 0))
         raise Cancelled
 
     async def _answer_line(
@@ -244,7 +246,7 @@ class BatchWorker:
         """Make the files that the client gets."""
         now = int(time.time())
         if status == "completed":
-            batch = self.store.update(owner, batch, status="finalizing", finalizing_at=now, request_counts=counts)
+            await self._update(owner, batch["id"], status="finalizing", finalizing_at=now, request_counts=counts)
 
         def files() -> dict[str, str | None]:
             made: dict[str, str | None] = {}
@@ -258,7 +260,7 @@ class BatchWorker:
                     made[field] = self.store.add_file(owner, name, "batch_output", lines, file_id)["id"]
             return made
 
-        self._end(owner, batch, status, request_counts=counts, **await self._off_loop(files))
+        await self._end(owner, batch["id"], status, request_counts=counts, **await self._off_loop(files))
         with contextlib.suppress(OSError):
             self.store.results_of(batch["id"]).unlink()
 
@@ -273,14 +275,20 @@ class BatchWorker:
                 known = {"id": line.result_id, "custom_id": parse_line(line).custom_id, "response": None}
                 yield json.dumps({**known, "error": error}).encode() + b"\n"
 
-    def _end(
-        self, owner: str, batch: dict[str, Any], status: str, errors: Any = None, **changes: Any
+    async def _update(
+        self, owner: str, batch_id: str, unless: Collection[str] = ENDED, **changes: Any
     ) -> dict[str, Any]:
+        """`BatchStore.update` off the loop: it waits for the disk."""
+        changed: dict[str, Any] = await self._off_loop(lambda: self.store.update(owner, batch_id, unless, **changes))
+        return changed
+
+    async def _end(self, owner: str, batch_id: str, status: str, errors: Any = None, **changes: Any) -> dict[str, Any]:
         assert status in ENDED
         if errors:
             changes["errors"] = {"object": "list", "data": errors}
-        logger.info("batch %s: %s", batch["id"], status)
-        return self.store.update(owner, batch, status=status, **{f"{status}_at": int(time.time())}, **changes)
+        changes[f"{status}_at"] = int(time.time())
+        logger.info("batch %s: %s", batch_id, status)
+        return await self._update(owner, batch_id, status=status, **changes)
 
 
 def raise_if_cancelled() -> None:

@@ -173,10 +173,35 @@ def test_a_cancelled_batch_ends_with_what_it_has_and_one_that_waits_at_once(tmp_
             batch = (await client.get(f"/v1/batches/{first['id']}")).json()
             answered = (await client.get(f"/v1/files/{batch['output_file_id']}/content")).text.splitlines()
             assert batch["status"] == "cancelled" and batch["cancelled_at"] and batch["error_file_id"] is None
+            assert batch["cancelling_at"] and batch["in_progress_at"], "what was told before stays told"
             assert 2 <= len(answered) == batch["request_counts"]["completed"] < 9
             again = await client.post(f"/v1/batches/{first['id']}/cancel")
             assert again.status_code == 400 and "is cancelled; only a batch that is under way" in again.text
             await when(lambda: engine.is_idle)
+
+    run(main)
+    store.close()
+
+
+def test_a_batch_that_was_cancelled_just_before_it_was_begun_stays_so(tmp_path, monkeypatch):
+    store = BatchStore(tmp_path)
+    file = store.add_file("", "in", "batch", [lines_of({"prompt": "a", "max_tokens": 1})])
+    batch = store.add_batch("", batch_of(file["id"]))
+    look = store.unfinished
+
+    def and_then_it_is_cancelled():
+        found = look()
+        store.update("", batch["id"], status="cancelled", cancelled_at=7)
+        return found
+
+    monkeypatch.setattr(store, "unfinished", and_then_it_is_cancelled)
+
+    async def main():
+        engine = FakeEngine(tokenizer=CharTokenizer())
+        async with serving(engine, store=store) as client:
+            await when(lambda: not look())
+            found = (await client.get(f"/v1/batches/{batch['id']}")).json()
+            assert (found["status"], found["cancelled_at"], engine.num_steps) == ("cancelled", 7, 0)
 
     run(main)
     store.close()

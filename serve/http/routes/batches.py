@@ -133,7 +133,7 @@ async def get_batch(service: Service, http: Request) -> Response:
 async def cancel_batch(service: Service, http: Request) -> Response:
     """POST /v1/batches/{id}/cancel."""
     worker, owner = _worker(service), _owner(service, http)
-    return JSONResponse(worker.cancel(owner, http.path_params["id"]))
+    return JSONResponse(await worker.cancel(owner, http.path_params["id"]))
 
 
 def _worker(service: Service) -> BatchWorker:
