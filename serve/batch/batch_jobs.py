@@ -139,7 +139,7 @@ class BatchJob:
             try:
                 request = parse_line(line)
                 custom_id = request.custom_id
-                self._check_unique(line, custom_id)
+                check_unique(self._first_line, line, custom_id)
                 if self._results.is_done(line):
                     continue
                 work = self._prepare(line, request)
@@ -155,27 +155,14 @@ class BatchJob:
                     self._work[sample.request_id] = work
                     yield sample
 
-    def _check_unique(self, line: Line, custom_id: str) -> None:
-        first = self._first_line.setdefault(custom_id, line.number)
-        if first != line.number:
-            raise LineError(
-                f"custom_id {custom_id!r} is already that of line {first}", "duplicate_custom_id", custom_id
-            )
-
     def _prepare(self, line: Line, request: BatchLine) -> Work:
         """Raises BadRequest: the body is not valid here."""
-        endpoint = ENDPOINTS[request.url]
-        body = endpoint.parse(request.body)
-        if body.stream:
-            raise BadRequest("stream is not possible in a batch; leave it out", "stream")
         # another id for each attempt: what the engine still reports of the last one must not be taken for this one
-        request_id = f"{endpoint.generation.ID_PREFIX}-{line.result_id}" + (
+        request_id = f"{ENDPOINTS[request.url].generation.ID_PREFIX}-{line.result_id}" + (
             f"-{self._attempt}" if self._attempt > 1 else ""
         )
         try:
-            completion = endpoint.generation.prepare(
-                body, self._model, request_id=request_id, otherwise_slo=OFFLINE_SLO
-            )
+            completion = prepare(request, self._model, request_id)
         except BadRequest:
             raise
         except Exception as error:  # a line must not end the job, and again each time that it is run
@@ -255,6 +242,26 @@ def parse_line(line: Line) -> BatchLine:
             *("unsupported_url", known_id),
         )
     return request
+
+
+def check_unique(first: dict[str, int], line: Line, custom_id: str) -> None:
+    """Raises LineError if `custom_id` is that of an earlier line; `first` has their numbers, and gets this one's."""
+    number = first.setdefault(custom_id, line.number)
+    if number != line.number:
+        raise LineError(f"custom_id {custom_id!r} is already that of line {number}", "duplicate_custom_id", custom_id)
+
+
+def prepare(request: BatchLine, model: ServedModel, request_id: str) -> Generation[Any]:
+    """What a line asks for, ready to be given to the engine.
+
+    Raises:
+        BadRequest: the body is not valid here.
+    """
+    endpoint = ENDPOINTS[request.url]
+    body = endpoint.parse(request.body)
+    if body.stream:
+        raise BadRequest("stream is not possible in a batch; leave it out", "stream")
+    return endpoint.generation.prepare(body, model, request_id=request_id, otherwise_slo=OFFLINE_SLO)
 
 
 def check_files(source: Path, output: Path) -> None:

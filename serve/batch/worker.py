@@ -18,7 +18,7 @@ from typing import Any
 from apt_jax.output import QueueFull
 from apt_jax.request import OFFLINE_SLO
 from apt_jax.serve.batch.batch_file import Line, ResultFile, read_lines
-from apt_jax.serve.batch.batch_jobs import MAX_ATTEMPTS, LineError, parse_line
+from apt_jax.serve.batch.batch_jobs import MAX_ATTEMPTS, BatchLine, LineError, check_unique, parse_line, prepare
 from apt_jax.serve.batch.store import ENDED, BatchStore
 from apt_jax.serve.errors import BadRequest, EngineFailure, NotReady, PredictedLate, error_reply
 from apt_jax.serve.openai.endpoints import ENDPOINTS
@@ -191,7 +191,7 @@ class BatchWorker:
         request_id = f"{ENDPOINTS[request.url].generation.ID_PREFIX}-{batch['id']}-{line.number}"
         for attempt in range(1, MAX_ATTEMPTS + 1):
             try:
-                body = await self._generate(request.url, request.body, f"{request_id}-{attempt}")
+                body = await self._generate(request, f"{request_id}-{attempt}")
                 reply = {"status_code": 200, "request_id": request_id, "body": body}
                 break
             except BadRequest as error:
@@ -205,42 +205,31 @@ class BatchWorker:
         results.write(line, request.custom_id, reply, None)
         counts["completed" if reply["status_code"] == 200 else "failed"] += 1
 
-    async def _generate(self, url: str, fields: dict[str, Any], request_id: str) -> dict[str, Any]:
-        """The answer to one body.
+    async def _generate(self, request: BatchLine, request_id: str) -> dict[str, Any]:
+        """The answer to one line.
 
         Raises:
-            BadRequest: it is not valid.
+            BadRequest: its body is not valid.
             NotReady, EngineFailure: there is none.
         """
-        endpoint, model = ENDPOINTS[url], self._served_model()
-        body = endpoint.parse(fields)
-        if body.stream:
-            raise BadRequest("stream is not possible in a batch; leave it out", "stream")
-
-        def prepare() -> Any:
-            return endpoint.generation.prepare(body, model, request_id=request_id, otherwise_slo=OFFLINE_SLO)
-
-        generation = await self._off_loop(prepare)
+        generation = await self._off_loop(prepare, request, self._served_model(), request_id)
         samples = [dataclasses.replace(sample, slo=OFFLINE_SLO, priority=PRIORITY) for sample in generation.samples]
         while True:
-            group = self._submit(samples)
-            try:
-                await group.accepted()
-                break
-            except (QueueFull, PredictedLate):
-                await asyncio.sleep(RETRY_S)
-            except ValueError as error:
-                raise as_bad_request(error, body) from error
-        try:
-            async for outputs in group:
-                for sample, output in outputs:
-                    generation.collect(sample, output)
+            with contextlib.closing(self._submit(samples)) as group:
+                try:
+                    await group.accepted()
+                except (QueueFull, PredictedLate):
+                    await asyncio.sleep(RETRY_S)
+                    continue
+                except ValueError as error:
+                    raise as_bad_request(error, generation.body) from error
+                async for outputs in group:
+                    for sample, output in outputs:
+                        generation.collect(sample, output)
             if not generation.is_whole:
                 raise NotReady("the server is stopping")
             answer: dict[str, Any] = await self._off_loop(generation.response)
             return answer
-        finally:
-            group.close()
 
     async def _finish(self, owner: str, batch: dict[str, Any], status: str, counts: dict[str, int]) -> None:
         """Make the files that the client gets."""
@@ -314,11 +303,7 @@ def _faults(source: Any, endpoint: str) -> tuple[list[dict[str, Any]], int]:
             request = parse_line(line)
             if request.url != endpoint:
                 raise LineError(f"url is {request.url}, the batch's endpoint {endpoint}", "mismatched_url")
-            if first.setdefault(request.custom_id, line.number) != line.number:
-                raise LineError(
-                    f"custom_id {request.custom_id!r} is already that of line {first[request.custom_id]}",
-                    "duplicate_custom_id",
-                )
+            check_unique(first, line, request.custom_id)
         except LineError as error:
             if len(found) < MOST_ERRORS:
                 found.append({"code": error.code, "message": str(error), "param": None, "line": line.number})

@@ -261,6 +261,11 @@ class CostModel:
         work = self._layers * self._weights.layer_work(self.hardware.int8_rate)
         return 2 * work / self._flops_per_s
 
+    @property
+    def prompt_token_s(self) -> float:
+        """Seconds of one more prompt token's products, as fitted, where these and not reading weights take the time."""
+        return max(self.token_s * self.scales.compute * self.scales.dense, 1e-12)
+
     @cached_property
     def logits_s(self) -> float:
         """Seconds of the output embedding per sampled token."""

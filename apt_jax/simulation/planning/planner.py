@@ -22,6 +22,7 @@ from apt_jax.files import EVERYBODY, check_writable, read_text, replace_file
 from apt_jax.flags.lists import listed_counts, listed_names
 from apt_jax.host_limits import usable_processors
 from apt_jax.progress import is_hidden
+from apt_jax.scheduling.costs.cost_model import block_bytes
 from apt_jax.scheduling.costs.hardware import HARDWARE
 from apt_jax.scheduling.policies.catalogue import make_policy
 from apt_jax.scheduling.policies.vllm.defaults import BASELINES
@@ -179,8 +180,7 @@ def _entry(args: PlanArgs, way: Way, found: Found, prices: dict[str, float]) -> 
     return Entry(
         way.hardware, way.devices, way.numbers, way.policy,
         weights_gib=model.weight_bytes / GIB,
-        cache_gib=blocks * experiment.block_size * model.model.num_hidden_layers * model.model.hidden_size
-        * model.number_bytes / GIB,
+        cache_gib=blocks * block_bytes(model, experiment.block_size) / GIB,
         tokens_as_kv=blocks // CacheKind.KV.blocks_per_page * experiment.block_size,
         rate=rate, lasts=found.sustained, fluid_bound=bound,
         replicas=replicas, devices=devices, usd_per_hour=cost,

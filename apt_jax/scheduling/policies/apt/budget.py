@@ -16,7 +16,7 @@ from apt_jax.scheduling.costs.cost_model import CostModel
 from apt_jax.scheduling.costs.step_load import StepLoad
 from apt_jax.scheduling.plan import Reason
 from apt_jax.scheduling.policies.apt.draft import Draft
-from apt_jax.scheduling.policies.apt.facts.view import View, prompt_token_s
+from apt_jax.scheduling.policies.apt.facts.view import View
 
 STEP_SHARE = 0.25  # of the tightest promise, a gap or a first token, that one iteration may last
 TARGET_SHARE = 0.5  # of what is left of its limit within which a prompt is to be computed
@@ -104,7 +104,7 @@ def prefill_budget(view: View, draft: Draft, wanted: list[Prompt]) -> Budget:
     model, decodes = view.context.cost_model, draft.decode_index
     if model is None or not view.options.paced:
         return Budget(np.inf, np.inf, np.inf)
-    free_s = max(0, model.free_tokens - len(decodes)) * prompt_token_s(model)
+    free_s = max(0, model.free_tokens - len(decodes)) * model.prompt_token_s
     step_s = view.decode_s(decodes) if len(decodes) else model.step_s(StepLoad(1))
     promise_s = view.tightest_s(decodes)
     extra_s = max(STEP_SHARE * promise_s - step_s, min(step_s, (promise_s - step_s) / 2), 0.0)
@@ -122,7 +122,7 @@ def _needed_s(model: CostModel, wanted: list[Prompt], free_s: float, step_s: flo
     for prompt in wanted:
         if np.isinf(prompt.slack_s):
             continue
-        work_s += prompt.uncomputed * prompt_token_s(model) + prompt.prefix_s(model, prompt.uncomputed)
+        work_s += prompt.uncomputed * model.prompt_token_s + prompt.prefix_s(model, prompt.uncomputed)
         target_s = TARGET_SHARE * prompt.slack_s - step_s
         if target_s <= work_s:
             return np.inf

@@ -8,7 +8,7 @@ from apt_jax.scheduling.costs.cost_model import CostModel
 from apt_jax.scheduling.plan import Scheduled
 from apt_jax.scheduling.policies.apt.budget import Asked, Budget, Prompt, ask
 from apt_jax.scheduling.policies.apt.draft import Draft
-from apt_jax.scheduling.policies.apt.facts.view import View, prompt_token_s
+from apt_jax.scheduling.policies.apt.facts.view import View
 
 MIN_PREFILL_TOKENS = 16  # of the first prompt, whatever the budget
 PREFIX_SHARE = 0.5  # of the free seconds that a prefix may take before the rest is computed in one piece
@@ -51,7 +51,7 @@ class _Left:
     """What is left of an iteration's budget, in seconds: for products in all, of them free, and to make it longer."""
 
     def __init__(self, model: CostModel, budget: Budget):
-        self._model, self._budget, self._token_s = model, budget, prompt_token_s(model)
+        self._model, self._budget, self._token_s = model, budget, model.prompt_token_s
         self._given_s, self._free_s, self._extra_s = budget.given_s, budget.free_s, budget.most_extra_s
 
     def size_of(self, prompt: Prompt, *, is_first: bool) -> int:

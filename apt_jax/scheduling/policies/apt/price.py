@@ -14,7 +14,7 @@ from apt_jax.cache import CacheKind, per_kind
 from apt_jax.scheduling.costs.cost_model import CostModel
 from apt_jax.scheduling.costs.step_load import StepLoad
 from apt_jax.scheduling.policies.apt.draft import Draft
-from apt_jax.scheduling.policies.apt.facts.view import View, prompt_token_s
+from apt_jax.scheduling.policies.apt.facts.view import View
 from apt_jax.scheduling.policies.apt.knapsack.problem import Bools, Floats, Ints
 
 SCARCE_SHARE = 0.5  # of the pool, expected to be held at some time: beyond it memory has a price
@@ -61,7 +61,7 @@ def _cached_as_hidden(view: View, candidates: Ints, kv: CacheKind, hidden: Cache
     decodes = 1.0 if view.remaining_w is None else view.remaining_w[candidates]
     at_none_s = model.hidden_delay_s(0)
     delay_s = at_none_s + (model.hidden_delay_s(1) - at_none_s) * _mean_tokens(view, candidates)
-    return np.asarray(missing & (more * prompt_token_s(model) > delay_s * decodes))
+    return np.asarray(missing & (more * model.prompt_token_s > delay_s * decodes))
 
 
 def _is_worth_mixing(view: View, model: CostModel, delay_s: float) -> bool:

@@ -5,7 +5,7 @@ from apt_jax.scheduling.policies.apt.admission import admit
 from apt_jax.scheduling.policies.apt.budget import Asked, ask
 from apt_jax.scheduling.policies.apt.draft import Draft
 from apt_jax.scheduling.policies.apt.eviction import start_draft
-from apt_jax.scheduling.policies.apt.facts.view import View, prompt_token_s
+from apt_jax.scheduling.policies.apt.facts.view import View
 from apt_jax.scheduling.policies.apt.lane import admit_lane
 
 
@@ -39,7 +39,7 @@ def _gains_by_mixing(view: View, draft: Draft, asked: Asked) -> bool:
     if not wanted:
         return True
     given_s = asked.budget.given_s
-    most = min(view.state.limits.max_num_batched_tokens - decodes, given_s / prompt_token_s(model))
+    most = min(view.state.limits.max_num_batched_tokens - decodes, given_s / model.prompt_token_s)
     tokens = min(wanted, max(int(most), 1))
     decode, prefill = StepLoad(decode_requests=decodes, samples=decodes), StepLoad(tokens, samples=1)
     both = StepLoad(tokens, decode_requests=decodes, samples=decodes + 1)

@@ -117,4 +117,4 @@ class Alise:
             return model.step_s(StepLoad(decode_requests=1, samples=1, context_tokens=contexts, decodes=counts))
 
         token_s = decode_s(0)
-        return model.token_s, token_s, (decode_s(FAR) - token_s) / FAR
+        return model.prompt_token_s, token_s, (decode_s(FAR) - token_s) / FAR

@@ -81,7 +81,7 @@ class SemiPd:
     def _token_s(self) -> float:
         """Seconds of a prompt token's products."""
         model = self._context.cost_model
-        return 1e-4 if model is None else max(model.token_s * model.scales.compute * model.scales.dense, 1e-12)
+        return 1e-4 if model is None else model.prompt_token_s
 
     def _decode_s(self, state: SchedulerState) -> tuple[int, float]:
         """Running requests that decode, and the seconds of an iteration with them alone."""

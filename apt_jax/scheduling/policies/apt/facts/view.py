@@ -12,7 +12,6 @@ import numpy as np
 
 from apt_jax.cache import KINDS, CacheKind
 from apt_jax.request import Request
-from apt_jax.scheduling.costs.cost_model import CostModel
 from apt_jax.scheduling.costs.step_load import StepLoad
 from apt_jax.scheduling.policies.apt.facts.forecast import expected_blocks, moments_of_blocks
 from apt_jax.scheduling.policies.apt.facts.lateness import Remaining, is_late, is_overdue, lane
@@ -22,11 +21,6 @@ from apt_jax.scheduling.policies.apt.knapsack.problem import Bools, Floats, Ints
 from apt_jax.scheduling.policies.apt.options import AptOptions
 from apt_jax.scheduling.policies.interface import PolicyContext
 from apt_jax.scheduling.state import SchedulerState
-
-
-def prompt_token_s(model: CostModel) -> float:
-    """Seconds of products of one more prompt token, where these and not reading the weights take the time."""
-    return max(model.token_s * model.scales.compute * model.scales.dense, 1e-12)
 
 
 @dataclass(frozen=True)
@@ -300,7 +294,7 @@ class View:
         model = self.context.cost_model
         if model is None or queue.decoding.all():
             return 0.0
-        return np.where(queue.decoding, 0.0, (queue.uncomputed - cached) * prompt_token_s(model))
+        return np.where(queue.decoding, 0.0, (queue.uncomputed - cached) * model.prompt_token_s)
 
     @cached_property
     def _lanes(self) -> tuple[Bools, Bools]:
