@@ -130,7 +130,8 @@ class ServerOptions:
     """Maximum size of a file of requests in bytes; a larger one gets 413."""
     preemption_notice: str | None = None
     """Notices that the machine will be taken away: gce (metadata server), file:PATH (once it is there) or signal
-    (SIGUSR1). The server then stops as by SIGTERM, within --preemption-grace instead of --shutdown-timeout."""
+    (SIGUSR1). The server then stops as by SIGTERM, within --preemption-grace instead of --shutdown-timeout. A replica
+    hands its requests over to others; PATH may contain {replica}, its name."""
     preemption_grace: float = 30.0
     """Seconds that the machine lasts after a notice; running requests go on until 5 s before."""
     snapshot_file: str | None = DEFAULT_SNAPSHOT_FILE

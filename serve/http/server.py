@@ -28,7 +28,6 @@ from apt_jax.serve.batch.worker import BatchWorker
 from apt_jax.serve.errors import EngineFailure, NotReady
 from apt_jax.serve.http.app import STOP_TIMEOUT_S, create_app
 from apt_jax.serve.http.http_protocol import TimedProtocol, timed_protocol
-from apt_jax.serve.http.preemption import PreemptionNotice, PreemptionWatch
 from apt_jax.serve.http.resume import Resumption
 from apt_jax.serve.http.service import Service
 from apt_jax.serve.http.snapshot import unfinished_samples
@@ -38,6 +37,7 @@ from apt_jax.serve.logs import tell
 from apt_jax.serve.openai.templates.chat_template import read_template
 from apt_jax.serve.options import LoadOptions, ServerOptions
 from apt_jax.serve.replicas.backend import ReplicaBackend
+from apt_jax.serve.replicas.leaving.notice import PreemptionNotice, PreemptionWatch
 from apt_jax.serve.replicas.messages import EngineSpec
 from apt_jax.serve.replicas.options import RayOptions, ReplicaOptions
 from apt_jax.serve.replicas.ray_session import check_ray
@@ -160,7 +160,11 @@ def serve(
 
     backend: EngineThread | ReplicaBackend
     if replicas is not None and replicas.uses_ray:
-        spec = EngineSpec(model, load, config, name, log_format=options.log_format)
+        spec = EngineSpec(
+            model, load, config, name, log_format=options.log_format, preemption_notice=options.preemption_notice,
+            preemption_grace=options.preemption_grace,
+        )  # fmt: skip
+        notice = None if notice is None else notice.of_front()
         backend = ReplicaBackend(spec, replicas, ray or RayOptions(), ready, fail)
         service = Service(backend, backend.view(name), name, with_environment(options))
     else:

@@ -9,7 +9,9 @@ import logging
 import os
 import time
 from collections.abc import AsyncIterator, Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from apt_jax.engine.interface import ServingEngine
 from apt_jax.serve.errors import NotReady
@@ -17,9 +19,12 @@ from apt_jax.serve.logs import set_up_logs
 from apt_jax.serve.observability.engine_metrics import EngineMetrics
 from apt_jax.serve.observability.history import History
 from apt_jax.serve.observability.profile import record
+from apt_jax.serve.replicas.leaving.hand_over import Leaving, Pages, enter_pages, take_pages
+from apt_jax.serve.replicas.leaving.notice import PreemptionNotice, PreemptionWatch
 from apt_jax.serve.replicas.messages import Abort, Answer, Command, EngineSpec, Facts, Refused, Report, Submit
 from apt_jax.serve.replicas.relay import LoadReporter, Relay, RelayedGroup
 from apt_jax.serve.runtime.engine_thread import EngineThread
+from apt_jax.serve.runtime.group import Call
 
 SHOWN_PLANS = 64
 
@@ -33,6 +38,9 @@ class EngineActor:
         if make_engine is None:
             set_up_logs(spec.log_format)
         self._spec = spec
+        self._name = name
+        self._watch: PreemptionWatch | None = None
+        self._gone_s: float | None = None  # when the machine is taken away, once that is known
         self._history = History()
         self._metrics = EngineMetrics(spec.model_name, replica=name)
         self._make_engine = make_engine or self._build
@@ -60,6 +68,7 @@ class EngineActor:
             thread.refuse_late()
         thread.start()
         start_s = await self._ready
+        self._watch_notices()
         engine = thread.ready_engine()
         return Facts(
             *(engine.config, engine.tokenizer, engine.max_model_len, time.monotonic(), os.getpid()),
@@ -77,7 +86,8 @@ class EngineActor:
         assert self._relay is not None and self._thread is not None
         while True:
             report = await self._relay.report()
-            yield dataclasses.replace(report, trouble=self._thread.trouble)
+            lasts_s = None if self._gone_s is None else self._gone_s - time.monotonic()
+            yield dataclasses.replace(report, trouble=self._thread.trouble, lasts_s=lasts_s)
 
     async def command(self, number: int, commands: list[Command]) -> None:
         """Process a message, after all earlier ones."""
@@ -93,9 +103,18 @@ class EngineActor:
                             group.close()
             self._next += 1
 
-    async def ask(self, question: str, argument: str = "") -> Answer:
-        """Answer "metrics", "story" (of a request id), "plans", "record" (SECONDS FOLDER), or "reset_prefix_cache"."""
+    async def ask(self, question: str, argument: Any = "") -> Answer:
+        """Answer "metrics", "story" (of a request id), "plans", "record" (SECONDS FOLDER), or "reset_prefix_cache".
+
+        And when a machine is taken away "echo" (bytes), "leave" (`Leaving`) or "enter" (a list of `Pages`).
+        """
         match question:
+            case "echo":
+                return argument
+            case "leave":
+                return await self._leave(argument)
+            case "enter":
+                return await self._do(Call(lambda engine: enter_pages(engine, argument)))
             case "metrics":
                 return await asyncio.to_thread(self._metrics.text)
             case "story":
@@ -114,6 +133,8 @@ class EngineActor:
 
     async def stop(self) -> None:
         """End the engine's thread."""
+        if self._watch is not None:
+            self._watch.stop()
         if self._thread is not None:
             await asyncio.to_thread(self._thread.stop, 5.0)
 
@@ -132,6 +153,33 @@ class EngineActor:
         else:
             self._groups[command.ticket] = group
 
+    async def _leave(self, leaving: Leaving) -> list[Pages]:
+        """End a group that goes on elsewhere; its pages, as far as they are worth moving."""
+        group = self._groups.pop(leaving.ticket, None)
+        if group is not None:
+            group.close()  # before the call, in the same inbox
+        return await self._do(Call(lambda engine: take_pages(engine, leaving.samples, leaving.link)))
+
+    async def _do[T](self, call: Call[T]) -> T:
+        """Have something done to the engine between two steps."""
+        assert self._thread is not None
+        self._thread.enter(call)
+        return await asyncio.wrap_future(call.answer)
+
+    def _watch_notices(self) -> None:
+        text, loop = self._spec.preemption_notice, asyncio.get_running_loop()
+        notice = None if text is None else PreemptionNotice.parse(text).of_replica(self._name)
+        if notice is not None:
+            self._watch = PreemptionWatch(notice, partial(call_on, loop, self._noticed))
+            self._watch.start()
+
+    def _noticed(self, why: str) -> None:
+        lasts_s = self._spec.preemption_grace
+        logger.warning("the machine will be taken away in %g s: %s", lasts_s, why)
+        self._gone_s = time.monotonic() + lasts_s
+        assert self._relay is not None
+        self._relay.hurry()
+
     def _forget(self, ticket: int) -> None:
         self._groups.pop(ticket, None)
 
@@ -145,4 +193,12 @@ class EngineActor:
         from apt_jax.serve.runtime.build import build_engine  # imports jax, which takes seconds
 
         spec = self._spec
-        return build_engine(spec.model, engine_config=spec.config, **dataclasses.asdict(spec.load))
+        moves_pages = spec.preemption_notice is not None  # to replicas that stay
+        return build_engine(
+            spec.model, engine_config=spec.config, moves_pages=moves_pages, **dataclasses.asdict(spec.load)
+        )
+
+
+def call_on(loop: asyncio.AbstractEventLoop, act: Callable[[str], None], text: str) -> None:
+    """Have `act` called on the loop, from any thread."""
+    loop.call_soon_threadsafe(act, text)

@@ -4,6 +4,7 @@ Nothing is answered twice: a replica's outputs count only under the ticket of th
 every token that it has delivered. A group continues from there, with the seed that it began with.
 """
 
+import asyncio
 import logging
 import time
 from collections.abc import Callable, Sequence
@@ -14,6 +15,7 @@ from apt_jax.engine.interface import EngineFacts
 from apt_jax.output import Output, QueueFull
 from apt_jax.routing.interface import Router
 from apt_jax.serve.errors import EngineFailure, NotReady
+from apt_jax.serve.replicas.leaving.hand_over import LATEST_S, Leaving, Pages
 from apt_jax.serve.replicas.messages import Abort, Accepted, Brought, Event, Refused, Report
 from apt_jax.serve.replicas.replica import Replica, ReplicaStatus
 from apt_jax.serve.replicas.route import Route
@@ -36,6 +38,7 @@ class Fleet:
         self.facts: EngineFacts | None = None
         self.failed = self.stopped = False
         self.num_moved = 0  # groups that went on elsewhere
+        self.moved_tokens = 0  # of these, whose cached pages went with them
         self.router = router
         self._seeds = np.random.default_rng(seed)
         self._clock = clock
@@ -105,6 +108,52 @@ class Fleet:
         if routes:
             logger.warning("%d requests of replica %s go on elsewhere", len(routes), replica.name)
 
+    def move_unbegun(self, replica: Replica) -> None:
+        """Groups without a token yet begin elsewhere instead of on a replica that will be taken away."""
+        for route in [*replica.routes.values()]:
+            if not any(progress.request.output_token_ids for progress in route.unfinished.values()):
+                if self._choice(route) is None:
+                    return
+                replica.send(Abort(route.ticket))
+                self._leave(route)
+                self.num_moved += 1
+                self._place(route)
+
+    async def hand_over(self, replica: Replica) -> None:
+        """All groups of a replica that will be taken away go on elsewhere, one after the other."""
+        routes = [*replica.routes.values()]
+        if routes:
+            logger.warning("%d requests of replica %s go on elsewhere before it is gone", len(routes), replica.name)
+        for route in routes:
+            if route.replica is replica:  # else it has ended meanwhile
+                self.num_moved += 1
+                await self._hand_over(route, replica)
+
+    async def _hand_over(self, route: Route, replica: Replica) -> None:
+        target = self._choice(route)
+        left_s = (replica.gone_s or 0.0) - LATEST_S - time.monotonic()
+        if target is None or left_s <= 0 or not route.is_confirmed:
+            replica.send(Abort(route.ticket))
+            self._leave(route)
+            self._place(route)
+            return
+        ticket, samples = route.ticket, tuple(progress.remainder() for progress in route.unfinished.values())
+        self._leave(route)
+        try:
+            async with asyncio.timeout(left_s):
+                link = await replica.link_to(target)
+                began = time.monotonic()
+                pages: list[Pages] = await replica.handle.ask("leave", Leaving(ticket, samples, link))
+                if pages:
+                    self.moved_tokens += await target.handle.ask("enter", pages)
+                    num_bytes = sum(each.num_bytes for each in pages)
+                    replica.seen[target.name] = link.as_seen(num_bytes, time.monotonic() - began)
+        except Exception as error:  # its tokens are here
+            logger.warning("no pages came from replica %s: %r", replica.name, error)
+            replica.send(Abort(ticket))
+        if self._by_group.get(id(route.group)) is route:  # else nobody wants it any more
+            self._place(route, preferred=target)
+
     def place_parked(self) -> None:
         """Try again to place groups without a replica."""
         parked, self._parked = self._parked, []
@@ -167,18 +216,24 @@ class Fleet:
         else:
             self._fail(route, error)
 
-    def _place(self, route: Route, error: Exception | None = None) -> None:
-        """Send a group to a replica; if none accepts it now, it waits, or fails with `error` if it is new."""
+    def _choice(self, route: Route) -> Replica | None:
+        """The replica that the router chooses; None if none accepts it now."""
         candidates = [replica for replica in self.ready() if replica.name not in route.refused_by]
         if not candidates:
+            return None
+        loads = [replica.load for replica in candidates if replica.load is not None]
+        return candidates[self.router.choose(route.asked(self._clock()), loads)]
+
+    def _place(self, route: Route, error: Exception | None = None, preferred: Replica | None = None) -> None:
+        """Send a group to a replica; if none accepts it now, it waits, or fails with `error` if it is new."""
+        replica = preferred if preferred in self.ready() else self._choice(route)
+        if replica is None:
             if error is not None and not route.is_accepted:
                 self._fail(route, error)
             else:
                 self._parked.append(route)
             return
         now = self._clock()
-        loads = [replica.load for replica in candidates if replica.load is not None]
-        replica = candidates[self.router.choose(route.asked(now), loads)]
         self._tickets += 1
         route.ticket, route.replica, route.sent_s, route.is_confirmed = self._tickets, replica, now, False
         self._routes[route.ticket] = replica.routes[route.ticket] = route

@@ -8,12 +8,13 @@ new generation: the old replicas stay until as many new ones are ready.
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 
 from apt_jax.routing.attainment import RecentAttainment
 from apt_jax.routing.autoscaler import Autoscaler, AutoscalerOptions
 from apt_jax.serve.errors import EngineFailure
 from apt_jax.serve.replicas.fleet import Fleet
+from apt_jax.serve.replicas.leaving.hand_over import HAND_OVER_S, LATEST_S
 from apt_jax.serve.replicas.replica import Handle, Replica, ReplicaStatus
 from apt_jax.serve.runtime.observer import Observer, Stepped
 from apt_jax.serve.runtime.samples import Sample
@@ -57,6 +58,7 @@ class Keeper:
         self._on_ready = on_ready
         self._on_failure = on_failure
         self._wake = asyncio.Event()
+        self._handing_over: set[str] = set()  # replicas whose requests are on their way
         self._tasks: set[asyncio.Task[None]] = set()
         self._names = 0
         self._bad_starts = 0  # in a row
@@ -116,7 +118,7 @@ class Keeper:
             if replica.status is ReplicaStatus.STARTING and replica.generation < self.generation:
                 self._end(replica)
         for replica in self._of(ReplicaStatus.DRAINING):
-            if not replica.routes:
+            if not (replica.routes or replica.name in self._handing_over):
                 self._end(replica)
                 logger.info("replica %s has ended; %d are ready", replica.name, len(self._fleet.ready()))
         self._fleet.place_parked()
@@ -132,9 +134,30 @@ class Keeper:
             if replica.quiet_checks > MOST_QUIET_CHECKS:
                 replica.handle.kill()  # its reports then end with an error
         now = time.monotonic()
+        for replica in self._of(ReplicaStatus.READY, ReplicaStatus.DRAINING):
+            if replica.gone_s is not None:
+                self._let_go(replica, replica.gone_s - now)
         if now - self._scaled_s >= SCALE_S and not self.is_updating and self._was_ready:
             self._scaled_s = now
             self._scale(now)
+
+    def _let_go(self, replica: Replica, lasts_s: float) -> None:
+        """Its machine will be taken away: another one starts, it finishes what it can, and hands the rest over."""
+        if replica.status is ReplicaStatus.READY:
+            logger.warning("replica %s will be taken away in %.0f s", replica.name, max(lasts_s, 0.0))
+            replica.status = ReplicaStatus.DRAINING
+        self._fleet.move_unbegun(replica)
+        due_s = HAND_OVER_S if self._fleet.ready() else LATEST_S  # while nobody else is there it goes on
+        if lasts_s <= due_s and replica.routes and replica.name not in self._handing_over:
+            self._handing_over.add(replica.name)
+            self._do(self._hand_over(replica))
+
+    async def _hand_over(self, replica: Replica) -> None:
+        try:
+            await self._fleet.hand_over(replica)
+        finally:
+            self._handing_over.discard(replica.name)
+            self._wake.set()
 
     def _scale(self, now: float) -> None:
         loads = [replica.load for replica in self._fleet.ready() if replica.load is not None]
@@ -153,7 +176,10 @@ class Keeper:
         self._names += 1
         replica = Replica(f"r{self._names}", self.generation, self._launch(f"r{self._names}"))
         self._fleet.replicas.append(replica)
-        task = asyncio.create_task(self._live(replica))
+        self._do(self._live(replica))
+
+    def _do(self, work: Coroutine[None, None, None]) -> None:
+        task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 

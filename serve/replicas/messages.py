@@ -31,6 +31,8 @@ class EngineSpec:
     refuses_late: bool = False
     log_format: Literal["text", "json"] = "text"
     limits: WatchLimits = field(default_factory=WatchLimits)
+    preemption_notice: str | None = None  # as of `PreemptionNotice.parse`
+    preemption_grace: float = 30.0
 
 
 @dataclass(frozen=True)
@@ -112,12 +114,16 @@ Event = Accepted | Refused | Brought
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """Events in order, the engine's load if it was counted since the last report, and why it is unhealthy if it is."""
+    """Events in order, the engine's load if it was counted since the last report, and why it is unhealthy if it is.
+
+    `lasts_s`: seconds until its machine is taken away, once it has notice of that.
+    """
 
     events: list[Event]
     load: InstanceLoad | None = None
     blocks: dict[str, int] = field(default_factory=dict)
     trouble: str | None = None
+    lasts_s: float | None = None
 
 
 Answer = Any  # of a question about a replica: JSON-like, or bytes

@@ -90,7 +90,7 @@ class RayHandle:
         """See `Handle`."""
         self._actor.command.remote(number, commands)
 
-    async def ask(self, question: str, argument: str = "") -> Answer:
+    async def ask(self, question: str, argument: Any = "") -> Answer:
         """See `Handle`."""
         return await self._actor.ask.remote(question, argument)
 

@@ -25,6 +25,7 @@ class Relay:
         self._loads = loads
         self._events: list[Event] = []
         self._changed = asyncio.Event()
+        self._hurries = False  # a report is wanted, whatever is in it
         self.failure: Exception | None = None  # the engine is lost
 
     def add(self, event: Event) -> None:
@@ -37,6 +38,11 @@ class Relay:
         self.failure = error
         self._changed.set()
 
+    def hurry(self) -> None:
+        """Have a report made now."""
+        self._hurries = True
+        self._changed.set()
+
     async def report(self) -> Report:
         """Events since the last report; waits for some, but not for long.
 
@@ -44,15 +50,20 @@ class Relay:
             Exception: what the engine was lost by.
         """
         begun = time.monotonic()
-        while not (self._events or self.failure or self._loads.has_news) and time.monotonic() - begun < HEARTBEAT_S:
+        while not self._has_news and time.monotonic() - begun < HEARTBEAT_S:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(LOOK_EVERY_S):
                     await self._changed.wait()
         self._changed.clear()
+        self._hurries = False
         if self.failure is not None:
             raise self.failure
         events, self._events = self._events, []
         return Report(events, *self._loads.take())
+
+    @property
+    def _has_news(self) -> bool:
+        return bool(self._events or self.failure or self._hurries or self._loads.has_news)
 
 
 class RelayedGroup(Group):

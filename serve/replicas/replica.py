@@ -5,9 +5,10 @@ import dataclasses
 import enum
 import time
 from collections.abc import AsyncIterator
-from typing import Protocol
+from typing import Any, Protocol
 
 from apt_jax.routing.instance import InstanceLoad
+from apt_jax.serve.replicas.leaving.hand_over import Link, measured
 from apt_jax.serve.replicas.messages import Answer, Command, Facts, Report
 from apt_jax.serve.replicas.route import Route
 
@@ -33,7 +34,7 @@ class Handle(Protocol):
     def command(self, number: int, commands: list[Command]) -> None:
         """Send a message, without waiting for it."""
 
-    async def ask(self, question: str, argument: str = "") -> Answer:
+    async def ask(self, question: str, argument: Any = "") -> Answer:
         """See `EngineActor.ask`."""
 
     def kill(self) -> None:
@@ -54,6 +55,9 @@ class Replica:
         self.routes: dict[int, Route] = {}  # by ticket
         self.trouble: str | None = None  # why its engine is unhealthy, as reported last
         self.is_given_up = False  # killed because of it
+        self.gone_s: float | None = None  # when its machine is taken away, in the front's clock
+        self.seen: dict[str, Link] = {}  # to other replicas, by transfers that were made
+        self._link: Link | None = None  # between it and the front, once that was measured
         self.quiet_checks = 0  # of the keeper's, since the last report
         self._offset_s = 0.0  # its clock minus the front's
         self._outbox: list[Command] = []
@@ -70,10 +74,25 @@ class Replica:
             self._offset_s = self.facts.clock_s - time.monotonic()
         return self.facts
 
+    async def link(self) -> Link:
+        """Between it and the front.
+
+        Raises:
+            Exception: it has died.
+        """
+        self._link = self._link or await measured(self.handle)
+        return self._link
+
+    async def link_to(self, target: "Replica") -> Link:
+        """To another replica, through the front; by the last transfer there, if there was one."""
+        return self.seen.get(target.name) or (await self.link()).then(await target.link())
+
     def note(self, report: Report) -> None:
         """Keep the load. What the replica has not confirmed is not in it, so it is no newer than that."""
         self.quiet_checks = 0
         self.trouble = report.trouble
+        if report.lasts_s is not None and self.gone_s is None:
+            self.gone_s = time.monotonic() + report.lasts_s
         if report.load is None:
             return
         time_s = report.load.time_s - self._offset_s

@@ -130,6 +130,27 @@ def test_an_update_under_load_drops_nothing(server, expected):
     assert server.metric("apt:requests_moved_total") == moved and server.metric("apt:replica_failures_total") == 1
 
 
+def test_a_replica_whose_machine_will_be_taken_away_hands_its_requests_over(folder, expected, tmp_path):
+    flags = ("--preemption-notice", f"file:{tmp_path}/{{replica}}", "--preemption-grace", "6")
+    with serving(folder, "--replicas", "2", "--router", "round-robin", *flags) as server:
+        until(lambda: len(ready(server)) == 2, 120)
+        victim = ready(server)[0]["name"]
+
+        async def main():
+            async with clients(server.url) as client:
+                stop = asyncio.Event()
+                asking = asyncio.create_task(keep_asking(client, expected, stop, REQUESTS))
+                await asyncio.to_thread(until, lambda: num_requests(server, victim) > 0, 60)
+                (tmp_path / victim).touch()
+                await asyncio.to_thread(until, lambda: victim not in names(server), 30)
+                await asyncio.to_thread(until, lambda: len(ready(server)) == 2, 120)
+                stop.set()
+                assert await asking >= REQUESTS
+
+        asyncio.run(main())
+        assert server.metric("apt:replica_failures_total") == 0 and server.metric("apt:idle_lost_blocks") == 0
+
+
 def test_replicas_follow_the_queue_up_and_down(folder, expected):
     flags = ("--replicas", "1", "--max-replicas", "2", "--scale-up-delay", "0.5", "--scale-down-delay", "2")
     with serving(folder, *flags, "--router", "pending-time", "--tbt-slo-ms", "60000") as server:

@@ -13,8 +13,8 @@ from urllib.parse import parse_qs, urlsplit
 import httpx
 import pytest
 
-from apt_jax.serve.http.preemption import PreemptionNotice, PreemptionWatch
 from apt_jax.serve.options import ServerOptions
+from apt_jax.serve.replicas.leaving.notice import PreemptionNotice, PreemptionWatch
 from tests.support.live_server import until
 from tests.support.served_model import is_ready, start_server, write_folder
 
@@ -93,7 +93,7 @@ def test_the_metadata_server_is_asked_until_it_says_so(metadata, name, value):
 
 def test_a_server_that_cannot_be_reached_is_told_once_and_asked_again(metadata, monkeypatch, caplog):
     monkeypatch.setenv("GCE_METADATA_HOST", "127.0.0.1:1")
-    monkeypatch.setattr("apt_jax.serve.http.preemption.RETRY_S", 0.01)
+    monkeypatch.setattr("apt_jax.serve.replicas.leaving.notice.RETRY_S", 0.01)
     watch = PreemptionWatch(PreemptionNotice.parse("gce"), lambda why: None)
     watch.start()
     until(lambda: "no notice of preemption can be had from 127.0.0.1:1" in caplog.text)

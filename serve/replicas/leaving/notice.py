@@ -4,6 +4,9 @@
 (https://cloud.google.com/compute/docs/instances/preemptible). Its address is in GCE_METADATA_HOST, as Google's own
 libraries have it. `file:PATH` is a file that somebody makes, `signal` a SIGUSR1. What follows is SpotServe's idea
 (arXiv 2311.15566, section 4): decode as long as the machine lasts, then hand over tokens instead of losing them.
+
+With replicas each process watches the machine that it is on: PATH may contain {replica}, its name, and then says
+nothing to the server in front.
 """
 
 import http.client
@@ -21,6 +24,7 @@ METADATA_HOST = "metadata.google.internal"
 EVENTS = (("instance/preempted", "TRUE"), ("instance/maintenance-event", "TERMINATE_ON_HOST_MAINTENANCE"))
 WAIT_S = 60  # within which the metadata server answers, if nothing changes
 RETRY_S = 1.0
+REPLICA = "{replica}"  # in a path, the name of one
 LOOK_S = 0.2  # between two looks for a file
 
 logger = logging.getLogger("apt_jax.serve")
@@ -48,6 +52,16 @@ class PreemptionNotice:
         if text == "signal":
             return cls("signal")
         raise ValueError(f"preemption_notice={text!r} must be gce, file:PATH or signal")
+
+    def of_front(self) -> "PreemptionNotice | None":
+        """What the server watches itself; None if it is not for it."""
+        return None if self.path is not None and REPLICA in str(self.path) else self
+
+    def of_replica(self, name: str) -> "PreemptionNotice | None":
+        """What a replica watches; None for a signal, which goes to one process."""
+        if self.path is not None:
+            return PreemptionNotice("file", Path(str(self.path).replace(REPLICA, name)))
+        return None if self.source == "signal" else self
 
 
 class PreemptionWatch:
