@@ -1,9 +1,31 @@
 """The last plans with their reasons, which answer "why was my request not scheduled"."""
 
-from collections import deque
+from collections import Counter, deque
 from typing import Any
 
-from apt_jax.scheduling.plan import Plan
+from apt_jax.scheduling.plan import Plan, Reason
+
+SEVERAL = {  # what a Reason says of one request, said of several
+    Reason.CONTINUES_PREFILL: "continue their prefill",
+    Reason.ADMITTED_HIDDEN_KV_DOES_NOT_FIT: "admitted with hidden cache because KV does not fit",
+    Reason.ADMITTED_HIDDEN_SERVES_MORE: "admitted with hidden cache because their half of the memory serves others",
+    Reason.ADMITTED_HIDDEN_CACHED: "admitted with hidden cache because more of their prompts is cached so",
+    Reason.ADMITTED_LATE: "admitted although past their SLO because memory was left over",
+    Reason.ADMITTED_LONGEST_LATE: "admitted because they have waited longest of those past their SLO",
+    Reason.DECODES: "decode their next token",
+    Reason.PREEMPTED_NO_BLOCKS: "preempted because no block is free for requests ahead of them",
+    Reason.PREEMPTED_LEAST_VALUE: "preempted because memory ran out and they were worth least per block",
+    Reason.PREEMPTED_FOR_EARLIER: "preempted for waiting requests that go before them",
+    Reason.PREEMPTED_LATE: "preempted because they are past their SLO and others can still meet theirs",
+    Reason.WAITS_FOR_BLOCKS: "wait for free blocks",
+    Reason.WAITS_FOR_SEQUENCES: "wait because max_num_seqs requests are running",
+    Reason.WAITS_FOR_TOKENS: "wait because the token budget of this iteration is spent",
+    Reason.WAITS_FOR_PREFILL: "wait because this iteration prefills",
+    Reason.WAITS_FOR_DECODE: "wait because this iteration decodes",
+    Reason.WAITS_LATE: "wait because they are past their SLO and were demoted",
+    Reason.WAITS_BEHIND: "wait behind earlier requests",
+    Reason.ABANDONED_LATE: "abandoned because their SLO can no longer be kept",
+}
 
 
 class PlanLog:
@@ -42,6 +64,7 @@ def plan_dict(number: int, now: float, plan: Plan) -> dict[str, Any]:
     return {
         "number": number,
         "now_s": now,
+        "summary": summary(plan),
         "scheduled": [
             {"request": s.request.request_id, "tokens": s.num_tokens, "cache": s.kind.value, "reason": s.reason.value}
             for s in plan.scheduled
@@ -53,3 +76,16 @@ def plan_dict(number: int, now: float, plan: Plan) -> dict[str, Any]:
             {"requests": [request.request_id for request in w.requests], "reason": w.reason.value} for w in plan.waited
         ],
     }
+
+
+def summary(plan: Plan) -> list[str]:
+    """What was decided, a phrase for each reason in the order it is applied: "33 requests decode their next token"."""
+    counts = Counter[Reason]()
+    for entries in (plan.abandoned, plan.preempted, plan.converted, plan.scheduled):
+        counts.update(entry.reason for entry in entries)
+    for waited in plan.waited:
+        counts[waited.reason] += len(waited.requests)
+    return [
+        f"{count} requests {SEVERAL.get(reason, reason.value)}" if count > 1 else f"1 request {reason.value}"
+        for reason, count in counts.items()
+    ]

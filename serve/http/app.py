@@ -37,7 +37,9 @@ def create_app(
         sys.setswitchinterval(SWITCH_INTERVAL_S)
         resuming = None if resumption is None else asyncio.create_task(resumption.run(service))
         worker = None if service.batches is None else asyncio.create_task(service.batches.run())
+        looking = asyncio.create_task(service.look())
         yield
+        looking.cancel()
         service.is_stopping = True
         service.backend.abort_all()
         if worker is not None:  # what it has not answered is answered after the next start

@@ -198,8 +198,10 @@ class ApiKeys:
             # every key is compared, in constant time, so that timing tells nothing
             found = [hmac.compare_digest(given, key) for key in self._keys]
             if kind.lower() != "bearer" or not any(found):
-                message = "give an API key of this server as Authorization: Bearer KEY"
-                body = error_body(message, "authentication_error", None, "invalid_api_key")
+                message, code = "give an API key of this server as Authorization: Bearer KEY", "missing_api_key"
+                if given:
+                    message, code = "this API key is not one of this server's", "invalid_api_key"
+                body = error_body(message, "authentication_error", None, code)
                 await JSONResponse(body, 401, {"www-authenticate": "Bearer"})(scope, receive, send)
                 return
         await self._app(scope, receive, send)

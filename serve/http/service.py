@@ -1,5 +1,6 @@
 """State shared by the routes: engine or engines, the model's public name, options; and the reading of bodies."""
 
+import asyncio
 import contextlib
 import re
 import threading
@@ -18,6 +19,7 @@ from apt_jax.serve.observability.engine_view import EngineView, View
 from apt_jax.serve.observability.recent import Recent
 from apt_jax.serve.observability.request_log import RequestLog
 from apt_jax.serve.observability.request_metrics import MISSES
+from apt_jax.serve.observability.timeline import Timeline
 from apt_jax.serve.observability.tracing import Tracing
 from apt_jax.serve.openai.generation import Generation, ServedModel
 from apt_jax.serve.options import ServerOptions
@@ -27,6 +29,7 @@ from apt_jax.serve.runtime.group import Group
 from apt_jax.serve.runtime.status import EngineStatus, WatchLimits
 
 JSON_TYPE = re.compile(r"application/([\w.-]+\+)?json")
+LOOK_EVERY_S = 1.0
 NUM_WORKERS = 4  # threads for long work: each that runs makes the event loop wait for Python's lock a little longer
 
 
@@ -41,8 +44,8 @@ class Service:
         self.other_names: tuple[str, ...] = ()  # that bodies may call the model by
         self.created = int(time.time())
         self.view = view
-        self.metrics, self.recent = view.metrics, Recent()
-        backend.observers.extend([self.recent, RequestLog()])
+        self.metrics, self.recent, self.timeline = view.metrics, Recent(), Timeline()
+        backend.observers.extend([self.recent, self.timeline, RequestLog()])
         self.tracing: Tracing | None = None
         if options.otlp_traces_endpoint is not None:
             self.tracing = Tracing(options.otlp_traces_endpoint, model_name)
@@ -87,8 +90,16 @@ class Service:
     def refused(self, reason: str) -> None:
         """Count a request that was refused."""
         self.metrics.reject(reason)
+        self.timeline.refused(reason)
         if reason in MISSES:
             self.recent.refused()
+
+    async def look(self) -> None:
+        """Take the levels for the dashboard's lines every second, until it is cancelled."""
+        while True:
+            if levels := await self.view.levels():
+                self.timeline.looked(levels)
+            await asyncio.sleep(LOOK_EVERY_S)
 
     def check_accepts(self) -> None:
         """Raises NotReady once the server is stopping."""

@@ -30,6 +30,7 @@ class EngineMetrics(Instruments):
         self._late: tuple[Request, ...] = ()  # of those that waited in the last step
         self._waited = dict.fromkeys(WAITS, 0)
         self.last_blocks: Mapping[str, int] = {}
+        self.counts = {"preemptions": 0, "conversions": 0}  # since the start, as plain numbers
         self._failures = self._recompiles = self._outside = 0  # of the engine, as counted last
         self._queried = self._hit = self._saved = self._restored = 0  # the same
         self.running = self._gauge("vllm:num_requests_running", "Requests that hold cache.")
@@ -92,8 +93,10 @@ class EngineMetrics(Instruments):
             self.iteration_tokens.observe(plan.num_tokens)
         if plan.preempted:
             self.preemptions.inc(len(plan.preempted))
+            self.counts["preemptions"] += len(plan.preempted)
         if plan.converted:
             self.conversions.inc(len(plan.converted))
+            self.counts["conversions"] += len(plan.converted)
         self._count_demotions(plan)
         self._count_waiting(plan if figures.num_waiting else NOTHING)
         for output in step.outputs:
@@ -148,6 +151,8 @@ class EngineMetrics(Instruments):
             self.prefix_queries.inc(figures.prefix_queries - self._queried)
             self.prefix_hits.inc(figures.prefix_hits - self._hit)
             self._queried, self._hit = figures.prefix_queries, figures.prefix_hits
+        self.counts |= {"prefix_queries": figures.prefix_queries, "prefix_hits": figures.prefix_hits}
+        self.counts["failed_steps"] = figures.num_failed_steps
         self.host_blocks.set(figures.host_blocks)
         self.copied.labels(**self._labels, direction="out").inc(max(figures.host_saved - self._saved, 0))
         self.copied.labels(**self._labels, direction="in").inc(max(figures.host_restored - self._restored, 0))

@@ -25,11 +25,14 @@ class View(Protocol):
     async def story(self, request_id: str) -> list[dict[str, Any]]:
         """The history of the request with this id, or of the samples of the completion with this id."""
 
+    async def requests(self) -> list[dict[str, Any]]:
+        """The newest requests in short: those under way, then those that have ended."""
+
     async def plans(self) -> list[dict[str, Any]]:
         """The newest plans, oldest first."""
 
     async def levels(self) -> dict[str, Any]:
-        """`running`, `waiting` and `blocks` by kind, now; empty before the engine is there."""
+        """`running`, `waiting`, `blocks` by kind, and `counts` since the start; empty before the engine is there."""
 
     async def record(self, base: Path, seconds: float) -> Path:
         """Record what the devices do; returns the folder."""
@@ -56,6 +59,10 @@ class EngineView:
         """From the history."""
         return await run_in_threadpool(self.history.of, request_id)
 
+    async def requests(self) -> list[dict[str, Any]]:
+        """From the history."""
+        return await run_in_threadpool(self.history.newest)
+
     async def plans(self) -> list[dict[str, Any]]:
         """From the scheduler's log."""
         engine = self._thread.engine
@@ -64,8 +71,10 @@ class EngineView:
     async def levels(self) -> dict[str, Any]:
         """From the scheduler's state and the metrics."""
         waiting, running = self._thread.num_waiting_running
-        blocks = self.metrics.last_blocks
-        return {} if self._thread.engine is None else {"running": running, "waiting": waiting, "blocks": blocks}
+        if self._thread.engine is None:
+            return {}
+        blocks, counts = self.metrics.last_blocks, self.metrics.counts
+        return {"running": running, "waiting": waiting, "blocks": blocks, "counts": dict(counts)}
 
     async def record(self, base: Path, seconds: float) -> Path:
         """With jax.profiler."""

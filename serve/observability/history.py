@@ -7,8 +7,11 @@ and only requests that begin or end waiting are processed.
 
 import re
 import threading
+import time
 from collections import OrderedDict
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
+from itertools import accumulate
 from typing import Any
 
 from apt_jax.engine.interface import EngineFigures
@@ -19,7 +22,9 @@ from apt_jax.serve.runtime.observer import Observer, Stepped
 
 SAMPLE = r"(-\d{1,6}){0,2}"  # of the id of a completion's sample: numbers of its prompt and of itself
 KEPT_REQUESTS = 2000  # finished ones; the oldest is forgotten
-KEPT_EVENTS = 200  # per request; the oldest is forgotten
+KEPT_EVENTS = 200  # per request; then those after the first KEPT_FIRST are forgotten, the oldest of them first
+KEPT_FIRST = 40
+SHOWN_REQUESTS = 200  # in short
 
 
 @dataclass(slots=True)
@@ -31,6 +36,7 @@ class Event:
     first_s: float
     last_s: float
     count: int = 1
+    tokens: int = 0  # of it that the model ran
     since_step: int | None = None  # while it continues: the step since which `count` and `last_s` are not updated
 
 
@@ -40,17 +46,20 @@ class Story:
 
     request: Request
     events: list[Event] = field(default_factory=list)
+    num_forgotten: int = 0  # events
 
-    def add(self, action: str, reason: str, now: float) -> Event:
+    def add(self, action: str, reason: str, now: float, tokens: int = 0) -> Event:
         """Another step; returns the event that it is part of."""
         last = self.events[-1] if self.events else None
         if last is not None and (last.action, last.reason) == (action, reason):
             last.last_s = now
             last.count += 1
+            last.tokens += tokens
             return last
-        self.events.append(Event(action, reason, now, now))
+        self.events.append(Event(action, reason, now, now, tokens=tokens))
         if len(self.events) > KEPT_EVENTS:
-            del self.events[0]
+            del self.events[KEPT_FIRST]
+            self.num_forgotten += 1
         return self.events[-1]
 
 
@@ -76,8 +85,10 @@ class History(Observer):
             if changed:
                 self._end_waits(waiting)
             self._step, self._step_s = self._step + 1, step.began_s
-            for action, request, reason in replace(plan, waited=()).decisions():
+            for action, request, reason in replace(plan, waited=(), scheduled=()).decisions():
                 self._story(request).add(action, reason.value, step.began_s)
+            for run in plan.scheduled:
+                self._story(run.request).add("scheduled", run.reason.value, step.began_s, run.num_tokens)
             if changed:
                 self._begin_waits(waiting)
             for output in step.outputs:
@@ -94,6 +105,13 @@ class History(Observer):
             known = re.compile(re.escape(request_id) + SAMPLE)
             names = [name for name in self._stories if known.fullmatch(name)]
             return [self._shown(self._stories[name]) for name in names]
+
+    def newest(self) -> list[dict[str, Any]]:
+        """The newest requests in short: those under way, then those that have ended."""
+        with self._lock:
+            ended = [self._stories[name] for name in [*self._finished][-SHOWN_REQUESTS:] if name in self._stories]
+            under_way = [story for story in self._stories.values() if story.request.finish_reason is None]
+            return newest_first(map(_in_short, [*under_way[-SHOWN_REQUESTS:], *ended]))
 
     def _end_waits(self, waiting: dict[Reason, tuple[Request, ...]]) -> None:
         """End the events of requests that no longer wait, or for another reason; they lasted until the last step."""
@@ -129,7 +147,10 @@ class History(Observer):
             "tokens": len(request.output_token_ids),
             "priority": request.priority,
             "slo": slo_report([request]),
+            "arrived_ago_ms": _ms(time.monotonic() - request.arrival_s),
+            "token_ms": _token_times_ms(request),
             "events": [self._event(event, request.arrival_s) for event in story.events],
+            **({"events_forgotten": story.num_forgotten} if story.num_forgotten else {}),
         }
 
     def _event(self, event: Event, arrival_s: float) -> dict[str, Any]:
@@ -137,7 +158,40 @@ class History(Observer):
         return {
             "action": event.action,
             "reason": event.reason,
-            "after_ms": round(1000 * (event.first_s - arrival_s), 3),
-            "until_ms": round(1000 * (last_s - arrival_s), 3),
+            "after_ms": _ms(event.first_s - arrival_s),
+            "until_ms": _ms(last_s - arrival_s),
             "steps": self._count(event),
+            **({"tokens": event.tokens} if event.tokens else {}),
         }
+
+
+def newest_first(requests: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Requests in short: those under way, then those that have ended, each the newest first; the first of them."""
+    ranked = sorted(requests, key=lambda entry: (entry["finish_reason"] is not None, entry["arrived_ago_ms"]))
+    return ranked[:SHOWN_REQUESTS]
+
+
+def _in_short(story: Story) -> dict[str, Any]:
+    request, last = story.request, story.events[-1]
+    return {
+        "id": request.request_id,
+        "status": request.status.value,
+        "finish_reason": None if request.finish_reason is None else request.finish_reason.value,
+        "arrived_ago_ms": _ms(time.monotonic() - request.arrival_s),
+        "prompt_tokens": request.num_prompt_tokens,
+        "tokens": len(request.output_token_ids),
+        "priority": request.priority,
+        "slo": slo_report([request]),
+        "doing": last.reason,
+    }
+
+
+def _token_times_ms(request: Request) -> list[float]:
+    """When the engine had each token of an answer, after arrival; not those that it brought with it."""
+    if request.first_token_s is None:
+        return []
+    return [_ms(at - request.arrival_s) for at in accumulate(list(request.gaps_s), initial=request.first_token_s)]
+
+
+def _ms(seconds: float) -> float:
+    return round(1000 * seconds, 3)

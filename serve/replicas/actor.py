@@ -87,7 +87,8 @@ class EngineActor:
         while True:
             report = await self._relay.report()
             lasts_s = None if self._gone_s is None else self._gone_s - time.monotonic()
-            yield dataclasses.replace(report, trouble=self._thread.trouble, lasts_s=lasts_s)
+            counts = dict(self._metrics.counts)
+            yield dataclasses.replace(report, trouble=self._thread.trouble, lasts_s=lasts_s, counts=counts)
 
     async def command(self, number: int, commands: list[Command]) -> None:
         """Process a message, after all earlier ones."""
@@ -104,9 +105,11 @@ class EngineActor:
             self._next += 1
 
     async def ask(self, question: str, argument: Any = "") -> Answer:
-        """Answer "metrics", "story" (of a request id), "plans", "record" (SECONDS FOLDER), or "reset_prefix_cache".
+        """Answer a question.
 
-        And when a machine is taken away "echo" (bytes), "leave" (`Leaving`) or "enter" (a list of `Pages`).
+        Those are "metrics", "requests", "story" (of a request id), "plans", "record" (SECONDS FOLDER), and
+        "reset_prefix_cache"; when a machine is taken away "echo" (bytes), "leave" (`Leaving`) or "enter" (a list of
+        `Pages`).
         """
         match question:
             case "echo":
@@ -119,6 +122,8 @@ class EngineActor:
                 return await asyncio.to_thread(self._metrics.text)
             case "story":
                 return await asyncio.to_thread(self._history.of, argument)
+            case "requests":
+                return await asyncio.to_thread(self._history.newest)
             case "reset_prefix_cache":
                 assert self._thread is not None
                 self._thread.call(lambda engine: engine.reset_prefix_cache())

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.registry import Collector
 
 from apt_jax.routing.interface import Remembers
+from apt_jax.serve.observability.history import newest_first
 from apt_jax.serve.observability.request_metrics import RequestMetrics
 from apt_jax.serve.replicas.fleet import Fleet
 from apt_jax.serve.replicas.keeper import Keeper
@@ -63,6 +65,11 @@ class FleetView:
         """From every replica that knows the request: several, if it moved."""
         return [{**story, "replica": r.name} for r, found in await self._ask("story", request_id) for story in found]
 
+    async def requests(self) -> list[dict[str, Any]]:
+        """Of all replicas, with their names."""
+        answers = await self._ask("requests")
+        return newest_first({**story, "replica": r.name} for r, found in answers for story in found)
+
     async def plans(self) -> list[dict[str, Any]]:
         """Of each replica, with its name."""
         return [{**plan, "replica": r.name} for r, plans in await self._ask("plans") for plan in plans]
@@ -70,11 +77,12 @@ class FleetView:
     async def levels(self) -> dict[str, Any]:
         """Sums over the replicas' last reports."""
         waiting, running = self._fleet.num_waiting_running
-        blocks: dict[str, int] = {}
+        blocks, counts = Counter[str](), Counter[str]()
         for replica in self._fleet.replicas:
-            for kind, count in replica.blocks.items():
-                blocks[kind] = blocks.get(kind, 0) + count
-        return {"running": running, "waiting": waiting, "blocks": blocks, "replicas": self.replicas()}
+            blocks.update(replica.blocks)
+            counts.update(replica.counts)
+        sums = {"running": running, "waiting": waiting, "blocks": dict(blocks), "counts": dict(counts)}
+        return {**sums, "replicas": self.replicas()}
 
     async def record(self, base: Path, seconds: float) -> Path:
         """In every replica; each writes below `base` on its own machine."""

@@ -117,6 +117,7 @@ class Report:
     """Events in order, the engine's load if it was counted since the last report, and why it is unhealthy if it is.
 
     `lasts_s`: seconds until its machine is taken away, once it has notice of that.
+    `counts` are those of `EngineMetrics`, since the engine's start.
     """
 
     events: list[Event]
@@ -124,6 +125,7 @@ class Report:
     blocks: dict[str, int] = field(default_factory=dict)
     trouble: str | None = None
     lasts_s: float | None = None
+    counts: dict[str, int] = field(default_factory=dict)
 
 
 Answer = Any  # of a question about a replica: JSON-like, or bytes

@@ -52,6 +52,7 @@ class Replica:
         self.facts: Facts | None = None
         self.load: InstanceLoad | None = None  # in the front's clock
         self.blocks: dict[str, int] = {}
+        self.counts: dict[str, int] = {}  # of its metrics, as reported last
         self.routes: dict[int, Route] = {}  # by ticket
         self.trouble: str | None = None  # why its engine is unhealthy, as reported last
         self.is_given_up = False  # killed because of it
@@ -90,7 +91,7 @@ class Replica:
     def note(self, report: Report) -> None:
         """Keep the load. What the replica has not confirmed is not in it, so it is no newer than that."""
         self.quiet_checks = 0
-        self.trouble = report.trouble
+        self.trouble, self.counts = report.trouble, report.counts
         if report.lasts_s is not None and self.gone_s is None:
             self.gone_s = time.monotonic() + report.lasts_s
         if report.load is None:

@@ -95,7 +95,7 @@ def test_every_command_takes_the_flags_that_it_is_shown_with(name):
 
 @pytest.mark.parametrize(
     "name",
-    [*PAGES, "deploy/monitoring/grafana.json", "deploy/monitoring/rules.yaml", "serve/http/routes/dashboard.html"],
+    [*PAGES, "deploy/monitoring/grafana.json", "deploy/monitoring/rules.yaml"],
 )
 def test_every_metric_that_is_named_exists(name):
     found = Metrics("tiny").registry.collect()

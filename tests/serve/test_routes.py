@@ -8,6 +8,7 @@ from starlette.responses import JSONResponse
 
 from apt_jax.serve.errors import BadRequest
 from apt_jax.serve.http.app import create_app
+from apt_jax.serve.http.routes.dashboard import PAGES
 from apt_jax.serve.http.routes.openapi import document
 from apt_jax.serve.http.routes.route import RouteSpec
 from apt_jax.serve.http.routes.table import ROUTES
@@ -98,10 +99,11 @@ async def refuse(service, http):
 
 def test_what_can_be_asked_without_a_key_and_without_a_line_in_the_log():
     assert {route.path for route in ROUTES if route.is_open} == {
-        *("/health", "/ready", "/version", "/metrics", "/load", "/openapi.json", "/")
+        *("/health", "/ready", "/version", "/metrics", "/load", "/openapi.json", *PAGES)
     }
     assert {route.path for route in ROUTES if route.is_probe} == {
-        *("/health", "/ready", "/metrics", "/load", "/debug/state")
+        *("/health", "/ready", "/metrics", "/load", *PAGES),
+        *("/debug/state", "/debug/history", "/debug/requests"),
     }
     assert {route.path for route in ROUTES if route.is_generation} == {
         *("/v1/completions", "/v1/chat/completions", "/v1/embeddings")

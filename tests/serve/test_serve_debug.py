@@ -12,7 +12,8 @@ from apt_jax.cache import CacheKind
 from apt_jax.output import Output
 from apt_jax.request import FinishReason, Request, SamplingParams
 from apt_jax.scheduling.plan import Plan, Preempted, Reason, Scheduled, Waited
-from apt_jax.serve.observability.history import KEPT_EVENTS, KEPT_REQUESTS, History, Story
+from apt_jax.serve.http.routes.probes import VERSION
+from apt_jax.serve.observability.history import KEPT_EVENTS, KEPT_FIRST, KEPT_REQUESTS, SHOWN_REQUESTS, History, Story
 from apt_jax.serve.observability.tracing import Tracing
 from apt_jax.serve.runtime.observer import Stepped
 from tests.support.asgi_service import run, serving, until
@@ -40,6 +41,13 @@ def test_the_last_plans_and_each_request_s_story_give_reasons():
             assert last["events"][0]["action"] == "waited" and last["events"][0]["steps"] >= 2
             assert last["status"] == "finished" and last["slo"]["attained"] and last["tokens"] == 3
             assert (await client.get(f"/debug/requests/{reply['id']}-2")).json()["samples"][0]["id"].endswith("-2")
+            assert len(first["token_ms"]) == 3 and first["token_ms"] == sorted(first["token_ms"])
+            assert first["events"][0]["tokens"] == 4 and first["arrived_ago_ms"] > first["token_ms"][-1]
+            newest = (await client.get("/debug/requests")).json()["requests"]
+            assert {entry["id"] for entry in newest} == {sample["id"] for sample in story["samples"]}
+            assert {(entry["finish_reason"], entry["tokens"], entry["doing"]) for entry in newest} == {
+                ("length", 3, "length")
+            }
             plans = (await client.get("/debug/plans?last=2")).json()
             assert plans["policy"] == "fcfs" and len(plans["plans"]) == 2
             assert plans["plans"][-1]["scheduled"][0]["reason"] == Reason.DECODES.value
@@ -65,7 +73,9 @@ def test_the_state_shows_what_the_dashboard_needs():
             assert state["strict_attainment"] == state["attainment"] == 0.75 and state["requests"] == 4
             assert state["ttft_ms"]["p50"] <= state["ttft_ms"]["p99"] and state["tbt_ms"]["p99"] > 0
             assert state["blocks"] == {"kv": 0, "hidden": 0, "free": 64} and state["policy"] == "fcfs"
-            assert state["plans"][-1]["scheduled"] and state["can_chat"] is False
+            assert state["plans"][-1]["summary"] == ["1 request decodes its next token"] and state["can_chat"] is False
+            assert state["version"] == VERSION and 0 <= state["uptime_s"] < 300
+            assert state["counts"]["preemptions"] == 0
 
     run(main)
 
@@ -84,6 +94,9 @@ def test_histories_are_bounded():
     for i in range(KEPT_EVENTS + 5):
         story.add("waited", str(i), float(i))
     assert len(story.events) == KEPT_EVENTS and story.events[-1].reason == str(KEPT_EVENTS + 4)
+    assert [event.reason for event in story.events[:KEPT_FIRST]] == [str(i) for i in range(KEPT_FIRST)]
+    assert story.num_forgotten == 5 and story.events[KEPT_FIRST].reason == str(KEPT_FIRST + 5)
+    assert len(history.newest()) == SHOWN_REQUESTS and history.newest()[0]["finish_reason"] is None
 
 
 def told(plans) -> History:
@@ -121,7 +134,7 @@ def test_a_story_is_what_the_plans_say_step_by_step(steps, shuffle):
         history, expected = told(plans[:length]), {r.request_id: Story(r) for r in REQUESTS}
         for number, plan in enumerate(plans[:length]):
             for action, request, reason in plan.decisions():
-                expected[request.request_id].add(action, reason.value, float(number))
+                expected[request.request_id].add(action, reason.value, float(number), int(action == "scheduled"))
         for name, story in expected.items():
             shown = [s["events"] for s in history.of(name)]
             events = [
@@ -131,6 +144,7 @@ def test_a_story_is_what_the_plans_say_step_by_step(steps, shuffle):
                     "after_ms": 1000 * e.first_s,
                     "until_ms": 1000 * e.last_s,
                     "steps": e.count,
+                    **({"tokens": e.tokens} if e.tokens else {}),
                 }
                 for e in story.events
             ]

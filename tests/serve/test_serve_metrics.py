@@ -248,7 +248,9 @@ def test_keys_are_asked_for_and_probes_are_open():
                 for header in (None, "Bearer third", "Bearer ", "first", "Basic first", "Bearer f\xefrst"):
                     headers = {} if header is None else {"authorization": header.encode("latin-1")}
                     reply = await client.get(path, headers=headers)
-                    assert reply.status_code == 401 and reply.json()["error"]["code"] == "invalid_api_key"
+                    assert reply.status_code == 401
+                    none = header in (None, "Bearer ", "first")
+                    assert reply.json()["error"]["code"] == ("missing_api_key" if none else "invalid_api_key")
             for key in ("first", "second"):
                 reply = await client.get("/v1/models", headers={"authorization": f"Bearer {key}"})
                 assert reply.status_code == 200

@@ -1,11 +1,13 @@
 """What a plan and a token change: queues and their order, blocks, counts and times, each figure worked out by hand."""
 
+import re
+
 import pytest
 
 from apt_jax.cache import CacheKind
 from apt_jax.request import FinishReason, Request, SamplingParams, Slo, Status
 from apt_jax.scheduling.plan import Abandoned, Converted, Plan, Preempted, Reason, Scheduled, Waited
-from apt_jax.scheduling.plan_log import PlanLog
+from apt_jax.scheduling.plan_log import SEVERAL, PlanLog, summary
 from apt_jax.scheduling.state import Limits
 from tests.support.scheduling_loop import make_state, request
 from tests.support.tiny_states import generate, run, wait
@@ -266,6 +268,30 @@ def test_the_plan_log_keeps_the_newest_64_and_their_numbers():
     assert log.num_recorded == 70 and [entry["number"] for entry in kept] == list(range(6, 70))
     assert kept[0]["now_s"] == 6.0 and kept[0]["waited"][0]["requests"] == ["6"]
     assert log.of_request("5") == [] and log.of_request("69")[0]["reason"] == Reason.WAITS_LATE.value
+
+
+def test_what_is_said_of_several_requests_is_said_in_the_plural():
+    """In the order in which it is applied, as `decisions`."""
+    many = tuple(request(name=str(i)) for i in range(5))
+    plan = Plan(
+        tuple(Scheduled(r, 1, KV, Reason.DECODES) for r in many[:2]), (Preempted(many[2], Reason.PREEMPTED_LATE),),
+        waited=(Waited(many[3:], Reason.WAITS_LATE), Waited(many[:1], Reason.WAITS_FOR_BLOCKS)),
+    )  # fmt: skip
+    assert summary(plan) == [
+        "1 request preempted because it is past its SLO and others can still meet theirs",
+        "2 requests decode their next token",
+        "2 requests wait because they are past their SLO and were demoted",
+        "1 request waits for free blocks",
+    ]
+    assert summary(Plan()) == []
+
+
+@pytest.mark.parametrize("reason", Reason)
+def test_a_reason_says_nothing_of_one_where_there_are_several(reason):
+    said = SEVERAL.get(reason, reason.value)
+    one = {"its", "it", "waits", "decodes", "continues", "was", "has", "request"}
+    of_others = r"this iteration (prefills|decodes)|memory was left over|the one that has waited longest past its SLO"
+    assert not one & set(re.sub(of_others, "", said).split())
 
 
 def test_a_plan_s_totals_and_decisions():

@@ -1,5 +1,6 @@
 """Why requests ran or waited, the figures of the dashboard, and recordings of what the device does."""
 
+import time
 from pathlib import Path
 
 from pydantic import Field
@@ -8,8 +9,10 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from apt_jax.serve.errors import BadRequest, error_body
+from apt_jax.serve.http.routes.probes import VERSION
 from apt_jax.serve.http.service import Service
 from apt_jax.serve.json_text import parse_json
+from apt_jax.serve.observability.timeline import WIDTHS_S
 from apt_jax.serve.openai.bodies.strict import Strict, parse_body
 
 SHOWN_PLANS = 64
@@ -29,7 +32,20 @@ async def plans(service: Service, http: Request) -> Response:
         raise BadRequest(f"last={text[:20]!r} must be between 1 and {SHOWN_PLANS}", "last")
     engine = service.backend.ready_engine()
     newest = (await service.view.plans())[-int(text) :]
-    return JSONResponse({"policy": engine.config.scheduling_policy, "plans": newest})
+    return JSONResponse({"policy": engine.config.scheduling_policy, "now_s": time.monotonic(), "plans": newest})
+
+
+async def requests(service: Service, http: Request) -> Response:
+    """GET /debug/requests: the newest requests in short, those under way first."""
+    return JSONResponse({"requests": await service.view.requests()})
+
+
+async def timeline(service: Service, http: Request) -> Response:
+    """GET /debug/history?range=10m|1h|1d: lines over time, sums, and each SLO's share kept."""
+    name = http.query_params.get("range", next(iter(WIDTHS_S)))
+    if name not in WIDTHS_S:
+        raise BadRequest(f"range={name[:20]!r} must be one of {', '.join(WIDTHS_S)}", "range")
+    return JSONResponse(await run_in_threadpool(service.timeline.figures, name))
 
 
 async def story(service: Service, http: Request) -> Response:
@@ -44,14 +60,22 @@ async def story(service: Service, http: Request) -> Response:
 
 async def state(service: Service, http: Request) -> Response:
     """GET /debug/state: everything that the dashboard shows."""
-    shown: dict[str, object] = {"model": service.model_name, "status": service.status}
+    shown: dict[str, object] = {
+        "model": service.model_name,
+        "status": service.status,
+        "version": VERSION,
+        "uptime_s": round(time.monotonic() - service.timeline.began_s, 1),
+    }
     if (trouble := service.backend.trouble) is not None:
         shown["trouble"] = trouble
     shown |= await run_in_threadpool(service.recent.figures)
     engine = service.backend.engine
     if engine is None:
         return JSONResponse(shown)
-    newest = (await service.view.plans())[-STATE_PLANS:]
+    newest = [
+        {key: plan[key] for key in ("number", "now_s", "summary", "replica") if key in plan}
+        for plan in (await service.view.plans())[-STATE_PLANS:]
+    ]
     slo = engine.config.slo
     shown |= {
         "policy": engine.config.scheduling_policy,

@@ -7,8 +7,8 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from apt_jax.serve.http.routes import batches
-from apt_jax.serve.http.routes.dashboard import dashboard
-from apt_jax.serve.http.routes.debug import plans, profile, reset_prefix_cache, state, story
+from apt_jax.serve.http.routes.dashboard import PAGES, page
+from apt_jax.serve.http.routes.debug import plans, profile, requests, reset_prefix_cache, state, story, timeline
 from apt_jax.serve.http.routes.embeddings import embed
 from apt_jax.serve.http.routes.generation import abort_request, generate
 from apt_jax.serve.http.routes.models import detokenize, model, models, tokenize
@@ -198,10 +198,12 @@ ROUTES = (
         media_type="text/plain",
     ),
     RouteSpec("GET", "/debug/plans", plans),
+    RouteSpec("GET", "/debug/requests", requests, is_probe=True),
     RouteSpec("GET", "/debug/requests/{id}", story),
+    RouteSpec("GET", "/debug/history", timeline, is_probe=True),
     RouteSpec("GET", "/debug/state", state, is_probe=True),
     RouteSpec("POST", "/debug/profile", profile),
     RouteSpec("POST", "/reset_prefix_cache", reset_prefix_cache),
     RouteSpec("GET", "/openapi.json", openapi, is_open=True),
-    RouteSpec("GET", "/", dashboard, is_open=True),
+    *(RouteSpec("GET", path, page(path), is_open=True, is_probe=True) for path in PAGES),
 )
