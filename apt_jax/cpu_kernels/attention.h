@@ -32,6 +32,10 @@ constexpr int kHeads = 2, kValueHeads = 2, kValueVectors = 4;
 constexpr int kHeads = 4, kValueHeads = 4, kValueVectors = 4;
 #endif
 
+// Of hidden rows, whose queries are multiplied as X.
+template <class X>
+constexpr int kScoreHeads = kMultipliesPairs && std::is_same_v<X, BFloat16> ? 6 : kHeads;
+
 struct Shape {
   int rows, heads, width, page_tokens;  // width: D
 };
@@ -128,11 +132,41 @@ inline void add_all_values(const float* weights, const Number* const* tokens, si
         out[m * out_step + at] += weights[m * kTokens + t] * to_float(tokens[t][from + at]);
 }
 
+#if defined(__AVX512BF16__)
+// out [M, two vectors] += weights [M, kTokens] times tokens' numbers from `from` on, two tokens at a time: where
+// their number is odd, the last one comes twice, the second time with the weight 0.
+template <int M>
+inline void add_value_pairs(const BFloat16* weights, const BFloat16* const* tokens, size_t from, int pairs, float* out,
+                            size_t out_step) {
+  Vector sums[M][2];
+#pragma GCC unroll 16
+  for (int m = 0; m < M; m++)
+#pragma GCC unroll 2
+    for (int i = 0; i < 2; i++) sums[m][i] = load(out + m * out_step + i * kLanes);
+  for (int p = 0; p < pairs; p++) {
+    const auto [low, high] = interleave(load_pairs(tokens[2 * p] + from), load_pairs(tokens[2 * p + 1] + from));
+#pragma GCC unroll 16
+    for (int m = 0; m < M; m++) {
+      const Bits own = same(weights + m * kTokens + 2 * p);
+      sums[m][0] = add_products(sums[m][0], own, low);
+      sums[m][1] = add_products(sums[m][1], own, high);
+    }
+  }
+#pragma GCC unroll 16
+  for (int m = 0; m < M; m++)
+#pragma GCC unroll 2
+    for (int i = 0; i < 2; i++) store(out + m * out_step + i * kLanes, sums[m][i]);
+}
+#endif
+
 // q as it is multiplied with tokens.
 inline const float* as_factors(const float* q, int, std::vector<float>&) { return q; }
+inline const BFloat16* as_factors(const BFloat16* q, int, std::vector<BFloat16>&) { return q; }
 inline const BFloat16* as_factors(const float* q, int size, std::vector<BFloat16>& room) {
   room.resize(size);
-  for (int i = 0; i < size; i++) from_float(q[i], &room[i]);
+  int i = 0;
+  for (; i + kLanes <= size; i += kLanes) store_as(&room[i], load(q + i));
+  for (; i < size; i++) from_float(q[i], &room[i]);
   return room.data();
 }
 
@@ -143,13 +177,17 @@ __attribute__((noinline)) void four_scores(const X* q, const Number* const* toke
   Vector sums[M][4] = {};
   int at = 0;
   if constexpr (std::is_same_v<X, BFloat16>)
-    for (; at + 2 * kLanes <= size; at += 2 * kLanes)
+    for (; at + 2 * kLanes <= size; at += 2 * kLanes) {
+      Bits own[4];
 #pragma GCC unroll 8
-      for (int i = 0; i < 4; i++) {
-        const Bits own = load_pairs(tokens[i] + from + at);
+      for (int i = 0; i < 4; i++) own[i] = load_pairs(tokens[i] + from + at);
 #pragma GCC unroll 8
-        for (int m = 0; m < M; m++) sums[m][i] = add_products(sums[m][i], load_pairs(q + size_t(m) * size + at), own);
+      for (int m = 0; m < M; m++) {
+        const Bits query = load_pairs(q + size_t(m) * size + at);
+#pragma GCC unroll 8
+        for (int i = 0; i < 4; i++) sums[m][i] = add_products(sums[m][i], query, own[i]);
       }
+    }
   for (; at + kLanes <= size; at += kLanes)
 #pragma GCC unroll 8
     for (int i = 0; i < 4; i++) {
@@ -195,10 +233,31 @@ inline void bring(const char* from, int bytes) {
   for (int line = 0; line < bytes; line += 64) __builtin_prefetch(from + line, 0, 2);
 }
 
-// Tokens `[begin, end)` of one KV row: q `[heads, head_dim]`.
+// Tokens `[begin, end)` of a row.
+struct Part {
+  int row, begin, end;
+
+  int tokens() const { return end - begin; }
+};
+
+// Tokens that are to be fetched in the steps that are left, whole ones, as evenly as can be.
 template <class Number>
-void kv_part(const Shape& shape, const float* q, const Pages<Number>& pool, const int32_t* key_blocks,
-             const int32_t* value_blocks, int begin, int end, Running& running) {
+struct Ahead {
+  const Number* const* tokens;
+  int at, end, steps, bytes;
+
+  void step() {
+    if (steps <= 0) return;
+    for (const int to = at + (end - at + steps - 1) / steps; at < to; at++)
+      bring(reinterpret_cast<const char*>(tokens[at]), bytes);
+    steps--;
+  }
+};
+
+// A part of a KV row: q `[heads, head_dim]`; of `next` the first page is fetched.
+template <class Number, class KeyBlocks, class ValueBlocks>
+void kv_part(const Shape& shape, const float* q, const Pages<Number>& pool, const KeyBlocks& key_blocks,
+             const ValueBlocks& value_blocks, const Part& part, const Part& next, Running& running) {
   using X = std::conditional_t<std::is_same_v<Number, int8_t>, float, Factor<Number>>;
   constexpr bool kCodes = std::is_same_v<Number, int8_t>;
   struct Page {
@@ -214,23 +273,27 @@ void kv_part(const Shape& shape, const float* q, const Pages<Number>& pool, cons
   const auto* queries = as_factors(q, D, room);
   scores.resize(size_t(shape.heads) * kTokens);
   pages.clear();
-  for (int first = begin; first < end; first += kTokens)
-    for (const bool keys : {true, false})
-      each_page(shape, pool, keys ? key_blocks : value_blocks, first, std::min(first + kTokens, end),
-                [&](const Number* numbers, const float* scales, int at, int count) {
-                  pages.push_back({numbers, scales, at, count, keys});
-                });
-  for (size_t i = 0; i < pages.size(); i++) {
+  const auto add = [&](const Part& own, bool keys) {
+    each_page(shape, pool, keys ? key_blocks(own.row) : value_blocks(own.row), own.begin, own.end,
+              [&](const Number* numbers, const float* scales, int at, int count) {
+                pages.push_back({numbers, scales, at, count, keys});
+              });
+  };
+  for (int first = part.begin; first < part.end; first += kTokens)
+    for (const bool keys : {true, false}) add({part.row, first, std::min(first + kTokens, part.end)}, keys);
+  const size_t count = pages.size();
+  add({next.row, next.begin, std::min(next.begin + 1, next.end)}, true);
+  for (size_t i = 0; i < count; i++) {
     const Page& own = pages[i];
     const Number* tokens[kTokens];
     for (int t = 0; t < own.count; t++) tokens[t] = own.numbers + size_t(t) * D;
-    const char* next = reinterpret_cast<const char*>(pages[std::min(i + 1, pages.size() - 1)].numbers);
+    const char* fetched = reinterpret_cast<const char*>(pages[std::min(i + 1, pages.size() - 1)].numbers);
     const int pieces = own.keys ? (own.count + 3) / 4 * shape.heads : shape.heads;
     const int share = own.count * D * int(sizeof(Number)) / pieces;
     if (own.keys) {
       for (int t = 0; t < own.count; t += 4)
-        for (int n = 0; n < shape.heads; n++, next += share) {
-          bring(next, share);
+        for (int n = 0; n < shape.heads; n++, fetched += share) {
+          bring(fetched, share);
           float* to = scores.data() + size_t(n) * kTokens + own.at + t;
           const int count = std::min(own.count - t, 4);
           few_scores<1>(queries + n * H, tokens + t, n * H, count, H, to);
@@ -240,8 +303,8 @@ void kv_part(const Shape& shape, const float* q, const Pages<Number>& pool, cons
       if (!pages[i + 1].keys) running.weigh(scores.data(), own.at + own.count);
       continue;
     }
-    for (int n = 0; n < shape.heads; n++, next += share) {
-      bring(next, share);
+    for (int n = 0; n < shape.heads; n++, fetched += share) {
+      bring(fetched, share);
       const float* weights = scores.data() + size_t(n) * kTokens + own.at;
       float scaled[kTokens];
       if constexpr (kCodes) {
@@ -281,25 +344,29 @@ inline const X* as_multiplied(const int8_t* token, int size, X* room) {
   return room;
 }
 
-// Tokens `[begin, end)` of one hidden row: q `[heads, D]`, multiplied as X.
-template <class X, class Number>
-void hidden_part(const Shape& shape, const float* q, const Pages<Number>& pool, const int32_t* blocks, int begin,
-                 int end, Running& running) {
-  constexpr bool kCodes = std::is_same_v<Number, int8_t>;
+// A part of a hidden row: q `[heads, D]`, multiplied as X; so are weights. `blocks(row)` is a row's table; of `next`, the
+// part that this thread is likely to take next, the first tokens are fetched.
+template <class X, class Query, class Number, class Blocks>
+void hidden_part(const Shape& shape, const Query* q, const Pages<Number>& pool, const Blocks& blocks, const Part& part,
+                 const Part& next, Running& running) {
+  constexpr bool kCodes = std::is_same_v<Number, int8_t>, kPairs = std::is_same_v<X, BFloat16>;
+  constexpr int kPart = (kPairs ? 2 : kValueVectors) * kLanes;
   const int D = shape.width, N = shape.heads;
   thread_local std::vector<float> scores, scales;
   thread_local std::vector<const Number*> all;
-  thread_local std::vector<X> room, widened;
+  thread_local std::vector<X> room, widened, weights;
   const auto* queries = as_factors(q, N * D, room);
   scores.resize(size_t(N) * kTokens);
-  if (kCodes) widened.resize(size_t(4) * D);
+  if (kPairs) weights.resize(size_t(N) * kTokens);
+  if (kCodes) widened.resize(size_t(kTokens) * D);
   all.clear(), scales.clear();
-  each_page(shape, pool, blocks, begin, end, [&](const Number* page, const float* of_page, int, int count) {
-    for (int t = 0; t < count; t++) {
-      all.push_back(page + size_t(t) * D);
-      if (kCodes) scales.push_back(of_page[t]);
-    }
-  });
+  for (const Part& own : {part, Part{next.row, next.begin, std::min(next.end, next.begin + kTokens)}})
+    each_page(shape, pool, blocks(own.row), own.begin, own.end, [&](const Number* page, const float* of_page, int, int count) {
+      for (int t = 0; t < count; t++) {
+        all.push_back(page + size_t(t) * D);
+        if (kCodes) scales.push_back(of_page[t]);
+      }
+    });
   if (kCodes) scales.resize(all.size() + kTokens);  // whole vectors of them
   const auto scale = [&](int first) {
     for (int n = 0; kCodes && n < N; n++)
@@ -308,73 +375,87 @@ void hidden_part(const Shape& shape, const float* q, const Pages<Number>& pool, 
         store(own, load(own) * load(scales.data() + first + t));
       }
   };
-  const int share = (D * int(sizeof(Number)) + N / kHeads) / (N / kHeads + 1);
-  for (int first = 0; first < int(all.size()); first += kTokens) {
-    const int left = all.size() - first, count = std::min(kTokens, left);
-    const Number* const* tokens = all.data() + first;
+  for (int first = 0; first < part.tokens(); first += kTokens) {
+    const int count = std::min(kTokens, part.tokens() - first);
+    Ahead<Number> ahead{all.data(), first + count, std::min(first + count + kTokens, int(all.size())),
+                        (count + 3) / 4 + (D + kPart - 1) / kPart, D * int(sizeof(Number))};
+    std::conditional_t<kCodes, const X*, const Number*> tokens[kTokens];
+    for (int t = 0; t < count; t++) {
+      if constexpr (kCodes)
+        tokens[t] = as_multiplied(all[first + t], D, widened.data() + size_t(t) * D);
+      else
+        tokens[t] = all[first + t];
+    }
+    if (count % 2) tokens[count] = tokens[count - 1];
     for (int t = 0; t < count; t += 4) {
       float* to = scores.data() + t;
-      const X* multiplied[4];
-      if constexpr (kCodes)
-        for (int i = 0; i < std::min(4, count - t); i++)
-          multiplied[i] = as_multiplied(tokens[t + i], D, widened.data() + size_t(i) * D);
-      in_groups<kHeads, 1>(N, [&]<int M>(int n, std::integral_constant<int, M>) {
-        for (int i = t + kTokens; i < std::min(t + kTokens + 4, left); i++)
-          bring(reinterpret_cast<const char*>(tokens[i]) + n / kHeads * share, share);
-        if constexpr (kCodes)
-          few_scores<M>(queries + size_t(n) * D, multiplied, 0, count - t, D, to + size_t(n) * kTokens);
-        else
-          few_scores<M>(queries + size_t(n) * D, tokens + t, 0, count - t, D, to + size_t(n) * kTokens);
+      ahead.step();
+      in_groups<kScoreHeads<X>, 4, 1>(N, [&]<int M>(int n, std::integral_constant<int, M>) {
+        few_scores<M>(queries + size_t(n) * D, tokens + t, 0, count - t, D, to + size_t(n) * kTokens);
       });
     }
     scale(first);
     running.weigh(scores.data(), count);
     scale(first);
-    constexpr int kPart = kValueVectors * kLanes;
-    for (int at = 0; at < D; at += kPart)
+    if constexpr (kPairs)
+      for (size_t i = 0; i < weights.size(); i += kLanes) store_as(&weights[i], load(&scores[i]));
+    for (int at = 0; at < D; at += kPart) {
+      ahead.step();
+      const int size = std::min(kPart, D - at);
+#if defined(__AVX512BF16__)
+      if constexpr (kPairs)
+        if (size == kPart) {
+          in_groups<12, 8, 4, 1>(N, [&]<int M>(int n, std::integral_constant<int, M>) {
+            add_value_pairs<M>(weights.data() + size_t(n) * kTokens, tokens, at, (count + 1) / 2,
+                               running.out + size_t(n) * D + at, D);
+          });
+          continue;
+        }
+#endif
       in_groups<kValueHeads, 4, 1>(N, [&]<int M>(int n, std::integral_constant<int, M>) {
-        add_all_values<M, kValueVectors>(scores.data() + size_t(n) * kTokens, tokens, at, count,
-                                         std::min(kPart, D - at), running.out + size_t(n) * D + at, D);
+        add_all_values<M, kPart / kLanes>(scores.data() + size_t(n) * kTokens, tokens, at, count, size,
+                                         running.out + size_t(n) * D + at, D);
       });
+    }
   }
 }
 
-// Rows of `length` tokens in parts that threads share, and their parts merged: `attend(row, begin, end, running)`. Where
+// Rows of `length` tokens in parts that threads share, and their parts merged: `attend(part, next, running)`, `next` the part that the thread is likely to take next. Where
 // parts end depends on the length alone, so a row's results do not depend on other rows or on the number of threads.
 // out `[rows, heads, size]` and lse `[rows, heads]`; zeros and kNever for a row of length 0.
 inline void attend_rows(Team& team, const Shape& shape, int size, const int32_t* length, float* out, float* lse,
-                        const std::function<void(int, int, int, Running&)>& attend) {
+                        const std::function<void(const Part&, const Part&, Running&)>& attend) {
   const int heads = shape.heads;
   const size_t numbers = size_t(heads) * size;
-  struct Part {
-    int row, begin, end;
+  struct Numbered : Part {
     size_t number, apart;  // of all; of those in rows with several, from 1 on
   };
-  std::vector<Part> parts;
+  std::vector<Numbered> parts;
   std::vector<int> first(shape.rows + 1);
   size_t apart = 0;  // parts of rows that have several
   for (int r = 0; r < shape.rows; r++) {
     first[r] = parts.size();
     const int tokens = std::max((length[r] + kParts - 1) / kParts, 2 * kTokens);
     for (int begin = 0; begin < std::max(length[r], 1); begin += tokens)
-      parts.push_back({r, begin, std::min(begin + tokens, length[r]), parts.size(), length[r] > tokens ? ++apart : 0});
+      parts.push_back({{r, begin, std::min(begin + tokens, length[r])}, parts.size(), length[r] > tokens ? ++apart : 0});
   }
   first[shape.rows] = parts.size();
   std::vector<float> tops(parts.size() * heads), totals(parts.size() * heads);
   thread_local Scratch scratch;
   float* sums = scratch.of(apart * numbers);
-  const auto running_of = [&](const Part& part) {
+  const auto running_of = [&](const Numbered& part) {
     float* own = part.apart ? sums + (part.apart - 1) * numbers : out + part.row * numbers;
     return Running{tops.data() + part.number * heads, totals.data() + part.number * heads, own, heads, size};
   };
-  std::vector<Part> order = parts;
-  std::stable_sort(order.begin(), order.end(), [](const Part& a, const Part& b) { return a.end - a.begin > b.end - b.begin; });
+  std::vector<Numbered> order = parts;
+  std::stable_sort(order.begin(), order.end(), [](const Part& a, const Part& b) { return a.tokens() > b.tokens(); });
   double tokens = 0;
   for (int r = 0; r < shape.rows; r++) tokens += length[r];
   team.run(order.size(), 2 * tokens * numbers, [&](int i) {
     Running running = running_of(order[i]);
     running.clear();
-    if (order[i].end > order[i].begin) attend(order[i].row, order[i].begin, order[i].end, running);
+    const size_t next = i + team.threads();
+    if (order[i].tokens() > 0) attend(order[i], next < order.size() ? order[next] : Part{order[i].row, 0, 0}, running);
   });
   team.run(shape.rows, double(parts.size()) * numbers, [&](int r) {
     for (int n = 0; n < heads; n++) {
@@ -401,18 +482,18 @@ inline void attend_rows(Team& team, const Shape& shape, int size, const int32_t*
 template <class Number, class KeyBlocks, class ValueBlocks>
 void kv_decode(Team& team, const Shape& shape, const float* q, const Pages<Number>& pool, const KeyBlocks& key_blocks,
                const ValueBlocks& value_blocks, const int32_t* length, float* out, float* lse) {
-  attend_rows(team, shape, shape.width / shape.heads, length, out, lse, [&](int r, int begin, int end, Running& running) {
-    kv_part(shape, q + size_t(r) * shape.width, pool, key_blocks(r), value_blocks(r), begin, end, running);
+  attend_rows(team, shape, shape.width / shape.heads, length, out, lse, [&](const Part& part, const Part& next, Running& running) {
+    kv_part(shape, q + size_t(part.row) * shape.width, pool, key_blocks, value_blocks, part, next, running);
   });
 }
 
-// Queries are multiplied as X.
-template <class X, class Number, class Blocks>
-void hidden_decode(Team& team, const Shape& shape, const float* q, const Pages<Number>& pool, const Blocks& blocks,
+// Queries, float32 or X, are multiplied as X.
+template <class X, class Query, class Number, class Blocks>
+void hidden_decode(Team& team, const Shape& shape, const Query* q, const Pages<Number>& pool, const Blocks& blocks,
                    const int32_t* length, float* out, float* lse) {
   const int D = shape.width;
-  attend_rows(team, shape, D, length, out, lse, [&](int r, int begin, int end, Running& running) {
-    hidden_part<X>(shape, q + size_t(r) * shape.heads * D, pool, blocks(r), begin, end, running);
+  attend_rows(team, shape, D, length, out, lse, [&](const Part& part, const Part& next, Running& running) {
+    hidden_part<X>(shape, q + size_t(part.row) * shape.heads * D, pool, blocks, part, next, running);
   });
 }
 

@@ -134,7 +134,7 @@ class Step {
     hidden_k_ = codes ? next(n * D) : k_, hidden_v_ = codes ? next(n * D) : v_;
     attended_ = next(n * D), added_ = next(n * D);
     inner_ = next(n * shape.ffn), inner_transposed_ = Transposed(next(sizes[1]), n, shape.ffn);
-    wide_ = next(wide), wide_found_ = next(wide), lse_ = next(n * shape.heads);
+    wide_ = reinterpret_cast<Factor<Number>*>(next(wide)), wide_found_ = next(wide), lse_ = next(n * shape.heads);
     prefix_transposed_ = Transposed(next(sizes[2]), projected, D);
     prefix_k_ = next(projected * D), prefix_v_ = next(projected * D);
   }
@@ -515,7 +515,8 @@ class Step {
   Tiles tiles_{0};
   Borrowed memory_;
   float *stream_, *normed_, *q_, *k_, *v_, *hidden_k_, *hidden_v_, *attended_, *added_, *inner_;
-  float *wide_, *wide_found_, *lse_;  // wide: [hidden tokens one by one, heads, D]
+  Factor<Number>* wide_;       // [hidden tokens one by one, heads, D]
+  float *wide_found_, *lse_;
   float *prefix_k_, *prefix_v_;
   Operands<Factor<Number>> transposed_, inner_transposed_, prefix_transposed_;
 };

@@ -1,11 +1,13 @@
 // Vectors of float32 as wide as the machine's registers, and bfloat16 in pairs.
 #pragma once
 
+#include <array>
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
+#include <utility>
 #if defined(__AVX__)
 #include <immintrin.h>
 #endif
@@ -118,6 +120,20 @@ inline Vector add_products(Vector sums, Bits x, Bits y) {
                                                    reinterpret_cast<__m512bh>(y)));
 }
 
+// The numbers of two vectors of bfloat16 as pairs, one of each: those of the first halves, and of the second.
+inline std::pair<Bits, Bits> interleave(Bits firsts, Bits seconds) {
+  alignas(64) static constexpr auto order = [] {
+    std::array<uint16_t, 4 * kLanes> found{};
+    for (int i = 0; i < 2 * kLanes; i++) found[2 * i] = i, found[2 * i + 1] = i + 2 * kLanes;
+    return found;
+  }();
+  const auto a = reinterpret_cast<__m512i>(firsts), b = reinterpret_cast<__m512i>(seconds);
+  const auto half = [&](int i) {
+    return reinterpret_cast<Bits>(_mm512_permutex2var_epi16(a, _mm512_load_si512(order.data() + 2 * i * kLanes), b));
+  };
+  return {half(0), half(1)};
+}
+
 // Pairs of two vectors' numbers, to nearest.
 inline Bits in_pairs(Vector firsts, Vector seconds) {
   const auto halves = [](Vector x) {
@@ -138,6 +154,16 @@ inline Bits in_pairs(Vector firsts, Vector seconds) {
   return load_pairs(pairs);
 }
 #endif
+
+inline void store_as(float* at, Vector x) { store(at, x); }
+inline void store_as(BFloat16* at, Vector x) {  // to nearest; where one instruction does it, tiny numbers become 0
+#if defined(__AVX512BF16__)
+  const auto halves = _mm512_cvtneps_pbh(reinterpret_cast<__m512>(x));
+  std::memcpy(at, &halves, sizeof halves);
+#else
+  for (int i = 0; i < kLanes; i++) from_float(x[i], at + i);
+#endif
+}
 
 // What numbers are multiplied as with some of Number.
 template <class Number>
