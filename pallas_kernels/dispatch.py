@@ -22,7 +22,7 @@ class Kernels(NamedTuple):
     Differences from the references: `hidden_decode` and `hidden_prefix` may give `out` in the pool's dtype, and
     `hidden_decode` anything in rows of length 0. Each may be None, and XLA does its part: `hidden_decode` where there
     is no kernel for hidden rows, prefix attention, `chunk` (a prefill chunk's own tokens), `cache_writer`, which may
-    not handle every dtype, `scale_writer`, and all that use the pool where it is int8 and they do not read it
+    not handle every dtype, `scale_writer`, `scale_reader` (of blocks that are projected), and all that use the pool where it is int8 and they do not read it
     (`without_pool`).
     """
 
@@ -34,6 +34,7 @@ class Kernels(NamedTuple):
     chunk: Callable[..., Partial] | None = None
     cache_writer: Callable[..., Callable[..., jax.Array]] | None = None
     scale_writer: Callable[..., Callable[..., jax.Array]] | None = None
+    scale_reader: Callable[..., jax.Array] | None = None
     reads_int8: bool = False
     """Whether attention takes the `scales` of an int8 pool, and `cache_writer`, if there is one, its numbers."""
     hidden_prefix_reads: int = 0
@@ -57,6 +58,7 @@ REFERENCES = Kernels(
     reference.chunk_attention,
     reference.cache_writer,
     reference.scale_writer,
+    reference.scale_reader,
     reads_int8=True,
 )
 
@@ -113,6 +115,7 @@ def tpu_kernels(name: str, *, cores: int, interpret: Any) -> Kernels:
     from apt_jax.pallas_kernels.tpu import hidden_prefix as tpu_hidden_prefix
     from apt_jax.pallas_kernels.tpu import kv_decode as tpu_kv_decode
     from apt_jax.pallas_kernels.tpu import kv_prefix as tpu_kv_prefix
+    from apt_jax.pallas_kernels.tpu import scale_read as tpu_scale_read
     from apt_jax.pallas_kernels.tpu import scale_write as tpu_scale_write
 
     options = {"cores": cores, "interpret": interpret}
@@ -136,6 +139,7 @@ def tpu_kernels(name: str, *, cores: int, interpret: Any) -> Kernels:
         functools.partial(tpu_chunk.chunk_attention, interpret=interpret),
         functools.partial(tpu_cache_write.cache_writer, **options),
         functools.partial(tpu_scale_write.scale_writer, interpret=interpret),
+        functools.partial(tpu_scale_read.scale_reader, interpret=interpret),
         reads_int8=True,
     )
 
@@ -221,7 +225,7 @@ def check_cache_writer(
     """Write tokens of three rows, one of them hidden, by `cache_writer`, which must exist, and by the reference.
 
     Rows begin and end inside blocks; some slots are of no row. Nothing else in the pool may change. Of an int8 pool
-    `scale_writer` is checked likewise, if there is one.
+    `scale_writer` and `scale_reader` are checked likewise, if there are any.
     """
     rng = np.random.default_rng(0)
     starts, counts = np.array([3, block_size, 5]), np.array([2 * block_size + 70, 1, 9])
@@ -254,11 +258,24 @@ def check_cache_writer(
     reason = wrong(
         "cache_writer", D, (8 * pages, block_size, D), (T, D), (T, D), dtype=jnp.int8 if is_coded else jnp.dtype(dtype)
     )
+    lanes = -(-heads * block_size // _LANES) * _LANES
     if reason is None and is_coded and kernels.scale_writer is not None:
-        lanes = -(-heads * block_size // _LANES) * _LANES
         shapes = (8 * pages, 1, lanes), (T, heads), (T, heads)
         reason = wrong("scale_writer", heads * block_size, *shapes, dtype=jnp.float32, block_size=block_size)
+    if reason is None and is_coded and kernels.scale_reader is not None:
+        reason = _reads_wrong(kernels, jnp.asarray(rng.random((8 * pages, 1, lanes)), jnp.float32), arrays[0])
     return reason
+
+
+def _reads_wrong(kernels: Kernels, scales: jax.Array, blocks: jax.Array) -> str | None:
+    """The reason not to use `scale_reader`, or None."""
+    assert kernels.scale_reader is not None
+    blocks = jnp.maximum(blocks, 0)
+    try:
+        count = int(jnp.sum(kernels.scale_reader(scales, blocks) != reference.scale_reader(scales, blocks)))
+    except Exception as error:
+        return _failed("scale_reader", error)
+    return f"scale_reader gives {count} wrong numbers" if count else None
 
 
 def _failed(name: str, error: Exception) -> str:

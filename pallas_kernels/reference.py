@@ -88,6 +88,11 @@ def scale_writer(
     return write
 
 
+def scale_reader(scales: jax.Array, blocks: jax.Array) -> jax.Array:
+    """The scales `[..., 1, X]` of `blocks`, rows of an int8 pool's `[L*P, 1, X]`; a kernel takes int32 `[K]`. Pure."""
+    return scales[blocks]
+
+
 def kv_decode_attention(
     q: jax.Array, pool: jax.Array, key_blocks: jax.Array, value_blocks: jax.Array, length: jax.Array, *,
     scales: jax.Array | None = None,

@@ -94,16 +94,17 @@ class Pool:
         centre, width = jax.lax.dynamic_index_in_dim(self.channels, layer, 1, keepdims=False)
         return Channels(centre, width)
 
-    def read(self, blocks: jax.Array, dtype: DTypeLike, *, one_by_one: bool = False) -> jax.Array:
+    def read(self, blocks: jax.Array, dtype: DTypeLike, kernels: Kernels | None = None) -> jax.Array:
         """Vectors `[..., S, D]` of `blocks`, rows of the pool; hidden ones relative to their channels.
 
         Args:
-            one_by_one: of blocks `[K]`, their scales in K operations: a TPU's gather first copies those of the pool.
+            kernels: read the scales of blocks `[K]`, if they can: a TPU's gather first copies those of the pool.
         """
         numbers = self.numbers[blocks]
         if self.scales is None:
             return numbers.astype(dtype)
-        scales = self.scales[blocks] if not one_by_one else _rows(self.scales, blocks)
+        read_scales = (None if kernels is None else kernels.scale_reader) or reference.scale_reader
+        scales = read_scales(self.scales, blocks)
         by_head = scales[..., 0, : self.block_size * self.heads]
         by_head = by_head.reshape(*numbers.shape[:-2], self.heads, self.block_size)
         return decode(Coded(numbers, by_head.swapaxes(-1, -2)), dtype)
@@ -153,8 +154,3 @@ class Pool:
             return self
         beyond = (jnp.abs(channels.relative(h)) > LARGEST * (1 + 1e-6)) & counted[:, None]
         return replace(self, outside=self.outside + beyond.sum(dtype=jnp.uint32))
-
-
-def _rows(array: jax.Array, rows: jax.Array) -> jax.Array:
-    """`array[rows]`, by an operation for each."""
-    return jnp.concatenate([jax.lax.dynamic_slice_in_dim(array, row, 1) for row in rows])

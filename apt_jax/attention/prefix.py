@@ -145,7 +145,7 @@ def _over_projected(
 
         def project(piece: jax.Array, keys_values: jax.Array) -> jax.Array:
             page = jnp.minimum(piece * step + jnp.arange(step), W - 1)
-            h = channels.vectors(pool.read(blocks[r][page], pool.read_dtype, one_by_one=True), pool.dtype)
+            h = channels.vectors(pool.read(blocks[r][page], pool.read_dtype, kernels), pool.dtype)
             both = [a.reshape(h.shape).astype(pool.dtype) for a in projections.after(piece).keys_values(h)]
             return jax.lax.dynamic_update_slice(keys_values, jnp.stack(both), (0, piece * step, 0, 0))
 

@@ -149,7 +149,7 @@ def _usable(kernels: Kernels, *, block_size: int, is_coded: bool, **shape: Any) 
     others: list[tuple[tuple[str, ...], str, str, Callable[..., str | None]]] = [
         (("kv_prefix", "hidden_prefix"), "prefixes", "over cached prefixes", prefix),
         (("chunk",), "chunks", "among a prefill chunk's own tokens", dispatch.check_chunk),
-        (("cache_writer", "scale_writer"), "writes", "for writing to the cache", writer),
+        (("cache_writer", "scale_writer", "scale_reader"), "writes", "for writing to the cache", writer),
     ]
     without: list[str] = []
     for names, short, place, check in others:

@@ -140,7 +140,7 @@ def convert_blocks(
 
     Args:
         hidden_blocks, key_blocks, value_blocks: int32 `[K]` blocks of the pages; padding is `num_blocks`.
-        kernels: that write to an int8 pool.
+        kernels: that read and write an int8 pool.
     """
     graphdef, stacked = nnx.split(model.layers)
     blocks = hidden_blocks, key_blocks, value_blocks
@@ -168,7 +168,7 @@ def convert_layer(
     base = index * num_blocks
     is_page = hidden_blocks < num_blocks
     key_rows, value_rows = (jnp.where(is_page, base + blocks, nowhere) for blocks in (key_blocks, value_blocks))
-    x = pool.read(jnp.minimum(base + hidden_blocks, nowhere - 1), pool.read_dtype, one_by_one=True)
+    x = pool.read(jnp.minimum(base + hidden_blocks, nowhere - 1), pool.read_dtype, kernels)
     h = pool.channels_of(index).vectors(x, pool.dtype)
     for rows, vectors in zip((key_rows, value_rows), layer.self_attn.keys_values(h), strict=True):
         pool = pool.replace_blocks(rows, pool.keep(vectors.reshape(-1, *vectors.shape[2:])), kernels)

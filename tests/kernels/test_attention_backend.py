@@ -167,6 +167,20 @@ def test_a_wrong_scale_writer_is_found():
     assert found == "scale_writer puts 1 numbers wrong"
 
 
+def test_a_wrong_scale_reader_is_found():
+    def wrong(scales, blocks):
+        return REFERENCES.scale_reader(scales, blocks).at[1, 0, 3].add(1)
+
+    found = check(REFERENCES._replace(scale_reader=wrong), is_coded=True)
+    assert found == "scale_reader gives 1 wrong numbers"
+
+    def fails(scales, blocks):
+        raise NotImplementedError("no")
+
+    found = check(REFERENCES._replace(scale_reader=fails), is_coded=True)
+    assert found == "scale_reader failed: NotImplementedError: no"
+
+
 @pytest.mark.parametrize("name", ["kv_decode", "hidden_decode", "kv_prefix", "hidden_prefix", "chunk"])
 @pytest.mark.parametrize(
     ("fault", "reason"),
@@ -224,8 +238,8 @@ def test_what_is_left_to_xla_is_said(monkeypatch, caplog):
     monkeypatch.setattr(attention_backend.jax, "default_device", lambda _: jax.named_scope("here"))
     options = {"block_size": 16, "dtype": jnp.float32, "device": SimpleNamespace(platform="gpu"), "cpp_kernels": False}
     found = select_kernels("auto", TINY, **options)
-    none = dict.fromkeys(("kv_prefix", "hidden_prefix", "chunk", "cache_writer", "scale_writer"))
-    assert found == kernels._replace(name="kv only, prefixes, chunks, writes by xla", **none)
+    names = "kv_prefix", "hidden_prefix", "chunk", "cache_writer", "scale_writer", "scale_reader"
+    assert found == kernels._replace(name="kv only, prefixes, chunks, writes by xla", **dict.fromkeys(names))
     hidden, prefix, chunk, writes = (record.message for record in caplog.records if record.levelno == logging.WARNING)
     assert hidden == "attention: XLA for hidden rows, because the 'kv only' kernels have none for them"
     assert "XLA over cached prefixes, because the kernels cannot be used (hidden_prefix failed: " in prefix

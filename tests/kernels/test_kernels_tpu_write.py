@@ -14,6 +14,7 @@ from jax.experimental.pallas import tpu as pltpu
 from apt_jax.pallas_kernels import reference
 from apt_jax.pallas_kernels.tpu import cache_write as tpu_cache_write
 from apt_jax.pallas_kernels.tpu import scale_write as tpu_scale_write
+from apt_jax.pallas_kernels.tpu.scale_read import scale_reader
 
 WIDTH, BASE = 16, 5
 
@@ -121,6 +122,19 @@ def test_scales_of_hidden_vectors_alone_and_of_no_token():
 
 def test_more_blocks_than_the_ring_has_places():
     check_scales([(7 * slot % 41, 1, slot % 3 == 0, 0) for slot in range(70)], block_size=32, heads=4, slots=70)
+
+
+@pytest.mark.parametrize(("blocks", "lanes"), [([5], 128), ([3, 3, 0, 40, 17], 384), (list(range(40, 8, -1)), 1280)])
+@pytest.mark.parametrize(
+    "interpret",
+    [True, pltpu.InterpretParams(detect_races=True, dma_execution_mode="on_wait", uninitialized_memory="nan")],
+)
+def test_scales_are_read(blocks, lanes, interpret):
+    scales = jnp.asarray(np.random.default_rng(0).standard_normal((41, 1, lanes)), jnp.float32)
+    found = scale_reader(scales, jnp.asarray(blocks), interpret=interpret)
+    np.testing.assert_array_equal(found, reference.scale_reader(scales, np.array(blocks)))
+    if interpret is not True:
+        assert not interpret_pallas_call.races.races_found
 
 
 def test_no_tokens_and_no_values():
