@@ -22,8 +22,8 @@ class Kernels(NamedTuple):
     Differences from the references: `hidden_decode` and `hidden_prefix` may give `out` in the pool's dtype, and
     `hidden_decode` anything in rows of length 0. Each may be None, and XLA does its part: `hidden_decode` where there
     is no kernel for hidden rows, prefix attention, `chunk` (a prefill chunk's own tokens), `cache_writer`, which may
-    not handle every dtype, `scale_writer`, `scale_reader` (of blocks that are projected), and all that use the pool where it is int8 and they do not read it
-    (`without_pool`).
+    not handle every dtype, `scale_writer`, `scale_reader` (of blocks that are projected), and all that use the pool
+    where it is int8 and they do not read it (`without_pool`).
     """
 
     name: str
