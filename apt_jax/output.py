@@ -6,6 +6,8 @@ from typing import Any
 
 from apt_jax.request import FinishReason, Request
 
+NO_WAY_ON = "the output cannot go on as "
+
 
 class QueueFull(RuntimeError):
     """The maximum number of requests is waiting; try again later."""
@@ -57,6 +59,11 @@ class Output:
     error: str | None = None
     prompt_logprobs: Sequence[TokenLogprobs] | None = None
     hidden: Any = None
+
+    @property
+    def is_contradictory(self) -> bool:
+        """Whether it ended with an error because of what its client asked for, not of the engine."""
+        return self.error is not None and self.error.startswith(NO_WAY_ON)
 
     def of(self, request: Request) -> "Output":
         """The same for another record of the request. Made for every token, so without a constructor's checks."""

@@ -5,12 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from apt_jax.request import Request
-from apt_jax.tokenization.restriction import EVERY
-
-
-def num_words(vocab_size: int) -> int:
-    """Words of 32 tokens each in a row."""
-    return -(-vocab_size // 32)
+from apt_jax.tokenization.restriction import EVERY, num_words
 
 
 class AllowedTokens:

@@ -18,7 +18,7 @@ from apt_jax.engine.compilations import Compilations
 from apt_jax.engine.interface import EngineFigures
 from apt_jax.engine.memory import move_pages
 from apt_jax.engine.prompt_logprobs import PromptLogprobs
-from apt_jax.engine.requests import NO_GRAMMAR, Requests
+from apt_jax.engine.requests import Requests, no_way_on
 from apt_jax.engine.setup import EngineSetup
 from apt_jax.engine.step_times import StepTimes
 from apt_jax.engine.text import OutputTexts
@@ -306,7 +306,7 @@ class Engine:
                 written = self.state.written(spans)
                 self._inflight.append(_Flight(batch, results, load, started_s, candidates, written))
                 for request, reason in () if batch.allowed is None else batch.allowed.failed:
-                    self._end(request, FinishReason.ERROR, f"{NO_GRAMMAR}: {reason}")
+                    self._end(request, FinishReason.ERROR, no_way_on(request, reason))
         except Exception as error:
             logger.exception("an iteration failed; its requests end with an error")
             self._recover(str(error) or type(error).__name__)
@@ -362,6 +362,7 @@ class Engine:
             assert host is not None
             if request.status is not Status.FINISHED and not host.is_finite[row]:
                 self._spoil(request)
+            self.requests.push(request, int(host.token[row]))
         self.state.keep(flight.written)  # before requests end and give their pages back
         outputs = []
         for row, request in enumerate(flight.batch.requests):

@@ -10,11 +10,9 @@ from apt_jax.engine.validation import RequestRules
 from apt_jax.engine_config import EngineConfig
 from apt_jax.execution.sampling import Sampled
 from apt_jax.logprob_rows import LogprobRows
-from apt_jax.output import Output, QueueFull, TokenLogprobs
+from apt_jax.output import NO_WAY_ON, Output, QueueFull, TokenLogprobs
 from apt_jax.request import FinishReason, Request, SamplingParams, Slo
 from apt_jax.scheduling.state import SchedulerState
-
-NO_GRAMMAR = "the output cannot go on as structured_outputs asks"
 
 
 class Requests:
@@ -78,6 +76,8 @@ class Requests:
             output_token_ids=list(output_token_ids),
         )
         request.restriction = self._texts.restriction(params, self._rules.model_config.vocab_size, output_token_ids)
+        if request.restriction is not None and not output_token_ids:
+            request.restriction.check_begins(self._rules.model_config.vocab_size)
         if len(output_token_ids) >= request.max_new_tokens:
             raise ValueError(f"output_token_ids has all {request.max_new_tokens} tokens that may be generated")
         self._state.add(request)
@@ -89,6 +89,11 @@ class Requests:
     def get(self, request_id: str) -> Request | None:
         """The unfinished request with this id."""
         return self._unfinished.get(request_id)
+
+    def push(self, request: Request, token: int) -> None:
+        """Begin what `accept` is to end, for all rows of an iteration first."""
+        if request.restriction is not None and request.request_id in self._unfinished:
+            request.restriction.push(token)
 
     def accept(self, request: Request, row: int, host: Sampled, now: float, hidden: np.ndarray | None = None) -> Output:
         """Take in the token that was sampled in `row` of an iteration; it may be the request's last."""
@@ -111,7 +116,7 @@ class Requests:
         if reason is not None:
             self._forget(request)
         logprobs = token_logprobs(request, token, row, host)
-        failure = None if error is None else f"{NO_GRAMMAR}: {error}"
+        failure = None if error is None else no_way_on(request, error)
         return Output(request, shown, (token,), logprobs, reason, failure, prompt_logprobs, hidden)
 
     def end(self, request: Request, reason: FinishReason, error: str | None = None) -> None:
@@ -128,8 +133,15 @@ class Requests:
 
     def _forget(self, request: Request) -> None:
         self._unfinished.pop(request.request_id, None)
+        if request.restriction is not None:
+            request.restriction.close()
         self._texts.forget(request.request_id)
         self.prompt_logprobs.forget(request.request_id)
+
+
+def no_way_on(request: Request, reason: str) -> str:
+    """The error of a request whose restrictions leave nothing that could follow."""
+    return f"{NO_WAY_ON}{request.restriction.asked}: {reason}"
 
 
 def token_logprobs(request: Request, token: int, row: int, host: Sampled) -> Sequence[TokenLogprobs]:

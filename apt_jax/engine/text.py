@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from apt_jax.batching.allowed_tokens import num_words
 from apt_jax.request import Request, SamplingParams
 from apt_jax.tokenization.detokenizer import IncrementalDetokenizer
 from apt_jax.tokenization.restriction import Restriction, restriction
@@ -40,7 +39,7 @@ class OutputTexts:
         self, params: SamplingParams, vocab_size: int, output_token_ids: Sequence[int]
     ) -> Restriction | None:
         """See `tokenization/restriction.py`, whose ValueError this raises."""
-        return restriction(params, self._tokenizer, num_words(vocab_size), output_token_ids)
+        return restriction(params, self._tokenizer, vocab_size, output_token_ids)
 
     def push(self, request: Request, token: int) -> tuple[str, str | None]:
         """Text to show after the request's newest token, and the stop string that it ends, if any."""

@@ -1,4 +1,4 @@
-"""What structured outputs may ask for; whether it can be compiled is for `tokenization/grammars.py` to find."""
+"""What structured outputs may ask for; whether it can be compiled is for `tokenization/grammars/` to find."""
 
 from collections.abc import Mapping
 from typing import Any

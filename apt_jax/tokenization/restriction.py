@@ -8,10 +8,15 @@ import numpy as np
 from apt_jax.sampling.params import SamplingParams
 
 if TYPE_CHECKING:
-    from apt_jax.tokenization.grammars import Matcher
+    from apt_jax.tokenization.grammars.following import Matcher
     from apt_jax.tokenization.tokenizer import Tokenizer
 
 EVERY = np.int32(-1)  # a word of which every token is allowed
+
+
+def num_words(vocab_size: int) -> int:
+    """Words of 32 tokens each that have a bit for every token."""
+    return -(-vocab_size // 32)
 
 
 class Restriction:
@@ -22,6 +27,7 @@ class Restriction:
         always: int32 `[W]`, bits as of `allow`, of the tokens that are allowed at any place.
         sequences: lists of at least two token ids, none of which the output may have in a row.
         generated: the output so far.
+        names: what asks for it, of SamplingParams.
     """
 
     def __init__(
@@ -30,7 +36,9 @@ class Restriction:
         always: np.ndarray,
         sequences: Sequence[Sequence[int]] = (),
         generated: Sequence[int] = (),
+        names: Sequence[str] = ("structured_outputs",),
     ):
+        self._names = names
         self._matcher, self._always = matcher, always
         self._ends: dict[tuple[int, ...], list[int]] = {}
         for *first, last in sequences:
@@ -42,6 +50,18 @@ class Restriction:
     def follows_tokens(self) -> bool:
         """Whether what may come next depends on what came, so that the newest token must be known."""
         return self._matcher is not None or bool(self._ends)
+
+    @property
+    def asked(self) -> str:
+        """What asks for it, for a sentence."""
+        return f"{' and '.join(self._names)} {'asks' if len(self._names) == 1 else 'ask'}"
+
+    def check_begins(self, vocab_size: int) -> None:
+        """Raises ValueError if no output can begin."""
+        words = np.empty(num_words(vocab_size), np.int32)
+        if (error := self.allow(words)) is not None:
+            names = " and ".join(self._names)
+            raise ValueError(f"{names} leave no token that an output could begin with ({error}); change one of them")
 
     @property
     def is_complete(self) -> bool:
@@ -65,6 +85,16 @@ class Restriction:
                 clear(words, lasts)
         return None if words.any() else "no token can follow"
 
+    def push(self, token_id: int) -> None:
+        """Begin to take in the next token, which `accept` then ends: quicker where it is done for all outputs first."""
+        if self._matcher is not None:
+            self._matcher.push(token_id)
+
+    def close(self) -> None:
+        """The output has ended."""
+        if self._matcher is not None:
+            self._matcher.close()
+
     def accept(self, token_id: int) -> str | None:
         """Take in the next token; an error if the grammar does not allow it."""
         if self._longest:
@@ -79,7 +109,7 @@ def clear(words: np.ndarray, token_ids: Sequence[int]) -> None:
 
 
 def restriction(
-    params: SamplingParams, tokenizer: "Tokenizer | None", num_words: int, generated: Sequence[int]
+    params: SamplingParams, tokenizer: "Tokenizer | None", vocab_size: int, generated: Sequence[int]
 ) -> Restriction | None:
     """What `params` restrict, after tokens that were generated before; None if that is nothing.
 
@@ -89,7 +119,8 @@ def restriction(
     """
     if not params.is_restricted:
         return None
-    always = np.full(num_words, EVERY, np.int32)
+    always = np.full(num_words(vocab_size), EVERY, np.int32)
+    clear(always, range(vocab_size, 32 * len(always)))
     if params.allowed_token_ids is not None:
         clear(allowed := always.copy(), params.allowed_token_ids)
         always &= ~allowed
@@ -108,7 +139,8 @@ def restriction(
         for token in generated:
             if (error := matcher.accept(token)) is not None:
                 raise ValueError(f"output_token_ids do not follow structured_outputs: {error}")
-    return Restriction(matcher, always, sequences, generated)
+    names = [name for name in ("structured_outputs", "allowed_token_ids", "bad_words") if getattr(params, name)]
+    return Restriction(matcher, always, sequences, generated, names)
 
 
 def bad_sequences(words: Sequence[str], tokenizer: "Tokenizer") -> list[list[int]]:

@@ -20,7 +20,7 @@ from apt_jax.tokenization.token_texts import ByteTokenTexts, TokenText, TokenTex
 from apt_jax.tokenization.tokenizer_store import TokenizerStore, check_tokenizer_files
 
 if TYPE_CHECKING:
-    from apt_jax.tokenization.grammars import Grammars
+    from apt_jax.tokenization.grammars.compiling import Grammars
     from apt_jax.tokenization.tokenizer_files import TokenizerFiles
 
 logger = logging.getLogger(__name__)
@@ -283,14 +283,19 @@ class Tokenizer:
 
     @cached_property
     def grammars(self) -> "Grammars":
-        """Structured outputs in this vocabulary; made in half a second.
+        """Structured outputs in this vocabulary; they begin in half a second.
 
         Raises:
             ValueError: there is no end-of-sequence token.
         """
-        from apt_jax.tokenization.grammars import Grammars
+        from apt_jax.tokenization.grammars.compiling import Grammars
 
         return Grammars(self._backend.to_str(), self.eos_token_id)
+
+    def end_compiling(self) -> None:
+        """Refuse grammars that are being compiled, and all that come: the server is stopping."""
+        if "grammars" in self.__dict__:
+            self.grammars.end_compiling()
 
     def detokenizer(
         self, skip_special_tokens: bool = True, prompt_token_ids: Sequence[int] = ()

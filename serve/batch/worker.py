@@ -22,7 +22,7 @@ from apt_jax.serve.batch.batch_jobs import MAX_ATTEMPTS, BatchLine, LineError, c
 from apt_jax.serve.batch.store import ENDED, BatchStore
 from apt_jax.serve.errors import BadRequest, EngineFailure, NotReady, PredictedLate, error_reply
 from apt_jax.serve.openai.endpoints import ENDPOINTS
-from apt_jax.serve.openai.generation import ServedModel, as_bad_request
+from apt_jax.serve.openai.generation import Generation, ServedModel, as_bad_request
 from apt_jax.serve.runtime.group import Group
 from apt_jax.serve.runtime.samples import Sample
 
@@ -212,7 +212,8 @@ class BatchWorker:
             BadRequest: its body is not valid.
             NotReady, EngineFailure: there is none.
         """
-        generation = await self._off_loop(prepare, request, self._served_model(), request_id)
+        while (generation := await self._prepared(request, request_id)) is None:
+            await asyncio.sleep(RETRY_S)
         samples = [dataclasses.replace(sample, slo=OFFLINE_SLO, priority=PRIORITY) for sample in generation.samples]
         while True:
             with contextlib.closing(self._submit(samples)) as group:
@@ -230,6 +231,13 @@ class BatchWorker:
                 raise NotReady("the server is stopping")
             answer: dict[str, Any] = await self._off_loop(generation.response)
             return answer
+
+    async def _prepared(self, request: BatchLine, request_id: str) -> Generation[Any] | None:
+        """None while too many grammars are being compiled."""
+        try:
+            return await self._off_loop(prepare, request, self._served_model(), request_id)
+        except QueueFull:
+            return None
 
     async def _finish(self, owner: str, batch: dict[str, Any], status: str, counts: dict[str, int]) -> None:
         """Make the files that the client gets."""

@@ -40,7 +40,7 @@ def create_app(
         looking = asyncio.create_task(service.look())
         yield
         looking.cancel()
-        service.is_stopping = True
+        service.stop()
         service.backend.abort_all()
         if worker is not None:  # what it has not answered is answered after the next start
             worker.cancel()

@@ -78,7 +78,7 @@ class Server(uvicorn.Server):
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Stop listening, wait for the requests, then close."""
         grace_s = self._grace_s
-        self._service.is_stopping = True
+        self._service.stop()
         if self._service.num_generating:
             logger.info("stopping; %d running requests get %g s", self._service.num_generating, grace_s)
         timer = asyncio.get_running_loop().call_later(grace_s, self._service.backend.abort_all)
@@ -172,7 +172,7 @@ def serve(
         service = Service.of_engine(backend, name, with_environment(options))
     service.chat_template, service.other_names = template, tuple(others)
     if store is not None:
-        service.batches = BatchWorker(store, backend.submit, service.served_model, service.off_loop)
+        service.batches = BatchWorker(store, backend.submit, service.served_model, service.for_batches)
     app = create_app(service, resumption)
     server = Server(http_config(app, options), service)
     logging.getLogger("uvicorn.error").setLevel(logging.WARNING)  # its milestones are told here

@@ -21,6 +21,8 @@ from apt_jax.serve.observability.request_log import RequestLog
 from apt_jax.serve.observability.request_metrics import MISSES
 from apt_jax.serve.observability.timeline import Timeline
 from apt_jax.serve.observability.tracing import Tracing
+from apt_jax.serve.openai.bodies.requests import GenerationRequest
+from apt_jax.serve.openai.bodies.strict import check_grammar
 from apt_jax.serve.openai.generation import Generation, ServedModel
 from apt_jax.serve.options import ServerOptions
 from apt_jax.serve.runtime.backend import Backend
@@ -30,6 +32,8 @@ from apt_jax.serve.runtime.status import EngineStatus, WatchLimits
 
 JSON_TYPE = re.compile(r"application/([\w.-]+\+)?json")
 LOOK_EVERY_S = 1.0
+NUM_WAITING = 64  # threads that wait for grammars to be compiled, by other processes
+NUM_BATCH_WORKERS = 2
 NUM_WORKERS = 4  # threads for long work: each that runs makes the event loop wait for Python's lock a little longer
 
 
@@ -54,6 +58,7 @@ class Service:
             backend.refuse_late()
         backend.watch(WatchLimits(options.max_failed_steps, options.max_step_seconds))
         self._workers = CapacityLimiter(NUM_WORKERS)
+        self._waiting, self._batch_workers = CapacityLimiter(NUM_WAITING), CapacityLimiter(NUM_BATCH_WORKERS)
         self.num_generating = 0  # requests for completions that are under way
         self._under_way: list[tuple[Collection[str | None], Group]] = []  # these, with all their ids
         self.is_stopping = False
@@ -171,6 +176,32 @@ class Service:
     async def off_loop[T](self, work: Callable[..., T], *args: Any) -> T:
         """What `work` returns, run in one of a few threads: for what takes longer than other clients should wait."""
         return await to_thread.run_sync(work, *args, limiter=self._workers)
+
+    async def for_batches[T](self, work: Callable[..., T], *args: Any) -> T:
+        """`off_loop` of the batch worker, for whose lines no client of completions waits."""
+        return await to_thread.run_sync(work, *args, limiter=self._batch_workers)
+
+    async def check_grammar(self, body: GenerationRequest, model: ServedModel) -> None:
+        """Have what a body's answer must follow compiled, for the engine to find.
+
+        Raises:
+            BadRequest: that is impossible, or a sampling field is bad.
+            QueueFull: too much is being compiled.
+        """
+
+        def check() -> None:
+            params = body.sampling_params(model.engine.sampling_defaults)
+            if params.structured_outputs is not None:
+                check_grammar(params.structured_outputs, model.engine.tokenizer)
+
+        await to_thread.run_sync(check, limiter=self._waiting)
+
+    def stop(self) -> None:
+        """Take no more requests, and refuse those whose grammar is still to be compiled."""
+        self.is_stopping = True
+        engine = self.backend.engine
+        if engine is not None and engine.tokenizer is not None:
+            engine.tokenizer.end_compiling()
 
     async def pieces(self, made: Iterator[bytes]) -> AsyncGenerator[bytes]:
         """Pieces of a large answer, each made off the event loop."""

@@ -355,10 +355,12 @@ class Generation[Body: GenerationRequest]:
         return b"" if self._tokenizer is None else self._tokenizer.token_bytes(token_id)
 
 
-def failed(output: Output) -> EngineFailure | None:
-    """The error with which the engine ended a request."""
+def failed(output: Output) -> EngineFailure | BadRequest | None:
+    """The error with which the engine ended a request; the client's if it asked for what nothing can meet."""
     if output.finish_reason is not FinishReason.ERROR:
         return None
+    if output.is_contradictory:
+        return BadRequest(output.error or "", "structured_outputs")
     return EngineFailure(f"the engine failed on this request: {_first_line(output.error)}")
 
 

@@ -46,6 +46,8 @@ class Prompted:
         text, token_ids = parse_prompt(prompt, number, tokenizer)
         if params.stop and tokenizer is None:
             raise ValueError("stop needs a tokenizer and this model has none; use stop_token_ids or give tokenizer=")
+        if params.structured_outputs is not None and tokenizer is not None:
+            tokenizer.grammars.check(params.structured_outputs)
         samples = fan_out(request_id, [token_ids], params, priority=priority, slo=slo, cache_salt=cache_salt)
         outputs = [
             CompletionOutput(
@@ -63,7 +65,10 @@ class Prompted:
 
         Raises:
             RuntimeError: the engine failed on it.
+            ValueError: nothing can meet what was asked for.
         """
+        if output.is_contradictory:
+            raise ValueError(f"request {sample.request_id}: {output.error}")
         if output.finish_reason is FinishReason.ERROR:
             raise RuntimeError(f"the engine failed on request {sample.request_id}: {output.error}")
         output = output.without_answer() if sample.params.is_prompt_only else output

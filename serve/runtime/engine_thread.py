@@ -309,7 +309,7 @@ class EngineThread:
                 continue
             if output.finish_reason is not None:
                 del self._active[request_id]
-            if output.finish_reason is FinishReason.ERROR:
+            if output.finish_reason is FinishReason.ERROR and not output.is_contradictory:
                 logger.error("request %s ended with an error: %s", request_id, output.error)
             if (shown := active.hold(output)) is not None:
                 delivered.append((active, shown))

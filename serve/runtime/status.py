@@ -96,7 +96,8 @@ class Watchdog:
         flight, whether it failed is known only when it is read.
         """
         has_tokens = any(output.token_ids for output in outputs)
-        if failed or (not has_tokens and any(output.finish_reason is FinishReason.ERROR for output in outputs)):
+        own = [output for output in outputs if not output.is_contradictory]  # errors of the engine, not of a client
+        if failed or (not has_tokens and any(output.finish_reason is FinishReason.ERROR for output in own)):
             self.num_failed += 1
         elif has_tokens:
             self.num_failed = 0

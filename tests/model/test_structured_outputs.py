@@ -21,7 +21,7 @@ from apt_jax.engine.setup import set_up
 from apt_jax.engine_config import EngineConfig
 from apt_jax.request import FinishReason, SamplingParams
 from apt_jax.serve.runtime.samples import fan_out
-from apt_jax.tokenization.grammars import Grammars
+from apt_jax.tokenization.grammars.compiling import Grammars
 from apt_jax.tokenization.tokenizer import Tokenizer
 from tests.support.engines import finish
 from tests.support.random_schemas import random_schemas
@@ -182,6 +182,13 @@ def test_a_grammar_that_fails_while_it_runs_ends_its_request_alone(engine):
     class Fails:
         is_complete = False
         follows_tokens = True
+        asked = "structured_outputs asks"
+
+        def push(self, token) -> None:
+            pass
+
+        def close(self) -> None:
+            pass
 
         def allow(self, words) -> str:
             words[:] = 0
@@ -218,9 +225,9 @@ SEVERAL = [{"type": "integer", "multipleOf": number} for number in (9973, 9967, 
         {"$defs": {"a": SEVERAL[0], "b/c": SEVERAL[1]}, "allOf": [{"$ref": "#/$defs/a"}, {"$ref": "#/$defs/b~1c"}]},
     ],
 )
-def test_a_number_that_must_be_a_multiple_of_many_is_refused_at_once(engine, schema):
+def test_a_number_that_must_be_a_multiple_of_many_is_refused(engine, schema):
     """The library multiplies them out: it took all memory there was, without end."""
-    with pytest.raises(ValueError, match=r"multipleOf of one number have a product of .* at most 100000 is allowed"):
+    with pytest.raises(ValueError, match=r"json cannot be compiled: it takes more than (2 s of proc|192 MiB of mem)"):
         ask(engine, "bad", {"json": schema})
     several = {name: {"multipleOf": 997, "type": "integer"} for name in "abcde"}
     ask(engine, "good", {"json": {"properties": several}}, max_tokens=3)

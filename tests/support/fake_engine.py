@@ -31,6 +31,9 @@ EOS = 2
 class CharTokenizer:
     """One token per Latin-1 character (? for others), </s> first."""
 
+    def end_compiling(self) -> None:
+        """It compiles nothing."""
+
     def __init__(self, chat_template: str | None = None):
         self.chat_template = chat_template
         self.special_tokens = {"eos_token": "</s>"}

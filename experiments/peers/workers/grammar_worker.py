@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 import tokenizers
 
-WHITE_SPACE = r"[ ]?|\n[ ]{0,40}"  # of apt_jax/tokenization/grammars.py
+WHITE_SPACE = r"[ ]?|\n[ ]{0,40}"  # of apt_jax/tokenization/grammars/process.py
 
 
 class Follower(Protocol):

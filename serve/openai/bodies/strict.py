@@ -118,6 +118,6 @@ def check_grammar(asked: Mapping[str, Any], tokenizer: "Tokenizer | None") -> No
     if tokenizer is None:
         raise BadRequest("structured outputs need a tokenizer, and this model has none; leave them out", name)
     try:
-        tokenizer.grammars.matcher(asked)
+        tokenizer.grammars.check(asked)
     except ValueError as error:
         raise BadRequest(str(error), name) from error
