@@ -8,6 +8,7 @@ written in pieces where it is large.
 """
 
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -23,6 +24,7 @@ MAX_FIELDS = 32_768  # lists, objects and their fields: the costly ones
 SHOWN_VALUE_CHARS = 60
 PIECE_BYTES = 1 << 16
 LIST_SLICE = 64
+LOWEST_LOGPROB = -9999.0  # JSON has no minus infinity
 _SLICE_BYTES = 1 << 18
 _FIRST_BYTES = 4096
 _NOT_STRUCTURE = bytes(sorted(set(range(256)) - set(b'",:[{')))
@@ -141,3 +143,8 @@ def shown(value: object) -> str:
     pieces = json.JSONEncoder(ensure_ascii=True, default=str).iterencode(value)
     text = "".join(islice(pieces, SHOWN_VALUE_CHARS + 1))
     return text if len(text) <= SHOWN_VALUE_CHARS else f"{text[:SHOWN_VALUE_CHARS]}..."
+
+
+def finite(logprob: float) -> float:
+    """A number that JSON can write."""
+    return logprob if math.isfinite(logprob) else LOWEST_LOGPROB

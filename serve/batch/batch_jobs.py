@@ -237,8 +237,9 @@ def parse_line(line: Line) -> BatchLine:
     except ValidationError as error:
         raise LineError(str(first_fault(error, BatchLine)), "invalid_line", known_id) from error
     if request.method != "POST" or request.url not in ENDPOINTS:
+        *first, last = ENDPOINTS
         raise LineError(
-            f"{request.method} {request.url} cannot be answered in a batch; POST {' and '.join(ENDPOINTS)} can",
+            f"{request.method} {request.url} cannot be answered in a batch; POST {', '.join(first)} and {last} can",
             *("unsupported_url", known_id),
         )
     return request

@@ -61,7 +61,7 @@ def record_of(generation: Generation[Any], fingerprint: str) -> dict[str, Any]:
         "kind": generation.ID_PREFIX,
         "id": generation.request_id,
         "created": generation.created,
-        "body": generation.body.model_dump(mode="json", exclude_none=True, warnings=False),
+        "body": generation.body.model_dump(mode="json", by_alias=True, exclude_none=True, warnings=False),
         "prompts": [list(prompt) for prompt in generation.prompt_token_ids],
         "samples": [_entry(*pair) for pair in zip(generation.samples, generation.choices, strict=True)],
     }

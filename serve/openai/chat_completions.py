@@ -5,8 +5,9 @@ from typing import Any
 
 from apt_jax.output import Output, TokenLogprobs
 from apt_jax.serve.errors import BadRequest
+from apt_jax.serve.json_text import finite
 from apt_jax.serve.openai.bodies.chat_requests import ChatRequest
-from apt_jax.serve.openai.generation import Choice, Generation, ServedModel, finite
+from apt_jax.serve.openai.generation import Choice, Generation, ServedModel
 from apt_jax.serve.openai.prompts import prompt_ids
 from apt_jax.serve.openai.templates.chat_template import render
 from apt_jax.serve.runtime.samples import Sample
@@ -67,19 +68,25 @@ class ChatCompletion(Generation[ChatRequest]):
         }
 
     def _logprobs(self, sample: Sample, entries: Sequence[TokenLogprobs]) -> dict[str, Any]:
-        """OpenAI's list of tokens, each with the most likely alternatives."""
-        texts, content = self._texts(sample), []
-        for entry in entries:
-            own = texts.push(entry.token_id)
-            top = [
-                _token(self._name(token_id, own.shown), own.data, logprob)
-                if token_id == entry.token_id
-                else _token(self._name(token_id, shown(token_id, data := self._token_bytes(token_id))), data, logprob)
-                for token_id, logprob in entry.top
-            ]
-            name = self._name(entry.token_id, own.shown)
-            content.append({**_token(name, own.data, entry.logprob), "top_logprobs": top})
-        return {"content": content, "refusal": None}
+        return {"content": token_logprobs(self, sample, entries), "refusal": None}
+
+
+def token_logprobs(
+    generation: Generation[Any], sample: Sample, entries: Sequence[TokenLogprobs]
+) -> list[dict[str, Any]]:
+    """OpenAI's list of tokens, each with the most likely alternatives."""
+    texts, content = generation.texts(sample), []
+    name, bytes_of = generation.name_of, generation.token_bytes
+    for entry in entries:
+        own = texts.push(entry.token_id)
+        top = [
+            _token(name(token_id, own.shown), own.data, logprob)
+            if token_id == entry.token_id
+            else _token(name(token_id, shown(token_id, data := bytes_of(token_id))), data, logprob)
+            for token_id, logprob in entry.top
+        ]
+        content.append({**_token(name(entry.token_id, own.shown), own.data, entry.logprob), "top_logprobs": top})
+    return content
 
 
 def _token(text: str, data: bytes, logprob: float) -> dict[str, Any]:

@@ -5,8 +5,9 @@ from typing import Any
 
 from apt_jax.output import Output, TokenLogprobs
 from apt_jax.request import FinishReason
+from apt_jax.serve.json_text import finite
 from apt_jax.serve.openai.bodies.requests import CompletionRequest
-from apt_jax.serve.openai.generation import Choice, Generation, ServedModel, finite
+from apt_jax.serve.openai.generation import Choice, Generation, ServedModel
 from apt_jax.serve.openai.prompts import prompt_ids
 from apt_jax.serve.runtime.samples import Sample
 from apt_jax.tokenization.token_texts import TokenText, shown
@@ -70,13 +71,15 @@ class Completion(Generation[CompletionRequest]):
                 offset = len(text)
             elif choice.token_texts is None:
                 offset = len(self._prompt_text(sample))
-        following = self._texts(sample, offset)
+        following = self.texts(sample, offset)
         rows += [(following.push(entry.token_id), entry.token_id, entry) for entry in entries]
         return {
-            "tokens": [self._name(token_id, text.shown) for text, token_id, _ in rows],
+            "tokens": [self.name_of(token_id, text.shown) for text, token_id, _ in rows],
             "token_logprobs": [None if entry is None else finite(entry.logprob) for _, _, entry in rows],
             "top_logprobs": [
-                None if entry is None else self._top(self._name(token, text.shown), entry, sample.params.logprobs or 0)
+                None
+                if entry is None
+                else self._top(self.name_of(token, text.shown), entry, sample.params.logprobs or 0)
                 for text, token, entry in rows
             ],
             "text_offset": [text.offset for text, _, _ in rows],
@@ -87,7 +90,7 @@ class Completion(Generation[CompletionRequest]):
         found = {own: finite(entry.logprob)}
         for token_id, logprob in entry.top[:count]:
             if token_id != entry.token_id:
-                name = self._name(token_id, shown(token_id, self._token_bytes(token_id)))
+                name = self.name_of(token_id, shown(token_id, self.token_bytes(token_id)))
                 found[f"token_id:{token_id}" if name in found else name] = finite(logprob)
         return found
 

@@ -3,7 +3,7 @@
 import base64
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import numpy as np
 
@@ -16,8 +16,6 @@ from apt_jax.serve.openai.generation import ServedModel, failed
 from apt_jax.serve.openai.prompts import check_model, prompt_ids
 from apt_jax.serve.runtime.samples import Sample, fan_out
 
-ID_PREFIX = "embd"
-
 
 def unit(vector: np.ndarray) -> np.ndarray:
     """A vector of length 1 in the same direction, float32 `[E]`; zeros stay zeros."""
@@ -26,6 +24,9 @@ def unit(vector: np.ndarray) -> np.ndarray:
 
 class Embedding:
     """One unfinished request of /v1/embeddings: its samples for the engine, and its response as outputs come in."""
+
+    ID_PREFIX: ClassVar[str] = "embd"
+    WANTED: ClassVar[str] = "vectors"
 
     def __init__(self, body: EmbeddingRequest, request_id: str, model_name: str, samples: list[Sample]):
         self.body, self.request_id, self.model_name, self.samples = body, request_id, model_name, samples

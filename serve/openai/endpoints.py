@@ -7,9 +7,12 @@ from typing import Any
 from apt_jax.serve.openai import replies
 from apt_jax.serve.openai.bodies.chat_requests import ChatRequest, parse_chat
 from apt_jax.serve.openai.bodies.requests import CompletionRequest, GenerationRequest, parse_completion
+from apt_jax.serve.openai.bodies.responses import ResponseRequest, parse_response
 from apt_jax.serve.openai.chat_completions import ChatCompletion
 from apt_jax.serve.openai.completions import Completion
 from apt_jax.serve.openai.generation import Generation
+from apt_jax.serve.openai.response_objects import ResponseEvent, ResponseObject
+from apt_jax.serve.openai.responses import ModelResponse
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,14 @@ ENDPOINTS = {
         ChatRequest,
         replies.ChatCompletionReply,
         replies.ChatCompletionChunk,
+    ),
+    "/v1/responses": Endpoint(
+        "Answer a text or a conversation",
+        parse_response,
+        ModelResponse,
+        ResponseRequest,
+        ResponseObject,
+        ResponseEvent,
     ),
 }
 ENDPOINTS_BY_PREFIX = {endpoint.generation.ID_PREFIX: endpoint for endpoint in ENDPOINTS.values()}

@@ -5,7 +5,6 @@ HTTP, streamed or not, and batch jobs go through the same two steps: `Generation
 """
 
 import dataclasses
-import math
 import time
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -18,8 +17,8 @@ from apt_jax.engine.interface import EngineFacts
 from apt_jax.logprob_rows import LogprobRows
 from apt_jax.output import ContextExceeded, Output, TokenLogprobs
 from apt_jax.request import FinishReason, Request, Slo
-from apt_jax.serve.errors import BadRequest, ContextTooLong, EngineFailure
-from apt_jax.serve.json_text import json_pieces
+from apt_jax.serve.errors import BadRequest, ContextTooLong, EngineFailure, error_reply
+from apt_jax.serve.json_text import finite, json_pieces
 from apt_jax.serve.openai.bodies.requests import GenerationRequest, PromptRequest, bad_request
 from apt_jax.serve.openai.bodies.slo import slo_of
 from apt_jax.serve.openai.bodies.strict import check_grammar
@@ -35,7 +34,6 @@ if TYPE_CHECKING:
 
 VALUES_AT_ONCE = 2048
 VALUES_OF_CHOICE = 24  # beside its tokens: the SLO report above all
-LOWEST_LOGPROB = -9999.0  # JSON has no minus infinity
 
 
 @dataclass(frozen=True)
@@ -72,6 +70,7 @@ class Generation[Body: GenerationRequest]:
     """One unfinished API request: its samples for the engine, and its response as outputs come in."""
 
     ID_PREFIX: ClassVar[str]
+    END: ClassVar[bytes] = b"data: [DONE]\n\n"  # of a stream
 
     def __init__(
         self,
@@ -243,9 +242,21 @@ class Generation[Body: GenerationRequest]:
     def _wants_running_usage(self) -> bool:
         return self.body.stream_options is not None and bool(self.body.stream_options.continuous_usage_stats)
 
+    def opening(self) -> bytes:
+        """What a stream begins with."""
+        return b""
+
+    def closing(self) -> bytes:
+        """What a stream ends with: usage, if it is wanted."""
+        return event(self.usage_chunk()) if self.wants_usage else b""
+
     def usage_chunk(self) -> dict[str, Any]:
         """The chunk that reports usage at the end of a stream."""
         return {**self._object([], stream=True), "usage": self.usage()}
+
+    def failing(self, error: Exception) -> bytes:
+        """What a stream that fails ends with; OpenAI's clients know an error event."""
+        return event(error_reply(error)[1])
 
     def collect(self, sample: Sample, output: Output) -> None:
         """Take in an output for `response`.
@@ -336,22 +347,23 @@ class Generation[Body: GenerationRequest]:
             for token_id, (logprob, rank) in ranked.items()
         }
 
-    def _texts(self, sample: Sample, offset: int = 0) -> TokenTexts:
+    def texts(self, sample: Sample, offset: int = 0) -> TokenTexts:
         """The sample's tokens as parts of its text, which begins after `offset` characters."""
         choice = self.choices[sample.index]
         if choice.token_texts is None:
             if self._tokenizer is None:
-                choice.token_texts = ByteTokenTexts(self._token_bytes)
+                choice.token_texts = ByteTokenTexts(self.token_bytes)
             else:
                 skip = sample.params.skip_special_tokens
                 choice.token_texts = self._tokenizer.token_texts(skip, sample.prompt_token_ids, offset)
         return choice.token_texts
 
-    def _name(self, token_id: int, shown: str) -> str:
+    def name_of(self, token_id: int, shown: str) -> str:
         """How log-probabilities name a token: as it is shown, or by its id where the body asks for that."""
         return f"token_id:{token_id}" if self.body.return_tokens_as_token_ids else shown
 
-    def _token_bytes(self, token_id: int) -> bytes:
+    def token_bytes(self, token_id: int) -> bytes:
+        """Those of a token's text."""
         return b"" if self._tokenizer is None else self._tokenizer.token_bytes(token_id)
 
 
@@ -368,7 +380,7 @@ def as_bad_request(error: ValueError, body: PromptRequest) -> BadRequest:
     """The engine's refusal as the client's error."""
     if isinstance(error, BadRequest):
         return error
-    prompt = next(name for name in ("prompt", "messages", "input") if name in type(body).model_fields)
+    prompt = next(name for name in ("prompt", "messages", "input", "text_2") if name in type(body).model_fields)
     if isinstance(error, ContextExceeded):
         return ContextTooLong(error, prompt)
     refused = bad_request(error, [*type(body).model_fields, "prompt"])
@@ -380,8 +392,3 @@ def as_bad_request(error: ValueError, body: PromptRequest) -> BadRequest:
 def _first_line(error: str | None) -> str:
     """An engine's message without a compiler's details."""
     return (error or "unknown").partition("\n")[0][:200]
-
-
-def finite(logprob: float) -> float:
-    """A number that JSON can write."""
-    return logprob if math.isfinite(logprob) else LOWEST_LOGPROB

@@ -317,6 +317,26 @@ class BatchErrors(TypedDict):
     data: list[BatchError]
 
 
+class PairScore(TypedDict):
+    """The log-likelihood of one text after another, and of how many tokens it is the sum."""
+
+    index: int
+    object: Literal["score"]
+    score: float
+    tokens: int
+
+
+class ScoreList(TypedDict):
+    """Answer of /score, in vLLM's shape."""
+
+    id: str
+    object: Literal["list"]
+    created: int
+    model: str
+    data: list[PairScore]
+    usage: PromptUsage
+
+
 class RequestCounts(TypedDict):
     """Of the requests of a batch."""
 

@@ -48,6 +48,8 @@ class PiecesResponse(Response):
             await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
             async with contextlib.aclosing(self._pieces) as pieces:
                 async for piece in pieces:
+                    if not piece:
+                        continue
                     await send({"type": "http.response.body", "body": piece, "more_body": True})
             await send({"type": "http.response.body", "body": b"", "more_body": False})
 

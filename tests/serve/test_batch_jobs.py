@@ -133,7 +133,12 @@ def test_lines_are_answered_in_openai_s_shape(tmp_path):
         (line(""), "", "invalid_line", "custom_id"),
         (line(3), None, "invalid_line", "custom_id=3: input should be a valid string"),
         (line("x", method="GET"), "x", "unsupported_url", "GET /v1/completions cannot be answered in a batch"),
-        (line("x", url="/v1/embeddings"), "x", "unsupported_url", "POST /v1/completions and /v1/chat/completions can"),
+        (
+            line("x", url="/v1/embeddings"),
+            "x",
+            "unsupported_url",
+            "/v1/chat/completions and /v1/responses can",
+        ),
         (line("x", extra=1), "x", "invalid_line", 'unknown field "extra"'),
         (line("x", "not an object"), "x", "invalid_line", "body="),
         (line("ok"), "ok", "duplicate_custom_id", "custom_id 'ok' is already that of line 1"),

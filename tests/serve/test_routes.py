@@ -106,7 +106,8 @@ def test_what_can_be_asked_without_a_key_and_without_a_line_in_the_log():
         *("/debug/state", "/debug/history", "/debug/requests"),
     }
     assert {route.path for route in ROUTES if route.is_generation} == {
-        *("/v1/completions", "/v1/chat/completions", "/v1/embeddings")
+        *("/v1/completions", "/v1/chat/completions", "/v1/responses", "/v1/embeddings"),
+        *("/score", "/v1/score"),
     }
 
 

@@ -102,7 +102,8 @@ def test_after_its_first_token_a_request_ends_with_what_it_has(stream):
             assert (await other).json()["choices"][0]["finish_reason"] == "length"
             state = (await client.get("/debug/state")).json()
             assert (state["requests"], state["strict_attainment"]) == (2, 0.5)
-            abandoned = [entry for plan in state["plans"] for entry in plan["abandoned"]]
+            plans = (await client.get("/debug/plans")).json()["plans"]
+            abandoned = [entry for plan in plans for entry in plan["abandoned"]]
             assert [entry["reason"] for entry in abandoned] == ["abandoned because its SLO can no longer be kept"]
 
     run(main)

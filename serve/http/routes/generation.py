@@ -1,4 +1,4 @@
-"""POST /v1/completions and /v1/chat/completions: both run through the engine the same way, whole or streamed."""
+"""POST on one of the ENDPOINTS: all run through the engine the same way, whole or streamed."""
 
 import asyncio
 import contextlib
@@ -13,7 +13,7 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from apt_jax.serve.errors import CLIENT_CLOSED_REQUEST, RequestTimeout, error_reply, reason_of
+from apt_jax.serve.errors import CLIENT_CLOSED_REQUEST, RequestTimeout, reason_of
 from apt_jax.serve.http.service import Service
 from apt_jax.serve.json_text import parse_json
 from apt_jax.serve.openai.bodies.requests import GenerationRequest
@@ -21,7 +21,7 @@ from apt_jax.serve.openai.bodies.token_requests import parse_abort
 from apt_jax.serve.openai.endpoints import Endpoint
 from apt_jax.serve.openai.generation import Generation, as_bad_request
 from apt_jax.serve.openai.slo_report import check_begun
-from apt_jax.serve.openai.sse import PiecesResponse, SseResponse, close_on_disconnect, event
+from apt_jax.serve.openai.sse import PiecesResponse, SseResponse, close_on_disconnect
 from apt_jax.serve.runtime.group import Group
 
 SHORT_BODY_BYTES = 4096  # longer ones are read off the event loop
@@ -115,6 +115,7 @@ async def _events(service: Service, generation: Generation[Any], group: Group) -
     """Server-sent events; what has come since the last send goes out in one piece, or in several if it is much."""
     at_once = generation.outputs_at_once
     try:
+        yield generation.opening()
         async for outputs in group:
             try:
                 while outputs:
@@ -124,10 +125,9 @@ async def _events(service: Service, generation: Generation[Any], group: Group) -
                         await asyncio.sleep(0)  # others' turn: a slow reader's events may be many
             finally:
                 group.put_back(outputs)
-        if generation.wants_usage:
-            yield event(generation.usage_chunk())
-    except Exception as error:  # the status line has gone out; OpenAI's clients know an error event
+        yield generation.closing()
+    except Exception as error:  # the status line has gone out
         if isinstance(error, RequestTimeout):  # else it is counted where it ended
             service.refused(str(reason_of(error)))
-        yield event(error_reply(error)[1])
-    yield b"data: [DONE]\n\n"
+        yield generation.failing(error)
+    yield generation.END

@@ -9,16 +9,17 @@ from starlette.responses import JSONResponse, Response
 from apt_jax.serve.http.routes import batches
 from apt_jax.serve.http.routes.dashboard import PAGES, page
 from apt_jax.serve.http.routes.debug import plans, profile, requests, reset_prefix_cache, state, story, timeline
-from apt_jax.serve.http.routes.embeddings import embed
 from apt_jax.serve.http.routes.generation import abort_request, generate
 from apt_jax.serve.http.routes.models import detokenize, model, models, tokenize
 from apt_jax.serve.http.routes.openapi import document
 from apt_jax.serve.http.routes.probes import health, load, metrics, ready, version
+from apt_jax.serve.http.routes.prompt_only import embed, score
 from apt_jax.serve.http.routes.route import RouteSpec
 from apt_jax.serve.http.service import Service
 from apt_jax.serve.openai import replies
 from apt_jax.serve.openai.bodies.batches import BatchRequest
 from apt_jax.serve.openai.bodies.embeddings import EmbeddingRequest
+from apt_jax.serve.openai.bodies.scores import ScoreRequest
 from apt_jax.serve.openai.bodies.slo import MAX_SLO_MS, MIN_SLO_MS, SLO_HEADERS
 from apt_jax.serve.openai.bodies.token_requests import AbortRequest, DetokenizeRequest, TokenizeRequest
 from apt_jax.serve.openai.endpoints import ENDPOINTS, Endpoint
@@ -140,6 +141,18 @@ ROUTES = (
         reply=replies.EmbeddingList,
         statuses=(*POST_STATUSES, 504),
         parameters=SLO_PARAMETERS,
+    ),
+    *(
+        RouteSpec(
+            *("POST", path, score),
+            is_generation=True,
+            summary="How likely texts are after others: sums of log-probabilities",
+            body=ScoreRequest,
+            reply=replies.ScoreList,
+            statuses=(*POST_STATUSES, 504),
+            parameters=SLO_PARAMETERS,
+        )
+        for path in ("/score", "/v1/score")
     ),
     *BATCH_ROUTES,
     RouteSpec("GET", "/v1/models", models, summary="The model served, as a list", reply=replies.ModelList),

@@ -16,7 +16,7 @@ class BatchRequest(Strict):
     """A file of requests to be answered within a day."""
 
     input_file_id: str = Field(min_length=1, max_length=64)
-    endpoint: Literal["/v1/completions", "/v1/chat/completions"]
+    endpoint: Literal["/v1/completions", "/v1/chat/completions", "/v1/responses"]
     completion_window: Literal["24h"] = "24h"
     metadata: dict[str, str] | None = None
 

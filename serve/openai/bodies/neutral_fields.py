@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
-PYTHON_TYPES: dict[str, type] = {"string": str, "object": dict, "boolean": bool}
+PYTHON_TYPES: dict[str, type] = {"string": str, "object": dict, "boolean": bool, "array": list}
 
 
 @dataclass(frozen=True)
@@ -131,6 +131,23 @@ OF_STRUCTURED_OUTPUTS: Fields = {
     "disable_fallback": FALSE,
     "whitespace_pattern": NULL,
 }
+OF_RESPONSES: Fields = {
+    **{name: field for name, field in EITHER.items() if name not in ("metadata", "store")},
+    "background": FALSE,
+    "conversation": Neutral(instead="nothing is kept; send earlier messages in input"),
+    "max_tool_calls": NULL,
+    "parallel_tool_calls": ANY_BOOLEAN,
+    "previous_response_id": Neutral(instead="nothing is kept; send earlier messages in input"),
+    "prompt": Neutral(instead="input"),
+    "reasoning": Neutral(({}, {"effort": "none"})),
+    "store": Neutral((False,), instead="nothing is kept"),
+    "tool_choice": Neutral(("none", "auto")),
+    "tools": NO_LIST,
+    "truncation": Neutral(("disabled",), instead="truncate_prompt_tokens"),
+}
+OF_RESPONSE_TEXT: Fields = {"verbosity": Neutral(("medium",))}
+OF_INPUT_MESSAGES: Fields = {"id": ANY_TEXT, "phase": ANY_TEXT, "status": ANY_TEXT}
+OF_INPUT_PARTS: Fields = {"annotations": NO_LIST, "logprobs": Neutral(any_of="array")}
 OF_STREAM_OPTIONS: Fields = {"include_obfuscation": FALSE}
 
 OF_EMBEDDINGS: Fields = {
@@ -141,7 +158,17 @@ OF_EMBEDDINGS: Fields = {
     "use_activation": TRUE,
 }
 
-ALL = (OF_COMPLETIONS, OF_CHATS, OF_MESSAGES, OF_TEXT_PARTS, OF_STREAM_OPTIONS, OF_STRUCTURED_OUTPUTS)
+OF_SCORES: Fields = {
+    "activation": NULL,
+    "mm_processor_kwargs": NO_OBJECT,
+    "softmax": NULL,
+    "use_activation": NULL,
+}
+
+ALL = (
+    *(OF_COMPLETIONS, OF_CHATS, OF_MESSAGES, OF_TEXT_PARTS, OF_STREAM_OPTIONS, OF_STRUCTURED_OUTPUTS),
+    *(OF_RESPONSES, OF_RESPONSE_TEXT),
+)
 
 
 def without_neutral(value: Mapping[str, Any], fields: Fields) -> dict[str, Any]:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from apt_jax.tokenization.tokenizer import Tokenizer
 
 MAX_OBJECT_FIELDS = 256  # known and unknown
+TEXT, LIST = FORMS = "a text", "a list"  # of a field that may be either, which no path of a field names
 
 
 def check_length(value: Sized, name: str, limit: int) -> None:
@@ -80,7 +81,7 @@ def not_served(name: str, model: type[BaseModel]) -> Neutral | None:
 def first_fault(error: ValidationError, model: type[BaseModel]) -> BadRequest:
     """What pydantic found first, in one sentence; unknown fields come with the nearest field of `model`."""
     fault = error.errors(include_url=False)[0]
-    path = [str(part) for part in fault["loc"]]
+    path = [str(part) for part in fault["loc"] if part not in FORMS]
     name = ".".join(path[:2] if path and path[0] in ("slo", "stream_options", "messages") else path[:1])
     match fault["type"]:
         case "extra_forbidden" if (field := not_served(path[-1], model)) is not None:
