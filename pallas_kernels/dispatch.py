@@ -156,11 +156,9 @@ def self_check(
         is_coded: over an int8 pool, which the kernels must read.
     """
     case = _Case(heads, head_dim, block_size, dtype, is_coded)
-    args = case.normal(4, head_dim), case.pool, *case.tables, case.lengths
-    reason = _differs(kernels, "kv_decode", args, case.scales)
+    reason = _differs(kernels, "kv_decode", case)
     if reason is None and kernels.hidden_decode is not None:
-        args = case.normal(4, case.width), case.pool, case.tables[0], case.lengths
-        reason = _differs(kernels, "hidden_decode", args, case.scales, counted=case.lengths > 0)
+        reason = _differs(kernels, "hidden_decode", case)
     return reason
 
 
@@ -169,12 +167,37 @@ def check_prefix(
 ) -> str | None:
     """Compare prefix attention, which must exist, as `self_check` does decode attention; rows have a few queries."""
     case = _Case(heads, head_dim, block_size, dtype, is_coded)
-    count = np.array([5, 2, 1, 7], np.int32)
-    rows = case.lengths, np.cumsum(count) - count, count  # one slot is left over
-    args = case.normal(16, head_dim), case.pool, *case.tables, *rows
-    return _differs(kernels, "kv_prefix", args, case.scales) or _differs(
-        kernels, "hidden_prefix", (case.normal(16, case.width), case.pool, case.tables[0], *rows), case.scales
-    )
+    return _differs(kernels, "kv_prefix", case) or _differs(kernels, "hidden_prefix", case)
+
+
+class Difference(NamedTuple):
+    """How far a kernel is from its reference: of outputs relative to the largest, or of log-sum-exp; NaN is too far."""
+
+    largest: float
+    tolerance: float
+
+    @property
+    def is_small(self) -> bool:
+        """Whether the kernel may be used."""
+        return self.largest <= self.tolerance
+
+
+def difference(
+    kernels: Kernels, name: str, *, heads: int, head_dim: int, block_size: int, dtype: DTypeLike,
+    is_coded: bool = False,
+) -> Difference:  # fmt: skip
+    """What `self_check`, `check_prefix` and `check_chunk` compare, of one kernel, which must exist.
+
+    Args:
+        name: of the attention kernel, a field of `Kernels`.
+        is_coded: over an int8 pool; not of `chunk`, which reads none.
+
+    Raises:
+        Exception: what the kernel raises, NotImplementedError where it does not handle such a shape.
+    """
+    if name == "chunk":
+        return _chunk_difference(kernels, heads, head_dim, dtype)
+    return _difference(kernels, name, _Case(heads, head_dim, block_size, dtype, is_coded))
 
 
 class _Case:
@@ -184,7 +207,7 @@ class _Case:
     """
 
     def __init__(self, heads: int, head_dim: int, block_size: int, dtype: DTypeLike, is_coded: bool) -> None:
-        self.heads, self.width, self.dtype = heads, heads * head_dim, jnp.dtype(dtype)
+        self.heads, self.head_dim, self.width, self.dtype = heads, head_dim, heads * head_dim, jnp.dtype(dtype)
         self.lengths = np.array([block_size + 1, 0, 1, 517], np.int32)
         pages = -(-self.lengths.max() // block_size)
         self._rng = np.random.default_rng(0)
@@ -203,6 +226,15 @@ class _Case:
         rows = np.where(is_used[:, None], scales, np.nan).reshape(8 * pages, 1, -1)
         self.scales = jnp.asarray(np.pad(rows, ((0, 0), (0, 0), (0, -rows.shape[2] % _LANES))), jnp.float32)
 
+    def arguments(self, name: str) -> tuple[Any, ...]:
+        """Of the attention kernel `name`, without the scales."""
+        queries = self.normal(4 if "decode" in name else 16, self.width if "hidden" in name else self.head_dim)
+        tables = self.tables[:1] if "hidden" in name else self.tables
+        if "decode" in name:
+            return queries, self.pool, *tables, self.lengths
+        count = np.array([5, 2, 1, 7], np.int32)  # one slot is left over
+        return queries, self.pool, *tables, self.lengths, np.cumsum(count) - count, count
+
     def normal(self, rows: int, width: int) -> jax.Array:
         """Queries `[rows, N, width]`."""
         drawn = self._rng.standard_normal((rows, self.heads, width), np.float32)
@@ -211,12 +243,16 @@ class _Case:
 
 def check_chunk(kernels: Kernels, *, heads: int, head_dim: int, dtype: DTypeLike) -> str | None:
     """Compare `chunk`, which must exist, on a few packed rows as `self_check` does decode attention."""
+    return _reason("chunk", lambda: _chunk_difference(kernels, heads, head_dim, dtype))
+
+
+def _chunk_difference(kernels: Kernels, heads: int, head_dim: int, dtype: DTypeLike) -> Difference:
     rng = np.random.default_rng(0)
     row = np.repeat(np.arange(5, dtype=np.int32), [130, 1, 2, 63, 60])
     q, k, v = (jnp.asarray(rng.standard_normal((len(row), heads, head_dim), np.float32), dtype) for _ in range(3))
     q = q * jnp.asarray(head_dim**-0.5, dtype)
     with jax.default_matmul_precision("highest" if jnp.dtype(dtype) == jnp.float32 else None):  # as `Runner` has it
-        return _differs(kernels, "chunk", (q, k, v, row))
+        return _compare(kernels, "chunk", (q, k, v, row))
 
 
 def check_cache_writer(
@@ -282,19 +318,33 @@ def _failed(name: str, error: Exception) -> str:
     return f"{name} failed: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
 
 
-def _differs(
-    kernels: Kernels, name: str, args: tuple[Any, ...], scales: jax.Array | None = None, counted: Any = slice(None)
-) -> str | None:
-    """The reason not to use the kernel `name`; None if it agrees with its reference in the rows `counted`."""
-    run = getattr(kernels, name), jax.jit(getattr(REFERENCES, name))  # each of a reference's operations would compile
-    options = {} if scales is None else {"scales": scales}
+def _differs(kernels: Kernels, name: str, case: _Case) -> str | None:
+    """The reason not to use the kernel `name`; None if it agrees with its reference."""
+    return _reason(name, lambda: _difference(kernels, name, case))
+
+
+def _reason(name: str, compare: Callable[[], Difference]) -> str | None:
     try:
-        found, expected = (jax.device_get(function(*map(jnp.asarray, args), **options)) for function in run)
+        found = compare()
     except Exception as error:
         return _failed(name, error)
+    if found.is_small:
+        return None
+    return f"{name} differs from its reference by {found.largest:.1e}, more than {found.tolerance:.0e}"
+
+
+def _difference(kernels: Kernels, name: str, case: _Case) -> Difference:
+    counted = case.lengths > 0 if name == "hidden_decode" else slice(None)
+    return _compare(kernels, name, case.arguments(name), case.scales, counted)
+
+
+def _compare(
+    kernels: Kernels, name: str, args: tuple[Any, ...], scales: jax.Array | None = None, counted: Any = slice(None)
+) -> Difference:
+    """How far the kernel `name` is from its reference in the rows `counted`."""
+    run = getattr(kernels, name), jax.jit(getattr(REFERENCES, name))  # each of a reference's operations would compile
+    options = {} if scales is None else {"scales": scales}
+    found, expected = (jax.device_get(function(*map(jnp.asarray, args), **options)) for function in run)
     wrong = np.abs(np.asarray(found.out, np.float32) - expected.out) / np.abs(expected.out).max()
-    difference = np.maximum(wrong[counted].max(), np.abs(found.lse - expected.lse).max())
-    tolerance = _TOLERANCE[args[0].dtype.itemsize]
-    if not difference <= tolerance:
-        return f"{name} differs from its reference by {difference:.1e}, more than {tolerance:.0e}"
-    return None
+    largest = np.maximum(wrong[counted].max(), np.abs(found.lse - expected.lse).max())
+    return Difference(float(largest), _TOLERANCE[args[0].dtype.itemsize])

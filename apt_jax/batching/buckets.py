@@ -6,6 +6,7 @@ mixed iteration, single decode tokens) into its token slots. Steps of 1.33x to 1
 """
 
 from bisect import bisect_left
+from collections.abc import Sequence
 from copy import copy
 from dataclasses import dataclass
 
@@ -35,6 +36,14 @@ class Buckets:
     def choose_sample_rows(self, num_samples: int) -> int:
         """The smallest shape of the sampling program that holds `num_samples` rows."""
         return self.sample_rows[bisect_left(self.sample_rows, num_samples)]
+
+    def few(self, decode_rows: Sequence[int], prefill_tokens: Sequence[int]) -> "Buckets":
+        """Those of these sizes and the largest of each: less to compile, more padding."""
+        found = copy(self)
+        found.decode = [b for b in self.decode if b.tokens in decode_rows or b == self.decode[-1]]
+        found.prefill = [b for b in self.prefill if b.tokens in prefill_tokens or b == self.prefill[-1]]
+        found.sample_rows = self.sample_rows[-1:]
+        return found
 
     def largest(self) -> "Buckets":
         """One shape for decodes and one for all else: enough where padding takes no time."""

@@ -74,12 +74,14 @@ def set_up(
     config: EngineConfig,
     tokenizer: Tokenizer | None = None,
     fingerprint: str = "",
+    buckets: Buckets | None = None,
 ) -> EngineSetup:
     """Make the parts of an engine. Of several processes that run one, all call it at the same time.
 
     Args:
         weights: on the devices, laid out for the attention backend and block size of `config`
             (`execution/weights/choice.py`).
+        buckets: the padded shapes, for the limits of `config`; None: all, of which few requests are padded much.
         tokenizer, fingerprint: the model's, for the calibration of an int8 cache (`execution/cache/ranges.py`).
 
     Raises:
@@ -89,7 +91,7 @@ def set_up(
     config = replace(config, quantization=weights.quantization)
     assert config.max_num_seqs is not None and config.max_num_batched_tokens is not None
     limits = Limits(config.max_num_seqs, config.max_num_batched_tokens, config.cache_mode)
-    runner = _make_runner(weights, model_config, config, limits)
+    runner = _make_runner(weights, model_config, config, limits, buckets)
     _check_devices(runner, config)
     memory = share_memory(runner, config, limits.kinds)
     logger.info("device memory\n%s", memory.table())
@@ -138,7 +140,9 @@ def without_gaps(config: EngineConfig, model_config: ModelConfig, platform: Plat
     )
 
 
-def _make_runner(weights: Weights, model_config: ModelConfig, config: EngineConfig, limits: Limits) -> Runner:
+def _make_runner(
+    weights: Weights, model_config: ModelConfig, config: EngineConfig, limits: Limits, buckets: Buckets | None
+) -> Runner:
     assert config.max_model_len is not None
     pages = table_pages(config.max_model_len, config.block_size, pages_multiple(config.block_size))
     shapes = Shapes(
@@ -149,7 +153,8 @@ def _make_runner(weights: Weights, model_config: ModelConfig, config: EngineConf
         KindMix(limits.kinds),
         as_cache_dtype(config.cache_dtype),
     )
-    buckets = Buckets(max_num_seqs=limits.max_num_seqs, max_num_batched_tokens=limits.max_num_batched_tokens)
+    if buckets is None:
+        buckets = Buckets(max_num_seqs=limits.max_num_seqs, max_num_batched_tokens=limits.max_num_batched_tokens)
     return Runner(weights, model_config, shapes, buckets)
 
 

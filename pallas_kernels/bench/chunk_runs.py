@@ -1,24 +1,32 @@
 """A prefill chunk's attention on the local accelerator, by the kernels and by XLA.
 
-Among its own tokens: chunks of one row, and of eight rows packed one after the other. Over as many cached tokens: one
-row, KV. Checked against the reference before they are timed.
+Among its own tokens: chunks of one row, and of eight rows packed one after the other. Over as many cached tokens, of
+both kinds: one row; hidden vectors as a step reads them, absorbed or projected, with the layer's projections. Checked
+against the reference before they are timed.
 """
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from apt_jax.attention.int8 import Channels
+from apt_jax.attention.kinds import KindMix
 from apt_jax.attention.paged import causal_tiles
 from apt_jax.attention.pool import Pool
-from apt_jax.attention.xla import CHUNK_TOKENS, attend_by_head, read_keys_values
-from apt_jax.batching.arrays import Tokens
+from apt_jax.attention.prefix import merge_prefix
+from apt_jax.attention.xla import CHUNK_TOKENS, attend_by_head, read_chunk, read_keys_values
+from apt_jax.batching.arrays import Rows, Tokens
+from apt_jax.cache import CacheKind
+from apt_jax.models.kernels import ArrayKernel
+from apt_jax.models.linear import KeyValueProjections
 from apt_jax.pallas_kernels import dispatch, reference
 from apt_jax.pallas_kernels.bench.kernel_runs import TOLERANCE
 from apt_jax.pallas_kernels.bench.timing import Times, reason, repeated, time_calls
-from apt_jax.pallas_kernels.reference import Partial
+from apt_jax.pallas_kernels.reference import NEVER, Partial
 from apt_jax.scheduling.costs.hardware import MODELS
 
 ROWS = (1, 8)
@@ -41,16 +49,19 @@ class ChunkResult:
     error: str | None = None
     relative_difference: float | None = None
     times: Times | None = None
+    kind: str = "kv"
+    """Of the cached tokens."""
 
     @property
     def flops(self) -> float:
-        """Of both products for all pairs of a token and one that it sees."""
+        """Of both products for all pairs of a token and one that it sees; projecting hidden vectors is not counted."""
         own = sum(n * (n + 1) / 2 for n in row_tokens(self.tokens, self.rows))
         return 4 * MODELS[self.model].hidden_size * (self.tokens * self.cached or own)
 
     def line(self) -> str:
         """For the table."""
-        head = f"{self.model:<9} {self.tokens:>6} {self.rows:>4} {self.cached:>6} {self.implementation:<7}"
+        over = f"{self.cached:>6} {self.kind:<6}"
+        head = f"{self.model:<9} {self.tokens:>6} {self.rows:>4} {over} {self.implementation:<7}"
         times = self.times
         if times is None:
             return f"{head} not measured: {self.error}"
@@ -60,7 +71,7 @@ class ChunkResult:
         )
 
 
-_SHAPE_HEADER = f"{'model':<9} {'tokens':>6} {'rows':>4} {'cached':>6} {'by':<7}"
+_SHAPE_HEADER = f"{'model':<9} {'tokens':>6} {'rows':>4} {'cached':>6} {'kind':<6} {'by':<7}"
 HEADER = f"{_SHAPE_HEADER} {'us':>10} {'spread':>7} {'TFLOP/s':>9} {'error':>9}"
 
 
@@ -69,12 +80,21 @@ def row_tokens(tokens: int, rows: int) -> list[int]:
     return [tokens // rows + (r < tokens % rows) for r in range(rows)]
 
 
-def implementations(device: jax.Device, *, over_prefix: bool) -> dict[str, Chunk]:
+def implementations(
+    device: jax.Device, *, over_prefix: bool, kind: str = "kv", interpreted: bool = False
+) -> dict[str, Chunk]:
     """All that could run on `device`; one that cannot fails when it is called.
 
-    Arguments as of `reference.kv_prefix_attention` for one row, or of `reference.chunk_attention`.
+    Arguments as of `reference.kv_prefix_attention` for one row, of `_xla_over_hidden`, or of
+    `reference.chunk_attention`.
+
+    Args:
+        interpreted: the kernels on a CPU too.
     """
-    kernels = dispatch.kernels_for(device) if device.platform in ("gpu", "tpu") else None
+    kernels = dispatch.kernels_for(device) if interpreted or device.platform in ("gpu", "tpu") else None
+    if over_prefix and kind == "hidden":
+        by_kernels = {"kernel": partial(_over_hidden, kernels)} if kernels and kernels.hidden_prefix else {}
+        return {"xla": _xla_over_hidden} | by_kernels
     kernel = kernels and (kernels.kv_prefix if over_prefix else kernels.chunk)
     return {"xla": _xla_over_prefix if over_prefix else _xla_among_itself} | ({"kernel": kernel} if kernel else {})
 
@@ -90,6 +110,48 @@ def _xla_over_prefix(
     return attend_by_head(q, length[0], lambda chunk, valid: read_keys_values(q, Pool(pool), *blocks, chunk, valid))
 
 
+def _projections(key: jax.Array, value: jax.Array) -> KeyValueProjections:
+    return KeyValueProjections(ArrayKernel(key), ArrayKernel(value), None, None, splits_inputs=False)
+
+
+def _xla_over_hidden(
+    q: jax.Array, pool: jax.Array, blocks: jax.Array, key: jax.Array, value: jax.Array, length: jax.Array, *_: jax.Array
+) -> Partial:
+    """One row's queries `[T, N, H]` over its hidden vectors, projected by kernels `[D, N, H]`."""
+
+    def keys_values(chunk: jax.Array, valid: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return _projections(key, value).keys_values(read_chunk(Pool(pool), blocks[0], chunk, valid, dtype=q.dtype))
+
+    return attend_by_head(q, length[0], keys_values)
+
+
+def _over_hidden(
+    kernels: dispatch.Kernels, q: jax.Array, pool: jax.Array, blocks: jax.Array, key: jax.Array, value: jax.Array,
+    length: jax.Array, first: jax.Array, count: jax.Array,
+) -> Partial:  # fmt: skip
+    """As `_xla_over_hidden` by the kernels, and the way that `merge_prefix` chooses."""
+    nothing = Partial(jnp.zeros(q.shape, jnp.float32), jnp.full(q.shape[:2], NEVER, jnp.float32))
+    kind = jnp.full((1,), CacheKind.HIDDEN.index, jnp.int32)
+    rows = Rows(first, length, count, first + count - 1, count, kind, (blocks, blocks))
+    return merge_prefix(
+        nothing, _projections(key, value), q, Pool(pool), Channels(), rows, length, kernels,
+        KindMix((CacheKind.HIDDEN,)),
+    )  # fmt: skip
+
+
+def _reference_over_hidden(
+    q: jax.Array, pool: jax.Array, blocks: jax.Array, key: jax.Array, value: jax.Array, length: jax.Array, *_: jax.Array
+) -> Partial:
+    vectors = pool[blocks[0]].reshape(-1, pool.shape[-1]).astype(jnp.float32)
+    keys, values = (
+        jnp.einsum("CD,DNH->CNH", vectors, kernel.astype(jnp.float32), precision="highest") for kernel in (key, value)
+    )
+    scores = jnp.einsum("TNH,CNH->TNC", q.astype(jnp.float32), keys, precision="highest")
+    scores = jnp.where(jnp.arange(len(keys)) < length[0], scores, NEVER)
+    lse = jax.nn.logsumexp(scores, axis=-1)
+    return Partial(jnp.einsum("TNC,CNH->TNH", jnp.exp(scores - lse[..., None]), values, precision="highest"), lse)
+
+
 def run_chunks(
     models: Iterable[str], lengths: Iterable[int], device: jax.Device, report: Callable[[ChunkResult], None]
 ) -> list[ChunkResult]:
@@ -97,21 +159,27 @@ def run_chunks(
     results = []
     for model in models:
         for tokens in lengths:
-            shapes = [(rows, 0) for rows in ROWS if rows <= tokens] + [(1, tokens)]
-            for rows, cached in shapes:
-                for name, run in implementations(device, over_prefix=cached > 0).items():
-                    result = ChunkResult(model, tokens, rows, name, cached)
-                    try:
-                        result = _run(result, run)
-                    except Exception as error:  # one that cannot run must not take the others along
-                        result = replace(result, error=reason(error))
-                    results.append(result)
-                    report(result)
+            shapes = [(rows, 0, "kv") for rows in ROWS if rows <= tokens] + [(1, tokens, "kv"), (1, tokens, "hidden")]
+            for rows, cached, kind in shapes:
+                for name, run in implementations(device, over_prefix=cached > 0, kind=kind).items():
+                    results.append(run_one(ChunkResult(model, tokens, rows, name, cached, kind=kind), run))
+                    report(results[-1])
     return results
 
 
+def run_one(base: ChunkResult, run: Chunk) -> ChunkResult:
+    """Check and time one implementation; a failure is a result too."""
+    try:
+        return _run(base, run)
+    except Exception as error:  # one that cannot run must not take the others along
+        return replace(base, error=reason(error))
+
+
 def _run(base: ChunkResult, run: Chunk) -> ChunkResult:
-    arguments, expect = _over_prefix(base) if base.cached else _among_itself(base)
+    if base.kind == "hidden":
+        arguments, expect = _of_hidden(base)
+    else:
+        arguments, expect = _over_prefix(base) if base.cached else _among_itself(base)
     expected, found = jax.jit(expect)(*arguments), jax.jit(run)(*arguments)
     difference = float(jnp.abs(found.out - expected.out).max() / jnp.abs(expected.out).max())
     difference = max(difference, float(jnp.abs(found.lse - expected.lse).max()))
@@ -143,3 +211,11 @@ def _over_prefix(base: ChunkResult) -> tuple[tuple[jax.Array, ...], Chunk]:
     pool = jax.random.normal(jax.random.key(1), (4 * pages, _BLOCK_SIZE, D), jnp.bfloat16)
     numbers = (jnp.array([n], jnp.int32) for n in (base.cached, 0, base.tokens))
     return (q, pool, *jnp.asarray(blocks, jnp.int32), *numbers), reference.kv_prefix_attention
+
+
+def _of_hidden(base: ChunkResult) -> tuple[tuple[jax.Array, ...], Chunk]:
+    """As `_over_prefix`, of hidden vectors, and the projections of a layer."""
+    (q, pool, key_blocks, _, *numbers), _ = _over_prefix(base)
+    D, (N, H) = pool.shape[-1], q.shape[1:]
+    drawn = jax.random.normal(jax.random.key(2), (2, D, N, H), jnp.bfloat16) * D**-0.5
+    return (q, pool, key_blocks, drawn[0], drawn[1], *numbers), _reference_over_hidden

@@ -51,19 +51,25 @@ class Work:
         return max(self.flops / chip.flops_per_s, self.bytes / chip.bytes_per_s)
 
 
-def count(shape: Shape, way: str) -> Work:
-    """Work of one layer's decode attention in one of `WAYS`. Pure."""
+def count(shape: Shape, way: str, *, is_coded: bool = False) -> Work:
+    """Work of one layer's decode attention in one of `WAYS`. Pure.
+
+    Args:
+        is_coded: over an int8 pool: a byte for each number, and a float32 scale for each token, of keys and values for
+            each head too.
+    """
     tokens = shape.batch * shape.context_tokens
     D, N = shape.hidden_size, shape.num_heads
+    key_bytes, hidden_bytes = (D + N * _FLOAT_BYTES, D + _FLOAT_BYTES) if is_coded else (D * _NUMBER_BYTES,) * 2
     narrow_bytes = shape.batch * D * (_NUMBER_BYTES + _FLOAT_BYTES)  # queries in, results out
     match way:
         case "kv":
-            return Work(4.0 * tokens * D, 2.0 * tokens * D * _NUMBER_BYTES + narrow_bytes)
+            return Work(4.0 * tokens * D, 2.0 * tokens * key_bytes + narrow_bytes)
         case "hidden":
-            return Work(4.0 * tokens * D * N, 1.0 * tokens * D * _NUMBER_BYTES + N * narrow_bytes)
+            return Work(4.0 * tokens * D * N, 1.0 * tokens * hidden_bytes + N * narrow_bytes)
         case "recompute":
             weights = 2 * D * D * _NUMBER_BYTES
-            return Work(4.0 * tokens * D * (D + 1), 1.0 * tokens * D * _NUMBER_BYTES + narrow_bytes + weights)
+            return Work(4.0 * tokens * D * (D + 1), 1.0 * tokens * hidden_bytes + narrow_bytes + weights)
     raise ValueError(f"unknown {way=}; known: {', '.join(WAYS)}")
 
 

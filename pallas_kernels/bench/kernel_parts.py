@@ -82,14 +82,19 @@ def summary(found: dict[str, dict[str, Any]]) -> list[str]:
             ]
             aim = f" (aim {_HIDDEN_TO_KV})" if way == "hidden" and name != "xla" else ""
             lines += _range(f"{model}: time of {way} by {name}, against KV by the kernel{aim}", ratios)
+    names = ("model", "tokens", "rows", "cached", "kind", "implementation")
     chunks = {
-        (r["model"], r["tokens"], r["rows"], r["cached"], r["implementation"]): r["times"]["median_s"]
+        tuple(r[name] for name in names): r["times"]["median_s"]
         for r in found.get("chunks", {}).get("chunks", [])
         if r["times"]
     }
     for model in dict.fromkeys(key[0] for key in chunks):
-        for what, over_prefix in (("among itself", False), ("over a cached prefix", True)):
-            ratios = _against_xla({k: s for k, s in chunks.items() if k[0] == model and (k[3] > 0) == over_prefix})
+        for what, *which in (
+            ("among itself", False, "kv"),
+            ("over a cached prefix", True, "kv"),
+            ("over cached hidden vectors", True, "hidden"),
+        ):
+            ratios = _against_xla({k: s for k, s in chunks.items() if [k[0], k[3] > 0, k[4]] == [model, *which]})
             lines += _range(f"{model}: a chunk {what}, time of the kernel against XLA", ratios)
     writes = {
         (r["model"], r["tokens"], r["rows"], r["implementation"]): r["times"]["median_s"]

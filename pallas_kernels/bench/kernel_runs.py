@@ -6,6 +6,8 @@ previous one's blocks in an on-chip cache, as in a model. Implementations:
 * pallas: the kernels that the engine takes on this device.
 * xla: gathers every page of the table, then plain products: the form without a kernel.
 * jax: JAX's paged attention for this platform, where it runs; its pool is laid out by head.
+
+Over an int8 pool the kernels alone are measured, and the bytes that must be moved include the scales.
 """
 
 from collections.abc import Callable, Iterable
@@ -16,7 +18,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from apt_jax.cache import CacheKind
+from apt_jax.attention.pool import scale_row
+from apt_jax.cache import CacheDtype, CacheKind
 from apt_jax.pallas_kernels import dispatch, reference
 from apt_jax.pallas_kernels.bench.kernel_counts import Shape, count
 from apt_jax.pallas_kernels.bench.timing import Times, reason, repeated, time_calls
@@ -27,6 +30,7 @@ TOLERANCE = 2e-2  # of bfloat16, relative to the largest value
 _POOL_BYTES = 2 * 2**30  # beyond every chip's caches; more where one layer needs more
 _CHECKED_ROWS = 2
 _TARGET_S = 0.02  # of one timed program
+_CODE = 1 / 40  # what a step of an int8 code stands for, at most
 
 
 class Implementation(NamedTuple):
@@ -52,6 +56,8 @@ class Result:
     times: Times | None = None
     bytes_per_s: float | None = None
     copy_share: float | None = None
+    cache_dtype: CacheDtype = "auto"
+    """auto: bfloat16."""
 
     def line(self) -> str:
         """For the table."""
@@ -80,34 +86,37 @@ class Inputs(NamedTuple):
     length: jax.Array  # int32 [R]
     layers: int
     blocks: int  # of one layer
+    scales: jax.Array | None = None  # float32 [layers * blocks, 1, scale_row], of an int8 pool
 
 
 def implementations(device: jax.Device) -> list[Implementation]:
     """All that could run on `device`; importing or running one may fail, and then only when it is called."""
     found = [Implementation("xla", "kv", _xla_kv), Implementation("xla", "hidden", _xla_hidden)]
     if device.platform in ("gpu", "tpu"):
-
-        def kv(
-            q: jax.Array, pool: jax.Array, key_blocks: jax.Array, value_blocks: jax.Array, length: jax.Array
-        ) -> Partial:
-            kernels = dispatch.kernels_for(device)
-            assert kernels.kv_decode is not None
-            return kernels.kv_decode(q, pool, key_blocks, value_blocks, length)
-
-        def hidden(q: jax.Array, pool: jax.Array, blocks: jax.Array, _: jax.Array, length: jax.Array) -> Partial:
-            kernels = dispatch.kernels_for(device)
-            if kernels.hidden_decode is None:
-                raise NotImplementedError(f"the {kernels.name!r} kernels leave hidden rows to XLA")
-            return kernels.hidden_decode(q, pool, blocks, length)
-
         theirs = _jax_gpu if device.platform == "gpu" else _jax_tpu
-        found = [
-            Implementation("pallas", "kv", kv),
-            Implementation("pallas", "hidden", hidden),
-            *found,
-            Implementation("jax", "kv", theirs, by_head=True),
-        ]
+        found = [*kernels_of(device), *found, Implementation("jax", "kv", theirs, by_head=True)]
     return found
+
+
+def kernels_of(device: jax.Device) -> list[Implementation]:
+    """The Pallas kernels of both kinds; on a CPU they are interpreted."""
+
+    def kv(
+        q: jax.Array, pool: jax.Array, key_blocks: jax.Array, value_blocks: jax.Array, length: jax.Array, **scales: Any
+    ) -> Partial:
+        kernels = dispatch.kernels_for(device)
+        assert kernels.kv_decode is not None
+        return kernels.kv_decode(q, pool, key_blocks, value_blocks, length, **scales)
+
+    def hidden(
+        q: jax.Array, pool: jax.Array, blocks: jax.Array, _: jax.Array, length: jax.Array, **scales: Any
+    ) -> Partial:
+        kernels = dispatch.kernels_for(device)
+        if kernels.hidden_decode is None:
+            raise NotImplementedError(f"the {kernels.name!r} kernels leave hidden rows to XLA")
+        return kernels.hidden_decode(q, pool, blocks, length, **scales)
+
+    return [Implementation("pallas", "kv", kv), Implementation("pallas", "hidden", hidden)]
 
 
 def run_all(
@@ -121,25 +130,38 @@ def run_all(
     results = []
     for shape in shapes:
         for implementation in implementations(device):
-            base = Result(shape.model, shape.batch, shape.context_tokens, implementation.way, implementation.name)
-            try:
-                result = _run(base, shape, implementation, block_size, copy_bytes_per_s)
-            except Exception as error:  # one that cannot run must not take the others along
-                result = replace(base, error=reason(error))
-            results.append(result)
-            report(result)
+            results.append(run_one(shape, implementation, block_size, copy_bytes_per_s))
+            report(results[-1])
     return results
 
 
+def run_one(
+    shape: Shape, which: Implementation, block_size: int, copy_bytes_per_s: float, cache_dtype: CacheDtype = "auto"
+) -> Result:
+    """Check and time one implementation; a failure is a result too."""
+    base = Result(
+        shape.model, shape.batch, shape.context_tokens, which.way, which.name, cache_dtype=cache_dtype
+    )  # fmt: skip
+    try:
+        return _run(base, shape, which, block_size, copy_bytes_per_s)
+    except Exception as error:  # one that cannot run must not take the others along
+        return replace(base, error=reason(error))
+
+
 def _run(base: Result, shape: Shape, which: Implementation, block_size: int, copy_bytes_per_s: float) -> Result:
-    inputs = make_inputs(shape, which.way, block_size)
+    inputs = make_inputs(shape, which.way, block_size, cache_dtype=base.cache_dtype)
     expected = _expected(inputs, which.way)
-    arguments: tuple[jax.Array, ...]
     blocks = inputs.blocks
-    arguments = (inputs.queries, inputs.pool, inputs.key_blocks, inputs.value_blocks, inputs.length)
+    arrays: tuple[jax.Array, ...]
+    arrays = inputs.queries, inputs.pool, inputs.key_blocks, inputs.value_blocks, inputs.length
     if which.by_head:
-        blocks, arguments = _by_head(inputs, shape.num_heads)
-    run = jax.jit(which.run)
+        blocks, arrays = _by_head(inputs, shape.num_heads)
+
+    def attend(scales: jax.Array | None, *arguments: jax.Array) -> Any:
+        return which.run(*arguments, **({} if scales is None else {"scales": scales}))
+
+    arguments = inputs.scales, *arrays
+    run = jax.jit(attend)
     found = run(*arguments)
     out = found.out if isinstance(found, Partial) else found
     difference = float(jnp.abs(out[:_CHECKED_ROWS] - expected.out).max() / jnp.abs(expected.out).max())
@@ -149,47 +171,58 @@ def _run(base: Result, shape: Shape, which: Implementation, block_size: int, cop
     def step(i: jax.Array, arguments: Any) -> Any:
         *others, key_blocks, value_blocks, length = arguments
         shift = (i % inputs.layers) * blocks
-        return which.run(*others, key_blocks + shift, value_blocks + shift, length)
+        return attend(*others, key_blocks + shift, value_blocks + shift, length)
 
     once = time_calls(lambda: run(*arguments), calls=1, repeats=1).median_s
     iterations = max(inputs.layers, min(int(_TARGET_S / once), 200))
     program = repeated(step, iterations)
     times = time_calls(lambda: program(*arguments), calls=1).of_one(iterations)
-    bytes_per_s = count(shape, which.way).bytes / times.median_s
-    return Result(
-        base.model, base.batch, base.context_tokens, base.way, base.implementation,
-        relative_difference=difference, times=times, bytes_per_s=bytes_per_s, copy_share=bytes_per_s / copy_bytes_per_s,
+    bytes_per_s = count(shape, which.way, is_coded=inputs.scales is not None).bytes / times.median_s
+    return replace(
+        base, relative_difference=difference, times=times, bytes_per_s=bytes_per_s,
+        copy_share=bytes_per_s / copy_bytes_per_s,
     )  # fmt: skip
 
 
-def make_inputs(shape: Shape, way: str, block_size: int, seed: int = 0) -> Inputs:
-    """Random bfloat16 queries and pool on the default device; every row has `context_tokens` tokens."""
+def make_inputs(
+    shape: Shape, way: str, block_size: int, seed: int = 0, *, cache_dtype: CacheDtype = "auto"
+) -> Inputs:  # fmt: skip
+    """Random bfloat16 queries and pool (or int8 and scales) on the default device; every row has `context_tokens`."""
     config = MODELS[shape.model]
     R, N, D = shape.batch, shape.num_heads, shape.hidden_size
     pages = -(-shape.context_tokens // block_size)
     blocks = R * pages * CacheKind.named(way).blocks_per_page
-    layers = max(1, round(_POOL_BYTES / (blocks * block_size * D * 2)))
+    dtype = jnp.dtype(jnp.bfloat16 if cache_dtype == "auto" else jnp.int8)
+    layers = max(1, round(_POOL_BYTES / (blocks * block_size * D * dtype.itemsize)))
     if jax.default_backend() == "cpu":
         layers = 1
     order = np.random.default_rng(seed).permutation(blocks).astype(np.int32).reshape(-1, R, pages)
-    keys = jax.random.split(jax.random.key(seed), 2)
+    keys = jax.random.split(jax.random.key(seed), 3)
     wide = D if way == "hidden" else config.head_dim
     return Inputs(
         jax.random.normal(keys[0], (R, N, wide), jnp.bfloat16) * wide**-0.5,
-        jax.jit(_vectors, static_argnums=1)(keys[1], (layers * blocks, block_size, D)),
+        jax.jit(_vectors, static_argnums=(1, 2))(keys[1], (layers * blocks, block_size, D), dtype),
         jnp.asarray(order[0]),
         jnp.asarray(order[-1]),
         jnp.full((R,), shape.context_tokens, jnp.int32),
         layers,
         blocks,
+        None if cache_dtype == "auto" else _scales(keys[2], layers * blocks, scale_row(block_size, N)),
     )
 
 
-def _vectors(key: jax.Array, shape: tuple[int, int, int]) -> jax.Array:
+def _vectors(key: jax.Array, shape: tuple[int, int, int], dtype: np.dtype) -> jax.Array:
     """Random numbers for a pool; a part is drawn and repeated, since drawing takes several times their memory."""
     drawn = min(shape[0], 1021)  # a prime, so that no table's stride repeats with it
     part = jax.random.normal(key, (drawn, *shape[1:]), jnp.bfloat16)
+    if dtype == jnp.int8:
+        part = jnp.clip(jnp.round(part / _CODE), -127, 127).astype(dtype)
     return jnp.tile(part, (-(-shape[0] // drawn), 1, 1))[: shape[0]]
+
+
+def _scales(key: jax.Array, blocks: int, numbers: int) -> jax.Array:
+    """Scales for the codes of a pool, which make them numbers of a spread of about 1."""
+    return jax.random.uniform(key, (blocks, 1, numbers), minval=0.5 * _CODE, maxval=_CODE)
 
 
 def _expected(inputs: Inputs, way: str) -> Partial:
@@ -197,9 +230,10 @@ def _expected(inputs: Inputs, way: str) -> Partial:
     queries, key_blocks, value_blocks, length = (
         array[:_CHECKED_ROWS] for array in (inputs.queries, inputs.key_blocks, inputs.value_blocks, inputs.length)
     )
+    options = {} if inputs.scales is None else {"scales": inputs.scales}
     if way == "kv":
-        return jax.jit(reference.kv_decode_attention)(queries, inputs.pool, key_blocks, value_blocks, length)
-    return jax.jit(reference.hidden_decode_attention)(queries, inputs.pool, key_blocks, length)
+        return jax.jit(reference.kv_decode_attention)(queries, inputs.pool, key_blocks, value_blocks, length, **options)
+    return jax.jit(reference.hidden_decode_attention)(queries, inputs.pool, key_blocks, length, **options)
 
 
 def _by_head(inputs: Inputs, num_heads: int) -> tuple[int, tuple[jax.Array, ...]]:

@@ -3,7 +3,6 @@
 import asyncio
 import dataclasses
 import errno
-import gc
 import logging
 import math
 import os
@@ -42,7 +41,7 @@ from apt_jax.serve.replicas.messages import EngineSpec
 from apt_jax.serve.replicas.options import RayOptions, ReplicaOptions
 from apt_jax.serve.replicas.ray_session import check_ray
 from apt_jax.serve.runtime.engine_thread import EngineThread
-from apt_jax.serve.runtime.start_up import StartUp
+from apt_jax.serve.runtime.start_up import StartUp, spare_collector
 
 NO_SUCH_ADDRESS = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
 ATTEMPTS = 10  # at a free port that is free on every address
@@ -201,15 +200,6 @@ def serve(
         os._exit(1 if failures else 0)
     logger.info("stopped")
     return 1 if failures else 0
-
-
-def spare_collector() -> None:
-    """Keep Python's garbage collector from the million objects that were loaded: to look at them takes 0.2 s each time.
-
-    It holds Python's lock meanwhile, and a large request or answer makes it look several times.
-    """
-    gc.collect()
-    gc.freeze()
 
 
 def http_config(app: ASGIApp, options: ServerOptions) -> uvicorn.Config:

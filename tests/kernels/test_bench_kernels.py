@@ -25,6 +25,9 @@ def test_counts_are_those_of_the_formulas():
     vectors = 200 * 5120 * 2
     assert kv.bytes == 2 * vectors + 2 * 5120 * 6
     assert hidden.bytes == vectors + 40 * 2 * 5120 * 6
+    kv, hidden = (count(shape, way, is_coded=True) for way in ("kv", "hidden"))
+    assert kv.bytes == 2 * 200 * (5120 + 40 * 4) + 2 * 5120 * 6, "a scale for each head of a key or value"
+    assert hidden.bytes == 200 * (5120 + 4) + 40 * 2 * 5120 * 6, "and one for each hidden vector"
     assert recompute.flops == 2 * 200 * 2 * 5120**2 + kv.flops
 
 
@@ -104,16 +107,17 @@ def test_rho_is_the_difference_per_cached_token():
 
 
 def test_chunks_are_measured_apart(monkeypatch, capsys, tmp_path):
-    """One row and eight rows, and one over cached tokens; checked against the reference first."""
+    """One row and eight rows, and one over cached tokens of both kinds; checked against the reference first."""
     monkeypatch.setattr(timing, "REPEATS", 1)
     output = tmp_path / "chunks.json"
     flags = {"model": "opt-125m", "context": "16", "chunks": True, "allow_cpu": True, "output": output}
     assert run(BenchKernels(**flags)) == 0
     found = json.loads(output.read_text())["chunks"]
-    shapes = [(r["rows"], r["cached"], r["implementation"], r["error"]) for r in found]
-    assert shapes == [(1, 0, "xla", None), (8, 0, "xla", None), (1, 16, "xla", None)]
+    shapes = [(r["rows"], r["cached"], r["kind"], r["implementation"], r["error"]) for r in found]
+    expected = [(1, 0, "kv"), (8, 0, "kv"), (1, 16, "kv"), (1, 16, "hidden")]
+    assert shapes == [(*shape, "xla", None) for shape in expected]
     assert all(r["relative_difference"] < 0.02 and r["times"]["median_s"] > 0 for r in found)
-    assert "opt-125m      16    8      0 xla" in capsys.readouterr().out
+    assert "opt-125m      16    8      0 kv     xla" in capsys.readouterr().out
 
 
 def test_writes_are_measured_apart(monkeypatch, capsys, tmp_path):
@@ -185,9 +189,9 @@ def test_summary_holds_results_against_the_aims():
         shape = {"model": "opt-13b", "batch": batch, "context_tokens": 512}
         return {**shape, "way": way, "implementation": implementation, "times": times, "copy_share": share}
 
-    def chunk(implementation, seconds, cached=0):
-        return {"model": "opt-13b", "tokens": 512, "rows": 1, "cached": cached, "implementation": implementation,
-                "times": {"median_s": seconds}}  # fmt: skip
+    def chunk(implementation, seconds, cached=0, kind="kv"):
+        return {"model": "opt-13b", "tokens": 512, "rows": 1, "cached": cached, "kind": kind,
+                "implementation": implementation, "times": {"median_s": seconds}}  # fmt: skip
 
     steps = [
         {"kind": kind, "floor_s": 1.0, "times": {"median_s": seconds}}
@@ -201,6 +205,7 @@ def test_summary_holds_results_against_the_aims():
         ]},
         "chunks": {"chunks": [
             chunk("xla", 2.0), chunk("kernel", 0.5), chunk("xla", 5.0, 512), chunk("kernel", 0.5, 512),
+            chunk("xla", 4.0, 512, "hidden"), chunk("kernel", 1.0, 512, "hidden"),
         ]},
         "writes": {"writes": [chunk("xla", 8.0), chunk("kernel", 2.0)]},
         "end-to-end": {"end_to_end": {"model": "opt-13b", "steps": steps, "rho_s": {"32x512": -2e-9}}},
@@ -210,6 +215,7 @@ def test_summary_holds_results_against_the_aims():
         "opt-13b: time of hidden by pallas, against KV by the kernel (aim 0.6): 0.50 to 0.50",
         "opt-13b: a chunk among itself, time of the kernel against XLA: 0.25 to 0.25",
         "opt-13b: a chunk over a cached prefix, time of the kernel against XLA: 0.10 to 0.10",
+        "opt-13b: a chunk over cached hidden vectors, time of the kernel against XLA: 0.25 to 0.25",
         "opt-13b: writing to the cache, time of the kernel against XLA: 0.25 to 0.25",
         "opt-13b: floor of a kv decode step against its time: 0.50 to 0.50",
         "opt-13b: floor of a hidden decode step against its time: 0.80 to 0.80",

@@ -75,3 +75,12 @@ def test_a_batch_past_the_limits_is_refused_with_its_size(tokens, rows, decode_o
     buckets = Buckets(max_num_seqs=64, max_num_batched_tokens=512)
     with pytest.raises(ValueError, match=rf"num_tokens={tokens} in num_rows={rows} exceed the largest shape"):
         buckets.choose(tokens, rows, decode_only=decode_only)
+
+
+def test_few_shapes_hold_the_same_batches_with_more_padding():
+    """Those asked for and the largest; every batch within the limits still fits."""
+    buckets = Buckets(max_num_seqs=64, max_num_batched_tokens=512)
+    few = buckets.few([8], [128, 100])
+    assert [b.tokens for b in few.decode] == [8, 64] and [b.tokens for b in few.prefill] == [128, 512]
+    assert few.sample_rows == [64] and len(buckets.decode) > 2, "the others are unchanged"
+    assert few.choose(9, 9, decode_only=True).tokens == 64 and few.choose(100, 3, decode_only=False).tokens == 128
