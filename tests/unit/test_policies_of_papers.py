@@ -318,11 +318,11 @@ def test_semi_pd_raises_the_share_of_the_one_that_misses(ttft, tpot, change):
     policy.schedule(state, 0.0)
     ended(policy, ttft, tpot)
     policy.schedule(state, 9.0)
-    assert policy.share == 0.5, "not before the window is over"
+    assert policy.shares.share == 0.5, "not before the window is over"
     policy.schedule(state, 10.0)
-    assert np.sign(policy.share - 0.5) == change
+    assert np.sign(policy.shares.share - 0.5) == change
     if change > 0:  # (2 - 0.1) * 0.5 / x + 0.1 <= 1 from x = 1.06 on, which is more than there is
-        assert policy.share == pytest.approx(0.95)
+        assert policy.shares.share == pytest.approx(0.95)
 
 
 def test_semi_pd_raises_a_share_by_as_many_steps_as_its_estimate_asks_for():
@@ -330,7 +330,7 @@ def test_semi_pd_raises_a_share_by_as_many_steps_as_its_estimate_asks_for():
     policy.schedule(state, 0.0)
     ended(policy, 1.1, 0.5)  # (1.1 - 0.1) * 0.5 / x + 0.1 <= 1 from x = 0.556 on
     policy.schedule(state, 10.0)
-    assert policy.share == pytest.approx(0.6)
+    assert policy.shares.share == pytest.approx(0.6)
 
 
 def test_semi_pd_gives_prompts_their_share_of_an_iterations_seconds():

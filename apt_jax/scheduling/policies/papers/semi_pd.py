@@ -41,6 +41,53 @@ class SemiPdOptions:
             )
 
 
+class Shares:
+    """The share of prompts, and what the window has shown: the feedback loop of both forms, in time and in space."""
+
+    def __init__(self, options: SemiPdOptions):
+        self.share, self._window_s = options.share, options.window_s
+        self._began_s: float | None = None  # of the window
+        self._latencies: list[tuple[float, float]] = []  # TTFT and TPOT of each that ended, in units of their SLOs
+        self._prompt_s = 0.0  # seconds that the prompts of the window need of the whole chip
+
+    def at(self, now: float) -> float:
+        """The share from `now` on."""
+        self._began_s = now if self._began_s is None else self._began_s
+        if now - self._began_s >= self._window_s and len(self._latencies) >= ENOUGH:
+            self._adjust(now - self._began_s)
+            self._began_s, self._latencies, self._prompt_s = now, [], 0.0
+        return self.share
+
+    def computed(self, seconds: float) -> None:
+        """Prompts were planned that need so many seconds of the whole chip."""
+        self._prompt_s += seconds
+
+    def ended(self, ttft: float, tpot: float) -> None:
+        """A request has ended, with these latencies in units of its SLO."""
+        self._latencies.append((ttft, tpot))
+
+    def _adjust(self, seconds: float) -> None:
+        """Change the share by what the window has shown."""
+        found = np.array(self._latencies)
+        ttft, tpot = np.percentile(found, PERCENTILE, axis=0).tolist()
+        least_ttft, least_tpot = found.min(axis=0).tolist()
+        if (ttft > 1) == (tpot > 1):
+            return
+        if ttft > 1:
+            needed = min(self._prompt_s / seconds, self.share - STEP / 2)
+            slope = (ttft - least_ttft) * (self.share - needed)
+            while self.share < MOST_SHARE - 1e-9:
+                self.share = min(self.share + STEP, MOST_SHARE)
+                if slope / (self.share - needed) + least_ttft <= 1:
+                    break
+        else:
+            slope = (tpot - least_tpot) * (1 - self.share)
+            while self.share > LEAST_SHARE + 1e-9:
+                self.share = max(self.share - STEP, LEAST_SHARE)
+                if slope / (1 - self.share) + least_tpot <= 1:
+                    break
+
+
 class SemiPd:
     """Decode everything beside as many prompt tokens as their share of the seconds allows."""
 
@@ -48,25 +95,19 @@ class SemiPd:
     uses_cost_model = True
 
     def __init__(self, context: PolicyContext | None = None, options: SemiPdOptions | None = None):
-        self._context, self._options = context or PolicyContext(), options or SemiPdOptions()
-        self.share = self._options.share
-        self._began_s: float | None = None  # of the window
-        self._latencies: list[tuple[float, float]] = []  # TTFT and TPOT of each that ended, in units of their SLOs
-        self._prompt_s = 0.0  # seconds of the prompts that were planned in the window
+        self._context, self.shares = context or PolicyContext(), Shares(options or SemiPdOptions())
 
     def schedule(self, state: SchedulerState, now: float) -> Plan:
         """Decodes and prompt chunks together."""
-        self._began_s = now if self._began_s is None else self._began_s
-        if now - self._began_s >= self._options.window_s and len(self._latencies) >= ENOUGH:
-            self._adjust(now - self._began_s)
-            self._began_s, self._latencies, self._prompt_s = now, [], 0.0
+        share = self.shares.at(now)
         tokens = state.limits.max_num_batched_tokens
         decodes, decode_s = self._decode_s(state)
         model = self._context.cost_model
         if model is not None and decodes:
-            tokens = decodes + int(self.share / (1 - self.share) * decode_s / self._token_s)
+            tokens = decodes + int(share / (1 - share) * decode_s / self._token_s)
         plan = plan_mixed(state, tokens, least_tokens=1)
-        self._prompt_s += (plan.num_tokens - sum(e.request.is_decoding for e in plan.scheduled)) * self._token_s
+        prompts = plan.num_tokens - sum(e.request.is_decoding for e in plan.scheduled)
+        self.shares.computed(prompts * self._token_s)
         return plan
 
     def finished(self, request: Request, now: float) -> None:
@@ -75,7 +116,7 @@ class SemiPd:
         if first is not None and last is not None:
             tpot_s = (last - first) / max(count - 1, 1)
             ttft_s = first - request.arrival_s
-            self._latencies.append((ttft_s / request.slo.ttft_s, tpot_s / request.slo.tbt_s))
+            self.shares.ended(ttft_s / request.slo.ttft_s, tpot_s / request.slo.tbt_s)
 
     @property
     def _token_s(self) -> float:
@@ -98,24 +139,3 @@ class SemiPd:
             decodes=per_kind(lambda kind: int(of_kind[kind.index].sum())),
         )  # fmt: skip
         return count, model.step_s(load)
-
-    def _adjust(self, seconds: float) -> None:
-        """Change the share by what the window has shown."""
-        found = np.array(self._latencies)
-        ttft, tpot = np.percentile(found, PERCENTILE, axis=0).tolist()
-        least_ttft, least_tpot = found.min(axis=0).tolist()
-        if (ttft > 1) == (tpot > 1):
-            return
-        if ttft > 1:
-            needed = min(self._prompt_s / seconds, self.share - STEP / 2)
-            slope = (ttft - least_ttft) * (self.share - needed)
-            while self.share < MOST_SHARE - 1e-9:
-                self.share = min(self.share + STEP, MOST_SHARE)
-                if slope / (self.share - needed) + least_ttft <= 1:
-                    break
-        else:
-            slope = (tpot - least_tpot) * (1 - self.share)
-            while self.share > LEAST_SHARE + 1e-9:
-                self.share = max(self.share - STEP, LEAST_SHARE)
-                if slope / (1 - self.share) + least_tpot <= 1:
-                    break

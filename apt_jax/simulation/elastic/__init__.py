@@ -1,0 +1,1 @@
+"""Elastic sequence parallelism over instances, after LoongServe (arXiv 2404.09526)."""
