@@ -37,6 +37,12 @@ class AsFast(TooSlow):
     attention_s = (1 / 512, 1 / 512)
 
 
+class Faster(TooSlow):
+    """A hidden token costs less than one in KV, as where memory bounds attention, and a hidden request costs more."""
+
+    attention_s, request_s = (1 / 512, 1 / 1024), (0.0, 1.0)
+
+
 def model(kind):
     return kind(MODELS["opt-125m"], HARDWARE["h200"])
 
@@ -51,6 +57,13 @@ def short(pending_s=0.5):
     run(state, "b", 9, slo=PATIENT)
     wait(state, "new", 64, arrival_s=1.0 - pending_s)
     return state
+
+
+def test_a_prompt_that_fits_as_hidden_only_is_admitted_where_hidden_tokens_cost_less():
+    """It has waited a hundredth of a second; what its hidden blocks save is more: 64 tokens, 1/1,024 s each."""
+    state = make_state(20, mode="hybrid")
+    wait(state, "new", 64, arrival_s=0.99)
+    assert decide(state, 1.0, model=model(Faster)) == ["run new 64 hidden ADMITTED_HIDDEN_FASTER"]
 
 
 SERVED = "run new 62 hidden ADMITTED_HIDDEN_SERVES_MORE"

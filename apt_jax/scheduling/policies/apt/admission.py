@@ -92,6 +92,7 @@ def _solve(view: View, draft: Draft, capacity: int, *, preempts: bool) -> tuple[
     values = view.values_w[candidates]
     if view.is_hybrid and not draft.runs_any:  # one that can only be hidden delays nobody: it must not wait for value
         values = values + np.where(may_be_kv, 0.0, view.num_counted * kv_block_s * kv_blocks)
+        values = np.maximum(values, 0.0)  # the solver adds what hidden tokens save, where they cost less than in KV
     problem = Problem(
         pending_s=values,
         kv_blocks=kv_blocks,
