@@ -27,13 +27,13 @@ _CALIBRATION_S = 5.0
 
 
 def run(session: Session) -> None:
-    """Both policies at the higher rate, then at the lower one."""
+    """Both policies at the higher rate, then at the lower one; an engine starts when its first run is due."""
     engines: dict[Setup, Prepared] = {}
     loaded: list[Any] = []
     serving = session.sizes.serving
     few, every = session.sizes.layers
-    # all layers if the stage before could compile them
-    layers = every if session.result_of(engine_name(session, every), "steps") else few
+    compiles_all = not session.ran("steps") or session.result_of(engine_name(session, every), "steps")
+    layers = every if compiles_all else few
 
     def start(setup: Setup) -> dict[str, Any]:
         if not loaded:
@@ -43,18 +43,20 @@ def run(session: Session) -> None:
         pool = engines[setup].state.pool
         return {"layers": layers, "ready_s": round(time.monotonic() - began, 1), "scheduled_blocks": pool.num_blocks}
 
-    for setup in SETUPS[::-1]:  # apt first: its programs are those of the stage before
-        session.check(f"engine {_name(setup)}", lambda s=setup: start(s), limit_s=session.left_s)  # type: ignore[misc]
-    spare_collector()
     lengths = load_lengths("sharegpt", session.sizes.options.max_model_len or 2048)
     terms = Terms(Slo(serving.ttft_slo_s, serving.tbt_slo_s))
     for rate in serving.rates:
         count = max(4, round(rate * serving.arrivals_s))
         arrivals = make_trace(lengths, [(terms, 1.0)], count, rate, seed=0)
-        for setup, prepared in engines.items():
+        for setup in SETUPS[::-1]:  # apt first: its programs are those of the stage before
+            if setup not in engines:
+                session.check(f"engine {_name(setup)}", lambda s=setup: start(s), limit_s=session.left_s)  # type: ignore[misc]
+                spare_collector()
+            if setup not in engines:
+                continue
             needs_s = 0.0 if session.sizes.patience > 1 else arrivals[-1].arrival_s + _DRAIN_S
             session.check(
-                f"{_name(setup)} at {rate:g}/s", lambda p=prepared, a=arrivals: _serve(p, a),  # type: ignore[misc]
+                f"{_name(setup)} at {rate:g}/s", lambda p=engines[setup], a=arrivals: _serve(p, a),  # type: ignore[misc]
                 limit_s=session.left_s, needs_s=needs_s,
             )  # fmt: skip
 

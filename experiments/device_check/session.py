@@ -38,6 +38,7 @@ class Session:
         earlier = read_records(path)
         self._begun = begun(earlier, stage)
         self._results = {(r["stage"], r["check"]): r for r in earlier if r["event"] == "result"}
+        self._stages = {r["stage"] for r in earlier if "stage" in r}
         self._copies = [r["copy_bytes_per_s"] for r in earlier if "copy_bytes_per_s" in r]
         self._records = Records(path)
         self._end_s = time.monotonic() + seconds
@@ -57,6 +58,10 @@ class Session:
     def copy_bytes_per_s(self) -> float | None:
         """Bandwidth of a copy, if that was measured, in this stage or an earlier one."""
         return self._copies[-1] if self._copies else None
+
+    def ran(self, stage: str) -> bool:
+        """Whether another stage was begun before this process."""
+        return stage in self._stages
 
     def result_of(self, name: str, stage: str | None = None) -> dict[str, Any] | None:
         """What was measured before this process began, in this stage or another."""
