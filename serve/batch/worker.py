@@ -47,6 +47,7 @@ class BatchWorker:
         submit: gives samples to the engine.
         served_model: what bodies are checked against; raises NotReady until there is one.
         off_loop: runs what takes long in a thread.
+        num_engines: how many share the requests now.
     """
 
     def __init__(
@@ -55,9 +56,11 @@ class BatchWorker:
         submit: Callable[[list[Sample]], Group],
         served_model: Callable[[], ServedModel],
         off_loop: Callable[..., Any],
+        num_engines: Callable[[], int] = lambda: 1,
     ):
         self.store = store
         self._submit, self._served_model, self._off_loop = submit, served_model, off_loop
+        self._num_engines = num_engines
         self._wake = asyncio.Event()
         self._ending = asyncio.Event()  # the batch that is worked on is to end
         self._current: str | None = None  # batch that is worked on
@@ -159,12 +162,13 @@ class BatchWorker:
         """
         if batch["status"] == "cancelling":
             raise Cancelled
-        seats = max(1, (self._served_model().engine.config.max_num_seqs or 1) // SHARE_OF_SEATS)
+        seats_of_one = self._served_model().engine.config.max_num_seqs or 1
         lines: Iterator[Line] = read_lines(self.store.path_of(batch["input_file_id"]))
         running: set[asyncio.Task[None]] = set()
         watching = asyncio.create_task(self._watch(batch))
         try:
             while True:
+                seats = max(1, seats_of_one * self._num_engines() // SHARE_OF_SEATS)
                 while len(running) < seats and (line := await self._off_loop(next, lines, None)) is not None:
                     if not results.is_done(line):
                         running.add(asyncio.create_task(self._answer_line(batch, line, results, counts)))

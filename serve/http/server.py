@@ -171,7 +171,10 @@ def serve(
         service = Service.of_engine(backend, name, with_environment(options))
     service.chat_template, service.other_names = template, tuple(others)
     if store is not None:
-        service.batches = BatchWorker(store, backend.submit, service.served_model, service.for_batches)
+        service.batches = BatchWorker(
+            *(store, backend.submit, service.served_model, service.for_batches),
+            num_engines=lambda: backend.num_engines if isinstance(backend, ReplicaBackend) else 1,
+        )
     app = create_app(service, resumption)
     server = Server(http_config(app, options), service)
     logging.getLogger("uvicorn.error").setLevel(logging.WARNING)  # its milestones are told here

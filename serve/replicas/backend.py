@@ -73,6 +73,11 @@ class ReplicaBackend:
         return self.fleet.facts
 
     @property
+    def num_engines(self) -> int:
+        """Replicas that accept requests."""
+        return max(len(self.fleet.ready()), 1)
+
+    @property
     def num_waiting_running(self) -> tuple[int, int]:
         """Of all replicas."""
         return self.fleet.num_waiting_running

@@ -1,11 +1,13 @@
 """Real replicas: processes that Ray starts, a server in front, and what may happen to them while clients stream."""
 
 import asyncio
+import json
 import os
 import signal
 import time
 
 import httpx
+import openai
 import pytest
 
 from tests.support import served_model
@@ -205,3 +207,37 @@ def test_replicas_follow_broken_promises_up_and_down(folder):
         assert sum(kept) > 0.7 * len(kept)
         until(lambda: len(server.replicas()) == 1, 90)  # the broken promises are half a minute old by then
         assert server.metric("apt:replicas_wanted") == 1 and server.metric("apt:replica_failures_total") == 0
+
+
+def test_a_batch_over_http_outlives_a_replica_that_is_killed(folder, tmp_path):
+    """OpenAI's Batch API over two replicas: every line once, with the text that a completion of it has."""
+    lines = [
+        {
+            "custom_id": str(i),
+            "method": "POST",
+            "url": "/v1/completions",
+            "body": {**body(i % REQUESTS), "max_tokens": 8 + i},
+        }
+        for i in range(40)
+    ]
+    source = b"".join(
+        json.dumps({**line, "body": {**line["body"], "stream": False}}).encode() + b"\n" for line in lines
+    )
+    flags = ("--replicas", "2", "--router", "round-robin", "--batch-dir", str(tmp_path))
+    with serving(folder, *flags) as server, openai.OpenAI(base_url=f"{server.url}/v1", api_key="none") as client:
+        until(lambda: len(ready(server)) == 2, 120)
+        file = client.files.create(file=("in.jsonl", source), purpose="batch")
+        batch = client.batches.create(input_file_id=file.id, endpoint="/v1/completions", completion_window="24h")
+        until(lambda: client.batches.retrieve(batch.id).request_counts.completed >= 5, 120)
+        os.kill(ready(server)[0]["process_id"], signal.SIGKILL)
+        until(lambda: client.batches.retrieve(batch.id).status == "completed", 240)
+        batch = client.batches.retrieve(batch.id)
+        assert (batch.request_counts.completed, batch.request_counts.failed) == (len(lines), 0)
+        found = [json.loads(line) for line in client.files.content(batch.output_file_id).text.splitlines()]
+        texts = {answer["custom_id"]: answer["response"]["body"]["choices"][0]["text"] for answer in found}
+        assert len(found) == len(texts) == len(lines)
+        for line in lines:
+            asked = {**line["body"], "stream": False}
+            reply = httpx.post(f"{server.url}/v1/completions", json=asked, timeout=60).json()
+            assert reply["choices"][0]["text"] == texts[line["custom_id"]]
+        assert server.metric("apt:replica_failures_total") == 1

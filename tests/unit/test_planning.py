@@ -31,6 +31,14 @@ def test_replicas_and_cost_follow_from_the_rate_that_simulate_finds(tmp_path):
     assert expected > entry.rate == entry.fluid_bound and entry.lasts is None, "four seconds say too little"
     assert entry.replicas == entry.devices == -(-30.0 // entry.rate) > 1
     assert entry.usd_per_hour == 2.5 * entry.replicas
+    (share,) = simulate(
+        SimulateArgs(
+            model="opt-6.7b", hardware="tpu-v6e", policies="vllm-v1", rate=str(30.0 / entry.replicas), duration_s=4.0,
+            num_requests=1, enable_prefix_caching=False, jobs=1,
+        )
+    )["runs"]  # fmt: skip
+    assert (entry.strict_attainment, entry.worst_class) == (share["strict_attainment"], share["worst_class"])
+    assert 0 < entry.worst_class <= entry.strict_attainment
     lengths = load_lengths("sharegpt", 2048)
     tokens = (lengths.prompt_tokens + lengths.output_tokens).mean() * 30.0 * 3600
     assert entry.usd_per_million_tokens == pytest.approx(entry.usd_per_hour / tokens * 1e6)

@@ -8,7 +8,7 @@ import csv
 import itertools
 import json as json_format
 import math
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,8 @@ from apt_jax.scheduling.policies.catalogue import make_policy
 from apt_jax.scheduling.policies.vllm.defaults import BASELINES
 from apt_jax.simulation.experiment import Configuration, Experiment
 from apt_jax.simulation.planning.options import PlanArgs
-from apt_jax.simulation.throughput.points import Job, run_jobs
+from apt_jax.simulation.report import Report
+from apt_jax.simulation.throughput.points import Job, Point, Task, run_jobs
 from apt_jax.simulation.throughput.questions import Question
 from apt_jax.simulation.throughput.searches import Found, search
 
@@ -65,6 +66,8 @@ class Entry:
         problem: why it cannot be, in words; then nothing else is known.
         rate: requests per second that a replica keeps and that last, at most the fluid bound.
         lasts: whether that is known to last; None if too little was simulated.
+        strict_attainment, worst_class: of a replica with its share of the requests, and of the quartile of prompt or
+            output lengths that is kept least; None where no number of replicas keeps it.
         usd_per_hour, usd_per_million_tokens: of all devices; prompt and output tokens together, at the rate asked for.
     """
 
@@ -81,6 +84,8 @@ class Entry:
     fluid_bound: float = 0.0
     replicas: int = 0
     devices: int = 0
+    strict_attainment: float | None = None
+    worst_class: float | None = None
     usd_per_hour: float | None = None
     usd_per_million_tokens: float | None = None
 
@@ -159,22 +164,35 @@ def plan(args: PlanArgs) -> list[Entry]:
             problems.append(Entry(way.hardware, way.devices, way.numbers, way.policy, problem=str(error)))
         else:
             asked.append(way)
-    jobs: list[Job] = [search(way.experiment, way.configuration, [question]) for way in asked]
+    jobs: list[Job] = [_simulated(args, way, question) for way in asked]
     with tqdm(desc="points", unit="point", disable=is_hidden()) as bar:
         answers = run_jobs(jobs, args.jobs or usable_processors(), lambda task: bar.update() and None)
-    entries = [_entry(args, way, found[question], prices) for way, found in zip(asked, answers, strict=True)]
+    entries = [_entry(args, prices, way, *answer) for way, answer in zip(asked, answers, strict=True)]
     return sorted(entries, key=_order) + problems
 
 
-def _entry(args: PlanArgs, way: Way, found: Found, prices: dict[str, float]) -> Entry:
+def _simulated(
+    args: PlanArgs, way: Way, question: Question
+) -> Generator[Task, Point, tuple[Found, float, int, Report | None]]:
+    """A job: what a replica keeps, that at most as the bound allows, replicas, and one of them under its share."""
+    found = (yield from search(way.experiment, way.configuration, [question]))[question]
+    rate = min(found.rate, way.experiment.fluid_bound(way.configuration))  # a short simulation may pass it
+    replicas = math.ceil(args.rate / rate - 1e-9) if rate else 0
+    if not replicas:
+        return found, rate, 0, None
+    point = yield Task(way.experiment, way.configuration, args.rate / replicas)
+    return found, rate, replicas, point.report
+
+
+def _entry(
+    args: PlanArgs, prices: dict[str, float], way: Way, found: Found, rate: float, replicas: int, report: Report | None
+) -> Entry:
     experiment = way.experiment
     model = experiment.cost_model("absorbed")
     blocks = experiment.pool_blocks(way.policy)
     lengths = experiment.lengths
     tokens = float((lengths.prompt_tokens + lengths.output_tokens).mean())
-    bound = experiment.fluid_bound(way.configuration)  # a short simulation may pass it
-    rate = min(found.rate, bound)
-    replicas = math.ceil(args.rate / rate - 1e-9) if rate else 0
+    bound = experiment.fluid_bound(way.configuration)
     devices, price = replicas * way.devices, prices.get(way.hardware)
     cost = None if price is None or not replicas else devices * price
     return Entry(
@@ -184,6 +202,8 @@ def _entry(args: PlanArgs, way: Way, found: Found, prices: dict[str, float]) -> 
         tokens_as_kv=blocks // CacheKind.KV.blocks_per_page * experiment.block_size,
         rate=rate, lasts=found.sustained, fluid_bound=bound,
         replicas=replicas, devices=devices, usd_per_hour=cost,
+        strict_attainment=None if report is None else report.strict_attainment,
+        worst_class=None if report is None else report.worst_class,
         usd_per_million_tokens=None if cost is None else cost / (args.rate * tokens * SECONDS_PER_HOUR) * 1e6,
     )  # fmt: skip
 
@@ -213,7 +233,7 @@ def _print(args: PlanArgs, entries: Sequence[Entry]) -> None:
     console = Console(width=200, markup=False)
     table = Table(
         "device", "per replica", "numbers", "policy", "weights GiB", "cache GiB", "tokens as KV", "requests/s", "bound",
-        "replicas", "devices", "USD/hour", "USD/million tokens",
+        "replicas", "devices", "kept", "worst class", "USD/hour", "USD/million tokens",
     )  # fmt: skip
     for e in entries:
         if e.problem is None:
@@ -222,6 +242,8 @@ def _print(args: PlanArgs, entries: Sequence[Entry]) -> None:
                 e.hardware, str(e.devices_per_replica), e.numbers, e.policy, f"{e.weights_gib:.1f}",
                 f"{e.cache_gib:.1f}", f"{e.tokens_as_kv:,}", f"{e.rate:.2f}{lasts}", f"{e.fluid_bound:.2f}",
                 str(e.replicas) if e.replicas else "none keeps it", str(e.devices or "-"),
+                "-" if e.strict_attainment is None else f"{e.strict_attainment:.1%}",
+                "-" if e.worst_class is None else f"{e.worst_class:.1%}",
                 "-" if e.usd_per_hour is None else f"{e.usd_per_hour:.2f}",
                 "-" if e.usd_per_million_tokens is None else f"{e.usd_per_million_tokens:.3f}",
             )  # fmt: skip
@@ -235,8 +257,9 @@ def _print(args: PlanArgs, entries: Sequence[Entry]) -> None:
             name = f"{e.hardware} x{e.devices_per_replica}, {e.numbers}, {e.policy}"
             console.print(f"{name}: {e.problem}", soft_wrap=True)
     console.print(
-        "Simulated, one seed; hidden attention as this package runs it on the device, vllm-v1 with kernels of its "
-        "own; int8 as if every kernel read it. Replicas share the rate evenly, and none is spare. A rate with ? is not "
-        "known to last.",
+        "Kept: by a replica with its share of the requests; the worst class is the quartile of prompt or output "
+        "lengths that is kept least. Simulated, one seed; hidden attention as this package runs it on the device, "
+        "vllm-v1 with kernels of its own; int8 as if every kernel read it. Replicas share the rate evenly, and none "
+        "is spare. A rate with ? is not known to last.",
         soft_wrap=True,
     )
