@@ -1,17 +1,19 @@
 """`LLM`: generate from Python, in notebooks and jobs, in vLLM's shapes."""
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, Self, Unpack
 
 import numpy as np
 from tqdm import tqdm
 
+from apt_jax.engine.interface import ServingEngine
 from apt_jax.output import Output
 from apt_jax.progress import is_hidden
 from apt_jax.request import FinishReason, SamplingParams
 from apt_jax.sampling.params import PoolingParams
+from apt_jax.serve.json_text import shown
 from apt_jax.serve.openai.embeddings import unit
 from apt_jax.serve.python.chats import chat_prompts
 from apt_jax.serve.python.options import LLMOptions, engine_options
@@ -22,7 +24,7 @@ from apt_jax.serve.python.outputs import (
     ScoringOutput,
     ScoringRequestOutput,
 )
-from apt_jax.serve.python.prompts import Prompt, Prompted, one_for_each
+from apt_jax.serve.python.prompts import Prompt, Prompted, RenderedChat, one_for_each
 from apt_jax.serve.runtime.build import build_engine
 from apt_jax.serve.runtime.driver import Driver
 from apt_jax.serve.runtime.samples import Sample
@@ -45,7 +47,7 @@ class LLM:
     def __init__(self, model: str | None = None, **options: Unpack[LLMOptions]):
         loading, config = engine_options(options)
         config.check_offline()
-        self.engine = build_engine(model, engine_config=config, **loading)
+        self._engine: ServingEngine | None = build_engine(model, engine_config=config, **loading)
         self.engine.warm_up(progress=True)
         self._numbers = itertools.count()
 
@@ -57,7 +59,18 @@ class LLM:
 
     def close(self) -> None:
         """Give the model and its cache back; the object cannot generate any more. Also at the end of a `with`."""
-        self.__dict__.pop("engine", None)
+        self._engine = None
+
+    @property
+    def engine(self) -> ServingEngine:
+        """The engine.
+
+        Raises:
+            ValueError: this was closed.
+        """
+        if self._engine is None:
+            raise ValueError("this LLM was closed, by close() or the end of its `with`; make a new one")
+        return self._engine
 
     def get_tokenizer(self) -> Tokenizer | None:
         """The model's tokenizer, with `encode` and `decode`; None if it has none."""
@@ -91,7 +104,7 @@ class LLM:
             raise ValueError("lora_request: LoRA adapters are not served; leave it out")
         if params is not None and sampling_params is not None:
             raise ValueError("params and sampling_params are two names of one argument; give one of them")
-        listed = _listed(prompts)
+        listed = _listed(prompts, "prompts")
         given = next(
             (found for found in (sampling_params, params) if found is not None), self.get_default_sampling_params()
         )
@@ -142,7 +155,7 @@ class LLM:
             ValueError: a prompt cannot be served.
             RuntimeError: the engine failed on a prompt.
         """
-        listed = _listed(prompts)
+        listed = _listed(prompts, "prompts")
         priorities = one_for_each(0 if priority is None else priority, int, len(listed), "priority")
         prompted = self._prepare(listed, [PoolingParams()] * len(listed), priorities)
         found: dict[str, np.ndarray] = {}
@@ -177,7 +190,9 @@ class LLM:
             ValueError: the numbers of texts do not fit, or one cannot be served.
             RuntimeError: the engine failed on one.
         """
-        left, right = _listed(data_1), _listed(data_2)
+        left, right = _listed(data_1, "data_1"), _listed(data_2, "data_2")
+        if not left or not right:
+            return []
         if len(left) not in (1, len(right)):
             raise ValueError(f"{len(left)} texts on the left and {len(right)} on the right; give one, or as many")
         vectors = self.encode([*left, *right], use_tqdm=use_tqdm)
@@ -196,7 +211,7 @@ class LLM:
     ) -> list[Prompted]:
         return [
             Prompted.prepare(
-                prompt, each, self.engine.tokenizer, request_id=str(next(self._numbers)), number=number, priority=one
+                prompt, each, self.engine, request_id=str(next(self._numbers)), number=number, priority=one
             )
             for number, (prompt, each, one) in enumerate(zip(prompts, params, priorities, strict=True))
         ]
@@ -223,5 +238,12 @@ class LLM:
                     bar.update()
 
 
-def _listed(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    return [prompts] if isinstance(prompts, str | Mapping) else list(prompts)
+def _listed(prompts: Prompt | Sequence[Prompt], name: str) -> list[Prompt]:
+    if isinstance(prompts, str | Mapping | RenderedChat):
+        return [prompts]
+    if isinstance(prompts, bytes) or not isinstance(prompts, Iterable):
+        raise ValueError(
+            f"{name}={shown(prompts)} must be a text, {{'prompt_token_ids': [...]}}, or a list of these, one for each "
+            "prompt"
+        )
+    return list(prompts)

@@ -77,7 +77,8 @@ class Requests:
         )
         request.restriction = self._texts.restriction(params, self._rules.model_config.vocab_size, output_token_ids)
         if request.restriction is not None and not output_token_ids:
-            request.restriction.check_begins(self._rules.model_config.vocab_size)
+            ends = {*request.eos_token_ids, *(params.stop_token_ids or ())} if params.min_tokens else ()
+            request.restriction.check_begins(self._rules.model_config.vocab_size, ends)
         if len(output_token_ids) >= request.max_new_tokens:
             raise ValueError(f"output_token_ids has all {request.max_new_tokens} tokens that may be generated")
         self._state.add(request)

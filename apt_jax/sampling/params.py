@@ -4,7 +4,7 @@ import copy
 import math
 import numbers
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
@@ -31,7 +31,7 @@ class SamplingParams:
         presence_penalty: subtracted from logits of tokens in the output.
         frequency_penalty: subtracted once per occurrence in the output.
         logit_bias: token id -> value added to its logit, at most 300 entries.
-        seed: same seed, same tokens, whatever else runs; None draws one per request.
+        seed: same seed, same tokens, whatever else runs (of one cache kind); None draws one per request.
         max_tokens: maximum number of tokens to generate; None: up to the context length; 0, with prompt_logprobs:
             only score the prompt, which may fill the context.
         min_tokens: no end-of-sequence or stop token id before this many.
@@ -45,6 +45,8 @@ class SamplingParams:
         structured_outputs: what the output must follow: {"json": SCHEMA}, {"json_object": True}, {"regex": TEXT},
             {"choice": [TEXT, ...]} or {"grammar": TEXT} (Lark or GBNF).
         skip_special_tokens: leave special tokens such as </s> out of the text.
+        truncate_prompt_tokens: keep the last so many tokens of a prompt; -1: as many as fit beside the answer. From
+            Python; over HTTP it is a field of the body.
 
     Raises:
         ValueError: one sentence with the value and the limit.
@@ -74,13 +76,20 @@ class SamplingParams:
     skip_special_tokens: bool = True
     include_stop_str_in_output: bool = False
     structured_outputs: Mapping[str, Any] | None = None
+    truncate_prompt_tokens: int | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ()))
-        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids or ()))
-        object.__setattr__(self, "bad_words", tuple(self.bad_words or ()))
-        if self.allowed_token_ids is not None:
-            object.__setattr__(self, "allowed_token_ids", tuple(self.allowed_token_ids))
+        object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else self.stop)
+        for name in ("stop", "stop_token_ids", "bad_words", "allowed_token_ids"):
+            given = getattr(self, name)
+            if given is None and name == "allowed_token_ids":
+                continue
+            if isinstance(given, str | bytes | Mapping) or not (given is None or isinstance(given, Iterable)):
+                raise ValueError(f"{name}={repr(given)[:80]} must be a list")
+            object.__setattr__(self, name, tuple(given or ()))
+        for name in SWITCHES:
+            if type(given := getattr(self, name)).__name__ not in ("bool", "bool_"):  # numpy's too
+                raise ValueError(f"{name}={repr(given)[:80]} must be True or False")
         object.__setattr__(self, "logit_bias", _by_token_id(self.logit_bias or {}))
         for name, low, high in RANGES:
             value = getattr(self, name)
@@ -94,6 +103,8 @@ class SamplingParams:
             if not low <= value <= high:
                 limits = f"at least {low}" if high == math.inf else f"between {low} and {high}"
                 raise ValueError(f"{name}={value} must be {limits}")
+        if self.truncate_prompt_tokens == 0:
+            raise ValueError("truncate_prompt_tokens=0 must be at least 1, or -1 for what fits")
         object.__setattr__(self, "top_k", max(self.top_k, 0))
         if not self.top_p > 0:
             raise ValueError(f"top_p={self.top_p} must be greater than 0 and at most 1")
@@ -189,9 +200,11 @@ RANGES = (  # field, lowest, highest value; whole numbers where the lowest is on
     ("logprobs", 0, MAX_LOGPROBS),
     ("prompt_logprobs", 0, MAX_LOGPROBS),
     ("seed", -(2**63), 2**63 - 1),
+    ("truncate_prompt_tokens", -1, math.inf),
 )
+SWITCHES = ("ignore_eos", "skip_special_tokens", "include_stop_str_in_output")
 LIMITS = (("logit_bias", MAX_LOGIT_BIAS), ("stop_token_ids", MAX_STOP_TOKEN_IDS), ("bad_words", MAX_BAD_WORDS))
-_OPTIONAL = ("max_tokens", "logprobs", "prompt_logprobs", "seed")  # may be None
+_OPTIONAL = ("max_tokens", "logprobs", "prompt_logprobs", "seed", "truncate_prompt_tokens")  # may be None
 
 
 def _by_token_id(bias: Mapping[int, float]) -> dict[int, float]:

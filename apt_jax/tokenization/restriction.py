@@ -1,6 +1,6 @@
 """Which tokens an output may not go on with: those of a grammar, `allowed_token_ids` and `bad_words` together."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -56,11 +56,13 @@ class Restriction:
         """What asks for it, for a sentence."""
         return f"{' and '.join(self._names)} {'asks' if len(self._names) == 1 else 'ask'}"
 
-    def check_begins(self, vocab_size: int) -> None:
-        """Raises ValueError if no output can begin."""
+    def check_begins(self, vocab_size: int, ends: Collection[int] = ()) -> None:
+        """Raises ValueError if no output can begin, with another token than `ends`, which `min_tokens` forbids."""
         words = np.empty(num_words(vocab_size), np.int32)
-        if (error := self.allow(words)) is not None:
-            names = " and ".join(self._names)
+        error = self.allow(words)
+        clear(words, [*ends])
+        if error is not None or not words.any():
+            names, error = " and ".join([*self._names, *(["min_tokens"] if ends else [])]), error or "only an end"
             raise ValueError(f"{names} leave no token that an output could begin with ({error}); change one of them")
 
     @property

@@ -91,11 +91,21 @@ class AsyncLLM:
             NotReady, EngineFailure: the engine is not started, has stopped, or has failed.
         """
         engine = self._thread.ready_engine()
-        params = sampling_params or self.get_default_sampling_params()
+        params = self.get_default_sampling_params() if sampling_params is None else sampling_params
+        for given, kind, cure in (
+            (params, SamplingParams, "give a SamplingParams, or leave it out"),
+            (request_id, str | None, "give a text, or leave it out"),
+            (priority, int, "give a whole number"),
+            (slo, Slo | None, "give a Slo, or leave it out"),
+        ):
+            if not isinstance(given, kind):
+                raise ValueError(f"{given!r:.80} is no {getattr(kind, '__name__', kind)}; {cure}")
+        if request_id == "":
+            raise ValueError("request_id is empty; give at least one character, or leave it out")
         name = f"async-{next(self._numbers)}" if request_id is None else request_id
         self._check_free(name)
         prompted = await asyncio.to_thread(
-            Prompted.prepare, prompt, params, engine.tokenizer, request_id=name, priority=priority, slo=slo
+            Prompted.prepare, prompt, params, engine, request_id=name, priority=priority, slo=slo
         )
         self._check_free(name)
         group = self._groups[name] = self._thread.submit(prompted.samples)

@@ -6,7 +6,7 @@ from typing import Any
 from apt_jax.serve.errors import BadRequest
 from apt_jax.serve.openai.bodies.chat_requests import parse_chat
 from apt_jax.serve.openai.templates.chat_template import NoTemplate, render
-from apt_jax.serve.python.prompts import Prompt
+from apt_jax.serve.python.prompts import Prompt, RenderedChat
 from apt_jax.tokenization.tokenizer import Tokenizer
 
 
@@ -36,5 +36,5 @@ def chat_prompts(
         except BadRequest as error:
             raise ValueError(f"chat {number} of {len(chats)}: {error}") from error
         token_ids = tokenizer.encode(text, add_special_tokens=False)  # the template writes the special ones
-        prompts.append({"prompt": text, "prompt_token_ids": token_ids})
+        prompts.append(RenderedChat(text, token_ids))
     return prompts

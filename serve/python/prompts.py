@@ -1,15 +1,28 @@
 """Prompts from Python: to samples for the engine, and from its outputs to results."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any, Self, cast
+import operator
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Self
 
+from apt_jax.engine.interface import EngineFacts
 from apt_jax.output import Output, TokenLogprobs
 from apt_jax.request import FinishReason, Request, SamplingParams, Slo
+from apt_jax.serve.json_text import shown
 from apt_jax.serve.python.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
 from apt_jax.serve.runtime.samples import Sample, fan_out
 from apt_jax.tokenization.tokenizer import Tokenizer
 
-Prompt = str | Mapping[str, Any]
+
+@dataclass(frozen=True)
+class RenderedChat:
+    """A prompt that a chat template has written, with its token ids."""
+
+    text: str
+    token_ids: Sequence[int]
+
+
+Prompt = str | Mapping[str, Any] | RenderedChat
 
 
 class Prompted:
@@ -25,7 +38,7 @@ class Prompted:
         cls,
         prompt: Prompt,
         params: SamplingParams,
-        tokenizer: Tokenizer | None,
+        engine: EngineFacts,
         *,
         request_id: str,
         number: int = 0,
@@ -37,13 +50,14 @@ class Prompted:
         Raises:
             ValueError: it is none, or needs a tokenizer and there is none.
         """
-        cache_salt = None
+        cache_salt, tokenizer = None, engine.tokenizer
         if isinstance(prompt, Mapping):
             cache_salt = prompt.get("cache_salt")
             prompt = {name: value for name, value in prompt.items() if name != "cache_salt"}
-            if cache_salt is not None and not isinstance(cache_salt, str):
-                raise ValueError(f"prompt {number} has cache_salt={cache_salt!r}; give a text")
+            if cache_salt is not None and not (isinstance(cache_salt, str) and cache_salt):
+                raise ValueError(f"prompt {number} has cache_salt={shown(cache_salt)}; give a text, or leave it out")
         text, token_ids = parse_prompt(prompt, number, tokenizer)
+        token_ids = truncated(token_ids, params, engine.max_model_len)
         if params.stop and tokenizer is None:
             raise ValueError("stop needs a tokenizer and this model has none; use stop_token_ids or give tokenizer=")
         if params.structured_outputs is not None and tokenizer is not None:
@@ -108,12 +122,40 @@ def one_for_each[T](given: T | Sequence[T], kind: type[T], count: int, name: str
     """One value for all prompts, or a list with one for each.
 
     Raises:
-        ValueError: the list has another length.
+        ValueError: the list has another length, or something else in it.
     """
-    each = [given] * count if isinstance(given, kind) else list(cast(Sequence[T], given))
+    if isinstance(given, kind) and not isinstance(given, bool):
+        return [given] * count
+    each = list(given) if isinstance(given, Sequence) and not isinstance(given, str) else [given]
+    for value in each:
+        if not isinstance(value, kind) or isinstance(value, bool):
+            raise ValueError(f"{name} has {shown(value)}; give {described(kind)} for all prompts, or a list of them")
     if len(each) != count:
         raise ValueError(f"{count} prompts but {len(each)} {name}; give one for all or one for each")
     return each
+
+
+def described(kind: type) -> str:
+    """A type for a sentence."""
+    return "a whole number" if kind is int else f"a {kind.__name__}"
+
+
+def truncated(token_ids: list[int], params: SamplingParams, max_model_len: int) -> list[int]:
+    """The last tokens of a prompt, as `truncate_prompt_tokens` asks.
+
+    Raises:
+        ValueError: it is more than the context holds.
+    """
+    asked = params.truncate_prompt_tokens
+    if asked is None:
+        return token_ids
+    if asked > max_model_len:
+        raise ValueError(
+            f"truncate_prompt_tokens={asked} is more than the context of {max_model_len} tokens; give at most that, or "
+            "-1 for what fits"
+        )
+    answer = 1 if params.max_tokens is None else params.max_tokens
+    return token_ids[-(asked if asked > 0 else max(max_model_len - answer, 1)) :]
 
 
 def parse_prompt(prompt: Prompt, number: int, tokenizer: Tokenizer | None) -> tuple[str | None, list[int]]:
@@ -122,10 +164,14 @@ def parse_prompt(prompt: Prompt, number: int, tokenizer: Tokenizer | None) -> tu
     Raises:
         ValueError: it is none, or a text and there is no tokenizer.
     """
+    if isinstance(prompt, RenderedChat):
+        return prompt.text, list(prompt.token_ids)
     if isinstance(prompt, Mapping):
         match {name: value for name, value in prompt.items() if value is not None}:
-            case {"prompt_token_ids": token_ids, **rest} if rest.keys() <= {"prompt"}:
-                return rest.get("prompt"), [int(token_id) for token_id in token_ids]
+            case {"prompt_token_ids": token_ids, **rest} if not rest:
+                return None, _token_ids(token_ids, number)
+            case {"prompt_token_ids": token_ids, "prompt": str(text), **rest} if not rest:
+                return text, _token_ids(token_ids, number)  # the text is only shown, as in vLLM
             case {"prompt": str(text), **rest} if not rest:
                 prompt = text
             case _:
@@ -139,3 +185,15 @@ def parse_prompt(prompt: Prompt, number: int, tokenizer: Tokenizer | None) -> tu
     if tokenizer is None:
         raise ValueError("this model has no tokenizer; give prompts as {'prompt_token_ids': [...]} or tokenizer=")
     return prompt, tokenizer.encode(prompt)
+
+
+def _token_ids(given: object, number: int) -> list[int]:
+    if isinstance(given, str | bytes | Mapping) or not isinstance(given, Iterable):
+        raise ValueError(f"prompt {number} has prompt_token_ids={shown(given)}; give a list of token ids")
+    found = []
+    for token_id in given:
+        try:
+            found.append(operator.index(token_id))
+        except TypeError:
+            raise ValueError(f"prompt {number} has the token id {shown(token_id)}; give whole numbers") from None
+    return found

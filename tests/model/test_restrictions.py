@@ -86,3 +86,10 @@ def test_bad_words_need_a_tokenizer():
 
 def bits(words) -> set[int]:
     return set(np.flatnonzero(np.unpackbits(words.view(np.uint8), bitorder="little")).tolist())
+
+
+def test_what_leaves_only_an_end_before_min_tokens_is_refused():
+    only = Restriction(None, np.array([0b110], np.int32), names=["allowed_token_ids"])
+    only.check_begins(32, ends=[1])
+    with pytest.raises(ValueError, match=r"allowed_token_ids and min_tokens leave no token .* \(only an end\); change"):
+        only.check_begins(32, ends=[1, 2])

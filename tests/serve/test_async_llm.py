@@ -68,6 +68,30 @@ def test_what_cannot_be_served_raises(engine):
         AsyncLLM("tiny", max_num_seq=2)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (("a", "bad", "y"), "'bad' is no SamplingParams; give a SamplingParams, or leave it out"),
+        (("a", None, 5), "5 is no .*; give a text, or leave it out"),
+        (("a", None, ""), "request_id is empty; give at least one character, or leave it out"),
+        ((None,), "prompt 0 is a NoneType; give a text"),
+        (({"prompt": "a", "cache_salt": ""},), 'prompt 0 has cache_salt=""'),
+    ],
+)
+def test_arguments_of_another_type_are_a_sentence(engine, arguments, sentence):
+    async def main():
+        async with AsyncLLM("tiny") as llm:
+            with pytest.raises(ValueError, match=sentence):
+                async for _ in llm.generate(*arguments):
+                    pass
+            prompt = {"prompt_token_ids": [65] * (engine.max_model_len - 5)}
+            results = [result async for result in llm.generate(prompt, SamplingParams(max_tokens=100))]
+            assert len(results[-1].outputs[0].token_ids) == 5, "as of LLM"
+        assert engine.is_idle
+
+    run(main)
+
+
 def test_leaving_the_loop_ends_the_request_and_abort_brings_what_there_is(engine):
     async def main():
         async with AsyncLLM("tiny") as llm:

@@ -237,8 +237,69 @@ def test_without_a_tokenizer_nobody_can_chat(llm_without_tokenizer):
 def test_a_with_statement_gives_the_engine_back(llm, engine):
     with llm as opened:
         assert opened is llm and opened.get_tokenizer() is engine.tokenizer
-    assert not hasattr(llm, "engine")
     llm.close()
+    for call in (llm.get_tokenizer, lambda: llm.generate("a"), lambda: llm.embed("a"), lambda: llm.chat([])):
+        with pytest.raises(
+            ValueError, match="this LLM was closed, by close.* or the end of its `with`; make a new one"
+        ):
+            call()
+
+
+@pytest.mark.parametrize(
+    ("call", "sentence"),
+    [
+        (lambda llm: llm.generate(None), r"prompts=null must be a text, \{'prompt_token_ids': \[...\]\}, or a list"),
+        (lambda llm: llm.generate(5), "prompts=5 must be a text"),
+        (lambda llm: llm.generate([5]), "prompt 0 is a int; give a text"),
+        (lambda llm: llm.embed(5), "prompts=5 must be a text"),
+        (lambda llm: llm.encode(b"ab"), "must be a text"),
+        (lambda llm: llm.score(5, "a"), "data_1=5 must be a text"),
+        (lambda llm: llm.score("a", None), "data_2=null must be a text"),
+        (lambda llm: llm.generate("a", "warm"), 'params has "warm"; give a SamplingParams for all prompts, or a list'),
+        (lambda llm: llm.generate("a", [None]), "params has null; give a SamplingParams for all"),
+        (lambda llm: llm.generate("a", {"n": 1}), "params has "),
+        (lambda llm: llm.generate("a", priority="high"), 'priority has "high"; give a whole number for all prompts'),
+        (lambda llm: llm.generate("a", priority=True), "priority has true; give a whole number"),
+        (lambda llm: llm.generate({"prompt": "a", "cache_salt": ""}), 'prompt 0 has cache_salt=""; give a text, or'),
+        (lambda llm: llm.generate({"prompt": 5, "prompt_token_ids": [5]}), "give either prompt or prompt_token_ids"),
+        (
+            lambda llm: llm.generate({"prompt_token_ids": 5}),
+            "prompt 0 has prompt_token_ids=5; give a list of token ids",
+        ),
+        (lambda llm: llm.generate({"prompt_token_ids": "abc"}), 'has prompt_token_ids="abc"; give a list of token ids'),
+        (lambda llm: llm.generate({"prompt_token_ids": [1.5]}), "prompt 0 has the token id 1.5; give whole numbers"),
+        (
+            lambda llm: llm.generate("a", SamplingParams(truncate_prompt_tokens=9999)),
+            "tokens=9999 is more",
+        ),
+    ],
+)
+def test_arguments_of_another_type_are_a_sentence(llm, engine, call, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        call(llm)
+    assert engine.is_idle
+
+
+def test_nothing_to_score_gives_nothing(llm):
+    assert llm.score([], "a") == llm.score("a", []) == llm.score([], []) == []
+
+
+def test_prompts_are_cut_as_asked(llm):
+    for asked, kept in ((3, "def"), (100, "\2abcdef"), (-1, "\2abcdef")):
+        (result,) = generate(llm, "abcdef", SamplingParams(max_tokens=1, truncate_prompt_tokens=asked))
+        assert bytes(result.prompt_token_ids).decode() == kept
+    context = llm.engine.max_model_len
+    (result,) = generate(
+        llm, {"prompt_token_ids": [5] * 3 * context}, SamplingParams(max_tokens=7, truncate_prompt_tokens=-1)
+    )
+    assert len(result.prompt_token_ids) == context - 7
+
+
+def test_what_the_context_has_no_room_for_is_cut_as_in_vllm(llm):
+    """Over HTTP it is refused, as there."""
+    context = llm.engine.max_model_len
+    (result,) = generate(llm, {"prompt_token_ids": [65] * (context - 5)}, SamplingParams(max_tokens=100))
+    assert len(result.outputs[0].token_ids) == 5 and result.outputs[0].finish_reason == "length"
 
 
 @pytest.mark.parametrize("module", ["apt_jax", "apt_jax.serve"])

@@ -204,3 +204,23 @@ def test_logit_bias_takes_token_ids_as_text_too():
 def test_token_ids_of_another_type_are_refused(fields, sentence):
     with pytest.raises(ValueError, match=sentence):
         SamplingParams(**fields)
+
+
+@pytest.mark.parametrize(
+    ("fields", "sentence"),
+    [
+        ({"bad_words": "abc"}, "bad_words='abc' must be a list"),
+        ({"bad_words": 5}, "bad_words=5 must be a list"),
+        ({"stop": 5}, "stop=5 must be a list"),
+        ({"stop_token_ids": 5}, "stop_token_ids=5 must be a list"),
+        ({"allowed_token_ids": 5}, "allowed_token_ids=5 must be a list"),
+        ({"allowed_token_ids": "12"}, "allowed_token_ids='12' must be a list"),
+        ({"ignore_eos": "no"}, "ignore_eos='no' must be True or False"),
+        ({"truncate_prompt_tokens": "many"}, "truncate_prompt_tokens='many' must be a whole number"),
+        ({"truncate_prompt_tokens": 0}, "truncate_prompt_tokens=0 must be at least 1, or -1"),
+        ({"truncate_prompt_tokens": -2}, "truncate_prompt_tokens=-2 must be at least -1"),
+    ],
+)
+def test_sampling_params_of_another_type_are_a_sentence(fields, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        SamplingParams(**fields)

@@ -26,7 +26,7 @@ from apt_jax.serve.openai.bodies.strict import Strict, at_most, parse_body
 from apt_jax.serve.openai.bodies.structured import ResponseFormat, StructuredOutputs
 
 DEFAULT_MAX_TOKENS = 16
-SAMPLING_FIELDS = sorted(SamplingParams.field_names())
+SAMPLING_FIELDS = sorted(SamplingParams.field_names() - {"truncate_prompt_tokens"})  # that cuts the prompt here
 
 
 class StreamOptions(Strict):
