@@ -240,7 +240,7 @@ def test_a_with_statement_gives_the_engine_back(llm, engine):
     llm.close()
     for call in (llm.get_tokenizer, lambda: llm.generate("a"), lambda: llm.embed("a"), lambda: llm.chat([])):
         with pytest.raises(
-            ValueError, match="this LLM was closed, by close.* or the end of its `with`; make a new one"
+            ValueError, match=r"this LLM was closed, by close.* or the end of its `with`; make a new one"
         ):
             call()
 
