@@ -1,12 +1,15 @@
 """The `apt-jax` command. Flags are generated from dataclass fields; jax is imported only when a command needs it."""
 
+import contextlib
 import dataclasses
 import errno
+import io
 import os
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeGuard
 
 from tyro.conf import OmitArgPrefixes, OmitSubcommandPrefixes, Positional, arg, subcommand
 
@@ -14,13 +17,23 @@ from apt_jax import __version__
 from apt_jax.engine_config import EngineConfig
 from apt_jax.files import reason_of
 from apt_jax.flags.reader import parse
-from apt_jax.flags.sources import flags_of, with_sources
+from apt_jax.flags.sources import Sourced, flags_of, unknown_variables, with_sources
 from apt_jax.pallas_kernels.bench import kernels
 from apt_jax.serve.bench.offline.options import BenchLatency, BenchThroughput
 from apt_jax.serve.bench.serving.options import BenchServe
 from apt_jax.serve.errors import EngineFailure
 from apt_jax.serve.logs import set_up_logs, tell
-from apt_jax.serve.options import DEMO_NAME, DistributedOptions, LoadOptions, Model, ServerOptions
+from apt_jax.serve.options import (
+    DEMO_NAME,
+    AddressOptions,
+    DistributedOptions,
+    LimitOptions,
+    LoadOptions,
+    LogOptions,
+    Model,
+    ServerOptions,
+    ShutdownOptions,
+)
 from apt_jax.serve.replicas.options import RayBatchOptions, RayOptions, ReplicaOptions
 from apt_jax.simulation.options import SimulateArgs
 from apt_jax.simulation.planning.options import PlanArgs
@@ -46,12 +59,24 @@ class Serve:
     """Hub id, Hugging Face folder or converted folder; default: the bundled demo model."""
     config: str | None = None
     """YAML file with flags, NAME: VALUE; those given here or as APT_JAX_NAME in the environment override it."""
-    server: OmitArgPrefixes[ServerOptions] = field(default_factory=ServerOptions)
+    address: OmitArgPrefixes[AddressOptions] = field(default_factory=AddressOptions)
+    limit: OmitArgPrefixes[LimitOptions] = field(default_factory=LimitOptions)
+    shutdown: OmitArgPrefixes[ShutdownOptions] = field(default_factory=ShutdownOptions)
+    log: OmitArgPrefixes[LogOptions] = field(default_factory=LogOptions)
     replicas: OmitArgPrefixes[ReplicaOptions] = field(default_factory=ReplicaOptions)
     ray: OmitArgPrefixes[RayOptions] = field(default_factory=RayOptions)
     load: OmitArgPrefixes[LoadOptions] = field(default_factory=LoadOptions)
     engine: OmitArgPrefixes[EngineConfig] = field(default_factory=EngineConfig)
     distributed: OmitArgPrefixes[DistributedOptions] = field(default_factory=DistributedOptions)
+
+    def __post_init__(self) -> None:
+        _ = self.server
+
+    @property
+    def server(self) -> ServerOptions:
+        """The options of the HTTP server, of all their groups; raises ValueError if they do not fit together."""
+        groups = (self.address, self.limit, self.shutdown, self.log)
+        return ServerOptions(**{f.name: getattr(group, f.name) for group in groups for f in dataclasses.fields(group)})
 
     def run(self) -> int:
         """Serve until told to stop."""
@@ -286,6 +311,44 @@ COMMANDS: dict[str, type] = {
 }  # fmt: skip
 
 
+def own_flag(flag: str, value: Any) -> tuple[str, Any]:
+    """A flag of a file and its value, as the fields have them."""
+    if flag == "--kv-offloading-size":
+        return "--host-cache-bytes", _from_gib(str(value))
+    return OTHER_SPELLINGS.get(flag, flag), value
+
+
+def read_with_sources(kind: type, prog: str, arguments: Sequence[str]) -> Any:
+    """`parse`, whose errors also say of which file or variable the bad value is."""
+    try:
+        return parse(kind, prog, arguments)
+    except SystemExit as error:
+        if error.code == 2:
+            for source in [found.source for found in arguments if is_bad(found, kind, prog, arguments)]:
+                tell(f"that value is from {source}")
+        raise
+
+
+def is_bad(argument: str, kind: type, prog: str, arguments: Sequence[str]) -> TypeGuard[Sourced]:
+    """Whether it comes from a file or variable, and what would be read without it."""
+    if not isinstance(argument, Sourced):
+        return False
+    silent = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(silent), contextlib.redirect_stderr(silent):
+            parse(kind, prog, [each for each in arguments if each is not argument])
+    except SystemExit:
+        return False
+    return True
+
+
+def warn_of_variables() -> None:
+    """Tell of variables that look like a flag's and are none's: one that is spelled wrong would do nothing."""
+    known = {"config", "api_key"}.union(*(flags_of(kind) for kind in COMMANDS.values() if kind is not Bench))
+    for sentence in unknown_variables(os.environ, known):
+        tell(sentence)
+
+
 def read_command(arguments: list[str]) -> Any:
     """The command. One that is named first is read alone, so that errors and help are its own."""
     for name, kind in COMMANDS.items():
@@ -294,8 +357,8 @@ def read_command(arguments: list[str]) -> Any:
             own = arguments[len(words) :]
             if kind is not Bench:
                 own = with_model_first(own, kind)
-                own = with_sources(own, kind, os.environ, lambda flag: OTHER_SPELLINGS.get(flag, flag))
-            command: Any = parse(kind, f"apt-jax {name}", own)
+                own = with_sources(own, kind, os.environ, own_flag)
+            command: Any = read_with_sources(kind, f"apt-jax {name}", own)
             return Bench(command) if len(words) > 1 else command
     return parse(AptJax, "apt-jax", arguments).command
 
@@ -321,6 +384,7 @@ def main(arguments: list[str] | None = None) -> None:
             set_up_logs(command.server.log_format, command.server.log_level)
         else:
             set_up_logs()
+        warn_of_variables()
         if not isinstance(command, Serve):
             check_standard_output()
         code = command.run()

@@ -1,6 +1,7 @@
 """Options that are flags of the command line; those of the engine itself are `EngineConfig`'s fields."""
 
 import json
+import re
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -11,6 +12,7 @@ from apt_jax.serve.logs import LogLevel
 
 DEMO_NAME = "apt-jax-demo"  # of the bundled model in the API
 DEFAULT_MAX_BODY_BYTES = 4 * 2**20
+ROOT_PATH = re.compile(r"(/[A-Za-z0-9._~!$&'()*+,;=:@%-]+)+")
 DEFAULT_SNAPSHOT_FILE = "apt-jax-unfinished.jsonl"
 
 Model = Positional[Annotated[str | None, arg(metavar="[MODEL]")]]
@@ -73,8 +75,8 @@ class DistributedOptions:
 
 
 @dataclass(frozen=True)
-class ServerOptions:
-    """The HTTP server: address, keys, limits, shutdown, logs."""
+class AddressOptions:
+    """Addresses and names of the HTTP server, and who may use it."""
 
     host: str = "127.0.0.1"
     """Address to listen on; 0.0.0.0: all IPv4 interfaces."""
@@ -92,20 +94,24 @@ class ServerOptions:
     """File with certificates (PEM) that those of clients must be signed by."""
     ssl_cert_reqs: Literal[0, 1, 2] = 0
     """Whether clients need a certificate; 0: no, 1: it is checked if they have one, 2: yes."""
-    max_body_bytes: int = DEFAULT_MAX_BODY_BYTES
-    """Maximum size of a request body in bytes; a larger one gets 413."""
-
-    chat_template: str | None = None
-    """File with a Jinja chat template; default: the tokenizer's own (OPT has none)."""
-
-    max_header_bytes: int = 32768
-    """Maximum size of a request's headers in bytes; larger ones get 431."""
     api_key: UseAppendAction[tuple[str, ...]] = ()
     """Accepted API key (Authorization: Bearer KEY), a flag for each; APT_JAX_API_KEY adds one; default: none needed."""
     allowed_origins: UseAppendAction[tuple[str, ...]] = ()
     """Origins of web pages that may call the server from browsers (CORS), by commas; *: any; default: none."""
     allowed_hosts: UseAppendAction[tuple[str, ...]] = ()
     """Names that the Host header may have, by commas; *: any; default: localhost on a loopback address, else any."""
+
+
+@dataclass(frozen=True)
+class LimitOptions:
+    """Requests and answers of the HTTP server: what they may take, and chats."""
+
+    chat_template: str | None = None
+    """File with a Jinja chat template; default: the tokenizer's own (OPT has none)."""
+    max_body_bytes: int = DEFAULT_MAX_BODY_BYTES
+    """Maximum size of a request body in bytes; a larger one gets 413."""
+    max_header_bytes: int = 32768
+    """Maximum size of a request's headers in bytes; larger ones get 431."""
     request_read_timeout: float = 60.0
     """Seconds within which a client must send its request, headers and body; a slower one gets 408."""
     response_write_timeout: float = 300.0
@@ -121,13 +127,14 @@ class ServerOptions:
     least 60."""
     stream_interval: int = 1
     """Tokens that a stream sends at once, but for the first and the last; more cost less per token."""
+
+
+@dataclass(frozen=True)
+class ShutdownOptions:
+    """What becomes of unfinished requests when the server stops, and of batches."""
+
     shutdown_timeout: float = 30.0
     """Seconds that running requests may go on after SIGTERM or SIGINT."""
-    batch_dir: str | None = None
-    """Folder for OpenAI's Batch API (/v1/files, /v1/batches): files and unfinished batches are kept there; default: no
-    such routes."""
-    max_batch_file_bytes: int = 200 * 2**20
-    """Maximum size of a file of requests in bytes; a larger one gets 413."""
     preemption_notice: str | None = None
     """Notices that the machine will be taken away: gce (metadata server), file:PATH (once it is there) or signal
     (SIGUSR1). The server then stops as by SIGTERM, within --preemption-grace instead of --shutdown-timeout. A replica
@@ -141,20 +148,36 @@ class ServerOptions:
     instead of computing their prompts again."""
     resume_from: str | None = None
     """Finish the requests in this snapshot file of an earlier run; results go to FILE.results.jsonl."""
+    batch_dir: str | None = None
+    """Folder for OpenAI's Batch API (/v1/files, /v1/batches): files and unfinished batches are kept there; default: no
+    such routes."""
+    max_batch_file_bytes: int = 200 * 2**20
+    """Maximum size of a file of requests in bytes; a larger one gets 413."""
+
+
+@dataclass(frozen=True)
+class LogOptions:
+    """Logs, traces and recordings of the HTTP server."""
+
+    log_level: LogLevel = "info"
+    """Least level of log lines."""
+    log_format: Literal["text", "json"] = "text"
+    """Format of log lines: plain text, or one JSON object per line."""
+    access_log: bool = True
+    """Write a line to the log for each request."""
+    log_requests: bool = False
+    """Write prompts and sampling fields to the log."""
+    otlp_traces_endpoint: str | None = None
+    """OpenTelemetry collector for a span per request, such as http://127.0.0.1:4318/v1/traces."""
     enable_profiler: bool = False
     """Enable POST /debug/profile, which records host and device with jax.profiler."""
     profile_dir: str = "profiles"
     """Folder for the recordings of --enable-profiler."""
-    otlp_traces_endpoint: str | None = None
-    """OpenTelemetry collector for a span per request, such as http://127.0.0.1:4318/v1/traces."""
-    access_log: bool = True
-    """Write a line to the log for each request."""
-    log_level: LogLevel = "info"
-    """Least level of log lines."""
-    log_requests: bool = False
-    """Write prompts and sampling fields to the log."""
-    log_format: Literal["text", "json"] = "text"
-    """Format of log lines: plain text, or one JSON object per line."""
+
+
+@dataclass(frozen=True)
+class ServerOptions(LogOptions, ShutdownOptions, LimitOptions, AddressOptions):
+    """The HTTP server: address, keys, limits, shutdown, logs."""
 
     def __post_init__(self) -> None:
         check_finite(self)
@@ -162,8 +185,11 @@ class ServerOptions:
             raise ValueError("ssl_keyfile and ssl_ca_certs need --ssl-certfile, the server's certificate")
         if self.ssl_cert_reqs and not self.ssl_ca_certs:
             raise ValueError(f"ssl_cert_reqs={self.ssl_cert_reqs} needs --ssl-ca-certs, to check certificates with")
-        if self.root_path and not (self.root_path.startswith("/") and not self.root_path.endswith("/")):
-            raise ValueError(f"root_path={self.root_path!r} must begin with / and not end with it, such as /llm")
+        if self.root_path and not ROOT_PATH.fullmatch(self.root_path):
+            raise ValueError(
+                f"root_path={self.root_path!r} must begin with / and not end with it, and have what URLs may have, "
+                "such as /llm"
+            )
         for name in ("allowed_origins", "allowed_hosts"):
             object.__setattr__(self, name, listed(name, getattr(self, name)))
         if not 0 <= self.port <= 65535:

@@ -46,7 +46,9 @@ class RequestRules:
         low, high = min(prompt_token_ids), max(prompt_token_ids)
         if low < 0 or high >= self.model_config.vocab_size:
             bad = low if low < 0 else high
-            raise ValueError(f"prompt token id {bad} is not in the vocabulary 0..{self.model_config.vocab_size - 1}")
+            raise ValueError(
+                f"the prompt has token id {bad}, which is not in the vocabulary 0..{self.model_config.vocab_size - 1}"
+            )
         params.check_vocabulary(self.model_config.vocab_size)
         self._check_ends(params)
         self._check_cache(length + self.max_new_tokens(length, params) - 1)  # the last token is never cached

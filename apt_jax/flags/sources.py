@@ -5,9 +5,10 @@ The command line is nearer than the environment, and that than the file.
 
 import dataclasses
 import difflib
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any, Self, get_args, get_type_hints
 
 import yaml
 from tyro.conf import Positional
@@ -18,6 +19,9 @@ PREFIX = "APT_JAX_"
 MODEL = "model"  # a positional argument
 POSITIONAL = get_args(Positional[int])[1]
 OF_CLUSTERS = "tcp://"  # Kubernetes sets APT_JAX_PORT=tcp://... for a service called apt-jax
+
+
+OF_SERVICES = re.compile(r"(.*_)?(service_(host|port.*)|port(_\d+_.*)?)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,12 +56,15 @@ def with_sources(
     arguments: Sequence[str],
     kind: type,
     environment: Mapping[str, str],
-    spelling: Callable[[str], str] = lambda name: name,
+    own_flag: Callable[[str, Any], tuple[str, Any]] = lambda flag, value: (flag, value),
 ) -> list[str]:
     """The arguments, with what `--config FILE` and the environment say of other flags of the command.
 
     Args:
-        spelling: the own name, with hyphens, of a flag in another spelling.
+        own_flag: a flag of another spelling, with hyphens, and its value, as this command has them.
+
+    Returns:
+        Arguments, those of the two sources as `Sourced`.
 
     Raises:
         ValueError: --config without a file, a file that is none, a key that is no flag, or a value that a flag cannot
@@ -68,17 +75,64 @@ def with_sources(
     own, file = _without_config(arguments)
     file = file or environment.get(f"{PREFIX}CONFIG")
     given = _given(own, flags)
-    found = {} if file is None else _of_file(Path(file), flags, spelling)
-    found |= _of_environment(environment, flags)
+    found = {}
+    if file is not None:
+        found = {name: (value, f"--config {file}") for name, value in _of_file(Path(file), flags, own_flag).items()}
+    for name, text in _of_environment(environment, flags).items():
+        found[name] = text, f"{PREFIX}{name.upper()} of the environment"
     more: list[str] = []
-    for name, value in found.items():
+    for name, (value, source) in found.items():
         if name in given:
             continue
+        try:
+            texts = [str(value)] if flags[name].is_word else _arguments(name, value, flags[name])
+        except ValueError as error:
+            raise ValueError(f"{source}: {error}") from error
         if flags[name].is_word:
-            own = [str(value), *own]
+            own = [Sourced(texts[0], source), *own]
         else:
-            more += _arguments(name, value, flags[name])
+            more += [Sourced(text, source) for text in texts]
     return [*more, *own]
+
+
+class Sourced(str):
+    """An argument that is from a file or variable."""
+
+    source: str
+
+    def __new__(cls, text: str, source: str) -> Self:
+        """`source` for a sentence."""
+        made = super().__new__(cls, text)
+        made.source = source
+        return made
+
+
+def unknown_variables(environment: Mapping[str, str], known: Collection[str]) -> list[str]:
+    """A sentence for each variable that is no flag's and nearly has the name of one that is.
+
+    Others may be somebody else's, such as those that Kubernetes sets for a service called apt-jax.
+    """
+    found = []
+    for variable in sorted(environment):
+        name = variable.removeprefix(PREFIX).lower()
+        if variable.startswith(PREFIX) and name not in known and not OF_SERVICES.fullmatch(name):
+            near = difflib.get_close_matches(name, known, n=1, cutoff=0.75)
+            if near:
+                found.append(f"{variable} is no flag's and is ignored; did you mean {PREFIX}{near[0].upper()}?")
+    return found
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """Refuses a key that comes twice, of which YAML's reader would take the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """The mapping; raises ValueError for a key that comes twice."""
+        seen = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value in seen:
+                raise ValueError(f"line {key.start_mark.line + 1} has {key.value[:80]!r} for the second time")
+            seen.add(key.value if isinstance(key, yaml.ScalarNode) else None)
+        return super().construct_mapping(node, deep)
 
 
 def _of_environment(environment: Mapping[str, str], flags: Mapping[str, Flag]) -> dict[str, str]:
@@ -121,11 +175,13 @@ def _given(arguments: Sequence[str], flags: Mapping[str, Flag]) -> set[str]:
     return found
 
 
-def _of_file(file: Path, flags: Mapping[str, Flag], spelling: Callable[[str], str]) -> dict[str, Any]:
+def _of_file(file: Path, flags: Mapping[str, Flag], own_flag: Callable[[str, Any], tuple[str, Any]]) -> dict[str, Any]:
     try:
-        read = yaml.safe_load(read_text(file, pipe=True))
+        read = yaml.load(read_text(file, pipe=True), _UniqueKeys)
     except (ValueError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split())
+        if "for the second time" in reason:
+            raise ValueError(f"--config {file}: {reason}; leave one out") from error
         raise ValueError(f"--config {file} is not YAML: {reason}") from error
     if read is None:
         return {}
@@ -133,7 +189,10 @@ def _of_file(file: Path, flags: Mapping[str, Flag], spelling: Callable[[str], st
         raise ValueError(f"--config {file} must hold flags as NAME: VALUE, not a {type(read).__name__}")
     found = {}
     for key, value in read.items():
-        name = spelling(f"--{str(key).replace('_', '-')}").removeprefix("--").replace("-", "_")
+        flag, value = own_flag(f"--{str(key).replace('_', '-')}", value)
+        name = flag.removeprefix("--").replace("-", "_")
+        if name in found:
+            raise ValueError(f"--config {file}: {str(key)[:80]!r} is {name} for the second time; leave one out")
         if name not in flags:
             near = difflib.get_close_matches(name, flags, n=1)
             hint = f"; did you mean {near[0].replace('_', '-')}?" if near else ""

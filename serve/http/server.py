@@ -21,6 +21,7 @@ from starlette.types import ASGIApp
 
 from apt_jax.engine.interface import ServingEngine
 from apt_jax.engine_config import EngineConfig
+from apt_jax.files import reason_of
 from apt_jax.scheduling.policies.catalogue import make_policy
 from apt_jax.serve.batch.store import BatchStore
 from apt_jax.serve.batch.worker import BatchWorker
@@ -118,7 +119,7 @@ def serve(
     start_up = StartUp()
     snapshot = None if options.snapshot_file is None else check_snapshot_file(options.snapshot_file)
     resumption = None if options.resume_from is None else Resumption(Path(options.resume_from))
-    store = None if options.batch_dir is None else BatchStore(Path(options.batch_dir).expanduser().absolute())
+    store = None if options.batch_dir is None else open_store(Path(options.batch_dir).expanduser().absolute())
     template = None if options.chat_template is None else read_template(Path(options.chat_template))
     notice = None if options.preemption_notice is None else PreemptionNotice.parse(options.preemption_notice)
     try:
@@ -160,7 +161,8 @@ def serve(
     backend: EngineThread | ReplicaBackend
     if replicas is not None and replicas.uses_ray:
         spec = EngineSpec(
-            model, load, config, name, log_format=options.log_format, preemption_notice=options.preemption_notice,
+            model, load, config, name, log_format=options.log_format, log_level=options.log_level,
+            preemption_notice=options.preemption_notice,
             preemption_grace=options.preemption_grace,
         )  # fmt: skip
         notice = None if notice is None else notice.of_front()
@@ -203,6 +205,18 @@ def serve(
         os._exit(1 if failures else 0)
     logger.info("stopped")
     return 1 if failures else 0
+
+
+def open_store(folder: Path) -> BatchStore:
+    """The files and batches of --batch-dir.
+
+    Raises:
+        ValueError: it cannot be used.
+    """
+    try:
+        return BatchStore(folder)
+    except OSError as error:
+        raise ValueError(f"--batch-dir {folder} cannot be used: {reason_of(error)}; give another one") from error
 
 
 def http_config(app: ASGIApp, options: ServerOptions) -> uvicorn.Config:

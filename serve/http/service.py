@@ -12,7 +12,7 @@ from anyio import CapacityLimiter, to_thread
 from starlette.requests import Request
 
 from apt_jax.serve.batch.worker import BatchWorker
-from apt_jax.serve.errors import BodyTooLarge, EngineFailure, NotJson, NotReady
+from apt_jax.serve.errors import BadRequest, BodyTooLarge, EngineFailure, NotJson, NotReady
 from apt_jax.serve.http.snapshot import record_of
 from apt_jax.serve.json_text import shown
 from apt_jax.serve.observability.engine_view import EngineView, View
@@ -110,6 +110,13 @@ class Service:
         """Raises NotReady once the server is stopping."""
         if self.is_stopping:
             raise NotReady("the server is stopping; try another one, or this one again soon")
+
+    def check_free(self, request_id: str | None) -> None:
+        """Raises BadRequest if a request with this `request_id` in its body is under way."""
+        if request_id is not None and any(request_id == list(ids)[-1] for ids, _ in self._under_way):
+            raise BadRequest(
+                f"request_id={shown(request_id)} is that of a request under way; give each its own", "request_id"
+            )
 
     @contextlib.contextmanager
     def under_way(self, ids: Collection[str | None], group: Group) -> Iterator[None]:

@@ -384,9 +384,9 @@ def as_bad_request(error: ValueError, body: PromptRequest) -> BadRequest:
     if isinstance(error, ContextExceeded):
         return ContextTooLong(error, prompt)
     refused = bad_request(error, [*type(body).model_fields, "prompt"])
-    if refused.param == "prompt":
-        refused.param = prompt
-    return refused
+    if refused.param != "prompt":
+        return refused
+    return BadRequest(str(error).replace("the prompt", "the input") if prompt == "input" else str(error), prompt)
 
 
 def _first_line(error: str | None) -> str:

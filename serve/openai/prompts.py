@@ -52,7 +52,19 @@ def _limit(body: PromptRequest, max_model_len: int) -> int | None:
                 "truncate_prompt_tokens",
             )
         return None
-    return asked if asked > 0 else max(max_model_len - body.reserved_tokens, 1)
+    if asked > 0:
+        return asked
+    if body.reserved_tokens >= max_model_len:
+        raise BadRequest(no_room(body.reserved_tokens, max_model_len), "max_tokens")
+    return max_model_len - body.reserved_tokens
+
+
+def no_room(max_tokens: int, max_model_len: int) -> str:
+    """The sentence for an answer beside which no prompt fits, however it is cut."""
+    return (
+        f"max_tokens={max_tokens} leaves no room for a prompt, which truncate_prompt_tokens=-1 cuts to what fits: the "
+        f"context holds {max_model_len} tokens; ask for at most {max_model_len - 1}"
+    )
 
 
 def check_length(text: str, tokenizer: "Tokenizer", max_model_len: int, param: str) -> None:

@@ -9,6 +9,7 @@ from apt_jax.engine.interface import EngineFacts
 from apt_jax.output import Output, TokenLogprobs
 from apt_jax.request import FinishReason, Request, SamplingParams, Slo
 from apt_jax.serve.json_text import shown
+from apt_jax.serve.openai.prompts import no_room
 from apt_jax.serve.python.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
 from apt_jax.serve.runtime.samples import Sample, fan_out
 from apt_jax.tokenization.tokenizer import Tokenizer
@@ -154,8 +155,12 @@ def truncated(token_ids: list[int], params: SamplingParams, max_model_len: int) 
             f"truncate_prompt_tokens={asked} is more than the context of {max_model_len} tokens; give at most that, or "
             "-1 for what fits"
         )
-    answer = 1 if params.max_tokens is None else params.max_tokens
-    return token_ids[-(asked if asked > 0 else max(max_model_len - answer, 1)) :]
+    if asked < 0:
+        answer = 1 if params.max_tokens is None else params.max_tokens
+        if answer >= max_model_len:
+            raise ValueError(no_room(answer, max_model_len))
+        asked = max_model_len - answer
+    return token_ids[-asked:]
 
 
 def parse_prompt(prompt: Prompt, number: int, tokenizer: Tokenizer | None) -> tuple[str | None, list[int]]:

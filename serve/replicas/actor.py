@@ -36,7 +36,7 @@ class EngineActor:
 
     def __init__(self, name: str, spec: EngineSpec, make_engine: Callable[[], ServingEngine] | None = None):
         if make_engine is None:
-            set_up_logs(spec.log_format)
+            set_up_logs(spec.log_format, spec.log_level)
         self._spec = spec
         self._name = name
         self._watch: PreemptionWatch | None = None

@@ -12,6 +12,7 @@ from apt_jax.engine_config import EngineConfig
 from apt_jax.output import TokenLogprobs
 from apt_jax.request import FinishReason
 from apt_jax.routing.instance import InstanceLoad
+from apt_jax.serve.logs import LogLevel
 from apt_jax.serve.options import LoadOptions
 from apt_jax.serve.runtime.samples import Sample
 from apt_jax.serve.runtime.status import WatchLimits
@@ -30,6 +31,7 @@ class EngineSpec:
     model_name: str
     refuses_late: bool = False
     log_format: Literal["text", "json"] = "text"
+    log_level: LogLevel = "info"
     limits: WatchLimits = field(default_factory=WatchLimits)
     preemption_notice: str | None = None  # as of `PreemptionNotice.parse`
     preemption_grace: float = 30.0

@@ -120,7 +120,11 @@ def test_logprobs_name_the_chosen_and_the_likely_tokens(client):
     ("fields", "kind", "sentence"),
     [
         ({"prompt": ""}, openai.BadRequestError, "prompt is empty"),
-        ({"prompt": [CONFIG["vocab_size"]]}, openai.BadRequestError, "prompt token id 320 is not in the vocabulary"),
+        (
+            {"prompt": [CONFIG["vocab_size"]]},
+            openai.BadRequestError,
+            "the prompt has token id 320, which is not",
+        ),
         ({"prompt": [5] * 500}, openai.BadRequestError, "the prompt has 500 tokens, but the context holds 128"),
         ({"max_tokens": -1}, openai.BadRequestError, "max_tokens=-1 must be at least 1"),
         ({"logit_bias": {"999": 1}}, openai.BadRequestError, "logit_bias has token id 999"),

@@ -202,8 +202,8 @@ def test_bad_requests_are_refused_with_a_sentence_and_leave_nothing(engine):
     cases = [
         ([], GREEDY, "the prompt is empty"),
         ([1] * 64, GREEDY, "the prompt has 64 tokens, but the context holds 64"),
-        ([96], GREEDY, r"prompt token id 96 is not in the vocabulary 0\.\.95"),
-        ([-1], GREEDY, "prompt token id -1 is not in the vocabulary"),
+        ([96], GREEDY, r"the prompt has token id 96, which is not in the vocabulary 0\.\.95"),
+        ([-1], GREEDY, "the prompt has token id -1, which is not in the vocabulary"),
         ([5], replace(GREEDY, logit_bias={96: 1.0}), "logit_bias has token id 96"),
         ([5], replace(GREEDY, stop_token_ids=[500]), "stop_token_ids has token id 500"),
         ([5], replace(GREEDY, stop=["x"]), "stop strings need a tokenizer"),

@@ -161,14 +161,15 @@ def test_what_cannot_be_compiled_is_refused_with_the_reason(engine, asked, sente
 @pytest.mark.parametrize(
     ("asked", "sentence"),
     [
-        ({}, r"structured_outputs has \[\], give exactly one of json, json_object"),
-        ({"json": {}, "regex": "a"}, "give exactly one of"),
-        ({"xml": "a"}, r"structured_outputs has \['xml'\]"),
+        ({}, "structured_outputs is empty; give exactly one of json, json_object"),
+        ({"json": {}, "regex": "a"}, "structured_outputs has json and regex; give exactly one of"),
+        ({"xml": "a"}, "structured_outputs has xml; give exactly one of"),
         ("json", "structured_outputs='json' must be an object"),
         ({"choice": ["a", 1]}, "choice has something that is no text"),
-        ({"regex": ""}, "structured_outputs regex='' must be a str and not empty"),
+        ({"regex": ""}, "structured_outputs regex='' must be a text that is not empty"),
         ({"choice": ["a"] * 10_001}, "structured_outputs choice has 10001 texts, at most 10000 are allowed"),
-        ({"json_object": False}, "json_object=False must be a bool and not empty"),
+        ({"json_object": False}, "json_object=false asks for nothing; give true, or leave it out"),
+        ({"choice": []}, r"choice=\[\] must be a list of texts, at least one"),
     ],
 )
 def test_what_makes_no_sense_is_refused_where_it_is_made(asked, sentence):

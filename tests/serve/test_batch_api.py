@@ -8,7 +8,7 @@ import openai
 import pytest
 
 from apt_jax.request import OFFLINE_SLO
-from apt_jax.serve.batch.store import BatchStore
+from apt_jax.serve.batch.store import BatchStore, owner_of
 from apt_jax.serve.batch.worker import PRIORITY, BatchWorker
 from apt_jax.serve.http.service import Service
 from apt_jax.serve.options import ServerOptions
@@ -255,6 +255,29 @@ def test_a_batch_goes_on_after_the_server_has_stopped(tmp_path):
     store.close()
 
 
+def test_files_are_listed_by_order_and_purpose(tmp_path):
+    store = BatchStore(tmp_path)
+    names = ["a", "b", "c"]
+    for name in names:
+        store.add_file(owner_of(None), name, "batch" if name != "b" else "batch_output", [b"{}"])
+
+    async def main():
+        async with serving(FakeEngine(), store=store) as client:
+
+            async def listed(query: str) -> list[str]:
+                return [file["id"] for file in (await client.get(f"/v1/files?{query}")).json()["data"]]
+
+            newest_first = await listed("")
+            assert len(newest_first) == 3 and await listed("order=desc") == newest_first
+            assert await listed("order=asc") == newest_first[::-1]
+            of_batches, of_outputs = await listed("purpose=batch"), await listed("purpose=batch_output")
+            assert len(of_batches) == 2 and len(of_outputs) == 1 and not await listed("purpose=vision")
+            assert await listed(f"order=asc&after={newest_first[2]}&limit=1") == [newest_first[1]]
+
+    run(main)
+    store.close()
+
+
 def test_what_is_refused(tmp_path):
     store = BatchStore(tmp_path)
     with pytest.raises(ValueError, match="is used by another server"):
@@ -275,6 +298,7 @@ def test_what_is_refused(tmp_path):
                 (await client.get("/v1/files/..%2flock"), 404, "Not Found"),
                 (await client.get("/v1/files/file-1"), 404, "there is no file 'file-1'"),
                 (await client.get("/v1/batches?limit=0"), 400, "between 1 and 100"),
+                (await client.get("/v1/files?order=up"), 400, "must be asc or desc"),
                 (await client.get("/v1/batches?after=x"), 400, "is no id of batches"),
                 (await client.post("/v1/batches", json={"input_file_id": "f", "endpoint": "/v1/x"}), 400, "endpoint"),
             ):

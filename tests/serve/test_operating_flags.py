@@ -10,6 +10,7 @@ import sys
 import httpx
 import pytest
 
+from apt_jax.serve.http.server import open_store
 from apt_jax.serve.logs import JsonFormatter, TextFormatter
 from apt_jax.serve.options import ServerOptions
 from tests.serve.test_serve_command import BODY, command  # noqa: F401  (a fixture)
@@ -43,6 +44,8 @@ def test_below_a_path_of_a_proxy(command):  # noqa: F811
             assert httpx.post(f"{url}{path}/v1/completions", json=BODY).status_code == 401
             reply = httpx.post(f"{url}{path}/v1/completions", json=BODY, headers={"authorization": "Bearer k"})
             assert reply.json()["choices"][0]["text"] == "bc"
+            document = httpx.get(f"{url}{path}/openapi.json", headers={"authorization": "Bearer k"}).json()
+            assert document["servers"] == [{"url": "/llm"}]
 
     engine = FakeEngine(tokenizer=CharTokenizer())
     assert command(engine, visit, root_path="/llm", api_key=("k",), snapshot_file=None) == 0
@@ -82,12 +85,20 @@ def test_https(command, tmp_path):  # noqa: F811
         ({"ssl_certfile": "c", "ssl_cert_reqs": 2}, "ssl_cert_reqs=2 needs --ssl-ca-certs"),
         ({"root_path": "llm"}, "root_path='llm' must begin with /"),
         ({"root_path": "/llm/"}, "root_path='/llm/' must begin with / and not end with it"),
+        ({"root_path": "/a b"}, "root_path='/a b' must begin with / and not end with it, and have what URLs may have"),
+        ({"root_path": "//"}, "root_path='//' must begin with /"),
         ({"stream_interval": 0}, "stream_interval=0 must be at least 1"),
     ],
 )
 def test_what_makes_no_sense_is_refused(fields, sentence):
     with pytest.raises(ValueError, match=re.escape(sentence)):
         ServerOptions(**fields)
+
+
+def test_a_batch_folder_that_cannot_be_used_names_the_flag(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match=r"--batch-dir .*/file/batches cannot be used: .*; give another one"):
+        open_store(tmp_path / "file" / "batches")
 
 
 @pytest.mark.parametrize("wanted", [True, False])

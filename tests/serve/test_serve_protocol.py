@@ -66,9 +66,8 @@ def test_sampling_fields_reach_the_sampling_params():
         "skip_special_tokens": False,
         "include_stop_str_in_output": True,
     }
-    assert set(fields) | {"logit_bias", "structured_outputs"} == SamplingParams.field_names(), (
-        "a sampling field is not in the API"
-    )
+    others = {"logit_bias", "structured_outputs", "truncate_prompt_tokens"}
+    assert set(fields) | others == SamplingParams.field_names(), "a sampling field is not in the API"
     expected = SamplingParams(**fields, logit_bias={7: -1.5})
     assert parse(**fields, logit_bias={"7": -1.5}).sampling_params() == expected
 

@@ -11,7 +11,7 @@ from apt_jax.serve.http import server
 from apt_jax.serve.http.server import keep_caches
 from apt_jax.serve.http.service import Service
 from apt_jax.serve.http.snapshot_cache import SnapshotCache
-from apt_jax.serve.options import DistributedOptions, ServerOptions
+from apt_jax.serve.options import DistributedOptions, ServerOptions, ShutdownOptions
 from apt_jax.serve.replicas.options import ReplicaOptions
 from apt_jax.serve.runtime.engine_thread import EngineThread
 from apt_jax.serve.runtime.status import EngineStatus
@@ -93,6 +93,6 @@ def test_what_is_no_file_is_left_alone(tmp_path, made, caplog):
 )
 def test_where_there_are_no_pages_to_keep(options, sentence):
     with pytest.raises(ValueError, match=sentence):
-        Serve(server=ServerOptions(snapshot_cache=True), **options).run()
+        Serve(shutdown=ShutdownOptions(snapshot_cache=True), **options).run()
     with pytest.raises(ValueError, match="use --snapshot-file too"):
         ServerOptions(snapshot_cache=True, snapshot_file=None)

@@ -134,3 +134,39 @@ def test_a_stream_in_pieces_of_several_tokens():
         assert [chunk["finish_reason"] for chunk in chunks] == [None, None, None, "length"]
     whole = json.loads(post({**body, "stream": False}, stream_interval=4)[0].content)
     assert whole["choices"][0]["text"] == "bcdefghijklm"
+
+
+def test_an_id_of_a_request_under_way_is_refused():
+    engine = FakeEngine(tokenizer=CharTokenizer(), paced=True)
+
+    async def main():
+        async with serving(engine) as client:
+            body = {"prompt": "a", "max_tokens": 100, "request_id": "mine"}
+            asking = asyncio.create_task(client.post("/v1/completions", json=body))
+            engine.allow_step(3)
+            await until(lambda: engine.num_steps == 3)
+            for other in ({**body, "n": 2}, body):
+                reply = await client.post("/v1/completions", json=other)
+                assert reply.status_code == 400 and reply.json()["error"]["param"] == "request_id"
+                sentence = 'request_id="mine" is that of a request under way; give each its own'
+                assert reply.json()["error"]["message"] == sentence
+            engine.allow_step(1000)
+            assert (await asking).status_code == 200
+
+    run(main)
+
+
+@pytest.mark.parametrize(
+    ("fields", "sentence"),
+    [
+        ({"structured_outputs": {}}, "structured_outputs is empty; give exactly one of json"),
+        ({"structured_outputs": {"regex": ""}}, 'structured_outputs.regex="": '),
+        ({"structured_outputs": {"choice": []}}, "structured_outputs.choice=[]: "),
+        ({"structured_outputs": {"json_object": False}}, "json_object=false asks for nothing; give true"),
+        ({"truncate_prompt_tokens": -1, "max_tokens": 9999}, "max_tokens=9999 leaves no room for a prompt"),
+    ],
+)
+def test_faults_are_told_by_name(fields, sentence):
+    (reply,) = post({"prompt": "a", **fields})
+    assert reply.status_code == 400 and "None" not in reply.text
+    assert sentence in reply.json()["error"]["message"]

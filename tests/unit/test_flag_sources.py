@@ -1,10 +1,13 @@
 """Flags from a YAML file and the environment: which source wins, and what is refused."""
 
+import dataclasses
+
 import pytest
 
-from apt_jax.flags.sources import flags_of, with_sources
+from apt_jax.flags.sources import flags_of, unknown_variables, with_sources
 from apt_jax.scheduling.policies.catalogue import policy_names
-from apt_jax.serve.cli import OTHER_SPELLINGS, RunBatch, Serve, read_command, with_own_spelling
+from apt_jax.serve.cli import OTHER_SPELLINGS, RunBatch, Serve, read_command, warn_of_variables, with_own_spelling
+from apt_jax.serve.options import AddressOptions, LimitOptions, LogOptions, ServerOptions, ShutdownOptions
 
 
 def read(monkeypatch, *arguments, **environment):
@@ -56,13 +59,60 @@ def test_a_cluster_s_variable_is_no_port(monkeypatch):
         ("port: [1, 2]", "port must be one value, not a list"),
         ("port: {a: 1}", "port must be one value, not a dict"),
         ("a: b: c", "is not YAML"),
-        ("log-requests: perhaps", "log_requests='perhaps' must be true or false"),
+        ("log-requests: perhaps", "server.yaml: log_requests='perhaps' must be true or false"),
+        ("port: 1\nhost: a\nport: 2", "server.yaml: line 3 has 'port' for the second time; leave one out"),
+        ("max-num-seqs: 1\nmax_num_seqs: 2", "server.yaml: 'max_num_seqs' is max_num_seqs for the second time"),
     ],
 )
 def test_a_file_with_a_fault_is_refused_in_a_sentence(config, text, sentence):
     with pytest.raises(ValueError) as caught:  # noqa: PT011  (compared below)
         with_sources(["--config", str(config(text))], Serve, {})
     assert sentence in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_bad_value_names_its_file_or_variable(config, monkeypatch, capsys):
+    file = config("port: abc\nblock-size: 32\n")
+    with pytest.raises(SystemExit) as ended:
+        read(monkeypatch, "--config", file)
+    assert ended.value.code == 2 and f"that value is from --config {file}" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        read(monkeypatch, APT_JAX_PORT="99999")
+    shown = capsys.readouterr().err
+    assert "port=99999 must be between" in shown and "that value is from APT_JAX_PORT of the environment" in shown
+    with pytest.raises(SystemExit):
+        read(monkeypatch, "--port", "abc", APT_JAX_PORT="1")
+    assert "that value is from" not in capsys.readouterr().err
+
+
+def test_a_variable_that_is_nearly_a_flag_s_is_told():
+    known = {"max_num_seqs", "port", "config", "api_key"}
+    environment = {
+        "APT_JAX_MAX_NUM_SEQ": "8", "APT_JAX_PORT": "1", "APT_JAX_CONFIG": "a", "OTHER_PORTT": "1",
+        "APT_JAX_PORT_8000_TCP_ADDR": "10.0.0.1", "APT_JAX_SERVICE_PORT": "1", "APT_JAX_SERVICE_HOST": "10.0.0.1",
+    }  # fmt: skip
+    (sentence,) = unknown_variables(environment, known)
+    assert sentence == "APT_JAX_MAX_NUM_SEQ is no flag's and is ignored; did you mean APT_JAX_MAX_NUM_SEQS?"
+
+
+def test_the_command_tells_of_such_a_variable(monkeypatch, capsys):
+    monkeypatch.setenv("APT_JAX_MAX_NUM_SEQ", "8")
+    warn_of_variables()
+    assert "did you mean APT_JAX_MAX_NUM_SEQS?" in capsys.readouterr().err
+
+
+def test_a_size_in_gib_in_a_file(config, monkeypatch):
+    assert read(monkeypatch, "--config", config("kv-offloading-size: 2")).engine.host_cache_bytes == 2 * 2**30
+
+
+def test_the_server_s_flags_are_in_groups_with_titles(capsys):
+    with pytest.raises(SystemExit):
+        read_command(["serve", "--help"])
+    shown = capsys.readouterr().out
+    for title in ("address", "limit", "shutdown", "log", "engine", "load"):
+        assert f" {title} options " in shown
+    groups = (AddressOptions, LimitOptions, ShutdownOptions, LogOptions)
+    names = [field.name for group in groups for field in dataclasses.fields(group)]
+    assert sorted(names) == sorted(field.name for field in dataclasses.fields(ServerOptions))
 
 
 def test_no_file_and_an_empty_one(config):
@@ -105,4 +155,4 @@ def test_the_help_names_every_policy(capsys):
         read_command(["serve", "--help"])
     shown = " ".join(capsys.readouterr().out.replace("│", " ").split())
     assert f"Scheduling policy: {', '.join(policy_names())};" in shown
-    assert "--gpu-memory-utilization" not in shown and "server options" in shown and "engine options" in shown
+    assert "--gpu-memory-utilization" not in shown and "address options" in shown and "engine options" in shown

@@ -66,8 +66,12 @@ async def create_file(service: Service, http: Request) -> Response:
 
 async def list_files(service: Service, http: Request) -> Response:
     """GET /v1/files."""
+    purpose, order = http.query_params.get("purpose"), http.query_params.get("order", "desc")
+    if order not in ("asc", "desc"):
+        raise BadRequest(f"order={shown(order)} must be asc or desc, by the time that the files were made", "order")
     files = await service.off_loop(_worker(service).store.files, _owner(service, http))
-    return JSONResponse(_page(files, http, "files"))
+    files = [file for file in files if purpose in (None, file["purpose"])]
+    return JSONResponse(_page(files if order == "desc" else files[::-1], http, "files"))
 
 
 async def get_file(service: Service, http: Request) -> Response:

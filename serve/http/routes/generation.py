@@ -66,6 +66,7 @@ async def generate(endpoint: Endpoint, service: Service, http: Request) -> Respo
         interval = service.options.stream_interval
         generation.samples = [dataclasses.replace(s, tokens_at_once=interval) for s in generation.samples]
     with contextlib.ExitStack() as cleanup:
+        service.check_free(body.request_id)
         group = service.backend.submit(generation.samples)
         ids = http.state.request_id, generation.request_id, body.request_id
         cleanup.enter_context(service.generating(generation, group, ids=ids))

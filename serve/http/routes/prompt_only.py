@@ -55,6 +55,7 @@ async def _answer(
 
     asked = await service.off_loop(prepare)
     with contextlib.ExitStack() as cleanup:
+        service.check_free(body.request_id)
         group = service.backend.submit(asked.samples)
         cleanup.enter_context(service.under_way((http.state.request_id, asked.request_id, body.request_id), group))
         cleanup.callback(limit_time(group, service.options.request_timeout))

@@ -25,6 +25,15 @@ from apt_jax.serve.openai.bodies.token_requests import AbortRequest, DetokenizeR
 from apt_jax.serve.openai.endpoints import ENDPOINTS, Endpoint
 
 NAME: dict[str, Any] = {"name": "name", "in": "path", "required": True, "schema": {"type": "string"}}
+FILE_PARAMETERS: tuple[dict[str, Any], ...] = tuple(
+    {"name": name, "in": "query", "required": False, "description": meaning, "schema": schema}
+    for name, meaning, schema in (
+        ("purpose", "only those of this purpose", {"type": "string"}),
+        ("order", "by the time they were made", {"enum": ["asc", "desc"], "default": "desc"}),
+        ("limit", "at most so many", {"type": "integer", "minimum": 1, "maximum": 10_000}),
+        ("after", "those after this id", {"type": "string"}),
+    )
+)
 SLO_PARAMETERS: tuple[dict[str, Any], ...] = tuple(
     {
         "name": name,
@@ -67,7 +76,13 @@ BATCH_ROUTES = (
         reply=replies.FileObject,
         statuses=(400, 404, 413, 415),
     ),
-    RouteSpec("GET", "/v1/files", batches.list_files, summary="Files", reply=replies.FileList, statuses=(400, 404)),
+    RouteSpec(
+        *("GET", "/v1/files", batches.list_files),
+        summary="Files",
+        reply=replies.FileList,
+        statuses=(400, 404),
+        parameters=FILE_PARAMETERS,
+    ),
     RouteSpec(
         *("GET", "/v1/files/{id}", batches.get_file),
         summary="A file",
@@ -122,7 +137,8 @@ BATCH_ROUTES = (
 
 async def openapi(service: Service, http: Request) -> Response:
     """GET /openapi.json."""
-    return JSONResponse(openapi_document())
+    root = service.options.root_path
+    return JSONResponse(openapi_document() | ({"servers": [{"url": root}]} if root else {}))
 
 
 @cache

@@ -159,7 +159,7 @@ class GenerationRequest(PromptRequest):
             raise BadRequest(
                 "response_format and structured_outputs ask for the same thing; give one", "response_format"
             )
-        return own or of_format
+        return of_format or own  # own may be empty, which is refused
 
     @property
     def default_max_tokens(self) -> int | None:

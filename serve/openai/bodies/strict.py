@@ -14,6 +14,7 @@ from apt_jax.serve.openai.bodies.neutral_fields import ALL, Fields, Neutral, ref
 if TYPE_CHECKING:
     from apt_jax.tokenization.tokenizer import Tokenizer
 
+HOLDERS = ("slo", "stream_options", "messages", "structured_outputs", "response_format")  # whose members are named too
 MAX_OBJECT_FIELDS = 256  # known and unknown
 TEXT, LIST = FORMS = "a text", "a list"  # of a field that may be either, which no path of a field names
 
@@ -82,7 +83,7 @@ def first_fault(error: ValidationError, model: type[BaseModel]) -> BadRequest:
     """What pydantic found first, in one sentence; unknown fields come with the nearest field of `model`."""
     fault = error.errors(include_url=False)[0]
     path = [str(part) for part in fault["loc"] if part not in FORMS]
-    name = ".".join(path[:2] if path and path[0] in ("slo", "stream_options", "messages") else path[:1])
+    name = ".".join(path[:2] if path and path[0] in HOLDERS else path[:1])
     match fault["type"]:
         case "extra_forbidden" if (field := not_served(path[-1], model)) is not None:
             return BadRequest(refused(path[-1], field), name)
