@@ -2,9 +2,12 @@
 
 import asyncio
 import json
+from typing import Any
 
 import pytest
 
+from apt_jax.serve.errors import BadRequest
+from apt_jax.serve.http.service import Service
 from tests.support.asgi_service import events_of, run, serving, until
 from tests.support.fake_engine import EOS, CharTokenizer, FakeEngine
 
@@ -170,3 +173,30 @@ def test_faults_are_told_by_name(fields, sentence):
     (reply,) = post({"prompt": "a", **fields})
     assert reply.status_code == 400 and "None" not in reply.text
     assert sentence in reply.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/completions", {"prompt": "a", "structured_outputs": {"choice": ["b"]}}),
+        ("/v1/completions", {"prompt": "a", "response_format": {"type": "json_object"}}),
+        ("/v1/responses", {"input": "a", "text": {"format": {"type": "json_object"}}}),
+    ],
+)
+def test_grammars_are_compiled_where_others_do_not_wait(path, body, monkeypatch):
+    """In no worker thread of other requests, and never on the event loop."""
+    waited: list[Any] = []
+
+    async def note(service, asked, model) -> None:
+        waited.append(asked)
+        raise BadRequest("compiled")
+
+    monkeypatch.setattr(Service, "check_grammar", note)
+
+    async def main():
+        async with serving(FakeEngine(tokenizer=CharTokenizer())) as client:
+            reply = await client.post(path, json=body)
+            assert reply.status_code == 400 and "compiled" in reply.text
+
+    run(main)
+    assert len(waited) == 1

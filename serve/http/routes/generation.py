@@ -54,10 +54,9 @@ async def generate(endpoint: Endpoint, service: Service, http: Request) -> Respo
             max_samples=model.engine.config.max_num_queued_reqs,
         )
 
-    is_structured = body.response_format is not None or body.structured_outputs is not None
-    if is_structured:
+    if body.is_structured:
         await service.check_grammar(body, model)
-    is_short = is_short and not is_structured and body.num_prompts * (body.n or 1) <= FEW_SAMPLES
+    is_short = is_short and not body.is_structured and body.num_prompts * (body.n or 1) <= FEW_SAMPLES
     generation = prepare() if is_short else await service.off_loop(prepare)
     if service.options.log_requests:
         fields = {"id": generation.request_id, "request_id": http.state.request_id}

@@ -162,6 +162,11 @@ class GenerationRequest(PromptRequest):
         return of_format or own  # own may be empty, which is refused
 
     @property
+    def is_structured(self) -> bool:
+        """Whether it says what the answer must follow; cheap, and true of what asks for nothing."""
+        return self.response_format is not None or self.structured_outputs is not None
+
+    @property
     def default_max_tokens(self) -> int | None:
         """Tokens to generate at most where the client says nothing; None is what the context holds."""
         return None

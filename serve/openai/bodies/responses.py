@@ -146,7 +146,12 @@ class ResponseRequest(GenerationRequest):
         own = super().asked_structure()
         if of_format is not None and own:
             raise BadRequest("text.format and structured_outputs ask for the same thing; give one", "text")
-        return own or of_format
+        return of_format or own  # own may be empty, which is refused
+
+    @property
+    def is_structured(self) -> bool:
+        """Whether it says what the answer must follow."""
+        return super().is_structured or (self.text is not None and self.text.format is not None)
 
 
 def parse_response(value: object) -> ResponseRequest:
