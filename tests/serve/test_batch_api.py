@@ -100,6 +100,21 @@ def test_chats_and_the_place_behind_everybody(tmp_path):
     service.batches.store.close()
 
 
+def test_a_batch_of_responses(tmp_path):
+    server, service = served(tmp_path)
+    source = lines_of({"input": "a", "max_output_tokens": 3}, {"input": "k", "store": True}, url="/v1/responses")
+    with server as url, openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
+        file = client.files.create(file=("in.jsonl", source), purpose="batch")
+        made = client.batches.create(input_file_id=file.id, endpoint="/v1/responses", completion_window="24h")
+        batch = ended(client, made)
+        (answer,) = [json.loads(line) for line in client.files.content(batch.output_file_id).text.splitlines()]
+        (fault,) = [json.loads(line) for line in client.files.content(batch.error_file_id).text.splitlines()]
+    body = answer["response"]["body"]
+    assert body["object"] == "response" and body["output"][0]["content"][0]["text"] == "bcd" and "slo" not in body
+    assert fault["response"]["body"]["error"]["param"] == "store"
+    service.batches.store.close()
+
+
 def test_each_key_sees_its_own(tmp_path):
     server, service = served(tmp_path, api_key=("one", "two"))
     with server as url:

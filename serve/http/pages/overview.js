@@ -1,6 +1,6 @@
 // The overview: what is promised and kept, over time; what happened; and a prompt to try.
 import { Chart } from "./charts.js";
-import { $, count, el, every, get, headers, ms, outcome, percent, phrase, promise, set, several, showServer, storyLink, storyOf, duration } from "./page.js";
+import { $, ago, count, el, every, get, headers, ms, outcome, percent, phrase, promise, set, several, showServer, storyLink, storyOf } from "./page.js";
 
 const GOOD = 0.9;
 const line = (key, name, colour, more = {}) => ({ key, name, colour: "var(--" + colour + ")", ...more });
@@ -100,7 +100,7 @@ function showRequests(requests) {
     el("td", {}, outcome(r)),
     el("td", { class: "n" }, count(r.prompt_tokens) + " → " + count(r.tokens)),
     el("td", { class: "n roomy" }, ms(r.slo.ttft_ms)),
-    el("td", { class: "n soft" }, duration(r.arrived_ago_ms) + " ago"))));
+    ago(r.arrived_ago_ms))));
 }
 
 async function showOverTime() {

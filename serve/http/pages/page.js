@@ -93,7 +93,8 @@ export function colour(reason) {
 }
 export const phrase = text => el("span", { class: "phrase" }, el("i", { class: "dot", style: { background: colour(text) } }), text);
 export const storyLink = id => "requests?id=" + encodeURIComponent(id);
-export const storyOf = id => el("a", { href: storyLink(id), title: id }, el("span", { class: "roomy" }, shortId(id)), el("span", { class: "narrow" }, id.length > 9 ? "…" + id.slice(-6) : id));
+export const ago = at => el("td", { class: "n soft" }, duration(at), el("span", { class: "roomy" }, " ago"));
+export const storyOf = id => el("a", { href: storyLink(id), title: id }, el("span", { class: "roomy" }, shortId(id)), el("span", { class: "narrow" }, id.length > 6 ? "…" + id.slice(-4) : id));
 export const shortId = id => id.length > 18 ? id.slice(0, 10) + "…" + id.slice(-5) : id;
 
 export function outcome(request) {

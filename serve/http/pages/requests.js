@@ -1,5 +1,5 @@
 // The newest requests, and the story of one: what the scheduler did with it, why, and when its tokens came.
-import { $, colour, count, duration, el, every, get, ms, outcome, promise, set, several, showServer, storyLink, storyOf, svg } from "./page.js";
+import { $, ago, colour, count, duration, el, every, get, ms, outcome, promise, set, several, showServer, storyLink, storyOf, svg } from "./page.js";
 
 const asked = new URLSearchParams(location.search).get("id");
 let listed = [];
@@ -16,7 +16,7 @@ function showList() {
     el("td", { class: "n" }, count(r.prompt_tokens) + " → " + count(r.tokens)),
     el("td", { class: "n roomy" }, ms(r.slo.ttft_ms)), el("td", { class: "n roomy" }, ms(r.slo.longest_gap_ms)),
     el("td", { class: "roomy" }, r.slo.cache_kinds.join(" → ") || "–"),
-    el("td", { class: "n soft" }, duration(r.arrived_ago_ms) + " ago"))));
+    ago(r.arrived_ago_ms))));
 }
 $("wanted").addEventListener("change", showList);
 $("search").addEventListener("keydown", event => { if (event.key === "Enter" && $("search").value.trim()) location.href = storyLink($("search").value.trim()); });
@@ -54,9 +54,9 @@ function picture(story) {
       image.append(svg("text", { x: x(limit) + (late ? -5 : 5), y: TOP - 8, "text-anchor": late ? "end" : "start" }, "limit of the first token"));
     }
     story.events.forEach((event, i) => {
-      const row = lane(event), next = story.events[i + 1], colours = colour(event.reason);
+      const row = lane(event), next = story.events[i + 1], colours = event.action === "finished" ? "var(--text)" : colour(event.reason);
       if (row === null) {
-        image.append(svg("line", { x1: x(event.after_ms), x2: x(event.after_ms), y1: TOP, y2: bottom, stroke: colours, "stroke-width": 2 }));
+        image.append(svg("line", { x1: x(event.after_ms), x2: x(event.after_ms), y1: TOP, y2: bottom, stroke: colours, "stroke-width": event.action === "finished" ? 1 : 2 }));
         return;
       }
       const until = next ? next.after_ms : Math.max(event.until_ms, ...tokens.slice(-1));

@@ -1,4 +1,4 @@
-"""The openai client, of whatever version is installed: completions, chats, streams, schemas, embeddings, errors."""
+"""The openai client, of whatever version is installed: completions, chats, streams, schemas, embeddings and more."""
 
 import json
 import sys
@@ -43,6 +43,19 @@ picked = client.completions.create(model=model, prompt="Is it?", max_tokens=5, e
 assert picked.choices[0].text in ("yes", "no")
 vectors = client.embeddings.create(model=model, input=["a file", "a socket"]).data
 assert len(vectors) == 2 and abs(sum(x * x for x in vectors[0].embedding) - 1) < 1e-3
+if hasattr(client, "responses"):
+    answer = client.responses.create(model=model, input="Open a file.", max_output_tokens=12, temperature=0)
+    assert answer.status in ("completed", "incomplete") and answer.usage.output_tokens <= 12
+    events = list(
+        client.responses.create(model=model, input="Open a file.", max_output_tokens=12, temperature=0, stream=True)
+    )
+    told = "".join(event.delta for event in events if event.type == "response.output_text.delta")
+    assert told == answer.output_text == events[-1].response.output_text
+    text = {"format": {"type": "json_schema", "name": "thing", "schema": SCHEMA, "strict": True}}
+    shaped = client.responses.create(model=model, input="A thing.", max_output_tokens=80, text=text)
+    assert json.loads(shaped.output_text).keys() == {"name", "count"}
+found = client.post("/score", body={"text_1": "def add(", "text_2": ["a, b):", "banana"]}, cast_to=object)
+assert len(found["data"]) == 2 and all(entry["score"] < 0 for entry in found["data"])
 for fields, kind, code in (
     ({"prompt": "x" * 9000}, openai.BadRequestError, "context_length_exceeded"),
     ({"prompt": "x", "model": "other"}, openai.NotFoundError, "model_not_found"),
@@ -54,4 +67,4 @@ for fields, kind, code in (
         assert error.code == code, error
     else:
         raise AssertionError(f"{fields} was taken")
-print("completions, chats, streams, log-probabilities, a JSON schema, embeddings, errors")
+print("completions, chats, streams, log-probabilities, a JSON schema, embeddings, responses, scores, errors")
