@@ -13,6 +13,7 @@ from apt_jax.cpu_kernels.large_pages import LargePages, aligned
 from apt_jax.models.kernels import Kernel
 
 PACKED_OUTPUTS = 32  # of a packed tile; as kPackedWidth in matmul.h
+_LANES = 16  # of the widest registers
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class PackedKernel(Kernel):
     def array(self) -> jax.Array:
         """The unpacked array, a copy; no step needs it."""
         outputs = math.prod(self.shape) // self._inputs
-        return self.by_head().swapaxes(0, 1).reshape(self._inputs, -1)[:, :outputs].reshape(self.shape)
+        return self._tiles().swapaxes(0, 1).reshape(self._inputs, -1)[:, :outputs].reshape(self.shape)
 
     def matmul(self, x: jax.Array, axes: int = 1, dtype: DTypeLike | None = None) -> jax.Array:
         """See `Kernel`; the sums are float32."""
@@ -40,7 +41,10 @@ class PackedKernel(Kernel):
         return found.reshape(*index.shape, -1)
 
     def by_head(self) -> jax.Array:
-        """See `Kernel`: the packed tiles, without a copy where they are float32."""
+        """See `Kernel`: the packed tiles, of float32 without a copy; or heads, where they are not whole tiles."""
+        return super().by_head() if self.shape[-1] % PACKED_OUTPUTS else self._tiles()
+
+    def _tiles(self) -> jax.Array:
         if self.stored.ndim == 3:
             return self.stored
         return self.stored.swapaxes(2, 3).reshape(len(self.stored), -1, PACKED_OUTPUTS)
@@ -53,6 +57,11 @@ class PackedKernel(Kernel):
 def can_pack(inputs: int, dtype: DTypeLike) -> bool:
     """Whether the C++ matmul takes such kernels: float32, or bfloat16 with an even number of inputs."""
     return dtype == jnp.float32 or (dtype == jnp.bfloat16 and inputs % 2 == 0)
+
+
+def can_absorb(inputs: int, head_dim: int) -> bool:
+    """Whether the C++ layers take keys' and values' kernels of such heads: they are read by tiles of inputs."""
+    return inputs % PACKED_OUTPUTS == 0 and head_dim % _LANES == 0
 
 
 def packed_bytes(inputs: int, outputs: int, dtype: DTypeLike) -> int:

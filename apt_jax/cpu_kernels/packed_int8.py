@@ -52,7 +52,9 @@ class PackedInt8Kernel(Kernel):
         return (codes[..., : self._inputs].astype(jnp.float32) * self.scale[index][..., None]).astype(self.dtype)
 
     def by_head(self) -> jax.Array:
-        """See `Kernel`: the tiles, a copy; heads must be whole tiles."""
+        """See `Kernel`: the tiles or, if heads are not whole ones, the heads; a copy."""
+        if self.shape[-1] % PACKED_OUTPUTS:
+            return super().by_head()
         return self._parts()[:, : self._inputs].astype(self.dtype)
 
     def _parts(self) -> jax.Array:

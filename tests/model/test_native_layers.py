@@ -16,7 +16,7 @@ from apt_jax.execution.forms.native import NativeForm, scratch_bytes
 from apt_jax.execution.weights.int8 import PARTS
 from apt_jax.models.opt import OPT
 from tests.support.engines import GREEDY, Orders, finish, make_engine
-from tests.support.native_steps import BARE, HIDDEN, KV, ODD, PLAIN, POST_NORM, Step, packed_weights
+from tests.support.native_steps import BARE, HIDDEN, KV, ODD, PLAIN, POST_NORM, UNEVEN, Step, packed_weights
 
 try:
     library.register()
@@ -46,7 +46,8 @@ MANY = [(110, 9, True), (100, 8, False)] * 20  # more keys than are packed at a 
         (PLAIN, PROMPTS, jnp.float32), (POST_NORM, PROMPTS, jnp.bfloat16),
         (PLAIN, CHUNKS, jnp.float32), (PLAIN, CHUNKS, jnp.bfloat16), (POST_NORM, CHUNKS, jnp.float32),
         (BARE, CHUNKS, jnp.float32), (PLAIN, [(90, 30, True)], jnp.float32), (PLAIN, [(0, 120, False)], jnp.float32),
-        (PLAIN, MANY, jnp.float32),
+        (PLAIN, MANY, jnp.float32), (UNEVEN, MIXED, jnp.float32), (UNEVEN, ALL_HIDDEN, jnp.bfloat16),
+        (UNEVEN, CHUNKS, jnp.float32), (UNEVEN, PROMPTS, jnp.bfloat16),
     ],
 )  # fmt: skip
 def test_one_call_is_the_layers_one_after_the_other(config, requests, dtype):
@@ -63,7 +64,8 @@ def test_one_call_is_the_layers_one_after_the_other(config, requests, dtype):
     [
         (PLAIN, MIXED, jnp.float32), (POST_NORM, ALL_HIDDEN, jnp.bfloat16), (PLAIN, ALL_KV, jnp.bfloat16),
         (BARE, decoding([120], [True]), jnp.float32), (PLAIN, PROMPTS, jnp.float32), (POST_NORM, CHUNKS, jnp.bfloat16),
-        (BARE, CHUNKS, jnp.float32), (PLAIN, MANY, jnp.float32),
+        (BARE, CHUNKS, jnp.float32), (PLAIN, MANY, jnp.float32), (UNEVEN, CHUNKS, jnp.float32),
+        (UNEVEN, ALL_HIDDEN, jnp.float32),
     ],
 )  # fmt: skip
 def test_one_call_over_an_int8_cache(config, requests, dtype):
@@ -88,6 +90,7 @@ def test_one_call_over_an_int8_cache(config, requests, dtype):
         (PLAIN, PROMPTS, jnp.float32, "int8", ("k_proj", "fc2")), (PLAIN, CHUNKS, jnp.float32, "int8-dynamic", PARTS),
         (POST_NORM, MIXED, jnp.bfloat16, "int8-dynamic", PARTS), (ODD, PROMPTS, jnp.bfloat16, "int8-dynamic", PARTS),
         (PLAIN, ALL_HIDDEN, jnp.float32, "int8-dynamic", ("q_proj", "v_proj", "fc1")),
+        (UNEVEN, MIXED, jnp.float32, "int8", PARTS), (UNEVEN, CHUNKS, jnp.bfloat16, "int8", PARTS),
     ],
 )  # fmt: skip
 def test_one_call_with_int8_weights(config, requests, dtype, quantization, parts):
@@ -211,7 +214,7 @@ def few_shapes(monkeypatch):
 def test_other_layers_are_left_to_a_program_each():
     model = OPT(replace(PLAIN, activation_function="gelu"), rngs=nnx.Rngs(0))
     assert not NativeForm.takes(packed_weights(model))
-    config = replace(PLAIN, num_attention_heads=6)  # of 16: two in a panel
+    config = replace(PLAIN, num_attention_heads=12)  # of 8
     engine = make_engine(OPT(config, rngs=nnx.Rngs(0)), config, attention_backend="native", calibrate=False)
     prompt = engine.add([5, 6, 7], GREEDY, request_id="a")
     finish(engine)

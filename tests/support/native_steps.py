@@ -28,6 +28,9 @@ PLAIN = ModelConfig(
 POST_NORM = replace(PLAIN, do_layer_norm_before=False, word_embed_proj_dim=32)
 BARE = replace(PLAIN, enable_bias=False, layer_norm_elementwise_affine=False, num_attention_heads=1, hidden_size=64)
 ODD = replace(PLAIN, ffn_dim=147)
+UNEVEN = replace(
+    PLAIN, hidden_size=192, num_attention_heads=4, word_embed_proj_dim=192
+)  # heads of one and a half packed tiles
 BLOCK_SIZE, PAGES = 8, 16
 KV, HIDDEN = CacheKind.KV, CacheKind.HIDDEN
 

@@ -18,7 +18,7 @@ from flax import nnx
 
 from apt_jax.cpu_kernels.calls import KERNELS as CPU_KERNELS
 from apt_jax.cpu_kernels.large_pages import LargePages
-from apt_jax.cpu_kernels.packed import PACKED_OUTPUTS, PackedKernel, can_pack, pack, packed_bytes
+from apt_jax.cpu_kernels.packed import PACKED_OUTPUTS, PackedKernel, can_absorb, can_pack, pack, packed_bytes
 from apt_jax.cpu_kernels.packed_int8 import PackedInt8Kernel, pack_int8, packed_int8_bytes
 from apt_jax.execution.weights.int8 import Int8Choice, quantised_kernel
 from apt_jax.execution.weights.layout import (
@@ -149,9 +149,9 @@ class LayerLayout(WeightLayout):
         return Placed([(self._put(transposed),)], partial(TransposedKernel, shape=shape[::-1]))
 
     def _takes_packed(self, path: Path, shape: tuple[int, ...]) -> bool:
-        """Whether a kernel of `shape` is packed, if its number type allows it; those of heads in whole packed tiles."""
+        """Whether a kernel of `shape` is packed, if its number type allows it."""
         by_heads = path[-2] in ("k_proj", "v_proj")
-        return self.packs and (not by_heads or shape[-1] % PACKED_OUTPUTS == 0)
+        return self.packs and (not by_heads or can_absorb(shape[0], shape[-1]))
 
     def _put(self, array: np.ndarray) -> jax.Array:
         return jax.device_put(array, self.device, may_alias=True)
