@@ -33,7 +33,7 @@ if MISSING:
 CONTEXT, BLOCK_SIZE = 2048, 32
 LAYERS = {"6.7B": 32, "13B": 40}
 GIB = 2**30
-SPARE = 5 * GIB // 8  # for what a step takes beside weights and pool, and a copy of an int8 pool's scales
+SPARE = GIB // 4  # for what a step takes beside weights and pool; a copy of an int8 pool's scales would not fit
 KV, HIDDEN = CacheKind.KV, CacheKind.HIDDEN
 
 
