@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 
 from apt_jax.cache import CacheKind
-from apt_jax.request import Slo
+from apt_jax.request import OFFLINE_SLO, Slo
 from apt_jax.scheduling.costs.cost_model import CostModel, Scales
 from apt_jax.scheduling.costs.hardware import HARDWARE, MODELS
 from apt_jax.scheduling.costs.step_load import StepLoad
@@ -76,6 +76,17 @@ def test_a_stall_limit_below_the_gap_limit_is_the_tighter_promise(gap_s, stall_s
     run(state, "tight", 7, slo=Slo(60.0, gap_s, stall_s))
     wait(state, "essay", 1800, arrival_s=0.04, slo=Slo(1.3 * 1800 / 1024, 60.0))
     assert decide(state, 0.05, model=toy())[-1] == f"run essay {tokens} kv ADMITTED_KV"
+
+
+@pytest.mark.parametrize(("watched", "expected"), [(False, 1800), (True, 16)])
+def test_prompts_come_first_while_nobody_waits_for_the_next_token(watched, expected):
+    """Offline work: few decodes would read the weights as often as many. Behind somebody who waits it is paced."""
+    state = make_state(4000, tokens=2048)
+    run(state, "batch", 7, slo=OFFLINE_SLO)
+    if watched:
+        run(state, "chat", 7, slo=Slo(1.0, 1.0))
+    wait(state, "essay", 1800, arrival_s=0.04, slo=OFFLINE_SLO)
+    assert decide(state, 0.05, model=toy())[-1] == f"run essay {expected} kv ADMITTED_KV"
 
 
 def test_a_prompt_alone_has_a_quarter_of_the_first_token_s_promise_whatever_its_gaps():

@@ -2,7 +2,8 @@
 
 Products that are computed while the weights are read cost nothing. An iteration takes as many prompt tokens as that
 hides, and more only where a first token (or the next one after a preemption) would come too late otherwise, within a
-quarter of the tightest promise.
+quarter of the tightest promise. If that is minutes away nobody watches (offline work): then prompts come first, since
+few decodes read the weights as often as many.
 """
 
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from apt_jax.scheduling.policies.apt.draft import Draft
 from apt_jax.scheduling.policies.apt.facts.view import View
 
 STEP_SHARE = 0.25  # of the tightest promise, a gap or a first token, that one iteration may last
+WATCHED_S = 300.0  # a promise, of a gap or a first token, beyond which nobody waits for the next token
 TARGET_SHARE = 0.5  # of what is left of its limit within which a prompt is to be computed
 
 
@@ -108,7 +110,8 @@ def prefill_budget(view: View, draft: Draft, wanted: list[Prompt]) -> Budget:
     step_s = view.decode_s(decodes) if len(decodes) else model.step_s(StepLoad(1))
     promise_s = view.tightest_s(decodes)
     extra_s = max(STEP_SHARE * promise_s - step_s, min(step_s, (promise_s - step_s) / 2), 0.0)
-    needed_s = _needed_s(model, wanted, free_s, step_s) if len(decodes) else np.inf  # nobody waits for its next token
+    is_watched = len(decodes) > 0 and promise_s <= WATCHED_S
+    needed_s = _needed_s(model, wanted, free_s, step_s) if is_watched else np.inf
     return Budget(free_s, min(free_s + extra_s, max(free_s, needed_s)), extra_s)
 
 
