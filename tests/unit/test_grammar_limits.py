@@ -1,7 +1,10 @@
 """Hostile grammars: whatever one is, it ends within its limits, with a reason, and nobody else waits for it."""
 
+import contextlib
+import errno
 import gc
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -14,6 +17,7 @@ import pytest
 
 from apt_jax.output import QueueFull
 from apt_jax.tokenization.grammars import compiling, process
+from apt_jax.tokenization.grammars import forking as forking_module
 from apt_jax.tokenization.grammars.compiling import Grammars, Lanes
 from apt_jax.tokenization.grammars.forking import ForkingProcess
 from apt_jax.tokenization.grammars.frames import FAILED, MASK, TAKEN
@@ -145,7 +149,7 @@ def test_one_that_explodes_while_it_is_followed_ends_alone(grammars, asked):
         (signal.SIGPROF, "it takes more than 0.5 s of processor time; make it smaller"),
         (signal.SIGABRT, "it takes more than 192 MiB of memory; make it smaller"),
         (signal.SIGSEGV, "it is nested too deep; make it smaller"),
-        (signal.SIGKILL, "its process has ended; make it smaller"),
+        (signal.SIGKILL, "its process has ended; try again later"),
     ],
 )
 def test_the_kernel_ends_the_process_of_one_that_passes_a_limit(tokenizer, number, reason):
@@ -158,6 +162,8 @@ def test_the_kernel_ends_the_process_of_one_that_passes_a_limit(tokenizer, numbe
     assert (hostile.accept(token) or hostile.allow(words)) == reason
     assert hostile.allow(words) == reason and hostile.accept(token) == reason
     assert other.accept(token) is None and other.allow(words) is None
+    again = grammars.matcher({"regex": "q{30}"})  # by a process of its own: one bad output is not the grammar's end
+    assert again.accept(token) is None and again.allow(words) is None
 
 
 def test_an_output_has_a_limit_for_all_its_tokens(monkeypatch):
@@ -249,6 +255,42 @@ def test_it_starts_again_if_somebody_ends_it(tokenizer):
         os.waitpid(child, 0)
     grammars.check({"choice": ["no"]})
     assert first.allow(np.zeros(WORDS, np.int32)) is None
+
+
+@pytest.mark.parametrize("is_killed", [True, False])
+def test_a_grammar_is_not_refused_for_what_it_did_not_do(tokenizer, monkeypatch, is_killed):
+    """It was refused as too large ever after if somebody ended the process that forks, or no descriptor was left."""
+    grammars, asked = Grammars(tokenizer, 1), {"regex": "never before"}
+    with monkeypatch.context() as patch:
+        if is_killed:
+            forking = max(processes_of(os.getpid()))
+            os.kill(forking, signal.SIGSTOP)
+            killer = threading.Timer(0.3, os.kill, (forking, signal.SIGKILL))
+            killer.start()
+        else:
+            patch.setattr(forking_module.socket, "socketpair", no_descriptors)
+        with pytest.raises(QueueFull, match=r"; try again later$"):
+            grammars.check(asked)
+    grammars.check(asked)
+
+
+def no_descriptors():
+    raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+
+def test_they_begin_where_a_thousand_files_are_open(tokenizer):
+    """The process that forks was told of descriptors for which `select` has no room."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(4096, hard), hard))
+    try:
+        with contextlib.ExitStack() as stack:
+            for _ in range(1100):
+                stack.enter_context(open(os.devnull, "rb"))
+            grammars = Grammars(tokenizer, 1)
+            for _ in range(2):
+                assert grammars.matcher({"choice": ["yes"]}).allow(np.zeros(WORDS, np.int32)) is None
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def processes_of(parent: int) -> list[int]:

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from apt_jax.output import QueueFull
-from apt_jax.tokenization.grammars.following import Died, GrammarProcess, Matcher
+from apt_jax.tokenization.grammars.following import NOT_TOLD, Died, GrammarProcess, Matcher
 from apt_jax.tokenization.grammars.forking import ForkingProcess
 from apt_jax.tokenization.grammars.frames import FAILED, OPEN, READY, read_frame, write_frame
 
@@ -83,10 +83,18 @@ class Grammars:
             raise ValueError(f"structured_outputs has {len(key)} characters, at most {MAX_CHARS} are allowed")
         digest = hashlib.sha256(key.encode()).digest()
         with self._lock:
-            if (kept := self._kept.get(key)) is not None:
-                self._kept.move_to_end(key)
-                return kept
-            known = self._refused.get(digest)
+            kept, known = self._kept.get(key), self._refused.get(digest)
+        if kept is not None:
+            has_ended = kept.has_ended()
+            with self._lock:
+                is_kept = self._kept.get(key) is kept  # else another thread has found that out, or let go of it
+                if not has_ended:
+                    if is_kept:
+                        self._kept.move_to_end(key)
+                    return kept
+                self._processes.discard(kept)
+                if is_kept:
+                    del self._kept[key]
         found = known or self._compile(asked)
         with self._lock:
             if isinstance(found, str):
@@ -115,12 +123,17 @@ class Grammars:
                 died = error
         if self._fast.is_closed:
             raise QueueFull(STOPPING)
+        if died.is_accident:
+            raise QueueFull(f"a grammar was not compiled: {died}")
         ((kind, _),) = asked.items()
         return f"structured_outputs {kind} cannot be compiled: {died}"
 
     def _attempt(self, asked: Mapping[str, Any], cpu_s: float) -> GrammarProcess | str:
         """Raises Died if that takes more than `cpu_s` of processor time, or too much memory."""
-        link = self._parent.fork()
+        try:
+            link = self._parent.fork()
+        except OSError as error:
+            raise QueueFull(f"no process can be started for a grammar ({error.strerror}); try again later") from error
         with self._lock:
             self._compiling.add(link)
         try:
@@ -139,7 +152,7 @@ class Grammars:
         link.close()
         if frame is not None and frame.kind == FAILED:
             return frame.data.decode()
-        raise Died(0 if frame is None else int(frame.data), cpu_s)
+        raise Died(NOT_TOLD if frame is None else int(frame.data), cpu_s)
 
     def _make_room(self) -> None:
         """Let go of grammars that nothing follows if there are too many processes; raises QueueFull if none is."""

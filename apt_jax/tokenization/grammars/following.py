@@ -22,6 +22,7 @@ from apt_jax.tokenization.grammars.frames import (
     OPEN,
     TOKEN_S,
     Frame,
+    has_come,
     read_frame,
 )  # fmt: skip
 
@@ -30,15 +31,22 @@ class Died(RuntimeError):
     """A grammar's process has ended, by a signal in most cases: over a limit.
 
     Args:
-        signal: 0 if it is not known.
+        signal: 0 if it has failed by itself, NOT_TOLD if nobody knows.
         limit_s: of processor time.
+
+    Attributes:
+        is_accident: whether somebody has ended it, or none could be started: the grammar may be as good as any.
     """
 
     def __init__(self, signal: int, limit_s: float):
         self.signal = signal
-        super().__init__(f"{_CAUSES.get(signal, 'its process has ended').format(limit_s)}; make it smaller")
+        self.is_accident = signal in _ACCIDENTS
+        cure = "try again later" if self.is_accident else "make it smaller"
+        super().__init__(f"{_CAUSES.get(signal, 'its process has ended').format(limit_s)}; {cure}")
 
 
+NOT_TOLD = -1
+_ACCIDENTS = (NOT_TOLD, signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 _CAUSES: dict[int, str] = {
     signal.SIGPROF: "it takes more than {:g} s of processor time",
     signal.SIGABRT: f"it takes more than {MOST_MIB} MiB of memory",
@@ -169,16 +177,30 @@ class GrammarProcess:
             while not (mine := self._answers[number]):
                 if self._died_of is not None:
                     raise Died(self._died_of, TOKEN_S)
-                frame = read_frame(self._link)
-                if frame is None or frame.kind == DIED:
-                    self._died_of = 0 if frame is None else int(frame.data)
-                    continue
-                if frame.mib > self.mib:
-                    self.mib = frame.mib
-                    self._on_growth()
-                if (box := self._answers.get(frame.matcher)) is not None:
-                    box.append(frame)
+                self._take()
             return mine.popleft()
+
+    def has_ended(self) -> bool:
+        """Whether its process is known to have ended; it does not wait."""
+        if self._lock.acquire(blocking=False):  # else somebody reads, and finds out
+            try:
+                while self._died_of is None and has_come(self._link):
+                    self._take()
+            finally:
+                self._lock.release()
+        return self._died_of is not None
+
+    def _take(self) -> None:
+        """Put what comes next where it is looked for."""
+        frame = read_frame(self._link)
+        if frame is None or frame.kind == DIED:
+            self._died_of = NOT_TOLD if frame is None else int(frame.data)
+            return
+        if frame.mib > self.mib:
+            self.mib = frame.mib
+            self._on_growth()
+        if (box := self._answers.get(frame.matcher)) is not None:
+            box.append(frame)
 
     def end(self) -> None:
         """End the process; its outputs fail."""

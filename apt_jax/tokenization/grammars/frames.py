@@ -3,6 +3,7 @@
 Without llguidance and numpy.
 """
 
+import select
 import socket
 import struct
 from typing import NamedTuple
@@ -40,6 +41,13 @@ def read_frame(link: socket.socket) -> Frame | None:
     kind, matcher, mib, length = HEAD.unpack(head)
     data = read_exactly(link, length)
     return None if data is None else Frame(kind, matcher, mib, data)
+
+
+def has_come(link: socket.socket) -> bool:
+    """Whether something can be read, or has ended. (`select` knows no descriptor above 1023.)"""
+    poll = select.poll()
+    poll.register(link, select.POLLIN)
+    return bool(poll.poll(0))
 
 
 def read_exactly(link: socket.socket, count: int) -> bytes | None:

@@ -37,6 +37,7 @@ from apt_jax.tokenization.grammars.frames import (
     READY,
     TAKEN,
     TOKEN_S,
+    has_come,
     read_exactly,
     read_frame,
     write_frame,
@@ -209,7 +210,7 @@ def ended_with(link: socket.socket) -> Iterator[None]:
     flags = fcntl.fcntl(link, fcntl.F_GETFL)
     fcntl.fcntl(link, fcntl.F_SETOWN, os.getpid())
     fcntl.fcntl(link, fcntl.F_SETFL, flags | os.O_ASYNC)
-    if select.select([link], [], [], 0)[0]:  # it has done so before
+    if has_come(link):  # it has done so before
         os._exit(0)
     yield
     fcntl.fcntl(link, fcntl.F_SETFL, flags)
@@ -254,13 +255,16 @@ def main(control: socket.socket, eos_token_id: int) -> None:
     signal.set_wakeup_fd(woken.fileno())
     signal.signal(signal.SIGCHLD, lambda number, stack: None)
     links: dict[int, socket.socket] = {}
+    poll = select.poll()
+    for end in (control, wake):
+        poll.register(end, select.POLLIN)
     while True:
-        ready = select.select([control, wake], [], [])[0]
-        if wake in ready:
+        ready = {descriptor for descriptor, _ in poll.poll()}
+        if wake.fileno() in ready:
             with contextlib.suppress(BlockingIOError):
                 wake.recv(4096)
             reap(links)
-        if control in ready:
+        if control.fileno() in ready:
             data, fds, _, _ = socket.recv_fds(control, 1, 1)
             if not data:
                 return
@@ -281,9 +285,9 @@ def reap(links: dict[int, socket.socket]) -> None:
         if not pid:
             return
         with links.pop(pid) as link, contextlib.suppress(OSError):
-            if os.WIFSIGNALED(status):
+            if status:
                 link.settimeout(1)
-                write_frame(link, DIED, data=str(os.WTERMSIG(status)).encode())
+                write_frame(link, DIED, data=str(os.WTERMSIG(status)).encode())  # 0: it has failed by itself
 
 
 if __name__ == "__main__":
