@@ -7,6 +7,7 @@ from typing import Any
 from apt_jax.request import FinishReason, Request
 
 NO_WAY_ON = "the output cannot go on as "
+TRY_AGAIN = "try again later"  # ends the reason where the same request may well succeed
 
 
 class QueueFull(RuntimeError):
@@ -63,7 +64,7 @@ class Output:
     @property
     def is_contradictory(self) -> bool:
         """Whether it ended with an error because of what its client asked for, not of the engine."""
-        return self.error is not None and self.error.startswith(NO_WAY_ON)
+        return self.error is not None and self.error.startswith(NO_WAY_ON) and not self.error.endswith(TRY_AGAIN)
 
     def of(self, request: Request) -> "Output":
         """The same for another record of the request. Made for every token, so without a constructor's checks."""

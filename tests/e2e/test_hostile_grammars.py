@@ -1,5 +1,6 @@
 """Hostile grammars at a server: nobody else is denied, and it ends in order with one that is being compiled."""
 
+import os
 import signal
 import threading
 import time
@@ -10,7 +11,7 @@ import pytest
 from apt_jax.serve.batch.store import BatchStore
 from tests.support.live_server import until
 from tests.support.served_model import is_ready, start_server, write_folder
-from tests.unit.test_grammar_limits import ENDLESS
+from tests.unit.test_grammar_limits import ENDLESS, processes_of
 
 MANY = 45
 
@@ -58,3 +59,31 @@ def test_the_server_ends_in_order_while_grammars_are_compiled(folder, tmp_path):
     assert "stopped" in errors and "Traceback" not in errors and "CancelledError" not in errors
     assert {reply.status_code for reply in replies} <= {400, 503}
     BatchStore(tmp_path / "batches")  # nobody holds it any more
+
+
+def test_a_request_whose_grammar_is_killed_from_outside_is_not_to_blame(folder):
+    """It got 400, as if it were wrong, and so did every later request of that grammar."""
+    process, url = start_server(folder)
+    body = {"prompt": "the", "max_tokens": 8, "structured_outputs": {"regex": "[a-f]{9}"}}
+    replies: list[httpx.Response] = []
+
+    def ask() -> None:
+        replies.append(httpx.post(f"{url}/v1/completions", json=body, timeout=240))
+
+    try:
+        until(lambda: is_ready(url), 240)
+        ask()
+        (forking,) = processes_of(process.pid)
+        (follower,) = processes_of(forking)
+        os.kill(follower, signal.SIGSTOP)  # it has told the first tokens, the second ones are waited for
+        thread = threading.Thread(target=ask)
+        thread.start()
+        time.sleep(1)
+        os.kill(follower, signal.SIGKILL)
+        thread.join()
+        ask()
+    finally:
+        process.terminate()
+        process.communicate(timeout=120)
+    assert [reply.status_code for reply in replies] == [200, 500, 200]
+    assert replies[1].json()["error"]["message"].endswith("its process has ended; try again later")

@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 import numpy as np
 
+from apt_jax.output import TRY_AGAIN
 from apt_jax.tokenization.grammars.frames import (
     ACCEPT,
     ASK,
@@ -41,7 +42,7 @@ class Died(RuntimeError):
     def __init__(self, signal: int, limit_s: float):
         self.signal = signal
         self.is_accident = signal in _ACCIDENTS
-        cure = "try again later" if self.is_accident else "make it smaller"
+        cure = TRY_AGAIN if self.is_accident else "make it smaller"
         super().__init__(f"{_CAUSES.get(signal, 'its process has ended').format(limit_s)}; {cure}")
 
 
