@@ -158,16 +158,23 @@ void multiply_values(Team& team, const Shape& shape, const float* found, const K
     thread_local std::vector<X> transposed;
     thread_local Scratch scratch;
     transposed.resize(size_t(shape.rows) * padded(D));
-    for (int tile = 0; tile < tiles.count; tile++) {
-      const int first = tiles.first(tile), rows = tiles.rows(tile);
-      transpose([&](int m) { return found + (size_t(first + m) * N + n) * D; }, rows, D,
-                transposed.data() + size_t(first) * padded(D), rows,
-                [&](float x, int i) {
-                  if (centre) x = centre[i] + width[i] * x;
-                  return kernel.factor ? x * kernel.factor[i] : x;
-                },
-                padded(D));
-    }
+    // `number` has no condition for each number, or the compiler takes them one by one.
+    const auto put = [&](const auto& number) {
+      for (int tile = 0; tile < tiles.count; tile++) {
+        const int first = tiles.first(tile), rows = tiles.rows(tile);
+        transpose([&](int m) { return found + (size_t(first + m) * N + n) * D; }, rows, D,
+                  transposed.data() + size_t(first) * padded(D), rows, number, padded(D));
+      }
+    };
+    const float* factor = kernel.factor;
+    if (centre && factor)
+      put([=](float x, int i) { return (centre[i] + width[i] * x) * factor[i]; });
+    else if (centre)
+      put([=](float x, int i) { return centre[i] + width[i] * x; });
+    else if (factor)
+      put([=](float x, int i) { return x * factor[i]; });
+    else
+      put([](float x, int) { return x; });
     // whole packed tiles, of which the outputs outside the head are left out
     const int begin = n * H / kPackedWidth, end = (n * H + H + kPackedWidth - 1) / kPackedWidth;
     const int outputs = (end - begin) * kPackedWidth, before = n * H - begin * kPackedWidth;

@@ -187,24 +187,27 @@ class Step {
     multiply<Number>(team_, transposed_, tiles_, products);
     if (!shape_.norm_first) norm_stream(own.attention_scale, own.attention_bias);
 
-    const auto relu = [&](float x, int i) {
-      const float inner = biased(x, own.fc1_bias, i);
+    const auto relu = [bias = own.fc1_bias](float x, int i) {
+      const float inner = biased(x, bias, i);
       return inner < 0 ? 0 : inner;  // NaN stays NaN
     };
     std::vector<Product> outer{{own.fc2, D, added_, add_to_stream(own.fc2_bias), 0, n}};
     inner_transposed_.choose(outer);
+    // `number` has no condition for each number, or the compiler takes them one by one.
     const auto put_inner = [&](int first, int last, int begin, int end) {
-      for (int t = first; t < last;) {
-        const int rows = tiles_.rows(tiles_.of(t));
-        transpose([&](int m) { return inner_ + size_t(t + m) * F + begin; }, rows, end - begin,
-                  inner_transposed_.numbers(0) + size_t(t) * padded(F) + size_t(begin) * rows, rows,
-                  [&](float x, int i) {
-                    const float inner = relu(x, begin + i);
-                    return own.fc2.factor ? inner * own.fc2.factor[begin + i] : inner;
-                  },
-                  end == F ? padded(F) - begin : 0);
-        t += rows;
-      }
+      const auto put = [&](const auto& number) {
+        for (int t = first; t < last;) {
+          const int rows = tiles_.rows(tiles_.of(t));
+          transpose([&](int m) { return inner_ + size_t(t + m) * F + begin; }, rows, end - begin,
+                    inner_transposed_.numbers(0) + size_t(t) * padded(F) + size_t(begin) * rows, rows, number,
+                    end == F ? padded(F) - begin : 0);
+          t += rows;
+        }
+      };
+      if (const float* factor = own.fc2.factor)
+        put([=](float x, int i) { return relu(x, begin + i) * factor[begin + i]; });
+      else
+        put([=](float x, int i) { return relu(x, begin + i); });
     };
     const bool puts_codes = own.fc2.form == Form::kAllCodes;  // they need a row's greatest number first
     products = {{own.fc1, F, inner_, {}, 0, n}};

@@ -42,7 +42,7 @@ class PackedKernel(Kernel):
 
     def by_head(self) -> jax.Array:
         """See `Kernel`: the packed tiles, of float32 without a copy; or heads, where they are not whole tiles."""
-        return super().by_head() if self.shape[-1] % PACKED_OUTPUTS else self._tiles()
+        return super().by_head() if has_cut_heads(self.shape) else self._tiles()
 
     def _tiles(self) -> jax.Array:
         if self.stored.ndim == 3:
@@ -57,6 +57,11 @@ class PackedKernel(Kernel):
 def can_pack(inputs: int, dtype: DTypeLike) -> bool:
     """Whether the C++ matmul takes such kernels: float32, or bfloat16 with an even number of inputs."""
     return dtype == jnp.float32 or (dtype == jnp.bfloat16 and inputs % 2 == 0)
+
+
+def has_cut_heads(shape: tuple[int, ...]) -> bool:
+    """Whether a kernel of heads `[D, N, H]` has some that begin or end inside a packed tile."""
+    return len(shape) == 3 and shape[-1] % PACKED_OUTPUTS > 0
 
 
 def can_absorb(inputs: int, head_dim: int) -> bool:

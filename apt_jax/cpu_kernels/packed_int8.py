@@ -10,7 +10,7 @@ from jax.typing import DTypeLike
 
 from apt_jax.cpu_kernels.calls import matmul_int8
 from apt_jax.cpu_kernels.large_pages import LargePages, aligned
-from apt_jax.cpu_kernels.packed import PACKED_OUTPUTS
+from apt_jax.cpu_kernels.packed import PACKED_OUTPUTS, has_cut_heads
 from apt_jax.models.kernels import Kernel
 
 _WIDE = 4  # adjacent inputs; as kInStep of int8 in matmul.h
@@ -53,7 +53,7 @@ class PackedInt8Kernel(Kernel):
 
     def by_head(self) -> jax.Array:
         """See `Kernel`: the tiles or, if heads are not whole ones, the heads; a copy."""
-        if self.shape[-1] % PACKED_OUTPUTS:
+        if has_cut_heads(self.shape):
             return super().by_head()
         return self._parts()[:, : self._inputs].astype(self.dtype)
 
