@@ -220,7 +220,13 @@ def open_store(folder: Path) -> BatchStore:
 
 
 def http_config(app: ASGIApp, options: ServerOptions) -> uvicorn.Config:
-    """How uvicorn serves `app`."""
+    """How uvicorn serves `app`; raises ValueError if a file of TLS cannot be read."""
+    files = {"keyfile": options.ssl_keyfile, "certfile": options.ssl_certfile, "ca-certs": options.ssl_ca_certs}
+    for flag, path in files.items():
+        try:
+            open(path or os.devnull, "rb").close()
+        except OSError as error:
+            raise ValueError(f"--ssl-{flag} {path} cannot be read: {reason_of(error)}; give another one") from error
     return uvicorn.Config(
         app,
         # of h11, which limits headers that are still coming in

@@ -10,7 +10,7 @@ import sys
 import httpx
 import pytest
 
-from apt_jax.serve.http.server import open_store
+from apt_jax.serve.http.server import http_config, open_store
 from apt_jax.serve.logs import JsonFormatter, TextFormatter
 from apt_jax.serve.options import ServerOptions
 from tests.serve.test_serve_command import BODY, command  # noqa: F401  (a fixture)
@@ -136,3 +136,10 @@ def test_a_script_that_completes_flags():
     assert "--scheduling-policy" in done.stdout
     script = subprocess.run(["bash", "-n"], input=done.stdout, capture_output=True, text=True, check=True)
     assert script.stderr == ""
+
+
+def test_a_certificate_that_is_not_there_is_named(tmp_path):
+    """The error was "no such file or directory" alone."""
+    missing = str(tmp_path / "missing.pem")
+    with pytest.raises(ValueError, match=rf"--ssl-certfile {missing} cannot be read: .*; give another one"):
+        http_config(lambda *args: None, ServerOptions(ssl_certfile=missing))
