@@ -57,11 +57,11 @@ class BatchStore:
             os.close(self._lock)
             raise ValueError(f"--batch-dir {folder} is used by another server; give each its own") from error
         for path in self._files.glob("*.jsonl"):  # of an upload that did not end, or an answer that was begun
-            if not path.with_suffix(".json").exists():
+            if FILE_ID.fullmatch(path.stem) and not path.with_suffix(".json").exists():
                 path.unlink()
         kept = {self.results_of(batch["id"]) for _, batch in self.unfinished()}
         for path in self._batches.glob("*.results.jsonl"):  # of a batch that has ended
-            if path not in kept:
+            if BATCH_ID.fullmatch(path.name.partition(".")[0]) and path not in kept:
                 path.unlink()
         for path in (*self._files.glob(".*.draft"), *self._batches.glob(".*.draft")):
             path.unlink()

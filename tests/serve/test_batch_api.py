@@ -293,6 +293,18 @@ def test_files_are_listed_by_order_and_purpose(tmp_path):
     store.close()
 
 
+def test_files_of_others_in_the_folder_are_left_alone(tmp_path):
+    """Somebody may name a folder that has `files` and `batches` of its own."""
+    theirs = [tmp_path / "files" / "corpus.jsonl", tmp_path / "batches" / "old.results.jsonl"]
+    cut_off = tmp_path / "files" / f"file-{'0' * 24}.jsonl"
+    for path in (*theirs, cut_off):
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("{}\n")
+    store = BatchStore(tmp_path)
+    assert all(path.exists() for path in theirs) and not cut_off.exists() and not store.files("")
+    store.close()
+
+
 def test_what_is_refused(tmp_path):
     store = BatchStore(tmp_path)
     with pytest.raises(ValueError, match="is used by another server"):
@@ -314,6 +326,13 @@ def test_what_is_refused(tmp_path):
                 (await client.get("/v1/files/file-1"), 404, "there is no file 'file-1'"),
                 (await client.get("/v1/batches?limit=0"), 400, "between 1 and 100"),
                 (await client.get("/v1/files?order=up"), 400, "must be asc or desc"),
+                (await client.get(f"/v1/files?limit={'9' * 5000}"), 400, "between 1 and 10000"),
+                (await client.post("/v1/files", **form(bogus="1")), 400, 'unknown field \\"bogus\\" of the form'),
+                (
+                    await client.post("/v1/files", **form(**{"expires_after[seconds]": "9"})),
+                    400,
+                    "until they are deleted",
+                ),
                 (await client.get("/v1/batches?after=x"), 400, "is no id of batches"),
                 (await client.post("/v1/batches", json={"input_file_id": "f", "endpoint": "/v1/x"}), 400, "endpoint"),
             ):
@@ -339,7 +358,7 @@ def test_an_upload_that_was_cut_off_leaves_nothing(tmp_path):
 
     with pytest.raises(OSError, match="disk full"):
         store.add_file("", "in", "batch", broken())
-    (tmp_path / "files" / "file-0.jsonl").write_bytes(b"of a server that was killed")
+    (tmp_path / "files" / f"file-{'0' * 24}.jsonl").write_bytes(b"of a server that was killed")
     store.close()
     BatchStore(tmp_path).close()
     assert list((tmp_path / "files").iterdir()) == []

@@ -9,6 +9,8 @@ import pytest
 import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
+from apt_jax.scheduling.costs.cost_model import CostModel
+from apt_jax.scheduling.costs.hardware import HARDWARE, MODELS
 from apt_jax.serve.http.routes.table import ROUTES
 from tests.support.asgi_service import run, serving
 from tests.support.fake_engine import CharTokenizer, FakeEngine
@@ -86,6 +88,18 @@ def test_files_agree_with_each_other_and_with_the_dockerfile(name):
     assert container["volumeMounts"][0]["mountPath"] == "/data" and '"/data/unfinished.jsonl"' in dockerfile
     is_root = "USER 10001" not in dockerfile.partition(f"AS {stage}\n")[2].partition("FROM ")[0]
     assert is_root == ("runAsNonRoot" not in found["spec"]["template"]["spec"]["securityContext"])
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_a_pod_s_disk_holds_its_model(name):
+    """Half as much again as the weights: the download, and compiled programs."""
+    found = stateful_set(name)["spec"]
+    model = found["template"]["spec"]["containers"][0]["args"][0].removeprefix("facebook/")
+    if model not in MODELS:
+        pytest.skip("the demo model comes with the image")
+    (disk,) = found["volumeClaimTemplates"]
+    held = int(disk["spec"]["resources"]["requests"]["storage"].removesuffix("Gi")) * 2**30
+    assert held > 1.5 * CostModel(MODELS[model], HARDWARE["tpu7x"]).weight_bytes
 
 
 def adapter_rules():

@@ -44,9 +44,9 @@ def test_pairs_one_to_one_and_from_nothing():
     [
         ({"text_1": ["a", "b"], "text_2": ["c"]}, "text_1", "give one, or as many"),
         ({"text_1": "a"}, "text_2", "missing"),
-        ({"text_1": "a", "text_2": []}, "text_2", "a text or a list of texts"),
+        ({"text_1": "a", "text_2": []}, "text_2", "text_2 must be a text or a list of texts"),
         ({"text_1": "a", "text_2": ["b", ""]}, "text_2", "text_2 1 is empty"),
-        ({"text_1": "a", "text_2": {"content": []}}, "text_2", "a text or a list of texts"),
+        ({"text_1": "a", "text_2": {"content": []}}, "text_2", "text_2 must be a text or a list of texts"),
         (
             {"text_1": "", "text_2": "a", "add_special_tokens": False},
             "text_1",

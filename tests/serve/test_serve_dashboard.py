@@ -99,6 +99,8 @@ def test_lines_classes_and_sums_are_there_for_whoever_opens_the_page_later(page,
     body = {"prompt": "a", "max_tokens": 20, "slo": {"ttft_ms": 500, "tbt_ms": 0.001, "stall_ms": 0.001}}
     assert httpx.post(f"{url}/v1/completions", json=body, headers=KEY).status_code == 200
     assert httpx.post(f"{url}/v1/completions", json={"prompt": "a", "n": 0}, headers=KEY).status_code == 400
+    # a line has two points of 5 s at least; the server may have started a moment ago
+    until(lambda: httpx.get(f"{url}/debug/state", headers=KEY).json()["uptime_s"] > 10)
     page.reload()
     shows(page, "classes", "first token 500 ms, tokens 0.0 ms, no gap over 0.0 ms")
     rows = page.locator("#classes tr").all_inner_texts()
@@ -209,6 +211,40 @@ def test_a_wrong_key_is_told_from_none(browser, url):
         opened.keyboard.press("Enter")
         shows(opened, "status", "ready")
         assert not opened.locator("#key-form").is_visible()
+
+
+def test_ids_that_are_none_show_that_or_the_list(page, url):
+    load(url, 1)
+    page.goto(f"{url}/requests?id=")
+    shows(page, "requests", "cmpl")
+    for asked in (".", "..", "%3Cimg%20src=x%20onerror=alert(1)%3E"):
+        page.goto(f"{url}/requests?id={asked}")
+        shows(page, "stories", "No request of this id is known")
+        assert page.locator("#stories img").count() == 0
+
+
+def test_a_key_that_no_header_can_hold_is_wrong_too(browser, url):
+    with browser.new_context() as context:
+        opened = context.new_page()
+        opened.goto(url)
+        shows(opened, "key-message", "This server asks for an API key.")
+        opened.fill("#key", "ключ")
+        opened.keyboard.press("Enter")
+        shows(opened, "key-message", "This API key is not one of this server's.")
+        opened.fill("#key", "letmein")
+        opened.keyboard.press("Enter")
+        shows(opened, "status", "ready")
+
+
+@pytest.mark.parametrize("path", ["", "requests", "plans"])
+def test_a_page_goes_on_after_the_page_of_a_proxy(page, url, path):
+    """While a server restarts, the proxy before it answers in HTML."""
+    page.goto(f"{url}/{path}")
+    shows(page, "status", "ready")
+    page.route("**/debug/**", lambda route: route.fulfill(status=502, content_type="text/html", body="<h1>Bad gateway"))
+    shows(page, "status", "no answer of the server: HTTP 502")
+    page.unroute("**/debug/**")
+    shows(page, "status", "ready")
 
 
 def test_pages_have_an_icon_and_take_nothing_from_elsewhere(url):

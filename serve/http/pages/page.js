@@ -34,13 +34,15 @@ function say(text, good) { set("status", text); $("status").className = good ? "
 
 /** What GET answers; null where it is not found, undefined where there is no answer to show. */
 export async function get(path) {
-  let reply;
+  let reply, body;
+  if (/[^\x00-\xff]/.test(key())) { askForKey(true); return undefined; } // a browser sends no such header
   try { reply = await fetch(path, { headers: headers() }); }
   catch { say("no connection", false); return undefined; }
   if (reply.status === 401) { askForKey(key() !== ""); return undefined; }
   $("key-form").hidden = true;
   if (reply.status === 404) return null;
-  const body = await reply.json();
+  try { body = await reply.json(); }
+  catch { say("no answer of the server: HTTP " + reply.status, false); return undefined; } // a proxy's page, as while the server restarts
   if (reply.ok) return body;
   if (body.error) say(body.error.message, false);
   return undefined;

@@ -1,7 +1,7 @@
 // The newest requests, and the story of one: what the scheduler did with it, why, and when its tokens came.
 import { $, ago, colour, count, duration, el, every, get, ms, outcome, promise, set, several, showServer, storyLink, storyOf, svg } from "./page.js";
 
-const asked = new URLSearchParams(location.search).get("id");
+const asked = new URLSearchParams(location.search).get("id") || null;
 let listed = [];
 
 function showList() {
@@ -126,7 +126,8 @@ if (asked === null) {
   every(2000, async () => { const found = await get("debug/requests"); if (found) { listed = found.requests; showList(); } });
 } else {
   for (let over = false; !over;) {
-    const found = await get("debug/requests/" + encodeURIComponent(asked));
+    let found = await get("debug/requests/" + encodeURIComponent(asked));
+    if (found && !found.samples) found = null; // the id is ".": a browser takes that out of the path
     if (found !== undefined) { showStories(found); over = isOver(found); }
     if (!over) await new Promise(done => setTimeout(done, 1000));
   }

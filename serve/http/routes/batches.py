@@ -1,5 +1,6 @@
 """OpenAI's Batch API: /v1/files and /v1/batches."""
 
+import re
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -20,6 +21,7 @@ from apt_jax.serve.openai.bodies.strict import parse_body
 
 FORM_BYTES = 64 * 1024  # of an upload besides its file
 READ_BYTES = 1 << 20
+LIMIT = re.compile("[0-9]{1,9}")  # Python reads no number of more than 4,300 digits
 MOST_LISTED = {"files": 10_000, "batches": 100}  # OpenAI's limits
 
 
@@ -48,6 +50,11 @@ async def create_file(service: Service, http: Request) -> Response:
             file, purpose = form.get("file"), form.get("purpose")
             if not isinstance(file, UploadFile):
                 raise BadRequest("the form has no file; send one as the field file", "file")
+            for field in form.keys() - {"file", "purpose"}:
+                name = field.partition("[")[0]
+                if name == "expires_after":
+                    raise BadRequest("expires_after is not supported, files stay until they are deleted", name)
+                raise BadRequest(f"unknown field {shown(name)} of the form; file and purpose are known", name[:80])
             if purpose != "batch":
                 raise BadRequest(f"purpose is {shown(purpose)}, only batch is served", "purpose")
             if file.size is not None and file.size > limit:
@@ -173,7 +180,7 @@ def _check_metadata(metadata: dict[str, str]) -> None:
 def _page(found: list[dict[str, Any]], http: Request, what: str) -> dict[str, Any]:
     """OpenAI's page of a list: `limit` of those after the id `after`."""
     limit = http.query_params.get("limit", "20" if what == "batches" else str(MOST_LISTED[what]))
-    if not limit.isdecimal() or not 1 <= int(limit) <= MOST_LISTED[what]:
+    if not LIMIT.fullmatch(limit) or not 1 <= int(limit) <= MOST_LISTED[what]:
         raise BadRequest(f"limit={shown(limit)} must be between 1 and {MOST_LISTED[what]}", "limit")
     if (after := http.query_params.get("after")) is not None:
         ids = [each["id"] for each in found]

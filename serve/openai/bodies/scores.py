@@ -2,7 +2,7 @@
 
 from typing import Annotated, ClassVar
 
-from pydantic import Field, PlainValidator
+from pydantic import Field, PlainValidator, ValidationInfo
 
 from apt_jax.serve.errors import BadRequest
 from apt_jax.serve.json_text import shown
@@ -13,7 +13,7 @@ from apt_jax.serve.openai.bodies.slo import SloBody
 from apt_jax.serve.openai.bodies.strict import parse_body
 
 
-def parse_texts(value: object) -> tuple[str, ...]:
+def parse_texts(value: object, info: ValidationInfo) -> tuple[str, ...]:
     """A text or a list of texts.
 
     Raises:
@@ -21,7 +21,7 @@ def parse_texts(value: object) -> tuple[str, ...]:
     """
     texts = [value] if isinstance(value, str) else value
     if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
-        raise ValueError(f"must be a text or a list of texts, not {shown(value)}")
+        raise ValueError(f"{info.field_name} must be a text or a list of texts, not {shown(value)}")
     return tuple(texts)
 
 

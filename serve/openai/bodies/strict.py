@@ -26,10 +26,10 @@ def check_length(value: Sized, name: str, limit: int) -> None:
 
 
 def at_most(limit: int, name: str) -> BeforeValidator:
-    """A limit on the length of the list in field `name`."""
+    """A limit on the length of the list or object in field `name`."""
 
     def check(value: object) -> object:
-        if isinstance(value, list):
+        if isinstance(value, list | dict):
             check_length(value, name, limit)
         return value
 
