@@ -27,6 +27,8 @@ OTHER_TOOLS = {  # flags of docker, apt-get, useradd, gcloud and uv
         "--start-period",
     },
     "deploy/compose.yaml": {"--build"},
+    "docs/accelerators.md": {"--results", "--minutes", "--platform", "--stages"},  # of experiments.device_check
+    "docs/studies/spatial.md": {"--out"},  # of experiments.systems
     "docs/replicas.md": {"--head"},  # of ray start
     "docs/scale_out.md": {"--xla"},  # of XLA_FLAGS
     "deploy/apt-jax.service": {"--system", "--create-home", "--home-dir", "--now"},

@@ -34,6 +34,8 @@ READERS = {
     "apt_jax/host_limits.py": "of the system",
     "serve/line_file.py": "looks what it is",
     "apt_jax/simulation/workload.py": "of the package",
+    "apt_jax/tokenization/grammars/compiling.py": "a grammar, no file",
+    "apt_jax/tokenization/grammars/process.py": "of the system",
     "checkpoints/convert.py": "folders, for their locks",
     "checkpoints/demo_training/corpus.py": "of Python's library",
     "checkpoints/formats/flax_reader.py": "looked at by `find_weight_files`",
@@ -44,6 +46,7 @@ READERS = {
     "serve/batch/batch_file.py": "`readable_twice` looks what it is: a pipe may be waited for",
     "serve/http/routes/dashboard.py": "of the package",
     "serve/http/snapshot_cache.py": "`check_file` looks what it is: a page at a time",
+    "serve/http/server.py": "opens a TLS file to name it in the error, reads nothing",
     "serve/http/snapshot_file.py": "looks what it is",
 }
 
