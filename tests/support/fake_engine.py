@@ -34,6 +34,11 @@ class CharTokenizer:
     def end_compiling(self) -> None:
         """It compiles nothing."""
 
+    @property
+    def grammars(self):
+        """As of a vocabulary without an end-of-sequence token: what asks for one is refused."""
+        raise ValueError("this vocabulary compiles no grammars")
+
     def __init__(self, chat_template: str | None = None):
         self.chat_template = chat_template
         self.special_tokens = {"eos_token": "</s>"}
