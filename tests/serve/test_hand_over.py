@@ -89,7 +89,7 @@ def test_it_takes_nothing_new_begins_nothing_and_decodes_until_it_hands_over(mon
             await until(lambda: len(early_tokens()) >= 2)
             late = r.fleet.submit(samples("late"))
             assert (_at(r, early), _at(r, other), _at(r, late)) == ("r1", "r2", "r1")
-            noticed(r, "r1", 3.0)
+            noticed(r, "r1", 8.0)
             await until(lambda: _at(r, late) == "r2")
             assert _at(r, early) == "r1", "it goes on where it is"
             before = len(early_tokens())

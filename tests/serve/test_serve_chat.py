@@ -102,7 +102,7 @@ def test_parts_of_text_are_joined_and_the_server_s_template_goes_first():
         ({"messages": HELLO, "max_tokens": 1, "max_completion_tokens": 2}, "max_completion_tokens", "two names of one"),
         ({"messages": HELLO, "max_completion_tokens": 500}, "max_tokens", "the context holds 128 tokens"),
         ({"messages": HELLO, "tools": [{"type": "function"}]}, "tools", "field tools is not supported"),
-        ({"messages": HELLO, "response_format": {}}, "response_format", "response_format.type is missing"),
+        ({"messages": HELLO, "response_format": {}}, "response_format.type", "response_format.type is missing"),
         ({"messages": HELLO, "echo": True}, "echo", "it is a field of /v1/completions"),
         ({"messages": HELLO, "prompt": "x"}, "prompt", "a chat has messages"),
         ({"messages": [{"role": "user", "content": "x" * 200}]}, "messages", "the context holds 128"),
