@@ -14,7 +14,7 @@ from apt_jax.progress import is_hidden
 from apt_jax.request import FinishReason, SamplingParams
 from apt_jax.sampling.params import PoolingParams
 from apt_jax.serve.json_text import shown
-from apt_jax.serve.openai.embeddings import unit
+from apt_jax.serve.openai.prompts_only.embeddings import unit
 from apt_jax.serve.python.chats import chat_prompts
 from apt_jax.serve.python.options import LLMOptions, engine_options
 from apt_jax.serve.python.outputs import (

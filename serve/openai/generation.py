@@ -22,7 +22,7 @@ from apt_jax.serve.json_text import finite, json_pieces
 from apt_jax.serve.openai.bodies.requests import GenerationRequest, PromptRequest, bad_request
 from apt_jax.serve.openai.bodies.slo import slo_of
 from apt_jax.serve.openai.bodies.strict import check_grammar
-from apt_jax.serve.openai.prompts import check_model, check_room
+from apt_jax.serve.openai.prompts import check_fits_queue, check_model, check_room
 from apt_jax.serve.openai.replies import PromptTokenLogprob, prompt_tokens_details
 from apt_jax.serve.openai.slo_report import is_unanswered, slo_abandoned, slo_report
 from apt_jax.serve.openai.sse import event
@@ -120,12 +120,9 @@ class Generation[Body: GenerationRequest]:
         check_model(body.model, model.names)
         engine = model.engine
         params = body.sampling_params(engine.sampling_defaults)
-        if max_samples is not None and body.num_prompts * params.n > max_samples:
-            raise BadRequest(
-                f"{body.num_prompts} prompts x n={params.n} is more than the queue holds ({max_samples}); "
-                "send fewer at once or raise --max-num-queued-reqs",
-                "prompt",
-            )
+        if max_samples is not None:
+            many = f"{body.num_prompts} prompts x n={params.n} is"
+            check_fits_queue(body.num_prompts * params.n, many, max_samples, "prompt")
         if params.stop and engine.tokenizer is None:
             raise BadRequest("stop needs a tokenizer and this model has none; use stop_token_ids", "stop")
         if params.structured_outputs is not None:

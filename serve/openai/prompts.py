@@ -41,6 +41,15 @@ def prompt_ids(
         raise BadRequest(str(error), param) from error
 
 
+def check_fits_queue(count: int, many: str, max_samples: int, param: str) -> None:
+    """Raises BadRequest if there are more samples than the queue holds; `many` says what, with its verb."""
+    if count > max_samples:
+        raise BadRequest(
+            f"{many} more than the queue holds ({max_samples}); send fewer at once or raise --max-num-queued-reqs",
+            param,
+        )
+
+
 def _limit(body: PromptRequest, max_model_len: int) -> int | None:
     """Tokens that a prompt is cut to; None if it is not to be cut."""
     asked = body.truncate_prompt_tokens

@@ -16,7 +16,7 @@ from starlette.responses import JSONResponse, Response
 from apt_jax.serve.errors import CLIENT_CLOSED_REQUEST, RequestTimeout, reason_of
 from apt_jax.serve.http.service import Service
 from apt_jax.serve.json_text import parse_json
-from apt_jax.serve.openai.bodies.requests import GenerationRequest
+from apt_jax.serve.openai.bodies.requests import GenerationRequest, PromptRequest
 from apt_jax.serve.openai.bodies.token_requests import parse_abort
 from apt_jax.serve.openai.endpoints import Endpoint
 from apt_jax.serve.openai.generation import Generation, as_bad_request
@@ -49,7 +49,7 @@ async def generate(endpoint: Endpoint, service: Service, http: Request) -> Respo
             body,
             model,
             request_id=f"{endpoint.generation.ID_PREFIX}-{body.request_id or uuid.uuid4().hex}",
-            headers={name: ",".join(http.headers.getlist(name)) for name in http.headers},
+            headers=headers_of(http),
             arrival_s=arrival_s,
             max_samples=model.engine.config.max_num_queued_reqs,
         )
@@ -71,12 +71,7 @@ async def generate(endpoint: Endpoint, service: Service, http: Request) -> Respo
         cleanup.enter_context(service.generating(generation, group, ids=ids))
         if (connection := getattr(http.state, "connection", None)) is not None:
             connection.answers.append(partial(service.keep_unsent, generation, group))
-        cleanup.callback(limit_time(group, service.options.request_timeout))
-        close_on_disconnect(http.receive, group, cleanup)
-        try:
-            await group.accepted()
-        except ValueError as error:
-            raise as_bad_request(error, body) from error
+        await accepted(group, service, http, body, cleanup)
         if body.stream:
             if model.engine.config.abandon_after is not None:  # the status must wait for the first token
                 check_begun(await group.begun(), len(generation.samples))
@@ -90,7 +85,28 @@ async def abort_request(service: Service, http: Request) -> Response:
     return JSONResponse({"aborted": service.end(parse_abort(parse_json(data)).request_id)})
 
 
-def limit_time(group: Group, limit_s: float | None) -> Callable[[], None]:
+def headers_of(http: Request) -> dict[str, str]:
+    """Its headers, names in lower case; a repeated one's values together."""
+    return {name: ",".join(http.headers.getlist(name)) for name in http.headers}
+
+
+async def accepted(
+    group: Group, service: Service, http: Request, body: PromptRequest, cleanup: contextlib.ExitStack
+) -> None:
+    """Wait until the engine has taken a group; from then on time and the client's leaving end it.
+
+    Raises:
+        BadRequest: it refuses one.
+    """
+    cleanup.callback(_limit_time(group, service.options.request_timeout))
+    close_on_disconnect(http.receive, group, cleanup)
+    try:
+        await group.accepted()
+    except ValueError as error:
+        raise as_bad_request(error, body) from error
+
+
+def _limit_time(group: Group, limit_s: float | None) -> Callable[[], None]:
     """Ends `group` after --request-timeout; call what this returns when it is over."""
     if limit_s is None:
         return lambda: None

@@ -10,15 +10,13 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from apt_jax.serve.errors import CLIENT_CLOSED_REQUEST, NotReady
-from apt_jax.serve.http.routes.generation import limit_time
+from apt_jax.serve.http.routes.generation import accepted, headers_of
 from apt_jax.serve.http.service import Service
 from apt_jax.serve.json_text import parse_json
 from apt_jax.serve.openai.bodies.embeddings import parse_embedding
 from apt_jax.serve.openai.bodies.scores import parse_score
-from apt_jax.serve.openai.embeddings import Embedding
-from apt_jax.serve.openai.generation import as_bad_request
-from apt_jax.serve.openai.scores import Score
-from apt_jax.serve.openai.sse import close_on_disconnect
+from apt_jax.serve.openai.prompts_only.embeddings import Embedding
+from apt_jax.serve.openai.prompts_only.scores import Score
 
 
 async def embed(service: Service, http: Request) -> Response:
@@ -48,7 +46,7 @@ async def _answer(
             body,
             model,
             request_id=f"{kind.ID_PREFIX}-{body.request_id or uuid.uuid4().hex}",
-            headers={name: ",".join(http.headers.getlist(name)) for name in http.headers},
+            headers=headers_of(http),
             arrival_s=arrival_s,
             max_samples=model.engine.config.max_num_queued_reqs,
         )
@@ -58,12 +56,7 @@ async def _answer(
         service.check_free(body.request_id)
         group = service.backend.submit(asked.samples)
         cleanup.enter_context(service.under_way((http.state.request_id, asked.request_id, body.request_id), group))
-        cleanup.callback(limit_time(group, service.options.request_timeout))
-        close_on_disconnect(http.receive, group, cleanup)
-        try:
-            await group.accepted()
-        except ValueError as error:
-            raise as_bad_request(error, body) from error
+        await accepted(group, service, http, body, cleanup)
         async for outputs in group:
             for sample, output in outputs:
                 asked.collect(sample, output)

@@ -4,7 +4,6 @@ Both are tokenised as one text. What is scored begins with the first token that 
 a token in which both have a part counts.
 """
 
-import time
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Self
 
@@ -14,23 +13,23 @@ from apt_jax.serve.errors import BadRequest
 from apt_jax.serve.json_text import finite
 from apt_jax.serve.openai.bodies.scores import ScoreRequest
 from apt_jax.serve.openai.bodies.slo import slo_of
-from apt_jax.serve.openai.generation import ServedModel, failed
-from apt_jax.serve.openai.prompts import check_length, check_model
+from apt_jax.serve.openai.generation import ServedModel
+from apt_jax.serve.openai.prompts import check_fits_queue, check_length, check_model
+from apt_jax.serve.openai.prompts_only.prompt_only import PromptOnly
 from apt_jax.serve.runtime.samples import Sample, fan_out
 
 PARAMS = SamplingParams(max_tokens=0, prompt_logprobs=0)
 
 
-class Score:
-    """One unfinished request of /score: a sample for each pair, and its response as outputs come in."""
+class Score(PromptOnly[ScoreRequest, float]):
+    """Of /score: a sample for each pair."""
 
     ID_PREFIX: ClassVar[str] = "score"
     WANTED: ClassVar[str] = "scores"
 
     def __init__(self, body: ScoreRequest, request_id: str, model_name: str, samples: list[Sample], starts: list[int]):
-        self.body, self.request_id, self.model_name, self.samples = body, request_id, model_name, samples
+        super().__init__(body, request_id, model_name, samples)
         self._starts = starts  # of each prompt, the first token that is scored
-        self._found: dict[int, float] = {}
 
     @classmethod
     def prepare(
@@ -53,12 +52,7 @@ class Score:
         tokenizer, pairs = model.engine.tokenizer, body.pairs()
         if tokenizer is None:
             raise BadRequest("this model has no tokenizer; use /v1/completions with echo and token ids", "text_1")
-        if len(pairs) > max_samples:
-            raise BadRequest(
-                f"{len(pairs)} pairs are more than the queue holds ({max_samples}); send fewer at once or raise "
-                "--max-num-queued-reqs",
-                "text_2",
-            )
+        check_fits_queue(len(pairs), f"{len(pairs)} pairs are", max_samples, "text_2")
         prompts, starts = [], []
         special = body.add_special_tokens is not False
         for first, second in pairs:
@@ -80,43 +74,15 @@ class Score:
         )
         return cls(body, request_id, model.name, samples, starts)
 
-    def collect(self, sample: Sample, output: Output) -> None:
-        """Take in an output.
+    def _found_in(self, sample: Sample, output: Output) -> float | None:
+        if output.prompt_logprobs is None:
+            return None
+        scored = output.prompt_logprobs[self._starts[sample.index] - 1 :]  # they are of all tokens but the first
+        return finite(sum(entry.logprob for entry in scored))
 
-        Raises:
-            EngineFailure: the engine ended the sample with an error.
-        """
-        if (error := failed(output)) is not None:
-            raise error
-        if output.prompt_logprobs is not None:  # of all tokens but the first
-            scored = output.prompt_logprobs[self._starts[sample.index] - 1 :]
-            self._found[sample.index] = finite(sum(entry.logprob for entry in scored))
-
-    @property
-    def is_whole(self) -> bool:
-        """Whether every pair has its score."""
-        return len(self._found) == len(self.samples)
-
-    def response(self) -> dict[str, Any]:
-        """The whole object, once every sample has ended."""
-        tokens = sum(len(sample.prompt_token_ids) for sample in self.samples)
-        data = [
-            {
-                "index": sample.index,
-                "object": "score",
-                "score": self._found[sample.index],
-                "tokens": len(sample.prompt_token_ids) - self._starts[sample.index],
-            }
-            for sample in self.samples
-        ]
-        return {
-            "id": self.request_id,
-            "object": "list",
-            "created": int(time.time()),
-            "model": self.model_name,
-            "data": data,
-            "usage": {"prompt_tokens": tokens, "total_tokens": tokens},
-        }
+    def _item(self, sample: Sample, found: float) -> dict[str, Any]:
+        tokens = len(sample.prompt_token_ids) - self._starts[sample.index]
+        return {"index": sample.index, "object": "score", "score": found, "tokens": tokens}
 
 
 def _num_shared(before: Sequence[int], whole: Sequence[int]) -> int:

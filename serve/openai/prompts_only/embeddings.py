@@ -1,7 +1,6 @@
 """Embeddings: the model's last hidden state after the last token of each input, as vLLM pools a model for text."""
 
 import base64
-import time
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Self
 
@@ -9,11 +8,11 @@ import numpy as np
 
 from apt_jax.output import Output
 from apt_jax.sampling.params import PoolingParams
-from apt_jax.serve.errors import BadRequest
 from apt_jax.serve.openai.bodies.embeddings import EmbeddingRequest
 from apt_jax.serve.openai.bodies.slo import slo_of
-from apt_jax.serve.openai.generation import ServedModel, failed
-from apt_jax.serve.openai.prompts import check_model, prompt_ids
+from apt_jax.serve.openai.generation import ServedModel
+from apt_jax.serve.openai.prompts import check_fits_queue, check_model, prompt_ids
+from apt_jax.serve.openai.prompts_only.prompt_only import PromptOnly
 from apt_jax.serve.runtime.samples import Sample, fan_out
 
 
@@ -22,15 +21,11 @@ def unit(vector: np.ndarray) -> np.ndarray:
     return vector / max(float(np.linalg.norm(vector)), 1e-12)
 
 
-class Embedding:
-    """One unfinished request of /v1/embeddings: its samples for the engine, and its response as outputs come in."""
+class Embedding(PromptOnly[EmbeddingRequest, np.ndarray]):
+    """Of /v1/embeddings."""
 
     ID_PREFIX: ClassVar[str] = "embd"
     WANTED: ClassVar[str] = "vectors"
-
-    def __init__(self, body: EmbeddingRequest, request_id: str, model_name: str, samples: list[Sample]):
-        self.body, self.request_id, self.model_name, self.samples = body, request_id, model_name, samples
-        self._found: dict[int, np.ndarray] = {}
 
     @classmethod
     def prepare(
@@ -50,12 +45,7 @@ class Embedding:
             BadRequest: text without a tokenizer, a bad SLO, more than `max_samples` inputs, or too long ones.
         """
         check_model(body.model, model.names)
-        if len(body.input) > max_samples:
-            raise BadRequest(
-                f"{len(body.input)} inputs are more than the queue holds ({max_samples}); send fewer at once or raise "
-                "--max-num-queued-reqs",
-                "input",
-            )
+        check_fits_queue(len(body.input), f"{len(body.input)} inputs are", max_samples, "input")
         samples = fan_out(
             request_id,
             [prompt_ids(item, body, model.engine, "input", special=True) for item in body.input],
@@ -67,37 +57,11 @@ class Embedding:
         )
         return cls(body, request_id, model.name, samples)
 
-    def collect(self, sample: Sample, output: Output) -> None:
-        """Take in an output.
+    def _found_in(self, sample: Sample, output: Output) -> np.ndarray | None:
+        return output.hidden
 
-        Raises:
-            EngineFailure: the engine ended the sample with an error.
-        """
-        if (error := failed(output)) is not None:
-            raise error
-        if output.hidden is not None:
-            self._found[sample.index] = output.hidden
-
-    @property
-    def is_whole(self) -> bool:
-        """Whether every input has its vector."""
-        return len(self._found) == len(self.samples)
-
-    def response(self) -> dict[str, Any]:
-        """The whole object, once every sample has ended."""
-        tokens = sum(len(sample.prompt_token_ids) for sample in self.samples)
-        data = [
-            {"object": "embedding", "index": index, "embedding": self._shown(self._found[index])}
-            for index in range(len(self.samples))
-        ]
-        return {
-            "id": self.request_id,
-            "object": "list",
-            "created": int(time.time()),
-            "model": self.model_name,
-            "data": data,
-            "usage": {"prompt_tokens": tokens, "total_tokens": tokens},
-        }
+    def _item(self, sample: Sample, found: np.ndarray) -> dict[str, Any]:
+        return {"object": "embedding", "index": sample.index, "embedding": self._shown(found)}
 
     def _shown(self, vector: np.ndarray) -> Sequence[float] | str:
         vector = vector if self.body.normalize is False else unit(vector)
