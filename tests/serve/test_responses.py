@@ -119,6 +119,11 @@ def test_log_probabilities(client):
         ({"input": [{"role": "user", "content": "hi"}]}, "input", "--chat-template"),
         ({"input": [{"role": "user", "content": [{"type": "input_image", "image_url": "x"}]}]}, "input", "input_text"),
         ({"metadata": {str(i): "v" for i in range(17)}}, "metadata", "metadata has 17 entries, at most 16"),
+        (
+            {"metadata": {"k": "v" * 513}},
+            "metadata",
+            "of metadata may have 64 characters, and its value 512",
+        ),
         ({"truncation": "auto"}, "truncation", "truncate_prompt_tokens"),
         ({"background": True}, "background", "not supported"),
         ({"text": {"format": {"type": "json_schema", "name": "x", "schema": {}}}}, "text", "needs a schema"),

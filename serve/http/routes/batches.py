@@ -16,7 +16,7 @@ from apt_jax.serve.batch.worker import BatchWorker
 from apt_jax.serve.errors import BadRequest, BodyTooLarge, NotFound, NotJson
 from apt_jax.serve.http.service import Service
 from apt_jax.serve.json_text import parse_json, shown
-from apt_jax.serve.openai.bodies.batches import MOST_KEY_CHARS, MOST_METADATA, MOST_VALUE_CHARS, WINDOW_S, BatchRequest
+from apt_jax.serve.openai.bodies.batches import WINDOW_S, BatchRequest
 from apt_jax.serve.openai.bodies.strict import parse_body
 
 FORM_BYTES = 64 * 1024  # of an upload besides its file
@@ -105,7 +105,6 @@ async def create_batch(service: Service, http: Request) -> Response:
     """POST /v1/batches."""
     worker, owner = _worker(service), _owner(service, http)
     body = parse_body(parse_json(await service.read_body(http)), BatchRequest)
-    _check_metadata(body.metadata or {})
     now = int(time.time())
 
     def keep() -> dict[str, Any]:
@@ -166,15 +165,6 @@ def _check_form(http: Request) -> None:
         raise NotJson("send the file as multipart/form-data", "content-type")
     if {"origin", "sec-fetch-site"} & {*http.headers} and "authorization" not in http.headers:
         raise NotJson("a web page needs an API key to send files", "authorization")
-
-
-def _check_metadata(metadata: dict[str, str]) -> None:
-    if len(metadata) > MOST_METADATA:
-        raise BadRequest(f"metadata has {len(metadata)} entries, at most {MOST_METADATA} are allowed", "metadata")
-    for key, value in metadata.items():
-        if len(key) > MOST_KEY_CHARS or len(value) > MOST_VALUE_CHARS:
-            limits = f"{MOST_KEY_CHARS} characters, and its value {MOST_VALUE_CHARS}"
-            raise BadRequest(f"the key {shown(key)} of metadata may have {limits}", "metadata")
 
 
 def _page(found: list[dict[str, Any]], http: Request, what: str) -> dict[str, Any]:

@@ -4,12 +4,11 @@ from typing import Literal
 
 from pydantic import Field
 
+from apt_jax.serve.openai.bodies.fields import Metadata
 from apt_jax.serve.openai.bodies.strict import Strict
 from apt_jax.serve.openai.endpoints import ENDPOINTS
 
 WINDOW_S = 86_400
-MOST_METADATA = 16  # OpenAI's limits
-MOST_KEY_CHARS, MOST_VALUE_CHARS = 64, 512
 
 
 class BatchRequest(Strict):
@@ -18,7 +17,7 @@ class BatchRequest(Strict):
     input_file_id: str = Field(min_length=1, max_length=64)
     endpoint: Literal["/v1/completions", "/v1/chat/completions", "/v1/responses"]
     completion_window: Literal["24h"] = "24h"
-    metadata: dict[str, str] | None = None
+    metadata: Metadata | None = None
 
 
 assert set(BatchRequest.model_fields["endpoint"].annotation.__args__) == set(ENDPOINTS)  # type: ignore[union-attr]

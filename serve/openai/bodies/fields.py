@@ -3,13 +3,14 @@
 import math
 from typing import Annotated, Any
 
-from pydantic import BeforeValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field
 
 from apt_jax.sampling.params import MAX_LOGIT_BIAS, RANGES
 from apt_jax.serve.json_text import shown
-from apt_jax.serve.openai.bodies.strict import check_length
+from apt_jax.serve.openai.bodies.strict import at_most, check_length
 
 MAX_STOP_STRINGS = 64
+MOST_METADATA, MOST_KEY_CHARS, MOST_VALUE_CHARS = 16, 64, 512  # OpenAI's limits
 
 PromptItem = str | tuple[int, ...]
 
@@ -45,6 +46,18 @@ def _has_floats(value: list[Any]) -> bool:
 
 def _whole_numbers(value: list[Any]) -> list[Any]:
     return [[as_whole(x) for x in item] if isinstance(item, list) else as_whole(item) for item in value]
+
+
+def check_metadata(metadata: dict[str, str]) -> dict[str, str]:
+    """Raises ValueError for a key or value that is too long."""
+    for key, value in metadata.items():
+        if len(key) > MOST_KEY_CHARS or len(value) > MOST_VALUE_CHARS:
+            limits = f"{MOST_KEY_CHARS} characters, and its value {MOST_VALUE_CHARS}"
+            raise ValueError(f"the key {shown(key)} of metadata may have {limits}")
+    return metadata
+
+
+Metadata = Annotated[dict[str, str], at_most(MOST_METADATA, "metadata"), AfterValidator(check_metadata)]
 
 
 def parse_stop(value: object) -> tuple[str, ...] | None:

@@ -7,7 +7,7 @@ from pydantic import Discriminator, Field, Tag
 from apt_jax.sampling.params import MAX_LOGPROBS
 from apt_jax.serve.errors import BadRequest
 from apt_jax.serve.openai.bodies.chat_requests import MAX_MESSAGES, Message
-from apt_jax.serve.openai.bodies.fields import Text, Whole, limits
+from apt_jax.serve.openai.bodies.fields import Metadata, Text, Whole, limits
 from apt_jax.serve.openai.bodies.neutral_fields import (
     OF_INPUT_MESSAGES,
     OF_INPUT_PARTS,
@@ -19,7 +19,6 @@ from apt_jax.serve.openai.bodies.neutral_fields import (
 from apt_jax.serve.openai.bodies.requests import GenerationRequest
 from apt_jax.serve.openai.bodies.strict import LIST, TEXT, Strict, at_most, parse_body
 
-MOST_METADATA = 16  # OpenAI's limits
 ELSEWHERE = {  # fields of the other endpoints, and what this one has instead
     "max_completion_tokens": "max_output_tokens",
     "max_tokens": "max_output_tokens",
@@ -106,7 +105,7 @@ class ResponseRequest(GenerationRequest):
     ]
     instructions: str | None = None
     max_output_tokens: Whole | None = Field(default=None, json_schema_extra=limits("max_tokens"))  # type: ignore[arg-type]
-    metadata: Annotated[dict[str, str], at_most(MOST_METADATA, "metadata")] | None = None
+    metadata: Metadata | None = None
     text: TextConfig | None = None
     top_logprobs: Whole | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
     include: list[Literal["message.output_text.logprobs"]] | None = None
