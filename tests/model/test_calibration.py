@@ -116,7 +116,7 @@ def test_policies_that_predict_get_the_measured_model_and_others_measure_nothing
     run(engine, [[5, 6, 7]] * 3)
     assert not folder.exists() and engine.policy_context.cost_model is None
     assert not engine.times.calibration.num_observations
-    engine = make_engine(model, CONFIG, scheduling_policy="apt")
+    engine = make_engine(model, CONFIG, scheduling_policy="apt", attention_backend="xla")  # steps that are padded
     engine.warm_up()
     assert folder.exists() and engine.policy_context.cost_model == engine.times.calibration.model
     assert engine.policy_context.cost_model.sizes.decode == tuple(b.tokens for b in engine.runner.buckets.decode)

@@ -197,9 +197,10 @@ def test_stale_scales_and_numbers_that_are_not_finite_stay_in_their_request(engi
     assert ends == {"0-kv": FinishReason.ERROR, "0-hidden": FinishReason.LENGTH}
 
 
-def test_numbers_outside_their_calibrated_range_are_counted(model):
+@pytest.mark.parametrize("backend", ["xla", "auto"])
+def test_numbers_outside_their_calibrated_range_are_counted(model, backend):
     """With ranges that nothing is in, every number of every hidden vector counts, and none of KV."""
-    engine = int8_engine(model)
+    engine = int8_engine(model, attention_backend=backend)
     engine.warm_up()
     assert engine.figures().num_outside_range == 0, "what warm-up runs is not counted"
     tokens(engine, GREEDY, ("hidden",))

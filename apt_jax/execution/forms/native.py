@@ -18,7 +18,7 @@ from apt_jax.cpu_kernels.packed import PackedKernel
 from apt_jax.cpu_kernels.packed_int8 import PackedInt8Kernel
 from apt_jax.execution.forms.interface import Step, WholeStep
 from apt_jax.execution.forms.layered import LayeredForm
-from apt_jax.execution.steps import StepOutput, end_step, start_step
+from apt_jax.execution.steps import StepOutput, count_of, end_step, start_step
 from apt_jax.execution.weights.layout import Weights
 from apt_jax.model_config import ModelConfig
 from apt_jax.models.interface import Model
@@ -111,7 +111,7 @@ def run_native_step(
         counted = None if pool.outside is None else own.outside
         pool = replace(pool, numbers=own.codes, scales=own.scales, outside=counted)
     last, every = end_step(model, decode_only, max_rows, x, rows)
-    return StepOutput(last, pool, history, every)
+    return StepOutput(last, pool, history, every, count_of(pool))
 
 
 def _dynamic(layer: DecoderLayer) -> list[bool]:
