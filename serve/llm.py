@@ -13,7 +13,6 @@ from apt_jax.output import Output
 from apt_jax.progress import is_hidden
 from apt_jax.request import FinishReason, SamplingParams
 from apt_jax.sampling.params import PoolingParams
-from apt_jax.serve.json_text import shown
 from apt_jax.serve.openai.prompts_only.embeddings import unit
 from apt_jax.serve.python.chats import chat_prompts
 from apt_jax.serve.python.options import LLMOptions, engine_options
@@ -24,7 +23,7 @@ from apt_jax.serve.python.outputs import (
     ScoringOutput,
     ScoringRequestOutput,
 )
-from apt_jax.serve.python.prompts import Prompt, Prompted, RenderedChat, one_for_each
+from apt_jax.serve.python.prompts import Prompt, Prompted, RenderedChat, one_for_each, shown
 from apt_jax.serve.runtime.build import build_engine
 from apt_jax.serve.runtime.driver import Driver
 from apt_jax.serve.runtime.samples import Sample

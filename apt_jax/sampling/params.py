@@ -131,6 +131,9 @@ class SamplingParams:
                 if not text.strip() if name == "bad_words" else not text:
                     raise ValueError(f"{name} has an empty string, every one needs at least one character")
         named = (*self.logit_bias, *self.stop_token_ids, *(self.allowed_token_ids or ()))  # type: ignore[misc]
+        if named and min(named) < 0:
+            name = next(name for name in _TOKEN_IDS if min(getattr(self, name) or (0,)) < 0)
+            raise ValueError(f"{name} has token id {min(getattr(self, name))}, every one must be at least 0")
         object.__setattr__(self, "_named_ids", (min(named), max(named)) if named else None)
 
     def with_seed(self, seed: int | None) -> "SamplingParams":
@@ -168,11 +171,11 @@ class SamplingParams:
     def check_vocabulary(self, vocab_size: int) -> None:
         """Raise ValueError if a token id that is named is not in the vocabulary."""
         bounds = self._named_ids  # type: ignore[attr-defined]
-        if bounds is None or (bounds[0] >= 0 and bounds[1] < vocab_size):
+        if bounds is None or bounds[1] < vocab_size:
             return
-        for name in ("logit_bias", "stop_token_ids", "allowed_token_ids"):
+        for name in _TOKEN_IDS:
             for token_id in getattr(self, name) or ():
-                if not 0 <= token_id < vocab_size:
+                if token_id >= vocab_size:
                     raise ValueError(f"{name} has token id {token_id}, the vocabulary is 0..{vocab_size - 1}")
 
 
@@ -204,6 +207,7 @@ RANGES = (  # field, lowest, highest value; whole numbers where the lowest is on
 )
 SWITCHES = ("ignore_eos", "skip_special_tokens", "include_stop_str_in_output")
 LIMITS = (("logit_bias", MAX_LOGIT_BIAS), ("stop_token_ids", MAX_STOP_TOKEN_IDS), ("bad_words", MAX_BAD_WORDS))
+_TOKEN_IDS = ("logit_bias", "stop_token_ids", "allowed_token_ids")
 _OPTIONAL = ("max_tokens", "logprobs", "prompt_logprobs", "seed", "truncate_prompt_tokens")  # may be None
 
 

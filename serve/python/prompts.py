@@ -8,7 +8,6 @@ from typing import Any, Self
 from apt_jax.engine.interface import EngineFacts
 from apt_jax.output import Output, TokenLogprobs
 from apt_jax.request import FinishReason, Request, SamplingParams, Slo
-from apt_jax.serve.json_text import shown
 from apt_jax.serve.openai.prompts import no_room
 from apt_jax.serve.python.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
 from apt_jax.serve.runtime.samples import Sample, fan_out
@@ -117,6 +116,15 @@ class Prompted:
             token_id: Logprob(logprob, rank, None if tokenizer is None else tokenizer.token_text(token_id))
             for token_id, (logprob, rank) in ranked.items()
         }
+
+
+SHOWN_CHARS = 60
+
+
+def shown(value: object) -> str:
+    """A value as Python writes it, cut to what fits in a sentence."""
+    text = repr(value[: SHOWN_CHARS + 1] if isinstance(value, str | bytes | list | tuple) else value)
+    return text if len(text) <= SHOWN_CHARS else f"{text[:SHOWN_CHARS]}..."
 
 
 def one_for_each[T](given: T | Sequence[T], kind: type[T], count: int, name: str) -> list[T]:

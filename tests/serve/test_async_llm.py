@@ -75,7 +75,7 @@ def test_what_cannot_be_served_raises(engine):
         (("a", None, 5), "5 is no .*; give a text, or leave it out"),
         (("a", None, ""), "request_id is empty; give at least one character, or leave it out"),
         ((None,), "prompt 0 is a NoneType; give a text"),
-        (({"prompt": "a", "cache_salt": ""},), 'prompt 0 has cache_salt=""'),
+        (({"prompt": "a", "cache_salt": ""},), "prompt 0 has cache_salt=''"),
     ],
 )
 def test_arguments_of_another_type_are_a_sentence(engine, arguments, sentence):

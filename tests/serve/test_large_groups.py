@@ -149,6 +149,6 @@ def test_parameters_are_checked_once_for_all_samples_of_a_request():
     assert looked == []
     with pytest.raises(ValueError, match=r"logit_bias has token id 299, the vocabulary is 0\.\.298"):
         params.with_seed(1).check_vocabulary(299)
-    with pytest.raises(ValueError, match="stop_token_ids has token id -1"):
-        SamplingParams(stop_token_ids=[5, -1]).check_vocabulary(299)
+    with pytest.raises(ValueError, match="stop_token_ids has token id 299"):
+        SamplingParams(stop_token_ids=[5, 299]).check_vocabulary(299)
     SamplingParams().check_vocabulary(1)

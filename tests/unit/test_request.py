@@ -80,11 +80,11 @@ def test_parameters_are_frozen_and_keep_no_reference_to_the_caller_s_lists():
         params.n = 2  # type: ignore[misc]
 
 
-@pytest.mark.parametrize("fields", [{"logit_bias": {50: 1.0}}, {"stop_token_ids": [-1]}])
+@pytest.mark.parametrize("fields", [{"logit_bias": {50: 1.0}}, {"stop_token_ids": [50]}, {"allowed_token_ids": [50]}])
 def test_token_ids_outside_the_vocabulary_are_refused(fields):
     params = SamplingParams(**fields)
     (name,) = fields
-    with pytest.raises(ValueError, match=rf"{name} has token id (50|-1), the vocabulary is 0\.\.49"):
+    with pytest.raises(ValueError, match=rf"{name} has token id 50, the vocabulary is 0\.\.49"):
         params.check_vocabulary(50)
     SamplingParams(logit_bias={49: 1.0}, stop_token_ids=[0]).check_vocabulary(50)
 
@@ -199,6 +199,9 @@ def test_logit_bias_takes_token_ids_as_text_too():
         ({"logit_bias": {5: "1"}}, "logit_bias of token 5 is 1, must be between -100 and 100"),
         ({"logit_bias": [5]}, "must map token ids to numbers"),
         ({"stop_token_ids": ["5"]}, "stop_token_ids has '5', every one must be a token id"),
+        ({"stop_token_ids": [5, -1]}, "stop_token_ids has token id -1, every one must be at least 0"),
+        ({"allowed_token_ids": [5, -1]}, "allowed_token_ids has token id -1, every one must be at least 0"),
+        ({"logit_bias": {-1: 1.0}}, "logit_bias has token id -1, every one must be at least 0"),
     ],
 )
 def test_token_ids_of_another_type_are_refused(fields, sentence):

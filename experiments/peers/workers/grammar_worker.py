@@ -1,6 +1,7 @@
 """Follows JSON schemas with one library: reads a line of JSON for each schema, answers with one.
 
-Run by `experiments/peers/grammars.py` with an interpreter that has the library; needs nothing of this project.
+Run by `experiments/peers/grammars.py` with an interpreter that has the library; needs nothing of this project, but for
+`apt-jax`, which is llguidance in the processes of grammars that the engine has.
 """
 
 import json
@@ -63,6 +64,40 @@ class LLGuidance:
 
             def can_end(self) -> bool:
                 return bool(matcher.is_accepting())
+
+        return Own()
+
+
+class AptJax:
+    """As requests of the engine follow it: each grammar in a process of its own, with its limits."""
+
+    def __init__(self, path: str, eos: int):
+        from apt_jax.tokenization.grammars.compiling import Grammars
+
+        with open(path, encoding="utf-8") as file:
+            text = file.read()
+        self._grammars, self._eos = Grammars(text, eos), eos
+        self._words = np.zeros(-(-tokenizers.Tokenizer.from_str(text).get_vocab_size() // 32), np.int32)
+
+    def compile(self, schema: str) -> None:
+        """Raises ValueError if it cannot."""
+        self._asked = {"json": json.loads(schema)}
+        self._grammars.check(self._asked)
+
+    def start(self) -> Follower:
+        """At the beginning."""
+        matcher, words, eos = self._grammars.matcher(self._asked), self._words, self._eos
+
+        class Own:
+            def mask(self) -> None:
+                matcher.allow(words)  # after an error no bit is set
+
+            def accept(self, token: int) -> bool:
+                return bool(words[token // 32] >> (token % 32) & 1) and matcher.accept(token) is None
+
+            def can_end(self) -> bool:
+                matcher.is_complete or matcher.allow(words)
+                return matcher.is_complete or bool(words[eos // 32] >> (eos % 32) & 1)
 
         return Own()
 
@@ -155,7 +190,7 @@ def _bytes_of_characters() -> dict[str, int]:
 
 
 LIBRARIES: dict[str, Callable[[str, int], Any]] = {
-    "llguidance": LLGuidance, "xgrammar": XGrammar, "outlines-core": OutlinesCore,
+    "llguidance": LLGuidance, "apt-jax": AptJax, "xgrammar": XGrammar, "outlines-core": OutlinesCore,
 }  # fmt: skip
 
 
