@@ -34,17 +34,13 @@ from apt_jax.scheduling.costs.step_load import StepLoad
 from apt_jax.scheduling.idling import Idling
 from apt_jax.scheduling.plan import Plan
 from apt_jax.scheduling.policies.catalogue import make_policy
-from apt_jax.scheduling.policies.interface import PolicyContext
+from apt_jax.scheduling.policies.interface import PolicyContext, uses_prompt_states
 from apt_jax.scheduling.state import Span, Written
 from apt_jax.tokenization.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 
 NOT_FINITE = "the model's logits are not finite (NaN or infinity)"
-
-
-class EngineStuck(RuntimeError):
-    """A policy planned nothing although requests wait and nothing is in flight."""
 
 
 @dataclass(frozen=True)
@@ -107,8 +103,7 @@ class Engine:
         self.requests = Requests(self.state, self.config, rules, OutputTexts(tokenizer), self.prompt_logprobs)
         self.state.least_projected_tokens = least_projected_tokens(setup.cost_model)
         self.last_plan = Plan()
-        self._counts = _Counts()
-        self._clock = clock
+        self._counts, self._clock = _Counts(), clock
         self._depth = 1 if self.config.async_scheduling else 0
         self._inflight: deque[_Flight] = deque()
         self._early: list[Output] = []  # committed by the step under way, before it planned
@@ -315,8 +310,12 @@ class Engine:
         scores = self.prompt_logprobs.wanted(spans)
         batch = self.builder.build(spans, prefill=scores)  # only prefill steps hand on every hidden state
         allowed = allowed_tokens(batch.requests, len(batch.sample_slot), self.model_config.vocab_size)
-        batch = batch._replace(allowed=allowed, pools=any(request.params.pools for request in batch.requests))
+        batch = batch._replace(allowed=allowed, pools=any(map(self._wants_state, batch.requests)))
         return self.prompt_logprobs.ask(batch) if scores else batch
+
+    def _wants_state(self, request: Request) -> bool:
+        """Whether the hidden state after its last token is wanted: by its client, or after a prompt by the policy."""
+        return request.params.pools or (request.num_generated_tokens == 1 and uses_prompt_states(self.policy))
 
     def _recover(self, message: str) -> None:
         """After a failed device step the cache cannot be trusted: end all running requests, start with an empty one."""
@@ -335,12 +334,10 @@ class Engine:
 
     def _give_up(self) -> None:
         head = (self.state.waiting or self.state.running)[0]
-        error = EngineStuck(
-            f"policy {self.config.scheduling_policy!r} planned nothing with {len(self.state.waiting)} waiting and "
-            f"{len(self.state.running)} running"
-        )
+        counts = f"{self.num_waiting} waiting and {self.num_running} running"
+        error = f"policy {self.config.scheduling_policy!r} planned nothing with {counts}"
         logger.error("%s; request %s ends with an error", error, head.request_id)
-        self._end(head, FinishReason.ERROR, str(error))
+        self._end(head, FinishReason.ERROR, error)
 
     def _commit(self, flight: _Flight) -> list[Output]:
         if flight.results.sampled is None and not flight.results.scores:
@@ -369,9 +366,12 @@ class Engine:
             assert host is not None
             if request.status is Status.FINISHED:
                 continue
-            output = self.requests.accept(request, row, host, now, pooled[row] if request.params.pools else None)
+            is_asked = request.params.pools
+            if pooled is not None and not (request.output_token_ids or is_asked) and uses_prompt_states(self.policy):
+                self._tell_policy("saw_prompt", request, pooled[row])
+            output = self.requests.accept(request, row, host, now, pooled[row] if is_asked else None)
             if output.finish_reason is not None:
-                self._tell_policy(request, now)
+                self._tell_policy("finished", request, now)
             outputs.append(output)
         return outputs
 
@@ -389,12 +389,12 @@ class Engine:
         if request.status is not Status.FINISHED:
             self._idling.end()
             self.requests.end(request, reason, error)
-            self._tell_policy(request, self._clock())
+            self._tell_policy("finished", request, self._clock())
 
-    def _tell_policy(self, request: Request, now: float) -> None:
-        """A request has ended. What the policy makes of it must not take the outputs of others away."""
+    def _tell_policy(self, what: str, request: Request, about: Any) -> None:
+        """Call a method of the policy. What it makes of it must not take the outputs of others away."""
         try:
-            self.policy.finished(request, now)
+            getattr(self.policy, what)(request, about)
         except Exception:
             self._counts.num_failed_steps += 1
-            logger.exception("the policy failed to take in the end of request %s", request.request_id)
+            logger.exception("the policy failed to take in that request %s has %s", request.request_id, what)

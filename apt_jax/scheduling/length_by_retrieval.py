@@ -1,9 +1,9 @@
 """Output length by the outputs of similar prompts: nearest neighbours among finished requests, brute force.
 
-A prompt becomes a vector: the sum over its tokens of pseudo-random directions, one for each token id, rarer tokens
-weighing more, at length 1. So the product of two vectors is close to the share of their weighted tokens that they have
-in common. Where no finished prompt is near, the history of lengths answers. Source: ALISE (arXiv 2410.23537), which
-takes the embeddings of a text encoder and a small network in place of the history.
+A prompt is its last hidden state in the served model, which the engine hands over when it has computed the prompt
+(`PromptReader` in `policies/interface.py`), at length 1; near is a small angle. Requests whose prompt is not computed
+yet, or was computed elsewhere, and all of them while few have finished, have the history of lengths. Source: ALISE
+(arXiv 2410.23537), which takes the embeddings of a text encoder, and a small network where nothing is near.
 """
 
 from collections.abc import Sequence
@@ -14,42 +14,44 @@ from numpy.typing import NDArray
 from apt_jax.request import FinishReason, Request
 from apt_jax.scheduling.length import Counts, LengthPredictor
 
-WIDTH = 128  # of a vector
-DIRECTIONS = 8191  # those of token ids, scattered over them
-SCATTER = 2_654_435_761
-MOST_PROMPTS = 4096  # kept, the newest
-MOST_TOKENS = 512  # of a prompt that are looked at: its last ones, where the question is
+MOST_KEPT = 1024  # finished requests, the newest
+LEAST_KEPT = 32  # before so many have finished neighbours are no choice
 NEIGHBOURS = 8
-LEAST_SIMILARITY = 0.5  # of a neighbour, in -1..1
-ENOUGH = 2  # neighbours
+ENOUGH = 2  # neighbours with longer outputs
+TINY = 1e-30
 
 
 class RetrievalPredictor(LengthPredictor):
-    """Asks similar prompts first, and `history` where there is none."""
+    """Asks the neighbours in the model's embedding space first, and `history` where there are none."""
 
     def __init__(self, history: LengthPredictor):
         super().__init__()
         self._history = history
-        self._vectors = np.zeros((MOST_PROMPTS, WIDTH), np.float32)
-        self._lengths = np.zeros(MOST_PROMPTS)
+        self._kept = np.zeros((0, 0), np.float32)  # states of finished requests, at length 1
+        self._lengths = np.zeros(MOST_KEPT)  # of their outputs
         self._count = 0
-        self._seen = np.zeros(DIRECTIONS)  # prompts with each token
-        self._own: dict[int, NDArray[np.float64]] = {}  # lengths near each unfinished request, by arrival number
-        self._alone: set[int] = set()  # those that have too few
-        signs = np.random.default_rng(0).integers(0, 2, (DIRECTIONS, WIDTH)) * 2 - 1
-        self._directions = (signs / np.sqrt(WIDTH)).astype(np.float32)
+        self._states: dict[int, NDArray[np.float32]] = {}  # of unfinished requests, by arrival number
+        self._near: dict[int, NDArray[np.float64]] = {}  # lengths near each of them
+
+    def saw_prompt(self, request: Request, state: NDArray[np.float32]) -> None:
+        """Take in the hidden state `[E]` after a request's prompt, which is copied, and find its neighbours."""
+        self._states[request.order] = state = state / max(float(np.linalg.norm(state)), TINY)
+        kept = min(self._count, MOST_KEPT)
+        if kept >= LEAST_KEPT:
+            similarity = self._kept[:kept] @ state
+            self._near[request.order] = self._lengths[np.argpartition(-similarity, NEIGHBOURS)[:NEIGHBOURS]]
 
     def learn(self, request: Request) -> None:
-        """Take in a finished request."""
-        self._own.pop(request.order, None)
-        self._alone.discard(request.order)
+        """Take in a finished request; it is a neighbour for others if its prompt's state is known."""
+        state = self._states.pop(request.order, None)
+        self._near.pop(request.order, None)
         self._history.learn(request)
-        if request.finish_reason not in (FinishReason.STOP, FinishReason.LENGTH):
+        if state is None or request.finish_reason not in (FinishReason.STOP, FinishReason.LENGTH):
             return
-        vector, slots = self._vector(request)
-        self._seen[slots] += 1
-        place = self._count % MOST_PROMPTS
-        self._vectors[place], self._lengths[place] = vector, len(request.output_token_ids)
+        if not self._count:
+            self._kept = np.zeros((MOST_KEPT, len(state)), np.float32)
+        place = self._count % MOST_KEPT
+        self._kept[place], self._lengths[place] = state, len(request.output_token_ids)
         self._count += 1
 
     def remaining_of(
@@ -57,34 +59,10 @@ class RetrievalPredictor(LengthPredictor):
     ) -> NDArray[np.float64]:
         """`[n]` expected tokens still to come, at least 1: the mean of longer outputs among the neighbours'."""
         answer = np.array(self._history.remaining_of(requests, prompt_tokens, generated_tokens), np.float64)
+        if not self._near:
+            return answer
         for i, request in enumerate(requests):
-            if request.order in self._alone:
-                continue
-            near = self._own.get(request.order)
-            if near is None:
-                near = self._near(request)
-                if len(near) < ENOUGH:
-                    self._alone.add(request.order)
-                    continue
-                self._own[request.order] = near
-            if len(longer := near[near > generated_tokens[i]]) >= ENOUGH:
+            near = self._near.get(request.order)
+            if near is not None and len(longer := near[near > generated_tokens[i]]) >= ENOUGH:
                 answer[i] = max(float(longer.mean()) - float(generated_tokens[i]), 1.0)
         return answer
-
-    def _near(self, request: Request) -> NDArray[np.float64]:
-        """Output lengths of the most similar finished prompts."""
-        kept = min(self._count, MOST_PROMPTS)
-        if not kept:
-            return np.zeros(0)
-        similarity = self._vectors[:kept] @ self._vector(request)[0]
-        best = np.argsort(-similarity, kind="stable")[:NEIGHBOURS]
-        return self._lengths[best[similarity[best] >= LEAST_SIMILARITY]]
-
-    def _vector(self, request: Request) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-        """`[WIDTH]` of length 1, and which directions it has."""
-        tokens = np.array(request.prompt_token_ids[-MOST_TOKENS:], np.int64)
-        slots, counts = np.unique(tokens * SCATTER % DIRECTIONS, return_counts=True)
-        weights = np.log1p(counts) * np.log((1 + self._count) / (1 + self._seen[slots]) + 1)
-        total = weights.astype(np.float32) @ self._directions[slots]
-        length = float(np.linalg.norm(total))
-        return total / length if length else total, slots

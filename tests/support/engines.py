@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 import jax
+import numpy as np
 import pytest
 
 from apt_jax.cache import CacheKind
@@ -113,6 +114,22 @@ class Orders:
             prefills.append(Scheduled(request, tokens, kind, Reason.CONTINUES_PREFILL))
             budget -= tokens
         return prefills
+
+
+class Reader(Orders):
+    """The same, and keeps a copy of every prompt's hidden state, by request id."""
+
+    uses_prompt_states = True
+
+    def __init__(self, *args, fails: bool = False, **options):
+        super().__init__(*args, **options)
+        self.seen: dict[str, list[np.ndarray]] = {}
+        self.fails = fails
+
+    def saw_prompt(self, request: Request, state: np.ndarray) -> None:
+        if self.fails:
+            raise KeyError(request.request_id)
+        self.seen.setdefault(request.request_id, []).append(state.copy())
 
 
 def count_compilations() -> Callable[[], int]:

@@ -31,7 +31,7 @@ from apt_jax.model_config import ModelConfig
 from apt_jax.models.sharding import POOL, Parallel
 from apt_jax.request import SamplingParams
 from tests.support.checkpoint_folders import random_model
-from tests.support.engines import Orders, finish, make_engine
+from tests.support.engines import Reader, finish, make_engine
 
 # eight heads; 101 tokens, which no number of devices divides; pages of 8, tables of 96 tokens
 CONFIG = ModelConfig(
@@ -58,7 +58,7 @@ def greedy_tokens(engine: Engine, mode: str) -> dict[str, list[int]]:
     """Of every prompt in every treatment that the mode has, all in one batch."""
     treatments = {"kv": ["kv", "preempted"], "hidden": ["hidden", "preempted"]}.get(mode, list(TREATMENTS))
     ids = {f"{prompt}-{how}": (prompt, how) for how in treatments for prompt in range(len(PROMPTS))}
-    engine.policy = Orders(
+    engine.policy = Reader(
         kinds={i: KV if mode == "kv" else TREATMENTS[how] for i, (_, how) in ids.items()},
         convert_at={i: 5 + prompt for i, (prompt, how) in ids.items() if how == "converted"},
         preempt_at={i: 9 + prompt for i, (prompt, how) in ids.items() if how == "preempted"},
@@ -149,7 +149,8 @@ def main(cases: list[str]) -> None:
         check_weights(*case.split(":")[:2])
     if weights:
         return
-    expected = {i.partition("-")[0]: t for i, t in greedy_tokens(sharded_engine(1, "kv"), "kv").items()}
+    alone = sharded_engine(1, "kv")
+    expected = {i.partition("-")[0]: t for i, t in greedy_tokens(alone, "kv").items()}
     int8 = [case for case in cases if case.endswith(":int8")]
     for case in int8:
         check_int8(*case.split(":")[:2])
@@ -162,6 +163,8 @@ def main(cases: list[str]) -> None:
         engine = sharded_engine(num_devices, mode)
         for i, tokens in greedy_tokens(engine, mode).items():
             assert tokens == expected[i.partition("-")[0]], (num_devices, mode, i)
+        for i, (state,) in engine.policy.seen.items():
+            np.testing.assert_allclose(state, alone.policy.seen[i.partition("-")[0] + "-kv"][0], atol=1e-3)
         check_memory(engine)
         print(f"{num_devices} devices, {mode}: same tokens, {time.perf_counter() - started:.1f} s", flush=True)
 

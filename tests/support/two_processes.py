@@ -7,6 +7,7 @@ tokens that it generated, all as JSON.
 """
 
 import json
+import math
 import os
 import sys
 from pathlib import Path
@@ -36,8 +37,11 @@ def make_engine(folder: str, num_devices: int):
 
 
 def generate(engine) -> list[list[int]]:
+    seen = []  # the hidden states after prompts come from both processes
+    engine.policy.uses_prompt_states, engine.policy.saw_prompt = True, lambda _, state: seen.append(state.sum())
     requests = [engine.add(p, GREEDY, request_id=str(i)) for i, p in enumerate(PROMPTS)]
     finish(engine)
+    assert len(seen) == len(PROMPTS) and all(map(math.isfinite, seen))
     assert sum(r.num_preemptions + r.num_conversions for r in requests) > 0
     return [r.output_token_ids for r in requests]
 

@@ -9,7 +9,6 @@ from apt_jax.scheduling.costs.hardware import HARDWARE, MODELS
 from apt_jax.scheduling.host_tier import HostTier
 from apt_jax.scheduling.idling import MOST_IDLE_S, Idling
 from apt_jax.scheduling.length import LengthPredictor
-from apt_jax.scheduling.length_by_retrieval import RetrievalPredictor
 from apt_jax.scheduling.plan import Plan, Reason
 from apt_jax.scheduling.policies.catalogue import make_policy
 from apt_jax.scheduling.policies.interface import PolicyContext
@@ -23,6 +22,12 @@ A100 = CostModel(MODELS["opt-13b"], HARDWARE["a100-40gb"])
 
 def names(entries):
     return [entry.request.request_id for entry in entries]
+
+
+def finished(prompt_tokens, length, order):
+    ended = request(prompt_tokens, 999)
+    ended.order, ended.output_token_ids, ended.finish_reason = order, [5] * length, FinishReason.STOP
+    return ended
 
 
 def made(name, model=None, **context):
@@ -131,33 +136,6 @@ def test_alise_lifts_who_has_waited(age_s, old_is_served):
     assert bool(old.output_token_ids) == old_is_served
 
 
-def finished(prompt, length, order):
-    made_up = request(4, 999)
-    made_up.prompt_token_ids, made_up.order = prompt, order
-    made_up.output_token_ids = [5] * length
-    made_up.finish_reason = FinishReason.STOP
-    return made_up
-
-
-def test_lengths_are_those_of_similar_prompts_and_else_of_the_history():
-    """Questions of two topics share words with their own kind; their lengths are equal within each."""
-    rng = np.random.default_rng(0)
-    topics = [rng.integers(10, 5000, 60) for _ in range(2)]
-    predictor, order = RetrievalPredictor(LengthPredictor()), 0
-    for _ in range(60):
-        for topic, length in zip(topics, (20, 700), strict=True):
-            predictor.learn(finished(rng.choice(topic, 40).tolist(), length, order))
-            order += 1
-    asked = [finished(rng.choice(topic, 40).tolist(), 0, order + k) for k, topic in enumerate(topics)]
-    asked.append(finished(rng.integers(6000, 9000, 40).tolist(), 0, order + 9))
-    counts, none = np.full(3, 40), np.zeros(3, np.int64)
-    short, long, unlike = predictor.remaining_of(asked, counts, none).tolist()
-    assert short == 20 and long == 700 and 200 < unlike < 500, "the mean of all"
-    assert predictor.remaining_of(asked[:1], counts[:1], np.array([30]))[0] > 1, "no neighbour was longer than 30"
-    assert made("alise")._predictor.__class__ is RetrievalPredictor
-    assert made("alise:retrieval=off")._predictor.__class__ is LengthPredictor
-
-
 # -- FastSwitch -----------------------------------------------------------------------------------------------------
 
 
@@ -241,7 +219,7 @@ def test_wait_gathers_several_where_more_come_than_one_in_an_iteration():
 def test_nested_wait_holds_those_that_reach_a_later_segment_until_they_are_enough():
     state, policy = make_state(4000, 4, max_num_seqs=512, tokens=4096), made("nested-wait", TINY)
     for length in [8] * 50 + [100] * 50:
-        policy.finished(finished([1], length, 10**6), 0.0)
+        policy.finished(finished(1, length, 10**6), 0.0)
     for k in range(60):
         state.add(request(4, 60, name=str(k)))
     step(state, policy, 0.0)

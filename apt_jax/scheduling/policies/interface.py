@@ -4,6 +4,9 @@ import math
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol, runtime_checkable
 
+import numpy as np
+from numpy.typing import NDArray
+
 from apt_jax.request import Request
 from apt_jax.scheduling.costs.cost_model import CostModel
 from apt_jax.scheduling.length import LengthPredictor
@@ -35,6 +38,25 @@ class Policy(Protocol):
     def finished(self, request: Request, now: float) -> None:
         """Called once for every request that ends, for policies that learn."""
         ...
+
+
+class PromptReader(Policy, Protocol):
+    """A policy that is shown every prompt as the served model sees it, if it has `uses_prompt_states = True`.
+
+    The simulator's requests have no such states, nor have those that an engine continues, whose first tokens were
+    generated before they came.
+    """
+
+    uses_prompt_states: bool
+
+    def saw_prompt(self, request: Request, state: NDArray[np.float32]) -> None:
+        """The prompt has been computed; its last hidden state `[E]` is to be copied. Once, before `finished`."""
+        ...
+
+
+def uses_prompt_states(policy: Policy) -> bool:
+    """Whether it is a `PromptReader`."""
+    return getattr(policy, "uses_prompt_states", False)
 
 
 class Repeat(NamedTuple):

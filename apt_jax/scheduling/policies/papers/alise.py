@@ -5,13 +5,15 @@ a step with its context. Queues have borders at powers of two of that time, and 
 waiting lifts a request by a queue for every `age_s`, until it ends (aging). A waiting request takes the memory of
 running ones of lower queues, those expected to wait longest for their turn first; with host memory their pages move.
 
-Lengths are found by retrieval (`length_by_retrieval.py`) where prompts have words, and in the simulator, which has
-none, by what `--known-lengths` or the history of lengths say. Source: arXiv 2410.23537, sections 3 and 4.
+Lengths are found by retrieval among finished prompts (`length_by_retrieval.py`) from when the model has computed a
+prompt, before that by the history of lengths; in the simulator, whose prompts have no words, by `--known-lengths` or
+the history. Source: arXiv 2410.23537, sections 3 and 4.
 """
 
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from apt_jax.cache import CacheKind, per_kind
 from apt_jax.ranges import check_finite
@@ -31,7 +33,7 @@ UNKNOWN_TOKEN_S = 0.03  # of an output token, and of 100 prompt tokens, without 
 
 @dataclass(frozen=True)
 class AliseOptions:
-    """`age_s`: seconds of waiting that lift a request by one queue. `retrieval`: find lengths by similar prompts."""
+    """`age_s`: seconds of waiting that lift a request by one queue. `retrieval`: ask similar prompts for lengths."""
 
     age_s: float = 5.0
     retrieval: bool = True
@@ -51,7 +53,8 @@ class Alise:
     def __init__(self, context: PolicyContext | None = None, options: AliseOptions | None = None):
         self._context, self._options = context or PolicyContext(), options or AliseOptions()
         self._predictor = self._context.predictor
-        if self._options.retrieval and type(self._predictor) is LengthPredictor:
+        self.uses_prompt_states = self._options.retrieval and type(self._predictor) is LengthPredictor
+        if self.uses_prompt_states:
             self._predictor = RetrievalPredictor(self._predictor)
         self._lifts: dict[int, float] = {}  # queues by which each has been lifted, by arrival number
         self._known: dict[int, tuple[int, tuple[float, float, float, float]]] = {}  # of waiting ones, by arrival number
@@ -75,6 +78,11 @@ class Alise:
         self._predictor.learn(request)
         self._known.pop(request.order, None)
         self._lifts.pop(request.order, None)
+
+    def saw_prompt(self, request: Request, state: NDArray[np.float32]) -> None:
+        """The model has computed its prompt: look for prompts like it."""
+        assert isinstance(self._predictor, RetrievalPredictor)
+        self._predictor.saw_prompt(request, state)
 
     def _queues(self, state: SchedulerState, now: float) -> dict[int, int]:
         """The queue of each by arrival number: by remaining time, lifted by what it has waited; 0 goes first."""
