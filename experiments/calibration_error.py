@@ -21,7 +21,7 @@ from apt_jax.execution.weights.choice import laid_out
 from apt_jax.request import SamplingParams
 from apt_jax.scheduling.costs.fit import Observation, fit, relative_errors
 from apt_jax.scheduling.costs.step_load import StepLoad
-from apt_jax.serve.runtime.compile_cache import use_compile_cache
+from apt_jax.serve.runtime.starting.compile_cache import use_compile_cache
 from apt_jax.simulation.workload import load_lengths
 from experiments.preset_model import preset_model
 

@@ -44,8 +44,8 @@ from apt_jax.scheduling.plan import Plan
 from apt_jax.scheduling.policies.catalogue import make_policy
 from apt_jax.scheduling.policies.interface import PolicyContext
 from apt_jax.scheduling.state import SchedulerState
-from apt_jax.serve.runtime.compile_cache import use_compile_cache
-from apt_jax.serve.runtime.start_up import spare_collector
+from apt_jax.serve.runtime.starting.compile_cache import use_compile_cache
+from apt_jax.serve.runtime.starting.start_up import spare_collector
 from apt_jax.simulation.requests.classes import Terms
 from apt_jax.simulation.search import interpolated_throughput
 from apt_jax.simulation.simulator import simulate

@@ -81,7 +81,7 @@ class Serve:
     def run(self) -> int:
         """Serve until told to stop."""
         from apt_jax.serve.http.server import serve
-        from apt_jax.serve.runtime.distributed import join
+        from apt_jax.serve.runtime.starting.distributed import join
 
         if self.replicas.uses_ray and self.distributed.coordinator_address is not None:
             raise ValueError("--replicas starts its own processes; leave --coordinator-address out")
@@ -134,7 +134,7 @@ class RunBatch:
     def run(self) -> int:
         """Answer what is unanswered."""
         from apt_jax.serve.batch.batch_jobs import run_batch
-        from apt_jax.serve.runtime.distributed import join
+        from apt_jax.serve.runtime.starting.distributed import join
 
         if self.replicas.ray is not None:
             from apt_jax.serve.replicas.batch import run_batch_on_ray

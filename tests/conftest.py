@@ -9,7 +9,7 @@ os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_opti
 import pytest
 from hypothesis import HealthCheck, settings
 
-from apt_jax.serve.runtime.compile_cache import use_compile_cache
+from apt_jax.serve.runtime.starting.compile_cache import use_compile_cache
 
 # A busy machine is no reason to fail; continuous integration always draws the same examples.
 settings.register_profile(

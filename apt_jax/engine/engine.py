@@ -36,6 +36,7 @@ from apt_jax.scheduling.plan import Plan
 from apt_jax.scheduling.policies.catalogue import make_policy
 from apt_jax.scheduling.policies.interface import PolicyContext, uses_prompt_states
 from apt_jax.scheduling.state import Span, Written
+from apt_jax.tokenization.restriction import Restriction
 from apt_jax.tokenization.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -108,8 +109,7 @@ class Engine:
         self._inflight: deque[_Flight] = deque()
         self._early: list[Output] = []  # committed by the step under way, before it planned
         self._was_idle = True  # after the last step
-        self._idling = Idling()
-        self._compilations = Compilations()
+        self._idling, self._compilations = Idling(), Compilations()
 
     @property
     def max_num_seqs(self) -> int:
@@ -186,6 +186,7 @@ class Engine:
         arrival_s: float | None = None,
         output_token_ids: Sequence[int] = (),
         cache_salt: str | None = None,
+        restriction: Restriction | None = None,
     ) -> Request:
         """Queue one request (one sample); see `ServingEngine.add`."""
         self._idling.end()
@@ -198,12 +199,12 @@ class Engine:
             arrival_s=self._clock() if arrival_s is None else arrival_s,
             output_token_ids=output_token_ids,
             cache_salt=cache_salt,
+            restriction=restriction,
         )
 
     def abort(self, request_id: str) -> None:
         """End a request; its blocks are free at once. Unknown or ended ids change nothing."""
-        request = self.requests.get(request_id)
-        if request is not None:
+        if (request := self.requests.get(request_id)) is not None:
             self._end(request, FinishReason.ABORT)
 
     def step(self) -> list[Output]:
@@ -267,8 +268,7 @@ class Engine:
 
     def load(self, now: float) -> InstanceLoad:
         """The load that this engine reports to a router."""
-        context = self.policy_context
-        return instance_load(self.state, context.cost_model, now, predictor=context.predictor)
+        return instance_load(self.state, self.policy_context.cost_model, now, predictor=self.policy_context.predictor)
 
     def _plan(self, now: float) -> Plan:
         """The policy's plan; an empty one without unfinished requests, and where it raised but results are to come."""

@@ -14,6 +14,7 @@ from apt_jax.scheduling.plan import Plan
 
 if TYPE_CHECKING:
     from apt_jax.execution.cache.saved_pages import SavedPages
+    from apt_jax.tokenization.restriction import Restriction
     from apt_jax.tokenization.tokenizer import Tokenizer
 
 
@@ -138,12 +139,14 @@ class ServingEngine(EngineFacts, Protocol):
         arrival_s: float | None = None,
         output_token_ids: Sequence[int] = (),
         cache_salt: str | None = None,
+        restriction: "Restriction | None" = None,
     ) -> Request:
         """Queue one request (one sample).
 
         `output_token_ids` were generated before, by this engine or another, and are continued: with the same seed
         the same tokens follow. The first output then brings all of their text. Cached prefixes are shared only among
-        requests of the same `cache_salt`.
+        requests of the same `cache_salt`. `restriction` is what `tokenization/restriction.py` has made
+        of the same parameters and tokens; else it is made here, which takes seconds where a grammar is to be compiled.
 
         Raises:
             ValueError: the request can never be served; one sentence with the value, the limit and the cure.

@@ -13,6 +13,7 @@ from apt_jax.logprob_rows import LogprobRows
 from apt_jax.output import NO_WAY_ON, Output, QueueFull, TokenLogprobs
 from apt_jax.request import FinishReason, Request, SamplingParams, Slo
 from apt_jax.scheduling.state import SchedulerState
+from apt_jax.tokenization.restriction import Restriction
 
 
 class Requests:
@@ -50,6 +51,7 @@ class Requests:
         arrival_s: float,
         output_token_ids: Sequence[int],
         cache_salt: str | None = None,
+        restriction: Restriction | None = None,
     ) -> Request:
         """Queue a request; see `ServingEngine.add`."""
         config = self._config
@@ -75,7 +77,9 @@ class Requests:
             cache_salt=cache_salt,
             output_token_ids=list(output_token_ids),
         )
-        request.restriction = self._texts.restriction(params, self._rules.model_config.vocab_size, output_token_ids)
+        if restriction is None:
+            restriction = self._texts.restriction(params, self._rules.model_config.vocab_size, output_token_ids)
+        request.restriction = restriction
         if request.restriction is not None and not output_token_ids:
             ends = {*request.eos_token_ids, *(params.stop_token_ids or ())} if params.min_tokens else ()
             request.restriction.check_begins(self._rules.model_config.vocab_size, ends)

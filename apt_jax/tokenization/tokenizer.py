@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING, Any
 
 from apt_jax.files import Unreadable
 from apt_jax.tokenization.detokenizer import ByteDetokenizer, IncrementalDetokenizer, TokenBytes, WindowDetokenizer
+from apt_jax.tokenization.grammars.compiling import Grammars
 from apt_jax.tokenization.token_texts import ByteTokenTexts, TokenText, TokenTexts, WindowTokenTexts, shown, spans_of
 from apt_jax.tokenization.tokenizer_store import TokenizerStore, check_tokenizer_files
 
 if TYPE_CHECKING:
-    from apt_jax.tokenization.grammars.compiling import Grammars
     from apt_jax.tokenization.tokenizer_files import TokenizerFiles
 
 logger = logging.getLogger(__name__)
@@ -61,6 +61,9 @@ class Tokenizer:
         """Wrap a `tokenizers.Tokenizer`; `from_folder` is the usual way.
 
         `chat_template` (Jinja; None if the model has none) and `special_tokens` (such as `bos_token`) are only kept.
+
+        Attributes:
+            grammars: structured outputs in this vocabulary.
         """
         from tokenizers import decoders
 
@@ -68,6 +71,7 @@ class Tokenizer:
         backend.no_padding()
         self._backend = backend
         self.eos_token_id = eos_token_id
+        self.grammars = Grammars(backend.to_str, eos_token_id)
         self.chat_template = chat_template
         self.special_tokens = dict(special_tokens or {})
         added = backend.get_added_tokens_decoder()
@@ -280,22 +284,6 @@ class Tokenizer:
                 if text.isascii() and text.isalnum():
                     return token_id, text
         return None
-
-    @cached_property
-    def grammars(self) -> "Grammars":
-        """Structured outputs in this vocabulary; they begin in half a second.
-
-        Raises:
-            ValueError: there is no end-of-sequence token.
-        """
-        from apt_jax.tokenization.grammars.compiling import Grammars
-
-        return Grammars(self._backend.to_str(), self.eos_token_id)
-
-    def end_compiling(self) -> None:
-        """Refuse grammars that are being compiled, and all that come: the server is stopping."""
-        if "grammars" in self.__dict__:
-            self.grammars.end_compiling()
 
     def detokenizer(
         self, skip_special_tokens: bool = True, prompt_token_ids: Sequence[int] = ()

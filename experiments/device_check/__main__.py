@@ -71,7 +71,7 @@ def attention_backend(records: list[Record]) -> str:
 
 def run_stage(args: argparse.Namespace) -> int:
     """One stage, in this process."""
-    from apt_jax.serve.runtime.compile_cache import use_compile_cache
+    from apt_jax.serve.runtime.starting.compile_cache import use_compile_cache
     from experiments.device_check.session import Session
     from experiments.device_check.sizes import SIZES
 

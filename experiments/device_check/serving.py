@@ -14,7 +14,7 @@ from apt_jax.engine.engine import Engine
 from apt_jax.engine.setup import WATERMARK
 from apt_jax.request import Request, Slo
 from apt_jax.scheduling.prefix_pool import make_pool
-from apt_jax.serve.runtime.start_up import spare_collector
+from apt_jax.serve.runtime.starting.start_up import spare_collector
 from apt_jax.simulation.requests.classes import Terms
 from apt_jax.simulation.workload import Arrival, load_lengths
 from experiments.device_check import model

@@ -42,7 +42,7 @@ from apt_jax.serve.replicas.messages import EngineSpec
 from apt_jax.serve.replicas.options import RayOptions, ReplicaOptions
 from apt_jax.serve.replicas.ray_session import check_ray
 from apt_jax.serve.runtime.engine_thread import EngineThread
-from apt_jax.serve.runtime.start_up import StartUp, spare_collector
+from apt_jax.serve.runtime.starting.start_up import StartUp, spare_collector
 
 NO_SUCH_ADDRESS = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
 ATTEMPTS = 10  # at a free port that is free on every address

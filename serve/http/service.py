@@ -208,7 +208,7 @@ class Service:
         self.is_stopping = True
         engine = self.backend.engine
         if engine is not None and engine.tokenizer is not None:
-            engine.tokenizer.end_compiling()
+            engine.tokenizer.grammars.end_compiling()
 
     async def pieces(self, made: Iterator[bytes]) -> AsyncGenerator[bytes]:
         """Pieces of a large answer, each made off the event loop."""

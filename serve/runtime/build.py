@@ -25,7 +25,7 @@ from apt_jax.execution.weights.choice import serving_layout
 from apt_jax.model_config import ModelConfig, as_quantization
 from apt_jax.models.sharding import Parallel
 from apt_jax.scheduling.policies.catalogue import make_policy
-from apt_jax.serve.runtime.compile_cache import use_compile_cache
+from apt_jax.serve.runtime.starting.compile_cache import use_compile_cache
 from apt_jax.tokenization.tokenizer import Tokenizer, TokenizerNotFound
 from apt_jax.tokenization.tokenizer_store import TokenizerStore
 

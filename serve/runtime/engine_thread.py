@@ -9,25 +9,36 @@ import logging
 import queue
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from functools import partial
 
 from apt_jax.engine.interface import ServingEngine
-from apt_jax.output import DeviceLost, Output, PolicyFailed, QueueFull
+from apt_jax.output import DeviceLost, Output, PolicyFailed
 from apt_jax.request import OFFLINE_SLO, FinishReason, SamplingParams
 from apt_jax.routing.instance import InstanceLoad
-from apt_jax.serve.errors import EngineFailure, NotReady, PredictedLate
+from apt_jax.serve.errors import EngineFailure, NotReady
 from apt_jax.serve.runtime.admission import Admission
-from apt_jax.serve.runtime.group import SAMPLES_AT_ONCE, Abort, Active, Call, Command, End, Entry, Group, Mail, Message
+from apt_jax.serve.runtime.entrance import SEE_LOG, Entrance
+from apt_jax.serve.runtime.group import (
+    Abort,
+    Active,
+    Call,
+    Command,
+    End,
+    Entry,
+    Group,
+    Mail,
+    Message,
+    Prepared,
+)
 from apt_jax.serve.runtime.observer import Observer, Stepped
-from apt_jax.serve.runtime.samples import Sample, as_sent, has_broken_slo, record_of
+from apt_jax.serve.runtime.samples import Sample, as_sent, has_broken_slo
 from apt_jax.serve.runtime.status import EngineStatus, Watchdog, WatchLimits
 
 logger = logging.getLogger("apt_jax.serve")
 
-SEE_LOG = "its log has the details"
+STOPPING = "the server is stopping"
 REPORT_S = 1.0  # between two looks at the engine's health, for the log
 PROBE_S = 10.0  # between two probes of an unhealthy engine that has nothing to do
 PROBE = Sample("probe", 0, (0,), SamplingParams(max_tokens=1, temperature=0.0, ignore_eos=True), OFFLINE_SLO)
@@ -50,7 +61,6 @@ class EngineThread:
     ):
         self.status = EngineStatus.LOADING
         self.observers: list[Observer] = []
-        self.admission: Admission | None = None
         self.engine: ServingEngine | None = None
         self.watchdog = Watchdog()
         self.compile_s = 0.0  # that warming the engine took to compile
@@ -61,16 +71,21 @@ class EngineThread:
         self._inbox: queue.SimpleQueue[Message] = queue.SimpleQueue()
         self._active: dict[str, Active] = {}
         self._cancelled: dict[str, Active] = {}  # until the engine has ended them
-        self._entering: deque[Entry] = deque()
         self._stopping = False
         self._failed_steps = 0  # of the engine's own, as counted last
         self._mail = Mail()
+        self._entering = Entrance(self._inbox.put, self._mail, self._active)
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     def refuse_late(self) -> None:
         """From now on refuse what would miss its SLO. Before `start`."""
-        self.admission = Admission()
-        self.observers.append(self.admission)
+        self._entering.admission = Admission()
+        self.observers.append(self._entering.admission)
+
+    @property
+    def admission(self) -> Admission | None:
+        """What refuses."""
+        return self._entering.admission
 
     def watch(self, limits: WatchLimits) -> None:
         """When the engine counts as unhealthy."""
@@ -173,7 +188,7 @@ class EngineThread:
             self._mail.add(partial(self._on_ready, time.monotonic() - began))
             self._mail.post()
             self._serve(engine)
-            self._end(EngineStatus.STOPPED, NotReady("the server is stopping"))
+            self._end(EngineStatus.STOPPED, NotReady(STOPPING))
         except Exception as error:
             self._end(EngineStatus.FAILED, EngineFailure(f"the engine has failed; {SEE_LOG}"))
             self._mail.add(partial(self._on_failure, error))
@@ -233,69 +248,39 @@ class EngineThread:
                 command = self._inbox.get(block or left_s > 0, idle_s if block else max(left_s, 0.0))
             except queue.Empty:
                 if block:
-                    self._admit(engine, Entry(Group([PROBE], on_close=lambda probe: None)))
+                    self._entering.begin(engine, Entry(Group([PROBE], on_close=lambda probe: None)))
                 break
             block = False
             with self.watchdog.working():
                 self._obey(engine, command)
-        if self._entering:
-            with self.watchdog.working():
-                self._admit(engine, self._entering.popleft())
+        with self.watchdog.working():
+            self._entering.admit_next(engine)
 
     def _obey(self, engine: ServingEngine, command: Message) -> None:
         match command:
             case Group():
-                if len(command.samples) > SAMPLES_AT_ONCE:
-                    self._entering.append(Entry(command))
-                else:
-                    self._admit(engine, Entry(command))
+                self._entering.begin(engine, Entry(command))
+            case Prepared(entry):
+                if self._entering.prepared(engine, entry):
+                    self._obey(engine, End(entry.group))
             case Abort():
-                self._entering = deque(entry for entry in self._entering if entry.group is not command.group)
+                self._entering.drop(command.group)
                 for sample in command.group.samples:
                     active = self._active.pop(sample.request_id, None)
                     if active is not None:
                         self._cancelled[sample.request_id] = active
                         engine.abort(sample.request_id)
             case End(group):
-                while entries := [entry for entry in self._entering if entry.group is group]:
-                    self._entering.remove(entries[0])
-                    self._admit(engine, entries[0])
+                self._entering.hurry(engine, group)
                 for sample in group.samples:
                     engine.abort(sample.request_id)  # the next step reports it
             case Call():
                 command.make(engine)
             case Command.ABORT_ALL | Command.STOP:
                 self._stopping |= command is Command.STOP
-                while self._entering:
-                    self._admit(engine, self._entering.popleft())
+                self._entering.hurry_all(engine, NotReady(STOPPING))
                 for request_id in self._active:
                     engine.abort(request_id)  # the next step reports it
-
-    def _admit(self, engine: ServingEngine, entry: Entry) -> None:
-        """Give the engine the next samples of a group, all or none of which it takes in the end."""
-        group = entry.group
-        if group.closed:
-            return
-        try:
-            if not entry.added and self.admission is not None:
-                self.admission.check(engine, group.samples)
-            for sample in entry.left[:SAMPLES_AT_ONCE]:
-                record = record_of(sample.add_to(engine))
-                self._active[sample.request_id] = Active(group, sample, record)
-                entry.added.append(sample.request_id)
-        except Exception as error:
-            for request_id in entry.added:
-                self._active.pop(request_id, None)  # it may have ended
-                engine.abort(request_id)
-            if not isinstance(error, ValueError | QueueFull | PredictedLate):
-                logger.exception("the engine failed to take a request")
-                error = EngineFailure(f"the engine failed to take this request; {SEE_LOG}")
-            self._mail.add(partial(group.fail, error))
-        else:
-            if entry.left:
-                self._entering.append(entry)
-            else:
-                self._mail.add(group.accept)
 
     def _deliver(self, outputs: Sequence[Output], began_s: float) -> None:
         delivered: list[tuple[Active, Output]] = []
@@ -384,15 +369,15 @@ class EngineThread:
         with self._gate:
             self.status = status
         self._fail_groups(error)
+        self._entering.close(error)
+        if self.engine is not None and self.engine.tokenizer is not None:
+            self.engine.tokenizer.grammars.close()
         while not self._inbox.empty():
             command = self._inbox.get()
             if isinstance(command, Group | Call):
                 self._mail.add(partial(command.fail, error))
 
     def _fail_groups(self, error: Exception) -> None:
-        entering, self._entering = self._entering, deque()
-        groups = {
-            id(group): group for group in [*(a.group for a in self._active.values()), *(e.group for e in entering)]
-        }
-        for group in groups.values():
+        groups = [*(active.group for active in self._active.values()), *self._entering.take_ready()]
+        for group in {id(group): group for group in groups}.values():
             self._mail.add(partial(group.fail, error))

@@ -10,13 +10,16 @@ import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from apt_jax.engine.interface import ServingEngine
 from apt_jax.output import Output, joined
 from apt_jax.request import Request
 from apt_jax.serve.errors import NotReady
 from apt_jax.serve.runtime.samples import Sample
+
+if TYPE_CHECKING:
+    from apt_jax.tokenization.restriction import Restriction
 
 logger = logging.getLogger("apt_jax.serve")
 
@@ -169,20 +172,35 @@ class Call[T]:
             self.answer.set_exception(error)
 
 
-type Message = Group | Abort | End | Call[Any] | Command
-
-
 @dataclass
 class Entry:
     """A group on its way into the engine."""
 
     group: Group
     added: list[str] = field(default_factory=list)  # ids of the samples that the engine has been given
+    restrictions: "Sequence[Restriction | None]" = ()  # of all samples, where they were prepared
+    error: Exception | None = None  # why they cannot be
+    is_to_end: bool = False  # as soon as the engine has it
 
     @property
     def left(self) -> Sequence[Sample]:
         """Those that it has not."""
         return self.group.samples[len(self.added) :]
+
+    @property
+    def next_restriction(self) -> "Restriction | None":
+        """That of the first that is left."""
+        return self.restrictions[len(self.added)] if self.restrictions else None
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What the samples of a group restrict is known."""
+
+    entry: Entry
+
+
+type Message = Group | Prepared | Abort | End | Call[Any] | Command
 
 
 @dataclass

@@ -9,10 +9,14 @@ import copy
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from apt_jax.engine.interface import ServingEngine
 from apt_jax.output import Output
 from apt_jax.request import Request, SamplingParams, Slo
+
+if TYPE_CHECKING:
+    from apt_jax.tokenization.restriction import Restriction
 
 
 @dataclass(frozen=True)
@@ -33,8 +37,8 @@ class Sample:
     cache_salt: str | None = None
     tokens_at_once: int = 1  # that its client gets in one piece, but for the first and the last
 
-    def add_to(self, engine: ServingEngine) -> Request:
-        """Give it to the engine.
+    def add_to(self, engine: ServingEngine, restriction: "Restriction | None" = None) -> Request:
+        """Give it to the engine, with what that has made of its restrictions if they were prepared.
 
         Raises:
             ValueError: it is bad input.
@@ -49,6 +53,7 @@ class Sample:
             arrival_s=self.arrival_s,
             output_token_ids=self.output_token_ids,
             cache_salt=self.cache_salt,
+            restriction=restriction,
         )
 
 

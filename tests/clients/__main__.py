@@ -54,16 +54,19 @@ def python_of(client: Client) -> Path:
     """
     folder = FOLDER / client.name
     python, stamp = folder / "bin" / "python", folder / ".installed"
-    wanted = "\n".join(client.requirements)
+    wanted = "\n".join([*client.requirements, *(f"without {name}" for name in client.unwanted)])
     if stamp.is_file() and stamp.read_text() == wanted:
         return python
     base = shutil.which(client.python or "") or sys.executable
     print(f"installing {client.name} (once; minutes)", file=sys.stderr, flush=True)
     FOLDER.mkdir(exist_ok=True)
     log = FOLDER / f"{client.name}.log"
-    pip = [str(python), "-m", "pip", "--disable-pip-version-check", "install", "--no-compile", *client.requirements]
+    pip = [str(python), "-m", "pip", "--disable-pip-version-check"]
+    commands = [[base, "-m", "venv", "--clear", str(folder)], [*pip, "install", "--no-compile", *client.requirements]]
+    if client.unwanted:
+        commands.append([*pip, "uninstall", "-y", *client.unwanted])
     with log.open("w") as file:
-        for command in ([base, "-m", "venv", "--clear", str(folder)], pip):
+        for command in commands:
             try:
                 code = subprocess.run(command, stdout=file, stderr=file, timeout=INSTALL_LIMIT_S).returncode
             except subprocess.TimeoutExpired as error:

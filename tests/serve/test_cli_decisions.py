@@ -33,7 +33,9 @@ def called(monkeypatch):
     monkeypatch.setattr("apt_jax.serve.batch.batch_jobs.run_batch", stands_for("run_batch", 4))
     monkeypatch.setattr("apt_jax.serve.replicas.batch.run_batch_on_ray", stands_for("run_batch_on_ray", 5))
     monkeypatch.setattr("apt_jax.serve.runtime.build.build_engine", stands_for("build_engine"))
-    monkeypatch.setattr("apt_jax.serve.runtime.distributed.join", lambda options: options.process_id in (None, 0))
+    monkeypatch.setattr(
+        "apt_jax.serve.runtime.starting.distributed.join", lambda options: options.process_id in (None, 0)
+    )
     return calls
 
 

@@ -15,7 +15,7 @@ from apt_jax.checkpoints.source import DEMO_FOLDER
 from apt_jax.serve.http.service import Service
 from apt_jax.serve.options import ServerOptions
 from apt_jax.serve.runtime.engine_thread import EngineThread
-from apt_jax.serve.runtime.start_up import spare_collector
+from apt_jax.serve.runtime.starting.start_up import spare_collector
 from apt_jax.tokenization.tokenizer import Tokenizer
 from tests.support.bystander import bystander, forget_peak, memory_bytes, peak_bytes
 from tests.support.hostile_requests import ANSWERED, MB, READ, send

@@ -9,13 +9,13 @@ import jax
 import pytest
 
 from apt_jax.files import kept_folder
-from apt_jax.serve.runtime.compile_cache import use_compile_cache
+from apt_jax.serve.runtime.starting.compile_cache import use_compile_cache
 
 # Prints the folders that a start would use for compiled programs and kernels.
 FOLDERS = """
 from pathlib import Path
 from apt_jax.files import kept_folder
-from apt_jax.serve.runtime.compile_cache import use_compile_cache
+from apt_jax.serve.runtime.starting.compile_cache import use_compile_cache
 for folder in (use_compile_cache(None), kept_folder(Path("~/.cache/kernels"), "the CPU kernels")):
     (folder / "file").touch()
     print(folder)

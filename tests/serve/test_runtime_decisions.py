@@ -11,12 +11,12 @@ from apt_jax.output import Output
 from apt_jax.request import OFFLINE_SLO, FinishReason, Request, SamplingParams, Slo, Status
 from apt_jax.serve.errors import NotReady, PredictedLate
 from apt_jax.serve.runtime.admission import ENOUGH_S, Admission
-from apt_jax.serve.runtime.compile_cache import use_compile_cache
 from apt_jax.serve.runtime.driver import Driver
 from apt_jax.serve.runtime.engine_thread import REPORT_S, EngineThread
 from apt_jax.serve.runtime.group import Group
 from apt_jax.serve.runtime.samples import as_sent, fan_out, has_broken_slo, record_of, record_tokens, sample_seed
-from apt_jax.serve.runtime.start_up import StartUp
+from apt_jax.serve.runtime.starting.compile_cache import use_compile_cache
+from apt_jax.serve.runtime.starting.start_up import StartUp
 from apt_jax.serve.runtime.status import EngineStatus
 from tests.support.fake_engine import CharTokenizer, FakeEngine
 
@@ -251,7 +251,7 @@ def test_health_is_looked_at_again_and_again_until_the_engine_has_ended(status, 
 def test_phases_of_a_start_begin_with_the_process_and_are_never_negative(monkeypatch):
     now = [100.0]
     monkeypatch.setattr(
-        "apt_jax.serve.runtime.start_up.time", SimpleNamespace(monotonic=lambda: now[0], time=lambda: 50.0)
+        "apt_jax.serve.runtime.starting.start_up.time", SimpleNamespace(monotonic=lambda: now[0], time=lambda: 50.0)
     )
     monkeypatch.setattr("psutil.Process", lambda: SimpleNamespace(create_time=lambda: 48.0))
     start_up = StartUp()

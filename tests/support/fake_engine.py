@@ -22,6 +22,7 @@ from apt_jax.scheduling.policies.catalogue import make_policy
 from apt_jax.scheduling.policies.interface import PolicyContext
 from apt_jax.scheduling.prefix_pool import PrefixPool
 from apt_jax.scheduling.state import Limits, SchedulerState
+from apt_jax.tokenization.grammars.compiling import Grammars
 from apt_jax.tokenization.token_texts import ByteTokenTexts, TokenText
 
 VOCABULARY = 256
@@ -31,17 +32,10 @@ EOS = 2
 class CharTokenizer:
     """One token per Latin-1 character (? for others), </s> first."""
 
-    def end_compiling(self) -> None:
-        """It compiles nothing."""
-
-    @property
-    def grammars(self):
-        """As of a vocabulary without an end-of-sequence token: what asks for one is refused."""
-        raise ValueError("this vocabulary compiles no grammars")
-
     def __init__(self, chat_template: str | None = None):
         self.chat_template = chat_template
         self.special_tokens = {"eos_token": "</s>"}
+        self.grammars = Grammars(str, None)  # refuses each
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         return [*([EOS] if add_special_tokens else []), *text.encode("latin-1", "replace")]
@@ -154,6 +148,7 @@ class FakeEngine:
         arrival_s: float | None = None,
         output_token_ids: Sequence[int] = (),
         cache_salt: str | None = None,
+        restriction: Any = None,
     ) -> Request:
         assert params.n == 1 and request_id not in self._requests
         if not prompt_token_ids:

@@ -18,7 +18,7 @@ from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from apt_jax.pallas_kernels.reference import Partial
-from apt_jax.serve.runtime.compile_cache import use_compile_cache
+from apt_jax.serve.runtime.starting.compile_cache import use_compile_cache
 
 # a slot that is overwritten before it was read, or read before it was written, is a race
 INTERPRET = plgpu.InterpretGPUParams(detect_races=True)

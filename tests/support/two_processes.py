@@ -21,7 +21,7 @@ from apt_jax.checkpoints.load import load_model
 from apt_jax.engine_config import EngineConfig
 from apt_jax.request import SamplingParams
 from apt_jax.serve.options import DistributedOptions
-from apt_jax.serve.runtime.distributed import join
+from apt_jax.serve.runtime.starting.distributed import join
 from tests.support.engines import finish
 from tests.support.sharded_engines import few_shapes
 

@@ -39,7 +39,7 @@ def tokenizer() -> str:
 
 @pytest.fixture(scope="module")
 def grammars(tokenizer) -> Grammars:
-    return Grammars(tokenizer, 1)
+    return Grammars(lambda: tokenizer, 1)
 
 
 @pytest.mark.parametrize(
@@ -75,7 +75,7 @@ def test_a_small_one_does_not_wait_for_many_large_ones(tokenizer, monkeypatch):
     """Forty-five large ones at once denied all others for as long as they were compiled."""
     monkeypatch.setattr(compiling, "FAST_S", 0.05)
     monkeypatch.setattr(compiling, "SLOW_S", 0.2)
-    grammars = Grammars(tokenizer, 1)
+    grammars = Grammars(lambda: tokenizer, 1)
     large = [{"grammar": ENDLESS["grammar"].replace("101", str(200 + number))} for number in range(45)]
     found: list[Exception] = []
 
@@ -98,7 +98,7 @@ def test_a_small_one_does_not_wait_for_many_large_ones(tokenizer, monkeypatch):
 
 
 def test_nothing_is_compiled_once_the_server_stops(tokenizer):
-    grammars = Grammars(tokenizer, 1)
+    grammars = Grammars(lambda: tokenizer, 1)
     kept = grammars.matcher({"choice": ["yes", "no"]})
     found: list[Exception] = []
 
@@ -153,9 +153,9 @@ def test_one_that_explodes_while_it_is_followed_ends_alone(grammars, asked):
     ],
 )
 def test_the_kernel_ends_the_process_of_one_that_passes_a_limit(tokenizer, number, reason):
-    grammars = Grammars(tokenizer, 1)
-    forking = max(processes_of(os.getpid()))
+    grammars = Grammars(lambda: tokenizer, 1)
     hostile = grammars.matcher({"regex": "q{30}"})
+    forking = max(processes_of(os.getpid()))
     (follower,) = processes_of(forking)
     other, words, token = grammars.matcher({"regex": "q{40}"}), np.zeros(WORDS, np.int32), token_of("q")
     os.kill(follower, number)
@@ -224,7 +224,7 @@ def test_those_that_take_most_end_where_all_take_too_much(grammars, monkeypatch)
 
 def test_there_are_at_most_so_many_processes(tokenizer, monkeypatch):
     monkeypatch.setattr(compiling, "MOST_PROCESSES", 2)
-    grammars = Grammars(tokenizer, 1)
+    grammars = Grammars(lambda: tokenizer, 1)
     grammars.check({"choice": ["a"]})
     kept = [grammars.matcher({"choice": ["b"]}), grammars.matcher({"choice": ["c"]})]
     with pytest.raises(QueueFull, match="2 different grammars are being followed; try again later"):
@@ -246,7 +246,7 @@ def test_waiting_has_a_bound():
 
 
 def test_it_starts_again_if_somebody_ends_it(tokenizer):
-    grammars = Grammars(tokenizer, 1)
+    grammars = Grammars(lambda: tokenizer, 1)
     first = grammars.matcher({"choice": ["yes"]})
     for child in processes_of(os.getpid()):
         if os.getpgid(child) == os.getpgid(os.getpid()):
@@ -260,7 +260,8 @@ def test_it_starts_again_if_somebody_ends_it(tokenizer):
 @pytest.mark.parametrize("is_killed", [True, False])
 def test_a_grammar_is_not_refused_for_what_it_did_not_do(tokenizer, monkeypatch, is_killed):
     """It was refused as too large ever after if somebody ended the process that forks, or no descriptor was left."""
-    grammars, asked = Grammars(tokenizer, 1), {"regex": "never before"}
+    grammars, asked = Grammars(lambda: tokenizer, 1), {"regex": "never before"}
+    grammars.check({"regex": "before"})
     with monkeypatch.context() as patch:
         if is_killed:
             forking = max(processes_of(os.getpid()))
@@ -286,7 +287,7 @@ def test_they_begin_where_a_thousand_files_are_open(tokenizer):
         with contextlib.ExitStack() as stack:
             for _ in range(1100):
                 stack.enter_context(open(os.devnull, "rb"))
-            grammars = Grammars(tokenizer, 1)
+            grammars = Grammars(lambda: tokenizer, 1)
             for _ in range(2):
                 assert grammars.matcher({"choice": ["yes"]}).allow(np.zeros(WORDS, np.int32)) is None
     finally:
@@ -311,7 +312,7 @@ def test_all_processes_end_with_their_engine(tokenizer):
     program = f"""
 import threading, time
 from apt_jax.tokenization.grammars.compiling import Grammars
-grammars = Grammars(open({str(FOLDER / "tokenizer.json")!r}, encoding="utf-8").read(), 1)
+grammars = Grammars(open({str(FOLDER / "tokenizer.json")!r}, encoding="utf-8").read, 1)
 grammars.check({{"choice": ["yes"]}})
 threading.Thread(target=grammars.check, args=[{ENDLESS!r}], daemon=True).start()
 time.sleep(0.05)
@@ -339,4 +340,4 @@ def is_running(pid: int) -> bool:
 
 def test_a_tokenizer_that_the_library_cannot_read_is_a_sentence():
     with pytest.raises(ValueError, match="structured outputs cannot be served with this tokenizer: "):
-        ForkingProcess("{}", 1)
+        ForkingProcess(lambda: "{}", 1).fork()

@@ -12,7 +12,7 @@ import socket
 import threading
 import weakref
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from apt_jax.output import QueueFull
@@ -31,32 +31,37 @@ STOPPING = "the server is stopping: no grammar is compiled any more; try again l
 
 
 class Grammars:
-    """Compiles grammars for one tokenizer. Thread-safe.
+    """Compiles grammars for one tokenizer. Thread-safe; a process starts with the first of them, in half a second.
 
     Args:
-        tokenizer: a `tokenizers.Tokenizer` as JSON.
-        eos_token_id: what ends an output that could go on.
-
-    Raises:
-        ValueError: there is no such token, or the tokenizer cannot be used.
+        tokenizer: makes a `tokenizers.Tokenizer` as JSON.
+        eos_token_id: what ends an output that could go on; without one every grammar is refused.
     """
 
-    def __init__(self, tokenizer: str, eos_token_id: int | None):
-        if eos_token_id is None:
-            raise ValueError("structured outputs need an end-of-sequence token, and this tokenizer has none")
+    def __init__(self, tokenizer: Callable[[], str], eos_token_id: int | None):
+        self._arguments = tokenizer, eos_token_id
         self._parent = ForkingProcess(tokenizer, eos_token_id)
         self._kept: OrderedDict[str, GrammarProcess] = OrderedDict()
+        self._alive: weakref.WeakValueDictionary[str, GrammarProcess] = (
+            weakref.WeakValueDictionary()
+        )  # followed, or kept
         self._refused: OrderedDict[bytes, str] = OrderedDict()  # digests, with the reason
         self._processes: weakref.WeakSet[GrammarProcess] = weakref.WeakSet()
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
+        self._changed = threading.Condition(self._lock)  # of what is under way
+        self._under_way: set[str] = set()
         self._fast, self._slow = Lanes(FAST_LANES, None), Lanes(SLOW_LANES, SLOW_WAITING)
         self._compiling: set[socket.socket] = set()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """To another process goes what makes it."""
+        return Grammars, self._arguments
 
     def check(self, asked: Mapping[str, Any]) -> None:
         """Compile a grammar for `matcher` to find. It may wait, for seconds if others compile large ones.
 
         Raises:
-            ValueError: it cannot be compiled, or takes too much; one sentence with the reason.
+            ValueError: it cannot be compiled, or takes too much, or none can be with this tokenizer; one sentence.
             QueueFull: too many are being compiled or followed.
         """
         self._find(asked)
@@ -64,6 +69,25 @@ class Grammars:
     def matcher(self, asked: Mapping[str, Any]) -> Matcher:
         """A new matcher at the beginning of what `SamplingParams.structured_outputs` asks for; raises as `check`."""
         return self._find(asked).open()
+
+    def is_known(self, asked: Mapping[str, Any]) -> bool:
+        """Whether `matcher` finds it, or its refusal, without compiling anything."""
+        try:
+            key, digest = _names_of(asked)
+        except ValueError:
+            return True
+        with self._lock:
+            return digest in self._refused or self._found(key) is not None
+
+    def close(self) -> None:
+        """End all its processes; what follows a grammar fails, and nothing is compiled any more."""
+        self.end_compiling()
+        with self._lock:
+            processes = list(self._processes)
+            self._kept.clear()
+        for process in processes:
+            process.end()
+        self._parent.close()
 
     def end_compiling(self) -> None:
         """Refuse what is being compiled, and all that comes: the server is stopping."""
@@ -75,37 +99,55 @@ class Grammars:
                     link.shutdown(socket.SHUT_RDWR)
 
     def _find(self, asked: Mapping[str, Any]) -> GrammarProcess:
+        key, digest = _names_of(asked)
+        with self._changed:
+            if not self._changed.wait_for(lambda: key not in self._under_way, SLOW_S):
+                raise QueueFull("the same grammar is being compiled for others; try again later")
+            if (found := self._found(key)) is not None:
+                return found
+            if (refusal := self._refused.get(digest)) is not None:
+                raise ValueError(refusal)
+            self._under_way.add(key)
         try:
-            key = json.dumps(asked, sort_keys=True)
-        except RecursionError:
-            raise ValueError("structured_outputs is nested too deep; use fewer levels") from None
-        if len(key) > MAX_CHARS:
-            raise ValueError(f"structured_outputs has {len(key)} characters, at most {MAX_CHARS} are allowed")
-        digest = hashlib.sha256(key.encode()).digest()
+            made = self._compile(asked)
+        except BaseException:
+            self._end_way(key)
+            raise
         with self._lock:
-            kept, known = self._kept.get(key), self._refused.get(digest)
-        if kept is not None:
-            has_ended = kept.has_ended()
-            with self._lock:
-                is_kept = self._kept.get(key) is kept  # else another thread has found that out, or let go of it
-                if not has_ended:
-                    if is_kept:
-                        self._kept.move_to_end(key)
-                    return kept
-                self._processes.discard(kept)
-                if is_kept:
-                    del self._kept[key]
-        found = known or self._compile(asked)
-        with self._lock:
-            if isinstance(found, str):
-                self._refused[digest] = found
+            self._end_way(key)
+            if isinstance(made, str):
+                self._refused[digest] = made
                 if len(self._refused) > MOST_REFUSED:
                     self._refused.popitem(last=False)
-                raise ValueError(found)
-            self._kept[key] = found
+                raise ValueError(made)
+            self._kept[key] = self._alive[key] = made
             while len(self._kept) > MOST_KEPT or sum(map(len, self._kept)) > MOST_KEPT_CHARS:
                 self._kept.popitem(last=False)
-            return found
+            return made
+
+    def _found(self, key: str) -> GrammarProcess | None:
+        """A process that follows it; under the lock."""
+        found = self._alive.get(key)
+        if found is None:
+            return None
+        if found.has_ended():
+            self._forget(found)
+            return None
+        if key in self._kept:
+            self._kept.move_to_end(key)
+        return found
+
+    def _forget(self, process: GrammarProcess) -> None:
+        """It has ended, or is to; under the lock."""
+        self._processes.discard(process)
+        for named in (self._kept, self._alive):
+            for key in [key for key, kept in named.items() if kept is process]:
+                del named[key]
+
+    def _end_way(self, key: str) -> None:
+        with self._changed:
+            self._under_way.discard(key)
+            self._changed.notify_all()
 
     def _compile(self, asked: Mapping[str, Any]) -> GrammarProcess | str:
         """A process that has compiled it, or why there is none."""
@@ -171,9 +213,19 @@ class Grammars:
         if sum(process.mib for process in processes) > MOST_MIB_TOGETHER:
             largest = max(processes, key=lambda process: process.mib)
             with self._lock:
-                self._processes.discard(largest)
-                self._kept = OrderedDict((key, kept) for key, kept in self._kept.items() if kept is not largest)
+                self._forget(largest)
             largest.end()
+
+
+def _names_of(asked: Mapping[str, Any]) -> tuple[str, bytes]:
+    """The key of a grammar, and its digest; raises ValueError if it is too large."""
+    try:
+        key = json.dumps(asked, sort_keys=True)
+    except RecursionError:
+        raise ValueError("structured_outputs is nested too deep; use fewer levels") from None
+    if len(key) > MAX_CHARS:
+        raise ValueError(f"structured_outputs has {len(key)} characters, at most {MAX_CHARS} are allowed")
+    return key, hashlib.sha256(key.encode()).digest()
 
 
 class Lanes:

@@ -76,7 +76,7 @@ class AptJax:
 
         with open(path, encoding="utf-8") as file:
             text = file.read()
-        self._grammars, self._eos = Grammars(text, eos), eos
+        self._grammars, self._eos = Grammars(lambda: text, eos), eos
         self._words = np.zeros(-(-tokenizers.Tokenizer.from_str(text).get_vocab_size() // 32), np.int32)
 
     def compile(self, schema: str) -> None:
