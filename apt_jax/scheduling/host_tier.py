@@ -1,9 +1,9 @@
 """Cached pages in host memory: where a `PrefixPool` puts what it evicts, and finds it again.
 
 Host memory has slots, one for each block of the pool. A page that leaves the device is copied to slots, and one that a
-request begins with is copied back to new blocks; its copy stays, so that it need not be copied out a second time. When
-slots run out, the page used longest ago is lost. A preempted request's pages are idle ones of the pool and go the same
-way, so it is moved instead of computed again.
+request begins with is copied back to new blocks; its copy stays, so that it need not be copied out again (studies may
+have it go). When slots run out, the page used longest ago is lost. A preempted request's pages are idle ones of the
+pool and go the same way, so it is moved instead of computed again.
 
 This is accounting: `take_moves` says what is to be copied before the next iteration. Source: retained copies as in
 FastSwitch (arXiv 2411.18424); hidden vectors are half of KV to move, as in HCache (arXiv 2410.05004).
@@ -44,13 +44,14 @@ class HostTier:
     Attributes:
         restores: by kind, whether copying a page back is quicker than computing its tokens. Others are not kept. It is
             for all kinds if nothing is known.
+        retains: whether the copy of a page stays that was copied back.
         num_saved, num_restored: blocks copied since the start.
     """
 
-    def __init__(self, num_slots: int, restores: Sequence[bool] | None = None):
+    def __init__(self, num_slots: int, restores: Sequence[bool] | None = None, *, retains: bool = True):
         if num_slots < 1:
             raise ValueError(f"{num_slots=} must be at least 1")
-        self.num_slots = num_slots
+        self.num_slots, self.retains = num_slots, retains
         self.restores = [True] * len(KINDS) if restores is None else [*restores]
         self.num_saved = self.num_restored = 0
         self._free = list(range(num_slots - 1, -1, -1))
@@ -59,6 +60,7 @@ class HostTier:
         self._saved: list[tuple[int, int]] = []
         self._new: set[tuple[int, bytes]] = set()  # pages that `_saved` is to fill
         self._restored: list[tuple[int, int]] = []
+        self._returned: list[tuple[int, bytes]] = []  # pages of it, if they are not to stay
 
     @property
     def num_used(self) -> int:
@@ -92,15 +94,22 @@ class HostTier:
         self._in_use.add((page.kind.index, page.key))
 
     def restore(self, page: HostPage, blocks: Sequence[int]) -> None:
-        """Copy a page that is held to `blocks`; its copy stays."""
-        assert (page.kind.index, page.key) in self._in_use
-        self._pages.move_to_end((page.kind.index, page.key))
+        """Copy a page that is held to `blocks`."""
+        place = page.kind.index, page.key
+        assert place in self._in_use
+        self._pages.move_to_end(place)
+        if not self.retains:
+            self._returned.append(place)
         self._restored += zip(page.slots, blocks, strict=True)
 
     def take_moves(self) -> Moves:
         """What is to be copied now, before anything else is done to the pool's blocks."""
         moves = Moves(self._saved, self._restored)
         self._saved, self._restored = [], []
+        for place in self._returned:
+            if place in self._pages:
+                self._drop(place)
+        self._returned.clear()
         self._new.clear()
         self._in_use.clear()
         self.num_saved += len(moves.saved)
@@ -123,6 +132,7 @@ class HostTier:
         for place in list(self._pages):
             self._drop(place)
         self._saved, self._restored = [], []
+        self._returned.clear()
         self._new.clear()
         self._in_use.clear()
 

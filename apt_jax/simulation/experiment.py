@@ -15,6 +15,7 @@ from apt_jax.routing.autoscaler import Autoscaler, AutoscalerOptions
 from apt_jax.routing.catalogue import DEFAULT_ROUTER, make_router
 from apt_jax.scheduling.costs.cost_model import CostModel, HiddenMode, block_bytes, cache_blocks
 from apt_jax.scheduling.costs.hardware import HARDWARE, MODELS, by_name
+from apt_jax.scheduling.costs.host_copies import CopyForm
 from apt_jax.scheduling.costs.host_times import host_time
 from apt_jax.scheduling.length import LengthPredictor
 from apt_jax.scheduling.policies.catalogue import make_policy
@@ -197,13 +198,14 @@ class Experiment:
         *,
         on_progress: Callable[[int], None] | None = None,
         questions: tuple[Question, ...] = (),
+        copies: CopyForm = CopyForm(),  # noqa: B008  # frozen
     ) -> tuple[Outcome, Report | None]:
         """One point; with `questions` it ends as soon as they are decided, then without a report."""
         arrivals, rate = self.arrivals(rate)
         try:
             outcome = simulate_fleet(
                 arrivals,
-                self.fleet(policy, cache_mode, hidden_attention),
+                self.fleet(policy, cache_mode, hidden_attention, copies),
                 slo=self.slo,
                 max_model_len=self.max_model_len,
                 on_progress=on_progress,
@@ -251,7 +253,13 @@ class Experiment:
         """Whether there is, or may be, more than one instance."""
         return max(self.instances, self.max_instances or 0) > 1
 
-    def fleet(self, policy: str, cache_mode: CacheMode, hidden_attention: HiddenMode) -> Fleet:
+    def fleet(
+        self,
+        policy: str,
+        cache_mode: CacheMode,
+        hidden_attention: HiddenMode,
+        copies: CopyForm = CopyForm(),  # noqa: B008  # frozen
+    ) -> Fleet:
         """Fresh instances, a fresh policy in each, and the router in front.
 
         Raises:
@@ -274,8 +282,8 @@ class Experiment:
             return Instance(
                 make_policy(policy, context), cost_model, num_blocks=num_blocks, limits=limits,
                 block_size=self.block_size, name=name, prefix_caching=self.enable_prefix_caching,
-                host_slots=int(self.host_cache_bytes // block_bytes(cost_model, self.block_size)),
-                host_time=host_time(policy),
+                host_slots=int(self.host_cache_bytes // (block_bytes(cost_model, self.block_size) * copies.share)),
+                host_time=host_time(policy), copies=copies,
             )  # fmt: skip
 
         return Fleet(

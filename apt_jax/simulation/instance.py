@@ -9,7 +9,7 @@ from apt_jax.cache import per_kind
 from apt_jax.request import Status
 from apt_jax.routing.instance import InstanceLoad, instance_load
 from apt_jax.scheduling.costs.cost_model import CostModel, block_bytes
-from apt_jax.scheduling.costs.host_copies import worth_restoring
+from apt_jax.scheduling.costs.host_copies import CopyForm, worth_restoring
 from apt_jax.scheduling.costs.host_times import HostTime
 from apt_jax.scheduling.costs.projection import least_projected_tokens
 from apt_jax.scheduling.host_tier import HostTier
@@ -35,6 +35,7 @@ class Sample:
     running: int
     waiting: int
     held_blocks: tuple[int, ...]  # by `CacheKind.index`
+    copied_s: float = 0.0  # by which copies from and to host memory made it longer
 
 
 class Instance:
@@ -55,13 +56,16 @@ class Instance:
         prefix_caching: bool = False,
         host_slots: int = 0,
         host_time: HostTime = HostTime(),  # noqa: B008  # frozen; none, unless it is known
+        copies: CopyForm = CopyForm(),  # noqa: B008  # frozen; the engine's
         on_plan: Callable[[Plan, float], None] | None = None,
     ):
         self.name = name
         self.moved_bytes = 0.0
-        self._block_bytes = block_bytes(cost_model, block_size)
-        self._copy_s = self._block_bytes / cost_model.hardware.host_bytes_per_s / cost_model.devices
-        host = HostTier(host_slots, worth_restoring(cost_model, block_size, self._copy_s)) if host_slots else None
+        self._copies, self._moved_bytes = copies, block_bytes(cost_model, block_size) * copies.share
+        link_bytes_per_s = cost_model.hardware.host_bytes_per_s * cost_model.devices
+        self._copy_s = copies.calls_s + self._moved_bytes / link_bytes_per_s
+        restores = worth_restoring(cost_model, block_size, self._copy_s)
+        host = HostTier(host_slots, restores, retains=copies.retains) if host_slots else None
         pool = make_pool(num_blocks, block_size, prefix_caching=prefix_caching, host=host)
         self.state = SimulatedState(pool, limits)
         self.state.least_projected_tokens = least_projected_tokens(cost_model) if prefix_caching else None
@@ -72,7 +76,7 @@ class Instance:
         self._host_time = host_time
         self._num_scheduled = 0
         self._abandoned: list[SimulatedRequest] = []
-        self._start_s = self._end_s = 0.0
+        self._start_s = self._end_s = self._copied_s = 0.0
         self._report: InstanceLoad | None = None
         self._plan = Plan()
         self._repeat: Repeat | None = None  # of the plan; None if it has to be made anew
@@ -113,10 +117,10 @@ class Instance:
         load = self.state.advance(plan, now)
         self._num_scheduled = len(plan.scheduled)
         self._abandoned = [cast(SimulatedRequest, abandoned.request) for abandoned in plan.abandoned]
-        moves = self.state.take_moves()  # copies to the host run beside the device's work, those from it before
-        self.moved_bytes += (len(moves.saved) + len(moves.restored)) * self._block_bytes
-        step_s = self._cost_model.step_s(load) + len(moves.restored) * self._copy_s
-        self._start_s, self._end_s = now, now + host_s + max(step_s, len(moves.saved) * self._copy_s)
+        moves, work_s = self.state.take_moves(), self._cost_model.step_s(load)
+        self.moved_bytes += (len(moves.saved) + len(moves.restored)) * self._moved_bytes
+        step_s = self._copies.seconds(work_s, len(moves.saved) * self._copy_s, len(moves.restored) * self._copy_s)
+        self._start_s, self._end_s, self._copied_s = now, now + host_s + step_s, step_s - work_s
         self.is_busy = True
         return self._end_s
 
@@ -178,7 +182,7 @@ class Instance:
             self._policy.finished(request, now)
         held_blocks = per_kind(state.pool.num_held)
         running, waiting = len(state.running), len(state.waiting)
-        sample = Sample(self._start_s, now, self._num_scheduled, running, waiting, held_blocks)
+        sample = Sample(self._start_s, now, self._num_scheduled, running, waiting, held_blocks, self._copied_s)
         self.samples.append(sample)
         self._report, self.is_busy = None, False
         return finished

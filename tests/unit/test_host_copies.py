@@ -4,17 +4,21 @@ from dataclasses import replace
 
 import pytest
 
-from apt_jax.request import SamplingParams
+from apt_jax.cache import CacheKind
+from apt_jax.request import Request, SamplingParams
 from apt_jax.scheduling.costs.cost_model import CostModel, block_bytes
 from apt_jax.scheduling.costs.hardware import HARDWARE, MODELS
-from apt_jax.scheduling.costs.host_copies import worth_restoring
+from apt_jax.scheduling.costs.host_copies import CopyForm, worth_restoring
+from apt_jax.scheduling.host_tier import HostTier
 from apt_jax.scheduling.policies.fcfs import Fcfs
 from apt_jax.scheduling.policies.interface import PolicyContext
 from apt_jax.scheduling.state import Limits
 from apt_jax.simulation.experiment import Experiment
-from apt_jax.simulation.instance import Instance
+from apt_jax.simulation.instance import Instance, Sample
 from apt_jax.simulation.options import SimulateArgs
 from apt_jax.simulation.requests.columns import SimulatedRequest
+from apt_jax.simulation.simulator import Outcome
+from experiments.systems.switching import stall_share
 
 A100 = CostModel(MODELS["opt-13b"], HARDWARE["a100-40gb"])
 
@@ -74,3 +78,70 @@ def test_conversations_find_more_with_host_memory(mode, num_blocks):
 def test_options_that_make_no_sense():
     with pytest.raises(ValueError, match="which is off; use --enable-prefix-caching too"):
         SimulateArgs(host_cache_bytes=1, enable_prefix_caching=False)
+
+
+@pytest.mark.parametrize(
+    ("form", "expected"),
+    [
+        (CopyForm(), 5.0),  # in before the step, out beside both
+        (CopyForm(restores_beside=True), 4.0),
+        (CopyForm(saves_beside=False), 9.0),
+        (CopyForm(saves_beside=False, restores_beside=True), 5.0),
+    ],
+)
+def test_copies_run_before_the_step_or_beside_it(form, expected):
+    assert form.seconds(1.0, saves_s=4.0, restores_s=4.0) == expected
+
+
+def switching(copies):
+    """Two classes of requests in a pool for a few of them, under `fastswitch`."""
+    experiment = Experiment(num_requests=60, duration_s=1.0, num_blocks=700, host_cache_bytes=2 * 10**11)
+    return experiment.run("fastswitch:update_every=5", "kv", "one-pass", 4.0, copies=copies)
+
+
+@pytest.fixture(scope="module")
+def as_the_engine():
+    return switching(CopyForm())
+
+
+def test_small_copies_stall_longer_and_copies_beside_the_step_less(as_the_engine):
+    def stalls_s(found):
+        return sum(sample.copied_s for sample in found[0].samples_by_instance[0])
+
+    usual = stalls_s(as_the_engine)
+    assert 0.0 < stalls_s(switching(CopyForm(restores_beside=True))) < 0.8 * usual
+    assert stalls_s(switching(CopyForm(calls_s=400e-6))) > 1.5 * usual
+
+
+def test_retained_copies_and_halves_move_fewer_bytes(as_the_engine):
+    moved = as_the_engine[0].moved_bytes
+    assert switching(CopyForm(retains=False))[0].moved_bytes > 1.2 * moved
+    assert switching(CopyForm(share=0.5))[0].moved_bytes < 0.7 * moved
+
+
+def test_a_tier_that_does_not_retain_gives_the_slots_of_what_came_back():
+    tier = HostTier(4, retains=False)
+    for key, blocks in ((b"a", [0, 1]), (b"b", [2, 3])):
+        tier.save(key, CacheKind.KV, blocks)
+    tier.take_moves()
+    page = tier.find(b"a", CacheKind.KV)
+    tier.hold(page)
+    tier.restore(page, [4, 5])
+    assert tier.take_moves().restored and tier.find(b"a", CacheKind.KV) is None
+    assert tier.num_used == 2 and tier.find(b"b", CacheKind.KV) is not None
+    tier.check()
+
+
+def test_share_of_stalls_in_the_longest_waits():
+    """A second for the first token, half of it copying; gaps of 1 and 3 s, half of the longer one copying."""
+    request = Request("r", range(4), SamplingParams(), arrival_s=0.0, max_new_tokens=3)
+    request.first_token_s, request.gaps_s = 1.0, [1.0, 3.0]
+    outcome = Outcome([request], 0.0)
+    outcome.samples_by_instance = [
+        [Sample(a, b, 1, 1, 0, (0, 0), copied) for a, b, copied in ((0, 1, 0.5), (1, 2, 0.0), (2, 5, 1.5))]
+    ]
+    assert stall_share(outcome, first=True) == 0.5 and stall_share(outcome, first=False) == 0.5
+
+
+def test_the_engines_stalls_are_seen_in_its_requests(as_the_engine):
+    assert 0.0 < stall_share(as_the_engine[0], first=False) < 1.0
