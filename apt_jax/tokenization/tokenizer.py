@@ -79,6 +79,7 @@ class Tokenizer:
         self._added = tuple(token.content for token in added.values())
         self._kept_bytes: dict[int, bytes] = {}
         self._bytes = TokenBytes(backend) if isinstance(backend.decoder, decoders.ByteLevel) else None
+        self._start_threads()
 
     @classmethod
     def from_folder(cls, folder: Path, store: TokenizerStore | None = None) -> "Tokenizer":
@@ -136,6 +137,16 @@ class Tokenizer:
         except Exception as error:  # the Rust library raises nothing narrower
             logger.warning("the tokenizer kept for %s cannot be used (%s); reading it again", folder, error)
             return None
+
+    def _start_threads(self) -> None:
+        """Have the library start its threads now: it could never be used again if that failed at the first request."""
+        try:
+            self.encode("a")
+        except BaseException as error:  # the panic of a thread pool that cannot be built is no Exception
+            if type(error).__name__ != "PanicException":
+                raise
+            os.environ["TOKENIZERS_PARALLELISM"] = "false"
+            logger.warning("no threads are left for the tokenizer, which goes on without (ulimit -u, --pids-limit)")
 
     @property
     def vocab_size(self) -> int:

@@ -138,8 +138,11 @@ class Entrance:
             raise QueueFull(f"{len(self._preparing)} requests wait for their grammars; try again later")
         if self._threads is None:
             self._threads = ThreadPoolExecutor(MAX_THREADS, "grammars")
+        try:
+            self._threads.submit(self._find, engine, entry)
+        except RuntimeError as error:
+            raise QueueFull(f"no thread can be started to wait for a grammar ({error}); try again later") from error
         self._preparing.append(entry)
-        self._threads.submit(self._find, engine, entry)
 
     def _find(self, engine: ServingEngine, entry: Entry) -> None:
         vocab_size = engine.model_config.vocab_size

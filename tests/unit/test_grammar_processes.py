@@ -1,20 +1,28 @@
 """The processes of grammars: how many there are, what they are shared by, when they end."""
 
 import contextlib
+import errno
 import gc
+import json
 import os
 import pickle
+import resource
+import socket
+import subprocess
+import sys
 import threading
 import time
 from functools import partial
 
+import numpy as np
 import pytest
 
 from apt_jax.output import QueueFull
 from apt_jax.tokenization.grammars import compiling
 from apt_jax.tokenization.grammars.compiling import Grammars
 from apt_jax.tokenization.grammars.forking import ForkingProcess
-from tests.unit.test_grammar_limits import FOLDER, is_running, processes_of
+from apt_jax.tokenization.grammars.frames import DIED, OPEN, READY, read_frame, write_frame
+from tests.unit.test_grammar_limits import FOLDER, WORDS, is_running, processes_of
 
 
 @pytest.fixture(scope="module")
@@ -93,3 +101,52 @@ def test_another_process_gets_what_makes_it(tokenizer):
     grammars = Grammars(partial(str, tokenizer), 1)
     grammars.check({"choice": ["yes"]})
     pickle.loads(pickle.dumps(grammars)).check({"choice": ["no"]})
+
+
+def test_grammars_that_nothing_follows_make_room_for_others(tokenizer):
+    """Where few descriptors or processes are allowed, those that were kept refused all others for ever."""
+    grammars = Grammars(lambda: tokenizer, 1)
+    followed = grammars.matcher({"choice": ["a"]})
+    for text in "bcd":
+        grammars.check({"choice": [text]})
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.ExitStack() as stack:
+        stack.callback(resource.setrlimit, resource.RLIMIT_NOFILE, (soft, hard))
+        resource.setrlimit(resource.RLIMIT_NOFILE, (200, hard))
+        with contextlib.suppress(OSError):
+            while True:
+                stack.enter_context(open(os.devnull, "rb"))
+        grammars.check({"choice": ["e"]})
+        assert not grammars.is_known({"choice": ["b"]}) and grammars.is_known({"choice": ["a"]})
+    assert followed.allow(np.zeros(WORDS, np.int32)) is None
+
+
+@pytest.mark.parametrize("hard_mib", [None, 100])
+def test_what_the_system_does_not_allow_ends_one_grammar_only(tokenizer, hard_mib):
+    """A process that could not be forked ended its link without a reason, and a limit of memory by others broke all."""
+    change = "" if hard_mib else "os.fork = fork"
+    limit = f"resource.setrlimit(resource.RLIMIT_AS, ({hard_mib} << 30, {hard_mib} << 30))" if hard_mib else ""
+    program = f"""
+import errno, os, resource, socket, sys
+from apt_jax.tokenization.grammars import process
+def fork():
+    raise OSError(errno.EAGAIN, "no more")
+{change}
+{limit}
+process.main(socket.socket(fileno=int(sys.argv[1])), 1)
+"""
+    control, theirs = socket.socketpair()
+    with control, subprocess.Popen([sys.executable, "-c", program, str(theirs.fileno())], pass_fds=[theirs.fileno()]):
+        theirs.close()
+        write_frame(control, READY, data=tokenizer.encode())
+        assert read_frame(control).kind == READY
+        for _ in range(2):
+            link, its = socket.socketpair()
+            socket.send_fds(control, [b"f"], [its.fileno()])
+            its.close()
+            with contextlib.suppress(OSError):
+                write_frame(link, OPEN, data=json.dumps(({"choice": ["yes"]}, 2.0)).encode())
+            frame = read_frame(link)
+            assert frame.kind == READY if hard_mib else frame[::3] == (DIED, str(-errno.EAGAIN).encode())
+            link.close()
+        control.close()

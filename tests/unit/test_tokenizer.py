@@ -312,3 +312,20 @@ def test_importing_is_quiet_and_leaves_the_environment(folders):
     assert json.loads(done.stdout)[0] == 2
     assert done.stderr == ""
     assert logging.getLogger("transformers").level != logging.CRITICAL
+
+
+def test_it_goes_on_without_threads_where_none_can_be_started(monkeypatch, caplog):
+    """The library never worked again if its threads could not be started at the first request."""
+
+    class PanicException(BaseException):  # as of PyO3
+        pass
+
+    def panic(self, text):
+        raise PanicException("The global thread pool has not been initialized")
+
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "true")
+    with monkeypatch.context() as patch:
+        patch.setattr(Tokenizer, "encode", panic)
+        tokenizer = Tokenizer.from_folder(Path(apt_jax.checkpoints.__file__).parent / "demo")
+    assert os.environ["TOKENIZERS_PARALLELISM"] == "false" and "no threads are left for the tokenizer" in caplog.text
+    assert tokenizer.encode("a")

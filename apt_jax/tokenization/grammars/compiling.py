@@ -7,9 +7,11 @@ memory: a hostile one is refused, or ends its own requests, with a reason. No ja
 import contextlib
 import hashlib
 import json
+import os
 import signal
 import socket
 import threading
+import time
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
@@ -26,6 +28,7 @@ MOST_PROCESSES = 256  # with those of running requests that are not kept any mor
 MOST_MIB_TOGETHER = 4096
 FAST_S, SLOW_S = 0.05, 2.0  # of processor time to compile one: few need the second, which others need not wait for
 FAST_LANES, SLOW_LANES, SLOW_WAITING = 4, 1, 6
+ENDING_TRIES, ENDING_S = 10, 0.02
 MOST_REFUSED = 256  # that are remembered, so that they take nothing when they come again
 STOPPING = "the server is stopping: no grammar is compiled any more; try again later"
 
@@ -171,11 +174,27 @@ class Grammars:
         return f"structured_outputs {kind} cannot be compiled: {died}"
 
     def _attempt(self, asked: Mapping[str, Any], cpu_s: float) -> GrammarProcess | str:
-        """Raises Died if that takes more than `cpu_s` of processor time, or too much memory."""
+        """`_try`, again if there was no process for it but for grammars that nothing follows."""
         try:
-            link = self._parent.fork()
+            return self._try(asked, cpu_s)
         except OSError as error:
-            raise QueueFull(f"no process can be started for a grammar ({error.strerror}); try again later") from error
+            refusal = f"no process can be started for a grammar ({error.strerror}); try again later"
+            if not self._let_go():
+                raise QueueFull(refusal) from error
+        for _ in range(ENDING_TRIES):
+            time.sleep(ENDING_S)  # until their processes have ended
+            with contextlib.suppress(OSError):
+                return self._try(asked, cpu_s)
+        raise QueueFull(refusal)
+
+    def _try(self, asked: Mapping[str, Any], cpu_s: float) -> GrammarProcess | str:
+        """Compile it within `cpu_s` of processor time.
+
+        Raises:
+            Died: that takes more, or too much memory.
+            OSError: no process can be started.
+        """
+        link = self._parent.fork()
         with self._lock:
             self._compiling.add(link)
         try:
@@ -194,17 +213,27 @@ class Grammars:
         link.close()
         if frame is not None and frame.kind == FAILED:
             return frame.data.decode()
-        raise Died(NOT_TOLD if frame is None else int(frame.data), cpu_s)
+        cause = NOT_TOLD if frame is None else int(frame.data)
+        if cause < NOT_TOLD:
+            raise OSError(-cause, os.strerror(-cause))
+        raise Died(cause, cpu_s)
 
     def _make_room(self) -> None:
         """Let go of grammars that nothing follows if there are too many processes; raises QueueFull if none is."""
         with self._lock:
             if len(self._processes) < MOST_PROCESSES:
                 return
-            for key in [key for key, kept in self._kept.items() if not kept.num_open]:
-                del self._kept[key]
+            self._let_go()
             if len(self._processes) >= MOST_PROCESSES:
                 raise QueueFull(f"{MOST_PROCESSES} different grammars are being followed; try again later")
+
+    def _let_go(self) -> bool:
+        """Let go of all grammars that nothing follows; whether there are some."""
+        with self._lock:
+            found = [key for key, kept in self._kept.items() if not kept.num_open]
+            for key in found:
+                del self._kept[key]
+            return bool(found)
 
     def _keep_bounds(self) -> None:
         """End the process that has taken most if all together have taken too much."""

@@ -6,6 +6,7 @@ That one has a limit of processor time, which the kernel keeps, and one of memor
 """
 
 import contextlib
+import errno
 import fcntl
 import gc
 import json
@@ -190,7 +191,9 @@ def limit_memory(outputs: int) -> None:
         except OSError:
             return
         _base_bytes = pages * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (_base_bytes + (1 + outputs) * MOST_MIB * 2**20, resource.RLIM_INFINITY))
+    _, most = resource.getrlimit(resource.RLIMIT_AS)
+    wanted = _base_bytes + (1 + outputs) * MOST_MIB * 2**20
+    resource.setrlimit(resource.RLIMIT_AS, (wanted if most == resource.RLIM_INFINITY else min(wanted, most), most))
 
 
 _base_bytes: int | None = None  # of this process after it was forked
@@ -268,11 +271,14 @@ def main(control: socket.socket, eos_token_id: int) -> None:
             data, fds, _, _ = socket.recv_fds(control, 1, 1)
             if not data:
                 return
+            if not fds:  # no more descriptors: the engine sees the end of the link
+                continue
             link = socket.socket(fileno=fds[0])
             try:
                 links[fork_for(link, tokenizer, [control, wake, woken, *links.values()])] = link
-            except OSError:  # no more processes: the engine sees the end of the link
-                link.close()
+            except OSError as error:  # no more processes
+                with link, contextlib.suppress(OSError):
+                    write_frame(link, DIED, data=str(-(error.errno or errno.EAGAIN)).encode())
 
 
 def reap(links: dict[int, socket.socket]) -> None:
