@@ -1,7 +1,8 @@
 """What each part of cheap context switching is worth (FastSwitch), and half of the bytes (ALISE): OPT-13B, one A100.
 
-Four users of equal demand (`users.csv`), one with double weight, two with single, one with half: `fastswitch` puts them
-in order anew every 25 iterations. Run `python -m experiments.systems.switching --out docs/studies/switching.json`.
+Three users (`users.csv`), one with double weight, one with single who asks twice as often, one with half: `fastswitch`
+puts them in order anew every 25 iterations.
+Run `python -m experiments.systems.switching --out docs/studies/switching.json`.
 """
 
 import argparse

@@ -34,32 +34,35 @@ def asked(predictor, state, order, generated=0):
 
 
 def topic_states(rng):
-    """States of two kinds of prompts, whatever their length."""
+    """States of two kinds of prompts; those of the second are longer vectors, which is to mean nothing."""
+    axes = np.eye(16, dtype=np.float32)[:2]
     short, long = (
-        axis + 0.3 * rng.standard_normal(16).astype(np.float32) for axis in 4 * np.eye(16, dtype=np.float32)[:2]
+        4 * axis + other + 0.3 * rng.standard_normal(16) for axis, other in zip(axes, axes[::-1], strict=True)
     )
-    return short * rng.uniform(1, 9), long * rng.uniform(1, 9)
+    return np.float32(short), np.float32(long * rng.uniform(9, 18))
 
 
 def test_lengths_are_those_of_prompts_whose_states_are_near():
     rng, predictor = np.random.default_rng(0), RetrievalPredictor(LengthPredictor())
     for k in range(60):
-        for offset, (state, length) in enumerate(zip(topic_states(rng), (20, 700), strict=True)):
+        for offset, (state, length) in enumerate(zip(topic_states(rng), (20, 1500), strict=True)):
             finish_with(predictor, state, length, 2 * k + offset)
     short, long = topic_states(rng)
-    assert (asked(predictor, short, 200), asked(predictor, long, 201)) == (20, 700)
-    assert asked(predictor, long, 201, generated=100) == 600
-    assert 200 < asked(predictor, None, 202) < 500, "the mean of all, while its prompt is not computed"
-    assert asked(predictor, short, 203, generated=30) == asked(predictor, None, 204, generated=30), "none was longer"
+    assert (asked(predictor, short, 200), asked(predictor, long, 201)) == (20, 1500)
+    assert asked(predictor, long, 201, generated=100) == 1400
+    assert 600 < asked(predictor, None, 202) < 900, "the mean of all, while its prompt is not computed"
+    assert asked(predictor, short, 203, generated=20) == asked(predictor, None, 204, generated=20), "none was longer"
     finish_with(predictor, short, 5, 203, FinishReason.ABORT)
     finish_with(predictor, None, 5, 204)
     assert not predictor._states.keys() - {200, 201} and asked(predictor, short, 205) == 20, "neither is a neighbour"
+    finish_with(predictor, short, 5, 205)
+    assert 205 not in predictor._states and 205 not in predictor._near, "nothing is kept of what has ended"
 
 
 def test_few_finished_requests_are_no_choice_of_neighbours_and_old_ones_are_forgotten():
     rng, predictor = np.random.default_rng(0), RetrievalPredictor(LengthPredictor())
     for order in range(LEAST_KEPT - 1):
-        finish_with(predictor, topic_states(rng)[order % 2], (20, 700)[order % 2], order)
+        finish_with(predictor, topic_states(rng)[order % 2], (20, 1500)[order % 2], order)
     assert asked(predictor, topic_states(rng)[0], 5000) == asked(predictor, None, 5001)
     for order in range(LEAST_KEPT, LEAST_KEPT + MOST_KEPT):
         finish_with(predictor, topic_states(rng)[0], 40, order)
@@ -81,7 +84,7 @@ def test_alise_orders_by_what_was_found_near_the_prompt():
     """Of two that run, the one like long ones is preempted for a newcomer of middling length."""
     rng, policy = np.random.default_rng(0), make_policy("alise", PolicyContext(A100))
     for k in range(60):
-        for offset, (state, length) in enumerate(zip(topic_states(rng), (20, 700), strict=True)):
+        for offset, (state, length) in enumerate(zip(topic_states(rng), (20, 1500), strict=True)):
             finish_with(policy._predictor, state, length, 1000 + 2 * k + offset)
     for seen, preempted in ((topic_states(rng), ["b"]), (topic_states(rng)[::-1], ["a"])):
         state = make_state(200, 4, max_num_seqs=2)

@@ -136,6 +136,42 @@ def test_alise_lifts_who_has_waited(age_s, old_is_served):
     assert bool(old.output_token_ids) == old_is_served
 
 
+class Straight(CostModel):
+    """10 ms for an iteration, 10 us for each token of context, 1 ms for a prompt token."""
+
+    prompt_token_s = 1e-3
+
+    def step_s(self, load):
+        return 0.01 + 1e-5 * sum(load.context_tokens)
+
+
+def test_alise_expects_the_seconds_of_the_prompt_and_of_each_token_with_its_context():
+    """T0 s + n (alpha s + beta), in powers of two of 125 ms."""
+    state = make_state(2000, 4, max_num_seqs=2, tokens=2048)
+    policy = made("alise", Straight(MODELS["opt-13b"], HARDWARE["a100-40gb"]), predictor=Known())
+    runs, waits, preempted = request(500, 301, name="runs"), request(1000, 40), request(100, 301, name="preempted")
+    state.add(runs)
+    state.add(preempted)
+    step(state, policy, 0.0)
+    state._preempt(preempted)
+    state.add(waits)
+    found = policy._queues(state, 0.03)
+    seconds = {
+        runs.order: 300 * (0.01 + 1e-5 * (500 + 1 + 300 / 2)),
+        waits.order: 1000 * 1e-3 + 40 * (0.01 + 1e-5 * (1000 + 40 / 2)),
+        preempted.order: 101 * 1e-3 + 300 * (0.01 + 1e-5 * (100 + 1 + 300 / 2)),
+    }
+    assert found == {order: int(np.ceil(np.log2(left_s / 0.125))) for order, left_s in seconds.items()}
+    assert sorted(found.values()) == [4, 5, 6]
+
+
+def test_alise_learns_lengths_as_requests_end():
+    policy = made("alise")
+    for order in range(40):
+        policy.finished(finished(8, 20, order), 0.0)
+    assert policy._predictor.remaining_of([request(8, 99)], np.array([8]), np.array([0]))[0] < 50
+
+
 # -- FastSwitch -----------------------------------------------------------------------------------------------------
 
 
@@ -174,6 +210,30 @@ def test_fastswitch_gives_no_credit_for_idling():
     state.add(request(4, 300, priority=1, name="late"))
     served = [names(step(state, policy, 3 + 0.03 * k).scheduled)[0] for k in range(90)]
     assert 0.2 < served.count("late") / 90 < 0.5, "a third, and not all until it has caught up"
+
+
+def test_fastswitch_lifts_a_class_that_comes_back_to_the_least_served_of_those_there():
+    state, policy = make_state(400, 4, max_num_seqs=1), made("fastswitch:update_every=1")
+    early = request(4, 3, priority=2, name="early")
+    for each in (early, request(4, 400, priority=0, name="always"), request(4, 400, priority=1, name="half")):
+        state.add(each)
+    for k in range(100):
+        step(state, policy, 0.03 * k)
+    assert early.finish_reason is not None
+    before = dict(policy._served)
+    state.add(request(4, 300, priority=2, name="again"))
+    step(state, policy, 3.0)
+    assert before[2] < policy._served[2] == pytest.approx(min(before[0], before[1]), abs=8.0)
+    assert abs(before[0] - before[1]) <= 8.0, "shares by weight"
+
+
+@pytest.mark.parametrize("priority", [0, 2])
+def test_fastswitch_counts_a_prompt_token_once_and_an_output_token_twice(priority):
+    state, policy = make_state(400, 4, max_num_seqs=2), made("fastswitch")
+    state.add(request(6, 4, priority=priority))
+    for k in range(4):
+        step(state, policy, 0.03 * k)
+    assert policy._served == {priority: (6 + 3 * 2) * 2**priority} and not policy._had and not policy._rank
 
 
 # -- WAIT -----------------------------------------------------------------------------------------------------------
