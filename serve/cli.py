@@ -346,7 +346,7 @@ def warn_of_variables() -> None:
     """Tell of variables that look like a flag's and are none's: one that is spelled wrong would do nothing."""
     known = {"config", "api_key"}.union(*(flags_of(kind) for kind in COMMANDS.values() if kind is not Bench))
     for sentence in unknown_variables(os.environ, known):
-        tell(sentence)
+        tell(sentence, "warning")
 
 
 def read_command(arguments: list[str]) -> Any:

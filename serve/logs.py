@@ -71,15 +71,18 @@ def set_up_logs(log_format: LogFormat = "text", level: LogLevel = "info") -> Non
     logging.getLogger("apt_jax").setLevel(own)
 
 
-def tell(error: object) -> None:
-    """Write to standard error what the user can cure: a sentence, or a record where the logs are JSON."""
+def tell(error: object, level: str = "error") -> None:
+    """Write to standard error what the user can cure: a sentence, or a record where the logs are JSON.
+
+    A "warning" is of what goes on all the same.
+    """
     if isinstance(error, OSError) and error.strerror:  # without its number
         error = error.strerror if error.filename is None else f"{error.strerror}: {error.filename!r}"
     formats = {type(handler.formatter) for handler in logging.getLogger().handlers}
     if JsonFormatter in formats:
-        logging.getLogger("apt_jax.serve").error("%s", error)
+        logging.getLogger("apt_jax.serve").log(logging.getLevelNamesMapping()[level.upper()], "%s", error)
     else:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"{level}: {error}", file=sys.stderr)
 
 
 def _plain(value: object) -> str:

@@ -77,6 +77,7 @@ def test_a_chat_is_cut_and_has_special_tokens_if_asked():
         ({"bad_words": ["a", " "]}, "bad_words has an empty string"),
         ({"bad_words": ["a"] * 257}, "bad_words has 257 entries, at most 256 are allowed"),
         ({"use_beam_search": True}, "field use_beam_search is not supported"),
+        ({"guided_json": {"type": "object"}}, "guided_json is not supported; leave it out (json in structured_"),
     ],
 )
 def test_what_makes_no_sense_is_refused_by_name(fields, sentence):
