@@ -58,6 +58,8 @@ class LLM:
 
     def close(self) -> None:
         """Give the model and its cache back; the object cannot generate any more. Also at the end of a `with`."""
+        if self._engine is not None and self._engine.tokenizer is not None:
+            self._engine.tokenizer.grammars.close()
         self._engine = None
 
     @property
