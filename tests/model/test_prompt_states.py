@@ -11,6 +11,8 @@ from apt_jax.engine_config import EngineConfig
 from apt_jax.model_config import ModelConfig
 from apt_jax.request import SamplingParams
 from apt_jax.sampling.params import PoolingParams
+from apt_jax.scheduling.policies.catalogue import make_policy
+from apt_jax.scheduling.policies.interface import PolicyContext
 from apt_jax.serve.runtime.build import build_engine
 from tests.support.checkpoint_folders import random_model
 from tests.support.engines import Orders, Reader, finish, make_engine
@@ -115,6 +117,28 @@ def test_cached_prefixes_change_no_state(model, expected):
     assert engine.figures().prefix_hits >= 64
     for i, states in reader.seen.items():
         np.testing.assert_allclose(states[0], expected[i], atol=1e-4)
+
+
+@pytest.mark.parametrize("mode", ["kv", "hidden"])
+def test_alise_changes_no_token_in_a_small_pool_with_host_memory(model, mode):
+    """Seventy requests of two lengths; many are preempted, moved and brought back while it learns."""
+    prompts = [[2, *range(10 + k % 7, 14 + k % 13 + k % 7)] for k in range(70)]
+    params = [replace(GREEDY, max_tokens=(4, 40)[k % 2]) for k in range(70)]
+    blocks = {"kv": 40, "hidden": 20}[mode]
+    engine = make_engine(model, CONFIG, cache_mode=mode, num_blocks=blocks, host_cache_bytes=10**6, calibrate=False)
+    found = {}
+    for policy in ("fcfs", "alise:retrieval=off", "alise"):
+        engine.reset_prefix_cache()
+        engine.policy, requests = make_policy(policy, PolicyContext()), []
+        for k, (prompt, each) in enumerate(zip(prompts, params, strict=True)):
+            requests.append(engine.add(prompt, each, request_id=str(k)))
+            engine.step()
+        finish(engine)
+        found[policy] = [request.output_token_ids for request in requests]
+        assert sum(request.num_preemptions for request in requests) > 5
+    assert found["fcfs"] == found["alise"] == found["alise:retrieval=off"]
+    assert engine.policy._predictor._count == 70, "all have become neighbours"
+    assert not engine.policy._predictor._states
 
 
 NOUNS = ("file", "path", "key", "line")
