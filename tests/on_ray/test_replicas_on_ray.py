@@ -3,7 +3,13 @@
 import asyncio
 import json
 import os
+import re
+import shutil
 import signal
+import socket
+import subprocess
+import sys
+import tempfile
 import time
 
 import httpx
@@ -241,3 +247,27 @@ def test_a_batch_over_http_outlives_a_replica_that_is_killed(folder, tmp_path):
             reply = httpx.post(f"{server.url}/v1/completions", json=asked, timeout=60).json()
             assert reply["choices"][0]["text"] == texts[line["custom_id"]]
         assert server.metric("apt:replica_failures_total") == 1
+
+
+def test_replicas_take_the_level_of_logs_and_follow_grammars(folder, tmp_path):
+    """Each compiles a grammar for itself, outside of its engine's thread."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "apt_jax.serve.cli", "serve", str(folder), "--load-format", "dummy"]
+    flags = ["--port", str(port), "--replicas", "2", "--snapshot-file", "None", "--log-level", "warning"]
+    temporary = tempfile.mkdtemp(prefix="ray", dir="/tmp")  # Ray's sockets need a short path
+    log, url = tmp_path / "log", f"http://127.0.0.1:{port}"
+    environment = {**os.environ, "RAY_TMPDIR": temporary, "RAY_AUTH_MODE": "disabled"}
+    with log.open("w") as file:
+        process = subprocess.Popen([*command, *served_model.flags(), *flags], stderr=file, env=environment)
+    try:
+        until(lambda: served_model.is_ready(url), 300)
+        for number in range(4):
+            asked = {"prompt": "a", "max_tokens": 60, "structured_outputs": {"regex": f"{number}[ab]{{3}}"}}
+            choice = httpx.post(f"{url}/v1/completions", json=asked, timeout=60).json()["choices"][0]
+            assert re.fullmatch(f"{number}[ab]{{3}}", choice["text"]) and choice["finish_reason"] == "stop"
+    finally:
+        process.terminate()
+        code = process.wait(60)
+        shutil.rmtree(temporary, ignore_errors=True)
+    assert code == 0 and "INFO" not in log.read_text()
