@@ -16,7 +16,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from apt_jax.engine.interface import ServingEngine
 from apt_jax.engine_config import EngineConfig
 from apt_jax.files import check_readable, check_writable
-from apt_jax.output import Output
+from apt_jax.output import Output, QueueFull
 from apt_jax.progress import is_hidden
 from apt_jax.request import OFFLINE_SLO
 from apt_jax.serve.batch.batch_file import (
@@ -132,8 +132,11 @@ class BatchJob:
             if not self._failures:
                 return
 
-    def _samples(self) -> Iterator[Sample]:
-        """The samples of the lines still to be answered; lines that are not requests are answered here."""
+    def _samples(self) -> Iterator[Sample | None]:
+        """The samples of the lines still to be answered; lines that are not requests are answered here.
+
+        None where a line is to be tried again after a step.
+        """
         for line in self._lines():
             custom_id = None
             try:
@@ -142,7 +145,8 @@ class BatchJob:
                 check_unique(self._first_line, line, custom_id)
                 if self._results.is_done(line):
                     continue
-                work = self._prepare(line, request)
+                while (work := self._prepare(line, request)) is None:
+                    yield None
             except LineError as error:
                 if not self._results.is_done(line):
                     self._write(line, error.custom_id, None, {"code": error.code, "message": str(error)})
@@ -155,8 +159,8 @@ class BatchJob:
                     self._work[sample.request_id] = work
                     yield sample
 
-    def _prepare(self, line: Line, request: BatchLine) -> Work:
-        """Raises BadRequest: the body is not valid here."""
+    def _prepare(self, line: Line, request: BatchLine) -> Work | None:
+        """None while too many grammars are followed; raises BadRequest: the body is not valid here."""
         # another id for each attempt: what the engine still reports of the last one must not be taken for this one
         request_id = f"{ENDPOINTS[request.url].generation.ID_PREFIX}-{line.result_id}" + (
             f"-{self._attempt}" if self._attempt > 1 else ""
@@ -166,6 +170,8 @@ class BatchJob:
         except BadRequest:
             raise
         except Exception as error:  # a line must not end the job, and again each time that it is run
+            if isinstance(error, QueueFull) and self._driver.is_busy:
+                return None
             logger.exception("line %d cannot be answered", line.number)
             raise Unforeseen(str(error)) from error
         return Work(line, request.custom_id, completion)

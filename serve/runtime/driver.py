@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 
 from apt_jax.engine.interface import ServingEngine
-from apt_jax.output import Output
+from apt_jax.output import Output, QueueFull
 from apt_jax.request import OFFLINE_SLO
 from apt_jax.serve.runtime.samples import Sample
 
@@ -21,13 +21,20 @@ class Driver:
         self.engine = engine
         self._on_step = on_step
         self._active: dict[str, Sample] = {}
+        self._held: Sample | None = None  # it is added before the next one
         self._waiting_target = min(engine.max_num_seqs, engine.config.max_num_queued_reqs)
 
-    def run(self, samples: Iterable[Sample]) -> Iterator[tuple[Sample, Output | ValueError]]:
+    @property
+    def is_busy(self) -> bool:
+        """Whether a sample is unfinished."""
+        return bool(self._active)
+
+    def run(self, samples: Iterable[Sample | None]) -> Iterator[tuple[Sample, Output | ValueError]]:
         """Yield every output of every sample as it comes, or the ValueError with which the engine refused the sample.
 
         `samples` is read lazily: about as many wait in the engine as it runs at once, so that its scheduler always has
-        a choice and memory stays bounded. Leaving the loop early aborts what is unfinished.
+        a choice and memory stays bounded. None among them means that the next one is to be asked for after a step; it
+        may only come while a sample is unfinished. Leaving the loop early aborts what is unfinished.
 
         Raises:
             QueueFull: an idle engine takes no sample.
@@ -54,6 +61,7 @@ class Driver:
                         del self._active[known.request_id]
                     yield known, output
         finally:
+            self._held = None
             for request_id in list(self._active):
                 self.abort(request_id)
 
@@ -62,15 +70,20 @@ class Driver:
         if self._active.pop(request_id, None) is not None:
             self.engine.abort(request_id)
 
-    def _fill(self, source: Iterator[Sample]) -> tuple[Sample | None, ValueError | None]:
+    def _fill(self, source: Iterator[Sample | None]) -> tuple[Sample | None, ValueError | None]:
         """Add samples until enough wait or none is left; stops at the first that is refused and returns it."""
         while self.engine.num_waiting < self._waiting_target:
-            sample = next(source, None)
+            sample, self._held = self._held or next(source, None), None
             if sample is None:
                 break
             try:
                 replace(sample, slo=sample.slo or OFFLINE_SLO).add_to(self.engine)
             except ValueError as error:
                 return sample, error
+            except QueueFull:  # of grammars: others must end first
+                if not self._active:
+                    raise
+                self._held = sample
+                break
             self._active[sample.request_id] = sample
         return None, None

@@ -20,7 +20,9 @@ from apt_jax.engine.engine import Engine
 from apt_jax.engine.setup import set_up
 from apt_jax.engine_config import EngineConfig
 from apt_jax.request import FinishReason, SamplingParams
-from apt_jax.serve.runtime.samples import fan_out
+from apt_jax.serve.runtime.driver import Driver
+from apt_jax.serve.runtime.samples import Sample, fan_out
+from apt_jax.tokenization.grammars import compiling
 from apt_jax.tokenization.grammars.compiling import Grammars
 from apt_jax.tokenization.tokenizer import Tokenizer
 from tests.support.engines import finish
@@ -100,12 +102,14 @@ def test_the_same_seed_gives_the_same_alone_preempted_and_resumed(engine):
 def test_what_follows_a_random_schema_is_an_instance_of_it(engine):
     given = os.environ.get("APT_JAX_SCHEMAS")
     schemas = random_schemas(40) if given is None else json.loads(Path(given).read_text("utf-8"))
-    for number, schema in enumerate(schemas):
-        ask(engine, str(number), {"json": schema}, f"x{number % 7} = ", seed=number, max_tokens=240)
-    outputs = []
-    while engine.has_unfinished:
-        outputs += engine.step()
-    ended = [output for output in outputs if output.finish_reason is not None]
+    samples = [
+        Sample(
+            *(str(number), 0, engine.tokenizer.encode(f"x{number % 7} = ")),
+            SamplingParams(temperature=1.0, seed=number, max_tokens=240, structured_outputs={"json": schema}),
+        )
+        for number, schema in enumerate(schemas)
+    ]
+    ended = [output for _, output in Driver(engine).run(samples) if output.finish_reason is not None]
     cut = [output for output in ended if output.finish_reason is FinishReason.LENGTH]  # a number without an end
     assert len(ended) == len(schemas) and len(cut) <= len(schemas) // 20
     for output in ended:
@@ -113,6 +117,19 @@ def test_what_follows_a_random_schema_is_an_instance_of_it(engine):
         if output not in cut:
             assert output.finish_reason is FinishReason.STOP, (schema, text, output.error)
             assert jsonschema_rs.is_valid(schema, json.loads(text), validate_formats=True), (schema, text)
+
+
+def test_more_grammars_than_may_be_followed_at_once_wait_for_each_other_offline(engine, monkeypatch):
+    """`LLM.generate` ended with QueueFull in the middle of them."""
+    monkeypatch.setattr(compiling, "MOST_PROCESSES", 3)
+    engine.tokenizer.grammars.check({"regex": "before"})
+    samples = [
+        Sample(str(number), 0, [90], SamplingParams(max_tokens=9, structured_outputs={"regex": f"{number}[ab]{{3}}"}))
+        for number in range(9)
+    ]
+    ended = [output for _, output in Driver(engine).run(samples) if output.finish_reason is not None]
+    texts = {output.request.request_id: text_of(engine, output.request) for output in ended}
+    assert len(texts) == 9 and all(re.fullmatch(f"{name}[ab]{{3}}", text) for name, text in texts.items())
 
 
 def test_a_stop_string_ends_it_and_samples_of_one_prompt_differ(engine):

@@ -11,7 +11,9 @@ import pytest
 from tqdm import tqdm
 
 from apt_jax.engine_config import EngineConfig
+from apt_jax.output import QueueFull
 from apt_jax.request import FinishReason
+from apt_jax.serve.batch import batch_jobs
 from apt_jax.serve.batch.batch_file import MAX_LINE_BYTES, ResultFile, count_lines, read_lines
 from apt_jax.serve.batch.batch_jobs import BatchJob, run_batch
 from apt_jax.serve.errors import EngineFailure
@@ -316,3 +318,20 @@ def test_read_lines_gives_numbers_and_whole_lines(tmp_path):
     path.write_bytes(b"one\r\n\n" + b"y" * (MAX_LINE_BYTES + 3) + b"\n" + "z\u00e9".encode())
     found = [(text.number, text.data) for text in read_lines(path)]
     assert found == [(1, b"one"), (3, None), (4, "z\u00e9".encode())]
+
+
+def test_a_line_whose_grammar_cannot_be_followed_yet_is_tried_again(tmp_path, monkeypatch):
+    """It was answered with 500, for good."""
+    refused: list[int] = []
+
+    def prepare(request, *given):
+        if request.custom_id == "r2" and not refused:
+            refused.append(1)
+            raise QueueFull("256 different grammars are being followed; try again later")
+        return batch_jobs_prepare(request, *given)
+
+    batch_jobs_prepare = batch_jobs.prepare
+    monkeypatch.setattr(batch_jobs, "prepare", prepare)
+    results = answer(write(tmp_path / "in.jsonl", *(line(f"r{i}") for i in range(4))), tmp_path / "out.jsonl")
+    assert refused and len(results) == 4
+    assert all(result["response"]["status_code"] == 200 for result in results.values())
