@@ -14,19 +14,29 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from apt_jax.cache import as_cache_dtype
 from apt_jax.checkpoints.errors import CheckpointError
 from apt_jax.checkpoints.families import read_config
 from apt_jax.checkpoints.formats.fingerprint import SampledFingerprint, weights_fingerprint
 from apt_jax.checkpoints.formats.manifest import Manifest
 from apt_jax.checkpoints.formats.orbax_store import save_weights, stored_arrays
-from apt_jax.checkpoints.formats.weight_files import MANIFEST, ORBAX_WEIGHTS, LoadFormat, choose_format
-from apt_jax.checkpoints.load import choose_int8, parse_format, read_parameters
+from apt_jax.checkpoints.formats.weight_files import (
+    CACHE_RANGES,
+    MANIFEST,
+    ORBAX_WEIGHTS,
+    LoadFormat,
+    choose_format,
+)
+from apt_jax.checkpoints.load import choose_int8, parse_format, read_channels, read_parameters
 from apt_jax.checkpoints.placement import PlainLayout, stored_dtype
 from apt_jax.checkpoints.skeleton import Skeleton
 from apt_jax.checkpoints.source import COMPANION_FILES, check_revision, resolve
+from apt_jax.engine.setup import measure_channels
+from apt_jax.execution.cache.ranges import packed
 from apt_jax.execution.weights.layout import host_device
 from apt_jax.files import Unreadable, read_file, read_json, sync_folder
 from apt_jax.model_config import ModelConfig, Quantization, as_quantization
+from apt_jax.tokenization.tokenizer import Tokenizer, TokenizerNotFound
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,16 +58,18 @@ def convert(
     load_format: str = "auto",
     revision: str | None = None,
     quantization: str | None = None,
+    cache_dtype: str = "auto",
 ) -> Conversion:
     """Write `source` (as in `load_model`) to the new folder `destination`, with config, tokenizer and fingerprint.
 
-    `dtype` None keeps the checkpoint's own, and so does `quantization`, which is none or int8. Everything is written
-    next to `destination` and then moved there in one step: a conversion that is interrupted leaves nothing that loads,
-    and what it left is removed by the next one.
+    `dtype` None keeps the checkpoint's own, and so does `quantization`, which is none or int8. With `cache_dtype`
+    int8 the model also reads the calibration text, which spares that to an int8 cache of the new folder. Everything is
+    written next to `destination` and then moved there in one step: a conversion that is interrupted leaves nothing that
+    loads, and what it left is removed by the next one.
 
     Raises:
         CheckpointError: `destination` exists or cannot be made, `source` cannot be loaded or has a file that
-            cannot be read, or its weights cannot be stored as `quantization`.
+            cannot be read, its weights cannot be stored as `quantization`, or it has no tokenizer to read with.
         OSError: it cannot be written.
     """
     destination = destination.expanduser().absolute()
@@ -70,10 +82,15 @@ def convert(
     chosen = choose_format([path.name for path in folder.iterdir()], requested, str(folder))
     skeleton = Skeleton.of(config, stored_dtype(dtype, config))
     companions = _companions(folder, skeleton.dtype)
+    tokenizer = _tokenizer(folder) if as_cache_dtype(cache_dtype) == "int8" else None
     int8 = choose_int8(folder, skeleton, chosen, _storable(quantization))
-    placed, sample = read_parameters(folder, config, skeleton, chosen, PlainLayout.of(_host(), int8=int8))
+    layout = PlainLayout.of(_host(), int8=int8)
+    placed, sample = read_parameters(folder, config, skeleton, chosen, layout)
     parameters = stored_arrays(placed)
     fingerprint = weights_fingerprint(config, parameters)
+    if tokenizer is not None:
+        channels = measure_channels(layout.weights(skeleton.model, placed), config, tokenizer)
+        companions[CACHE_RANGES] = packed(channels, fingerprint)
     if int8 is None:
         sample = _sample(config, parameters)
     with _beside(destination) as partial:
@@ -103,6 +120,7 @@ def verify(folder: Path) -> None:
     placed, _ = read_parameters(folder, config, skeleton, LoadFormat.ORBAX, PlainLayout.of(_host(), int8=int8))
     if (found := weights_fingerprint(config, stored_arrays(placed))) != manifest.fingerprint:
         raise CheckpointError(f"{folder} was written as {manifest.fingerprint} and now is {found}; convert again")
+    read_channels(folder, config)
 
 
 def _storable(quantization: str | None) -> Quantization | None:
@@ -115,6 +133,16 @@ def _storable(quantization: str | None) -> Quantization | None:
         return None if quantization is None else as_quantization(quantization)
     except ValueError as error:
         raise CheckpointError(str(error)) from error
+
+
+def _tokenizer(folder: Path) -> Tokenizer:
+    try:
+        return Tokenizer.from_folder(folder)
+    except TokenizerNotFound as error:
+        raise CheckpointError(
+            f"cache_dtype='int8' measures the hidden vectors of a text, and {error}; put it there, or leave "
+            "--cache-dtype out: then every start measures"
+        ) from error
 
 
 def _sample(config: ModelConfig, parameters: Mapping[tuple[str, ...], jax.Array]) -> str:

@@ -18,12 +18,20 @@ from apt_jax.checkpoints.formats.dummy import random_parameters
 from apt_jax.checkpoints.formats.fingerprint import SampledFingerprint, dummy_fingerprint
 from apt_jax.checkpoints.formats.inventory import take_inventory
 from apt_jax.checkpoints.formats.manifest import Manifest
-from apt_jax.checkpoints.formats.weight_files import ORBAX_WEIGHTS, LoadFormat, choose_format, find_weight_files
+from apt_jax.checkpoints.formats.weight_files import (
+    CACHE_RANGES,
+    ORBAX_WEIGHTS,
+    LoadFormat,
+    choose_format,
+    find_weight_files,
+)
 from apt_jax.checkpoints.placement import PlainLayout, Shardings, check_room, device_of, platform_of, serving_dtype
 from apt_jax.checkpoints.skeleton import Skeleton
 from apt_jax.checkpoints.source import resolve
+from apt_jax.execution.cache.ranges import shape_of, unpacked
 from apt_jax.execution.weights.int8 import Int8Choice
 from apt_jax.execution.weights.layout import Placed, WeightLayout, Weights
+from apt_jax.files import Unreadable, read_file
 from apt_jax.model_config import ModelConfig, Quantization
 from apt_jax.models.sharding import Parallel
 from apt_jax.progress import is_hidden
@@ -59,6 +67,7 @@ class Loaded:
     load_format: LoadFormat  # never AUTO
     weight_bytes: int  # of all parameters, on all devices together if nothing is replicated
     load_seconds: float
+    channels: np.ndarray | None  # of an int8 cache, where a conversion has measured them
 
     @property
     def model(self) -> Any:
@@ -118,6 +127,7 @@ def load_model(
         load_format=chosen,
         weight_bytes=weight_bytes,
         load_seconds=time.perf_counter() - started,
+        channels=read_channels(folder, config) if chosen is LoadFormat.ORBAX else None,
     )
 
 
@@ -142,6 +152,24 @@ def choose_int8(
         )
     logger.info("%s holds int8 weights: they are served as such, with no need of --quantization", folder)
     return Int8Choice.of(skeleton.model, quantization or "int8", stored)
+
+
+def read_channels(folder: Path, config: ModelConfig) -> np.ndarray | None:
+    """What `convert --cache-dtype int8` has measured, see `cache_channels`; None: it was converted without.
+
+    Raises:
+        CheckpointError: it is damaged, or of other weights.
+    """
+    manifest, path = Manifest.read(folder), folder / CACHE_RANGES
+    if CACHE_RANGES not in manifest.files:
+        return None
+    try:
+        found = unpacked(read_file(path), shape_of(config), manifest.fingerprint)
+    except Unreadable as error:
+        raise CheckpointError(str(error)) from error
+    if found is None:
+        raise CheckpointError(f"{path} is damaged or of other weights; convert again")
+    return found
 
 
 def read_parameters(

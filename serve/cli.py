@@ -164,6 +164,8 @@ class Convert:
     """Format of SRC; auto: the best one present."""
     quantization: Literal["none", "int8"] | None = None
     """Number type of the weights to store: none (that of --dtype) or int8; default: as SRC stores them."""
+    cache_dtype: str = "auto"
+    """auto or int8; int8: measure what --cache-dtype int8 of `serve` needs once and keep it with the weights."""
     revision: str | None = None
     """Branch, tag or commit of the model on the hub."""
 
@@ -171,10 +173,7 @@ class Convert:
         """Convert."""
         from apt_jax.checkpoints.convert import convert
 
-        done = convert(
-            self.source, self.destination, dtype=self.dtype, load_format=self.load_format, revision=self.revision,
-            quantization=self.quantization,
-        )  # fmt: skip
+        done = convert(**dataclasses.asdict(self))
         kind = done.dtype.name if done.quantization == "none" else f"{done.quantization} and {done.dtype.name}"
         print(f"wrote {done.folder} ({done.weight_bytes:,} bytes of {kind} weights, {done.fingerprint})")
         return 0

@@ -75,6 +75,7 @@ def set_up(
     tokenizer: Tokenizer | None = None,
     fingerprint: str = "",
     buckets: Buckets | None = None,
+    channels: np.ndarray | None = None,
 ) -> EngineSetup:
     """Make the parts of an engine. Of several processes that run one, all call it at the same time.
 
@@ -83,6 +84,7 @@ def set_up(
             (`execution/weights/choice.py`).
         buckets: the padded shapes, for the limits of `config`; None: all, of which few requests are padded much.
         tokenizer, fingerprint: the model's, for the calibration of an int8 cache (`execution/cache/ranges.py`).
+        channels: what that calibration found earlier.
 
     Raises:
         ValueError: the configuration cannot be served (context, memory, backend); one sentence with the cure.
@@ -96,7 +98,9 @@ def set_up(
     memory = share_memory(runner, config, limits.kinds)
     logger.info("device memory\n%s", memory.table())
     is_coded = config.cache_dtype == "int8" and runner.shapes.kinds.keep(Vector.HIDDEN)
-    runner.allocate(memory.num_blocks, cache_channels(runner, tokenizer, fingerprint) if is_coded else None)
+    if is_coded and channels is None:
+        channels = cache_channels(runner, tokenizer, fingerprint)
+    runner.allocate(memory.num_blocks, channels if is_coded else None)
     limits = replace(limits, watermark_blocks=int(WATERMARK * memory.num_blocks))
     cost_model = base_model(runner)
     pool = make_pool(
@@ -117,6 +121,18 @@ def set_up(
         attention=runner.attention,
         dtype=runner.dtype,
     )  # fmt: skip
+
+
+def measure_channels(weights: Weights, model_config: ModelConfig, tokenizer: Tokenizer) -> np.ndarray:
+    """What an int8 cache of these weights is calibrated with, `[2, L, D]`: see `cache_channels`.
+
+    Raises:
+        ValueError: the model's hidden vectors are not finite.
+    """
+    config = EngineConfig(cache_dtype="int8", cache_mode="hidden", max_num_seqs=1, max_num_batched_tokens=1)
+    config = without_gaps(config, model_config, Platform.of(weights.device))
+    runner = _make_runner(weights, model_config, config, Limits(1, 1, config.cache_mode), None)
+    return cache_channels(runner, tokenizer)
 
 
 def without_gaps(config: EngineConfig, model_config: ModelConfig, platform: Platform) -> EngineConfig:

@@ -24,6 +24,7 @@ class LoadFormat(enum.StrEnum):
 
 MANIFEST = "apt_jax_manifest.json"  # what `apt-jax convert` writes last
 ORBAX_WEIGHTS = "weights"
+CACHE_RANGES = "cache_ranges.bin"  # beside them, of `apt-jax convert --cache-dtype int8`
 
 
 @dataclasses.dataclass(frozen=True)

@@ -86,7 +86,7 @@ def build_engine(
     text = named or load_tokenizer(loaded.folder, None, revision, store)
     on_phase("tokenizer")
     ends = with_end_ids(loaded.config, generation, text)
-    setup = set_up(loaded.weights, ends, engine_config, text, loaded.fingerprint)
+    setup = set_up(loaded.weights, ends, engine_config, text, loaded.fingerprint, channels=loaded.channels)
     on_phase("memory")
     if processes > 1:
         if jax.process_index() > 0:

@@ -11,7 +11,7 @@ import pytest
 from apt_jax.attention.pool import scale_row
 from apt_jax.cache import CacheKind
 from apt_jax.execution.cache import ranges as cache_ranges
-from apt_jax.execution.cache.ranges import cache_channels, calibration_tokens
+from apt_jax.execution.cache.ranges import cache_channels, calibration_tokens, packed
 from apt_jax.execution.pool import abstract_pool, block_bytes
 from apt_jax.execution.programs import ConversionKey, StepKey
 from apt_jax.execution.weights.layout import StackedLayout
@@ -231,9 +231,12 @@ def test_ranges_are_measured_once_for_the_same_weights(engine, cache_folder, mon
     assert (cache_channels(runner, fingerprint="weights:one") == first).all() and not measured
     cache_channels(runner, fingerprint="weights:other")
     assert len(measured) == 1
-    kept.write_bytes(kept.read_bytes()[:-7])
-    assert (cache_channels(runner, fingerprint="weights:one") == first).all() and len(measured) == 2
-    assert (np.load(kept) == first).all(), "a damaged file is replaced"
+    whole = kept.read_bytes()
+    flipped = whole[:-1] + bytes([whole[-1] ^ 1])
+    for times, damaged in enumerate((b"", whole[:-7], flipped, b"PK\x03\x04", packed(first, "weights:other")), 2):
+        kept.write_bytes(damaged)
+        assert (cache_channels(runner, fingerprint="weights:one") == first).all() and len(measured) == times
+        assert kept.read_bytes() == whole, "a damaged file is replaced"
 
 
 def test_ranges_are_those_of_the_attention_inputs_after_the_first_token(model, engine, stacked_engine):

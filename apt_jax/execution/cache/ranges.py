@@ -1,11 +1,10 @@
 """Calibration of an int8 cache: centre and width of every channel of hidden vectors, measured when a model is loaded.
 
 The model reads a text that ships with this package, some seconds. What it finds is kept beside the compiled programs
-under the weights' fingerprint.
+under the weights' fingerprint, or in a converted folder.
 """
 
 import hashlib
-import io
 import logging
 import time
 from collections.abc import Sequence
@@ -16,7 +15,8 @@ import numpy as np
 
 from apt_jax.attention.int8 import LARGEST
 from apt_jax.execution.runner import Runner
-from apt_jax.files import replace_file
+from apt_jax.files import read_file, replace_file
+from apt_jax.model_config import ModelConfig
 from apt_jax.tokenization.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -25,6 +25,8 @@ TEXT = Path(__file__).with_name("calibration.txt")
 LONGEST = 256  # tokens of a sequence
 _SEPARATOR = "\n----\n"
 _RANDOM_SEQUENCES = 8
+_STORED = np.dtype("<f4")
+_DIGEST_BYTES = hashlib.sha256().digest_size
 _NARROWEST = 1e-2  # of the median width in a layer: a channel that hardly varied may vary in another text
 
 
@@ -53,7 +55,7 @@ def cache_channels(runner: Runner, tokenizer: Tokenizer | None = None, fingerpri
     config = runner.model_config
     sequences = calibration_tokens(tokenizer, config.vocab_size, runner.shapes.max_model_len)
     path = _path(runner, sequences, fingerprint)
-    if path is not None and (kept := _load(path, (2, config.num_hidden_layers, config.hidden_size))) is not None:
+    if path is not None and (kept := _load(path, shape_of(config), fingerprint)) is not None:
         return kept
     if tokenizer is None:
         logger.warning(
@@ -67,9 +69,7 @@ def cache_channels(runner: Runner, tokenizer: Tokenizer | None = None, fingerpri
     logger.info("int8 cache: ranges measured on %d tokens in %.1f s", tokens, time.perf_counter() - started)
     if path is not None:
         try:
-            buffer = io.BytesIO()
-            np.save(buffer, found)
-            replace_file(path, buffer.getvalue())
+            replace_file(path, packed(found, fingerprint))
         except OSError as error:
             logger.warning("cannot keep the cache's ranges at %s (%s); the next start measures again", path, error)
     return found
@@ -91,18 +91,39 @@ def channels_of(least: np.ndarray, greatest: np.ndarray) -> np.ndarray:
     return np.stack([(greatest + least) / 2, np.maximum(half, floor) / LARGEST]).astype(np.float32)
 
 
+def shape_of(config: ModelConfig) -> tuple[int, int, int]:
+    """That of `cache_channels`, `[2, L, D]`."""
+    return 2, config.num_hidden_layers, config.hidden_size
+
+
+def packed(channels: np.ndarray, fingerprint: str) -> bytes:
+    """Channels as a file: a digest over them and the weights' fingerprint, then the numbers."""
+    data = channels.astype(_STORED).tobytes()
+    return _digest(data, fingerprint) + data
+
+
+def unpacked(file: bytes, shape: tuple[int, int, int], fingerprint: str) -> np.ndarray | None:
+    """What was `packed`; None if that was of another shape or other weights, or the file is damaged."""
+    digest, data = file[:_DIGEST_BYTES], file[_DIGEST_BYTES:]
+    if digest != _digest(data, fingerprint) or len(data) != np.prod(shape) * _STORED.itemsize:
+        return None
+    return np.frombuffer(data, _STORED).reshape(shape).astype(np.float32)
+
+
+def _digest(data: bytes, fingerprint: str) -> bytes:
+    return hashlib.sha256(fingerprint.encode() + b"\n" + data).digest()
+
+
 def _path(runner: Runner, sequences: Sequence[Sequence[int]], fingerprint: str) -> Path | None:
     folder = jax.config.jax_compilation_cache_dir
     if not folder or not fingerprint or jax.process_count() > 1:
         return None
     digest = hashlib.sha256(repr((fingerprint, str(runner.dtype), sequences)).encode()).hexdigest()[:16]
-    return Path(folder) / "cache-ranges" / f"{digest}.npy"
+    return Path(folder) / "cache-ranges" / digest
 
 
-def _load(path: Path, shape: tuple[int, ...]) -> np.ndarray | None:
+def _load(path: Path, shape: tuple[int, int, int], fingerprint: str) -> np.ndarray | None:
     try:
-        found = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError):  # not there, or damaged
+        return unpacked(read_file(path), shape, fingerprint)
+    except OSError:  # not there, or not to be read
         return None
-    usable = found.shape == shape and found.dtype == np.float32 and np.isfinite(found).all() and (found[1] > 0).all()
-    return found if usable else None
