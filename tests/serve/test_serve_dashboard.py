@@ -185,6 +185,20 @@ def test_plans_are_a_page_with_their_reasons(page, url):
     shot(page, "plans")
 
 
+@pytest.mark.parametrize(
+    ("path", "link"), [("", "#requests a"), ("requests", "#requests a"), ("plans", "#plans summary")]
+)
+def test_the_keyboard_stays_where_it_is_when_a_list_is_drawn_anew(page, url, path, link):
+    load(url, 2)
+    page.goto(f"{url}/{path}")
+    page.locator(link).nth(1).focus()
+    held = page.evaluate("document.activeElement.outerHTML.slice(0, 60)")
+    node = page.evaluate_handle("document.activeElement")
+    load(url, 1)
+    page.wait_for_function("node => !node.isConnected", arg=node, timeout=15_000)
+    assert page.evaluate("document.activeElement.outerHTML.slice(0, 60)") == held
+
+
 def test_a_prompt_streams_its_answer_and_reports_its_promise(page):
     page.fill("#prompt", "A")
     page.fill("#max-tokens", "10")

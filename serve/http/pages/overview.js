@@ -1,6 +1,6 @@
 // The overview: what is promised and kept, over time; what happened; and a prompt to try.
 import { Chart } from "./charts.js";
-import { $, ago, count, el, every, get, headers, ms, outcome, percent, phrase, promise, set, several, showServer, storyLink, storyOf } from "./page.js";
+import { $, ago, count, el, every, fill, get, headers, ms, outcome, percent, phrase, promise, set, several, showServer, storyLink, storyOf } from "./page.js";
 
 const GOOD = 0.9;
 const line = (key, name, colour, more = {}) => ({ key, name, colour: "var(--" + colour + ")", ...more });
@@ -95,7 +95,7 @@ function showClasses(classes, range) {
 
 function showRequests(requests) {
   $("no-requests").hidden = requests.length > 0;
-  $("requests").replaceChildren(...requests.slice(0, 8).map(r => el("tr", {},
+  fill($("requests"), ...requests.slice(0, 8).map(r => el("tr", {},
     el("td", { class: "id" }, storyOf(r.id)),
     el("td", {}, outcome(r)),
     el("td", { class: "n" }, count(r.prompt_tokens) + " → " + count(r.tokens)),

@@ -12,6 +12,13 @@ export function el(name, attributes = {}, ...children) {
   node.append(...children.filter(child => child !== null));
   return node;
 }
+/** Replace a list's children; a link or a row that the keyboard was on stays so, if it is still there. */
+export function fill(node, ...children) {
+  const name = one => one.dataset.name || one.getAttribute("href");
+  const held = node.contains(document.activeElement) ? name(document.activeElement) : null;
+  node.replaceChildren(...children);
+  if (held !== null) [...node.querySelectorAll("a, summary")].find(one => name(one) === held)?.focus({ preventScroll: true });
+}
 export function svg(name, attributes = {}, text = "") {
   const node = document.createElementNS("http://www.w3.org/2000/svg", name);
   for (const [key, value] of Object.entries(attributes)) node.setAttribute(key, value);

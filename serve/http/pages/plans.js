@@ -1,5 +1,5 @@
 // The scheduler's newest plans: what each iteration did with which request, and why.
-import { $, colour, count, el, every, get, ms, phrase, set, several, shortId, showServer, storyLink } from "./page.js";
+import { $, colour, count, el, every, fill, get, ms, phrase, set, several, shortId, showServer, storyLink } from "./page.js";
 
 let plans = [], now = 0, held = false;
 const open = new Set();
@@ -39,10 +39,10 @@ function show() {
   const wanted = document.querySelector("input[name=wanted]:checked").value;
   const rows = merged(wanted === "all" ? plans : plans.filter(interrupts));
   $("no-plans").hidden = rows.length > 0;
-  $("plans").replaceChildren(...rows.map(row => {
+  fill($("plans"), ...rows.map(row => {
     const newest = row.plans[0], oldest = row.plans[row.plans.length - 1], name = (row.replica || "") + "#" + oldest.number;
     const tokens = newest.scheduled.reduce((sum, entry) => sum + entry.tokens, 0);
-    const node = el("details", {}, el("summary", { class: "plan" },
+    const node = el("details", {}, el("summary", { class: "plan", "data-name": name },
       el("span", {}, (row.replica ? row.replica + " " : "") + "#" + oldest.number + (newest === oldest ? "" : "–" + newest.number)),
       el("span", { class: "soft n" }, ms(Math.max(1000 * (now - newest.now_s), 0)) + " ago"),
       el("span", {}, ...(newest.summary.length ? newest.summary.map(phrase) : ["nothing to do"])),

@@ -1,5 +1,5 @@
 // The newest requests, and the story of one: what the scheduler did with it, why, and when its tokens came.
-import { $, ago, colour, count, duration, el, every, get, ms, outcome, promise, set, several, showServer, storyLink, storyOf, svg } from "./page.js";
+import { $, ago, colour, count, duration, el, every, fill, get, ms, outcome, promise, set, several, showServer, storyLink, storyOf, svg } from "./page.js";
 
 const asked = new URLSearchParams(location.search).get("id") || null;
 let listed = [];
@@ -10,7 +10,7 @@ function showList() {
   const rows = listed.filter(fits).slice(0, 100);
   $("no-requests").hidden = rows.length > 0;
   set("list-note", several(listed.filter(r => r.finish_reason === null).length, "request", "requests") + " under way");
-  $("requests").replaceChildren(...rows.map(r => el("tr", {},
+  fill($("requests"), ...rows.map(r => el("tr", {},
     el("td", { class: "id" }, storyOf(r.id)),
     el("td", {}, outcome(r), r.finish_reason === null ? el("div", { class: "soft roomy" }, r.doing) : null),
     el("td", { class: "n" }, count(r.prompt_tokens) + " → " + count(r.tokens)),
