@@ -351,6 +351,8 @@ void hidden_part(const Shape& shape, const Query* q, const Pages<Number>& pool, 
                  const Part& next, Running& running) {
   constexpr bool kCodes = std::is_same_v<Number, int8_t>, kPairs = std::is_same_v<X, BFloat16>;
   constexpr int kPart = (kPairs ? 2 : kValueVectors) * kLanes;
+  // Codes are widened for kTokens at once, or to float32 for four and then again by slices, which caches hold better.
+  constexpr bool kTwice = kCodes && !kPairs;
   const int D = shape.width, N = shape.heads;
   thread_local std::vector<float> scores, scales;
   thread_local std::vector<const Number*> all;
@@ -358,7 +360,7 @@ void hidden_part(const Shape& shape, const Query* q, const Pages<Number>& pool, 
   const auto* queries = as_factors(q, N * D, room);
   scores.resize(size_t(N) * kTokens);
   if (kPairs) weights.resize(size_t(N) * kTokens);
-  if (kCodes) widened.resize(size_t(kTokens) * D);
+  if (kCodes) widened.resize(size_t(kTwice ? 4 : kTokens) * D);
   all.clear(), scales.clear();
   for (const Part& own : {part, Part{next.row, next.begin, std::min(next.end, next.begin + kTokens)}})
     each_page(shape, pool, blocks(own.row), own.begin, own.end, [&](const Number* page, const float* of_page, int, int count) {
@@ -368,6 +370,7 @@ void hidden_part(const Shape& shape, const Query* q, const Pages<Number>& pool, 
       }
     });
   if (kCodes) scales.resize(all.size() + kTokens);  // whole vectors of them
+  alignas(64) X slices[kTwice ? kTokens * kPart : 1];
   const auto scale = [&](int first) {
     for (int n = 0; kCodes && n < N; n++)
       for (int t = 0; t < kTokens; t += kLanes) {
@@ -381,7 +384,9 @@ void hidden_part(const Shape& shape, const Query* q, const Pages<Number>& pool, 
                         (count + 3) / 4 + (D + kPart - 1) / kPart, D * int(sizeof(Number))};
     std::conditional_t<kCodes, const X*, const Number*> tokens[kTokens];
     for (int t = 0; t < count; t++) {
-      if constexpr (kCodes)
+      if constexpr (kTwice)
+        tokens[t] = widened.data() + size_t(t % 4) * D;
+      else if constexpr (kCodes)
         tokens[t] = as_multiplied(all[first + t], D, widened.data() + size_t(t) * D);
       else
         tokens[t] = all[first + t];
@@ -390,6 +395,8 @@ void hidden_part(const Shape& shape, const Query* q, const Pages<Number>& pool, 
     for (int t = 0; t < count; t += 4) {
       float* to = scores.data() + t;
       ahead.step();
+      if constexpr (kTwice)
+        for (int i = t; i < std::min(t + 4, count); i++) as_multiplied(all[first + i], D, widened.data() + size_t(i % 4) * D);
       in_groups<kScoreHeads<X>, 4, 1>(N, [&]<int M>(int n, std::integral_constant<int, M>) {
         few_scores<M>(queries + size_t(n) * D, tokens + t, 0, count - t, D, to + size_t(n) * kTokens);
       });
@@ -401,7 +408,9 @@ void hidden_part(const Shape& shape, const Query* q, const Pages<Number>& pool, 
       for (size_t i = 0; i < weights.size(); i += kLanes) store_as(&weights[i], load(&scores[i]));
     for (int at = 0; at < D; at += kPart) {
       ahead.step();
-      const int size = std::min(kPart, D - at);
+      const int size = std::min(kPart, D - at), from = kTwice ? 0 : at;
+      if constexpr (kTwice)
+        for (int t = 0; t < count; t++) tokens[t] = as_multiplied(all[first + t] + at, size, slices + t * kPart);
 #if defined(__AVX512BF16__)
       if constexpr (kPairs)
         if (size == kPart) {
@@ -413,7 +422,7 @@ void hidden_part(const Shape& shape, const Query* q, const Pages<Number>& pool, 
         }
 #endif
       in_groups<kValueHeads, 4, 1>(N, [&]<int M>(int n, std::integral_constant<int, M>) {
-        add_all_values<M, kPart / kLanes>(scores.data() + size_t(n) * kTokens, tokens, at, count, size,
+        add_all_values<M, kPart / kLanes>(scores.data() + size_t(n) * kTokens, tokens, from, count, size,
                                          running.out + size_t(n) * D + at, D);
       });
     }
