@@ -85,7 +85,7 @@ def as_cache_dtype(name: str) -> CacheDtype:
     Raises:
         ValueError: there is none; one sentence with what to use.
     """
-    if name.startswith("fp8"):
+    if isinstance(name, str) and name.startswith("fp8"):
         raise ValueError(
             f"cache_dtype={name!r} is not offered: at the same bytes its error is three times int8's; use int8"
         )

@@ -77,7 +77,7 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         as_cache_dtype(self.cache_dtype)
-        as_quantization(self.quantization or "none")
+        as_quantization("none" if self.quantization is None else self.quantization)
         check_finite(self)
         check_at_least(
             *(self, 1, ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "num_blocks", "cache_memory_bytes"))

@@ -267,6 +267,37 @@ def test_without_a_tokenizer_random_ids_are_read_and_the_log_says_so(engine, cap
     assert {len(row) for row in ids} == {96} and ids == calibration_tokens(None, 101, 96)
 
 
+class Words:
+    """A tokenizer that has ids for few words, and `unknown` for each of the others, or once for a whole text."""
+
+    def __init__(self, ids, unknown=(), whole=False):
+        self.ids, self.unknown, self.whole = ids, unknown, whole
+
+    def encode(self, text):
+        return [own for word in ([text] if self.whole else text.split()) for own in self.ids.get(word, self.unknown)]
+
+
+@pytest.mark.parametrize("tokenizer", [Words({}), Words({}, [7], whole=True), Words({"the": [101]}, [500])])
+def test_a_tokenizer_that_makes_nothing_of_the_text_is_like_none(engine, caplog, tokenizer):
+    """Hidden vectors were called not finite, or ids were read that the model does not have."""
+    with caplog.at_level(logging.WARNING):
+        found = cache_channels(engine.runner, tokenizer)
+    assert "the tokenizer has no ids of this model for the text, so the ranges" in caplog.text
+    np.testing.assert_array_equal(found, cache_channels(engine.runner))
+
+
+def test_ids_that_the_model_does_not_have_and_single_tokens_are_left_out():
+    rows = calibration_tokens(Words({"the": [101], "a": [100], "of": [5]}), 101, 4)
+    assert {token for row in rows for token in row} == {100, 5}
+    assert {len(row) for row in rows} <= {2, 3, 4}
+
+
+def test_ranges_do_not_depend_on_the_longest_context_that_is_served(model, engine):
+    """They were of shorter texts, or with a context of one token of none, which was an error."""
+    short = int8_engine(model, max_model_len=1, max_num_seqs=1, max_num_batched_tokens=1, attention_backend="xla")
+    np.testing.assert_allclose(short.runner._channels, engine.runner._channels, rtol=1e-5, atol=1e-6)
+
+
 def test_the_text_has_several_kinds_and_its_licence_is_in_the_file():
     text = cache_ranges.TEXT.read_text(encoding="utf-8")
     assert "public domain" in text.partition("----")[0] and 3000 < len(text.encode()) < 10_000
@@ -277,7 +308,7 @@ def test_the_text_has_several_kinds_and_its_licence_is_in_the_file():
         def encode(self, text):
             return list(map(ord, text))
 
-    rows = calibration_tokens(ByCharacter(), 0, 100)
+    rows = calibration_tokens(ByCharacter(), 0x110000, 100)
     assert max(map(len, rows)) == 100 and "public domain" not in "".join(chr(code) for row in rows for code in row)
 
 

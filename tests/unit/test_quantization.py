@@ -4,6 +4,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from apt_jax.engine_config import EngineConfig
 from apt_jax.model_config import as_quantization
 from apt_jax.models import quantization
 from apt_jax.models.quantization import input_factor, quantise_stack, quantise_table, quantise_weight
@@ -77,3 +78,12 @@ def test_names():
     assert as_quantization("int8-dynamic") == "int8-dynamic"
     with pytest.raises(ValueError, match="'awq' is not one of none, int8, int8-dynamic; weights that other tools"):
         as_quantization("awq")
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("cache_dtype", None), ("cache_dtype", 8), ("cache_dtype", ""), ("quantization", "")]
+)
+def test_what_is_no_name_of_a_number_type_is_refused_by_the_fields_name(field, value):
+    """It was an AttributeError, and an empty quantization was taken for none."""
+    with pytest.raises(ValueError, match=f"{field}={value!r} is not one of"):
+        EngineConfig(**{field: value})

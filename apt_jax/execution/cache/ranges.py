@@ -31,14 +31,16 @@ _NARROWEST = 1e-2  # of the median width in a layer: a channel that hardly varie
 
 
 def calibration_tokens(tokenizer: Tokenizer | None, vocab_size: int, longest: int) -> list[list[int]]:
-    """Token ids of the text, in sequences of at most `LONGEST` and `longest`; random ids without a tokenizer."""
-    longest = min(LONGEST, longest)
-    if tokenizer is None:
-        rng = np.random.default_rng(0)
-        return rng.integers(vocab_size, size=(_RANDOM_SEQUENCES, longest)).tolist()
-    passages = TEXT.read_text(encoding="utf-8").split(_SEPARATOR)[1:]
-    ids = [tokenizer.encode(passage) for passage in passages if passage.strip()]
-    return [row[at : at + longest] for row in ids for at in range(0, len(row), longest)]
+    """Token ids of the text, in sequences of at most `LONGEST` and `longest`, whose first tokens are not measured.
+
+    Random ids without a tokenizer that makes such sequences of the text; what is not below `vocab_size` is left out.
+    """
+    longest, found = min(LONGEST, longest), []
+    if tokenizer is not None:
+        passages = TEXT.read_text(encoding="utf-8").split(_SEPARATOR)[1:]
+        ids = [[own for own in tokenizer.encode(passage) if own < vocab_size] for passage in passages]
+        found = [row[at : at + longest] for row in ids for at in range(0, len(row) - 1, longest)]
+    return found or np.random.default_rng(0).integers(vocab_size, size=(_RANDOM_SEQUENCES, longest)).tolist()
 
 
 def cache_channels(runner: Runner, tokenizer: Tokenizer | None = None, fingerprint: str = "") -> np.ndarray:
@@ -53,14 +55,15 @@ def cache_channels(runner: Runner, tokenizer: Tokenizer | None = None, fingerpri
         ValueError: the model's hidden vectors are not finite.
     """
     config = runner.model_config
-    sequences = calibration_tokens(tokenizer, config.vocab_size, runner.shapes.max_model_len)
+    sequences = calibration_tokens(tokenizer, config.vocab_size, config.max_position_embeddings)
     path = _path(runner, sequences, fingerprint)
     if path is not None and (kept := _load(path, shape_of(config), fingerprint)) is not None:
         return kept
-    if tokenizer is None:
+    if sequences == calibration_tokens(None, config.vocab_size, config.max_position_embeddings):
         logger.warning(
-            "int8 cache: no tokenizer, so the ranges of hidden vectors are measured on random token ids; text may be "
-            "less precise than with the ranges of text"
+            "int8 cache: %s, so the ranges of hidden vectors are measured on random token ids; text may be "
+            "less precise than with the ranges of text",
+            "no tokenizer" if tokenizer is None else "the tokenizer has no ids of this model for the text",
         )
     started = time.perf_counter()
     least, greatest = runner.measure_ranges(sequences)
