@@ -23,9 +23,11 @@ from apt_jax.execution.weights.layout import StackedLayout
 from apt_jax.models.interface import causal_attention
 from apt_jax.models.kernels import Int8Kernel, Int8Table, Kernel, LazySlice, RowScaledKernel
 from apt_jax.models.quantization import quantise_stack, quantise_table
+from apt_jax.request import SamplingParams
 from apt_jax.serve.runtime.build import build_engine
 from tests.model.test_tensor_parallel import SUPPORT, in_new_process
 from tests.support.checkpoint_folders import TINY, VARIANTS, random_model, write_config, write_safetensors
+from tests.support.engines import run
 from tests.support.sharded_engines import greedy_tokens, sharded_engine
 
 pytestmark = pytest.mark.timeout(900)
@@ -237,6 +239,23 @@ def test_the_same_tokens_on_two_devices():
     assert "2 devices, hybrid, int8 weights: same tokens" in in_new_process(
         str(SUPPORT / "sharded_engines.py"), "2:hybrid:weights"
     )
+
+
+@pytest.mark.parametrize("mode", ["kv", "hidden"])
+def test_a_float16_model_of_int8_weights_and_cache_is_that_of_xla(tmp_path, mode):
+    """The C++ call took its residual stream for bfloat16, and the text was nonsense."""
+    found = []
+    for backend in ("auto", "xla"):
+        options = {"num_blocks": 40, "max_model_len": 64, "max_num_seqs": 1, "max_num_batched_tokens": 16}
+        config = EngineConfig(
+            dtype="float16", quantization="int8", cache_dtype="int8", cache_mode=mode, attention_backend=backend,
+            scheduling_policy="fcfs", compilation_cache_dir=str(tmp_path), **options,
+        )  # fmt: skip
+        engine = build_engine(None, engine_config=config)
+        params = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
+        (request,) = run(engine, [engine.tokenizer.encode("def read_file(path):")], params)
+        found.append(request.output_token_ids)
+    assert found[0] == found[1]
 
 
 def test_an_engine_says_what_its_weights_are(tmp_path):

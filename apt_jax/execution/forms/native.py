@@ -27,6 +27,7 @@ from apt_jax.models.linear import Linear
 from apt_jax.models.opt import DecoderLayer
 
 _KEYS_PACKED = 4096  # as kKeysPacked in layers.h
+_DTYPES = (jnp.float32, jnp.bfloat16)  # that the C++ call computes in
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class NativeForm(LayeredForm):
     @staticmethod
     def takes(weights: Weights) -> bool:
         """Whether the C++ call implements these layers, and their kernels are packed for it."""
-        if weights.layers is None:
+        if weights.layers is None or weights.dtype not in _DTYPES:
             return False
         layer = weights.layers[0].module(weights.layers[0].arrays)
         if not isinstance(layer, DecoderLayer) or layer.activation != "relu":
