@@ -209,9 +209,13 @@ class Stored(Work):
 
     def do(self, folder: Path) -> None:
         from apt_jax.checkpoints.convert import convert
+        from apt_jax.checkpoints.errors import CheckpointError
 
-        if not (folder / "new").exists():
+        try:
             convert(str(folder / "source"), folder / "new")
+        except CheckpointError:  # it was killed when all was done but removing an empty folder, which the next one does
+            if not (folder / "new").exists():
+                raise
 
     def check_killed(self, folder: Path) -> None:
         if (folder / "new").exists():

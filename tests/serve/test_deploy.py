@@ -33,6 +33,7 @@ OTHER_TOOLS = {  # flags of docker, apt-get, useradd, gcloud and uv
     "docs/scale_out.md": {"--xla"},  # of XLA_FLAGS
     "deploy/apt-jax.service": {"--system", "--create-home", "--home-dir", "--now"},
     "docs/operations.md": {"--stop-timeout"},
+    "docs/structured_outputs.md": {"--pids-limit"},
     "docs/deployment.md": {
         *("--zone", "--accelerator-type", "--version", "--python", "--net", "--privileged", "--stop-timeout"),
         *("--target", "--rm"),
