@@ -74,11 +74,14 @@ def close(found, expected):
             )
 
 
-def test_a_stopped_server_s_requests_end_with_the_tokens_of_one_that_was_never_stopped(folder, tmp_path, caplog):
+@pytest.mark.parametrize(
+    "cache", [{}, {"cache_dtype": "int8", "cache_mode": "hidden"}, {"cache_dtype": "int8", "cache_mode": "kv"}]
+)
+def test_a_stopped_server_s_requests_end_with_the_tokens_of_one_that_was_never_stopped(folder, tmp_path, caplog, cache):
     """With the pages that the server had cached of them, and without."""
     caplog.set_level("INFO", "apt_jax.serve")
     paths = tmp_path / "left.jsonl", tmp_path / "with caches.jsonl"
-    with serving(folder) as server, ThreadPoolExecutor(len(REQUESTS)) as pool:
+    with serving(folder, **cache) as server, ThreadPoolExecutor(len(REQUESTS)) as pool:
         whole = [{**body, "stream": False} for _, body in REQUESTS]
         bodies = [ask(server.url, r[0], body).json() for r, body in zip(REQUESTS, whole, strict=True)]
         expected = [(choices_of(body), prompt_logprobs_of(body)) for body in bodies]
@@ -104,7 +107,7 @@ def test_a_stopped_server_s_requests_end_with_the_tokens_of_one_that_was_never_s
     for path in paths:
         assert write_snapshot(path, records) == len(REQUESTS)
         resumption = Resumption(path)
-        with serving(folder, resumption=resumption, scheduling_policy="fcfs") as server:
+        with serving(folder, resumption=resumption, scheduling_policy="fcfs", **cache) as server:
             until(lambda path=path: not path.exists())
             assert server.is_idle
             hits = server.engine.figures().prefix_hits
