@@ -114,8 +114,20 @@ def test_a_channel_that_hardly_varied_does_not_ruin_the_others_where_it_does():
     least, greatest = -np.ones((2, 8), np.float32), np.ones((2, 8), np.float32)
     greatest[0, 3] = least[0, 3] = 5.0
     centre, width = channels_of(least, greatest)
-    assert centre[0, 3] == 5 and width[0, 3] == pytest.approx(0.01 / 127)
+    assert centre[0, 3] == 5 and width[0, 3] == pytest.approx(5 / 256 / 127)
+    greatest[0, 3] = least[0, 3] = 0.5
+    assert channels_of(least, greatest)[1][0, 3] == pytest.approx(0.01 / 127)
     np.testing.assert_allclose(np.delete(width[0], 3), 1 / 127)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_a_large_channel_that_is_constant_may_be_rounded_otherwise_than_when_it_was_measured(dtype):
+    """As a checkpoint converted in float16 and served in bfloat16: one channel coarsened all others of every token."""
+    h = np.random.default_rng(0).uniform(-1, 1, (SOME_TEXT, 64)).astype(np.float32)
+    h[:, 5] = 100.1
+    channels = Channels(*channels_of(h.min(0), h.max(0)))
+    scales = encode(channels.relative(jnp.asarray(h, dtype)), 1).scales
+    assert float(scales.max()) < 1.05
 
 
 def test_ranges_that_are_not_finite_are_refused():

@@ -25,6 +25,7 @@ TEXT = Path(__file__).with_name("calibration.txt")
 LONGEST = 256  # tokens of a sequence
 _SEPARATOR = "\n----\n"
 _RANDOM_SEQUENCES = 8
+_ROUNDING = 2.0**-8  # by so much of itself a number may differ in bfloat16, which others may be served in
 _STORED = np.dtype("<f4")
 _DIGEST_BYTES = hashlib.sha256().digest_size
 _NARROWEST = 1e-2  # of the median width in a layer: a channel that hardly varied may vary in another text
@@ -89,9 +90,10 @@ def channels_of(least: np.ndarray, greatest: np.ndarray) -> np.ndarray:
             "cache_dtype='int8' cannot be used: the model's hidden vectors are not finite on the calibration text; use "
             "--cache-dtype auto"
         )
-    half = (greatest - least) / 2
+    centre, half = (greatest + least) / 2, (greatest - least) / 2
     floor = np.maximum(_NARROWEST * np.median(half, axis=-1, keepdims=True), np.finfo(np.float32).tiny * 1e6)
-    return np.stack([(greatest + least) / 2, np.maximum(half, floor) / LARGEST]).astype(np.float32)
+    floor = np.maximum(floor, _ROUNDING * np.abs(centre))
+    return np.stack([centre, np.maximum(half, floor) / LARGEST]).astype(np.float32)
 
 
 def shape_of(config: ModelConfig) -> tuple[int, int, int]:
