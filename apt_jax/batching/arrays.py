@@ -73,6 +73,16 @@ class Known(NamedTuple):
     ids: Sequence[int]
 
 
+class DecodeInput(NamedTuple):
+    """All that the device is given for an iteration in which every row has one token and samples."""
+
+    tokens: Tokens
+    rows: Rows
+    sampling: Sampling
+    sample_slot: Array  # int32 [sample_rows]
+    sample_length: Array  # int32 [sample_rows]
+
+
 class Batch(NamedTuple):
     """One iteration's device input, and which request each row that samples is; these rows come first."""
 
@@ -88,3 +98,11 @@ class Batch(NamedTuple):
     pools: bool = False  # whether hidden states of the rows that sample are wanted
     allowed: AllowedTokens | None = None  # the tokens that may be sampled; None: all
     known: tuple[Known, ...] = ()  # of requests with penalties, which count them
+
+    @property
+    def decode_input(self) -> DecodeInput | None:
+        """None unless every row has one token and samples, and nothing else is asked for or to be known before."""
+        decodes = self.bucket.decode_only and len(self.requests) == len(self.spans)
+        if not decodes or self.pools or self.known or self.allowed is not None:
+            return None
+        return DecodeInput(self.tokens, self.rows, self.sampling, self.sample_slot, self.sample_length)

@@ -3,6 +3,7 @@
 #include "chunk.h"
 #include "layers.h"
 #include "products.h"
+#include "relay.h"
 
 #include <algorithm>
 #include <atomic>
@@ -265,7 +266,49 @@ ffi::Error all_layers_int8(ffi::ThreadPool threads, ffi::AnyBuffer x, Codes pool
   return found;
 }
 
+apt::Relays relays;
+
+// Gives the host an iteration's results, and the device what the next one works on, if one follows.
+ffi::Error hand_over(Numbers relay, ffi::RemainingArgs results, ffi::Result<ffi::Buffer<DataType::PRED>> follows,
+                     ffi::RemainingRets next) {
+  const auto own = relays.find(relay.typed_data()[0]);
+  const auto write = [&](std::vector<char>& to) {
+    char* at = to.data();
+    for (size_t i = 0; i < results.size(); i++) {
+      const auto from = results.get<ffi::AnyBuffer>(i).value();
+      at = std::copy_n(static_cast<const char*>(from.untyped_data()), from.size_bytes(), at);
+    }
+  };
+  const auto read = [&](const std::vector<char>& from) {
+    const char* at = from.data();
+    for (size_t i = 0; i < next.size(); i++) {
+      const auto to = next.get<ffi::AnyBuffer>(i).value();
+      std::copy_n(at, to->size_bytes(), static_cast<char*>(to->untyped_data()));
+      at += to->size_bytes();
+    }
+  };
+  *follows->typed_data() = own && own->hand_over(write, read);
+  return ffi::Error::Success();
+}
+
 }  // namespace
+
+// See apt_jax/cpu_kernels/relay.py.
+extern "C" int apt_open_relay(size_t input_bytes, size_t result_bytes, double grace_s) {
+  return relays.open(input_bytes, result_bytes, grace_s);
+}
+extern "C" void apt_close_relay(int number) { relays.close(number); }
+extern "C" void apt_end(int number) {
+  if (const auto own = relays.find(number)) own->end();
+}
+extern "C" bool apt_give(int number, const char* input) {
+  const auto own = relays.find(number);
+  return own && own->give([&](std::vector<char>& to) { std::copy_n(input, to.size(), to.data()); });
+}
+extern "C" const char* apt_wait(int number, int iteration, double seconds) {
+  const auto own = relays.find(number);
+  return own ? own->wait(iteration, seconds) : nullptr;
+}
 
 // Of a call's threads, the caller included, at most so many work.
 extern "C" void apt_limit_threads(int threads) { most_threads.store(threads, std::memory_order_relaxed); }
@@ -305,3 +348,6 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(apt_all_layers_int8, all_layers_int8,
                                   .Ret<ffi::AnyBuffer>().Ret<Codes>().Ret<Floats>().Ret<Counts>()
                                   .Attr<int64_t>("heads").Attr<int64_t>("ffn").Attr<int64_t>("blocks")
                                   .Attr<bool>("norm_first").Attr<int64_t>("dynamic"));
+XLA_FFI_DEFINE_HANDLER_SYMBOL(apt_hand_over, hand_over,
+                              ffi::Ffi::Bind().Arg<Numbers>().RemainingArgs().Ret<ffi::Buffer<DataType::PRED>>()
+                                  .RemainingRets());

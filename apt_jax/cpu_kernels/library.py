@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 TARGETS = (
     "apt_kv_decode", "apt_hidden_decode", "apt_kv_decode_int8", "apt_hidden_decode_int8", "apt_chunk", "apt_matmul",
-    "apt_matmul_int8", "apt_all_layers", "apt_all_layers_int8",
+    "apt_matmul_int8", "apt_all_layers", "apt_all_layers_int8", "apt_hand_over",
 )  # fmt: skip
 _FOLDER = "apt-jax/cpu_kernels"  # in the user's cache folder
 _FLAGS = ("-O3", "-std=c++20", "-fPIC")

@@ -91,14 +91,12 @@ class Engine:
         self.setup = setup
         self.config, self.model_config = setup.config, setup.model_config
         self.tokenizer, self.fingerprint = tokenizer, fingerprint
-        self.sampling_defaults = dict(sampling_defaults or {})
-        self.max_model_len = setup.config.max_model_len
+        self.sampling_defaults, self.max_model_len = dict(sampling_defaults or {}), setup.config.max_model_len
         self.runner, self.builder, self.state = setup.runner, setup.builder, setup.state
         self.policy_context = PolicyContext(seed=self.config.seed, abandon_after_s=self.config.abandon_after)
         self.policy = make_policy(self.config.scheduling_policy, self.policy_context)
-        self.times = StepTimes(
-            setup.cost_model, self.config.calibrate and getattr(self.policy, "uses_cost_model", False)
-        )
+        learns = self.config.calibrate and getattr(self.policy, "uses_cost_model", False)
+        self.times = StepTimes(setup.cost_model, learns)
         rules = RequestRules(self.model_config, self.max_model_len, tokenizer is not None, self.state)
         self.prompt_logprobs = PromptLogprobs(setup.builder.buckets.score_rows)
         self.requests = Requests(self.state, self.config, rules, OutputTexts(tokenizer), self.prompt_logprobs)
@@ -135,6 +133,11 @@ class Engine:
     def idle_s(self) -> float:
         """Seconds until `step` has anything to do again; 0 if it has."""
         return self._idling.left_s(self._clock()) if self.state.num_unfinished else 0.0
+
+    @property
+    def spare_s(self) -> float:
+        """See `ServingEngine`."""
+        return self._inflight[-1].results.spare_s if self._inflight else 0.0
 
     @property
     def longest_step_s(self) -> float:
@@ -216,12 +219,8 @@ class Engine:
             PolicyFailed: the policy raised, and no iteration is in flight that could be committed instead.
         """
         outputs = self._early  # kept if the policy raises
-        while any(  # before its next bits
-            r.restriction is not None and r.restriction.follows_tokens
-            for flight in self._inflight
-            for r in flight.batch.requests
-        ):
-            outputs += self._commit(self._inflight.popleft())
+        while any(r.restriction and r.restriction.follows_tokens for f in self._inflight for r in f.batch.requests):
+            outputs += self._commit(self._inflight.popleft())  # before its next bits
         now = self._clock()
         self.last_plan = plan = self._plan(now)
         self._counts.schedule_s = self._clock() - now
@@ -230,7 +229,8 @@ class Engine:
             self._dispatch(plan, now, started_s=now if self._was_idle else None)
         elif not self._inflight and self.state.num_unfinished and not self._idling.accepts(plan, now):
             self._give_up()
-        while len(self._inflight) > (self._depth if plan.scheduled else 0):
+        goes_on = bool(self._inflight) and self._inflight[-1].results.running is not None  # if the next step has more
+        while len(self._inflight) > (max(self._depth, goes_on) if plan.scheduled else 0):
             outputs += self._commit(self._inflight.popleft())
         self._early = []
         self._was_idle = not self.has_unfinished
@@ -340,20 +340,20 @@ class Engine:
         self._end(head, FinishReason.ERROR, error)
 
     def _commit(self, flight: _Flight) -> list[Output]:
-        if flight.results.sampled is None and not flight.results.scores:
+        if not flight.results.is_read:
             self.times.forget_end()  # nothing is read back
             self.state.keep(flight.written)
             return []
         try:
-            host, scores, _, pooled = self.runner.read(flight.results)
+            found = self.runner.read(flight.results)
         except Exception as error:
             logger.exception("an iteration failed on the device; its requests end with an error")
             self._recover(str(error) or type(error).__name__)
             return []
-        now = self._clock()
+        now, host, pooled = self._clock(), found.sampled, found.pooled
         if self.times.ended(flight.load, flight.started_s, now, flight.candidates):
             self._use_cost_model()
-        for request in self.prompt_logprobs.take(flight.batch.chunks, scores):
+        for request in self.prompt_logprobs.take(flight.batch.chunks, found.scores):
             self._spoil(request)
         for row, request in enumerate(flight.batch.requests):
             assert host is not None

@@ -122,6 +122,10 @@ class ServingEngine(EngineFacts, Protocol):
         """Seconds until `step` has anything to do again, while a policy waits on purpose; else 0."""
 
     @property
+    def spare_s(self) -> float:
+        """Seconds for which the device has enough to do; who comes within them is planned for as soon as others."""
+
+    @property
     def longest_step_s(self) -> float:
         """Predicted seconds of the largest iteration that its limits allow. From any thread."""
 

@@ -42,7 +42,7 @@ class Trial:
     def run(self) -> None:
         """Build, start and read back."""
         results = self.start(self.build())
-        assert results.sampled is not None
+        assert results.is_read
         self.runner.read(results)
 
 

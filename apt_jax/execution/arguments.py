@@ -11,7 +11,7 @@ from apt_jax.attention import xla as xla_attention
 from apt_jax.attention.kinds import KindMix
 from apt_jax.attention.pool import Pool
 from apt_jax.batching.allowed_tokens import num_words
-from apt_jax.batching.arrays import NUM_TABLES, Rows, Tokens
+from apt_jax.batching.arrays import NUM_TABLES, DecodeInput, Rows, Tokens
 from apt_jax.batching.buckets import Bucket, Buckets
 from apt_jax.batching.sampling_rows import Sampling, empty_sampling
 from apt_jax.cache import CacheDtype, Vector
@@ -79,6 +79,11 @@ class Arguments:
     def sampling(self, rows: int) -> Sampling:
         """Sampling parameters of `rows` rows."""
         return Sampling(*(abstract((rows, *a.shape[1:]), a.dtype) for a in empty_sampling(1)))
+
+    def decode_input(self, bucket: Bucket, rows: int) -> DecodeInput:
+        """What an iteration of a decode bucket works on, `rows` rows that sample."""
+        number = self.numbers(rows)
+        return DecodeInput(self.tokens(bucket), self.rows(bucket), self.sampling(rows), number, number)
 
     def allowed(self, rows: int) -> jax.ShapeDtypeStruct:
         """Bits of the tokens that each row may sample."""

@@ -15,6 +15,28 @@ class StepResults(NamedTuple):
     scores: tuple[Scored, ...]  # of the batch's chunks
     outside: Any = None  # uint32: see `Pool.outside`
     pooled: Any = None  # float32 [max_rows, E]: hidden states after each row's last token, if any is wanted
+    running: "RunningIterations | None" = None  # the call that computes all this, while it may run further iterations
+    number: int = 0  # of this iteration in that call
+
+    @property
+    def spare_s(self) -> float:
+        """Seconds until the next iteration has to be started, or the call that runs this one ends."""
+        return 0.0 if self.running is None else self.running.spare_s(self.number)
+
+    @property
+    def is_read(self) -> bool:
+        """Whether there is anything to read."""
+        return self.sampled is not None or bool(self.scores) or self.running is not None
+
+
+class RunningIterations(Protocol):
+    """A call that runs an iteration, and the next ones if they come before it has ended."""
+
+    def read(self, number: int) -> tuple[Sampled, Any]:
+        """Wait for an iteration, counted from 0: what it sampled, and `StepResults.outside`, as numpy arrays."""
+
+    def spare_s(self, number: int) -> float:
+        """Seconds until what follows an iteration has to be given, by how long others took; 0 if that is not known."""
 
 
 class StepRunner(Protocol):
@@ -32,7 +54,10 @@ class StepRunner(Protocol):
         """Compile every shape; afterwards nothing compiles."""
 
     def dispatch(self, batch: Batch) -> StepResults:
-        """Start one iteration; returns at once with arrays still being computed."""
+        """Start one iteration; returns at once with arrays still being computed.
+
+        If `StepResults.running` is set, another one that comes before this has ended costs less.
+        """
 
     def read(self, results: StepResults) -> StepResults:
         """Wait for an iteration and bring its results to the host as numpy arrays."""

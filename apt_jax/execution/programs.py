@@ -15,7 +15,8 @@ from apt_jax.batching.buckets import Bucket
 from apt_jax.batching.sampling_rows import Sampling
 from apt_jax.execution.arguments import Arguments
 from apt_jax.execution.compiler import Compiler
-from apt_jax.execution.forms.interface import Conversion, Form, Step
+from apt_jax.execution.forms.interface import Conversion, Form, Iterations, Step
+from apt_jax.execution.forms.native import NativeForm
 from apt_jax.execution.pool import Block, abstract_block, read_blocks, write_blocks
 from apt_jax.execution.sampling import Sampled, Scored, score
 from apt_jax.execution.steps import run_sampling
@@ -67,6 +68,15 @@ class SamplerKey(Key[Compiled]):
 
 
 @dataclass(frozen=True)
+class IterationsKey(Key[Iterations]):
+    """Decode iterations of one bucket with `rows` rows that sample."""
+
+    bucket: Bucket
+    num_blocks: int
+    rows: int
+
+
+@dataclass(frozen=True)
 class HistoryKey(Key[Compiled]):
     """Writes a request's tokens to its slot of the history."""
 
@@ -88,7 +98,7 @@ class PoolerKey(Key[Compiled]):
     """Hands out the hidden states after each row's last token, as float32."""
 
 
-type AnyProgram = Step | Conversion | Compiled
+type AnyProgram = Step | Iterations | Conversion | Compiled
 type AnyKey = Key[Any]
 
 
@@ -128,13 +138,16 @@ class Programs:
         self._programs = {
             key: program
             for key, program in self._programs.items()
-            if not isinstance(key, StepKey | ConversionKey | SaveKey | RestoreKey) or key.num_blocks == num_blocks
+            if getattr(key, "num_blocks", num_blocks) == num_blocks
         }
 
     def _compile(self, key: AnyKey) -> AnyProgram:
         match key:
             case StepKey():
                 return self._form.compile_step(key.bucket, key.num_blocks)
+            case IterationsKey():
+                assert isinstance(self._form, NativeForm)
+                return self._form.compile_iterations(key.bucket, key.num_blocks, key.rows)
             case ConversionKey():
                 return self._form.compile_conversion(key.num_blocks)
             case SaveKey():

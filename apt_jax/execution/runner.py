@@ -16,7 +16,7 @@ import numpy as np
 from tqdm import tqdm
 
 from apt_jax.attention.pool import Pool
-from apt_jax.batching.arrays import Batch
+from apt_jax.batching.arrays import Batch, DecodeInput
 from apt_jax.batching.buckets import Buckets
 from apt_jax.cache import Projection
 from apt_jax.cpu_kernels.calls import KERNELS as CPU_KERNELS
@@ -25,6 +25,7 @@ from apt_jax.execution.cache.host_memory import HostMemory
 from apt_jax.execution.cache.saved_pages import digest_of
 from apt_jax.execution.compiler import Compiler, temporary_bytes
 from apt_jax.execution.forms.interface import Form
+from apt_jax.execution.forms.iterations import FollowedIterations
 from apt_jax.execution.forms.layered import LayeredForm
 from apt_jax.execution.forms.native import NativeForm
 from apt_jax.execution.forms.stacked import StackedForm
@@ -35,6 +36,7 @@ from apt_jax.execution.programs import (
     ConversionKey,
     GatherKey,
     HistoryKey,
+    IterationsKey,
     PoolerKey,
     Programs,
     RestoreKey,
@@ -63,7 +65,7 @@ class Runner:
         form: type[StackedForm] | type[LayeredForm] = StackedForm
         if weights.layers is not None:
             form = NativeForm if NativeForm.takes(weights) else LayeredForm
-        self._is_native = form is NativeForm
+        self._is_native = self._iterates = form is NativeForm
         self.pads = form.pads
         self.buckets = buckets if self.pads else buckets.largest()
         self.arguments = Arguments(model_config, shapes, self.buckets, weights.dtype, weights.device, weights.parallel)
@@ -77,6 +79,8 @@ class Runner:
         self._host: HostMemory | None = None
         self.moves_blocks = False  # whether blocks are read and written, besides those of host memory
         self._every: dict[int, jax.Array] = {}
+        self._running: FollowedIterations | None = None  # nothing else that takes the pool was started after it
+        self._running_key: IterationsKey | None = None
         self._pool: Pool
         self._history: jax.Array
 
@@ -158,6 +162,7 @@ class Runner:
 
         Waits for the device, so that one which is lost raises here.
         """
+        self._end_iterations()
         self.__dict__.pop("_pool", None)  # two do not fit
         self._last_outside = 0
         shapes = self.arguments.pool(self.num_blocks)
@@ -184,6 +189,9 @@ class Runner:
             row = np.zeros(self.shapes.max_model_len, np.int32)
             row[: len(ids)] = ids
             self._history = self.programs[HistoryKey()]([], self._history, np.array([slot], np.int32), row)
+        if self._iterates and (own := batch.decode_input) is not None:
+            return self._iterate(batch, own)
+        self._end_iterations()
         step = self.programs[StepKey(batch.bucket, self.num_blocks)]
         last, self._pool, self._history, every, outside = step(self._pool, self._history, batch.tokens, batch.rows)
         sampled = None
@@ -200,6 +208,27 @@ class Runner:
         pooled = self.programs[PoolerKey()]([], last) if batch.pools else None
         return StepResults(sampled, tuple(scores), outside, pooled)
 
+    def _iterate(self, batch: Batch, own: DecodeInput) -> StepResults:
+        """An iteration more of the call that is running, or the first one of another."""
+        rows, running = len(batch.sample_slot), self._running
+        key = IterationsKey(batch.bucket, self.num_blocks, rows)
+        if running is None or self._running_key != key or not running.goes_on(own):
+            self._end_iterations()
+            self._running = running = FollowedIterations(
+                own, vocab_size=self.model_config.vocab_size, counts_outside=self._pool.outside is not None
+            )
+            self._running_key = key
+            self._pool, self._history, running.done = self.programs[key](
+                self._pool, self._history, own, self._every_token(rows), running.relay
+            )
+        return StepResults(None, (), running=running, number=running.last)
+
+    def _end_iterations(self) -> None:
+        """Before anything else takes the pool."""
+        if self._running is not None:
+            self._running.end()
+        self._running = None
+
     def _every_token(self, rows: int) -> jax.Array:
         """Bits that allow every token: on the device, since most steps need them."""
         if rows not in self._every:
@@ -210,7 +239,11 @@ class Runner:
 
     def read(self, results: StepResults) -> StepResults:
         """Wait for a step and bring its results to the host as numpy arrays: the one read-back of an iteration."""
-        found: StepResults = jax.device_get(results)
+        if results.running is not None:
+            sampled, outside = results.running.read(results.number)
+            found = StepResults(sampled, (), outside)
+        else:
+            found = jax.device_get(results)
         if found.outside is not None:
             count = int(found.outside)
             self.num_outside += (count - self._last_outside) % 2**32
@@ -221,6 +254,7 @@ class Runner:
         """Compute keys and values of cached hidden vectors, in this order; keys may replace the vectors."""
         if not projections:
             return
+        self._end_iterations()
         convert = self.programs[ConversionKey(self.num_blocks)]
         blocks = np.concatenate([[sources, *targets] for sources, targets in projections], axis=1)
         size = self.arguments.convert_pages
@@ -245,6 +279,7 @@ class Runner:
 
     def read_blocks(self, blocks: Sequence[int]) -> list[Block]:
         """See `BlockStore`."""
+        self._end_iterations()
         found: list[Block] = []
         for part, _ in _in_parts([(block, 0) for block in blocks]):
             found += jax.device_get(self.programs[SaveKey(self.num_blocks, len(part))]([], self._pool, part))
@@ -252,6 +287,7 @@ class Runner:
 
     def write_blocks(self, blocks: Sequence[int], contents: Sequence[Block]) -> None:
         """See `BlockStore`."""
+        self._end_iterations()
         for part, places in _in_parts([(block, place) for place, block in enumerate(blocks)]):
             found = tuple(jax.device_put(contents[place], self.arguments.sharding(POOL)) for place in places)
             self._pool = self.programs[RestoreKey(self.num_blocks, len(part))]([], self._pool, part, found)
@@ -259,6 +295,7 @@ class Runner:
     def save(self, pairs: Sequence[tuple[int, int]]) -> None:
         """See `StepRunner`."""
         assert self._host is not None
+        self._end_iterations()
         for blocks, slots in _in_parts(pairs):
             found = self.programs[SaveKey(self.num_blocks, len(blocks))]([], self._pool, blocks)
             self._host.put(slots.tolist(), found)
@@ -266,6 +303,7 @@ class Runner:
     def restore(self, pairs: Sequence[tuple[int, int]]) -> None:
         """See `StepRunner`."""
         assert self._host is not None
+        self._end_iterations()
         for slots, blocks in _in_parts(pairs):
             found = tuple(self._host.get(slots.tolist()))
             self._pool = self.programs[RestoreKey(self.num_blocks, len(blocks))]([], self._pool, blocks, found)
@@ -289,6 +327,9 @@ class Runner:
     def _keys(self) -> Iterator[AnyKey]:
         """All programs that serving needs."""
         yield from (StepKey(bucket, self.num_blocks) for bucket in self.buckets.all)
+        if self._iterates:
+            for rows in self.buckets.sample_rows:
+                yield from (IterationsKey(bucket, self.num_blocks, rows) for bucket in self.buckets.decode)
         yield from map(SamplerKey, self.buckets.sample_rows)
         yield from map(GatherKey, self.buckets.prefill)
         yield ScorerKey()

@@ -27,6 +27,14 @@ class Sampled(NamedTuple):
     top_logprobs: jax.Array  # float32 [R, MAX_LOGPROBS]
 
 
+def sampled_shapes(rows: int, vocab_size: int) -> Sampled:
+    """Shapes of what `sample` returns."""
+    number, whole = (jax.ShapeDtypeStruct((rows,), dtype) for dtype in (jnp.float32, jnp.int32))
+    top = rows, min(MAX_LOGPROBS, vocab_size)
+    top_ids, top_logprobs = (jax.ShapeDtypeStruct(top, dtype) for dtype in (jnp.int32, jnp.float32))
+    return Sampled(whole, jax.ShapeDtypeStruct((rows,), jnp.bool_), number, whole, top_ids, top_logprobs)  # type: ignore[arg-type]
+
+
 class Scored(NamedTuple):
     """Log-probability and rank of given tokens, for each row."""
 

@@ -240,7 +240,7 @@ class EngineThread:
         until = time.monotonic() + self.watchdog.pause_s
         block = not (engine.has_unfinished or self._entering)
         while True:
-            left_s = 0.0 if self._stopping else max(until - time.monotonic(), engine.idle_s)
+            left_s = 0.0 if self._stopping else max(until - time.monotonic(), engine.idle_s, engine.spare_s)
             if left_s > 0:
                 self._mail.post()
             idle_s = PROBE_S if self.watchdog.is_exhausted and not self._stopping else None

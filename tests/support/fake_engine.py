@@ -94,7 +94,7 @@ class FakeEngine:
         self.warmed = False
         self.fail_with: Exception | None = None
         self.fails_with: Exception | None = None
-        self.longest_step_s, self.idle_s = 0.01, 0.0
+        self.longest_step_s, self.idle_s, self.spare_s = 0.01, 0.0, 0.0
         self.saved_pages = None  # its pages have no contents
         self.num_policies = 1
         self.num_begun = 0  # steps, of which the last may wait to be allowed

@@ -8,7 +8,7 @@ import numpy as np
 from jax.stages import Compiled
 
 from apt_jax.attention.pool import Pool
-from apt_jax.batching.arrays import Rows, Tokens
+from apt_jax.batching.arrays import DecodeInput, Rows, Tokens
 from apt_jax.batching.buckets import Bucket
 from apt_jax.execution.compiler import temporary_bytes
 from apt_jax.execution.steps import StepOutput
@@ -38,6 +38,15 @@ class Conversion(Protocol):
 
     def __call__(self, pool: Pool, hidden_blocks: np.ndarray, key_blocks: np.ndarray, value_blocks: np.ndarray) -> Pool:
         """See `pool.convert_blocks`; the pool is donated."""
+
+
+class Iterations(Protocol):
+    """A compiled program that runs decode iterations one after the other, see `run_iterations`."""
+
+    def __call__(
+        self, pool: Pool, history: jax.Array, first: DecodeInput, allowed: jax.Array, relay: np.ndarray
+    ) -> tuple[Pool, jax.Array, jax.Array]:
+        """Start them; returns pool and history (donated) as the last iteration leaves them, and their number."""
 
 
 class Ranges(Protocol):

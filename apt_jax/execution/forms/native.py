@@ -4,19 +4,22 @@ Between the matrix products of one layer XLA runs small programs and wakes its t
 fifth of the products of one row (docs/log/2026-11-30-performance.md).
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from apt_jax.attention.pool import Pool
-from apt_jax.batching.arrays import Rows, Tokens
+from apt_jax.batching.arrays import DecodeInput, Rows, Tokens
 from apt_jax.batching.buckets import Bucket
 from apt_jax.cpu_kernels.calls import Coded, LayersShape, all_layers, all_layers_int8
 from apt_jax.cpu_kernels.packed import PackedKernel
 from apt_jax.cpu_kernels.packed_int8 import PackedInt8Kernel
-from apt_jax.execution.forms.interface import Step, WholeStep
+from apt_jax.execution.forms.interface import Iterations, Step, WholeStep
+from apt_jax.execution.forms.iterations import run_iterations
 from apt_jax.execution.forms.layered import LayeredForm
 from apt_jax.execution.steps import StepOutput, count_of, end_step, start_step
 from apt_jax.execution.weights.layout import Weights
@@ -32,7 +35,7 @@ _DTYPES = (jnp.float32, jnp.bfloat16)  # that the C++ call computes in
 
 @dataclass(frozen=True)
 class NativeForm(LayeredForm):
-    """See `Form`; only steps are native, a conversion is layered."""
+    """See `Form`; only steps and iterations are native, a conversion is layered."""
 
     pads: bool = False
 
@@ -48,27 +51,58 @@ class NativeForm(LayeredForm):
 
     def compile_step(self, bucket: Bucket, num_blocks: int) -> Step:
         """See `Form`."""
-        arguments, layers, outer = self.arguments, self.layers, self.weights.outer
-        num_outer, of_layer = len(outer.arrays), len(layers[0].arrays)
+        arguments = self.arguments
 
         def native(
             arrays: list[jax.Array], pool: Pool, history: jax.Array, tokens: Tokens, rows: Rows
         ) -> StepOutput[jax.Array, Pool]:
-            starts = range(num_outer, len(arrays), of_layer)
-            modules = [layers[0].module(arrays[start : start + of_layer]) for start in starts]
-            return run_native_step(
-                outer.module(arrays[:num_outer]), modules, num_blocks, bucket.decode_only, arguments.buckets.max_rows,
-                pool, history, tokens, rows,
-            )  # fmt: skip
+            return self._step(bucket, num_blocks, arrays)(pool, history, tokens, rows)
 
-        every = [*outer.arrays, *(array for layer in layers for array in layer.arrays)]
         program = self.compiler.compile(
-            f"native {bucket} {num_blocks}", native, every, arguments.pool(num_blocks), arguments.history(),
+            f"native {bucket} {num_blocks}", native, self._arrays, arguments.pool(num_blocks), arguments.history(),
             arguments.tokens(bucket), arguments.rows(bucket), donate=(1, 2),
         )  # fmt: skip
         is_quantised = self.weights.quantization != "none"
         scratch = scratch_bytes(arguments.model_config, bucket.tokens, bucket.rows, is_quantised=is_quantised)
-        return WholeStep(program, every, scratch)
+        return WholeStep(program, self._arrays, scratch)
+
+    def compile_iterations(self, bucket: Bucket, num_blocks: int, sample_rows: int) -> Iterations:
+        """Compile decode iterations of a bucket and the sampling of so many rows; no other form has them."""
+        arguments, arrays = self.arguments, self._arrays
+
+        def iterations(
+            arrays: list[jax.Array], pool: Pool, history: jax.Array, first: DecodeInput, allowed: jax.Array,
+            relay: jax.Array,
+        ) -> tuple[Pool, jax.Array, jax.Array]:  # fmt: skip
+            step, model = self._step(bucket, num_blocks, arrays), self.weights.model(arrays[: self._num_outer])
+            return run_iterations(step, model, pool, history, first, allowed, relay)
+
+        program = self.compiler.compile(
+            f"iterations {bucket} {num_blocks}", iterations, arrays, arguments.pool(num_blocks), arguments.history(),
+            arguments.decode_input(bucket, sample_rows), arguments.allowed(sample_rows), arguments.numbers(1),
+            donate=(1, 2),
+        )  # fmt: skip
+        return partial(program, arrays)
+
+    @property
+    def _arrays(self) -> list[jax.Array]:
+        return [*self.weights.outer.arrays, *(array for layer in self.layers for array in layer.arrays)]
+
+    @property
+    def _num_outer(self) -> int:
+        return len(self.weights.outer.arrays)
+
+    def _step(
+        self, bucket: Bucket, num_blocks: int, arrays: list[jax.Array]
+    ) -> Callable[[Pool, jax.Array, Tokens, Rows], StepOutput[jax.Array, Pool]]:
+        """A step with `arrays`, inside a compiled function."""
+        outer, first, of_layer = arrays[: self._num_outer], self.layers[0], len(self.layers[0].arrays)
+        starts = range(self._num_outer, len(arrays), of_layer)
+        modules = [first.module(arrays[start : start + of_layer]) for start in starts]
+        return partial(
+            run_native_step, self.weights.model(outer), modules, num_blocks, bucket.decode_only,
+            self.arguments.buckets.max_rows,
+        )  # fmt: skip
 
 
 def scratch_bytes(config: ModelConfig, tokens: int, rows: int, *, is_quantised: bool = False) -> int:
