@@ -313,6 +313,9 @@ extern "C" const char* apt_wait(int number, int iteration, double seconds) {
 // Of a call's threads, the caller included, at most so many work.
 extern "C" void apt_limit_threads(int threads) { most_threads.store(threads, std::memory_order_relaxed); }
 
+// Whether AMX multiplies from now on, if it is wanted; while nothing runs.
+extern "C" bool apt_use_amx(bool wanted) { return apt::use_amx(wanted); }
+
 XLA_FFI_DEFINE_HANDLER_SYMBOL(apt_kv_decode, kv_decode,
                               ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<Floats>().Arg<ffi::AnyBuffer>().Arg<Numbers>()
                                   .Arg<Numbers>().Arg<Numbers>().Ret<Floats>().Ret<Floats>());

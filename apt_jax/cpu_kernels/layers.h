@@ -198,9 +198,10 @@ class Step {
       const auto put = [&](const auto& number) {
         for (int t = first; t < last;) {
           const int rows = tiles_.rows(tiles_.of(t));
-          transpose([&](int m) { return inner_ + size_t(t + m) * F + begin; }, rows, end - begin,
-                    inner_transposed_.numbers(0) + size_t(t) * padded(F) + size_t(begin) * rows, rows, number,
-                    end == F ? padded(F) - begin : 0);
+          inner_transposed_.put_numbers(
+              0, size_t(t) * padded(F) + size_t(begin) * rows,
+              [&](int m) { return inner_ + size_t(t + m) * F + begin; }, rows, end - begin, number,
+              end == F ? padded(F) - begin : 0);
           t += rows;
         }
       };

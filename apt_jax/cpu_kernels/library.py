@@ -59,7 +59,19 @@ def register() -> Path:
             jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(getattr(library, target)), platform="cpu")
     except (OSError, AttributeError) as error:
         raise Unavailable(f"{path} cannot be loaded: {error}") from error
+    if use_amx(True, library):
+        logger.info("the CPU kernels multiply by AMX: --dtype bfloat16 is several times as fast as float32")
     return path
+
+
+def use_amx(wanted: bool, library: ctypes.CDLL | None = None) -> bool:
+    """Whether products are AMX's from now on: if it is wanted, the processor has it and the system permits it.
+
+    `register` asks for it. Nothing may run meanwhile.
+    """
+    use = (library or ctypes.CDLL(str(register()))).apt_use_amx
+    use.argtypes, use.restype = [ctypes.c_bool], ctypes.c_bool
+    return bool(use(wanted))
 
 
 def built() -> Path:

@@ -231,12 +231,12 @@ void multiply_packed(const X* x, const Tiles& tiles, int first, int last, const 
     }
 }
 
-// out [inputs, rows], of bfloat16 `[inputs / 2, rows, 2]`, its columns `out_step` rows long, of `row(m)[i]`, a part at a
-// time: rows may be as far apart as is bad for the first cache. `number` makes a float32 of what is found,
-// `number(found, i)`. Zeros follow up to input number `end`.
-template <class Row, class X, class Make>
+// out [inputs / kWide, rows, kWide], its columns `out_step` rows long, of `row(m)[i]`, a part at a time: rows may be as far
+// apart as is bad for the first cache. `number` makes a float32 of what is found, `number(found, i)`. Zeros follow up to
+// input number `end`.
+template <int kWide, class Row, class X, class Make>
 inline void transpose(const Row& row, int rows, int inputs, X* out, int out_step, const Make& number, int end = 0) {
-  constexpr int kPart = 64, kWide = kInStep<X>;
+  constexpr int kPart = 64;
   for (int from = 0; from < inputs; from += kPart)
     for (int m = 0; m < rows; m++) {
       const auto own = row(m) + from;
@@ -256,14 +256,19 @@ inline void transpose(const Row& row, int rows, int inputs, X* out, int out_step
     for (int m = 0; m < rows; m++) std::fill_n(out + (size_t(i) * out_step + m) * kWide, kWide, X{});
 }
 
+template <class Row, class X, class Make>
+inline void transpose(const Row& row, int rows, int inputs, X* out, int out_step, const Make& number, int end = 0) {
+  transpose<kInStep<X>>(row, rows, inputs, out, out_step, number, end);
+}
+
 template <class Row, class X>
 inline void transpose(const Row& row, int rows, int inputs, X* out, int out_step, int end = 0) {
   transpose(row, rows, inputs, out, out_step, [](auto found, int) { return to_float(found); }, end);
 }
 
-// out [padded(inputs) / 4, rows, 4]: codes of `row(m)[i]`, times `factor[i]` if there is one, and each row's scale and
+// out [padded(inputs) / kWide, rows, kWide]: codes of `row(m)[i]`, times `factor[i]` if there is one, and each row's scale and
 // what its sums begin with.
-template <class Row>
+template <int kWide, class Row>
 inline void transpose_codes(const Row& row, int rows, int inputs, const float* factor, int8_t* out, float* scales,
                             int32_t* begins) {
   constexpr int kPart = 64;
@@ -279,7 +284,8 @@ inline void transpose_codes(const Row& row, int rows, int inputs, const float* f
       int8_t part[kPart] = {};
       encode(own + from, count, scale.factor, part);
       for (int i = 0; i < kPart; i++) sum += part[i];
-      for (int i = 0; i < count; i += 4) std::memcpy(out + (size_t(from + i) * rows + m * 4), part + i, 4);
+      for (int i = 0; i < count; i += kWide)
+        std::memcpy(out + (size_t(from + i) * rows + m * kWide), part + i, kWide);
     }
     scales[m] = scale.scale, begins[m] = -kOffset * sum;
   }

@@ -7,6 +7,7 @@
 #include <utility>
 #include <vector>
 
+#include "amx.h"
 #include "matmul.h"
 #include "threads.h"
 
@@ -72,15 +73,27 @@ class Operands {
     for (size_t which = 0; which < kinds_.size(); which++) {
       const float* factor = kinds_[which].factor;
       if (kinds_[which].as_codes)
-        transpose_codes(row, rows, inputs_, factor, codes(which) + at, scales(which) + first, begins(which) + first);
+        as_wide<int8_t>([&]<int kWide>(Wide<kWide>) {
+          transpose_codes<kWide>(row, rows, inputs_, factor, codes(which) + at, scales(which) + first,
+                                 begins(which) + first);
+        });
       else if (factor)
-        transpose(row, rows, inputs_, numbers(which) + at, rows,
-                  [=](auto found, int i) { return to_float(found) * factor[i]; }, padded(inputs_));
+        put_numbers(which, at, row, rows, inputs_, [=](auto found, int i) { return to_float(found) * factor[i]; },
+                    padded(inputs_));
       else
-        transpose(row, rows, inputs_, numbers(which) + at, rows, padded(inputs_));
+        put_numbers(which, at, row, rows, inputs_, [](auto found, int) { return to_float(found); }, padded(inputs_));
     }
   }
 
+  // `rows` rows of numbers of a tile, `number(row(m)[i], i)`, from place `at` of an operand on; see `transpose`.
+  template <class Row, class Make>
+  void put_numbers(int which, size_t at, const Row& row, int rows, int inputs, const Make& number, int end) const {
+    as_wide<X>([&]<int kWide>(Wide<kWide>) {
+      transpose<kWide>(row, rows, inputs, numbers(which) + at, rows, number, end);
+    });
+  }
+
+  int rows() const { return rows_; }
   int inputs() const { return inputs_; }
   X* numbers(int which) const { return reinterpret_cast<X*>(memory(which)); }
   int8_t* codes(int which) const { return reinterpret_cast<int8_t*>(memory(which)); }
@@ -94,6 +107,18 @@ class Operands {
 
     bool operator==(const Kind&) const = default;
   };
+
+  template <int kWide>
+  using Wide = std::integral_constant<int, kWide>;
+
+  // `work` with the number of adjacent inputs of a row of From.
+  template <class From, class Work>
+  void as_wide(const Work& work) const {
+    if (takes_blocks<From>(inputs_, rows_))
+      work(Wide<kInBlock<From>>{});
+    else
+      work(Wide<kInStep<From>>{});
+  }
 
   float* memory(int which) const { return memory_ + which * rows_ * padded(inputs_); }
 
@@ -123,17 +148,19 @@ void multiply_part(const Operands<X>& x, const Tiles& tiles, int first, int last
                    int end) {
   const Kernel& kernel = own.kernel;
   const int which = own.operand, inputs = x.inputs();
+  const auto multiply = [&]<class From>(const From* rows, const auto* packed, const Scales& scales) {
+    if constexpr (!std::is_same_v<From, float>)
+      if (takes_blocks<From>(inputs, x.rows()))
+        return multiply_packed_blocks(rows, tiles, first, last, packed, scales, begin, end, inputs, own.out, own.outputs);
+    multiply_packed(rows, tiles, first, last, packed, scales, begin, end, inputs, own.out, own.outputs);
+  };
   switch (kernel.form) {
     case Form::kNumbers:
-      return multiply_packed<X>(x.numbers(which), tiles, first, last, kernel.as<Number>(), {}, begin, end, inputs,
-                                own.out, own.outputs);
+      return multiply(x.numbers(which), kernel.as<Number>(), {});
     case Form::kCodes:
-      return multiply_packed<X>(x.numbers(which), tiles, first, last, kernel.as<int8_t>(),
-                                {kernel.scale, 1 / kWidened}, begin, end, inputs, own.out, own.outputs);
+      return multiply(x.numbers(which), kernel.as<int8_t>(), {kernel.scale, 1 / kWidened});
     case Form::kAllCodes:
-      return multiply_packed<int8_t>(x.codes(which), tiles, first, last, kernel.as<int8_t>(),
-                                     {kernel.scale, 1, x.scales(which), x.begins(which)}, begin, end, inputs, own.out,
-                                     own.outputs);
+      return multiply(x.codes(which), kernel.as<int8_t>(), {kernel.scale, 1, x.scales(which), x.begins(which)});
   }
 }
 

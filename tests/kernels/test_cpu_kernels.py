@@ -134,6 +134,40 @@ def test_a_rows_products_do_not_depend_on_the_other_rows(of_rows, of_kernel):
         np.testing.assert_array_equal(calls.matmul(x[:rows], stored, 100), every[:rows])
 
 
+@pytest.fixture
+def with_and_without_amx():
+    """Calls a function with AMX and without."""
+    if not library.use_amx(True):
+        pytest.skip("this processor has no AMX, or the system does not permit it")
+
+    def both(function):
+        results = []
+        for wanted in (True, False):
+            library.use_amx(wanted)
+            results.append(np.asarray(function()))
+        return results
+
+    yield both
+    library.use_amx(True)
+
+
+@pytest.mark.parametrize(("inputs", "outputs"), [(768, 96), (3072, 50), (64, 7), (1600, 33)])
+@pytest.mark.parametrize("rows", [1, 3, 15, 16, 29, 300])
+def test_amx_gives_the_products_of_vectors(rows, inputs, outputs, with_and_without_amx):
+    """Of bfloat16 but for the order of sums, of int8 to the last digit."""
+    rng = np.random.default_rng(rows)
+    x = jnp.asarray(rng.standard_normal((rows, inputs), np.float32), jnp.bfloat16)
+    stored = packed.pack(np.asarray(jnp.asarray(rng.standard_normal((inputs, outputs), np.float32), jnp.bfloat16)))
+    found, expected = with_and_without_amx(lambda: calls.matmul(x, jnp.asarray(stored), outputs))
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5 * inputs**0.5)
+    assert inputs * rows < 1000 or (found != expected).any(), "another order, so it was really used"
+    own, _ = int8_kernel(rng, inputs, outputs)
+    found, expected = with_and_without_amx(lambda: own.matmul(x, dtype=jnp.float32))
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+    found, expected = with_and_without_amx(lambda: replace(own, dynamic=True).matmul(x, dtype=jnp.float32))
+    np.testing.assert_array_equal(found, expected)
+
+
 def int8_kernel(rng, inputs, outputs, **options):
     """An int8 kernel, and the same as a plain array of float64."""
     codes = rng.integers(-127, 128, (inputs, outputs)).astype(np.int8)
@@ -194,20 +228,22 @@ def test_an_int8_kernel_of_heads_is_multiplied_over_its_inputs(shape, axes):
 
 @pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize("of_rows", [jnp.float32, jnp.bfloat16])
-def test_a_rows_products_with_int8_kernels_do_not_depend_on_the_other_rows(of_rows, dynamic):
+@pytest.mark.parametrize("inputs", [3300, 1600])
+def test_a_rows_products_with_int8_kernels_do_not_depend_on_the_other_rows(inputs, of_rows, dynamic):
     rng = np.random.default_rng(0)
-    x = jnp.asarray(rng.standard_normal((300, 3300), np.float32), of_rows)
-    own, _ = int8_kernel(rng, 3300, 100, dynamic=dynamic)
+    x = jnp.asarray(rng.standard_normal((300, inputs), np.float32), of_rows)
+    own, _ = int8_kernel(rng, inputs, 100, dynamic=dynamic)
     every = np.asarray(own.matmul(x))
     for rows in (1, 5, 16, 33):
         np.testing.assert_array_equal(own.matmul(x[:rows]), every[:rows])
     np.testing.assert_array_equal(own.matmul(x.at[7].set(jnp.nan))[8:], every[8:])
 
 
-def test_dynamic_rows_that_are_zero_or_not_finite():
-    own = int8_kernel(np.random.default_rng(0), 70, 40, dynamic=True)[0]
-    x = jnp.ones((6, 70)).at[0].set(0).at[1, 69].set(jnp.nan).at[2, 3].set(jnp.inf).at[3].set(-1e-38).at[4].set(3e38)
-    found = own.matmul(x)
+@pytest.mark.parametrize(("rows", "inputs"), [(6, 70), (40, 128)])
+def test_dynamic_rows_that_are_zero_or_not_finite(rows, inputs):
+    own = int8_kernel(np.random.default_rng(0), inputs, 40, dynamic=True)[0]
+    x = jnp.ones((rows, inputs)).at[0].set(0).at[1, inputs - 1].set(jnp.nan).at[2, 3].set(jnp.inf)
+    found = own.matmul(x.at[3].set(-1e-38).at[4].set(3e38))
     assert (found[0] == 0).all() and np.isnan(found[1:3]).all() and np.isfinite(found[3]).all()
     np.testing.assert_allclose(found[5], np.asarray(own.array).sum(0), rtol=1e-5, atol=1e-6)
 

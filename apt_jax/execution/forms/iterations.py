@@ -1,7 +1,7 @@
 """Decode iterations in one program, on a CPU: the host reads the results of one, and gives the next, during another.
 
 So nothing of what the host does between two iterations lies between them on the device: planning, arrays, and the
-start of programs take as long as a fifth of a step of one row (docs/log/2026-12-01-performance.md).
+start of programs take as long as a fifth of a step of one row (docs/log/2026-11-30-performance.md).
 """
 
 import time
