@@ -241,6 +241,13 @@ def test_the_same_tokens_on_two_devices():
     )
 
 
+def test_an_int8_cache_on_two_devices():
+    """Nothing called this check."""
+    assert "2 devices, hybrid, int8: same tokens" in in_new_process(
+        str(SUPPORT / "sharded_engines.py"), "2:hybrid:int8"
+    )
+
+
 @pytest.mark.parametrize("mode", ["kv", "hidden"])
 def test_a_float16_model_of_int8_weights_and_cache_is_that_of_xla(tmp_path, mode):
     """The C++ call took its residual stream for bfloat16, and the text was nonsense."""
