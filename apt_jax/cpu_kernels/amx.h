@@ -166,7 +166,7 @@ void scale_sums(float* out, size_t out_step, int rows, const Scales& scales) {
 template <class X, class Number>
 void multiply_packed_blocks(const X* x, const Tiles& tiles, int first, int last, const Number* packed,
                             const Scales& scales, int begin, int end, int inputs, float* out, int outputs) {
-  constexpr int kBlocksAtOnce = 16;  // of a packed tile, 32 KiB
+  constexpr int kBlocksAtOnce = 24;  // of a packed tile, 48 KiB
   constexpr int kBlocksAhead = 4;
   constexpr bool kWidens = !std::is_same_v<X, Number>;
   const int all_blocks = inputs / kInBlock<X>;
