@@ -9,7 +9,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from apt_jax.batching.allowed_tokens import allowed_tokens
 from apt_jax.batching.arrays import Batch
@@ -26,6 +26,7 @@ from apt_jax.engine.trials import Trials
 from apt_jax.engine.validation import RequestRules
 from apt_jax.execution.cache.saved_pages import BlockStore, SavedPages
 from apt_jax.execution.interface import StepResults
+from apt_jax.execution.sampling import Sampled
 from apt_jax.output import DeviceLost, Output, PolicyFailed
 from apt_jax.request import FinishReason, Request, SamplingParams, Slo, Status
 from apt_jax.routing.instance import InstanceLoad, instance_load
@@ -101,9 +102,8 @@ class Engine:
         self.prompt_logprobs = PromptLogprobs(setup.builder.buckets.score_rows)
         self.requests = Requests(self.state, self.config, rules, OutputTexts(tokenizer), self.prompt_logprobs)
         self.state.least_projected_tokens = least_projected_tokens(setup.cost_model)
-        self.last_plan = Plan()
         self._counts, self._clock = _Counts(), clock
-        self._depth = 1 if self.config.async_scheduling else 0
+        self.last_plan, self._depth = Plan(), 1 if self.config.async_scheduling else 0
         self._inflight: deque[_Flight] = deque()
         self._early: list[Output] = []  # committed by the step under way, before it planned
         self._was_idle = True  # after the last step
@@ -302,9 +302,11 @@ class Engine:
                 self._inflight.append(_Flight(batch, results, load, started_s, candidates, written))
                 for request, reason in () if batch.allowed is None else batch.allowed.failed:
                     self._end(request, FinishReason.ERROR, no_way_on(request, reason))
-        except Exception as error:
+        except BaseException as error:  # an interrupt too: arrays that were given to a program may be lost
             logger.exception("an iteration failed; its requests end with an error")
             self._recover(str(error) or type(error).__name__)
+            if not isinstance(error, Exception):
+                raise
 
     def _build(self, spans: Sequence[Span]) -> Batch:
         scores = self.prompt_logprobs.wanted(spans)
@@ -350,20 +352,18 @@ class Engine:
             logger.exception("an iteration failed on the device; its requests end with an error")
             self._recover(str(error) or type(error).__name__)
             return []
-        now, host, pooled = self._clock(), found.sampled, found.pooled
+        now, host, pooled = self._clock(), cast(Sampled, found.sampled), found.pooled  # where there is a row
         if self.times.ended(flight.load, flight.started_s, now, flight.candidates):
             self._use_cost_model()
         for request in self.prompt_logprobs.take(flight.batch.chunks, found.scores):
             self._spoil(request)
         for row, request in enumerate(flight.batch.requests):
-            assert host is not None
             if request.status is not Status.FINISHED and not host.is_finite[row]:
                 self._spoil(request)
             self.requests.push(request, int(host.token[row]))
         self.state.keep(flight.written)  # before requests end and give their pages back
         outputs = []
         for row, request in enumerate(flight.batch.requests):
-            assert host is not None
             if request.status is Status.FINISHED:
                 continue
             is_asked = request.params.pools

@@ -214,13 +214,13 @@ class Runner:
         key = IterationsKey(batch.bucket, self.num_blocks, rows)
         if running is None or self._running_key != key or not running.goes_on(own):
             self._end_iterations()
-            self._running = running = FollowedIterations(
+            running = FollowedIterations(
                 own, vocab_size=self.model_config.vocab_size, counts_outside=self._pool.outside is not None
             )
-            self._running_key = key
             self._pool, self._history, running.done = self.programs[key](
                 self._pool, self._history, own, self._every_token(rows), running.relay
             )
+            self._running, self._running_key = running, key  # only what has been started
         return StepResults(None, (), running=running, number=running.last)
 
     def _end_iterations(self) -> None:

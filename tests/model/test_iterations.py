@@ -184,6 +184,29 @@ def test_a_call_that_fails_ends_its_requests_and_the_engine_goes_on(engine_of):
     assert run(engine, each=[GREEDY] * 4)[0] == expected
 
 
+@pytest.mark.parametrize("moment", ["before", "after"])
+def test_an_interrupt_while_a_call_is_started_loses_its_requests_and_nothing_else(engine_of, moment):
+    """As by Ctrl-C in `LLM.generate`: before the program has the pool, and after."""
+    engine = engine_of()
+    expected = run(engine, each=[GREEDY] * 4)[0]
+    (key,) = [key for key in engine.runner.programs if "Iterations" in type(key).__name__ and key.rows == 8]
+    whole = engine.runner.programs._programs[key]
+
+    def interrupted(pool, *rest):
+        if moment == "after":
+            jax.tree.map(lambda array: array.delete(), pool)
+        raise KeyboardInterrupt
+
+    engine.runner.programs._programs[key] = interrupted
+    for i, prompt in enumerate(PROMPTS):
+        engine.add(prompt, GREEDY, request_id=str(i))
+    with pytest.raises(KeyboardInterrupt):
+        finish(engine)
+    engine.runner.programs._programs[key] = whole
+    assert {output.error for output in finish(engine)} == {"KeyboardInterrupt"}
+    assert run(engine, each=[GREEDY] * 4)[0] == expected
+
+
 def counting(relay, first):
     """A call that doubles what it is given, iteration by iteration."""
 
