@@ -85,7 +85,7 @@ void transpose_packed(const Packed* packed, int inputs, int first, int size, int
         for (int i = 0; i < kLanes; i++) store(out + size_t(j + i) * kPackedWidth + half, found[i]);
       }
     } else {
-      static_assert(kPackedWidth == 2 * kLanes);
+      static_assert(kPackedWidth == 2 * kLanes || !kMultipliesPairs);  // else X is never BFloat16
 #pragma GCC unroll 16
       for (int i = 0; i < kLanes; i++) found[i] = reinterpret_cast<Vector>(pair_of_inputs(packed_tile, at + 2 * i, lane));
       transpose(found);  // of each output all inputs, one after the other

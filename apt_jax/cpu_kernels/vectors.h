@@ -148,6 +148,15 @@ inline Vector add_products(Vector sums, Bits x, Bits y) {
   return sums + firsts(x) * firsts(y) + seconds(x) * seconds(y);
 }
 
+inline std::pair<Bits, Bits> interleave(Bits firsts, Bits seconds) {
+  uint16_t of_firsts[2 * kLanes], of_seconds[2 * kLanes], found[4 * kLanes];
+  std::memcpy(of_firsts, &firsts, sizeof firsts), std::memcpy(of_seconds, &seconds, sizeof seconds);
+  for (int i = 0; i < 2 * kLanes; i++) found[2 * i] = of_firsts[i], found[2 * i + 1] = of_seconds[i];
+  std::pair<Bits, Bits> out;
+  std::memcpy(&out.first, found, sizeof firsts), std::memcpy(&out.second, found + 2 * kLanes, sizeof seconds);
+  return out;
+}
+
 inline Bits in_pairs(Vector firsts, Vector seconds) {
   BFloat16 pairs[2 * kLanes];
   for (int i = 0; i < kLanes; i++) from_float(firsts[i], pairs + 2 * i), from_float(seconds[i], pairs + 2 * i + 1);

@@ -1,8 +1,11 @@
 """The C++ kernels against their references, and what happens where they cannot be had."""
 
 import logging
+import platform
 import shutil
+import subprocess
 from dataclasses import replace
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -313,6 +316,21 @@ def test_a_compiler_that_fails_is_named_with_its_error(fresh, tmp_path):
     fresh.setenv("CXX", str(compiler))
     with pytest.raises(ValueError, match=r"c\+\+ failed: x.cc:1: error: no such thing"):
         select("native")
+
+
+@pytest.mark.parametrize("processor", ["x86-64", "haswell", "skylake-avx512", "cooperlake", "sapphirerapids"])
+def test_the_sources_compile_for_processors_that_have_less(processor):
+    """SSE alone, AVX2, AVX-512 without bfloat16, with it, and AMX: only one of these is the host."""
+    compiler = shutil.which("g++")
+    if compiler is None or platform.machine() not in ("x86_64", "AMD64"):
+        pytest.skip("needs g++ for x86-64")
+    folder = Path(library.__file__).parent
+    for source in ("handlers.cc", "layers_bfloat16_int8.cc", "amx.cc"):
+        command = [compiler, *library._FLAGS, "-O0", f"-march={processor}", f"-isystem{jax.ffi.include_dir()}"]
+        done = subprocess.run(
+            [*command, "-fsyntax-only", str(folder / source)], capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr
 
 
 def test_the_library_is_jaxlib_s_and_the_processor_s(fresh, tmp_path):
