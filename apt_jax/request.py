@@ -2,9 +2,11 @@
 
 import enum
 import math
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from hashlib import sha256
 from typing import Any
 
 from apt_jax.cache import BlockTable, CacheKind
@@ -169,6 +171,25 @@ class Request:
     def cache_kind(self) -> CacheKind | None:
         """The kind of the blocks it holds; None when it holds none."""
         return self.table.kind if self.table is not None else None
+
+    def extend_page_keys(self, pages: int, block_size: int, secret: bytes) -> None:
+        """Give it the `page_keys` of its first `pages` pages, whose tokens the host must know, with a pool's secret."""
+        keys = self.page_keys
+        if len(keys) >= pages:
+            return
+        start, stop, prompt = len(keys) * block_size, pages * block_size, len(self.prompt_token_ids)
+        tokens = array("i", self.prompt_token_ids[start:stop])
+        if stop > prompt:
+            tokens.extend(self.output_token_ids[max(start - prompt, 0) : stop - prompt])
+        assert len(tokens) == stop - start, (self.request_id, pages)
+        if not keys:
+            salt = self.cache_salt  # none differs from every one
+            own = b"" if salt is None else b"\0" + salt.encode("utf-8", "surrogatepass")
+            self.page_hash = sha256(sha256(secret + own).digest())
+        data, step = tokens.tobytes(), block_size * tokens.itemsize
+        for at in range(0, len(data), step):
+            self.page_hash.update(data[at : at + step])
+            keys.append(self.page_hash.digest())
 
     def pending_s(self, now: float) -> float:
         """Seconds since its last token, or since arrival (p_i of the paper's formulation)."""

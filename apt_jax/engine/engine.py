@@ -16,7 +16,6 @@ from apt_jax.batching.arrays import Batch
 from apt_jax.engine.calibration import calibrate
 from apt_jax.engine.compilations import Compilations
 from apt_jax.engine.interface import EngineFigures
-from apt_jax.engine.memory import move_pages
 from apt_jax.engine.prompt_logprobs import PromptLogprobs
 from apt_jax.engine.requests import Requests, no_way_on
 from apt_jax.engine.setup import EngineSetup
@@ -24,6 +23,7 @@ from apt_jax.engine.step_times import StepTimes
 from apt_jax.engine.text import OutputTexts
 from apt_jax.engine.trials import Trials
 from apt_jax.engine.validation import RequestRules
+from apt_jax.execution.cache.page_moves import PageMoves
 from apt_jax.execution.cache.saved_pages import BlockStore, SavedPages
 from apt_jax.execution.interface import StepResults
 from apt_jax.execution.sampling import Sampled
@@ -97,7 +97,7 @@ class Engine:
         self.policy_context = PolicyContext(seed=self.config.seed, abandon_after_s=self.config.abandon_after)
         self.policy = make_policy(self.config.scheduling_policy, self.policy_context)
         learns = self.config.calibrate and getattr(self.policy, "uses_cost_model", False)
-        self.times = StepTimes(setup.cost_model, learns)
+        self.times, self._pages = StepTimes(setup.cost_model, learns), PageMoves(self.state, self.runner)
         rules = RequestRules(self.model_config, self.max_model_len, tokenizer is not None, self.state)
         self.prompt_logprobs = PromptLogprobs(setup.builder.buckets.score_rows)
         self.requests = Requests(self.state, self.config, rules, OutputTexts(tokenizer), self.prompt_logprobs)
@@ -290,7 +290,7 @@ class Engine:
         candidates = self.state.num_unfinished
         try:
             spans = self.state.apply(plan, now)
-            spans, moved = move_pages(self.state, self.runner, spans)
+            spans, moved = self._pages.begin(spans)
             self.runner.project(self.state.projections)
             if spans:
                 batch, programs = self._build(spans), self.runner.num_programs
@@ -298,10 +298,10 @@ class Engine:
                 results = self.runner.dispatch(batch)
                 usual = programs == self.runner.num_programs and not results.scores and not moved
                 load = self.times.load(plan, spans, self.state.num_projected_tokens) if usual else None
-                written = self.state.written(spans)
-                self._inflight.append(_Flight(batch, results, load, started_s, candidates, written))
+                self._inflight.append(_Flight(batch, results, load, started_s, candidates, self.state.written(spans)))
                 for request, reason in () if batch.allowed is None else batch.allowed.failed:
                     self._end(request, FinishReason.ERROR, no_way_on(request, reason))
+            self._pages.end()
         except BaseException as error:  # an interrupt too: arrays that were given to a program may be lost
             logger.exception("an iteration failed; its requests end with an error")
             self._recover(str(error) or type(error).__name__)

@@ -10,7 +10,6 @@ import psutil
 from apt_jax.cache import KINDS, MODE_KINDS, CacheKind, blocks_for
 from apt_jax.engine.calibration import GENERIC
 from apt_jax.engine_config import EngineConfig
-from apt_jax.execution.interface import StepRunner
 from apt_jax.execution.multihost import smallest_of_all
 from apt_jax.execution.platform import Platform
 from apt_jax.execution.runner import Runner
@@ -19,7 +18,6 @@ from apt_jax.model_config import ModelConfig, Quantization
 from apt_jax.scheduling.costs.cost_model import CostModel
 from apt_jax.scheduling.costs.host_copies import worth_restoring
 from apt_jax.scheduling.host_tier import HostTier
-from apt_jax.scheduling.state import SchedulerState, Span
 
 logger = logging.getLogger(__name__)
 
@@ -243,35 +241,11 @@ def host_tier(
     runner.use_host(slots)
     save_s, restore_s = runner.measure_copies()
     is_known = cost_model.hardware is not GENERIC  # else copies are taken to be quicker than products
-    tier = HostTier(slots, worth_restoring(cost_model, config.block_size, restore_s) if is_known else None)
+    worth = worth_restoring(cost_model, config.block_size, restore_s) if is_known else None
+    tier = HostTier(slots, worth, block_s=restore_s)
     kept = ", ".join(kind.spec.label for kind in kinds if tier.restores[kind.index])
     logger.info(
         "host memory: %d blocks, %.2f GB/s from the device and %.2f GB/s to it; pages kept there: %s",
         slots, of_block / save_s / 1e9, of_block / restore_s / 1e9, kept or "none, to compute them is quicker",
     )  # fmt: skip
     return tier
-
-
-def move_pages(state: SchedulerState, runner: StepRunner, spans: list[Span]) -> tuple[list[Span], bool]:
-    """Copy what the plan just applied evicts to host memory, and back what it begins with.
-
-    Returns:
-        The spans that can run, and whether anything was copied. Who misses a copy computes its tokens instead.
-    """
-    moves = state.take_moves()
-    if not moves:
-        return spans, False
-    try:
-        if moves.saved:
-            runner.save(moves.saved)
-    except Exception:
-        logger.exception("copying cached pages to host memory failed; they are lost")
-        state.forget_saved(moves)
-        return state.forget_restored(moves, spans), True
-    try:
-        if moves.restored:
-            runner.restore(moves.restored)
-    except Exception:
-        logger.exception("copying cached pages from host memory failed; they are computed again")
-        return state.forget_restored(moves, spans), True
-    return spans, True

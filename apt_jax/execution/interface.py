@@ -71,5 +71,14 @@ class StepRunner(Protocol):
     def restore(self, pairs: Sequence[tuple[int, int]]) -> None:
         """Copy slots of host memory to blocks, pairs (slot, block), before all that is started later."""
 
+    def fetch(self, pairs: Sequence[tuple[int, int]]) -> None:
+        """Begin to copy slots of host memory for blocks, pairs (slot, block), beside the iteration started next."""
+
+    def land(self) -> None:
+        """Have what was fetched in its blocks, after all that was started before and before all that is started later.
+
+        If `fetch` raised, there is nothing.
+        """
+
     def reset(self) -> None:
         """Fresh pool and history, after a step failed; waits for the device, so that a lost one raises here."""

@@ -90,6 +90,16 @@ class LeadingRunner:
         self._send("restore", list(pairs))
         self._runner.restore(pairs)
 
+    def fetch(self, pairs: Sequence[tuple[int, int]]) -> None:
+        """See `StepRunner`."""
+        self._send("fetch", list(pairs))
+        self._runner.fetch(pairs)
+
+    def land(self) -> None:
+        """See `StepRunner`."""
+        self._send("land")
+        self._runner.land()
+
     def reset(self) -> None:
         """See `StepRunner`."""
         self._send("reset")

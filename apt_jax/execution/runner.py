@@ -77,6 +77,7 @@ class Runner:
         self._last_outside = 0
         self._channels: np.ndarray | None = None
         self._host: HostMemory | None = None
+        self._fetched: list[tuple[np.ndarray, tuple[Block, ...]]] = []  # blocks of the pool, and what comes to them
         self.moves_blocks = False  # whether blocks are read and written, besides those of host memory
         self._every: dict[int, jax.Array] = {}
         self._running: FollowedIterations | None = None  # nothing else that takes the pool was started after it
@@ -163,6 +164,7 @@ class Runner:
         Waits for the device, so that one which is lost raises here.
         """
         self._end_iterations()
+        self._fetched = []
         self.__dict__.pop("_pool", None)  # two do not fit
         self._last_outside = 0
         shapes = self.arguments.pool(self.num_blocks)
@@ -306,6 +308,20 @@ class Runner:
         self._end_iterations()
         for slots, blocks in _in_parts(pairs):
             found = tuple(self._host.get(slots.tolist()))
+            self._pool = self.programs[RestoreKey(self.num_blocks, len(blocks))]([], self._pool, blocks, found)
+
+    def fetch(self, pairs: Sequence[tuple[int, int]]) -> None:
+        """See `StepRunner`: into arrays of their own, to which devices copy while they compute."""
+        assert self._host is not None
+        self._fetched = []
+        self._fetched = [(blocks, tuple(self._host.get(slots.tolist()))) for slots, blocks in _in_parts(pairs)]
+
+    def land(self) -> None:
+        """See `StepRunner`."""
+        fetched, self._fetched = self._fetched, []
+        if fetched:
+            self._end_iterations()
+        for blocks, found in fetched:
             self._pool = self.programs[RestoreKey(self.num_blocks, len(blocks))]([], self._pool, blocks, found)
 
     def measure_copies(self, rounds: int = 3) -> tuple[float, float]:

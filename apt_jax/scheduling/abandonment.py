@@ -1,7 +1,8 @@
 """Ending requests whose next token is overdue by more than the operator lets one wait (`--abandon-after`).
 
 It goes around any policy: `make_policy` wraps the chosen one where the context has a limit, so that the engine and the
-simulator abandon alike. What the policy serves in this iteration is never abandoned, nor what has a token in flight.
+simulator abandon alike. What the policy serves in this iteration is never abandoned, nor what goes on after it with
+pages that are copied back beside it, nor what has a token in flight.
 """
 
 from dataclasses import replace
@@ -22,6 +23,7 @@ def overdue_s(request: Request, now: float) -> float:
 def give_up(plan: Plan, state: SchedulerState, now: float, after_s: float) -> Plan:
     """`plan`, with what it does not serve and is overdue by more than `after_s` seconds abandoned. Pure."""
     served = {id(entry.request) for entry in plan.scheduled}
+    served |= {id(entry.request) for entry in plan.fetched if entry.reason is Reason.FETCHED_BESIDE}
     gone = {
         id(request): Abandoned(request, Reason.ABANDONED_LATE)
         for queue in (state.waiting, state.running)
@@ -42,6 +44,7 @@ def give_up(plan: Plan, state: SchedulerState, now: float, after_s: float) -> Pl
         converted=tuple(entry for entry in plan.converted if id(entry.request) not in gone),
         waited=tuple(entry for entry in waited if entry.requests),
         abandoned=tuple(gone.values()),
+        fetched=tuple(entry for entry in plan.fetched if id(entry.request) not in gone),
     )
 
 

@@ -53,6 +53,19 @@ class CachedPrefixes:
             return 0
         return sum(page.refs > 0 for page in self._cached_pages(request, kind))
 
+    def blocks_away(self, request: Request, kind: CacheKind) -> int:
+        """Blocks in host memory with which a waiting request begins if it is admitted as `kind`."""
+        if self.prefixes is None or self.prefixes.host is None or self.prefixes.is_cold(request):
+            return 0
+        pages = self._cached_pages(request, kind)
+        return sum(isinstance(page, HostPage) for page in pages) * kind.blocks_per_page
+
+    def idle_blocks(self, request: Request, kind: CacheKind) -> int:
+        """Blocks on the device, held by nobody, with which a waiting request begins if it is admitted as `kind`."""
+        if self.prefixes is None or self.prefixes.is_cold(request):
+            return 0
+        return self.prefixes.idle_blocks(self._cached_pages(request, kind))
+
     def _cached_pages(self, request: Request, kind: CacheKind) -> Sequence[Page | HostPage]:
         """The first pages of a waiting request that are cached as `kind`; at least one token is left to compute."""
         if self.prefixes is None or request.params.needs_whole_prompt:

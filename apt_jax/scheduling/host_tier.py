@@ -5,8 +5,8 @@ request begins with is copied back to new blocks; its copy stays, so that it nee
 have it go). When slots run out, the page used longest ago is lost. A preempted request's pages are idle ones of the
 pool and go the same way, so it is moved instead of computed again.
 
-This is accounting: `take_moves` says what is to be copied before the next iteration. Source: retained copies as in
-FastSwitch (arXiv 2411.18424); hidden vectors are half of KV to move, as in HCache (arXiv 2410.05004).
+This is accounting: `take_moves` says what is to be copied before the next iteration, and beside it. Source: retained
+copies as in FastSwitch (arXiv 2411.18424); hidden vectors are half of KV to move, as in HCache (arXiv 2410.05004).
 """
 
 from collections import OrderedDict
@@ -29,13 +29,17 @@ class HostPage:
 
 @dataclass(frozen=True)
 class Moves:
-    """Copies to make before an iteration: first pairs (block, slot) to save, then pairs (slot, block) to restore."""
+    """Copies of an iteration: before it pairs (block, slot) to save, then pairs (slot, block) to restore.
+
+    Beside it pairs (slot, block) to fetch, into blocks that it neither reads nor writes; they are there after it.
+    """
 
     saved: Sequence[tuple[int, int]] = ()
     restored: Sequence[tuple[int, int]] = ()
+    fetched: Sequence[tuple[int, int]] = ()
 
     def __bool__(self) -> bool:
-        return bool(self.saved or self.restored)
+        return bool(self.saved or self.restored or self.fetched)
 
 
 class HostTier:
@@ -45,13 +49,17 @@ class HostTier:
         restores: by kind, whether copying a page back is quicker than computing its tokens. Others are not kept. It is
             for all kinds if nothing is known.
         retains: whether the copy of a page stays that was copied back.
+        block_s: seconds to copy a block back, as measured; None if that is not known.
         num_saved, num_restored: blocks copied since the start.
     """
 
-    def __init__(self, num_slots: int, restores: Sequence[bool] | None = None, *, retains: bool = True):
+    def __init__(
+        self, num_slots: int, restores: Sequence[bool] | None = None, *, retains: bool = True,
+        block_s: float | None = None,
+    ):  # fmt: skip
         if num_slots < 1:
             raise ValueError(f"{num_slots=} must be at least 1")
-        self.num_slots, self.retains = num_slots, retains
+        self.num_slots, self.retains, self.block_s = num_slots, retains, block_s
         self.restores = [True] * len(KINDS) if restores is None else [*restores]
         self.num_saved = self.num_restored = 0
         self._free = list(range(num_slots - 1, -1, -1))
@@ -60,6 +68,7 @@ class HostTier:
         self._saved: list[tuple[int, int]] = []
         self._new: set[tuple[int, bytes]] = set()  # pages that `_saved` is to fill
         self._restored: list[tuple[int, int]] = []
+        self._fetched: list[tuple[int, int]] = []
         self._returned: list[tuple[int, bytes]] = []  # pages of it, if they are not to stay
 
     @property
@@ -93,19 +102,20 @@ class HostTier:
         """Keep a page until the next moves have been taken."""
         self._in_use.add((page.kind.index, page.key))
 
-    def restore(self, page: HostPage, blocks: Sequence[int]) -> None:
-        """Copy a page that is held to `blocks`."""
+    def restore(self, page: HostPage, blocks: Sequence[int], *, beside: bool = False) -> None:
+        """Copy a page that is held to `blocks`, before the iteration or beside it."""
         place = page.kind.index, page.key
         assert place in self._in_use
         self._pages.move_to_end(place)
         if not self.retains:
             self._returned.append(place)
-        self._restored += zip(page.slots, blocks, strict=True)
+        pairs = self._fetched if beside else self._restored
+        pairs += zip(page.slots, blocks, strict=True)
 
     def take_moves(self) -> Moves:
         """What is to be copied now, before anything else is done to the pool's blocks."""
-        moves = Moves(self._saved, self._restored)
-        self._saved, self._restored = [], []
+        moves = Moves(self._saved, self._restored, self._fetched)
+        self._saved, self._restored, self._fetched = [], [], []
         for place in self._returned:
             if place in self._pages:
                 self._drop(place)
@@ -113,7 +123,7 @@ class HostTier:
         self._new.clear()
         self._in_use.clear()
         self.num_saved += len(moves.saved)
-        self.num_restored += len(moves.restored)
+        self.num_restored += len(moves.restored) + len(moves.fetched)
         return moves
 
     def forget(self, key: bytes, kind: CacheKind) -> None:
@@ -131,7 +141,7 @@ class HostTier:
         """Lose every page, and what was to be copied."""
         for place in list(self._pages):
             self._drop(place)
-        self._saved, self._restored = [], []
+        self._saved, self._restored, self._fetched = [], [], []
         self._returned.clear()
         self._new.clear()
         self._in_use.clear()

@@ -22,6 +22,8 @@ class Reason(enum.Enum):
     ADMITTED_LATE = "admitted although past its SLO because memory was left over"
     ADMITTED_LONGEST_LATE = "admitted because it has waited longest of those past their SLO"
     DECODES = "decodes its next token"
+    FETCHED_BESIDE = "its pages are copied back beside this iteration, after which it goes on"
+    FETCHED_AHEAD = "its pages are copied back ahead of its turn, into blocks that are free"
     CONVERTED_MEMORY_FREE = "converted to KV because memory is free"
     PREEMPTED_NO_BLOCKS = "preempted because no block is free for a request ahead of it"
     PREEMPTED_AHEAD = "preempted ahead of need, so that blocks stay free"
@@ -34,6 +36,7 @@ class Reason(enum.Enum):
     WAITS_FOR_TOKENS = "waits because the token budget of this iteration is spent"
     WAITS_FOR_PREFILL = "waits because this iteration prefills"
     WAITS_FOR_DECODE = "waits because this iteration decodes"
+    WAITS_FOR_COPIES = "waits because pages of requests ahead of it are copied back first"
     WAITS_LATE = "waits because it is past its SLO and was demoted"
     WAITS_BEHIND = "waits behind an earlier request"
     ABANDONED_LATE = "abandoned because its SLO can no longer be kept"
@@ -48,6 +51,20 @@ class Scheduled(NamedTuple):
     request: Request
     num_tokens: int
     kind: CacheKind
+    reason: Reason
+
+
+class Fetched(NamedTuple):
+    """Copy pages of a waiting request back from host memory beside the iteration, at most `num_blocks` blocks.
+
+    They take free blocks once everybody else of the plan has theirs, and count as free all the same: the request finds
+    them when it is admitted as `kind`, unless somebody needed the blocks before. With 0 blocks those that are there
+    are evicted last. Nothing has to be given back: it may end, or never be admitted.
+    """
+
+    request: Request
+    kind: CacheKind
+    num_blocks: int
     reason: Reason
 
 
@@ -92,7 +109,9 @@ class Abandoned:
 
 @dataclass(frozen=True)
 class Plan:
-    """One iteration. Applied in the order: abandoned, preempted, converted, scheduled.
+    """One iteration. Applied in the order: abandoned, preempted, converted, scheduled, fetched.
+
+    Only a plan that schedules somebody fetches: copies run beside what is computed.
 
     An empty plan of a policy that waits on purpose has `wake_at_s`, when to plan anew if nobody comes or leaves before
     (`idling.py`).
@@ -103,11 +122,12 @@ class Plan:
     converted: tuple[Converted, ...] = ()
     waited: tuple[Waited, ...] = ()
     abandoned: tuple[Abandoned, ...] = ()
+    fetched: tuple[Fetched, ...] = ()
     wake_at_s: float | None = None
 
     @property
     def is_empty(self) -> bool:
-        """Whether it changes nothing."""
+        """Whether it changes nothing; pages alone that are fetched advance nobody."""
         return not (self.scheduled or self.preempted or self.converted or self.abandoned)
 
     @property
@@ -125,6 +145,8 @@ class Plan:
             yield "converted", converted.request, converted.reason
         for scheduled in self.scheduled:
             yield "scheduled", scheduled.request, scheduled.reason
+        for fetched in self.fetched:
+            yield "fetched", fetched.request, fetched.reason
         for waited in self.waited:
             for request in waited.requests:
                 yield "waited", request, waited.reason

@@ -13,6 +13,8 @@ SEVERAL = {  # what a Reason says of one request, said of several
     Reason.ADMITTED_LATE: "admitted although past their SLO because memory was left over",
     Reason.ADMITTED_LONGEST_LATE: "admitted because they have waited longest of those past their SLO",
     Reason.DECODES: "decode their next token",
+    Reason.FETCHED_BESIDE: "have their pages copied back beside this iteration, after which they go on",
+    Reason.FETCHED_AHEAD: "have their pages copied back ahead of their turn, into blocks that are free",
     Reason.PREEMPTED_NO_BLOCKS: "preempted because no block is free for requests ahead of them",
     Reason.PREEMPTED_LEAST_VALUE: "preempted because memory ran out and they were worth least per block",
     Reason.PREEMPTED_FOR_EARLIER: "preempted for waiting requests that go before them",
@@ -22,6 +24,7 @@ SEVERAL = {  # what a Reason says of one request, said of several
     Reason.WAITS_FOR_TOKENS: "wait because the token budget of this iteration is spent",
     Reason.WAITS_FOR_PREFILL: "wait because this iteration prefills",
     Reason.WAITS_FOR_DECODE: "wait because this iteration decodes",
+    Reason.WAITS_FOR_COPIES: "wait because pages of requests ahead of them are copied back first",
     Reason.WAITS_LATE: "wait because they are past their SLO and were demoted",
     Reason.WAITS_BEHIND: "wait behind earlier requests",
     Reason.ABANDONED_LATE: "abandoned because their SLO can no longer be kept",
@@ -72,6 +75,10 @@ def plan_dict(number: int, now: float, plan: Plan) -> dict[str, Any]:
         "preempted": [{"request": p.request.request_id, "reason": p.reason.value} for p in plan.preempted],
         "converted": [{"request": c.request.request_id, "reason": c.reason.value} for c in plan.converted],
         "abandoned": [{"request": a.request.request_id, "reason": a.reason.value} for a in plan.abandoned],
+        "fetched": [
+            {"request": f.request.request_id, "blocks": f.num_blocks, "cache": f.kind.value, "reason": f.reason.value}
+            for f in plan.fetched
+        ],
         "waited": [
             {"requests": [request.request_id for request in w.requests], "reason": w.reason.value} for w in plan.waited
         ],
@@ -81,7 +88,7 @@ def plan_dict(number: int, now: float, plan: Plan) -> dict[str, Any]:
 def summary(plan: Plan) -> list[str]:
     """What was decided, a phrase for each reason in the order it is applied: "33 requests decode their next token"."""
     counts = Counter[Reason]()
-    for entries in (plan.abandoned, plan.preempted, plan.converted, plan.scheduled):
+    for entries in (plan.abandoned, plan.preempted, plan.converted, plan.scheduled, plan.fetched):
         counts.update(entry.reason for entry in entries)
     for waited in plan.waited:
         counts[waited.reason] += len(waited.requests)

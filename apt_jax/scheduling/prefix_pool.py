@@ -11,10 +11,8 @@ With a `HostTier` what is evicted goes there, and is found there after the pages
 """
 
 import secrets
-from array import array
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
-from hashlib import sha256
 
 from apt_jax.cache import KINDS, BlockPool, BlockTable, CacheKind, OutOfBlocks, Projection
 from apt_jax.request import Request
@@ -99,7 +97,7 @@ class PrefixPool(BlockPool):
             return True
         if request.num_tokens <= self.block_size or not (self._by_block or (self.host and self.host.num_used)):
             return True
-        self._extend_keys(request, 1)
+        request.extend_page_keys(1, self.block_size, self._secret)
         key = request.page_keys[0]
         if any(key in table for table in self._table) or (
             self.host is not None and any(self.host.find(key, kind) for kind in KINDS)
@@ -127,7 +125,7 @@ class PrefixPool(BlockPool):
             found = []
             for i in range(most_pages):
                 if i >= len(request.page_keys):  # the first one alone: most prompts share nothing
-                    self._extend_keys(request, most_pages if i else 1)
+                    request.extend_page_keys(most_pages if i else 1, self.block_size, self._secret)
                 key = request.page_keys[i]
                 page = table.get(key) or (None if host is None else host.find(key, kind))
                 if page is None:
@@ -171,11 +169,54 @@ class PrefixPool(BlockPool):
             blocks.extend([page.blocks[v] for page in own])
         table.num_pages = table.num_listed = len(pages)
 
+    def fetch(self, pages: Sequence[Page | HostPage], most: int) -> None:
+        """Bring at most so many of the found pages back from host memory ahead of need, to blocks that count as free.
+
+        Until they are shared they are idle: whoever needs the blocks gets them, but these last of all. That holds for
+        those of `pages` that are idle already, too.
+
+        Raises:
+            OutOfBlocks: not enough are free; nothing is changed.
+        """
+        away = [page for page in pages if isinstance(page, HostPage)][:most]
+        self._use(pages)
+        if not away:
+            return
+        assert self.host is not None
+        taken = sum(page.kind.blocks_per_page for page in away)
+        if taken > self.num_free - self.idle_blocks(pages):
+            raise OutOfBlocks(f"{taken} blocks wanted ahead of need, {self.num_free} of {self.num_blocks} free")
+        for page in away:
+            self.host.hold(page)
+        back = {id(page): self._fetched(page) for page in away}
+        self._use([back.get(id(page), page) for page in pages])
+
+    def idle_blocks(self, pages: Sequence[Page | HostPage]) -> int:
+        """Blocks of those of found pages that are on the device and that nobody holds."""
+        return sum(len(page.blocks) for page in pages if isinstance(page, Page) and not page.refs)
+
+    def forget_slots(self, slots: Sequence[int]) -> None:
+        """Lose the pages in any of these slots of host memory, whose copies failed."""
+        assert self.host is not None
+        self.host.forget_slots(slots)
+        self._found.clear()
+
+    def lose(self, blocks: Iterable[int]) -> None:
+        """Forget idle pages in any of these blocks, whose contents never came, and their copies in host memory."""
+        for block in blocks:
+            page = self._by_block.get(block)
+            if page is None or page.refs:
+                continue
+            if self.host is not None and page.key is not None:
+                self.host.forget(page.key, page.kind)
+            self._unlist(page)
+            self._drop_idle(page)
+
     def keep(self, request: Request, pages: int) -> None:
         """Enter the first `pages` pages of a request, which are computed, unless equal ones are in the table."""
         table = request.table
         assert table is not None and pages <= table.num_pages
-        self._extend_keys(request, pages)
+        request.extend_page_keys(pages, self.block_size, self._secret)
         listed = self._table[table.kind.index]
         for i in range(table.num_listed, pages):
             key, blocks = request.page_keys[i], tuple([column[i] for column in table.blocks])
@@ -309,15 +350,33 @@ class PrefixPool(BlockPool):
         return super()._take(count)
 
     def _restored(self, page: HostPage) -> Page:
-        """A page of the pool that holds, once the next moves are made, what `page` holds."""
+        """A page of the pool, of one table, that holds once the next moves are made what `page` holds."""
         assert self.host is not None
         blocks = tuple(self._take(page.kind.blocks_per_page))
         self._held[page.kind.index] += len(blocks)
         self.host.restore(page, blocks)
-        found = Page(page.key, page.kind, blocks, 1)
-        self._table[page.kind.index][page.key] = self._by_block[blocks[0]] = found
-        self._found.clear()
+        return self._list(Page(page.key, page.kind, blocks, 1))
+
+    def _fetched(self, page: HostPage) -> Page:
+        """An idle page of the pool that holds what `page` holds once the next moves are made, after their iteration."""
+        assert self.host is not None
+        blocks = tuple(self._take(page.kind.blocks_per_page))
+        self.host.restore(page, blocks, beside=True)
+        found = self._idle[blocks[0]] = self._list(Page(page.key, page.kind, blocks, 0))
+        self._num_idle += len(blocks)
         return found
+
+    def _list(self, page: Page) -> Page:
+        assert page.key is not None
+        self._table[page.kind.index][page.key] = self._by_block[page.blocks[0]] = page
+        self._found.clear()
+        return page
+
+    def _use(self, pages: Sequence[Page | HostPage]) -> None:
+        """Have the idle ones of found pages evicted after all others, the end of a prompt before its beginning."""
+        for page in reversed(pages):
+            if isinstance(page, Page) and not page.refs:
+                self._idle.move_to_end(page.blocks[0])
 
     def _unlist(self, page: Page) -> None:
         if page.key is not None:
@@ -329,26 +388,6 @@ class PrefixPool(BlockPool):
         del self._idle[page.blocks[0]], self._by_block[page.blocks[0]]
         self._num_idle -= len(page.blocks)
         self._free.extend(reversed(page.blocks))
-
-    def _extend_keys(self, request: Request, pages: int) -> None:
-        """Give a request the keys of its first `pages` pages, whose tokens the host must know."""
-        keys, size = request.page_keys, self.block_size
-        if len(keys) >= pages:
-            return
-        start, stop, prompt = len(keys) * size, pages * size, len(request.prompt_token_ids)
-        tokens = array("i", request.prompt_token_ids[start:stop])
-        if stop > prompt:
-            tokens.extend(request.output_token_ids[max(start - prompt, 0) : stop - prompt])
-        assert len(tokens) == stop - start, (request.request_id, pages)
-        if not keys:
-            salt = request.cache_salt  # none differs from every one
-            own = b"" if salt is None else b"\0" + salt.encode("utf-8", "surrogatepass")
-            request.page_hash = sha256(sha256(self._secret + own).digest())
-        hashed = request.page_hash
-        data, step = tokens.tobytes(), size * tokens.itemsize
-        for at in range(0, len(data), step):
-            hashed.update(data[at : at + step])
-            keys.append(hashed.digest())
 
 
 def make_pool(num_blocks: int, block_size: int, *, prefix_caching: bool, host: HostTier | None = None) -> BlockPool:

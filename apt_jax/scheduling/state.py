@@ -8,10 +8,12 @@ from typing import NamedTuple
 from apt_jax.cache import KINDS, MODE_KINDS, BlockPool, BlockTable, CacheKind, CacheMode, blocks_for
 from apt_jax.request import FinishReason, Request, Status
 from apt_jax.scheduling.cached_prefixes import CachedPrefixes
-from apt_jax.scheduling.host_tier import Moves
-from apt_jax.scheduling.plan import Plan, Scheduled
+from apt_jax.scheduling.host_tier import HostPage, Moves
+from apt_jax.scheduling.plan import Fetched, Plan, Scheduled
 from apt_jax.scheduling.plan_log import PlanLog
 from apt_jax.scheduling.progress import Progress, progress_of
+
+MOST_FETCHED_BLOCKS = 64  # beside one iteration: the device keeps a second copy of each until the iteration has ended
 
 
 @dataclass(frozen=True)
@@ -140,17 +142,19 @@ class SchedulerState(CachedPrefixes):
             OutOfBlocks: the policy planned past the pool.
         """
         self._clear(plan, now)
-        return [self._start(entry, now) for entry in plan.scheduled]
+        spans = [self._start(entry, now) for entry in plan.scheduled]
+        self._fetch(plan.fetched)
+        return spans
 
     def take_moves(self) -> Moves:
-        """Copies between device and host memory that must come before anything else of the plan just applied."""
+        """Copies between device and host memory of the plan just applied: before anything else of it, and beside it."""
         host = None if self.prefixes is None else self.prefixes.host
         return Moves() if host is None else host.take_moves()
 
     def forget_saved(self, moves: Moves) -> None:
         """Copies to host memory were not made: their pages are lost."""
-        assert self.prefixes is not None and self.prefixes.host is not None
-        self.prefixes.host.forget_slots([slot for _, slot in moves.saved])
+        assert self.prefixes is not None
+        self.prefixes.forget_slots([slot for _, slot in moves.saved])
 
     def forget_restored(self, moves: Moves, spans: Sequence[Span]) -> list[Span]:
         """Copies from host memory were not made: who was to begin with them waits again and computes them.
@@ -170,6 +174,11 @@ class SchedulerState(CachedPrefixes):
             self.prefixes.forget(table)
             self._preempt(span.request)
         return kept
+
+    def forget_fetched(self, moves: Moves) -> None:
+        """Copies beside the iteration were not made: their pages are lost."""
+        assert self.prefixes is not None
+        self.prefixes.lose(block for _, block in moves.fetched)
 
     def written(self, spans: Sequence[Span]) -> tuple[Written, ...]:
         """What `keep` is to be given once the iteration of `spans`, just applied, has been committed."""
@@ -293,6 +302,23 @@ class SchedulerState(CachedPrefixes):
             self.projections.append(self.pool.convert(table))
             converted.request.num_conversions += 1
             converted.request.cache_history.append(table.kind)
+
+    def _fetch(self, entries: Sequence[Fetched]) -> None:
+        """Bring pages of waiting requests back into what the plan just applied leaves free."""
+        if self.prefixes is None or not entries:
+            return
+        left, room = MOST_FETCHED_BLOCKS, self.pool.num_free
+        for request, kind, _, _ in reversed(entries):  # what is there of them is not evicted for the rest
+            assert request.status is Status.WAITING, f"{request.request_id} is fetched but does not wait"
+            there = self._cached_pages(request, kind)
+            self.prefixes.fetch(there, 0)
+            room -= self.prefixes.idle_blocks(there)
+        for request, kind, num_blocks, _ in entries:
+            pages = self._cached_pages(request, kind)
+            most = max(min(num_blocks, left, room), 0) // kind.blocks_per_page
+            taken = min(most, sum(isinstance(page, HostPage) for page in pages)) * kind.blocks_per_page
+            self.prefixes.fetch(pages, most)
+            left, room = left - taken, room - taken
 
     def _start(self, entry: Scheduled, now: float) -> Span:
         request, num_tokens, kind, _ = entry

@@ -65,7 +65,7 @@ class Instance:
         link_bytes_per_s = cost_model.hardware.host_bytes_per_s * cost_model.devices
         self._copy_s = copies.calls_s + self._moved_bytes / link_bytes_per_s
         restores = worth_restoring(cost_model, block_size, self._copy_s)
-        host = HostTier(host_slots, restores, retains=copies.retains) if host_slots else None
+        host = HostTier(host_slots, restores, retains=copies.retains, block_s=self._copy_s) if host_slots else None
         pool = make_pool(num_blocks, block_size, prefix_caching=prefix_caching, host=host)
         self.state = SimulatedState(pool, limits)
         self.state.least_projected_tokens = least_projected_tokens(cost_model) if prefix_caching else None
@@ -118,8 +118,9 @@ class Instance:
         self._num_scheduled = len(plan.scheduled)
         self._abandoned = [cast(SimulatedRequest, abandoned.request) for abandoned in plan.abandoned]
         moves, work_s = self.state.take_moves(), self._cost_model.step_s(load)
-        self.moved_bytes += (len(moves.saved) + len(moves.restored)) * self._moved_bytes
-        step_s = self._copies.seconds(work_s, len(moves.saved) * self._copy_s, len(moves.restored) * self._copy_s)
+        counts = len(moves.saved), len(moves.restored), len(moves.fetched)
+        self.moved_bytes += sum(counts) * self._moved_bytes
+        step_s = self._copies.seconds(work_s, *(count * self._copy_s for count in counts))
         self._start_s, self._end_s, self._copied_s = now, now + host_s + step_s, step_s - work_s
         self.is_busy = True
         return self._end_s
@@ -128,7 +129,7 @@ class Instance:
         """How long the policy would make this plan again; None if it is of another form, or the policy does not say."""
         if self._repeating is None or len(plan.scheduled) != len(self.state.running):
             return None
-        if plan.preempted or plan.converted or plan.abandoned or not plan.scheduled:
+        if plan.preempted or plan.converted or plan.abandoned or plan.fetched or not plan.scheduled:
             return None
         decodes = Reason.DECODES
         if plan.scheduled[-1].reason is not decodes or any(entry.reason is not decodes for entry in plan.scheduled):

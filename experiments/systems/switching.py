@@ -1,5 +1,7 @@
 """What each part of cheap context switching is worth (FastSwitch), and half of the bytes (ALISE): OPT-13B, one A100.
 
+And what policies gain whose requests come back beside an iteration instead of before it (`fetch`).
+
 Three users (`users.csv`), one with double weight, one with single who asks twice as often, one with half: `fastswitch`
 puts them in order anew every 25 iterations.
 Run `python -m experiments.systems.switching --out docs/studies/switching.json`.
@@ -14,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from apt_jax.cache import CacheMode
 from apt_jax.scheduling.costs.host_copies import CopyForm
 from apt_jax.simulation.experiment import Experiment
 from apt_jax.simulation.simulator import Outcome
@@ -24,7 +27,8 @@ CALL_S = 10e-6  # of the host, for one copy. Assumed: PyTorch's `copy_` takes ab
 USERS = Path(__file__).parent / "users.csv"
 SMALL = CopyForm(calls_s=LAYERS * CALL_S)
 ASYNC = CopyForm(restores_beside=True)
-FORMS: dict[str, CopyForm | None] = {
+BEFORE, BESIDE = "fastswitch:fetch=off", "fastswitch"  # the iteration, pages come back that a request goes on with
+FORMS: dict[str, CopyForm | None] = {  # under `BEFORE`, the last one under `BESIDE`
     "computed again, nothing copied": None,
     "small copies, before the step, not retained": replace(SMALL, saves_beside=False, retains=False),
     "+ grouped": CopyForm(saves_beside=False, retains=False),
@@ -32,10 +36,23 @@ FORMS: dict[str, CopyForm | None] = {
     "+ retained: FastSwitch": ASYNC,
     "FastSwitch, small copies": replace(SMALL, restores_beside=True),
     "FastSwitch, before the step": CopyForm(saves_beside=False),
-    "this engine: copies in before the step": CopyForm(),
+    "this engine, `fetch=off`: copies in before the step": CopyForm(),
+    "this engine: copies in beside the step, then it goes on": CopyForm(),
 }
-BYTES = {"alise": CopyForm(), "alise, half of the bytes": CopyForm(share=0.5)}
-RATES = (2.5, 3.0)
+OTHERS: dict[str, tuple[str, CacheMode, CopyForm]] = {
+    "alise, `fetch=off`": ("alise:fetch=off", "kv", CopyForm()),
+    "alise": ("alise", "kv", CopyForm()),
+    "alise, half of the bytes": ("alise", "kv", CopyForm(share=0.5)),
+    "fastserve, `fetch=off`": ("fastserve:fetch=off", "kv", CopyForm()),
+    "fastserve": ("fastserve", "kv", CopyForm()),
+}
+APT: dict[str, tuple[str, CacheMode, CopyForm]] = {
+    "apt, KV, `fetch=off`": ("apt:fetch=off", "kv", CopyForm()),
+    "apt, KV": ("apt", "kv", CopyForm()),
+    "apt, hybrid, `fetch=off`": ("apt:fetch=off", "hybrid", CopyForm()),
+    "apt, hybrid": ("apt", "hybrid", CopyForm()),
+}
+RATES, APT_RATES = (2.5, 3.0), {"kv": 3.4, "hybrid": 5.2}
 Row = dict[str, Any]
 
 
@@ -60,10 +77,12 @@ def stall_share(outcome: Outcome, *, first: bool) -> float:
     return float(stall[longest].sum() / wait[longest].sum())
 
 
-def run(policy: str, experiment: Experiment, rate: float, form: str, copies: CopyForm | None) -> Row:
+def run(
+    policy: str, experiment: Experiment, rate: float, form: str, copies: CopyForm | None, mode: CacheMode = "kv"
+) -> Row:
     """One simulation."""
     roomy = replace(experiment, enable_prefix_caching=copies is not None, host_cache_bytes=HOST_BYTES * bool(copies))
-    outcome, report = roomy.run(policy, "kv", "one-pass", rate, copies=copies or CopyForm())
+    outcome, report = roomy.run(policy, mode, "one-pass", rate, copies=copies or CopyForm())
     assert report is not None
     users = {request.class_name for request in outcome.requests}
     waits = {user: [r.ttft_s or 0.0 for r in outcome.requests if r.class_name == user] for user in sorted(users)}
@@ -103,8 +122,15 @@ def main() -> None:
         return
     alone = replace(LONG, duration_s=args.seconds)
     users = replace(alone, classes=USERS)
-    rows = [run("fastswitch", users, rate, *form) for rate in RATES for form in FORMS.items()]
-    rows += [run("alise", alone, rate, *form) for rate in RATES for form in BYTES.items()]
+    last = [*FORMS][-1]
+    rows = [
+        run(BESIDE if form == last else BEFORE, users, rate, form, copies)
+        for rate in RATES
+        for form, copies in FORMS.items()
+    ]
+    others = [(rate, *each) for rate in RATES for each in OTHERS.items()]
+    others += [(APT_RATES[mode], form, (policy, mode, copies)) for form, (policy, mode, copies) in APT.items()]
+    rows += [run(policy, alone, rate, form, copies, mode) for rate, form, (policy, mode, copies) in others]
     if args.out is not None:
         args.out.write_text(json.dumps({"rows": rows}, indent=1) + "\n", "utf-8")
     print(table(rows))

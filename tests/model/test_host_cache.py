@@ -10,8 +10,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from apt_jax.engine_config import EngineConfig
+from apt_jax.execution.runner import Runner
 from apt_jax.model_config import ModelConfig
 from apt_jax.request import SamplingParams
+from apt_jax.scheduling.plan import Fetched, Reason
+from tests.model import test_prefix_engine
 from tests.model.test_prefix_engine import converse, greedy
 from tests.support.checkpoint_folders import random_model
 from tests.support.conversations import Conversations
@@ -26,7 +29,27 @@ CONFIG = ModelConfig(
 GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
 
 
-@pytest.mark.parametrize("policy", ["fcfs", "apt", "sarathi", "mlfq"])
+class FetchingToo:
+    """A policy's plans, with pages of those that wait copied back as it happens."""
+
+    def __init__(self, policy, seed: int):
+        self.policy, self.draw, self.num_fetched = policy, random.Random(seed), 0
+
+    def __getattr__(self, name):
+        return getattr(self.policy, name)
+
+    def schedule(self, state, now):
+        plan = self.policy.schedule(state, now)
+        served = {entry.request.order for entry in plan.scheduled} | {entry.request.order for entry in plan.fetched}
+        more = [
+            Fetched(request, self.draw.choice(state.limits.kinds), self.draw.randint(0, 9), Reason.FETCHED_AHEAD)
+            for request in state.waiting
+            if request.order not in served and self.draw.random() < 0.5
+        ]
+        return replace(plan, fetched=(*plan.fetched, *more)) if plan.scheduled else plan
+
+
+@pytest.mark.parametrize("policy", ["fcfs", "apt", "sarathi", "mlfq", "fastserve", "alise", "fastswitch"])
 @given(
     mode=st.sampled_from(["kv", "hidden", "hybrid"]), asynchronous=st.booleans(), slots=st.sampled_from([2, 9, 40]),
     seed=st.integers(0, 2**32),
@@ -34,6 +57,33 @@ GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
 @settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_every_answer_is_that_of_its_own_tokens(policy, mode, asynchronous, slots, seed):
     converse(policy, mode, asynchronous, seed, host_cache_bytes=slots)
+
+
+@pytest.mark.parametrize("policy", ["fcfs", "apt", "fastswitch"])
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_every_answer_is_that_of_its_own_tokens_whatever_is_fetched(policy, asynchronous, monkeypatch):
+    """Beside aborts, resumes, resets, preemptions, conversions and copies that fail."""
+    fetched = failures = 0
+    for seed in range(24):
+        draw = random.Random(seed)
+
+        def fails(draw=draw) -> bool:
+            nonlocal failures
+            failed = draw.random() < 0.03
+            failures += failed
+            return failed
+
+        def changed(blocks, *, seed=seed, draw=draw, fails=fails, **options):
+            engine = token_engine(blocks, **options)
+            engine.policy = FetchingToo(engine.policy, seed)
+            engine.runner.failing_copies = fails if draw.random() < 0.5 else bool
+            return engine
+
+        monkeypatch.setattr(test_prefix_engine, "make_engine", changed)
+        mode = ("kv", "hidden", "hybrid")[seed % 3]
+        talks = test_prefix_engine.converse(policy, mode, asynchronous, seed, host_cache_bytes=draw.choice([4, 40]))
+        fetched += talks.engine.runner.num_fetched
+    assert fetched > 40 and failures > 3
 
 
 def test_these_conversations_copy_in_both_directions():
@@ -45,7 +95,7 @@ def test_these_conversations_copy_in_both_directions():
         assert sum(tier.num_saved for tier in tiers) > 20 and sum(tier.num_restored for tier in tiers) > 5, mode
 
 
-@pytest.mark.parametrize("policy", ["fcfs", "apt", "vllm-v1"])
+@pytest.mark.parametrize("policy", ["fcfs", "apt", "vllm-v1", "fastserve"])
 def test_copies_that_fail_are_computed_again(policy):
     """Beside projections, conversions, preemption, aborts and resumes."""
     failures = projections = conversions = preemptions = 0
@@ -111,7 +161,8 @@ def test_a_model_goes_on_from_host_memory(model, mode, cache_dtype):
     assert engine.figures().num_failed_steps == 0
 
 
-def test_blocks_come_back_as_they_were(model):
+@pytest.mark.parametrize("beside", [False, True])
+def test_blocks_come_back_as_they_were(model, beside):
     runner = cached_engine(model, cache_mode="hybrid", cache_dtype="int8", num_blocks=24).runner
     rng, pool = np.random.default_rng(0), runner._pool
     numbers = rng.integers(-127, 127, pool.numbers.shape).astype(np.int8)
@@ -125,10 +176,45 @@ def test_blocks_come_back_as_they_were(model):
     pairs = [(block, 20 - block) for block in range(11)]  # eight at once, then one by one
     runner.save(pairs)
     fill(0)
-    runner.restore([(slot, 23 - block) for block, slot in pairs])
+    back = [(slot, 23 - block) for block, slot in pairs]
+    if beside:
+        runner.fetch(back)
+        runner.save([(23, 20)])  # the slot may be taken while its copy is under way
+        assert not np.asarray(runner._pool.numbers).any(), "not before it lands"
+        runner.land()
+        runner.land()
+    else:
+        runner.restore(back)
     for found, was in ((runner._pool.numbers, numbers), (runner._pool.scales, scales)):
         by_layer, before = (np.asarray(array).reshape(2, 24, -1) for array in (found, was))
         assert (by_layer[:, 13:] == before[:, 10::-1]).all() and not by_layer[:, :13].any()
+
+
+@pytest.mark.parametrize("mode", ["kv", "hidden"])
+def test_preempted_requests_of_a_model_go_on_with_pages_that_came_beside_others(model, mode):
+    """Priorities change all the time, in a pool of two contexts: the same tokens as where nobody is preempted."""
+
+    def serve(blocks: int, **options):
+        engine = cached_engine(
+            model, cache_mode=mode, num_blocks=blocks, max_num_seqs=4, scheduling_policy="fastswitch:update_every=3",
+            calibrate=False, **options,
+        )  # fmt: skip
+        params, made = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True), []
+        for k in range(8):
+            prompt = [4 + (7 * i + 13 * k) % 90 for i in range(24 + k)]
+            made.append(engine.add(prompt, params, request_id=str(k), priority=k % 3))
+        finish(engine)
+        engine.state.check()
+        assert engine.figures().num_failed_steps == 0 and engine.state.pool.num_free == blocks
+        return [list(request.output_token_ids) for request in made]
+
+    fetched = []
+    few = 28 if mode == "kv" else 14
+    with pytest.MonkeyPatch.context() as patch:
+        whole = Runner.fetch
+        patch.setattr(Runner, "fetch", lambda self, pairs: (fetched.extend(pairs), whole(self, pairs))[1])
+        found = serve(few)
+    assert fetched and found == serve(200, host_cache_bytes=0, enable_prefix_caching=False)
 
 
 @pytest.mark.parametrize(

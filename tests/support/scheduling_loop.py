@@ -5,7 +5,7 @@ from apt_jax.request import Request, SamplingParams, Slo
 from apt_jax.scheduling.costs.cost_model import CostModel
 from apt_jax.scheduling.costs.hardware import HARDWARE, MODELS
 from apt_jax.scheduling.idling import Idling
-from apt_jax.scheduling.state import Limits, SchedulerState
+from apt_jax.scheduling.state import MOST_FETCHED_BLOCKS, Limits, SchedulerState
 
 TINY = CostModel(MODELS["opt-125m"], HARDWARE["h200"])
 PARAMS = SamplingParams(max_tokens=None, ignore_eos=True)
@@ -30,6 +30,7 @@ def step(state, policy, now, seconds=0.03):
     named = [r for w in plan.waited for r in w.requests]
     spans = state.apply(plan, now)
     state.check()
+    check_moves(state)
     assert len(state.running) <= limits.max_num_seqs
     assert len({id(s.request) for s in spans}) == len(spans)
     assert not {id(s.request) for s in spans} & {id(r) for r in named}, "planned to wait and to run"
@@ -39,6 +40,16 @@ def step(state, policy, now, seconds=0.03):
             policy.finished(span.request, now + seconds)
     state.check()
     return plan
+
+
+def check_moves(state):
+    """Copies go to blocks that somebody begins with, or, beside the iteration, to such as nobody holds."""
+    moves = state.take_moves()
+    held = {block for r in state.running for blocks in r.table.blocks for block in blocks}
+    restored, fetched = ([block for _, block in pairs] for pairs in (moves.restored, moves.fetched))
+    assert set(restored) <= held and not set(fetched) & held
+    assert len({*restored, *fetched}) == len(restored) + len(fetched) and len(fetched) <= MOST_FETCHED_BLOCKS
+    return moves
 
 
 def serve(state, policy, requests, seconds=0.03, max_steps=20_000):

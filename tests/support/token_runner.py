@@ -57,10 +57,12 @@ class TokenRunner:
     def __init__(self, num_blocks: int, block_size: int, slots: int, context: int):
         self._pool_shape, self._history_shape = (num_blocks, block_size), (slots + 1, context + 1)
         self.host = {}  # cells of a block, by slot
+        self.num_fetched = 0
         self.failing_copies: Callable[[], bool] = lambda: False
         self.reset()
 
     def reset(self) -> None:
+        self.fetched = []  # blocks, and the cells that come to them
         self.pool, self.history = np.zeros(self._pool_shape, int), np.zeros(self._history_shape, int)
 
     def compile_all(self, progress: bool = False) -> None:
@@ -108,6 +110,20 @@ class TokenRunner:
         for slot, block in pairs:
             self._may_fail()
             self.pool[block] = self.host[slot]
+
+    def fetch(self, pairs: Sequence[tuple[int, int]]) -> None:
+        self.fetched = []
+        found = []
+        for slot, block in pairs:
+            self._may_fail()
+            found.append((block, self.host[slot].copy()))
+        self.fetched = found
+        self.num_fetched += len(found)
+
+    def land(self) -> None:
+        for block, cells in self.fetched:
+            self.pool[block] = cells
+        self.fetched = []
 
     @property
     def block_shape(self) -> Block:

@@ -93,10 +93,15 @@ def test_copies_run_before_the_step_or_beside_it(form, expected):
     assert form.seconds(1.0, saves_s=4.0, restores_s=4.0) == expected
 
 
-def switching(copies):
+def test_what_is_fetched_runs_beside_the_step_on_the_same_link_as_copies_before_it():
+    assert CopyForm().seconds(1.0, 0.0, 0.5, fetches_s=0.9) == 1.5
+    assert CopyForm().seconds(1.0, 0.0, 0.5, fetches_s=3.0) == 3.5
+
+
+def switching(copies, policy="fastswitch:update_every=5:fetch=off"):
     """Two classes of requests in a pool for a few of them, under `fastswitch`."""
     experiment = Experiment(num_requests=60, duration_s=1.0, num_blocks=700, host_cache_bytes=2 * 10**11)
-    return experiment.run("fastswitch:update_every=5", "kv", "one-pass", 4.0, copies=copies)
+    return experiment.run(policy, "kv", "one-pass", 4.0, copies=copies)
 
 
 @pytest.fixture(scope="module")
@@ -109,6 +114,7 @@ def test_small_copies_stall_longer_and_copies_beside_the_step_less(as_the_engine
         return sum(sample.copied_s for sample in found[0].samples_by_instance[0])
 
     usual = stalls_s(as_the_engine)
+    assert stalls_s(switching(CopyForm(), "fastswitch:update_every=5")) < 0.1 * usual, "pages come ahead"
     assert 0.0 < stalls_s(switching(CopyForm(restores_beside=True))) < 0.8 * usual
     assert stalls_s(switching(CopyForm(calls_s=400e-6))) > 1.5 * usual
 

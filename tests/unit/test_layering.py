@@ -49,7 +49,7 @@ PURE = (
 )
 IMPURE_MODULES = {"jax", "jaxlib", "flax", "time", "datetime", "asyncio", "threading"}
 PLATFORMS = {"cpu", "gpu", "tpu", "cuda", "rocm"}
-NO_POLICIES = ("catalogue.py", "interface.py", "packing.py")  # in scheduling/policies: what the policies share
+NO_POLICIES = ("catalogue.py", "interface.py", "packing.py", "swap_in.py")  # in scheduling/policies: what they share
 NO_FAMILIES = (  # in models: what the families share
     "activations.py",
     "collectives.py",

@@ -6,13 +6,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from apt_jax.scheduling.host_tier import HostTier
 from apt_jax.scheduling.plan import Reason
 from apt_jax.scheduling.policies.catalogue import make_policy, policy_names
 from apt_jax.scheduling.policies.interface import PolicyContext
+from apt_jax.scheduling.prefix_pool import PrefixPool
 from tests.support.scheduling_loop import TINY, make_state, request, serve, step
 
 ALL = policy_names()
 VARIANTS = [*ALL, "apt:mixed=off", "apt:value=footprint", "apt:value=slack:fallback=none", "apt:prediction=off"]
+VARIANTS += ["apt-paper:fetch=on", "fastswitch:fetch=off"]
 
 traces = st.lists(
     st.tuples(st.integers(1, 40), st.integers(1, 20), st.floats(0, 3, width=32), st.integers(-2, 2)),
@@ -31,6 +34,23 @@ def test_everything_is_served_and_no_block_is_lost(name, mode, trace, with_model
     state = make_state(num_blocks, 4, 6, 32, mode, watermark=1)
     requests = [request(p, o, a, priority=c) for p, o, a, c in trace]
     serve(state, policy, requests, seconds)
+    assert all(len(r.output_token_ids) == o for r, (_, o, _, _) in zip(requests, trace, strict=True))
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+@given(
+    mode=st.sampled_from(["hybrid", "kv", "hidden"]), trace=traces, num_blocks=st.integers(32, 60),
+    slots=st.sampled_from([3, 20, 200]), block_s=st.sampled_from([None, 1e-4, 0.02]),
+)  # fmt: skip
+@settings(max_examples=12, deadline=None)
+def test_it_is_also_with_host_memory(name, mode, trace, num_blocks, slots, block_s):
+    """Prompts begin alike, so that pages are shared, moved and copied back, by some policies ahead of need."""
+    state = make_state(
+        num_blocks, 4, 6, 32, mode, watermark=1,
+        pool=lambda blocks, size: PrefixPool(blocks, size, host=HostTier(slots, block_s=block_s)),
+    )  # fmt: skip
+    requests = [request(p, o, a, priority=c) for p, o, a, c in trace]
+    serve(state, make_policy(name, PolicyContext(TINY)), requests, 0.03)
     assert all(len(r.output_token_ids) == o for r, (_, o, _, _) in zip(requests, trace, strict=True))
 
 

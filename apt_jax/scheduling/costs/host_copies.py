@@ -29,7 +29,8 @@ class CopyForm:
     Attributes:
         share: of a block's bytes that are moved and kept: 0.5 if 16-bit numbers were stored as int8 ones.
         calls_s: seconds of a block beyond its bytes, where it goes by copies of its own, not with all others of a step.
-        saves_beside, restores_beside: whether copies run beside the device's work, or before it.
+        saves_beside, restores_beside: whether copies run beside the device's work, or before it. Pages that a plan
+            fetches ahead of need always come beside it.
         retains: whether the host keeps the copy of what came back (`HostTier`).
     """
 
@@ -39,7 +40,7 @@ class CopyForm:
     restores_beside: bool = False
     retains: bool = True
 
-    def seconds(self, step_s: float, saves_s: float, restores_s: float) -> float:
+    def seconds(self, step_s: float, saves_s: float, restores_s: float, fetches_s: float = 0.0) -> float:
         """Seconds of an iteration with work of `step_s`, copies included; each direction has a link of its own."""
         before_s = saves_s * (not self.saves_beside) + restores_s * (not self.restores_beside)
-        return max(before_s + step_s, saves_s, restores_s)
+        return max(before_s + step_s, saves_s, restores_s + fetches_s)

@@ -4,14 +4,16 @@
 running order are preempted. `fcfs`, `random`, `sjf`, `edf`, `priority` and `mlfq` differ in the order only.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import replace
 from itertools import compress
 
 import numpy as np
 
 from apt_jax.cache import CacheKind, per_kind
 from apt_jax.request import Request
-from apt_jax.scheduling.plan import Converted, Plan, Preempted, Reason, Scheduled, Waited
+from apt_jax.scheduling.plan import Converted, Fetched, Plan, Preempted, Reason, Scheduled, Waited
+from apt_jax.scheduling.policies.swap_in import SwapIn
 from apt_jax.scheduling.state import SchedulerState
 
 BLOCKS_PER_PAGE = np.array(per_kind(lambda kind: kind.blocks_per_page), np.int64)  # by `CacheKind.index`
@@ -27,6 +29,7 @@ def serve_in_order(
     *,
     watermark_blocks: int | None = None,
     whole_prompts: bool = False,
+    swap_in: SwapIn | None = None,
 ) -> Plan:
     """A prefill iteration if one fits, else a decode iteration.
 
@@ -36,17 +39,33 @@ def serve_in_order(
         running: `state.running`, those to keep longest first.
         may_preempt: `(waiting, running)` -> whether the first may take the second's memory; None is never.
         watermark_blocks, whole_prompts: as in `plan_prefill`.
+        swap_in: puts admissions off whose pages are in host memory, if others run meanwhile.
     """
-    scheduled, preempted, waited = plan_prefill(
-        state, waiting, running, may_preempt, watermark_blocks=watermark_blocks, whole_prompts=whole_prompts
-    )
+    swap_in = swap_in if running else None
+
+    def prefill(swap_in: SwapIn | None) -> tuple[list[Scheduled], list[Preempted], tuple[Waited, ...]]:
+        return plan_prefill(
+            state, waiting, running, may_preempt, watermark_blocks=watermark_blocks, whole_prompts=whole_prompts,
+            swap_in=swap_in,
+        )  # fmt: skip
+
+    scheduled, preempted, waited = prefill(swap_in)
     if not scheduled:
         return plan_decode(state, running, waited)
-    gone = {entry.request.order for entry in preempted}
+    gone, fetched = {entry.request.order for entry in preempted}, tuple[Fetched, ...]()
+    if swap_in is not None:
+        now, fetched = swap_in.put_off(state, scheduled, others=len(state.running) - len(gone))
+        if fetched and not now:
+            decode = plan_decode(state, [r for r in running if r.order not in gone], waited, preempted)
+            if decode.scheduled:
+                return replace(decode, fetched=fetched)
+            now, preempted, waited = prefill(None)
+            gone, fetched = {entry.request.order for entry in preempted}, ()
+        scheduled = now
     resting = tuple(r for r in state.running if r.is_decoding and not r.is_exhausted and r.order not in gone)
     if resting:
         waited = (*waited, Waited(resting, Reason.WAITS_FOR_PREFILL))
-    return Plan(scheduled=tuple(scheduled), preempted=tuple(preempted), waited=waited)
+    return Plan(scheduled=tuple(scheduled), preempted=tuple(preempted), waited=waited, fetched=fetched)
 
 
 def plan_prefill(
@@ -59,12 +78,13 @@ def plan_prefill(
     *,
     watermark_blocks: int | None = None,
     whole_prompts: bool = False,
+    swap_in: SwapIn | None = None,
 ) -> tuple[list[Scheduled], list[Preempted], tuple[Waited, ...]]:
     """Prefills in order within the token budget, sequence limit and free blocks above the watermark.
 
     Stops at the first request that does not fit. `claimed_blocks` are free ones that others of this iteration take;
     `watermark_blocks` replaces the limits' own. With `whole_prompts` one that exceeds what is left of the budget waits,
-    unless it is the first and would exceed any.
+    unless it is the first and would exceed any. `swap_in` has who begins with pages in host memory wait for the link.
     """
     budget = state.limits.max_num_batched_tokens if budget is None else budget
     scheduled: list[Scheduled] = []
@@ -101,6 +121,8 @@ def plan_prefill(
             blocked = Reason.WAITS_FOR_SEQUENCES
         elif choice is None:
             blocked = Reason.WAITS_FOR_BLOCKS
+        elif swap_in is not None and not swap_in.has_room_for(state, request, choice[0], len(victims) + len(taken)):
+            blocked = Reason.WAITS_FOR_COPIES
         if blocked or choice is None:
             behind = tuple(waiting[position + 1 :])
             first = Waited((request,), blocked or Reason.WAITS_FOR_BLOCKS)
@@ -167,16 +189,23 @@ def choose_kind(
     return None
 
 
-def plan_decode(state: SchedulerState, running: Sequence[Request], waited: tuple[Waited, ...]) -> Plan:
-    """One token for every decoding request; the last of `running` are preempted while blocks are short."""
-    free, scheduled = _decode_all(state, running)
-    if free >= 0:
+def plan_decode(
+    state: SchedulerState, running: Sequence[Request], waited: tuple[Waited, ...], preempted: Sequence[Preempted] = ()
+) -> Plan:
+    """One token for every decoding request; the last of `running` are preempted while blocks are short.
+
+    `preempted` are others, which the same plan preempts before.
+    """
+    released: dict[int, int] = {}
+    freed = sum(state.blocks_given_back(entry.request, released) for entry in preempted)
+    free, scheduled = _decode_all(state, running, freed, {entry.request.order for entry in preempted})
+    if free >= 0 and not preempted:
         return _with_conversion(state, free, scheduled, [], waited)
     victims = list(running)  # also those still prefilling hold blocks
-    free, scheduled = state.pool.num_free, []
-    preempted: list[Preempted] = []
-    gone: set[int] = set()
-    released: dict[int, int] = {}
+    if free >= 0:
+        return Plan(scheduled=tuple(scheduled), preempted=tuple(preempted), waited=waited)
+    free, scheduled = state.pool.num_free + freed, []
+    preempted, gone = [*preempted], set[int]()
     for request in running:
         if request.order in gone or not request.is_decoding or request.is_exhausted:
             continue
@@ -195,12 +224,16 @@ def plan_decode(state: SchedulerState, running: Sequence[Request], waited: tuple
     return _with_conversion(state, free, scheduled, preempted, waited)
 
 
-def _decode_all(state: SchedulerState, running: Sequence[Request]) -> tuple[int, list[Scheduled]]:
-    """Blocks left free if all that can decode do, negative if they are too few; and their entries."""
+def _decode_all(
+    state: SchedulerState, running: Sequence[Request], freed_blocks: int, gone: Collection[int]
+) -> tuple[int, list[Scheduled]]:
+    """Blocks left free if all that can decode do but those `gone`, negative if they are too few; and their entries."""
     progress = state.running_progress()
     decodes = progress.is_decoding & (progress.generated < progress.max_new_tokens)
+    if gone:
+        decodes &= np.array([r.order not in gone for r in state.running])
     pages = np.maximum(-(-progress.tokens // state.pool.block_size) - progress.pages, 0)
-    free = state.pool.num_free - int((pages * BLOCKS_PER_PAGE[progress.kind])[decodes].sum())
+    free = state.pool.num_free + freed_blocks - int((pages * BLOCKS_PER_PAGE[progress.kind])[decodes].sum())
     if free < 0:
         return free, []
     if not decodes.all():

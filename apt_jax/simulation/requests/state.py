@@ -75,6 +75,7 @@ class SimulatedState(SchedulerState):
                 uncached.add(request)
         if plan is self._plan and self._orders is not None and len(plan.scheduled) == len(self._orders):
             decoded, self._sampling = self._decode_all(self._orders)  # once more
+            self._fetch(plan.fetched)
             return decoded
         for converted in plan.converted:
             self._note_table(converted.request)
@@ -94,6 +95,7 @@ class SimulatedState(SchedulerState):
         decoded, decoding = self._decode(decoders)
         chunks = [span.request.order for span in spans if span.samples]
         self._sampling = np.concatenate([decoding, np.array(chunks, np.int64)]) if chunks else decoding
+        self._fetch(plan.fetched)
         load = StepLoad()
         if spans or plan.converted or self.num_projected_tokens:
             load = step_load(plan, spans, self.num_projected_tokens)

@@ -30,6 +30,7 @@ class AptOptions:
         priorities: the value of a request counts by its priority.
         patience_s: time in the system after which a late request queues for the lane.
         lane_share: share of the blocks, and of the seats, that the lane may fill.
+        fetch: pages come back from host memory beside an iteration, after which their request goes on.
 
     Raises:
         ValueError: a value is unknown or out of range.
@@ -49,6 +50,7 @@ class AptOptions:
     priorities: bool = True
     patience_s: float = 20.0
     lane_share: float = 0.05
+    fetch: bool = True
 
     def __post_init__(self) -> None:
         check_finite(self)
@@ -75,3 +77,4 @@ class PaperOptions(AptOptions):
     paced: bool = False
     fit_victims: bool = False
     priorities: bool = False
+    fetch: bool = False

@@ -15,6 +15,7 @@ and `price.py` decide who gives up memory, who is admitted, as what kind; `turns
 `apt-paper` is the original without what is added here. Source: Apt-Serve, arXiv 2504.07494, sections 4 and 5.
 """
 
+from dataclasses import replace
 from itertools import compress
 
 from apt_jax.request import Request
@@ -27,6 +28,7 @@ from apt_jax.scheduling.policies.apt.plan import build_plan
 from apt_jax.scheduling.policies.apt.repetition import repeat_of
 from apt_jax.scheduling.policies.apt.turns import choose_draft
 from apt_jax.scheduling.policies.interface import PolicyContext, Repeat
+from apt_jax.scheduling.policies.swap_in import SwapIn
 from apt_jax.scheduling.state import SchedulerState
 
 LEAST_TICK_S, MOST_TICK_S = 1e-3, 0.25
@@ -44,6 +46,7 @@ class Apt:
         self._ledger = Ledger()
         self._last_s: float | None = None
         self._decided: tuple[View, Draft] | None = None  # last
+        self._swap_in = SwapIn(self._options.fetch)
 
     def schedule(self, state: SchedulerState, now: float) -> Plan:
         """The next iteration."""
@@ -55,7 +58,8 @@ class Apt:
         waiting, running = self._ledger.update(state)
         view = View(self._context, self._options, state, waiting, running, now, tick_s)
         draft, asked = choose_draft(view)
-        plan = build_plan(view, draft, asked)
+        self._swap_in.begin(state, now)
+        plan = self._put_off(state, build_plan(view, draft, asked))
         self._decided = view, draft
         if self._options.fallback == "aging":
             self._ledger.give_up(view.late_w, view.late_r)
@@ -79,7 +83,16 @@ class Apt:
 
     def finished(self, request: Request, now: float) -> None:
         """Learn its length."""
+        self._swap_in.finished(request)
         self._context.predictor.learn(request)
+
+    def _put_off(self, state: SchedulerState, plan: Plan) -> Plan:
+        """`plan`, with those whose pages are in host memory put off if others run meanwhile, but for the lane's."""
+        lane = [entry for entry in plan.scheduled if entry.reason is Reason.ADMITTED_LONGEST_LATE]
+        rest = [entry for entry in plan.scheduled if entry.reason is not Reason.ADMITTED_LONGEST_LATE]
+        now, fetched = self._swap_in.put_off(state, rest, others=len(state.running) - len(plan.preempted))
+        scheduled = (*now, *lane)
+        return replace(plan, scheduled=scheduled, fetched=fetched) if fetched and scheduled else plan
 
 
 class AptPaper(Apt):

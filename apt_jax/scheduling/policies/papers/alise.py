@@ -24,6 +24,7 @@ from apt_jax.scheduling.length_by_retrieval import RetrievalPredictor
 from apt_jax.scheduling.plan import Plan
 from apt_jax.scheduling.policies.interface import PolicyContext
 from apt_jax.scheduling.policies.packing import serve_in_order
+from apt_jax.scheduling.policies.swap_in import SwapIn
 from apt_jax.scheduling.state import SchedulerState
 
 LEAST_S = 0.125  # remaining time below which all are in the first queue
@@ -33,10 +34,17 @@ UNKNOWN_TOKEN_S = 0.03  # of an output token, and of 100 prompt tokens, without 
 
 @dataclass(frozen=True)
 class AliseOptions:
-    """`age_s`: seconds of waiting that lift a request by one queue. `retrieval`: ask similar prompts for lengths."""
+    """Options of `alise`.
+
+    Attributes:
+        age_s: seconds of waiting that lift a request by one queue.
+        retrieval: ask similar prompts for lengths.
+        fetch: pages come back from host memory beside an iteration, after which their request goes on.
+    """
 
     age_s: float = 5.0
     retrieval: bool = True
+    fetch: bool = True
 
     def __post_init__(self) -> None:
         check_finite(self)
@@ -56,12 +64,14 @@ class Alise:
         self.uses_prompt_states = self._options.retrieval and type(self._predictor) is LengthPredictor
         if self.uses_prompt_states:
             self._predictor = RetrievalPredictor(self._predictor)
+        self._swap_in = SwapIn(self._options.fetch)
         self._lifts: dict[int, float] = {}  # queues by which each has been lifted, by arrival number
         self._known: dict[int, tuple[int, tuple[float, float, float, float]]] = {}  # of waiting ones, by arrival number
 
     def schedule(self, state: SchedulerState, now: float) -> Plan:
         """Prefill first, then decode; those with most left are preempted first."""
         queue = self._queues(state, now)
+        self._swap_in.begin(state, now)
 
         def key(request: Request) -> tuple[int, int]:
             return queue[request.order], request.order
@@ -71,11 +81,13 @@ class Alise:
             sorted(state.waiting, key=key),
             sorted(state.running, key=key),
             lambda waiting, running: queue[waiting.order] < queue[running.order],
+            swap_in=self._swap_in,
         )
 
     def finished(self, request: Request, now: float) -> None:
         """Learn its length, and forget it."""
         self._predictor.learn(request)
+        self._swap_in.finished(request)
         self._known.pop(request.order, None)
         self._lifts.pop(request.order, None)
 

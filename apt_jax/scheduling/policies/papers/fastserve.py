@@ -7,7 +7,9 @@ been served for its level's quantum, and rises to the top if it was not served f
 
 Proactive swapping: where there is host memory, some blocks are kept free by preempting from the lowest level before
 they are needed, and newcomers wait while what was preempted fills the host. What is preempted keeps its pages on the
-device until they are overwritten; it is copied out only then (`host_tier.py`). Source: arXiv 2305.05920, sections 4, 5.
+device until they are overwritten; it is copied out only then (`host_tier.py`). Who is next is copied back beside an
+iteration, into blocks beyond those kept free, so that nobody has to go for it (`swap_in.py`). Source: arXiv 2305.05920,
+sections 4, 5.
 """
 
 from dataclasses import dataclass, replace
@@ -18,6 +20,7 @@ from apt_jax.scheduling.costs.step_load import StepLoad
 from apt_jax.scheduling.plan import Plan, Preempted, Reason
 from apt_jax.scheduling.policies.interface import PolicyContext
 from apt_jax.scheduling.policies.packing import serve_in_order
+from apt_jax.scheduling.policies.swap_in import SwapIn
 from apt_jax.scheduling.state import SchedulerState
 
 PROMOTE_EVERY = 1000  # iterations
@@ -34,12 +37,14 @@ class FastServeOptions:
         levels: their number; the lowest has no end.
         promote_s: without service, after which a request rises to the top.
         free_share: of the pool's blocks, kept free where there is host memory; at least one for each running request.
+        fetch: those that are next are copied back ahead of their turn.
     """
 
     first_quantum_ms: float = 10.0
     levels: int = 12
     promote_s: float = 3.0
     free_share: float = 0.02
+    fetch: bool = True
 
     def __post_init__(self) -> None:
         check_finite(self)
@@ -72,10 +77,12 @@ class FastServe:
         self._served: list[int] = []  # in the last iteration, which began at `_last_s`
         self._last_s: float | None = None
         self._iterations = 0
+        self._swap_in = SwapIn(self._options.fetch)
 
     def schedule(self, state: SchedulerState, now: float) -> Plan:
         """Prefill first, then decode; the lowest levels are preempted first."""
         self._take_in(state, now)
+        self._swap_in.begin(state, now)
 
         def key(request: Request) -> int:
             return self._standings[request.order].level
@@ -86,15 +93,17 @@ class FastServe:
         wanted = self._wanted_blocks(state)
         plan = serve_in_order(
             state, waiting, running, lambda new, old: key(new) < key(old),
-            watermark_blocks=max(wanted, state.limits.watermark_blocks),
+            watermark_blocks=max(wanted, state.limits.watermark_blocks), swap_in=self._swap_in,
         )  # fmt: skip
         plan = self._with_room(plan, state, running, wanted)
+        plan = self._with_next(plan, state, waiting, wanted)
         self._served = [entry.request.order for entry in plan.scheduled]
         self._last_s = now
         return plan
 
     def finished(self, request: Request, now: float) -> None:
         """Forget it."""
+        self._swap_in.finished(request)
         self._standings.pop(request.order, None)
 
     def _take_in(self, state: SchedulerState, now: float) -> None:
@@ -140,10 +149,7 @@ class FastServe:
         """`plan`, with those of the lowest levels preempted that would keep fewer than `wanted` blocks free."""
         if not wanted or not plan.scheduled or plan.preempted or plan.converted:
             return plan
-        kinds = {entry.request.order: entry.kind for entry in plan.scheduled}
-        growth = sum(state.blocks_to_grow(r) for r in running if r.order in kinds)
-        growth += sum(state.blocks_to_admit(e.request, e.kind) for e in plan.scheduled if e.request.table is None)
-        free, gone, released = state.pool.num_free - growth, list[Request](), dict[int, int]()
+        free, gone, released = _free_after(plan, state), list[Request](), dict[int, int]()
         # somebody else must be served, and nobody of the top level goes
         victims = [request for request in running if self._standings[request.order].level > 0]
         while free < wanted and victims and len(gone) + 1 < len(plan.scheduled):
@@ -162,6 +168,24 @@ class FastServe:
             preempted=tuple(Preempted(victim, Reason.PREEMPTED_AHEAD) for victim in gone),
             waited=tuple(entry for entry in waited if entry.requests),
         )
+
+    def _with_next(self, plan: Plan, state: SchedulerState, waiting: list[Request], wanted: int) -> Plan:
+        """`plan`, with those copied back that are next, into blocks beyond the `wanted` ones."""
+        if not wanted or not plan.scheduled or plan.preempted or plan.converted:
+            return plan
+        taken = {e.request.order for e in plan.scheduled} | {e.request.order for e in plan.fetched}
+        room = _free_after(plan, state) - wanted
+        room -= sum(state.blocks_to_admit(entry.request, entry.kind) for entry in plan.fetched)
+        ahead = self._swap_in.ahead(state, (r for r in waiting if r.order not in taken), room)
+        return replace(plan, fetched=(*plan.fetched, *ahead)) if ahead else plan
+
+
+def _free_after(plan: Plan, state: SchedulerState) -> int:
+    """Blocks that stay free when everybody of a plan that preempts nobody has what it computes."""
+    return state.pool.num_free - sum(
+        state.blocks_to_admit(request, kind) if request.table is None else state.blocks_to_grow(request)
+        for request, _, kind, _ in plan.scheduled
+    )
 
 
 def _host_is_full(state: SchedulerState) -> bool:

@@ -16,6 +16,7 @@ from apt_jax.request import Request
 from apt_jax.scheduling.plan import Plan
 from apt_jax.scheduling.policies.interface import PolicyContext
 from apt_jax.scheduling.policies.packing import serve_in_order
+from apt_jax.scheduling.policies.swap_in import SwapIn
 from apt_jax.scheduling.state import SchedulerState
 
 OUTPUT_WEIGHT = 2.0  # of an output token, against a prompt token
@@ -24,9 +25,13 @@ MOST_PRIORITY = 30  # priorities beyond it, in either direction, weigh like it
 
 @dataclass(frozen=True)
 class FastSwitchOptions:
-    """`update_every`: iterations between two changes of priorities; FastSwitch's paper varies this."""
+    """`update_every`: iterations between two changes of priorities; FastSwitch's paper varies this.
+
+    `fetch`: pages come back from host memory beside an iteration, after which their request goes on.
+    """
 
     update_every: int = 25
+    fetch: bool = True
 
     def __post_init__(self) -> None:
         check_at_least(self, 1, ("update_every",))
@@ -45,10 +50,12 @@ class FastSwitch:
         self._rank: dict[int, tuple[float, float]] = {}  # of each request, at the last update
         self._scheduled: list[tuple[Request, int, int]] = []  # of the last plan: tokens, generated before
         self._iterations = 0
+        self._swap_in = SwapIn(self._options.fetch)
 
     def schedule(self, state: SchedulerState, now: float) -> Plan:
         """Prefill first, then decode; priorities take memory only in an iteration that updates them."""
         self._count()
+        self._swap_in.begin(state, now)
         unfinished = (*state.waiting, *state.running)
         self._admit_classes(unfinished)
         updates = self._iterations % self._options.update_every == 0
@@ -61,11 +68,15 @@ class FastSwitch:
         def key(request: Request) -> tuple[float, float, int]:
             return (*self._rank[request.order], request.order)
 
+        def goes_before(new: Request, old: Request) -> bool:
+            return (updates or self._swap_in.joins(new)) and self._rank[new.order] < self._rank[old.order]
+
         plan = serve_in_order(
             state,
             sorted(state.waiting, key=key),
             sorted(state.running, key=key),
-            (lambda new, old: self._rank[new.order] < self._rank[old.order]) if updates else None,
+            goes_before,
+            swap_in=self._swap_in,
         )
         self._scheduled = [(e.request, e.num_tokens, e.request.num_generated_tokens) for e in plan.scheduled]
         return plan
@@ -73,6 +84,7 @@ class FastSwitch:
     def finished(self, request: Request, now: float) -> None:
         """Forget it, after its last token has been counted."""
         self._count()
+        self._swap_in.finished(request)
         self._had.pop(request.order, None)
         self._rank.pop(request.order, None)
 
