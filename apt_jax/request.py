@@ -12,6 +12,7 @@ from typing import Any
 from apt_jax.cache import BlockTable, CacheKind
 from apt_jax.sampling.params import SamplingParams
 
+MAX_USER_CHARS = 256  # of a request's user
 DEFAULT_STALL_S = 1.0  # the longest gap that a request with tight promises may have, unless it says so itself
 
 
@@ -111,6 +112,7 @@ class Request:
     eos_token_ids: frozenset[int] = frozenset()
     slo: Slo = Slo()
     priority: int = 0
+    user: str | None = None  # whose it is, for policies that share fairly between users
     cache_salt: str | None = None  # only requests with the same one share cached prefixes
     restriction: Any = None  # which tokens it may not go on with, see `tokenization/restriction.py`
     order: int = -1  # arrival number, given by SchedulerState.add; ties are broken by it

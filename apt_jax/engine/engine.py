@@ -189,21 +189,16 @@ class Engine:
         arrival_s: float | None = None,
         output_token_ids: Sequence[int] = (),
         cache_salt: str | None = None,
+        user: str | None = None,
         restriction: Restriction | None = None,
     ) -> Request:
         """Queue one request (one sample); see `ServingEngine.add`."""
         self._idling.end()
         return self.requests.add(
-            prompt_token_ids,
-            params,
-            request_id=request_id,
-            slo=slo,
-            priority=priority,
-            arrival_s=self._clock() if arrival_s is None else arrival_s,
-            output_token_ids=output_token_ids,
-            cache_salt=cache_salt,
+            prompt_token_ids, params, request_id=request_id, slo=slo, priority=priority, cache_salt=cache_salt,
+            user=user, arrival_s=self._clock() if arrival_s is None else arrival_s, output_token_ids=output_token_ids,
             restriction=restriction,
-        )
+        )  # fmt: skip
 
     def abort(self, request_id: str) -> None:
         """End a request; its blocks are free at once. Unknown or ended ids change nothing."""

@@ -143,13 +143,15 @@ class ServingEngine(EngineFacts, Protocol):
         arrival_s: float | None = None,
         output_token_ids: Sequence[int] = (),
         cache_salt: str | None = None,
+        user: str | None = None,
         restriction: "Restriction | None" = None,
     ) -> Request:
         """Queue one request (one sample).
 
         `output_token_ids` were generated before, by this engine or another, and are continued: with the same seed
         the same tokens follow. The first output then brings all of their text. Cached prefixes are shared only among
-        requests of the same `cache_salt`. `restriction` is what `tokenization/restriction.py` has made
+        requests of the same `cache_salt`; `user` is for policies that share
+        fairly. `restriction` is what `tokenization/restriction.py` has made
         of the same parameters and tokens; else it is made here, which takes seconds where a grammar is to be compiled.
 
         Raises:

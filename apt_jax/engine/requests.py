@@ -51,6 +51,7 @@ class Requests:
         arrival_s: float,
         output_token_ids: Sequence[int],
         cache_salt: str | None = None,
+        user: str | None = None,
         restriction: Restriction | None = None,
     ) -> Request:
         """Queue a request; see `ServingEngine.add`."""
@@ -75,6 +76,7 @@ class Requests:
             slo=slo or config.slo,
             priority=priority,
             cache_salt=cache_salt,
+            user=user,
             output_token_ids=list(output_token_ids),
         )
         if restriction is None:

@@ -25,6 +25,11 @@ NUM_CLASSES = len(_CLASS_TOKENS) + 1
 _GRID = 2.0 ** (np.arange(0, 65) / 4)  # tokens generated so far, up to 65,536
 
 
+def has_answer(request: Request) -> bool:
+    """Whether its length says something of others': not if it was aborted, failed, or was to be embedded or scored."""
+    return request.finish_reason in (FinishReason.STOP, FinishReason.LENGTH) and not request.params.is_prompt_only
+
+
 class LengthPredictor:
     """Expected remaining output tokens. Deterministic: it depends only on the order of finished requests."""
 
@@ -41,8 +46,8 @@ class LengthPredictor:
         return len(self._all)
 
     def learn(self, request: Request) -> None:
-        """Take in a finished request; those aborted or failed say nothing about lengths."""
-        if request.finish_reason in (FinishReason.STOP, FinishReason.LENGTH):
+        """Take in a finished request, if it `has_answer`."""
+        if has_answer(request):
             self.learn_length(request.num_prompt_tokens, len(request.output_token_ids))
 
     def learn_length(self, prompt_tokens: int, output_tokens: int) -> None:

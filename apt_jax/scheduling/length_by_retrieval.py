@@ -11,8 +11,8 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from apt_jax.request import FinishReason, Request
-from apt_jax.scheduling.length import Counts, LengthPredictor
+from apt_jax.request import Request
+from apt_jax.scheduling.length import Counts, LengthPredictor, has_answer
 
 MOST_KEPT = 1024  # finished requests, the newest
 LEAST_KEPT = 32  # before so many have finished neighbours are no choice
@@ -46,7 +46,7 @@ class RetrievalPredictor(LengthPredictor):
         state = self._states.pop(request.order, None)
         self._near.pop(request.order, None)
         self._history.learn(request)
-        if state is None or request.finish_reason not in (FinishReason.STOP, FinishReason.LENGTH):
+        if state is None or not has_answer(request):
             return
         if not self._count:
             self._kept = np.zeros((MOST_KEPT, len(state)), np.float32)

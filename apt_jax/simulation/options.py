@@ -31,8 +31,8 @@ class SimulateArgs:
     """Number of devices that the model is split over."""
     workload: str = "sharegpt"
     """sharegpt, humaneval, longbench, azure, a mix such as sharegpt+longbench, or a CSV file with columns
-    prompt_tokens, output_tokens and, as wanted, arrival_s, ttft_slo_ms, tbt_slo_ms, stall_slo_ms, priority, class; or
-    conversations, with options as conversations:turns=4:system_tokens=500:think_s=5:lengths=uniform."""
+    prompt_tokens, output_tokens and, as wanted, arrival_s, ttft_slo_ms, tbt_slo_ms, stall_slo_ms, priority, user,
+    class; or conversations, with options as conversations:turns=4:system_tokens=500:think_s=5:lengths=uniform."""
     rate: str = ""
     """Requests per second, such as 1,2,3; default: 1,2,3, or the recorded rate of a workload with arrivals."""
     cv: float | None = None
@@ -56,7 +56,7 @@ class SimulateArgs:
     """Limit of every single gap, for strict attainment; default: the gap SLO or, if larger, that of the first token
     up to 1 s."""
     classes: Path | None = None
-    """Classes of requests, CSV or JSON: share, name, ttft_ms, tbt_ms, stall_ms, priority, workload."""
+    """Classes of requests, CSV or JSON: share, name, ttft_ms, tbt_ms, stall_ms, priority, user, workload."""
     effective_throughput: str = ""
     """Attainment targets, such as 0.7,0.9,0.99: search for the highest rate that reaches each and lasts, read strictly
     and as in Apt-Serve's paper."""

@@ -259,6 +259,7 @@ def _request(index: int, arrival: Arrival, arrival_s: float, slo: Slo, max_model
         max_new_tokens=max_model_len - arrival.prompt_tokens,
         slo=terms.slo,
         priority=terms.priority,
+        user=terms.user,
     )
     request.class_name, request.target_tokens = terms.name, arrival.output_tokens
     request.first_output_id = first_output_id

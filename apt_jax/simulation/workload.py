@@ -22,6 +22,7 @@ from apt_jax.simulation.requests.surge import Surge
 NAMED = ("sharegpt", "humaneval", "longbench", "azure")
 TERMS = {  # cell of `terms_of` -> column of a table
     "ttft_ms": "ttft_slo_ms", "tbt_ms": "tbt_slo_ms", "stall_ms": "stall_slo_ms", "priority": "priority",
+    "user": "user",
 }  # fmt: skip
 CLASS = "class"  # the column of its name
 MIN_DURATION_S = 300.0  # shorter traces flatter policies that starve
@@ -114,8 +115,9 @@ def first_token_id(number: int, max_model_len: int) -> int:
 def load_lengths(workload: str, max_model_len: int = 2048, slo: Slo | None = None) -> Lengths:
     """A named workload, or a CSV with columns prompt_tokens, output_tokens and, if recorded, arrival_s.
 
-    A file may also have the columns ttft_slo_ms, tbt_slo_ms, stall_slo_ms, priority and class; where one is empty `slo`
-    holds. Several workloads, joined by `+`, are mixed: as many requests of each, recorded arrivals and terms left out.
+    A file may also have the columns ttft_slo_ms, tbt_slo_ms, stall_slo_ms, priority, user and class; where one is empty
+    `slo` holds. Several workloads, joined by `+`, are mixed: as many requests of each, recorded arrivals and terms left
+    out.
 
     Requests longer than `max_model_len` are left out.
 

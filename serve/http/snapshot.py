@@ -79,6 +79,7 @@ def _entry(sample: Sample, choice: Choice) -> dict[str, Any]:
         "slo": None if sample.slo is None else dataclasses.asdict(sample.slo),
         "priority": sample.priority,
         "cache_salt": sample.cache_salt,
+        "user": sample.user,
         "token_ids": choice.token_ids,
         "logprobs": _plain(choice.logprobs),
         "prompt_logprobs": _plain(choice.prompt_logprobs),
@@ -97,6 +98,7 @@ def _sample(entry: dict[str, Any]) -> Sample:
         priority=entry["priority"],
         output_token_ids=entry["token_ids"],
         cache_salt=entry.get("cache_salt"),  # not in snapshots of earlier versions
+        user=entry.get("user"),  # likewise
     )
 
 

@@ -134,6 +134,7 @@ class Generation[Body: GenerationRequest]:
         samples = fan_out(
             request_id, prompts, params,
             slo=slo, priority=body.priority or 0, arrival_s=arrival_s, cache_salt=body.cache_salt,
+            user=body.user,
         )  # fmt: skip
         made = cls(body, request_id, model.name, engine.tokenizer, prompts, samples)
         made.reports_slo = slo != otherwise_slo

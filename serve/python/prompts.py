@@ -7,7 +7,7 @@ from typing import Any, Self
 
 from apt_jax.engine.interface import EngineFacts
 from apt_jax.output import Output, TokenLogprobs
-from apt_jax.request import FinishReason, Request, SamplingParams, Slo
+from apt_jax.request import MAX_USER_CHARS, FinishReason, Request, SamplingParams, Slo
 from apt_jax.serve.openai.prompts import no_room
 from apt_jax.serve.python.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
 from apt_jax.serve.runtime.samples import Sample, fan_out
@@ -50,19 +50,24 @@ class Prompted:
         Raises:
             ValueError: it is none, or needs a tokenizer and there is none.
         """
-        cache_salt, tokenizer = None, engine.tokenizer
+        cache_salt, user, tokenizer = None, None, engine.tokenizer
         if isinstance(prompt, Mapping):
-            cache_salt = prompt.get("cache_salt")
-            prompt = {name: value for name, value in prompt.items() if name != "cache_salt"}
+            cache_salt, user = prompt.get("cache_salt"), prompt.get("user")
+            prompt = {name: value for name, value in prompt.items() if name not in ("cache_salt", "user")}
             if cache_salt is not None and not (isinstance(cache_salt, str) and cache_salt):
                 raise ValueError(f"prompt {number} has cache_salt={shown(cache_salt)}; give a text, or leave it out")
+            if user is not None and not (isinstance(user, str) and len(user) <= MAX_USER_CHARS):
+                raise ValueError(
+                    f"prompt {number} has user={shown(user)}; give a text of at most {MAX_USER_CHARS} characters, or "
+                    "leave it out"
+                )
         text, token_ids = parse_prompt(prompt, number, tokenizer)
         token_ids = truncated(token_ids, params, engine.max_model_len)
         if params.stop and tokenizer is None:
             raise ValueError("stop needs a tokenizer and this model has none; use stop_token_ids or give tokenizer=")
         if params.structured_outputs is not None and tokenizer is not None:
             tokenizer.grammars.check(params.structured_outputs)
-        samples = fan_out(request_id, [token_ids], params, priority=priority, slo=slo, cache_salt=cache_salt)
+        samples = fan_out(request_id, [token_ids], params, priority=priority, slo=slo, cache_salt=cache_salt, user=user)
         outputs = [
             CompletionOutput(
                 sample.index,

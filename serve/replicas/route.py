@@ -41,6 +41,7 @@ class Progress:
             max_new_tokens=room if params.max_tokens is None else min(params.max_tokens, room),
             slo=slo,
             priority=sample.priority,
+            user=sample.user,
             output_token_ids=list(sample.output_token_ids),
         )
         return cls(sample, request)

@@ -35,6 +35,7 @@ class Sample:
     arrival_s: float | None = None
     output_token_ids: Sequence[int] = ()  # generated before
     cache_salt: str | None = None
+    user: str | None = None
     tokens_at_once: int = 1  # that its client gets in one piece, but for the first and the last
 
     def add_to(self, engine: ServingEngine, restriction: "Restriction | None" = None) -> Request:
@@ -53,6 +54,7 @@ class Sample:
             arrival_s=self.arrival_s,
             output_token_ids=self.output_token_ids,
             cache_salt=self.cache_salt,
+            user=self.user,
             restriction=restriction,
         )
 
@@ -108,6 +110,7 @@ def fan_out(
     priority: int = 0,
     arrival_s: float | None = None,
     cache_salt: str | None = None,
+    user: str | None = None,
 ) -> list[Sample]:
     """One sample per prompt and per `params.n`, prompt by prompt. Pure.
 
@@ -130,6 +133,7 @@ def fan_out(
                     priority=priority,
                     arrival_s=arrival_s,
                     cache_salt=cache_salt,
+                    user=user,
                 )
             )
     return samples

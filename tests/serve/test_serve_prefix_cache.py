@@ -82,9 +82,10 @@ def test_without_the_flag_answers_have_no_details():
     run(main)
 
 
-@pytest.mark.parametrize("salt", [None, "a"])
-def test_every_sample_has_its_request_s_salt(salt):
-    samples = fan_out("r", [[1, 2], [3]], SamplingParams(n=2), cache_salt=salt)
-    assert [sample.cache_salt for sample in samples] == [salt] * 4
+@pytest.mark.parametrize("text", [None, "a"])
+def test_every_sample_has_its_request_s_salt_and_user(text):
+    samples = fan_out("r", [[1, 2], [3]], SamplingParams(n=2), cache_salt=text, user=text)
+    assert [(sample.cache_salt, sample.user) for sample in samples] == [(text, text)] * 4
     made = engine()
-    assert [sample.add_to(made).cache_salt for sample in samples] == [salt] * 4
+    requests = [sample.add_to(made) for sample in samples]
+    assert [(request.cache_salt, request.user) for request in requests] == [(text, text)] * 4

@@ -53,6 +53,13 @@ def test_the_seed_that_the_engine_drew_is_kept():
     assert sample.output_token_ids == [98, 99]
 
 
+def test_the_user_is_kept_and_snapshots_of_earlier_versions_have_none():
+    (_, (sample,)), record = round_trip(prepared(user="someone"))
+    assert sample.user == "someone"
+    del record["samples"][0]["user"]
+    assert restore(record, MODEL)[1][0].user is None
+
+
 def test_each_sample_keeps_a_seed_of_its_own():
     generation = prepared(n=3)
     for index in range(3):

@@ -148,6 +148,7 @@ class FakeEngine:
         arrival_s: float | None = None,
         output_token_ids: Sequence[int] = (),
         cache_salt: str | None = None,
+        user: str | None = None,
         restriction: Any = None,
     ) -> Request:
         assert params.n == 1 and request_id not in self._requests
@@ -174,6 +175,7 @@ class FakeEngine:
             slo or Slo(),
             priority,
             cache_salt=cache_salt,
+            user=user,
             output_token_ids=list(output_token_ids),
         )
         self.state.add(request)

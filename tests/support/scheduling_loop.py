@@ -11,10 +11,10 @@ TINY = CostModel(MODELS["opt-125m"], HARDWARE["h200"])
 PARAMS = SamplingParams(max_tokens=None, ignore_eos=True)
 
 
-def request(prompt=8, output=4, arrival_s=0.0, slo=None, priority=0, name=None):
+def request(prompt=8, output=4, arrival_s=0.0, slo=None, priority=0, name=None, user=None):
     return Request(
         name or f"p{prompt}o{output}@{arrival_s:g}", range(prompt), PARAMS, arrival_s, output,
-        slo=slo or Slo(), priority=priority,
+        slo=slo or Slo(), priority=priority, user=user,
     )  # fmt: skip
 
 

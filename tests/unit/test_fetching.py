@@ -278,7 +278,7 @@ def test_who_comes_second_takes_no_memory_before_the_link_is_free():
     """Two that were preempted go before two that run; one iteration copies pages of the first only."""
     state = state_of(24, seats=4, block_s=0.01)
     made = make_policy("fastswitch:update_every=1")
-    made._served, made._active = {-1: 0.0, 1: 99.0}, {-1, 1}
+    made._served, made._active = {(-1, None): 0.0, (1, None): 99.0}, {(-1, None), (1, None)}
     first, second = (asked(k, 40, f"away {k}", priority=-1) for k in (1, 2))
     admit(state, first, second)
     runs = [asked(k, 40, f"runs {k}", priority=1) for k in (3, 4)]
@@ -309,7 +309,7 @@ def test_fastswitch_lets_who_was_put_off_take_its_memory_in_the_next_iteration()
     state.limits = type(state.limits)(1, 400, "hidden")
     made._iterations = 1
     made._rank = {away.order: (0.0, 0.0), runs.order: (1.0, 1.0)}
-    made._served = {-9: 0.0, 9: 1.0}
+    made._served = {(-9, None): 0.0, (9, None): 1.0}
     assert [e.request for e in made.schedule(state, 0.2).preempted] == [runs]
     made._swap_in._putting_off.clear()
     assert not made.schedule(state, 0.3).preempted

@@ -1,9 +1,13 @@
 """What the length predictor answers, against figures worked out by hand."""
 
+import numpy as np
 import pytest
 
-from apt_jax.request import FinishReason
+from apt_jax.request import FinishReason, SamplingParams
+from apt_jax.sampling.params import PoolingParams
 from apt_jax.scheduling.length import LengthPredictor
+from apt_jax.scheduling.length_by_retrieval import RetrievalPredictor
+from apt_jax.scheduling.policies.catalogue import make_policy
 from tests.support.host_loop import make_request
 
 
@@ -22,6 +26,25 @@ def remaining(predictor, prompt, generated):
 def test_before_anything_has_finished_the_prior_answers():
     assert [remaining(LengthPredictor(), 20, n) for n in (0, 1, 500)] == [256.0] * 3
     assert remaining(LengthPredictor(40.0), 20, 5) == 40.0
+
+
+@pytest.mark.parametrize("params", [PoolingParams(), SamplingParams(max_tokens=0, prompt_logprobs=1)])
+def test_prompts_that_are_embedded_or_scored_say_nothing_about_lengths(params):
+    predictor, near = LengthPredictor(), RetrievalPredictor(LengthPredictor())
+    waits = make_policy("nested-wait")
+    for k in range(40):
+        ended = make_request(20, 1)
+        ended.params, ended.finish_reason, ended.output_token_ids = params, FinishReason.LENGTH, [5]
+        ended.order = k
+        predictor.learn(ended)
+        near.saw_prompt(ended, np.ones(4, np.float32))
+        near.learn(ended)
+        waits.finished(ended, 0.0)
+    assert predictor.num_finished == 0 and remaining(predictor, 20, 0) == 256.0
+    assert near._count == 0 and not waits._lengths
+    ended.params = SamplingParams()
+    predictor.learn(ended)
+    assert predictor.num_finished == 1
 
 
 def test_the_mean_of_what_is_left_leans_on_the_prior_by_four_samples():

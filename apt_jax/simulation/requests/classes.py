@@ -14,16 +14,17 @@ from apt_jax.request import Slo
 DEFAULT_CLASS = "default"
 _NUMBERS = {"ttft_ms": "ttft_s", "tbt_ms": "tbt_s", "stall_ms": "stall_s"}
 MAX_PRIORITY = 2**63 - 1
-_COLUMNS = ("name", "share", *_NUMBERS, "priority", "workload")
+_COLUMNS = ("name", "share", *_NUMBERS, "priority", "user", "workload")
 
 
 @dataclass(frozen=True)
 class Terms:
-    """What one request is promised: its class, SLO and priority (as `--scheduling-policy priority` reads it)."""
+    """What one request is promised: its class, SLO, priority (for `--scheduling-policy priority`) and user."""
 
     slo: Slo
     priority: int = 0
     name: str = DEFAULT_CLASS
+    user: str | None = None
 
 
 @dataclass(frozen=True)
@@ -38,8 +39,8 @@ class RequestClass:
 def load_classes(path: Path, default: Slo) -> list[RequestClass]:
     """The classes of a CSV file, or of a JSON file with a list of objects.
 
-    Columns: share (any positive numbers, in proportion); name, ttft_ms, tbt_ms, stall_ms, priority, workload as wanted.
-    What is left out is the default.
+    Columns: share (any positive numbers, in proportion); name, ttft_ms, tbt_ms, stall_ms, priority, user, workload as
+    wanted. What is left out is the default.
 
     Raises:
         ValueError: there is no such file, or a cell is no such value; one sentence.
@@ -85,7 +86,7 @@ def _rows(path: Path) -> Any:
 def terms_of(
     row: Mapping[str, Any], default: Slo, where: str, name: str, columns: Mapping[str, str] | None = None
 ) -> Terms:
-    """Terms from the cells `ttft_ms`, `tbt_ms`, `stall_ms` and `priority` of a row; empty ones are the default's.
+    """Terms from the cells `ttft_ms`, `tbt_ms`, `stall_ms`, `priority`, `user` of a row; empty ones are the default's.
 
     Args:
         row: cells by column.
@@ -108,7 +109,8 @@ def terms_of(
     if priority % 1 or abs(priority) > MAX_PRIORITY:
         raise ValueError(f"{where}{names['priority']}={priority:g} must be a whole number")
     own = {part: value / 1000 for each, part in _NUMBERS.items() if (value := given[each]) is not None}
-    return Terms(default.with_parts(**own), int(priority), name)
+    user = row.get(known.get("user", "user"))
+    return Terms(default.with_parts(**own), int(priority), name, str(user) if user else None)
 
 
 def number_of(value: Any, what: str) -> float | None:

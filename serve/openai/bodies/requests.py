@@ -5,6 +5,7 @@ from typing import Annotated, Any, ClassVar
 
 from pydantic import BeforeValidator, Field, PlainValidator, WithJsonSchema, field_validator
 
+from apt_jax.request import MAX_USER_CHARS
 from apt_jax.sampling.params import MAX_BAD_WORDS, MAX_STOP_TOKEN_IDS, SamplingParams
 from apt_jax.serve.errors import BadRequest
 from apt_jax.serve.openai.bodies.fields import (
@@ -42,7 +43,7 @@ class PromptRequest(Strict):
     """What every request with a prompt takes."""
 
     model: str | None = None
-    user: str | None = None
+    user: Annotated[str, Field(max_length=MAX_USER_CHARS)] | None = None
     priority: Whole | None = Field(default=None, ge=-(2**31), le=2**31 - 1)
     request_id: Annotated[str, Field(pattern=r"^[\x21-\x7e]{1,128}$")] | None = None
     add_special_tokens: bool | None = None

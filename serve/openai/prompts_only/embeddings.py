@@ -54,6 +54,7 @@ class Embedding(PromptOnly[EmbeddingRequest, np.ndarray]):
             priority=body.priority or 0,
             arrival_s=arrival_s,
             cache_salt=body.cache_salt,
+            user=body.user,
         )
         return cls(body, request_id, model.name, samples)
 

@@ -71,6 +71,7 @@ class Score(PromptOnly[ScoreRequest, float]):
             priority=body.priority or 0,
             arrival_s=arrival_s,
             cache_salt=body.cache_salt,
+            user=body.user,
         )
         return cls(body, request_id, model.name, samples, starts)
 

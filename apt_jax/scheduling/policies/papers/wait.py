@@ -18,6 +18,7 @@ import numpy as np
 
 from apt_jax.ranges import check_finite
 from apt_jax.request import Request
+from apt_jax.scheduling.length import has_answer
 from apt_jax.scheduling.plan import Plan
 from apt_jax.scheduling.policies.interface import PolicyContext
 from apt_jax.scheduling.policies.packing import plan_mixed
@@ -217,7 +218,8 @@ class NestedWait(_Waiting):
 
     def finished(self, request: Request, now: float) -> None:
         """Learn its length."""
-        self._lengths.append(request.num_generated_tokens)
+        if has_answer(request):
+            self._lengths.append(request.num_generated_tokens)
 
     def _type_of(self, request: Request) -> int:
         return 0
