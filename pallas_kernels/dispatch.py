@@ -101,7 +101,7 @@ def gpu_kernels(compute_capability: str) -> Kernels:
         )
     if generation.isdecimal() and int(generation) >= 8:
         decode = functools.partial(kv_fma.kv_decode_attention, strides_at_once=1 if generation == "8" else 2)
-        return Kernels("gpu-kv", decode, None, chunk=chunk)
+        return Kernels("gpu-kv", decode, None, chunk=chunk, reads_int8=True)
     raise NotImplementedError(
         f"there are no Pallas kernels for GPUs of {compute_capability=}; they need 8.0 (KV) or 9.0 (KV and hidden)"
     )

@@ -19,6 +19,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from apt_jax.pallas_kernels.gpu import kv_fma_int8
 from apt_jax.pallas_kernels.gpu import pages as gpu_pages
 from apt_jax.pallas_kernels.reference import NEVER, Partial
 
@@ -34,6 +35,7 @@ def kv_decode_attention(
     value_blocks: jax.Array,
     length: jax.Array,
     *,
+    scales: jax.Array | None = None,
     split_tokens: int | None = None,
     strides_at_once: int = 2,
     interpret: object = None,
@@ -42,7 +44,8 @@ def kv_decode_attention(
 
     Args:
         q: `[R, N, H]`, already scaled.
-        pool: `[L*P, S, D]`, float32, bfloat16 or float16; products and sums are float32.
+        pool: `[L*P, S, D]`, float32, bfloat16 or float16; products and sums are float32. int8 with `scales` goes to
+            `kv_fma_int8.py`.
         key_blocks, value_blocks: int32 `[R, W]`.
         length: int32 `[R]`.
         split_tokens: context that one CUDA block reads; None chooses enough blocks to fill a GPU.
@@ -56,6 +59,11 @@ def kv_decode_attention(
     Raises:
         NotImplementedError: a block size or head shape that the kernel does not handle.
     """
+    if scales is not None:
+        return kv_fma_int8.kv_decode_attention(
+            q, pool, key_blocks, value_blocks, length, scales=scales, split_tokens=split_tokens,
+            tiles_at_once=strides_at_once, interpret=interpret,
+        )  # fmt: skip
     R, N, H = q.shape
     _, S, D = pool.shape
     W = key_blocks.shape[1]

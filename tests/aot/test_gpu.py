@@ -36,6 +36,8 @@ REGISTERS_OF_AN_SM = 65_536
 SHARED_BYTES_OF_A_BLOCK = 232_448
 # every OPT size in blocks of 16 tokens; one size also in the shortest and longest blocks; batches of 8, 32 and 128 rows
 CASES = [(model, 16, 32) for model in MODELS] + [("opt-13b", block, rows) for block, rows in ((8, 8), (128, 128))]
+# heads of whole lines of 128 bytes, on CUDA cores
+INT8_CASES = [(model, 32, 32) for model in MODELS if MODELS[model].head_dim % 32 == 0] + [("opt-13b", 128, 128)]
 FLOAT32_CASES = [*CASES, ("opt-125m", 8, 32)]  # a stride of 8 tokens in blocks of 8
 
 
@@ -158,6 +160,11 @@ def run_for_ampere(*arguments: str, **environment: str) -> str:
 def test_what_the_engine_takes_on_an_a100_compiles_without_spills():
     report = run_for_ampere(MOSAIC_GPU_DUMP_PTX="1", MOSAIC_GPU_DUMP_PTXAS="1", MOSAIC_GPU_DUMP_RESOURCES="1")
     assert check_report(report, kernels=2 * len(FLOAT32_CASES)) == {"sm_80"}  # bfloat16 and float32
+
+
+def test_int8_kv_decode_for_an_a100_compiles_without_spills():
+    dumps = {"MOSAIC_GPU_DUMP_PTX": "1", "MOSAIC_GPU_DUMP_PTXAS": "1", "MOSAIC_GPU_DUMP_RESOURCES": "1"}
+    assert check_report(run_for_ampere("int8", **dumps), kernels=len(INT8_CASES)) == {"sm_80"}
 
 
 def test_kernels_for_hopper_are_refused_for_an_a100():

@@ -22,6 +22,34 @@ def test_kv_decode(heads, head_dim, block_size):
     assert (np.asarray(found.out[0]) == 0).all() and (np.asarray(found.lse[0]) == NEVER).all()
 
 
+@pytest.mark.parametrize(
+    ("heads", "head_dim", "block_size", "dtype", "split", "tiles"),
+    [
+        (3, 64, 32, jnp.bfloat16, None, 1), (2, 32, 64, jnp.float32, 64, 2), (4, 32, 96, jnp.bfloat16, 96, 1),
+    ],
+)  # fmt: skip
+def test_kv_decode_without_tensor_cores(heads, head_dim, block_size, dtype, split, tiles):
+    """One split and several, that end inside the table; half a tile; no token; NaN in the scales beyond lengths."""
+    for seed, lengths in enumerate([[0, 1, 200, 65], [32, 33, 191, 64]]):
+        case = make_case(lengths, heads=heads, head_dim=head_dim, block_size=block_size, dtype=dtype, seed=seed)
+        codes, scales = coded(case.pool, heads, heads)
+        assert jnp.isnan(scales).any()
+        rest = case.key_or_hidden_blocks, case.value_blocks, case.length
+        found = interpreted(gpu_int8.kv_fma_attention, split=split, tiles=tiles)(case.q, codes, scales, *rest)
+        assert_close(found, reference.kv_decode_attention(case.q, codes, *rest, scales=scales), dtype)
+        empty = np.asarray(case.length) == 0
+        assert (np.asarray(found.out)[empty] == 0).all() and (np.asarray(found.lse)[empty] == NEVER).all()
+
+
+@pytest.mark.parametrize(("head_dim", "block_size"), [(64, 16), (80, 32)])
+def test_what_the_kernel_without_tensor_cores_cannot_do_is_refused(head_dim, block_size):
+    case = make_case([3], heads=2, head_dim=head_dim, block_size=block_size, dtype=jnp.bfloat16)
+    codes, scales = coded(case.pool, 2, 2)
+    rest = case.key_or_hidden_blocks, case.value_blocks, case.length
+    with pytest.raises(NotImplementedError, match=r"multiple of 32, and head_dim=.* of 32; set --block-size 32, or"):
+        gpu_int8.kv_fma_attention(case.q, codes, scales, *rest, split=None, tiles=1, interpret=None)
+
+
 @pytest.mark.parametrize(("heads", "head_dim", "block_size"), [(3, 64, 64), (2, 64, 128)])
 def test_hidden_decode(heads, head_dim, block_size):
     """Three heads are padded to eight; a block of 128 tokens is two chunks."""

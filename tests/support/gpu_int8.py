@@ -2,7 +2,7 @@
 
 import jax
 
-from apt_jax.pallas_kernels.gpu import hidden_decode, hidden_prefix, kv_decode, kv_prefix
+from apt_jax.pallas_kernels.gpu import hidden_decode, hidden_prefix, kv_decode, kv_fma, kv_prefix
 from apt_jax.pallas_kernels.reference import Partial
 
 
@@ -11,6 +11,15 @@ def kv_decode_attention(
 ) -> Partial:
     """`gpu/kv_decode.py`, cut into splits of two chunks."""
     return kv_decode.kv_decode_attention(q, pool, *rest, scales=scales, split_tokens=128, interpret=interpret)
+
+
+def kv_fma_attention(
+    q: jax.Array, pool: jax.Array, scales: jax.Array, *rest: jax.Array, split: int | None, tiles: int, interpret: object
+) -> Partial:
+    """`gpu/kv_fma.py`."""
+    return kv_fma.kv_decode_attention(
+        q, pool, *rest, scales=scales, split_tokens=split, strides_at_once=tiles, interpret=interpret
+    )
 
 
 def hidden_decode_attention(
