@@ -35,6 +35,7 @@ class Rows(NamedTuple):
     slot: Array  # int32 [R]
     start: Array  # int32 [R]: tokens already cached
     length: Array  # int32 [R]: tokens that run now
+    prompt: Array  # int32 [R]: of these, the first ones that are of its prompt; the others were generated
     last: Array  # int32 [R]: index in Tokens of the row's last token
     wanted: Array  # int32 [R]: of its tokens, the last ones after which hidden states are wanted
     kind: Array  # int32 [R]: `CacheKind.index`

@@ -45,7 +45,7 @@ class BatchBuilder:
         ids, on_device = np.zeros(T, np.int32), np.zeros(T, bool)
         row, position = np.full(T, R, np.int32), np.zeros(T, np.int32)
         slot = np.full(R, self.num_slots, np.int32)
-        start, length, last, wanted = (np.zeros(R, np.int32) for _ in range(4))
+        start, length, prompt, last, wanted = (np.zeros(R, np.int32) for _ in range(5))
         kind = np.zeros(R, np.int32)
         given: list[Known] = []
         at = 0
@@ -56,6 +56,7 @@ class BatchBuilder:
             if is_new and span.start and request.params.has_penalties:
                 given.append(Known(int(slot[r]), known_tokens(request, 0, span.start)))
             start[r], length[r], last[r], wanted[r] = span.start, n, at + n - 1, span.samples
+            prompt[r] = min(max(request.num_prompt_tokens - span.start, 0), n)
             kind[r] = request.table.kind.index  # type: ignore[union-attr]
             row[at : at + n] = r
             position[at : at + n] = range(span.start, span.start + n)
@@ -72,7 +73,7 @@ class BatchBuilder:
         return Batch(
             bucket=bucket,
             tokens=Tokens(ids, on_device, row, position),
-            rows=Rows(slot, start, length, last, wanted, kind, tuple(table[slot] for table in self._tables)),
+            rows=Rows(slot, start, length, prompt, last, wanted, kind, tuple(table[slot] for table in self._tables)),
             sampling=Sampling(*(array[sample_slot] for array in self._sampling)),
             sample_slot=sample_slot,
             sample_length=sample_length,

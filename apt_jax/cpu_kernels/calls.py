@@ -150,4 +150,4 @@ def _in_place(target: str, *arrays: jax.Array) -> Callable[..., Sequence[jax.Arr
 
 
 def _of_rows(rows: Rows) -> list[jax.Array]:
-    return [rows.start, rows.length, rows.last, rows.wanted, rows.keep(Vector.HIDDEN), *rows.tables]
+    return [rows.start, rows.length, rows.prompt, rows.last, rows.wanted, rows.keep(Vector.HIDDEN), *rows.tables]

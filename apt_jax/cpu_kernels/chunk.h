@@ -42,10 +42,20 @@ inline size_t packed_size(int keys, int size) {
   return size_t((keys + kInStep<X> - 1) / kInStep<X> * kInStep<X>) * size;
 }
 
+// Tiles of a chunk's keys, whole ones but for the last: where they end does not depend on the number of keys, so neither
+// do the steps in which a query attends to keys, nor its result.
+struct KeyTiles {
+  int keys, count;
+
+  explicit KeyTiles(int keys) : keys(keys), count((keys + kTallest - 1) / kTallest) {}
+  int first(int i) const { return i * kTallest; }
+  int rows(int i) const { return std::min(kTallest, keys - first(i)); }
+};
+
 // Keys `row(t) [size]` of one head in tiles `[size, keys of the tile]`, of bfloat16 `[size / 2, keys of the tile, 2]`.
 template <class Row, class X>
 void pack_keys(int keys, int size, const Row& row, X* out) {
-  const Tiles tiles(keys);
+  const KeyTiles tiles(keys);
   for (int i = 0; i < tiles.count; i++) {
     const int first = tiles.first(i);
     transpose([&](int t) { return row(first + t); }, tiles.rows(i), size, out + size_t(first) * size, tiles.rows(i));
@@ -112,7 +122,8 @@ void attend_queries(const Chunk& chunk, const float* q, const X* k, const X* v, 
   std::fill_n(total, kPackedWidth, 0.0f);
   const int position = chunk.prefix + first, seen = position + count;  // keys that any of the queries sees
   for (int lane = 0; lane < kPackedWidth; lane++) queries_at[lane] = float(position + lane);
-  const Tiles key_tiles(chunk.keys()), number_tiles(size);
+  const KeyTiles key_tiles(chunk.keys());
+  const Tiles number_tiles(size);
   const Vector never = Vector{} - std::numeric_limits<float>::infinity();
   for (int i = 0; i < key_tiles.count && key_tiles.first(i) < seen;) {
     const int begin = key_tiles.first(i);

@@ -8,6 +8,9 @@
 #include <algorithm>
 #include <atomic>
 #include <limits>
+#include <sstream>
+#include <string>
+#include <type_traits>
 #include <utility>
 
 #include "xla/ffi/api/ffi.h"
@@ -25,12 +28,25 @@ apt::Team team_of(ffi::ThreadPool& pool) {
   return apt::Team(threads, [&pool](apt::Team::Task task) { pool.Schedule(std::move(task)); });
 }
 
+// Whether `array` is of Number's type.
+template <class Number>
+bool is_of(const ffi::AnyBuffer& array) {
+  return array.element_type() == (std::is_same_v<Number, float> ? DataType::F32 : DataType::BF16);
+}
+
+ffi::Error refuse(const std::string& what, const ffi::AnyBuffer& array, const char* taken = "F32 or BF16") {
+  std::ostringstream type;
+  type << static_cast<XLA_FFI_DataType>(array.element_type());
+  return ffi::Error::InvalidArgument("the CPU kernels take " + what + " of " + taken + ", not of " + type.str() +
+                                     "; convert the numbers, or leave them to XLA");
+}
+
+// `use` with the numbers of `array`; refuses types that the kernels do not compute in. `what` names it.
 template <class Use>
-void with_numbers_of(const ffi::AnyBuffer& array, const Use& use) {
-  if (array.element_type() == DataType::F32)
-    use(static_cast<const float*>(array.untyped_data()));
-  else
-    use(static_cast<const apt::BFloat16*>(array.untyped_data()));
+ffi::Error with_numbers_of(const ffi::AnyBuffer& array, const char* what, const Use& use) {
+  if (is_of<float>(array)) return use(static_cast<const float*>(array.untyped_data()));
+  if (is_of<apt::BFloat16>(array)) return use(static_cast<const apt::BFloat16*>(array.untyped_data()));
+  return refuse(what, array);
 }
 
 using Floats = ffi::Buffer<DataType::F32>;
@@ -65,18 +81,18 @@ void decode_hidden(ffi::ThreadPool threads, Floats q, const apt::Pages<Number>& 
 
 ffi::Error kv_decode(ffi::ThreadPool threads, Floats q, ffi::AnyBuffer pool, Numbers key_blocks, Numbers value_blocks,
                      Numbers length, ffi::Result<Floats> out, ffi::Result<Floats> lse) {
-  with_numbers_of(pool, [&]<class Number>(const Number* numbers) {
+  return with_numbers_of(pool, "a pool", [&]<class Number>(const Number* numbers) {
     decode_kv<Number>(threads, q, {numbers}, pool.dimensions()[1], key_blocks, value_blocks, length, out, lse);
+    return ffi::Error::Success();
   });
-  return ffi::Error::Success();
 }
 
 ffi::Error hidden_decode(ffi::ThreadPool threads, Floats q, ffi::AnyBuffer pool, Numbers blocks, Numbers length,
                          ffi::Result<Floats> out, ffi::Result<Floats> lse) {
-  with_numbers_of(pool, [&]<class Number>(const Number* numbers) {
+  return with_numbers_of(pool, "a pool", [&]<class Number>(const Number* numbers) {
     decode_hidden<apt::Factor<Number>, Number>(threads, q, {numbers}, pool.dimensions()[1], blocks, length, out, lse);
+    return ffi::Error::Success();
   });
-  return ffi::Error::Success();
 }
 
 apt::Pages<int8_t> pages_of(const Codes& pool, const Floats& scales) {
@@ -106,13 +122,13 @@ ffi::Error matmul(ffi::ThreadPool threads, ffi::AnyBuffer x, ffi::AnyBuffer pack
   apt::Team team = team_of(threads);
   const auto sizes = x.dimensions();
   const apt::Kernel kernel{apt::Form::kNumbers, packed.untyped_data()};
-  with_numbers_of(packed, [&]<class Number>(const Number*) {
-    with_numbers_of(x, [&]<class From>(const From* rows) {
+  return with_numbers_of(packed, "a kernel", [&]<class Number>(const Number*) {
+    return with_numbers_of(x, "rows", [&]<class From>(const From* rows) {
       using As = std::conditional_t<std::is_same_v<From, Number>, apt::Factor<From>, float>;
       apt::matmul<As, Number>(team, rows, sizes[0], kernel, out->dimensions()[1], sizes[1], out->typed_data());
+      return ffi::Error::Success();
     });
   });
-  return ffi::Error::Success();
 }
 
 ffi::Error matmul_int8(ffi::ThreadPool threads, ffi::AnyBuffer x, Codes packed, Floats scale,
@@ -121,11 +137,11 @@ ffi::Error matmul_int8(ffi::ThreadPool threads, ffi::AnyBuffer x, Codes packed, 
   const auto sizes = x.dimensions();
   const apt::Kernel kernel{dynamic ? apt::Form::kAllCodes : apt::Form::kCodes, packed.untyped_data(),
                            scale.typed_data()};
-  with_numbers_of(x, [&]<class From>(const From* rows) {
+  return with_numbers_of(x, "rows", [&]<class From>(const From* rows) {
     apt::matmul<apt::Factor<From>, apt::Factor<From>>(team, rows, sizes[0], kernel, out->dimensions()[1], sizes[1],
                                                       out->typed_data());
+    return ffi::Error::Success();
   });
-  return ffi::Error::Success();
 }
 
 ffi::Error chunk(ffi::ThreadPool threads, Floats q, Floats k, Floats v, Numbers row, ffi::Result<Floats> out,
@@ -160,39 +176,53 @@ class Parameters {
     apt::Layer<Number> own;
     kernel_ = 0;
     next(own.attention_scale), next(own.attention_bias);
-    next(own.q), next(own.q_bias), next(own.k), next(own.k_bias), next(own.v), next(own.v_bias);
-    next(own.out), next(own.out_bias), next(own.final_scale), next(own.final_bias);
-    next(own.fc1), next(own.fc1_bias), next(own.fc2), next(own.fc2_bias);
+    next_kernel<Number>(own.q), next(own.q_bias), next_kernel<Number>(own.k), next(own.k_bias);
+    next_kernel<Number>(own.v), next(own.v_bias), next_kernel<Number>(own.out), next(own.out_bias);
+    next(own.final_scale), next(own.final_bias);
+    next_kernel<Number>(own.fc1), next(own.fc1_bias), next_kernel<Number>(own.fc2), next(own.fc2_bias);
     return own;
   }
+
+  // What was refused first among those that were read.
+  const ffi::Error& found() const { return found_; }
 
  private:
   template <class Number>
   void next(const Number*& to) {
-    const auto own = all_.get<ffi::AnyBuffer>(next_++).value();
+    const auto own = take();
+    if (own.element_count() && !is_of<Number>(own)) refuse_here<Number>("a parameter", own);
     to = own.element_count() ? static_cast<const Number*>(own.untyped_data()) : nullptr;
   }
 
-  void next(apt::Kernel& to) {
-    const bool codes = all_.get<ffi::AnyBuffer>(next_).value().element_type() == DataType::S8;
-    const bool dynamic = dynamic_ >> kernel_++ & 1;
+  template <class Number>
+  void next_kernel(apt::Kernel& to) {
+    const auto own = take();
+    const bool codes = own.element_type() == DataType::S8, dynamic = dynamic_ >> kernel_++ & 1;
+    if (!codes && !is_of<Number>(own)) refuse_here<Number>("a kernel", own);
     to.form = !codes ? apt::Form::kNumbers : dynamic ? apt::Form::kAllCodes : apt::Form::kCodes;
-    const char* packed;
-    next(packed), next(to.scale), next(to.factor);
-    to.packed = packed;
+    to.packed = own.untyped_data();
+    next(to.scale), next(to.factor);
+  }
+
+  ffi::AnyBuffer take() { return all_.get<ffi::AnyBuffer>(next_++).value(); }
+
+  template <class Number>
+  void refuse_here(const char* what, const ffi::AnyBuffer& array) {
+    if (found_.success()) found_ = refuse(what, array, std::is_same_v<Number, float> ? "F32 here" : "BF16 here");
   }
 
   const ffi::RemainingArgs& all_;
   const int64_t dynamic_;
   int kernel_ = 0;
   size_t next_ = 0;
+  ffi::Error found_ = ffi::Error::Success();
 };
 
 // What calls of all layers have in common.
 struct Step {
   ffi::ThreadPool threads;
   ffi::AnyBuffer x;
-  Numbers start, length, last, wanted;
+  Numbers start, length, prompt, last, wanted;
   ffi::Buffer<DataType::PRED> is_hidden;
   Numbers key_or_hidden_blocks, value_blocks;
   ffi::RemainingArgs parameters;
@@ -215,38 +245,38 @@ ffi::Error run(Step& own, const apt::Pool<Cached>& pool, int page_tokens, ffi::R
                              page_tokens,
                              int(own.key_or_hidden_blocks.dimensions()[1]),
                              own.norm_first};
-  const apt::StepRows rows{own.start.typed_data(),  own.length.typed_data(),
-                           own.last.typed_data(),   own.wanted.typed_data(),
+  const apt::StepRows rows{own.start.typed_data(), own.length.typed_data(), own.prompt.typed_data(),
+                           own.last.typed_data(), own.wanted.typed_data(),
                            own.key_or_hidden_blocks.typed_data(), own.value_blocks.typed_data(),
                            own.is_hidden.typed_data()};
   Parameters read(own.parameters, own.dynamic);
   std::vector<apt::Layer<Number>> layers(own.parameters.size() / Parameters::kOfLayer);
   for (apt::Layer<Number>& layer : layers) layer = read.layer<Number>();
+  if (read.found().failure()) return read.found();
   apt::Team team = team_of(own.threads);
   apt::all_layers(team, shape, rows, layers, pool, static_cast<Number*>(new_x->untyped_data()));
   return ffi::Error::Success();
 }
 
 ffi::Error all_layers(ffi::ThreadPool threads, ffi::AnyBuffer x, ffi::AnyBuffer pool, Numbers start, Numbers length,
-                      Numbers last, Numbers wanted, ffi::Buffer<DataType::PRED> is_hidden, Numbers key_or_hidden_blocks,
+                      Numbers prompt, Numbers last, Numbers wanted, ffi::Buffer<DataType::PRED> is_hidden, Numbers key_or_hidden_blocks,
                       Numbers value_blocks, ffi::RemainingArgs parameters, ffi::Result<ffi::AnyBuffer> new_x,
                       ffi::Result<ffi::AnyBuffer> new_pool, int64_t heads, int64_t ffn, int64_t blocks, bool norm_first,
                       int64_t dynamic) {
   if (new_pool->untyped_data() != pool.untyped_data())
     return ffi::Error::Internal("all_layers: the pool must be updated in place");
-  Step step{threads, x, start, length, last, wanted, is_hidden, key_or_hidden_blocks, value_blocks, parameters,
+  Step step{threads, x, start, length, prompt, last, wanted, is_hidden, key_or_hidden_blocks, value_blocks, parameters,
                   heads, ffn, blocks, norm_first, dynamic};
-  ffi::Error found;
-  with_numbers_of(x, [&]<class Number>(const Number*) {
+  return with_numbers_of(x, "a residual stream", [&]<class Number>(const Number*) {
+    if (!is_of<Number>(pool)) return refuse("a pool", pool, "the residual stream's type");
     const apt::Pool<Number> numbers{static_cast<Number*>(new_pool->untyped_data())};
-    found = run<Number>(step, numbers, pool.dimensions()[1], new_x);
+    return run<Number>(step, numbers, pool.dimensions()[1], new_x);
   });
-  return found;
 }
 
 // `channels` has no numbers where no vectors are hidden.
 ffi::Error all_layers_int8(ffi::ThreadPool threads, ffi::AnyBuffer x, Codes pool, Floats scales, Counts outside,
-                           Floats channels, Numbers start, Numbers length, Numbers last, Numbers wanted,
+                           Floats channels, Numbers start, Numbers length, Numbers prompt, Numbers last, Numbers wanted,
                            ffi::Buffer<DataType::PRED> is_hidden, Numbers key_or_hidden_blocks, Numbers value_blocks,
                            ffi::RemainingArgs parameters, ffi::Result<ffi::AnyBuffer> new_x,
                            ffi::Result<Codes> new_pool, ffi::Result<Floats> new_scales, ffi::Result<Counts> new_outside,
@@ -254,16 +284,14 @@ ffi::Error all_layers_int8(ffi::ThreadPool threads, ffi::AnyBuffer x, Codes pool
   if (new_pool->typed_data() != pool.typed_data() || new_scales->typed_data() != scales.typed_data() ||
       new_outside->typed_data() != outside.typed_data())
     return ffi::Error::Internal("all_layers_int8: the pool must be updated in place");
-  Step step{threads, x, start, length, last, wanted, is_hidden, key_or_hidden_blocks, value_blocks, parameters,
+  Step step{threads, x, start, length, prompt, last, wanted, is_hidden, key_or_hidden_blocks, value_blocks, parameters,
                   heads, ffn, blocks, norm_first, dynamic};
   const apt::Pool<int8_t> codes{new_pool->typed_data(), new_scales->typed_data(), int(scales.dimensions()[2]),
                                 channels.element_count() ? channels.typed_data() : nullptr,
                                 new_outside->typed_data()};
-  ffi::Error found;
-  with_numbers_of(x, [&]<class Number>(const Number*) {
-    found = run<Number>(step, codes, pool.dimensions()[1], new_x);
+  return with_numbers_of(x, "a residual stream", [&]<class Number>(const Number*) {
+    return run<Number>(step, codes, pool.dimensions()[1], new_x);
   });
-  return found;
 }
 
 apt::Relays relays;
@@ -338,7 +366,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(apt_chunk, chunk,
                                   .Arg<Numbers>().Ret<Floats>().Ret<Floats>());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(apt_all_layers, all_layers,
                               ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<ffi::AnyBuffer>().Arg<ffi::AnyBuffer>()
-                                  .Arg<Numbers>().Arg<Numbers>().Arg<Numbers>().Arg<Numbers>()
+                                  .Arg<Numbers>().Arg<Numbers>().Arg<Numbers>().Arg<Numbers>().Arg<Numbers>()
                                   .Arg<ffi::Buffer<DataType::PRED>>().Arg<Numbers>().Arg<Numbers>().RemainingArgs()
                                   .Ret<ffi::AnyBuffer>().Ret<ffi::AnyBuffer>()
                                   .Attr<int64_t>("heads").Attr<int64_t>("ffn").Attr<int64_t>("blocks")
@@ -346,7 +374,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(apt_all_layers, all_layers,
 XLA_FFI_DEFINE_HANDLER_SYMBOL(apt_all_layers_int8, all_layers_int8,
                               ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<ffi::AnyBuffer>().Arg<Codes>().Arg<Floats>()
                                   .Arg<Counts>().Arg<Floats>()
-                                  .Arg<Numbers>().Arg<Numbers>().Arg<Numbers>().Arg<Numbers>()
+                                  .Arg<Numbers>().Arg<Numbers>().Arg<Numbers>().Arg<Numbers>().Arg<Numbers>()
                                   .Arg<ffi::Buffer<DataType::PRED>>().Arg<Numbers>().Arg<Numbers>().RemainingArgs()
                                   .Ret<ffi::AnyBuffer>().Ret<Codes>().Ret<Floats>().Ret<Counts>()
                                   .Attr<int64_t>("heads").Attr<int64_t>("ffn").Attr<int64_t>("blocks")

@@ -1,8 +1,11 @@
 // All layers of a step in one call: what `apt_jax.models.opt.DecoderLayer` and `apt_jax.attention.paged` do, with
 // padding left out. Numbers are rounded to the model's type at the same places.
 //
-// Rows with few tokens in this step process them one by one, as rows of a decode step, longer rows all together: one by
-// one, each token reads the cache for itself and absorbs Wk and Wv; together, hidden vectors are projected once.
+// Tokens of a row are processed one by one, as rows of a decode step, or together: one by one, each token reads the cache
+// for itself and absorbs Wk and Wv; together, hidden vectors are projected once. Both give the same but for the last
+// digits. Few tokens are processed one by one. But where vectors are rounded to codes, another last digit may give another
+// code, so with codes and in float32 a prompt's tokens are always processed together and generated ones one by one: what a
+// token gets then depends on what came before it alone, not on where chunks end.
 #pragma once
 
 #include <algorithm>
@@ -21,7 +24,8 @@
 
 namespace apt {
 
-constexpr int kChunkTokens = 8;     // from which on a row's tokens are processed together
+constexpr int kChunkTokens = 8;     // from which on a row's tokens are processed together, without codes
+constexpr int kHiddenAtOnce = 64;   // tokens of hidden rows one by one, or the step's rows if they are more
 constexpr int kKeysPacked = 4096;   // at a time, if one request has not more
 
 // A layer's parameters; null: the model does not have it. Kernels are packed, see matmul.h.
@@ -42,7 +46,18 @@ struct Layer {
   const Number* fc2_bias;
 
   bool has_codes() const {
-    return q.is_codes() || k.is_codes() || v.is_codes() || out.is_codes() || fc1.is_codes() || fc2.is_codes();
+    return any([](const Kernel& own) { return own.is_codes(); });
+  }
+
+  // Whether rows are rounded to codes for some kernel.
+  bool rounds() const {
+    return any([](const Kernel& own) { return own.form == Form::kAllCodes; });
+  }
+
+ private:
+  template <class Is>
+  bool any(const Is& is) const {
+    return is(q) || is(k) || is(v) || is(out) || is(fc1) || is(fc2);
   }
 };
 
@@ -53,9 +68,9 @@ struct StepShape {
   int head_dim() const { return width / heads; }
 };
 
-// As `apt_jax.batching.builder.Rows`: a row of length 0 is padding.
+// As `apt_jax.batching.arrays.Rows`: a row of length 0 is padding.
 struct StepRows {
-  const int32_t *start, *length, *last, *wanted, *key_or_hidden_blocks, *value_blocks;
+  const int32_t *start, *length, *prompt, *last, *wanted, *key_or_hidden_blocks, *value_blocks;
   const bool* is_hidden;
 };
 
@@ -103,15 +118,23 @@ class Step {
   static constexpr bool kCodes = std::is_same_v<Cached, int8_t>;
 
  public:
-  // `codes`: some kernels are codes.
-  Step(Team& team, const StepShape& shape, const StepRows& rows, const Pool<Cached>& pool, int layers, bool codes)
+  // `codes`: some kernels are codes; `rounds`: some numbers are rounded to codes on the way.
+  Step(Team& team, const StepShape& shape, const StepRows& rows, const Pool<Cached>& pool, int layers, bool codes,
+       bool rounds)
       : team_(team), shape_(shape), pool_(pool), layers_(layers) {
+    // of a row's tokens, the first ones that are processed together
+    const auto of_chunk = [&](int r) {
+      const int length = rows.length[r];
+      if (rounds && std::is_same_v<Number, float>) return std::min(rows.prompt[r], length);
+      return length >= kChunkTokens ? length : 0;
+    };
     const auto add = [&](bool hidden, bool together) {
-      for (int r = 0; r < shape.rows; r++)
-        if (rows.is_hidden[r] == hidden && (rows.length[r] >= kChunkTokens) == together) {
-          if (together) add_chunk({tokens() - num_single_, rows.length[r], rows.start[r]}, hidden, tables_of(rows, r));
-          add_tokens(rows, r);
-        }
+      for (int r = 0; r < shape.rows; r++) {
+        if (rows.is_hidden[r] != hidden) continue;
+        const int chunk = of_chunk(r);
+        if (together && chunk) add_chunk({tokens() - num_single_, chunk, rows.start[r]}, hidden, tables_of(rows, r));
+        add_tokens(rows, r, together ? 0 : chunk, together ? chunk : rows.length[r]);
+      }
       return tokens();
     };
     num_hidden_ = add(true, false);
@@ -119,7 +142,9 @@ class Step {
     end_of_kv_ = add(false, true);
     add(true, true);
     tiles_ = Tiles(tokens());
-    const size_t D = shape.width, n = tokens(), wide = size_t(num_hidden_) * shape.heads * D;
+    const size_t D = shape.width, n = tokens();
+    hidden_at_once_ = std::min(num_hidden_, std::max(shape.rows, kHiddenAtOnce));
+    const size_t wide = size_t(hidden_at_once_) * shape.heads * D;
     size_t projected = 0;
     for (const Group& group : groups_) projected = std::max(projected, group.projected.size());
     using Transposed = Operands<Factor<Number>>;
@@ -268,9 +293,10 @@ class Step {
     return {rows.key_or_hidden_blocks + at, rows.is_hidden[r] ? nullptr : rows.value_blocks + at};
   }
 
-  void add_tokens(const StepRows& rows, int r) {
+  // A row's tokens `[begin, end)`.
+  void add_tokens(const StepRows& rows, int r, int begin, int end) {
     const auto [keys_or_hidden, values] = tables_of(rows, r);
-    for (int t = 0; t < rows.length[r]; t++) {
+    for (int t = begin; t < end; t++) {
       tokens_.push_back({size_t(rows.last[r] - rows.length[r] + 1 + t), rows.start[r] + t, keys_or_hidden, values});
       context_.push_back(rows.start[r] + t + 1);
     }
@@ -424,13 +450,16 @@ class Step {
   }
 
   void attend_hidden(const Layer<Number>& own, int l) {
-    const Shape shape = attention_shape(num_hidden_);
-    if (!num_hidden_) return;
     const Channels channels = channels_of(l);
-    absorb<Number>(team_, shape, q_, own.k, channels.width, wide_);
-    hidden_decode<Factor<Number>>(team_, shape, wide_, pages_of(l), [&](int r) { return tokens_[r].keys_or_hidden; },
-                                  context_.data(), wide_found_, lse_);
-    multiply_values(team_, shape, wide_found_, own.v, own.v_bias, channels.centre, channels.width, attended_);
+    for (int first = 0; first < num_hidden_; first += hidden_at_once_) {
+      const Shape shape = attention_shape(std::min(hidden_at_once_, num_hidden_ - first));
+      const size_t at = size_t(first) * shape_.width;
+      absorb<Number>(team_, shape, q_ + at, own.k, channels.width, wide_);
+      hidden_decode<Factor<Number>>(team_, shape, wide_, pages_of(l),
+                                    [&](int r) { return tokens_[first + r].keys_or_hidden; }, context_.data() + first,
+                                    wide_found_, lse_);
+      multiply_values(team_, shape, wide_found_, own.v, own.v_bias, channels.centre, channels.width, attended_ + at);
+    }
   }
 
   // Keys and values of a group's cached hidden vectors.
@@ -516,10 +545,11 @@ class Step {
   std::vector<int32_t> context_;  // by token: cached tokens, itself included
   std::vector<Group> groups_;
   int num_hidden_ = 0, num_single_ = 0, end_of_kv_ = 0;  // tokens of the first, the first two, the first three of these
+  int hidden_at_once_ = 0;
   Tiles tiles_{0};
   Borrowed memory_;
   float *stream_, *normed_, *q_, *k_, *v_, *hidden_k_, *hidden_v_, *attended_, *added_, *inner_;
-  Factor<Number>* wide_;       // [hidden tokens one by one, heads, D]
+  Factor<Number>* wide_;       // [hidden_at_once_, heads, D]
   float *wide_found_, *lse_;
   float *prefix_k_, *prefix_v_;
   Operands<Factor<Number>> transposed_, inner_transposed_, prefix_transposed_;
@@ -530,26 +560,29 @@ class Step {
 template <class Number, class Cached>
 void all_layers(Team& team, const StepShape& shape, const StepRows& rows, const std::vector<Layer<Number>>& layers,
                 const Pool<Cached>& pool, Number* x) {
-  std::vector<int32_t> start(shape.rows), length(shape.rows);
+  std::vector<int32_t> start(shape.rows), length(shape.rows), prompt(shape.rows);
   bool all = true;
   for (int r = 0; r < shape.rows; r++) {
     length[r] = std::min(rows.wanted[r], rows.length[r]);
-    start[r] = rows.start[r] + rows.length[r] - length[r];
+    const int before = rows.length[r] - length[r];
+    start[r] = rows.start[r] + before, prompt[r] = std::max(rows.prompt[r] - before, 0);
     all &= length[r] == rows.length[r];
   }
   const int count = layers.size(), whole = all ? count : count - 1;
-  const bool codes = std::any_of(layers.begin(), layers.end(), [](const auto& own) { return own.has_codes(); });
-  Step<Number, Cached> step(team, shape, rows, pool, count, codes);
+  const auto has = [&](const auto& any) { return std::any_of(layers.begin(), layers.end(), any); };
+  const bool codes = has([](const auto& own) { return own.has_codes(); });
+  const bool rounds = std::is_same_v<Cached, int8_t> || has([](const auto& own) { return own.rounds(); });
+  Step<Number, Cached> step(team, shape, rows, pool, count, codes, rounds);
   step.start(x);
   for (int l = 0; l < whole; l++) step.run(layers[l], l);
   if (!all) step.cache(layers[whole], whole);
   step.finish(x);
   if (all) return;
   StepRows wanted = rows;
-  wanted.start = start.data(), wanted.length = length.data();
+  wanted.start = start.data(), wanted.length = length.data(), wanted.prompt = prompt.data();
   Pool<Cached> written = pool;
   written.outside = nullptr;  // counted above
-  Step<Number, Cached> last(team, shape, wanted, written, count, codes);
+  Step<Number, Cached> last(team, shape, wanted, written, count, codes, rounds);
   last.start(x);
   last.run(layers[whole], whole);
   last.finish(x);

@@ -74,7 +74,7 @@ class Arguments:
         """The row arrays of a step, `[R]` each, and block tables `[R, W]`; R = `bucket.rows`."""
         number = abstract((bucket.rows,), np.int32)
         table = abstract((bucket.rows, self.shapes.table_pages), np.int32)
-        return Rows(number, number, number, number, number, number, (table,) * NUM_TABLES)
+        return Rows(*(number,) * 7, (table,) * NUM_TABLES)
 
     def sampling(self, rows: int) -> Sampling:
         """Sampling parameters of `rows` rows."""

@@ -132,7 +132,7 @@ def _over_hidden(
     """As `_xla_over_hidden` by the kernels, and the way that `merge_prefix` chooses."""
     nothing = Partial(jnp.zeros(q.shape, jnp.float32), jnp.full(q.shape[:2], NEVER, jnp.float32))
     kind = jnp.full((1,), CacheKind.HIDDEN.index, jnp.int32)
-    rows = Rows(first, length, count, first + count - 1, count, kind, (blocks, blocks))
+    rows = Rows(first, length, count, count, first + count - 1, count, kind, (blocks, blocks))
     return merge_prefix(
         nothing, _projections(key, value), q, Pool(pool), Channels(), rows, length, kernels,
         KindMix((CacheKind.HIDDEN,)),

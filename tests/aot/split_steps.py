@@ -130,7 +130,7 @@ def compile_split(
         args = (
             pool, shape(R, CONTEXT_TOKENS),
             Tokens(shape(T), shape(T, dtype=jnp.bool_), shape(T), shape(T)),
-            Rows(*(shape(R) for _ in range(6)), (table, table)),
+            Rows(*(shape(R) for _ in range(7)), (table, table)),
         )  # fmt: skip
         outs, donate = StepOutput(EVERYWHERE, POOL, EVERYWHERE, EVERYWHERE), (1, 2)
     split, args = parallel.split_program(program, weights, args, outs)

@@ -57,7 +57,7 @@ def compile_step(kinds, generation, num_tokens=None):
     T, pool = num_tokens or ROWS, make_pool()
     number, table = shape(ROWS), shape(ROWS, CONTEXT_TOKENS // BLOCK_SIZE)
     tokens = Tokens(shape(T), shape(T, dtype=jnp.bool_), shape(T), shape(T))
-    rows = Rows(number, number, number, number, number, number, (table, table))
+    rows = Rows(*(number,) * 7, (table, table))
     program = jax.jit(step, donate_argnums=(1, 2)).lower(weights, pool, shape(ROWS, CONTEXT_TOKENS), tokens, rows)
     program = program.compile()
     in_place(program, pool)

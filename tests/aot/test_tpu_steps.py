@@ -77,7 +77,7 @@ def compile_step(model: Model, chip: str, kinds: KindMix, *, num_tokens: int | N
     number, flag = functools.partial(shape, dtype=jnp.int32), functools.partial(shape, dtype=jnp.bool_)
     tokens = Tokens(number(num_tokens), flag(num_tokens), number(num_tokens), number(num_tokens))
     table = number(ROWS, CONTEXT // BLOCK_SIZE)
-    rows = Rows(*(number(ROWS) for _ in range(6)), (table, table))
+    rows = Rows(*(number(ROWS) for _ in range(7)), (table, table))
     history = number(ROWS, CONTEXT)
     return compile_for(chip, step, model.placed(chip), model.pool, history, tokens, rows, donate=(1, 2))
 

@@ -50,7 +50,7 @@ def projections() -> AttentionProjections:
 def rows_of(case: Case, kinds: list[CacheKind]) -> Rows:
     number = jnp.zeros_like(case.length)
     kind = jnp.array([kind.index for kind in kinds])
-    return Rows(number, number, number, number, number, kind, (case.key_or_hidden_blocks, case.value_blocks))
+    return Rows(*(number,) * 6, kind, (case.key_or_hidden_blocks, case.value_blocks))
 
 
 def test_kv_reference_is_softmax_row_by_row(case):

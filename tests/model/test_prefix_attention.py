@@ -51,7 +51,7 @@ def batch(slots: int) -> tuple[Tokens, Rows]:
     zeros = np.zeros(slots, int)
     tokens = Tokens(zeros, zeros, np.pad(row, (0, padding), constant_values=R), np.pad(position, (0, padding)))
     kind = np.where(hidden, CacheKind.HIDDEN.index, CacheKind.KV.index)
-    rows = Rows(np.arange(R), start, length, last, length, kind, tuple(tables))
+    rows = Rows(np.arange(R), start, length, length, last, length, kind, tuple(tables))
     return jax.tree.map(jnp.asarray, (tokens, rows))
 
 

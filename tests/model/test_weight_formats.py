@@ -85,7 +85,7 @@ def test_layers_for_a_mix_of_kinds_do_what_all_layers_do(steps, hidden):
     start = jnp.array([0, 9, 17, 0]) * length
     tables = jnp.asarray(np.random.default_rng(0).permutation(P).reshape(2, R, W))
     tokens = Tokens(jnp.arange(R), jnp.zeros(R, bool), jnp.where(length > 0, jnp.arange(R), R), start)
-    rows = Rows(jnp.arange(R), start, length, jnp.arange(R), length, kind, tuple(tables))
+    rows = Rows(jnp.arange(R), start, length, 0 * length, jnp.arange(R), length, kind, tuple(tables))
     pool = jax.random.normal(jax.random.key(0), (MODEL.num_hidden_layers * P, S, MODEL.hidden_size))
     expected, found = (step(state, pool, tokens, rows) for step in (asking, choosing))
     some = np.asarray(length) > 0
@@ -103,7 +103,7 @@ def test_kernels_sliced_lazily_are_the_same_kernels(model):
     tables = jnp.asarray(np.random.default_rng(0).permutation(P).reshape(2, R, W))
     tokens = Tokens(jnp.arange(T), jnp.zeros(T, bool), row, position)
     kind = jnp.array([kind.index for kind in (CacheKind.HIDDEN, CacheKind.HIDDEN, CacheKind.KV, CacheKind.HIDDEN)])
-    rows = Rows(jnp.arange(R), start, length, jnp.cumsum(length) - 1, length, kind, tuple(tables))
+    rows = Rows(jnp.arange(R), start, length, length, jnp.cumsum(length) - 1, length, kind, tuple(tables))
     pool = jax.random.normal(jax.random.key(0), (MODEL.num_hidden_layers * P, S, MODEL.hidden_size))
 
     @functools.partial(jax.jit, static_argnums=0, compiler_options=QUICK)

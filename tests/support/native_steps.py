@@ -68,7 +68,8 @@ def step_of(requests, rng):
         position = np.concatenate([*(range(c, c + n) for c, n, _ in requests), [0, 0]]).astype(np.int32)
     ids = rng.integers(0, 96, len(row)).astype(np.int32)
     kind = np.where(hidden, HIDDEN.index, KV.index)
-    rows = Rows(slot, start, length, last, length, kind, (first, second))
+    prompt = np.zeros_like(length) if decodes(requests) else length
+    rows = Rows(slot, start, length, prompt, last, length, kind, (first, second))
     return Tokens(ids, np.zeros(len(row), bool), row, position), rows
 
 

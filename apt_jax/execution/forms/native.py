@@ -29,7 +29,7 @@ from apt_jax.models.kernels import Kernel, RowScaledKernel, kernel_of
 from apt_jax.models.linear import Linear
 from apt_jax.models.opt import DecoderLayer
 
-_KEYS_PACKED = 4096  # as kKeysPacked in layers.h
+_KEYS_PACKED, _HIDDEN_AT_ONCE = 4096, 64  # as kKeysPacked and kHiddenAtOnce in layers.h
 _DTYPES = (jnp.float32, jnp.bfloat16)  # that the C++ call computes in
 
 
@@ -109,7 +109,7 @@ def scratch_bytes(config: ModelConfig, tokens: int, rows: int, *, is_quantised: 
     """Bytes that the C++ call keeps for a step of this shape: `Step` in layers.h, and packed keys and values."""
     D = config.hidden_size
     of_tokens = tokens * (8 * D + 2 * config.ffn_dim + (6 * D if is_quantised else 0))
-    wide = 2 * rows * config.num_attention_heads * D  # queries and results of hidden rows
+    wide = 2 * max(rows, min(tokens, _HIDDEN_AT_ONCE)) * config.num_attention_heads * D  # of hidden rows
     return 4 * (of_tokens + wide + 2 * _KEYS_PACKED * D)
 
 

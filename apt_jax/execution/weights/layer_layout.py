@@ -83,6 +83,9 @@ class LayerLayout(WeightLayout):
         if path == self.head:
             return self._place_head(path, array)
         if path[0] != _LAYERS:
+            if path in self.inputs and self.packs and can_pack(len(array), array.dtype):  # OPT-350m's projections
+                packed = self._put(pack(np.asarray(array)))
+                return Placed([(packed,)], partial(PackedKernel, shape=array.shape))
             return Placed([(array,)])
         host, shape = np.asarray(array), array.shape[1:]
         if path not in self.inputs:
