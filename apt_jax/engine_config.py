@@ -5,7 +5,15 @@ from typing import Literal
 
 from apt_jax.cache import CacheMode, as_cache_dtype
 from apt_jax.model_config import as_quantization
-from apt_jax.ranges import check_at_least, check_block_size, check_finite, check_greater, check_host_cache, check_share
+from apt_jax.ranges import (
+    check_at_least,
+    check_block_size,
+    check_finite,
+    check_greater,
+    check_host_cache,
+    check_host_dtype,
+    check_share,
+)
 from apt_jax.request import Slo
 
 AttentionBackend = Literal["auto", "xla", "pallas", "native"]
@@ -39,6 +47,9 @@ class EngineConfig:
     host_cache_bytes: int = 0
     """Bytes of host memory for cached pages that the device has no room for, of this process; 0: none. Needs prefix
     caching. --kv-offloading-size is the same in GiB."""
+    host_cache_dtype: str = "auto"
+    """Number type of pages in host memory: auto, that of the cache; or int8 with a scale for each token and head, half
+    the bytes of 16 bits. What a request says then depends a little on whether its pages were moved."""
     cache_dtype: str = "auto"
     """Number type of the cache, auto or int8; auto: that of the model; int8: a byte for each number, half of a 16-bit
     cache. --kv-cache-dtype is another spelling."""
@@ -88,6 +99,7 @@ class EngineConfig:
         check_greater(self, 0, ("ttft_slo_ms", "tbt_slo_ms", "stall_slo_ms"))
         check_share(self, ("device_memory_utilization",))
         check_host_cache(self.host_cache_bytes, self.enable_prefix_caching)
+        check_host_dtype(self.host_cache_dtype, self.host_cache_bytes, self.cache_dtype)
 
     @property
     def slo(self) -> Slo:

@@ -64,6 +64,16 @@ def check_share(options: Any, names: Iterable[str]) -> None:
             raise ValueError(f"{name}={value} must be greater than 0 and at most 1")
 
 
+def check_host_dtype(host_cache_dtype: str, host_cache_bytes: int, cache_dtype: str) -> None:
+    """Raises ValueError if pages in host memory are to have a number type that is unknown, or that changes nothing."""
+    if host_cache_dtype not in ("auto", "int8"):
+        raise ValueError(f"host_cache_dtype={host_cache_dtype!r} must be one of auto, int8")
+    if host_cache_dtype == "int8" and cache_dtype == "int8":
+        raise ValueError("host_cache_dtype='int8' changes nothing of an int8 cache; leave it out, or cache_dtype")
+    if host_cache_dtype == "int8" and not host_cache_bytes:
+        raise ValueError("host_cache_dtype='int8' is of pages in host memory; use --host-cache-bytes too")
+
+
 def check_host_cache(host_cache_bytes: int, prefix_caching: bool) -> None:
     """Raises ValueError if host memory is asked for without the prefix cache, whose pages it keeps."""
     if host_cache_bytes and not prefix_caching:

@@ -225,7 +225,8 @@ def host_tier(
     """
     if not config.host_cache_bytes:
         return None
-    of_block = runner.block_bytes * runner.num_local_devices
+    codes = config.host_cache_dtype == "int8"
+    of_block = runner.host_block_bytes(codes=codes)
     slots = smallest_of_all(config.host_cache_bytes // of_block)
     if slots < 1:
         raise ValueError(
@@ -238,7 +239,7 @@ def host_tier(
             f"host_cache_bytes={config.host_cache_bytes} is more than the {left} bytes of memory that this machine has "
             "left; lower --host-cache-bytes"
         )
-    runner.use_host(slots)
+    runner.use_host(slots, codes=codes)
     save_s, restore_s = runner.measure_copies()
     is_known = cost_model.hardware is not GENERIC  # else copies are taken to be quicker than products
     worth = worth_restoring(cost_model, config.block_size, restore_s) if is_known else None

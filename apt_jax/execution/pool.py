@@ -17,6 +17,7 @@ from flax import nnx
 from jax.sharding import Sharding
 from jax.typing import DTypeLike
 
+from apt_jax.attention.int8 import Coded, decode, encode
 from apt_jax.attention.pool import Pool, scale_row
 from apt_jax.model_config import ModelConfig
 from apt_jax.models.interface import Layer, Model, num_layers
@@ -107,6 +108,26 @@ def write_blocks(pool: Pool, blocks: jax.Array, found: Sequence[Block], num_bloc
         if pool.scales is not None:
             pool = replace(pool, scales=one(pool.scales, block, own.scales))
     return pool
+
+
+def abstract_encoded(block: Block, heads: int) -> Block:
+    """Shapes of `encoded` blocks."""
+    numbers = block.numbers
+    scales = jax.ShapeDtypeStruct((*numbers.shape[:2], heads), jnp.float32, sharding=numbers.sharding)
+    return Block(jax.ShapeDtypeStruct(numbers.shape, jnp.int8, sharding=numbers.sharding), scales)
+
+
+def encoded(block: Block, head_dim: int) -> Block:
+    """A block that is not coded as int8 numbers `[L, S, D]` and float32 scales `[L, S, N]`, one of each head. Pure.
+
+    Each number differs from what it was by at most half of its scale, the 127th part of the head's greatest number.
+    """
+    return Block(*encode(block.numbers, block.numbers.shape[-1] // head_dim))
+
+
+def decoded(block: Block, dtype: DTypeLike) -> Block:
+    """What an `encoded` block stands for. Pure."""
+    return Block(decode(Coded(block.numbers, block.scales), dtype))
 
 
 def block_bytes(pool: Pool, num_blocks: int) -> int:

@@ -17,7 +17,15 @@ from apt_jax.execution.arguments import Arguments
 from apt_jax.execution.compiler import Compiler
 from apt_jax.execution.forms.interface import Conversion, Form, Iterations, Step
 from apt_jax.execution.forms.native import NativeForm
-from apt_jax.execution.pool import Block, abstract_block, read_blocks, write_blocks
+from apt_jax.execution.pool import (
+    Block,
+    abstract_block,
+    abstract_encoded,
+    decoded,
+    encoded,
+    read_blocks,
+    write_blocks,
+)
 from apt_jax.execution.sampling import Sampled, Scored, score
 from apt_jax.execution.steps import run_sampling
 from apt_jax.execution.weights.layout import Weights
@@ -46,18 +54,20 @@ class ConversionKey(Key[Conversion]):
 
 @dataclass(frozen=True)
 class SaveKey(Key[Compiled]):
-    """Takes `count` blocks out of a pool of P = `num_blocks`, for host memory."""
+    """Takes `count` blocks out of a pool of P = `num_blocks`, for host memory; as int8 numbers if `codes`."""
 
     num_blocks: int
     count: int
+    codes: bool = False
 
 
 @dataclass(frozen=True)
 class RestoreKey(Key[Compiled]):
-    """Puts `count` blocks back into a pool of P = `num_blocks`."""
+    """Puts `count` blocks back into a pool of P = `num_blocks`; `codes`: they are int8 numbers."""
 
     num_blocks: int
     count: int
+    codes: bool = False
 
 
 @dataclass(frozen=True)
@@ -151,9 +161,9 @@ class Programs:
             case ConversionKey():
                 return self._form.compile_conversion(key.num_blocks)
             case SaveKey():
-                return self._compile_save(key.num_blocks, key.count)
+                return self._compile_save(key)
             case RestoreKey():
-                return self._compile_restore(key.num_blocks, key.count)
+                return self._compile_restore(key)
             case SamplerKey():
                 return self._compile_sampler(key.rows)
             case HistoryKey():
@@ -166,21 +176,32 @@ class Programs:
                 return self._compile_pooler()
         raise TypeError(f"{key=} is of no program")
 
-    def _compile_save(self, num_blocks: int, count: int) -> Compiled:
+    def _compile_save(self, key: SaveKey) -> Compiled:
+        head_dim, name = (
+            self._arguments.model_config.head_dim,
+            f"save {key.num_blocks} {key.count}{' int8' * key.codes}",
+        )
+
         def save(_: list[jax.Array], pool: Pool, blocks: jax.Array) -> tuple[Block, ...]:
-            return read_blocks(pool, blocks, num_blocks)
+            found = read_blocks(pool, blocks, key.num_blocks)
+            return tuple(encoded(block, head_dim) for block in found) if key.codes else found
 
-        pool, blocks = self._arguments.pool(num_blocks), self._arguments.numbers(count)
-        return self._compiler.compile(f"save {num_blocks} {count}", save, [], pool, blocks, outs=POOL)
+        pool, blocks = self._arguments.pool(key.num_blocks), self._arguments.numbers(key.count)
+        return self._compiler.compile(name, save, [], pool, blocks, outs=POOL)
 
-    def _compile_restore(self, num_blocks: int, count: int) -> Compiled:
+    def _compile_restore(self, key: RestoreKey) -> Compiled:
+        heads, name = self._arguments.model_config.num_attention_heads, f"restore {key.num_blocks} {key.count}"
+
         def restore(_: list[jax.Array], pool: Pool, blocks: jax.Array, found: tuple[Block, ...]) -> Pool:
-            return write_blocks(pool, blocks, found, num_blocks)
+            if key.codes:
+                found = tuple(decoded(block, pool.numbers.dtype) for block in found)
+            return write_blocks(pool, blocks, found, key.num_blocks)
 
-        pool, blocks = self._arguments.pool(num_blocks), self._arguments.numbers(count)
-        found = (abstract_block(pool, num_blocks),) * count
+        pool, blocks = self._arguments.pool(key.num_blocks), self._arguments.numbers(key.count)
+        one = abstract_block(pool, key.num_blocks)
+        found = (abstract_encoded(one, heads) if key.codes else one,) * key.count
         return self._compiler.compile(
-            f"restore {num_blocks} {count}", restore, [], pool, blocks, found, donate=(1,), outs=POOL
+            f"{name}{' int8' * key.codes}", restore, [], pool, blocks, found, donate=(1,), outs=POOL
         )
 
     def _compile_sampler(self, rows: int) -> Compiled:

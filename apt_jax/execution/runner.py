@@ -7,7 +7,7 @@ there is one program per shape. Carried and donated: the cache pool and the toke
 
 import time
 from collections.abc import Iterator, Sequence
-from itertools import batched
+from itertools import batched, product
 from typing import Any
 
 import jax
@@ -77,6 +77,7 @@ class Runner:
         self._last_outside = 0
         self._channels: np.ndarray | None = None
         self._host: HostMemory | None = None
+        self._codes_host = False  # whether blocks there are int8 numbers, and those of the pool are not
         self._fetched: list[tuple[np.ndarray, tuple[Block, ...]]] = []  # blocks of the pool, and what comes to them
         self.moves_blocks = False  # whether blocks are read and written, besides those of host memory
         self._every: dict[int, jax.Array] = {}
@@ -173,9 +174,17 @@ class Runner:
         self._history = zeros(history.shape, jnp.int32, self.arguments.sharding(EVERYWHERE))
         jax.block_until_ready((self._pool, self._history))
 
-    def use_host(self, num_slots: int) -> None:
-        """Have `num_slots` slots of host memory, after `allocate`."""
-        self._host = HostMemory(num_slots, self.arguments.sharding(POOL))
+    def use_host(self, num_slots: int, *, codes: bool = False) -> None:
+        """Have `num_slots` slots of host memory, after `allocate`; with `codes` blocks are int8 numbers there."""
+        self._host, self._codes_host = HostMemory(num_slots, self.arguments.sharding(POOL)), codes
+
+    def host_block_bytes(self, *, codes: bool) -> int:
+        """Bytes of one block in the memory of this process's host."""
+        own = self.block_bytes * self.num_local_devices
+        if not codes:
+            return own
+        numbers = own // self.dtype.itemsize
+        return numbers + numbers // self.model_config.head_dim * 4  # a float32 scale for each head
 
     def compile_all(self, progress: bool = False) -> None:
         """Compile every bucket and the conversion."""
@@ -299,7 +308,7 @@ class Runner:
         assert self._host is not None
         self._end_iterations()
         for blocks, slots in _in_parts(pairs):
-            found = self.programs[SaveKey(self.num_blocks, len(blocks))]([], self._pool, blocks)
+            found = self.programs[SaveKey(self.num_blocks, len(blocks), self._codes_host)]([], self._pool, blocks)
             self._host.put(slots.tolist(), found)
 
     def restore(self, pairs: Sequence[tuple[int, int]]) -> None:
@@ -308,7 +317,9 @@ class Runner:
         self._end_iterations()
         for slots, blocks in _in_parts(pairs):
             found = tuple(self._host.get(slots.tolist()))
-            self._pool = self.programs[RestoreKey(self.num_blocks, len(blocks))]([], self._pool, blocks, found)
+            self._pool = self.programs[RestoreKey(self.num_blocks, len(blocks), self._codes_host)](
+                [], self._pool, blocks, found
+            )
 
     def fetch(self, pairs: Sequence[tuple[int, int]]) -> None:
         """See `StepRunner`: into arrays of their own, to which devices copy while they compute."""
@@ -322,7 +333,9 @@ class Runner:
         if fetched:
             self._end_iterations()
         for blocks, found in fetched:
-            self._pool = self.programs[RestoreKey(self.num_blocks, len(blocks))]([], self._pool, blocks, found)
+            self._pool = self.programs[RestoreKey(self.num_blocks, len(blocks), self._codes_host)](
+                [], self._pool, blocks, found
+            )
 
     def measure_copies(self, rounds: int = 3) -> tuple[float, float]:
         """Seconds to save a block and to restore one, the best of some rounds; before anything is in host memory."""
@@ -354,8 +367,9 @@ class Runner:
         if self.shapes.kinds.converts:
             yield ConversionKey(self.num_blocks)
         if self._host is not None or self.moves_blocks:
-            for count in (1, MOVED_AT_ONCE):
-                yield from (SaveKey(self.num_blocks, count), RestoreKey(self.num_blocks, count))
+            forms = {False} if self.moves_blocks else set()
+            for count, codes in product((1, MOVED_AT_ONCE), forms | ({self._codes_host} if self._host else set())):
+                yield from (SaveKey(self.num_blocks, count, codes), RestoreKey(self.num_blocks, count, codes))
 
 
 def _in_parts(pairs: Sequence[tuple[int, int]]) -> Iterator[tuple[np.ndarray, np.ndarray]]:

@@ -13,7 +13,7 @@ from apt_jax.model_config import Quantization
 from apt_jax.request import Slo
 from apt_jax.routing.autoscaler import Autoscaler, AutoscalerOptions
 from apt_jax.routing.catalogue import DEFAULT_ROUTER, make_router
-from apt_jax.scheduling.costs.cost_model import CostModel, HiddenMode, block_bytes, cache_blocks
+from apt_jax.scheduling.costs.cost_model import CostModel, HiddenMode, block_bytes, cache_blocks, coded_bytes
 from apt_jax.scheduling.costs.hardware import HARDWARE, MODELS, by_name
 from apt_jax.scheduling.costs.host_copies import CopyForm
 from apt_jax.scheduling.costs.host_times import host_time
@@ -69,6 +69,7 @@ class Experiment:
     cache_dtype: str = "auto"
     enable_prefix_caching: bool = True
     host_cache_bytes: int = 0
+    host_cache_dtype: str = "auto"
     max_num_queued_reqs: int = 1024
     abandon_after: float | None = None
     duration_s: float = MIN_DURATION_S
@@ -267,6 +268,8 @@ class Experiment:
         """
         cost_model, ready = self._cost_model_for(policy, hidden_attention), self.set_up_for(policy)
         num_blocks = self.pool_blocks(policy)
+        if self.host_cache_dtype == "int8":
+            copies = replace(copies, share=coded_bytes(cost_model) / cost_model.number_bytes)
         assert ready.max_num_seqs and ready.max_num_batched_tokens
         limits = Limits(
             ready.max_num_seqs, ready.max_num_batched_tokens, cache_mode, watermark_blocks=num_blocks // 100

@@ -12,6 +12,7 @@ from apt_jax.ranges import (
     check_finite,
     check_greater,
     check_host_cache,
+    check_host_dtype,
     check_share,
 )
 
@@ -81,6 +82,8 @@ class SimulateArgs:
     and for preempted ones that come back."""
     host_cache_bytes: int = 0
     """Bytes of host memory of an instance for cached pages that the device has no room for; 0: none."""
+    host_cache_dtype: str = "auto"
+    """Number type of pages in host memory: auto, that of the cache, or int8 with a scale for each token and head."""
     max_num_queued_reqs: int = 1024
     """Maximum number of waiting requests of an instance; further ones are refused and count as missed."""
     abandon_after: float | None = None
@@ -119,6 +122,7 @@ class SimulateArgs:
         check_greater(self, 0, ("cv", "ttft_slo_ms", "tbt_slo_ms", "stall_slo_ms"))
         check_at_least(self, 0, ("abandon_after", "duration_s", "report_interval_s", "seed", "host_cache_bytes"))
         check_host_cache(self.host_cache_bytes, self.enable_prefix_caching)
+        check_host_dtype(self.host_cache_dtype, self.host_cache_bytes, self.cache_dtype)
         check_at_least(self, 1, ("tensor_parallel_size", "num_requests", "max_num_seqs", "max_num_batched_tokens"))
         check_at_least(
             self, 1, ("block_size", "num_blocks", "instances", "max_instances", "max_num_queued_reqs", "jobs")

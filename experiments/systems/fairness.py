@@ -1,8 +1,9 @@
 """How evenly users are served who all want more than there is: OPT-13B, one A100, KV with host memory.
 
-Three users of one class; one asks for eight of ten requests (`flood.csv`). In every window of ten seconds those users
-count that had a request waiting or running all the time: what each was served (a prompt token once, an output token
-twice) goes into Jain's index, 1 where all had as much, and into the largest difference, as a share of the mean.
+Three users of one class: one asks for eight of ten requests and the others for less than a third of what the device
+serves (`flood.csv`), or for half of them and all for more than their third (`half.csv`). In every window of ten seconds
+those users count that had a request waiting or running all the time: what each was served (a prompt token once, an
+output token twice) goes into Jain's index, 1 where all had as much, and into the largest difference over the mean.
 Run `python -m experiments.systems.fairness --out docs/studies/fair_users.json`.
 """
 
@@ -20,11 +21,11 @@ from apt_jax.simulation.experiment import Experiment
 from apt_jax.simulation.requests.columns import SimulatedRequest
 from experiments.studies.catalogue import HOST_BYTES, LONG
 
-FLOOD = Path(__file__).parent / "flood.csv"
+FLOOD, HALF = (Path(__file__).parent / name for name in ("flood.csv", "half.csv"))
 WINDOW_S = 10.0
 OUTPUT_WEIGHT = 2.0
 POLICIES = ("vllm-v1", "apt", "fastswitch:by=class", "fastswitch:by=user")
-RATES = (2.5, 3.0, 3.5)
+RATES = ((FLOOD, 3.0), (FLOOD, 3.5), (HALF, 5.0))
 Row = dict[str, Any]
 
 
@@ -75,6 +76,7 @@ def run(policy: str, experiment: Experiment, rate: float) -> Row:
     waits = {user: [r.ttft_s or 0.0 for r in outcome.requests if r.user == user] for user in users}
     kept = {user: [r.attained_strictly for r in outcome.requests if r.user == user] for user in users}
     return {
+        "users": experiment.classes.stem if experiment.classes else "",
         "policy": policy, "rate": rate, "jain": index, "difference": difference, "windows": windows,
         "strict_attainment": report.strict_attainment, "preemptions": report.preemptions,
         "strict_by_user": {user: float(np.mean(each)) for user, each in kept.items()},
@@ -85,11 +87,19 @@ def run(policy: str, experiment: Experiment, rate: float) -> Row:
 def table(rows: Sequence[Row]) -> str:
     """Markdown."""
     users = sorted(rows[0]["strict_by_user"])
-    heads = ["requests/s", "policy", "Jain's index", "difference", "strict", *(f"strict, {user}" for user in users)]
+    heads = [
+        "users",
+        "requests/s",
+        "policy",
+        "Jain's index",
+        "difference",
+        "strict",
+        *(f"strict, {user}" for user in users),
+    ]
     heads += [f"TTFT p99 {user}, s" for user in users]
-    lines = [f"| {' | '.join(heads)} |", "|---:|---|" + "---:|" * (len(heads) - 2)]
+    lines = [f"| {' | '.join(heads)} |", "|---|---:|---|" + "---:|" * (len(heads) - 3)]
     for row in rows:
-        cells = [f"{row['rate']:g}", row["policy"], f"{row['jain']:.3f}", f"{row['difference']:.2f}"]
+        cells = [row["users"], f"{row['rate']:g}", row["policy"], f"{row['jain']:.3f}", f"{row['difference']:.2f}"]
         cells += [f"{row['strict_attainment']:.1%}", *(f"{row['strict_by_user'][user]:.1%}" for user in users)]
         cells += [f"{row['p99_ttft_s_by_user'][user]:.2f}" for user in users]
         lines.append(f"| {' | '.join(cells)} |")
@@ -100,12 +110,12 @@ def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--seconds", type=float, default=300.0, help="of arrivals")
+    parser.add_argument("--seconds", type=float, default=200.0, help="of arrivals")
     args = parser.parse_args()
     experiment = replace(
-        LONG, duration_s=args.seconds, classes=FLOOD, enable_prefix_caching=True, host_cache_bytes=HOST_BYTES
+        LONG, duration_s=args.seconds, enable_prefix_caching=True, host_cache_bytes=HOST_BYTES, num_requests=1
     )
-    rows = [run(policy, experiment, rate) for rate in RATES for policy in POLICIES]
+    rows = [run(policy, replace(experiment, classes=path), rate) for path, rate in RATES for policy in POLICIES]
     if args.out is not None:
         args.out.write_text(json.dumps({"rows": rows}, indent=1) + "\n", "utf-8")
     print(table(rows))

@@ -31,6 +31,7 @@ class LLMOptions(TypedDict, total=False):
     cache_mode: CacheMode
     enable_prefix_caching: bool
     host_cache_bytes: int
+    host_cache_dtype: str
     cache_dtype: str
     quantization: str | None
     scheduling_policy: str

@@ -10,6 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from apt_jax.engine_config import EngineConfig
+from apt_jax.execution.programs import RestoreKey, SaveKey
 from apt_jax.execution.runner import Runner
 from apt_jax.model_config import ModelConfig
 from apt_jax.request import SamplingParams
@@ -161,6 +162,50 @@ def test_a_model_goes_on_from_host_memory(model, mode, cache_dtype):
     assert engine.figures().num_failed_steps == 0
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("mode", ["kv", "hidden"])
+def test_int8_blocks_come_back_within_half_a_scale(model, mode, dtype):
+    """A scale is a 127th of the greatest number of a token's head; with bfloat16 it is rounded once more."""
+    engine = cached_engine(model, cache_mode=mode, dtype=dtype, num_blocks=28, host_cache_dtype="int8")
+    runner = engine.runner
+    numbers = np.random.default_rng(0).normal(0, 3, runner._pool.numbers.shape).astype(np.float32)
+    numbers[3, 1, :16] = 0.0
+    before = jnp.asarray(numbers, runner._pool.numbers.dtype)
+    runner._pool = replace(runner._pool, numbers=before)
+    runner.save([(block, block + 1) for block in range(11)])
+    stored = runner._host._blocks[1]
+    assert stored.numbers.dtype == jnp.int8 and stored.scales.shape == (*stored.numbers.shape[:2], 2)
+    bytes_kept = sum(array.nbytes for array in stored)
+    assert bytes_kept == runner.host_block_bytes(codes=True)
+    assert bytes_kept / runner.host_block_bytes(codes=False) == (1 + 4 / 16) / before.dtype.itemsize
+    runner._pool = replace(runner._pool, numbers=jnp.zeros_like(before))
+    runner.restore([(block + 1, block) for block in range(5)])
+    runner.fetch([(block + 1, block) for block in range(5, 11)])
+    runner.land()
+    was = np.asarray(before, np.float32).reshape(2, 28, -1, 2, 16)[:, :11]
+    found = np.asarray(runner._pool.numbers, np.float32).reshape(2, 28, -1, 2, 16)[:, :11]
+    scales = np.abs(was).max(-1, keepdims=True) / 127
+    rounding = 0 if dtype == "float32" else 2.0**-8 * np.abs(found)
+    assert (np.abs(found - was) <= scales / 2 * 1.001 + rounding).all() and (found != was).any()
+
+
+def test_a_model_goes_on_with_int8_pages_from_host_memory(model):
+    engine = cached_engine(model, cache_mode="kv", num_blocks=28, max_num_seqs=2, host_cache_dtype="int8")
+    exact = cached_engine(model, cache_mode="kv", num_blocks=28, max_num_seqs=2)
+    assert engine.state.pool.host.num_slots > 3 * exact.state.pool.host.num_slots, "of float32 nearly a quarter"
+    ahead = {key.codes for key in engine.runner._keys() if isinstance(key, SaveKey | RestoreKey)}
+    assert ahead == {True}, "compiled at start-up"
+    prompts = [[4 + (7 * k + 13 * i) % 90 for k in range(40)] for i in range(4)]
+    answers = []
+    for again in range(2):
+        for number, prompt in enumerate(prompts):
+            answers.append(engine.add(prompt, GREEDY, request_id=f"{again}.{number}"))
+            finish(engine)
+    figures = engine.figures()
+    assert figures.host_restored > 0 and figures.num_failed_steps == 0 and figures.prefix_hits >= 3 * 32
+    assert all(len(request.output_token_ids) == 12 for request in answers)
+
+
 @pytest.mark.parametrize("beside", [False, True])
 def test_blocks_come_back_as_they_were(model, beside):
     runner = cached_engine(model, cache_mode="hybrid", cache_dtype="int8", num_blocks=24).runner
@@ -222,6 +267,15 @@ def test_preempted_requests_of_a_model_go_on_with_pages_that_came_beside_others(
     [
         ({"host_cache_bytes": 1, "enable_prefix_caching": False}, "which is off; use --enable-prefix-caching too"),
         ({"host_cache_bytes": -1}, "host_cache_bytes=-1 must be at least 0"),
+        ({"host_cache_bytes": 1, "host_cache_dtype": "fp8"}, "host_cache_dtype='fp8' must be one of auto, int8"),
+        (
+            {"host_cache_dtype": "int8"},
+            "host_cache_dtype='int8' is of pages in host memory; use --host-cache-bytes too",
+        ),
+        (
+            {"host_cache_bytes": 1, "host_cache_dtype": "int8", "cache_dtype": "int8"},
+            "host_cache_dtype='int8' changes nothing of an int8 cache; leave it out, or cache_dtype",
+        ),
     ],
 )
 def test_options_that_make_no_sense(options, sentence):

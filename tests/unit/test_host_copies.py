@@ -125,6 +125,19 @@ def test_retained_copies_and_halves_move_fewer_bytes(as_the_engine):
     assert switching(CopyForm(share=0.5))[0].moved_bytes < 0.7 * moved
 
 
+def test_int8_pages_in_host_memory_are_half_the_bytes_on_the_link_and_twice_as_many():
+    experiment = Experiment(num_requests=60, duration_s=1.0, num_blocks=700, host_cache_bytes=2 * 10**11)
+    half = replace(experiment, host_cache_dtype="int8")
+    one, other = (each.fleet("fastswitch", "kv", "one-pass").instances[0] for each in (experiment, half))
+    share = (1 + 4 / 128) / 2
+    assert other._copies.share == share and other._moved_bytes == share * one._moved_bytes
+    slots = [each.state.pool.host.num_slots for each in (one, other)]
+    assert slots[1] == pytest.approx(slots[0] / share, abs=2)
+    for wrong, words in (({}, "use --host-cache-bytes too"), ({"cache_dtype": "int8"}, "changes nothing of an int8")):
+        with pytest.raises(ValueError, match=words):
+            SimulateArgs(host_cache_dtype="int8", **wrong)
+
+
 def test_a_tier_that_does_not_retain_gives_the_slots_of_what_came_back():
     tier = HostTier(4, retains=False)
     for key, blocks in ((b"a", [0, 1]), (b"b", [2, 3])):

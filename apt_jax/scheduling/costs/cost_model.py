@@ -333,7 +333,7 @@ class CostModel:
         """Bytes of a number in the cache, with its share of the scales beside it."""
         if self.cache_dtype == "auto":
             return BYTES
-        return 1 + SCALE_BYTES / self.model.head_dim
+        return coded_bytes(self)
 
     @property
     def _layers(self) -> int:
@@ -357,6 +357,11 @@ class CostModel:
             return 0.0
         share = (self.devices - 1) / self.devices
         return self.model.num_hidden_layers * numbers * BYTES * share / self.hardware.link_bytes_per_s
+
+
+def coded_bytes(model: CostModel) -> float:
+    """Bytes of a number kept as int8 with a scale for each token and head."""
+    return 1 + SCALE_BYTES / model.model.head_dim
 
 
 def block_bytes(model: CostModel, block_size: int) -> float:
