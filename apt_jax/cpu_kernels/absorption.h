@@ -12,6 +12,7 @@
 
 #include "attention.h"
 #include "matmul.h"
+#include "memory.h"
 #include "products.h"
 #include "threads.h"
 #include "vectors.h"
@@ -110,7 +111,7 @@ void absorb(Team& team, const Shape& shape, float* q, const Kernel& kernel, cons
       for (int i = 0; i < D; i++) q[size_t(r) * D + i] *= kernel.scale[i] / kWidened;
   const Tiles tiles(shape.rows);
   const auto of_head = [&](const auto* packed, int n, int begin, int end) {
-    thread_local std::vector<X> queries, transposed;
+    thread_local Aligned<X> queries, transposed;
     queries.resize(size_t(shape.rows) * H), transposed.resize(size_t(kPackedWidth) * H);
     for (int tile = 0; tile < tiles.count; tile++) {
       const int first = tiles.first(tile);
@@ -155,7 +156,7 @@ void multiply_values(Team& team, const Shape& shape, const float* found, const K
   const int D = shape.width, N = shape.heads, H = D / N;
   const Tiles tiles(shape.rows);
   team.run(N, double(shape.rows) * D * D, [&](int n) {
-    thread_local std::vector<X> transposed;
+    thread_local Aligned<X> transposed;
     thread_local Scratch scratch;
     transposed.resize(size_t(shape.rows) * padded(D));
     // `number` has no condition for each number, or the compiler takes them one by one.

@@ -7,7 +7,7 @@
 //
 // KV rows go head by head over keys and values; hidden rows take wide queries, of D numbers for each head, over the
 // hidden vectors themselves. Both keep a running softmax over kTokens tokens at a time. A number beyond a row's length
-// is never used, whatever it holds.
+// is never used, whatever it holds. Neighbouring tokens of one request share each read of what is cached before them.
 #pragma once
 
 #include <algorithm>
@@ -16,6 +16,7 @@
 #include <type_traits>
 #include <vector>
 
+#include "memory.h"
 #include "threads.h"
 #include "vectors.h"
 
@@ -55,18 +56,22 @@ struct Pages {
   }
 };
 
-// The running softmax of one row, or part of one: greatest score and sum of weights by head, and the weighted sum
-// `[heads, size]` of values.
+// The running softmax of a query, or of part of its row: greatest score and sum of weights by head, and the weighted sum
+// `[heads, size]` of values. Of several queries one follows the other.
 struct Running {
   float* top;
   float* total;
   float* out;
   int heads, size;
 
-  void clear() {
-    std::fill(top, top + heads, kNever);
-    std::fill(total, total + heads, 0.0f);
-    std::fill(out, out + size_t(heads) * size, 0.0f);
+  Running query(int number) const {
+    return {top + number * heads, total + number * heads, out + size_t(number) * heads * size, heads, size};
+  }
+
+  void clear(int queries) {
+    std::fill_n(top, queries * heads, kNever);
+    std::fill_n(total, queries * heads, 0.0f);
+    std::fill_n(out, size_t(queries) * heads * size, 0.0f);
   }
 
   // Turns `scores [heads, kTokens]` into weights, and scales what was summed before to the new greatest score.
@@ -91,10 +96,10 @@ struct Running {
   }
 };
 
-// out [M, size] += weights [M, kTokens] times tokens' numbers from `from` on, as many as kVectors vectors have.
+// out [M, size] += weights [M, ..] times tokens' numbers from `from` on, as many as kVectors vectors have.
 template <int M, int kVectors, class Number>
-inline void add_values(const float* weights, const Number* const* tokens, size_t from, int count, float* out,
-                       size_t out_step) {
+inline void add_values(const float* weights, size_t weight_step, const Number* const* tokens, size_t from, int count,
+                       float* out, size_t out_step) {
   Vector sums[M][kVectors];
 #pragma GCC unroll 8
   for (int m = 0; m < M; m++)
@@ -106,7 +111,7 @@ inline void add_values(const float* weights, const Number* const* tokens, size_t
     for (int i = 0; i < kVectors; i++) own[i] = load_as_float(tokens[t] + from + i * kLanes);
 #pragma GCC unroll 8
     for (int m = 0; m < M; m++) {
-      const float weight = weights[m * kTokens + t];
+      const float weight = weights[m * weight_step + t];
 #pragma GCC unroll 8
       for (int i = 0; i < kVectors; i++) sums[m][i] += weight * own[i];
     }
@@ -119,17 +124,17 @@ inline void add_values(const float* weights, const Number* const* tokens, size_t
 
 // The same of `size` numbers.
 template <int M, int kVectors, class Number>
-inline void add_all_values(const float* weights, const Number* const* tokens, size_t from, int count, int size,
-                           float* out, size_t out_step) {
+inline void add_all_values(const float* weights, size_t weight_step, const Number* const* tokens, size_t from, int count,
+                           int size, float* out, size_t out_step) {
   int at = 0;
   for (; at + kVectors * kLanes <= size; at += kVectors * kLanes)
-    add_values<M, kVectors>(weights, tokens, from + at, count, out + at, out_step);
+    add_values<M, kVectors>(weights, weight_step, tokens, from + at, count, out + at, out_step);
   for (; at + kLanes <= size; at += kLanes)
-    add_values<M, 1>(weights, tokens, from + at, count, out + at, out_step);
+    add_values<M, 1>(weights, weight_step, tokens, from + at, count, out + at, out_step);
   for (; at < size; at++)
     for (int m = 0; m < M; m++)
       for (int t = 0; t < count; t++)
-        out[m * out_step + at] += weights[m * kTokens + t] * to_float(tokens[t][from + at]);
+        out[m * out_step + at] += weights[m * weight_step + t] * to_float(tokens[t][from + at]);
 }
 
 #if defined(__AVX512BF16__)
@@ -160,9 +165,9 @@ inline void add_value_pairs(const BFloat16* weights, const BFloat16* const* toke
 #endif
 
 // q as it is multiplied with tokens.
-inline const float* as_factors(const float* q, int, std::vector<float>&) { return q; }
-inline const BFloat16* as_factors(const BFloat16* q, int, std::vector<BFloat16>&) { return q; }
-inline const BFloat16* as_factors(const float* q, int size, std::vector<BFloat16>& room) {
+inline const float* as_factors(const float* q, int, Aligned<float>&) { return q; }
+inline const BFloat16* as_factors(const BFloat16* q, int, Aligned<BFloat16>&) { return q; }
+inline const BFloat16* as_factors(const float* q, int size, Aligned<BFloat16>& room) {
   room.resize(size);
   int i = 0;
   for (; i + kLanes <= size; i += kLanes) store_as(&room[i], load(q + i));
@@ -170,10 +175,10 @@ inline const BFloat16* as_factors(const float* q, int size, std::vector<BFloat16
   return room.data();
 }
 
-// scores [M, kTokens] of queries [M, size] and four tokens' numbers from `from` on.
+// scores [M, ..] of queries [M, size] and four tokens' numbers from `from` on.
 template <int M, class X, class Number>
-__attribute__((noinline)) void four_scores(const X* q, const Number* const* tokens, size_t from, int size,
-                                           float* scores) {
+__attribute__((noinline)) void four_scores(const X* q, size_t q_step, const Number* const* tokens, size_t from, int size,
+                                           float* scores, size_t score_step) {
   Vector sums[M][4] = {};
   int at = 0;
   if constexpr (std::is_same_v<X, BFloat16>)
@@ -183,7 +188,7 @@ __attribute__((noinline)) void four_scores(const X* q, const Number* const* toke
       for (int i = 0; i < 4; i++) own[i] = load_pairs(tokens[i] + from + at);
 #pragma GCC unroll 8
       for (int m = 0; m < M; m++) {
-        const Bits query = load_pairs(q + size_t(m) * size + at);
+        const Bits query = load_pairs(q + m * q_step + at);
 #pragma GCC unroll 8
         for (int i = 0; i < 4; i++) sums[m][i] = add_products(sums[m][i], query, own[i]);
       }
@@ -193,27 +198,28 @@ __attribute__((noinline)) void four_scores(const X* q, const Number* const* toke
     for (int i = 0; i < 4; i++) {
       const Vector own = load_as_float(tokens[i] + from + at);
 #pragma GCC unroll 8
-      for (int m = 0; m < M; m++) sums[m][i] += load_as_float(q + size_t(m) * size + at) * own;
+      for (int m = 0; m < M; m++) sums[m][i] += load_as_float(q + m * q_step + at) * own;
     }
 #pragma GCC unroll 8
   for (int m = 0; m < M; m++) {
-    float* to = scores + m * kTokens;
+    float* to = scores + m * score_step;
     sum_four(sums[m][0], sums[m][1], sums[m][2], sums[m][3], to);
     for (int i = 0; i < 4; i++)
       for (int rest = at; rest < size; rest++)
-        to[i] += to_float(q[size_t(m) * size + rest]) * to_float(tokens[i][from + rest]);
+        to[i] += to_float(q[m * q_step + rest]) * to_float(tokens[i][from + rest]);
   }
 }
 
 // The same of up to four.
 template <int M, class X, class Number>
-inline void few_scores(const X* q, const Number* const* tokens, size_t from, int count, int size, float* scores) {
-  if (count >= 4) return four_scores<M>(q, tokens, from, size, scores);
+inline void few_scores(const X* q, size_t q_step, const Number* const* tokens, size_t from, int count, int size,
+                       float* scores, size_t score_step) {
+  if (count >= 4) return four_scores<M>(q, q_step, tokens, from, size, scores, score_step);
   const Number* four[4];
   for (int i = 0; i < 4; i++) four[i] = tokens[std::min(i, count - 1)];
-  float found[M * kTokens];
-  four_scores<M>(q, four, from, size, found);
-  for (int m = 0; m < M; m++) std::copy_n(found + m * kTokens, count, scores + m * kTokens);
+  float found[M * 4];
+  four_scores<M>(q, q_step, four, from, size, found, 4);
+  for (int m = 0; m < M; m++) std::copy_n(found + m * 4, count, scores + m * score_step);
 }
 
 // Tokens `[begin, end)` of a row as they lie in its `blocks`, page by page: `visit(numbers, scales, first token - begin,
@@ -233,11 +239,19 @@ inline void bring(const char* from, int bytes) {
   for (int line = 0; line < bytes; line += 64) __builtin_prefetch(from + line, 0, 2);
 }
 
-// Tokens `[begin, end)` of a row.
+// Neighbouring queries of one request, of which each sees a token more than the one before.
+struct Neighbours {
+  int first, count;
+};
+
+// Tokens `[begin, end)` of the row of some neighbours, the first of which has `length` tokens.
 struct Part {
-  int row, begin, end;
+  Neighbours queries;
+  int length, begin, end;
 
   int tokens() const { return end - begin; }
+  // Of `count` tokens from `from` on, those that a query sees.
+  int seen(int query, int from, int count) const { return std::clamp(length + query - from, 0, count); }
 };
 
 // Tokens that are to be fetched in the steps that are left, whole ones, as evenly as can be.
@@ -254,7 +268,17 @@ struct Ahead {
   }
 };
 
-// A part of a KV row: q `[heads, head_dim]`; of `next` the first page is fetched.
+// All heads, or queries, in groups of one size after the other, as many as fit: `work(first, size)`.
+template <int... sizes, class Work>
+inline void in_groups(int count, const Work& work) {
+  int n = 0;
+  const auto of_size = [&](auto size) {
+    for (; n + size <= count; n += size) work(n, size);
+  };
+  (of_size(std::integral_constant<int, sizes>()), ...);
+}
+
+// A part of a KV row: q `[queries, heads, head_dim]`; of `next` the first page is fetched.
 template <class Number, class KeyBlocks, class ValueBlocks>
 void kv_part(const Shape& shape, const float* q, const Pages<Number>& pool, const KeyBlocks& key_blocks,
              const ValueBlocks& value_blocks, const Part& part, const Part& next, Running& running) {
@@ -266,64 +290,69 @@ void kv_part(const Shape& shape, const float* q, const Pages<Number>& pool, cons
     int at, count;  // of the kTokens at a time
     bool keys;
   };
-  const int D = shape.width, H = D / shape.heads;
-  thread_local std::vector<float> scores;
+  const int D = shape.width, N = shape.heads, H = D / N, queries = part.queries.count;
+  const size_t of_query = size_t(N) * kTokens;
+  thread_local Aligned<float> scores;
   thread_local std::vector<Page> pages;
-  thread_local std::vector<X> room;
-  const auto* queries = as_factors(q, D, room);
-  scores.resize(size_t(shape.heads) * kTokens);
+  thread_local Aligned<X> room;
+  const auto* factors = as_factors(q, queries * D, room);
+  scores.resize(queries * of_query);
   pages.clear();
-  const auto add = [&](const Part& own, bool keys) {
-    each_page(shape, pool, keys ? key_blocks(own.row) : value_blocks(own.row), own.begin, own.end,
+  const auto add = [&](const Part& own, int begin, int end, bool keys) {
+    const int row = own.queries.first;
+    each_page(shape, pool, keys ? key_blocks(row) : value_blocks(row), begin, end,
               [&](const Number* numbers, const float* scales, int at, int count) {
                 pages.push_back({numbers, scales, at, count, keys});
               });
   };
   for (int first = part.begin; first < part.end; first += kTokens)
-    for (const bool keys : {true, false}) add({part.row, first, std::min(first + kTokens, part.end)}, keys);
+    for (const bool keys : {true, false}) add(part, first, std::min(first + kTokens, part.end), keys);
   const size_t count = pages.size();
-  add({next.row, next.begin, std::min(next.begin + 1, next.end)}, true);
+  add(next, next.begin, std::min(next.begin + 1, next.end), true);
+  int first = part.begin;  // of the kTokens at a time
   for (size_t i = 0; i < count; i++) {
     const Page& own = pages[i];
     const Number* tokens[kTokens];
     for (int t = 0; t < own.count; t++) tokens[t] = own.numbers + size_t(t) * D;
     const char* fetched = reinterpret_cast<const char*>(pages[std::min(i + 1, pages.size() - 1)].numbers);
-    const int pieces = own.keys ? (own.count + 3) / 4 * shape.heads : shape.heads;
+    const int pieces = own.keys ? (own.count + 3) / 4 * N : N;
     const int share = own.count * D * int(sizeof(Number)) / pieces;
     if (own.keys) {
       for (int t = 0; t < own.count; t += 4)
-        for (int n = 0; n < shape.heads; n++, fetched += share) {
+        for (int n = 0; n < N; n++, fetched += share) {
           bring(fetched, share);
-          float* to = scores.data() + size_t(n) * kTokens + own.at + t;
           const int count = std::min(own.count - t, 4);
-          few_scores<1>(queries + n * H, tokens + t, n * H, count, H, to);
-          if constexpr (kCodes)
-            for (int i = 0; i < count; i++) to[i] *= own.scales[n * shape.page_tokens + t + i];
+          in_groups<kHeads, 2, 1>(queries, [&]<int M>(int m, std::integral_constant<int, M>) {
+            float* to = scores.data() + m * of_query + size_t(n) * kTokens + own.at + t;
+            few_scores<M>(factors + size_t(m) * D + n * H, D, tokens + t, n * H, count, H, to, of_query);
+            if constexpr (kCodes)
+              for (int query = 0; query < M; query++)
+                for (int i = 0; i < count; i++)
+                  to[query * of_query + i] *= own.scales[n * shape.page_tokens + t + i];
+          });
         }
-      if (!pages[i + 1].keys) running.weigh(scores.data(), own.at + own.count);
+      if (!pages[i + 1].keys)
+        for (int m = 0; m < queries; m++)
+          running.query(m).weigh(scores.data() + m * of_query, part.seen(m, first, own.at + own.count));
       continue;
     }
-    for (int n = 0; n < shape.heads; n++, fetched += share) {
+    for (int n = 0; n < N; n++, fetched += share) {
       bring(fetched, share);
-      const float* weights = scores.data() + size_t(n) * kTokens + own.at;
-      float scaled[kTokens];
-      if constexpr (kCodes) {
-        for (int t = 0; t < own.count; t++) scaled[t] = weights[t] * own.scales[n * shape.page_tokens + t];
-        weights = scaled;
-      }
-      add_all_values<1, 4>(weights, tokens, n * H, own.count, H, running.out + n * H, H);
+      in_groups<kHeads, 2, 1>(queries, [&]<int M>(int m, std::integral_constant<int, M>) {
+        const float* weights = scores.data() + m * of_query + size_t(n) * kTokens + own.at;
+        size_t weight_step = of_query;
+        float scaled[M * kTokens];
+        if constexpr (kCodes) {
+          for (int query = 0; query < M; query++)
+            for (int t = 0; t < own.count; t++)
+              scaled[query * kTokens + t] = weights[query * of_query + t] * own.scales[n * shape.page_tokens + t];
+          weights = scaled, weight_step = kTokens;
+        }
+        add_all_values<M, 4>(weights, weight_step, tokens, n * H, own.count, H, running.query(m).out + n * H, D);
+      });
     }
+    if (own.at + own.count == kTokens) first += kTokens;
   }
-}
-
-// All heads in groups of one size after the other, as many as fit: `work(first head, size)`.
-template <int... sizes, class Work>
-inline void in_groups(int heads, const Work& work) {
-  int n = 0;
-  const auto of_size = [&](auto size) {
-    for (; n + size <= heads; n += size) work(n, size);
-  };
-  (of_size(std::integral_constant<int, sizes>()), ...);
 }
 
 // A token's codes as they are multiplied, in `room`.
@@ -344,7 +373,7 @@ inline const X* as_multiplied(const int8_t* token, int size, X* room) {
   return room;
 }
 
-// A part of a hidden row: q `[heads, D]`, multiplied as X; so are weights. `blocks(row)` is a row's table; of `next`, the
+// A part of a hidden row: q `[queries, heads, D]`, multiplied as X; so are weights. `blocks(row)` is a row's table; of `next`, the
 // part that this thread is likely to take next, the first tokens are fetched.
 template <class X, class Query, class Number, class Blocks>
 void hidden_part(const Shape& shape, const Query* q, const Pages<Number>& pool, const Blocks& blocks, const Part& part,
@@ -353,22 +382,25 @@ void hidden_part(const Shape& shape, const Query* q, const Pages<Number>& pool, 
   constexpr int kPart = (kPairs ? 2 : kValueVectors) * kLanes;
   // Codes are widened for kTokens at once, or to float32 for four and then again by slices, which caches hold better.
   constexpr bool kTwice = kCodes && !kPairs;
-  const int D = shape.width, N = shape.heads;
-  thread_local std::vector<float> scores, scales;
+  const int D = shape.width, neighbours = part.queries.count, N = neighbours * shape.heads;
+  thread_local Aligned<float> scores, scales;
   thread_local std::vector<const Number*> all;
-  thread_local std::vector<X> room, widened, weights;
+  thread_local Aligned<X> room, widened, weights;
   const auto* queries = as_factors(q, N * D, room);
   scores.resize(size_t(N) * kTokens);
   if (kPairs) weights.resize(size_t(N) * kTokens);
   if (kCodes) widened.resize(size_t(kTwice ? 4 : kTokens) * D);
   all.clear(), scales.clear();
-  for (const Part& own : {part, Part{next.row, next.begin, std::min(next.end, next.begin + kTokens)}})
-    each_page(shape, pool, blocks(own.row), own.begin, own.end, [&](const Number* page, const float* of_page, int, int count) {
+  const auto add = [&](const Part& own, int end) {
+    each_page(shape, pool, blocks(own.queries.first), own.begin, end, [&](const Number* page, const float* of_page, int, int count) {
       for (int t = 0; t < count; t++) {
         all.push_back(page + size_t(t) * D);
         if (kCodes) scales.push_back(of_page[t]);
       }
     });
+  };
+  add(part, part.end);
+  add(next, std::min(next.end, next.begin + kTokens));
   if (kCodes) scales.resize(all.size() + kTokens);  // whole vectors of them
   alignas(64) X slices[kTwice ? kTokens * kPart : 1];
   const auto scale = [&](int first) {
@@ -398,11 +430,12 @@ void hidden_part(const Shape& shape, const Query* q, const Pages<Number>& pool, 
       if constexpr (kTwice)
         for (int i = t; i < std::min(t + 4, count); i++) as_multiplied(all[first + i], D, widened.data() + size_t(i % 4) * D);
       in_groups<kScoreHeads<X>, 4, 1>(N, [&]<int M>(int n, std::integral_constant<int, M>) {
-        few_scores<M>(queries + size_t(n) * D, tokens + t, 0, count - t, D, to + size_t(n) * kTokens);
+        few_scores<M>(queries + size_t(n) * D, D, tokens + t, 0, count - t, D, to + size_t(n) * kTokens, kTokens);
       });
     }
     scale(first);
-    running.weigh(scores.data(), count);
+    for (int m = 0; m < neighbours; m++)
+      running.query(m).weigh(scores.data() + size_t(m) * shape.heads * kTokens, part.seen(m, part.begin + first, count));
     scale(first);
     if constexpr (kPairs)
       for (size_t i = 0; i < weights.size(); i += kLanes) store_as(&weights[i], load(&scores[i]));
@@ -422,64 +455,80 @@ void hidden_part(const Shape& shape, const Query* q, const Pages<Number>& pool, 
         }
 #endif
       in_groups<kValueHeads, 4, 1>(N, [&]<int M>(int n, std::integral_constant<int, M>) {
-        add_all_values<M, kPart / kLanes>(scores.data() + size_t(n) * kTokens, tokens, from, count, size,
+        add_all_values<M, kPart / kLanes>(scores.data() + size_t(n) * kTokens, kTokens, tokens, from, count, size,
                                          running.out + size_t(n) * D + at, D);
       });
     }
   }
 }
 
-// Rows of `length` tokens in parts that threads share, and their parts merged: `attend(part, next, running)`, `next` the part that the thread is likely to take next. Where
-// parts end depends on the length alone, so a row's results do not depend on other rows or on the number of threads.
+// Tokens of a part of a row: of its length alone.
+inline int tokens_of_part(int length) {
+  return std::max((length + kParts * kTokens - 1) / (kParts * kTokens), 2) * kTokens;
+}
+
+// Rows of `length` tokens in parts that threads share, and their parts merged: `attend(part, next, running)`, `next` the
+// part that the thread is likely to take next. Where parts end depends on the length alone, so a row's results do not
+// depend on other rows, on its neighbours or on the number of threads. `rows` has every row once.
 // out `[rows, heads, size]` and lse `[rows, heads]`; zeros and kNever for a row of length 0.
-inline void attend_rows(Team& team, const Shape& shape, int size, const int32_t* length, float* out, float* lse,
+inline void attend_rows(Team& team, const Shape& shape, int size, const std::vector<Neighbours>& rows,
+                        const int32_t* length, float* out, float* lse,
                         const std::function<void(const Part&, const Part&, Running&)>& attend) {
   const int heads = shape.heads;
   const size_t numbers = size_t(heads) * size;
   struct Numbered : Part {
-    size_t number, apart;  // of all; of those in rows with several, from 1 on
+    size_t number, apart;  // queries before, of all parts; of those in rows with several parts, from 1 on
   };
   std::vector<Numbered> parts;
-  std::vector<int> first(shape.rows + 1);
-  size_t apart = 0;  // parts of rows that have several
-  for (int r = 0; r < shape.rows; r++) {
-    first[r] = parts.size();
-    const int tokens = std::max((length[r] + kParts - 1) / kParts, 2 * kTokens);
-    for (int begin = 0; begin < std::max(length[r], 1); begin += tokens)
-      parts.push_back({{r, begin, std::min(begin + tokens, length[r])}, parts.size(), length[r] > tokens ? ++apart : 0});
-  }
-  first[shape.rows] = parts.size();
-  std::vector<float> tops(parts.size() * heads), totals(parts.size() * heads);
+  std::vector<std::pair<int, int>> parts_of(shape.rows);  // by query, `[first, last)` of `parts`
+  size_t number = 0, apart = 0;
+  const auto add = [&](const Neighbours& own) {
+    const int longest = length[own.first] + own.count - 1, tokens = tokens_of_part(longest), first = parts.size();
+    for (int begin = 0; begin < std::max(longest, 1); begin += tokens, number += own.count) {
+      parts.push_back({{own, length[own.first], begin, std::min(begin + tokens, longest)}, number, 0});
+      if (longest > tokens) parts.back().apart = apart + 1, apart += own.count;
+    }
+    for (int m = 0; m < own.count; m++) parts_of[own.first + m] = {first, int(parts.size())};
+  };
+  for (const Neighbours& own : rows)
+    for (int first = own.first, m = 1; m <= own.count; m++)
+      if (m == own.count || tokens_of_part(length[own.first] + m) != tokens_of_part(length[own.first] + m - 1)) {
+        add({first, own.first + m - first});
+        first = own.first + m;
+      }
+  std::vector<float> tops(number * heads), totals(number * heads);
   thread_local Scratch scratch;
   float* sums = scratch.of(apart * numbers);
   const auto running_of = [&](const Numbered& part) {
-    float* own = part.apart ? sums + (part.apart - 1) * numbers : out + part.row * numbers;
+    float* own = part.apart ? sums + (part.apart - 1) * numbers : out + part.queries.first * numbers;
     return Running{tops.data() + part.number * heads, totals.data() + part.number * heads, own, heads, size};
   };
+  const auto work_of = [](const Part& part) { return part.tokens() * part.queries.count; };
   std::vector<Numbered> order = parts;
-  std::stable_sort(order.begin(), order.end(), [](const Part& a, const Part& b) { return a.tokens() > b.tokens(); });
+  std::stable_sort(order.begin(), order.end(), [&](const Part& a, const Part& b) { return work_of(a) > work_of(b); });
   double tokens = 0;
-  for (int r = 0; r < shape.rows; r++) tokens += length[r];
+  for (const Part& part : parts) tokens += work_of(part);
   team.run(order.size(), 2 * tokens * numbers, [&](int i) {
     Running running = running_of(order[i]);
-    running.clear();
+    running.clear(order[i].queries.count);
     const size_t next = i + team.threads();
-    if (order[i].tokens() > 0) attend(order[i], next < order.size() ? order[next] : Part{order[i].row, 0, 0}, running);
+    if (order[i].tokens() > 0) attend(order[i], next < order.size() ? order[next] : Part{order[i].queries, 0, 0, 0}, running);
   });
   team.run(shape.rows, double(parts.size()) * numbers, [&](int r) {
+    const auto [first, last] = parts_of[r];
+    const auto part_of = [&](int p) { return running_of(parts[p]).query(r - parts[p].queries.first); };
     for (int n = 0; n < heads; n++) {
       float top = kNever, total = 0;
-      for (int p = first[r]; p < first[r + 1]; p++) top = std::max(top, tops[size_t(p) * heads + n]);
-      for (int p = first[r]; p < first[r + 1]; p++)
-        total += totals[size_t(p) * heads + n] * std::exp(tops[size_t(p) * heads + n] - top);
+      for (int p = first; p < last; p++) top = std::max(top, part_of(p).top[n]);
+      for (int p = first; p < last; p++) total += part_of(p).total[n] * std::exp(part_of(p).top[n] - top);
       float* to = out + r * numbers + size_t(n) * size;
       const bool empty = !(total != 0);  // NaN counts as something
-      for (int p = first[r]; p < first[r + 1]; p++) {
-        const Running part = running_of(parts[p]);
+      for (int p = first; p < last; p++) {
+        const Running part = part_of(p);
         const float scale = empty ? 0 : std::exp(part.top[n] - top) / total;
         for (int i = 0; i < size; i++) {
           const float own = part.out[size_t(n) * size + i] * scale;
-          to[i] = p == first[r] ? own : to[i] + own;
+          to[i] = p == first ? own : to[i] + own;
         }
       }
       lse[size_t(r) * heads + n] = empty ? kNever : top + std::log(total);
@@ -487,22 +536,32 @@ inline void attend_rows(Team& team, const Shape& shape, int size, const int32_t*
   });
 }
 
+// Rows that have no neighbours.
+inline std::vector<Neighbours> alone(int rows) {
+  std::vector<Neighbours> found;
+  for (int r = 0; r < rows; r++) found.push_back({r, 1});
+  return found;
+}
+
 // The tables of a row r are `key_blocks(r)` and `value_blocks(r)`.
 template <class Number, class KeyBlocks, class ValueBlocks>
-void kv_decode(Team& team, const Shape& shape, const float* q, const Pages<Number>& pool, const KeyBlocks& key_blocks,
-               const ValueBlocks& value_blocks, const int32_t* length, float* out, float* lse) {
-  attend_rows(team, shape, shape.width / shape.heads, length, out, lse, [&](const Part& part, const Part& next, Running& running) {
-    kv_part(shape, q + size_t(part.row) * shape.width, pool, key_blocks, value_blocks, part, next, running);
-  });
+void kv_decode(Team& team, const Shape& shape, const std::vector<Neighbours>& rows, const float* q,
+               const Pages<Number>& pool, const KeyBlocks& key_blocks, const ValueBlocks& value_blocks,
+               const int32_t* length, float* out, float* lse) {
+  attend_rows(team, shape, shape.width / shape.heads, rows, length, out, lse,
+              [&](const Part& part, const Part& next, Running& running) {
+                kv_part(shape, q + size_t(part.queries.first) * shape.width, pool, key_blocks, value_blocks, part, next,
+                        running);
+              });
 }
 
 // Queries, float32 or X, are multiplied as X.
 template <class X, class Query, class Number, class Blocks>
-void hidden_decode(Team& team, const Shape& shape, const Query* q, const Pages<Number>& pool, const Blocks& blocks,
-                   const int32_t* length, float* out, float* lse) {
+void hidden_decode(Team& team, const Shape& shape, const std::vector<Neighbours>& rows, const Query* q,
+                   const Pages<Number>& pool, const Blocks& blocks, const int32_t* length, float* out, float* lse) {
   const int D = shape.width;
-  attend_rows(team, shape, D, length, out, lse, [&](const Part& part, const Part& next, Running& running) {
-    hidden_part<X>(shape, q + size_t(part.row) * shape.heads * D, pool, blocks, part, next, running);
+  attend_rows(team, shape, D, rows, length, out, lse, [&](const Part& part, const Part& next, Running& running) {
+    hidden_part<X>(shape, q + size_t(part.queries.first) * shape.heads * D, pool, blocks, part, next, running);
   });
 }
 

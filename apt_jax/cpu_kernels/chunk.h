@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "matmul.h"
+#include "memory.h"
 #include "threads.h"
 #include "vectors.h"
 
@@ -113,7 +114,7 @@ void attend_queries(const Chunk& chunk, const float* q, const X* k, const X* v, 
   alignas(64) float scores[kKeysAtOnce * kPackedWidth], top[kPackedWidth], total[kPackedWidth];
   alignas(64) float queries_at[kPackedWidth];
   alignas(64) X room[kWide == 1 ? 1 : (kKeysAtOnce + 2) * kPackedWidth];
-  thread_local std::vector<float> buffer;
+  thread_local Aligned<float> buffer;
   buffer.assign(size_t(2) * size * kPackedWidth, 0.0f);
   float* sums = buffer.data();
   X* queries = reinterpret_cast<X*>(sums + size_t(size) * kPackedWidth);

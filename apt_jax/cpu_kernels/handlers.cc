@@ -65,7 +65,7 @@ void decode_kv(ffi::ThreadPool threads, Floats q, const apt::Pages<Number>& page
   apt::Team team = team_of(threads);
   const auto sizes = q.dimensions();
   const apt::Shape shape{int(sizes[0]), int(sizes[1]), int(sizes[1] * sizes[2]), page_tokens};
-  apt::kv_decode(team, shape, q.typed_data(), pages, tables(key_blocks), tables(value_blocks), length.typed_data(),
+  apt::kv_decode(team, shape, apt::alone(shape.rows), q.typed_data(), pages, tables(key_blocks), tables(value_blocks), length.typed_data(),
                  out->typed_data(), lse->typed_data());
 }
 
@@ -75,7 +75,7 @@ void decode_hidden(ffi::ThreadPool threads, Floats q, const apt::Pages<Number>& 
   apt::Team team = team_of(threads);
   const auto sizes = q.dimensions();
   const apt::Shape shape{int(sizes[0]), int(sizes[1]), int(sizes[2]), page_tokens};
-  apt::hidden_decode<X>(team, shape, q.typed_data(), pages, tables(blocks), length.typed_data(), out->typed_data(),
+  apt::hidden_decode<X>(team, shape, apt::alone(shape.rows), q.typed_data(), pages, tables(blocks), length.typed_data(), out->typed_data(),
                         lse->typed_data());
 }
 

@@ -1,11 +1,11 @@
 // All layers of a step in one call: what `apt_jax.models.opt.DecoderLayer` and `apt_jax.attention.paged` do, with
 // padding left out. Numbers are rounded to the model's type at the same places.
 //
-// Tokens of a row are processed one by one, as rows of a decode step, or together: one by one, each token reads the cache
-// for itself and absorbs Wk and Wv; together, hidden vectors are projected once. Both give the same but for the last
-// digits. Few tokens are processed one by one. But where vectors are rounded to codes, another last digit may give another
-// code, so with codes and in float32 a prompt's tokens are always processed together and generated ones one by one: what a
-// token gets then depends on what came before it alone, not on where chunks end.
+// Tokens of a row are processed one by one, as rows of a decode step, or together: one by one, tokens are multiplied with
+// the cache as it lies, which neighbours read once, and absorb Wk and Wv; together, hidden vectors are projected once. Both
+// give the same but for the last digits. Few tokens are processed one by one. But where vectors are rounded to codes,
+// another last digit may give another code, so with codes and in float32 a prompt's tokens are always processed together
+// and generated ones one by one: what a token gets then depends on what came before it alone, not on where chunks end.
 #pragma once
 
 #include <algorithm>
@@ -18,13 +18,16 @@
 #include "attention.h"
 #include "chunk.h"
 #include "matmul.h"
+#include "memory.h"
 #include "products.h"
 #include "threads.h"
 #include "vectors.h"
 
 namespace apt {
 
-constexpr int kChunkTokens = 8;     // from which on a row's tokens are processed together, without codes
+constexpr int kNeighbours = 8;      // tokens that share a read of their row's cache
+constexpr int kChunkTokens = 16;    // from which on a KV row's tokens are processed together, without codes
+constexpr float kProjectionShare = 0.6f;  // what a multiplication of a projection takes, of one in attention
 constexpr int kHiddenAtOnce = 64;   // tokens of hidden rows one by one, or the step's rows if they are more
 constexpr int kKeysPacked = 4096;   // at a time, if one request has not more
 
@@ -126,7 +129,7 @@ class Step {
     const auto of_chunk = [&](int r) {
       const int length = rows.length[r];
       if (rounds && std::is_same_v<Number, float>) return std::min(rows.prompt[r], length);
-      return length >= kChunkTokens ? length : 0;
+      return is_chunk(rows, r) ? length : 0;
     };
     const auto add = [&](bool hidden, bool together) {
       for (int r = 0; r < shape.rows; r++) {
@@ -151,17 +154,26 @@ class Step {
     const int most = codes ? 5 : 1;  // for q, and keys and values of both kinds of rows
     const size_t sizes[] = {Transposed::size(n, D, most), Transposed::size(n, shape.ffn, 1),
                             Transposed::size(projected, D, codes ? 2 : 1)};
-    float* at = memory_.of(n * (7 * D + shape.ffn + shape.heads) + (codes ? 2 * n * D : 0) + 2 * wide +
-                           2 * projected * D + sizes[0] + sizes[1] + sizes[2]);
-    const auto next = [&](size_t size) { return std::exchange(at, at + size); };
-    stream_ = next(n * D), normed_ = next(n * D), transposed_ = Transposed(next(sizes[0]), n, D);
-    q_ = next(n * D), k_ = next(n * D), v_ = next(n * D);
-    hidden_k_ = codes ? next(n * D) : k_, hidden_v_ = codes ? next(n * D) : v_;
-    attended_ = next(n * D), added_ = next(n * D);
-    inner_ = next(n * shape.ffn), inner_transposed_ = Transposed(next(sizes[1]), n, shape.ffn);
-    wide_ = reinterpret_cast<Factor<Number>*>(next(wide)), wide_found_ = next(wide), lse_ = next(n * shape.heads);
-    prefix_transposed_ = Transposed(next(sizes[2]), projected, D);
-    prefix_k_ = next(projected * D), prefix_v_ = next(projected * D);
+    float* memory = nullptr;
+    size_t used = 0;
+    const auto next = [&](size_t size) {
+      float* own = memory ? memory + used : nullptr;
+      used += whole_lines(size);
+      return own;
+    };
+    const auto lay_out = [&] {
+      stream_ = next(n * D), normed_ = next(n * D), transposed_ = Transposed(next(sizes[0]), n, D);
+      q_ = next(n * D), k_ = next(n * D), v_ = next(n * D);
+      hidden_k_ = codes ? next(n * D) : k_, hidden_v_ = codes ? next(n * D) : v_;
+      attended_ = next(n * D), added_ = next(n * D);
+      inner_ = next(n * shape.ffn), inner_transposed_ = Transposed(next(sizes[1]), n, shape.ffn);
+      wide_ = reinterpret_cast<Factor<Number>*>(next(wide)), wide_found_ = next(wide), lse_ = next(n * shape.heads);
+      prefix_transposed_ = Transposed(next(sizes[2]), projected, D);
+      prefix_k_ = next(projected * D), prefix_v_ = next(projected * D);
+    };
+    lay_out();  // how much there is
+    memory = memory_.of(std::exchange(used, 0));
+    lay_out();
   }
 
   // x [tokens with padding, width].
@@ -300,6 +312,25 @@ class Step {
       tokens_.push_back({size_t(rows.last[r] - rows.length[r] + 1 + t), rows.start[r] + t, keys_or_hidden, values});
       context_.push_back(rows.start[r] + t + 1);
     }
+  }
+
+  // Whether a row's tokens are processed together. Then all its keys and values are packed, and its hidden vectors are
+  // projected: L H multiplications for each number of D, where n tokens that absorb take n (H + L).
+  bool is_chunk(const StepRows& rows, int r) const {
+    const float tokens = rows.length[r], keys = rows.start[r] + tokens, H = shape_.head_dim();
+    if (!rows.is_hidden[r]) return tokens >= kChunkTokens;
+    return tokens * (H + keys) >= kProjectionShare * keys * H;
+  }
+
+  // Of the tokens `[begin, end)`, which are processed one by one, those of a row side by side.
+  std::vector<Neighbours> neighbours(int begin, int end) const {
+    std::vector<Neighbours> found;
+    for (int t = begin; t < end; t++)
+      if (t > begin && tokens_[t].keys_or_hidden == tokens_[t - 1].keys_or_hidden && found.back().count < kNeighbours)
+        found.back().count++;
+      else
+        found.push_back({t - begin, 1});
+    return found;
   }
 
   void add_chunk(const Chunk& chunk, bool hidden, std::pair<const int32_t*, const int32_t*> tables) {
@@ -444,7 +475,7 @@ class Step {
     const int first = num_hidden_, count = num_single_ - num_hidden_;
     const size_t at = size_t(first) * shape_.width;
     if (!count) return;
-    kv_decode(team_, attention_shape(count), q_ + at, pages_of(l),
+    kv_decode(team_, attention_shape(count), neighbours(first, num_single_), q_ + at, pages_of(l),
               [&](int r) { return tokens_[first + r].keys_or_hidden; },
               [&](int r) { return tokens_[first + r].values; }, context_.data() + first, attended_ + at, lse_);
   }
@@ -455,7 +486,7 @@ class Step {
       const Shape shape = attention_shape(std::min(hidden_at_once_, num_hidden_ - first));
       const size_t at = size_t(first) * shape_.width;
       absorb<Number>(team_, shape, q_ + at, own.k, channels.width, wide_);
-      hidden_decode<Factor<Number>>(team_, shape, wide_, pages_of(l),
+      hidden_decode<Factor<Number>>(team_, shape, neighbours(first, first + shape.rows), wide_, pages_of(l),
                                     [&](int r) { return tokens_[first + r].keys_or_hidden; }, context_.data() + first,
                                     wide_found_, lse_);
       multiply_values(team_, shape, wide_found_, own.v, own.v_bias, channels.centre, channels.width, attended_ + at);

@@ -10,6 +10,7 @@
 #include <type_traits>
 
 #include "int8.h"
+#include "memory.h"
 #include "threads.h"
 #include "vectors.h"
 

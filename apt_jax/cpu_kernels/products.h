@@ -9,6 +9,7 @@
 
 #include "amx.h"
 #include "matmul.h"
+#include "memory.h"
 #include "threads.h"
 
 namespace apt {

@@ -168,44 +168,4 @@ class Team {
   int helpers_ = 0;
 };
 
-// Memory that is kept from call to call: the system would bring fresh memory page by page.
-struct Scratch {
-  std::unique_ptr<float[]> numbers;
-  size_t size = 0;
-
-  float* of(size_t wanted) {
-    if (wanted > size) numbers.reset(new float[wanted]), size = wanted;
-    return numbers.get();
-  }
-};
-
-// One that no other call has meanwhile, whichever threads they run on.
-class Borrowed {
- public:
-  Borrowed() {
-    const std::lock_guard lock(mutex());
-    if (!free().empty()) own_ = std::move(free().back()), free().pop_back();
-  }
-  Borrowed(const Borrowed&) = delete;
-  Borrowed& operator=(const Borrowed&) = delete;
-  ~Borrowed() {
-    const std::lock_guard lock(mutex());
-    free().push_back(std::move(own_));
-  }
-
-  float* of(size_t wanted) { return own_.of(wanted); }
-
- private:
-  static std::mutex& mutex() {
-    static std::mutex own;
-    return own;
-  }
-  static std::vector<Scratch>& free() {
-    static std::vector<Scratch> own;
-    return own;
-  }
-
-  Scratch own_;
-};
-
 }  // namespace apt

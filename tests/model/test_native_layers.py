@@ -15,6 +15,7 @@ from apt_jax.execution.forms.layered import LayeredStep
 from apt_jax.execution.forms.native import NativeForm, scratch_bytes
 from apt_jax.execution.weights.int8 import PARTS
 from apt_jax.models.opt import OPT
+from tests.support import native_steps
 from tests.support.engines import GREEDY, Orders, finish, make_engine
 from tests.support.native_steps import BARE, HIDDEN, KV, ODD, PLAIN, POST_NORM, UNEVEN, Step, packed_weights
 
@@ -211,6 +212,33 @@ def few_shapes(monkeypatch):
 
 
 @pytest.mark.usefixtures("few_shapes")
+@pytest.mark.parametrize("hidden", [False, True])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize(
+    ("is_coded", "quantization"), [(False, "none"), (True, "none"), (False, "int8"), (True, "int8")]
+)
+@pytest.mark.parametrize(("cached", "count"), [(3, 2), (60, 7), (121, 15), (1018, 9)])
+def test_neighbouring_tokens_of_a_row_are_those_of_single_steps(
+    monkeypatch, hidden, dtype, is_coded, quantization, cached, count
+):
+    """To the last digit, though they share each read of what is cached: borders of pages, parts and sizes of parts."""
+    monkeypatch.setattr(native_steps, "PAGES", 136)
+    step = Step(PLAIN, dtype, [(cached, count, hidden), (40, 3, not hidden)], is_coded, quantization)
+    step.rows = step.rows._replace(prompt=np.zeros(2, np.int32))  # a prompt's tokens may be processed together
+    _, _, every = step.in_one_call(step.tokens, step.rows)
+    found = []
+    for t in range(count):
+        rows = step.rows._replace(
+            start=np.array([cached + t, 0], np.int32), length=np.array([1, 0], np.int32),
+            last=np.zeros(2, np.int32), wanted=np.array([1, 0], np.int32),
+        )  # fmt: skip
+        tokens = Tokens(*(array[t : t + 1] for array in step.tokens))
+        found.append(step.in_one_call(tokens, rows)[2])
+        step.pool = step.new_pool
+    assert np.isfinite(np.asarray(every[:count], np.float32)).all()
+    np.testing.assert_array_equal(np.concatenate(found), every[:count])
+
+
 def test_other_layers_are_left_to_a_program_each():
     model = OPT(replace(PLAIN, activation_function="gelu"), rngs=nnx.Rngs(0))
     assert not NativeForm.takes(packed_weights(model))
