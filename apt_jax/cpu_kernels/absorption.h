@@ -182,7 +182,7 @@ void multiply_values(Team& team, const Shape& shape, const float* found, const K
     float* products = scratch.of(size_t(shape.rows) * outputs);
     const auto multiply = [&](const auto* packed, const Scales& scales) {
       multiply_packed<X>(transposed.data(), tiles, 0, tiles.count, packed + size_t(begin) * kPackedWidth * D, scales, 0,
-                         end - begin, D, products, outputs);
+                         end - begin, D, products, outputs, nullptr);
     };
     if (kernel.is_codes())
       multiply(kernel.as<int8_t>(), {kernel.scale + begin * kPackedWidth, 1 / kWidened});

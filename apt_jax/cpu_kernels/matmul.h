@@ -35,6 +35,8 @@ constexpr int kInStep = std::is_same_v<Number, int8_t> ? 4 : std::is_same_v<Numb
 // Inputs of x, with zeros that any kernel's last step takes.
 inline int padded(int inputs) { return (inputs + 3) / 4 * 4; }
 
+inline int packed_tiles(int outputs) { return (outputs + kPackedWidth - 1) / kPackedWidth; }
+
 // Row tiles of about the same height: the first `taller` have one row more. Each tile of the
 // rows `[rows, padded(inputs)]` is transposed: `[inputs, rows of the tile]`, of bfloat16 `[inputs / 2, rows of the tile, 2]`,
 // of codes `[inputs / 4, rows of the tile, 4]`.
@@ -176,10 +178,11 @@ inline const BFloat16* widen(const int8_t* packed_tile, int inputs, BFloat16* ro
   return room;
 }
 
-// Packed tiles `[begin, end)` for the tiles `[first, last)`: x in tiles, out [rows, outputs].
+// Packed tiles `[begin, end)` for the tiles `[first, last)`: x in tiles, out [rows, outputs]. `after`: what is likely to be
+// read next, or null.
 template <class X, class Number>
 void multiply_packed(const X* x, const Tiles& tiles, int first, int last, const Number* packed, const Scales& scales,
-                     int begin, int end, int inputs, float* out, int outputs) {
+                     int begin, int end, int inputs, float* out, int outputs, const char* after) {
   constexpr int kWide = kInStep<Number>;
   constexpr bool kWidens = kWide > kInStep<X>;
   constexpr int kSteps = std::is_same_v<Number, int8_t> ? kStepsAtOnce * kInStep<X> / kWide : kStepsAtOnce;
@@ -196,15 +199,19 @@ void multiply_packed(const X* x, const Tiles& tiles, int first, int last, const 
           return packed + (size_t(p) * all_steps + step) * kPackedWidth * kWide;
         };
         const Number* own = packed_at(p, at);
-        const Number* next = at + steps < to ? packed_at(p, at + steps) : packed_at(p + 1, from);
-        const int share = int(sizeof(Number)) * kPackedWidth * kWide / (last - first);
+        const bool is_last = p + 1 == end && at + steps == to;
+        const Number* following = at + steps < to ? packed_at(p, at + steps) : packed_at(p + 1, from);
+        if (is_last) following = packed_at(begin, to);  // if there is more of these
+        const char* next = is_last && to == all_steps ? after : reinterpret_cast<const char*>(following);
+        const int share = next ? int(sizeof(Number)) * kPackedWidth * kWide / (last - first) : 0;
+        if (!next) next = reinterpret_cast<const char*>(own);
         const bool ends = at + steps == all_steps;
         const auto all_tiles = [&](const auto* packed_tile, int tile_steps) {
           for (int i = first; i < last; i++) {
             const int m = tiles.first(i), height = tiles.rows(i);
             const int known = std::min(kPackedWidth, outputs - p * kPackedWidth);
             const X* own_x = x + size_t(m) * padded(inputs) + size_t(at) * kWide * height;
-            const char* ahead = reinterpret_cast<const char*>(next) + size_t(i - first) * share * steps;
+            const char* ahead = next + size_t(i - first) * share * steps;
             const int ahead_a_step = share * steps / tile_steps;
             const Scales own_scales = scales.at(m, p * kPackedWidth, ends);
             float* own_out = out + size_t(m) * outputs + p * kPackedWidth;

@@ -1,8 +1,8 @@
 #include "matmul.h"
 
 template void apt::multiply_packed(const float*, const Tiles&, int, int, const int8_t*, const Scales&, int, int, int,
-                                   float*, int);
+                                   float*, int, const char*);
 template void apt::multiply_packed(const BFloat16*, const Tiles&, int, int, const int8_t*, const Scales&, int, int, int,
-                                   float*, int);
+                                   float*, int, const char*);
 template void apt::multiply_packed(const int8_t*, const Tiles&, int, int, const int8_t*, const Scales&, int, int, int,
-                                   float*, int);
+                                   float*, int, const char*);

@@ -31,6 +31,13 @@ struct Kernel {
   const Number* as() const {
     return static_cast<const Number*>(packed);
   }
+  // Where a packed tile begins; numbers are of Number.
+  template <class Number>
+  const char* packed_tile(int number, int inputs) const {
+    constexpr int kWide = kInStep<Number>;
+    const size_t of_output = is_codes() ? padded(inputs) : (inputs + kWide - 1) / kWide * kWide * sizeof(Number);
+    return static_cast<const char*>(packed) + number * of_output * kPackedWidth;
+  }
   bool is_codes() const { return form != Form::kNumbers; }
   Kernel with(Form other) const { return {other, packed, scale, factor}; }
 };
@@ -131,29 +138,30 @@ class Operands {
 
 // In matmul*.cc, which are compiled at the same time.
 extern template void multiply_packed(const float*, const Tiles&, int, int, const float*, const Scales&, int, int, int,
-                                     float*, int);
+                                     float*, int, const char*);
 extern template void multiply_packed(const float*, const Tiles&, int, int, const BFloat16*, const Scales&, int, int, int,
-                                     float*, int);
+                                     float*, int, const char*);
 extern template void multiply_packed(const BFloat16*, const Tiles&, int, int, const BFloat16*, const Scales&, int, int, int,
-                                     float*, int);
+                                     float*, int, const char*);
 extern template void multiply_packed(const float*, const Tiles&, int, int, const int8_t*, const Scales&, int, int, int,
-                                     float*, int);
+                                     float*, int, const char*);
 extern template void multiply_packed(const BFloat16*, const Tiles&, int, int, const int8_t*, const Scales&, int, int, int,
-                                     float*, int);
+                                     float*, int, const char*);
 extern template void multiply_packed(const int8_t*, const Tiles&, int, int, const int8_t*, const Scales&, int, int, int,
-                                     float*, int);
+                                     float*, int, const char*);
 
-// Packed tiles `[begin, end)` of a product's kernel for the tiles `[first, last)`; Number is the model's type.
+// Packed tiles `[begin, end)` of a product's kernel for the tiles `[first, last)`; Number is the model's type. `after` is what
+// this thread is likely to read next, or null.
 template <class Number, class X>
-void multiply_part(const Operands<X>& x, const Tiles& tiles, int first, int last, const Product& own, int begin,
-                   int end) {
+void multiply_part(const Operands<X>& x, const Tiles& tiles, int first, int last, const Product& own, int begin, int end,
+                   const char* after) {
   const Kernel& kernel = own.kernel;
   const int which = own.operand, inputs = x.inputs();
   const auto multiply = [&]<class From>(const From* rows, const auto* packed, const Scales& scales) {
     if constexpr (!std::is_same_v<From, float>)
       if (takes_blocks<From>(inputs, x.rows()))
         return multiply_packed_blocks(rows, tiles, first, last, packed, scales, begin, end, inputs, own.out, own.outputs);
-    multiply_packed(rows, tiles, first, last, packed, scales, begin, end, inputs, own.out, own.outputs);
+    multiply_packed(rows, tiles, first, last, packed, scales, begin, end, inputs, own.out, own.outputs, after);
   };
   switch (kernel.form) {
     case Form::kNumbers:
@@ -171,26 +179,33 @@ void multiply(Team& team, const Operands<X>& x, const Tiles& tiles, const std::v
   struct Piece {
     int product, first, last, begin, end;  // tiles of rows, packed tiles
   };
-  const int blocks = (tiles.count + kTilesOfBlock - 1) / kTilesOfBlock;
-  const int most_parts = (blocks > 1 ? 2 : 6) * team.threads();
+  const int blocks = (tiles.count + kTilesOfBlock - 1) / kTilesOfBlock, threads = team.threads();
   std::vector<Piece> pieces;
   double size = 0;
+  int left = 0;  // packed tiles
+  for (const Product& own : products) left += packed_tiles(own.outputs);
   for (size_t which = 0; which < products.size(); which++) {
     const Product& own = products[which];
-    const int packed_tiles = (own.outputs + kPackedWidth - 1) / kPackedWidth;
-    const int parts = std::min(packed_tiles, most_parts);
-    for (int part = 0; part < parts; part++)
+    const int count = packed_tiles(own.outputs), parts = std::min(count, 2 * threads);
+    // Few rows are read once: pieces become smaller, so that no thread waits long for the last one.
+    for (int begin = 0, part = 1, end; begin < count; left -= end - begin, begin = end, part++) {
+      end = blocks > 1 ? part * count / parts : std::min(begin + std::max(left / (2 * threads), 1), count);
       for (int block = 0; block < blocks; block++) {
         const int first = block * tiles.count / blocks, last = (block + 1) * tiles.count / blocks;
         if (tiles.first(last) > own.from && tiles.first(first) < own.to)
-          pieces.push_back({int(which), first, last, part * packed_tiles / parts, (part + 1) * packed_tiles / parts});
+          pieces.push_back({int(which), first, last, begin, end});
       }
+    }
     size += double(own.to - own.from) * x.inputs() * own.outputs;
   }
+  const auto start_of = [&](size_t i) -> const char* {
+    if (i >= pieces.size()) return nullptr;
+    return products[pieces[i].product].kernel.template packed_tile<Number>(pieces[i].begin, x.inputs());
+  };
   team.run(pieces.size(), size, [&](int i) {
     const Piece& piece = pieces[i];
     const Product& own = products[piece.product];
-    multiply_part<Number>(x, tiles, piece.first, piece.last, own, piece.begin, piece.end);
+    multiply_part<Number>(x, tiles, piece.first, piece.last, own, piece.begin, piece.end, start_of(i + threads));
     if (own.finish)
       own.finish(tiles.first(piece.first), tiles.first(piece.last), piece.begin * kPackedWidth,
                  std::min(piece.end * kPackedWidth, own.outputs));
