@@ -34,7 +34,7 @@ def run(study: Study, path: Path, num_processes: int = 1) -> list[Row]:
 
     def keep(case: Case, rate: float | None, seed: int) -> Job:
         seeded = replace(case, experiment=replace(case.experiment, seed=seed))
-        row = yield from _simulate(seeded, rate) if rate is not None else _search(seeded, study.targets)
+        row = yield from _simulate(seeded, rate) if rate is not None else _search(seeded, case.targets or study.targets)
         rows.append({"case": case.label, **row})
         rows.sort(key=lambda row: (order.index(row["case"]), row.get("rate", 0), seed_of(row)))
         path.write_text(json.dumps({"question": study.question, "rows": rows}, indent=1) + "\n", "utf-8")

@@ -17,7 +17,7 @@ SHARES = ("strict_attainment", "attainment", "worst_class", "frozen")
 
 @dataclass(frozen=True)
 class Case:
-    """One line of a plot: a policy with a cache, on an experiment. `rates` are its own, instead of the study's."""
+    """One line of a plot: a policy with a cache, on an experiment. `rates` and `targets` are its own, if given."""
 
     label: str
     policy: str
@@ -25,6 +25,7 @@ class Case:
     hidden_attention: HiddenMode = "one-pass"
     experiment: Experiment = DEFAULT
     rates: tuple[float, ...] = ()
+    targets: tuple[float, ...] = ()
 
     @property
     def configuration(self) -> Configuration:
@@ -200,12 +201,15 @@ STUDIES = (
              *((name, SETTINGS[name].experiment) for name in ("v5e-6.7b", "h200-13b-10gb")),
              targets=(0.9, 0.99), kinds=(VLLM_1, SARATHI, BEST)),
     Study("int8", "What do numbers of one byte bring, in the cache, in the weights and in both?",
-          tuple(replace(case, label=f"{name}: {case.label}{of}", experiment=replace(
+          tuple(replace(case, label=f"{name}: {case.label}{of}", targets=targets, experiment=replace(
                     case.experiment, cache_dtype=cache, quantization=weights))
                 for name in ("v6e-13b", "a100-13b-one-pass", "v6e-6.7b")
                 for case in _cases(SETTINGS[name].experiment, VLLM_1, BEST if "v6e" in name else BEST_ONE_PASS)
-                for of, cache, weights in (("", "auto", "none"), (", int8 cache", "int8", "none"),
-                                           (", int8 weights", "auto", "int8"), (", both", "int8", "int8"))),
+                for of, cache, weights, targets in (
+                    ("", "auto", "none", ()), (", int8 cache", "int8", "none", ()),
+                    (", int8 weights", "auto", "int8", ()), (", both", "int8", "int8", ()),
+                    (", both, int8-dynamic", "int8", "int8-dynamic", (0.99,)))
+                if weights != "int8-dynamic" or "13b" in name),
           targets=(0.9, 0.99)),
     _targets("workloads", "Does it hold for other request lengths?",
              ("HumanEval", replace(SHORT, workload="humaneval")), ("LongBench", replace(SHORT, workload="longbench"))),

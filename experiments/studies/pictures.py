@@ -60,10 +60,10 @@ def draw_targets(study: Study, rows: Rows, path: Path) -> None:
     height = 0.8 / len(study.targets)
     cases = {case: group for (case, _), group in by_point(rows).items()}
     for k, target in enumerate(study.targets):
-        places = [i + k * height for i in range(len(cases))]
+        found = [throughput(group, "strict", target) for group in cases.values()]
         axes.barh(
-            places,
-            [throughput(group, "strict", target)["rate"] for group in cases.values()],
+            [i + k * height for i, own in enumerate(found) if own],
+            [own["rate"] for own in found if own],
             height,
             label=f"{target:.0%} strictly",
         )

@@ -58,25 +58,27 @@ def rates_table(study: Study, rows: Sequence[Row]) -> str:
     return f"{study.question}{_seeds(study, 'standard error of the mean')}\n\n{_markdown(lines)}"
 
 
-def throughput(rows: Sequence[Row], reading: str, target: float) -> dict[str, Any]:
-    """What a case's searches found for one reading and target: means over seeds, the standard deviation of the rate."""
-    entries = [
-        next(each for each in row["effective_throughput"] if (each["reading"], each["target"]) == (reading, target))
-        for row in rows
-    ]
+def throughput(rows: Sequence[Row], reading: str, target: float) -> dict[str, Any] | None:
+    """What a case's searches found for one reading and target: means over seeds, the standard deviation of the rate.
+
+    None if that was not asked of the case.
+    """
+    asked = (reading, target)
+    entries = [e for row in rows for e in row["effective_throughput"] if (e["reading"], e["target"]) == asked]
+    if not entries:
+        return None
     rates = [each["rate"] for each in entries]
     return {
         "rate": statistics.fmean(rates),
         "spread": statistics.stdev(rates) if len(rates) > 1 else 0.0,
         "not_sustained": statistics.fmean(max(each["not_sustained"], each["rate"]) for each in entries),
-        "fluid_bound": statistics.fmean(each["fluid_bound"] for each in entries),
     }
 
 
 def targets_table(study: Study, rows: Sequence[Row]) -> str:
     """One line per case: effective throughput in both readings, times the first case of the experiment, and the bound.
 
-    A rate in brackets is kept but does not last.
+    A rate in brackets is kept but does not last; "-" was not asked.
     """
     asked = [(reading, target) for target in study.targets for reading in ("strict", "paper")]
     heads = [f"{reading}, {target:.0%}" for reading, target in asked]
@@ -91,12 +93,17 @@ def targets_table(study: Study, rows: Sequence[Row]) -> str:
             experiment, base = plain, row
         cells, ratios = [], []
         for reading, target in asked:
-            own, first = throughput(row, reading, target), throughput(base, reading, target)["rate"]
+            own, first = throughput(row, reading, target), throughput(base, reading, target)
+            if own is None:
+                cells.append("-")
+                ratios.append("-")
+                continue
             passing = f" ({own['not_sustained']:.2f})" if own["not_sustained"] > own["rate"] else ""
             spread = f" ± {own['spread']:.2f}" if len(study.seeds) > 1 else ""
             cells.append(f"{own['rate']:.2f}{spread}{passing}")
-            ratios.append(f"{own['rate'] / first:.2f}" if first else "-")
-        lines.append([case.label, *cells, *ratios, f"{own['fluid_bound']:.2f}"])
+            ratios.append(f"{own['rate'] / first['rate']:.2f}" if first and first["rate"] else "-")
+        bound = statistics.fmean(entry["fluid_bound"] for each in row for entry in each["effective_throughput"])
+        lines.append([case.label, *cells, *ratios, f"{bound:.2f}"])
     return (
         f"{study.question} Effective throughput in requests/s that lasts; in brackets: kept, but not lasting. "
         f"Ratios are to the first line of the same experiment.{_seeds(study, 'standard deviation')}\n\n"

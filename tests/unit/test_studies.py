@@ -4,6 +4,7 @@ import json
 from dataclasses import replace
 
 from apt_jax.simulation.experiment import Experiment
+from apt_jax.simulation.throughput.searches import Found
 from experiments.studies.__main__ import run
 from experiments.studies.catalogue import STUDIES, Case, Study
 from experiments.studies.pictures import draw_rates, draw_targets
@@ -53,6 +54,29 @@ def test_ratios_are_to_the_first_case_of_the_same_experiment(tmp_path):
     assert [row[3] for row in cells] == ["1.00", "2.00", "1.00", "1.33"] and cells[0][5] == "9.00"
     draw_targets(study, rows, tmp_path / "bars.png")
     assert (tmp_path / "bars.png").stat().st_size > 1000
+
+
+def test_a_target_that_a_case_was_not_asked_has_no_figure(tmp_path):
+    study = replace(STUDY, rates=(), targets=(0.9, 0.99))
+    both = [*searched(2.0), *({**each, "target": 0.99} for each in searched(1.0))]
+    rows = [
+        {"case": "KV", "effective_throughput": both},
+        {"case": "both", "effective_throughput": [{**searched(3.0)[0], "target": 0.99}]},
+    ]
+    cells = [cell.strip() for cell in targets_table(study, rows).splitlines()[-1].split("|")]
+    assert cells[2:11] == ["-", "-", "3.00", "-", "-", "-", "3.00", "-", "9.00"]
+    draw_targets(study, rows, tmp_path / "bars.png")
+
+
+def test_a_case_is_searched_for_its_own_targets(tmp_path, monkeypatch):
+    def search(experiment, configuration, questions):
+        yield from ()
+        return dict.fromkeys(questions, Found(1.0, True, 0.0))
+
+    monkeypatch.setattr("experiments.studies.__main__.search", search)
+    cases = (replace(CASES[0], targets=(0.5,)), CASES[1])
+    rows = run(replace(STUDY, cases=cases, rates=(), targets=(0.9, 0.99)), tmp_path / "small.json")
+    assert [{each["target"] for each in row["effective_throughput"]} for row in rows] == [{0.5}, {0.9, 0.99}]
 
 
 def test_several_seeds_are_means_with_their_spread(tmp_path):
