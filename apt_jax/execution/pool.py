@@ -120,7 +120,8 @@ def abstract_encoded(block: Block, heads: int) -> Block:
 def encoded(block: Block, head_dim: int) -> Block:
     """A block that is not coded as int8 numbers `[L, S, D]` and float32 scales `[L, S, N]`, one of each head. Pure.
 
-    Each number differs from what it was by at most half of its scale, the 127th part of the head's greatest number.
+    Each number differs from what it was by at most half of its scale, the 127th part of the head's greatest number;
+    `decoded` to bfloat16, where it is rounded again, by at most a scale.
     """
     return Block(*encode(block.numbers, block.numbers.shape[-1] // head_dim))
 

@@ -235,15 +235,20 @@ def test_blocks_come_back_as_they_were(model, beside):
         assert (by_layer[:, 13:] == before[:, 10::-1]).all() and not by_layer[:, :13].any()
 
 
-@pytest.mark.parametrize("mode", ["kv", "hidden"])
-def test_preempted_requests_of_a_model_go_on_with_pages_that_came_beside_others(model, mode):
-    """Priorities change all the time, in a pool of two contexts: the same tokens as where nobody is preempted."""
+@pytest.mark.parametrize(("mode", "block_s"), [("kv", None), ("hidden", 1.0)])
+def test_preempted_requests_of_a_model_go_on_with_pages_that_came_beside_others(model, mode, block_s):
+    """Priorities change all the time, in a pool of two contexts: the same tokens as where nobody is preempted.
+
+    Pages come all at once, or with a second for a block two in an iteration.
+    """
 
     def serve(blocks: int, **options):
         engine = cached_engine(
             model, cache_mode=mode, num_blocks=blocks, max_num_seqs=4, scheduling_policy="fastswitch:update_every=3",
             calibrate=False, **options,
         )  # fmt: skip
+        if engine.state.pool.num_blocks == few:  # not as measured, or a busy machine finds that nothing need be put off
+            engine.state.pool.host.block_s = block_s
         params, made = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True), []
         for k in range(8):
             prompt = [4 + (7 * i + 13 * k) % 90 for i in range(24 + k)]
