@@ -214,10 +214,8 @@ def few_shapes(monkeypatch):
 @pytest.mark.usefixtures("few_shapes")
 @pytest.mark.parametrize("hidden", [False, True])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-@pytest.mark.parametrize(
-    ("is_coded", "quantization"), [(False, "none"), (True, "none"), (False, "int8"), (True, "int8")]
-)
-@pytest.mark.parametrize(("cached", "count"), [(3, 2), (60, 7), (121, 15), (1018, 9)])
+@pytest.mark.parametrize(("is_coded", "quantization"), [(False, "none"), (True, "int8")])
+@pytest.mark.parametrize(("cached", "count"), [(3, 2), (121, 15), (1018, 9)])
 def test_neighbouring_tokens_of_a_row_are_those_of_single_steps(
     monkeypatch, hidden, dtype, is_coded, quantization, cached, count
 ):
