@@ -23,7 +23,6 @@ from apt_jax.pallas_kernels.gpu import kv_fma_int8
 from apt_jax.pallas_kernels.gpu import pages as gpu_pages
 from apt_jax.pallas_kernels.reference import NEVER, Partial
 
-TILE_ROWS = 32  # 4 warps of 8 rows
 _BLOCKS_WANTED = 4 * 132  # four CUDA blocks on each SM of an H200
 _SHORTEST_SPLIT = 64  # tokens
 
@@ -69,42 +68,30 @@ def kv_decode_attention(
     W = key_blocks.shape[1]
     if N * H != D:
         raise ValueError(f"queries are {N * H} wide, the pool's vectors {D}")
-    T = TILE_ROWS // math.gcd(N, TILE_ROWS)
+    T = gpu_pages.TILE_ROWS // math.gcd(N, gpu_pages.TILE_ROWS)
     if S % T or H % 16:
         raise NotImplementedError(
             f"block_size={S} must be a multiple of {T} for {N} heads, and head_dim={H} of 16; "
             "set --block-size, or --attention-backend xla"
         )
-    J = T * N // TILE_ROWS
+    J = T * N // gpu_pages.TILE_ROWS
     longest = split_tokens or max(-(-W * S * R * J // _BLOCKS_WANTED), _SHORTEST_SPLIT)
-    split = -(-min(longest, W * S) // S) * S
-    splits = -(-W * S // split)
+    split, splits = gpu_pages.splits_of(longest, W, S)
     kernel = plgpu.kernel(
         functools.partial(_body, split=split, stride_tokens=T, heads=N, block_size=S, strides_at_once=strides_at_once),
         out_type=[
-            jax.ShapeDtypeStruct((R, splits, J, TILE_ROWS, H), jnp.float32),
-            jax.ShapeDtypeStruct((R, splits, J, TILE_ROWS), jnp.float32),
+            jax.ShapeDtypeStruct((R, splits, J, gpu_pages.TILE_ROWS, H), jnp.float32),
+            jax.ShapeDtypeStruct((R, splits, J, gpu_pages.TILE_ROWS), jnp.float32),
         ],
         grid=(R, splits, J),
         grid_names=("row", "split", "tile"),
         compiler_params=gpu_pages.compiler(pool.dtype),
         interpret=interpret,
     )
-    queries = jnp.tile(q.astype(jnp.float32), (1, T, 1)).reshape(R, J, TILE_ROWS, H)
+    queries = jnp.tile(q.astype(jnp.float32), (1, T, 1)).reshape(R, J, gpu_pages.TILE_ROWS, H)
     out, lse = kernel(queries, pool.reshape(-1, S * N, H), key_blocks, value_blocks, length)
     out, lse = out.reshape(R, splits * T, N, H), lse.reshape(R, splits * T, N)
     return gpu_pages.merge_splits(out, lse, length, split, parts=T)
-
-
-def _layout() -> Any:
-    """Registers of a tile `[32, H]`: 8 rows a warp, 4 lanes a row, 4 numbers a load.
-
-    Eight bfloat16 would fit into a load of 16 bytes, but queries and results have the same layout in float32, and
-    Mosaic (jax 0.12) moves at most 16 bytes a thread at a time.
-    """
-    vector = 4
-    tiling = plgpu.Tiling(((TILE_ROWS, 4 * vector), (8, 4 * vector), (vector,)))
-    return plgpu.Layout.TILED(tiling, warp_dims=(-5,), lane_dims=(-3, -2), vector_dim=-1)
 
 
 def _body(  # type: ignore[no-untyped-def]
@@ -113,7 +100,7 @@ def _body(  # type: ignore[no-untyped-def]
     """One CUDA block. q `[R, J, 32, H]`, pool `[L*P, S*N, H]`, out `[R, splits, J, 32, H]`, all in GMEM."""
     row, part, tile = lax.axis_index("row"), lax.axis_index("split"), lax.axis_index("tile")
     shape = out.shape[3:]
-    layout = _layout()
+    layout = gpu_pages.rows_layout()
     per_row = layout.reduce(1)
     todo = jnp.minimum(length[row] - part * split, split)
     stride_rows = stride_tokens * heads
@@ -126,8 +113,8 @@ def _body(  # type: ignore[no-untyped-def]
 
     def load(blocks: Any, stride: jax.Array) -> jax.Array:
         block = blocks[row, first_page + lax.div(stride, strides_in_page)]
-        start = lax.rem(stride, strides_in_page) * stride_rows + tile * TILE_ROWS
-        loaded = plgpu.load(pool.at[block, pl.ds(start, TILE_ROWS), :], layout=layout, optimized=False)
+        start = lax.rem(stride, strides_in_page) * stride_rows + tile * gpu_pages.TILE_ROWS
+        loaded = plgpu.load(pool.at[block, pl.ds(start, gpu_pages.TILE_ROWS), :], layout=layout, optimized=False)
         return loaded.astype(jnp.float32)
 
     @pl.when(todo > 0)
@@ -141,7 +128,9 @@ def _body(  # type: ignore[no-untyped-def]
             now = [number * strides_at_once + i for i in range(strides_at_once)]  # strides
             # past the end the last valid rows are read again
             keys, values = ([load(b, jnp.minimum(t, strides - 1)) for t in now] for b in (key_blocks, value_blocks))
-            valid = [todo * heads - t * stride_rows - tile * TILE_ROWS for t in now]  # rows, from the first on
+            valid = [
+                todo * heads - t * stride_rows - tile * gpu_pages.TILE_ROWS for t in now
+            ]  # rows, from the first on
             scores = [plgpu.layout_cast((k * queries).sum(axis=1), per_row) for k in keys]
             scores = [jnp.where(at < n, s, NEVER) for n, s in zip(valid, scores, strict=True)]
             new_top = functools.reduce(jnp.maximum, scores, top)

@@ -19,7 +19,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from apt_jax.pallas_kernels.gpu import pages as gpu_pages
 from apt_jax.pallas_kernels.reference import NEVER, Partial
 
-TILE_TOKENS = 32  # 4 warps of 8 rows
+TILE_TOKENS = gpu_pages.TILE_ROWS
 _BLOCKS_WANTED = 8 * 132  # eight CUDA blocks on each SM of an H200
 _SHORTEST_SPLIT = 128  # tokens
 _COLUMNS = 32  # Mosaic writes whole lines of 128 bytes
@@ -66,8 +66,7 @@ def kv_decode_attention(
             "set --block-size 32, or --attention-backend xla"
         )
     longest = split_tokens or max(-(-W * S * R * N // _BLOCKS_WANTED), _SHORTEST_SPLIT)
-    split = -(-min(longest, W * S) // S) * S
-    splits = -(-W * S // split)
+    split, splits = gpu_pages.splits_of(longest, W, S)
     kernel = plgpu.kernel(
         functools.partial(_body, split=split, block_size=S, tiles_at_once=tiles_at_once),
         out_type=[jax.ShapeDtypeStruct((R, splits, N, H), jnp.float32)] * 2,
@@ -81,20 +80,13 @@ def kv_decode_attention(
     return gpu_pages.merge_splits(out, lse[..., 0], length, split)
 
 
-def _layout() -> Any:
-    """Registers of a tile `[32, H]`: 8 rows a warp, 4 lanes a row, 4 numbers a load."""
-    vector = 4
-    tiling = plgpu.Tiling(((TILE_TOKENS, 4 * vector), (8, 4 * vector), (vector,)))
-    return plgpu.Layout.TILED(tiling, warp_dims=(-5,), lane_dims=(-3, -2), vector_dim=-1)
-
-
 def _body(  # type: ignore[no-untyped-def]
     q, pool, scales, key_blocks, value_blocks, length, out, lse, *, split, block_size, tiles_at_once
 ):
     """One CUDA block. pool `[L*P, S, N, H]`, scales `[L*P, N, S]`, out and lse `[R, splits, N, H]`, all in GMEM."""
     row, part, head = lax.axis_index("row"), lax.axis_index("split"), lax.axis_index("head")
     shape = TILE_TOKENS, out.shape[3]
-    layout = _layout()
+    layout = gpu_pages.rows_layout()
     per_token, per_column = layout.reduce(1), layout.reduce(0)
     todo = jnp.minimum(length[row] - part * split, split)
     tiles = pl.cdiv(todo, TILE_TOKENS)

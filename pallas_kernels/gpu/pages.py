@@ -21,6 +21,7 @@ from apt_jax.pallas_kernels.reference import NEVER, Partial
 
 CHUNK_TOKENS = 64  # the row dimension of one wgmma
 PADDED_HEADS = 8  # the narrowest column dimension of wgmma
+TILE_ROWS = 32  # of a tile on CUDA cores: 4 warps of 8 rows
 TILE_COLUMNS = 64  # 128 bytes of bfloat16: the widest swizzle
 # 16-bit and 32-bit arrays in the layout that wgmma and TMA share: rows of 128 bytes, swizzled
 TILES: tuple[Any, ...] = (plgpu.TilingTransform((8, TILE_COLUMNS)), plgpu.SwizzleTransform(128))  # type: ignore[abstract]
@@ -317,6 +318,24 @@ def rows_of_slots(
     slot = jnp.arange(num_slots)[:, None]
     mine = (length > 0) & (slot >= first_query) & (slot < first_query + num_queries)
     return jnp.argmax(mine, axis=1), mine.any(axis=1)
+
+
+def rows_layout() -> Any:
+    """Registers of a tile of `TILE_ROWS` rows on CUDA cores: 8 rows a warp, 4 lanes a row, 4 numbers a load.
+
+    Eight bfloat16 would fit into a load of 16 bytes, but queries and results have the same layout in float32, and
+    Mosaic (jax 0.12) moves at most 16 bytes a thread at a time.
+    """
+    vector = 4
+    tiling = plgpu.Tiling(((TILE_ROWS, 4 * vector), (8, 4 * vector), (vector,)))
+    return plgpu.Layout.TILED(tiling, warp_dims=(-5,), lane_dims=(-3, -2), vector_dim=-1)
+
+
+def splits_of(longest: int, pages: int, block_size: int) -> tuple[int, int]:
+    """Tokens of a CUDA block, whole pages and about `longest`, and how many such splits the tables' pages have."""
+    tokens = pages * block_size
+    split = -(-min(longest, tokens) // block_size) * block_size
+    return split, -(-tokens // split)
 
 
 def merge_splits(out: jax.Array, lse: jax.Array, length: jax.Array, split: int, parts: int = 1) -> Partial:
