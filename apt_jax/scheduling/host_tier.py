@@ -10,7 +10,7 @@ copies as in FastSwitch (arXiv 2411.18424); hidden vectors are half of KV to mov
 """
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -51,6 +51,7 @@ class HostTier:
         retains: whether the copy of a page stays that was copied back.
         block_s: seconds to copy a block back, as measured; None if that is not known.
         num_saved, num_restored: blocks copied since the start.
+        on_lost: called with the key of each page that it loses.
     """
 
     def __init__(
@@ -62,6 +63,7 @@ class HostTier:
         self.num_slots, self.retains, self.block_s = num_slots, retains, block_s
         self.restores = [True] * len(KINDS) if restores is None else [*restores]
         self.num_saved = self.num_restored = 0
+        self.on_lost: Callable[[bytes], None] = lambda _: None
         self._free = list(range(num_slots - 1, -1, -1))
         self._pages: OrderedDict[tuple[int, bytes], HostPage] = OrderedDict()  # used longest ago first
         self._in_use: set[tuple[int, bytes]] = set()  # to be restored by the next moves
@@ -156,6 +158,7 @@ class HostTier:
 
     def _drop(self, place: tuple[int, bytes]) -> None:
         page = self._pages.pop(place)
+        self.on_lost(page.key)
         self._free += reversed(page.slots)
         self._in_use.discard(place)
         if place in self._new:

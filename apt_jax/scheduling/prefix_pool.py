@@ -12,14 +12,12 @@ With a `HostTier` what is evicted goes there, and is found there after the pages
 
 import secrets
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 from apt_jax.cache import KINDS, BlockPool, BlockTable, CacheKind, OutOfBlocks, Projection
 from apt_jax.request import Request
+from apt_jax.scheduling.found_pages import FoundPages
 from apt_jax.scheduling.host_tier import HostPage, HostTier
-
-MOST_FOUND = 4096  # requests whose pages are remembered between two changes of the table
-MOST_COLD = 100_000  # requests that are known to find nothing
 
 
 class Page:
@@ -49,9 +47,9 @@ class PrefixPool(BlockPool):
         self._num_idle = 0  # blocks in them
         self._shared: set[int] = set()  # first blocks of pages in several tables
         self._num_shared = 0  # blocks in them
-        self._found: dict[tuple[int, int], list[Page | HostPage]] = {}  # what `find` found since the table last changed
-        self.cold: set[int] = set()  # arrival numbers of those known to find nothing
-        self._cold_of: dict[bytes, list[int]] = {}  # these by the key of their first page, which would change it
+        self._found: FoundPages[Page | HostPage] = FoundPages()
+        if host is not None:
+            host.on_lost = self._found.changed
 
     @property
     def num_free(self) -> int:
@@ -91,36 +89,37 @@ class PrefixPool(BlockPool):
             kept += gone[first] < self._by_block[first].refs
         return (table.num_pages - kept) * table.kind.blocks_per_page
 
+    @property
+    def cold(self) -> Collection[int]:
+        """Arrival numbers of queued requests that are known to find nothing; see `is_cold`."""
+        return self._found.cold
+
     def is_cold(self, request: Request) -> bool:
         """Whether a queued request finds nothing, of any kind. Most do, and asking again costs next to nothing."""
-        if request.order in self.cold:
+        if request.order in self._found.cold:
             return True
+        if request.order in self._found.warm:
+            return False
         if request.num_tokens <= self.block_size or not (self._by_block or (self.host and self.host.num_used)):
             return True
         request.extend_page_keys(1, self.block_size, self._secret)
         key = request.page_keys[0]
-        if any(key in table for table in self._table) or (
+        is_cached = any(key in table for table in self._table) or (
             self.host is not None and any(self.host.find(key, kind) for kind in KINDS)
-        ):
-            return False
+        )
         if request.order >= 0:
-            if len(self.cold) >= MOST_COLD:
-                self.cold.clear()
-                self._cold_of.clear()
-            self.cold.add(request.order)
-            self._cold_of.setdefault(key, []).append(request.order)
-        return True
+            self._found.remember_first(request.order, key, is_cached=is_cached)
+        return not is_cached
 
     def find(self, request: Request, kind: CacheKind, most_pages: int) -> Sequence[Page | HostPage]:
         """The pages of `kind` that hold the first tokens of `request`, at most so many. Not to be changed.
 
-        What a queued request found is remembered until the table changes.
+        What a queued request found is remembered until one of these pages, or the next one, comes or goes.
         """
         table, host = self._table[kind.index], self.host
         if most_pages <= 0 or not (table or (host is not None and host.num_used)):
             return ()
-        place = request.order, kind.index
-        found = self._found.get(place) if request.order >= 0 else None
+        found = self._found.get(request.order, kind, most_pages) if request.order >= 0 else None
         if found is None:
             found = []
             for i in range(most_pages):
@@ -131,10 +130,8 @@ class PrefixPool(BlockPool):
                 if page is None:
                     break
                 found.append(page)
-            if len(self._found) >= MOST_FOUND:
-                self._found.clear()
             if request.order >= 0:
-                self._found[place] = found
+                self._found.remember(request.order, kind, found, request.page_keys, most_pages)
         return found if len(found) <= most_pages else found[:most_pages]
 
     def share(self, table: BlockTable, pages: Sequence[Page | HostPage]) -> None:
@@ -199,7 +196,6 @@ class PrefixPool(BlockPool):
         """Lose the pages in any of these slots of host memory, whose copies failed."""
         assert self.host is not None
         self.host.forget_slots(slots)
-        self._found.clear()
 
     def lose(self, blocks: Iterable[int]) -> None:
         """Forget idle pages in any of these blocks, whose contents never came, and their copies in host memory."""
@@ -222,9 +218,7 @@ class PrefixPool(BlockPool):
             key, blocks = request.page_keys[i], tuple([column[i] for column in table.blocks])
             if key not in listed and blocks[0] not in self._by_block:
                 listed[key] = self._by_block[blocks[0]] = Page(key, table.kind, blocks, 1)
-                self._found.clear()
-                if i == 0:
-                    self.cold.difference_update(self._cold_of.pop(key, ()))
+                self._found.changed(key)
         table.num_listed = max(table.num_listed, pages)
 
     def forget(self, table: BlockTable) -> None:
@@ -240,7 +234,6 @@ class PrefixPool(BlockPool):
         """Forget every page; those in block tables stay where they are."""
         if self.host is not None:
             self.host.clear()
-            self._found.clear()
         for page in list(self._by_block.values()):
             self._unlist(page)
             if page.refs == 0:
@@ -369,7 +362,7 @@ class PrefixPool(BlockPool):
     def _list(self, page: Page) -> Page:
         assert page.key is not None
         self._table[page.kind.index][page.key] = self._by_block[page.blocks[0]] = page
-        self._found.clear()
+        self._found.changed(page.key)
         return page
 
     def _use(self, pages: Sequence[Page | HostPage]) -> None:
@@ -381,8 +374,8 @@ class PrefixPool(BlockPool):
     def _unlist(self, page: Page) -> None:
         if page.key is not None:
             del self._table[page.kind.index][page.key]
+            self._found.changed(page.key)
             page.key = None
-            self._found.clear()
 
     def _drop_idle(self, page: Page) -> None:
         del self._idle[page.blocks[0]], self._by_block[page.blocks[0]]
