@@ -17,8 +17,8 @@ from apt_jax.checkpoints.demo_training.corpus import build_corpus
 from apt_jax.engine.engine import Engine
 from apt_jax.request import FinishReason, Request, SamplingParams
 from apt_jax.scheduling.length import LengthPredictor
-from apt_jax.scheduling.length_by_retrieval import RetrievalPredictor
 from apt_jax.scheduling.policies.catalogue import make_policy
+from apt_jax.scheduling.policies.papers.length_by_retrieval import RetrievalPredictor
 from apt_jax.serve.llm import LLM
 
 LONGEST = 400  # tokens of an answer

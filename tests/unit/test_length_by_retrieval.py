@@ -6,9 +6,9 @@ from apt_jax.request import FinishReason
 from apt_jax.scheduling.costs.cost_model import CostModel
 from apt_jax.scheduling.costs.hardware import HARDWARE, MODELS
 from apt_jax.scheduling.length import LengthPredictor
-from apt_jax.scheduling.length_by_retrieval import LEAST_KEPT, MOST_KEPT, RetrievalPredictor
 from apt_jax.scheduling.policies.catalogue import make_policy
 from apt_jax.scheduling.policies.interface import PolicyContext, uses_prompt_states
+from apt_jax.scheduling.policies.papers.length_by_retrieval import LEAST_KEPT, MOST_KEPT, RetrievalPredictor
 from apt_jax.simulation.requests.known_lengths import KnownLengths
 from tests.support.scheduling_loop import make_state, request, step
 

@@ -6,8 +6,8 @@ import pytest
 from apt_jax.request import FinishReason, SamplingParams
 from apt_jax.sampling.params import PoolingParams
 from apt_jax.scheduling.length import LengthPredictor
-from apt_jax.scheduling.length_by_retrieval import RetrievalPredictor
 from apt_jax.scheduling.policies.catalogue import make_policy
+from apt_jax.scheduling.policies.papers.length_by_retrieval import RetrievalPredictor
 from tests.support.host_loop import make_request
 
 

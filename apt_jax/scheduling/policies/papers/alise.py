@@ -20,10 +20,10 @@ from apt_jax.ranges import check_finite
 from apt_jax.request import Request
 from apt_jax.scheduling.costs.step_load import StepLoad
 from apt_jax.scheduling.length import LengthPredictor
-from apt_jax.scheduling.length_by_retrieval import RetrievalPredictor
 from apt_jax.scheduling.plan import Plan
 from apt_jax.scheduling.policies.interface import PolicyContext
 from apt_jax.scheduling.policies.packing import serve_in_order
+from apt_jax.scheduling.policies.papers.length_by_retrieval import RetrievalPredictor
 from apt_jax.scheduling.policies.swap_in import SwapIn
 from apt_jax.scheduling.state import SchedulerState
 
