@@ -10,8 +10,9 @@ from typing import Any
 
 from apt_jax.logprob_rows import LogprobRows
 from apt_jax.output import TokenLogprobs
-from apt_jax.request import FinishReason, SamplingParams, Slo
+from apt_jax.request import MAX_USER_CHARS, FinishReason, SamplingParams, Slo
 from apt_jax.serve.http.snapshot_file import VERSION
+from apt_jax.serve.json_text import shown
 from apt_jax.serve.openai.endpoints import ENDPOINTS_BY_PREFIX
 from apt_jax.serve.openai.generation import Choice, Generation, ServedModel
 from apt_jax.serve.runtime.samples import Sample
@@ -35,7 +36,8 @@ def restore(record: dict[str, Any], model: ServedModel) -> tuple[Generation[Any]
         for choice, entry in zip(generation.choices, record["samples"], strict=True):
             _restore_choice(choice, entry)
     except (LookupError, TypeError, ValueError, AttributeError) as error:
-        raise ValueError(f"the snapshot of request {record.get('id')} is damaged: {error!r}") from error
+        what = str(error) if isinstance(error, ValueError) else repr(error)
+        raise ValueError(f"the snapshot of request {record.get('id')} is damaged: {what}") from error
     unfinished = [sample for sample in samples if generation.choices[sample.index].finish_reason is None]
     generation.num_unfinished = len(unfinished)
     return generation, unfinished
@@ -89,6 +91,9 @@ def _entry(sample: Sample, choice: Choice) -> dict[str, Any]:
 
 
 def _sample(entry: dict[str, Any]) -> Sample:
+    user = entry.get("user")  # not in snapshots of earlier versions
+    if user is not None and not (isinstance(user, str) and len(user) <= MAX_USER_CHARS):
+        raise ValueError(f"user={shown(user)} is no text of at most {MAX_USER_CHARS} characters")
     return Sample(
         request_id=entry["request_id"],
         index=entry["index"],
@@ -98,7 +103,7 @@ def _sample(entry: dict[str, Any]) -> Sample:
         priority=entry["priority"],
         output_token_ids=entry["token_ids"],
         cache_salt=entry.get("cache_salt"),  # not in snapshots of earlier versions
-        user=entry.get("user"),  # likewise
+        user=user,
     )
 
 

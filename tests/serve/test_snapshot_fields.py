@@ -5,7 +5,7 @@ import json
 import pytest
 
 from apt_jax.output import Output, TokenLogprobs
-from apt_jax.request import FinishReason, Request, Slo
+from apt_jax.request import MAX_USER_CHARS, FinishReason, Request, Slo
 from apt_jax.serve.http.snapshot import is_of, record_of, restore
 from apt_jax.serve.http.snapshot_file import read_snapshot, write_snapshot
 from apt_jax.serve.openai.bodies.requests import parse_completion
@@ -58,6 +58,17 @@ def test_the_user_is_kept_and_snapshots_of_earlier_versions_have_none():
     assert sample.user == "someone"
     del record["samples"][0]["user"]
     assert restore(record, MODEL)[1][0].user is None
+
+
+@pytest.mark.parametrize("wrong", [5, ["someone"], "x" * (MAX_USER_CHARS + 1)])
+def test_a_user_that_no_client_could_give_is_refused(wrong):
+    record = kept(user="x" * MAX_USER_CHARS)
+    assert restore(record, MODEL)[1][0].user == "x" * MAX_USER_CHARS
+    record["samples"][0]["user"] = wrong
+    sentence = r"the snapshot of request cmpl-1 is damaged: user=\S+ is no text of at most 256 characters$"
+    with pytest.raises(ValueError, match=sentence) as error:
+        restore(record, MODEL)
+    assert len(str(error.value)) < 400
 
 
 def test_each_sample_keeps_a_seed_of_its_own():
