@@ -1,7 +1,7 @@
 """An int8 cache and int8-dynamic weights in the C++ form in float32: a request's bits depend on the request alone.
 
-Every code, scale and token is the same wherever chunks end, beside whatever requests, after preemption, and when a
-request is continued elsewhere.
+Every code, scale, token and log-probability is the same wherever chunks end, beside whatever requests, after
+preemption, and when a request is continued elsewhere.
 """
 
 import jax
@@ -24,7 +24,7 @@ except library.Unavailable as error:
 
 pytestmark = pytest.mark.timeout(900)  # many shapes to compile
 KV, HIDDEN = CacheKind.KV, CacheKind.HIDDEN
-SEEDED = SamplingParams(temperature=0.8, seed=3, max_tokens=60, ignore_eos=True)
+SEEDED = SamplingParams(temperature=0.8, seed=3, max_tokens=60, logprobs=5, ignore_eos=True)
 
 
 class Cuts(Orders):
@@ -43,7 +43,7 @@ class Cuts(Orders):
 
 
 def run(engine, config, policy, requests):
-    """Of each request its tokens, and of each that it cached the codes and scales of all layers `[L, tokens, ..]`.
+    """Of each request its tokens, their log-probabilities with those of others, and what it cached (see `read`).
 
     Args:
         requests: (id, prompt, the tokens that it has generated before).
@@ -57,8 +57,10 @@ def run(engine, config, policy, requests):
             if request.table is not None and len(request.output_token_ids) >= SEEDED.max_tokens - 2:
                 cached[request.request_id] = read(engine, config, request)
 
-    finish(engine, look)
-    return {request.request_id: (request.output_token_ids, cached[request.request_id]) for request in added}
+    logprobs = {request.request_id: [] for request in added}
+    for output in finish(engine, look):
+        logprobs[output.request.request_id] += [(token.logprob, token.top) for token in output.logprobs]
+    return {own.request_id: (own.output_token_ids, logprobs[own.request_id], cached[own.request_id]) for own in added}
 
 
 def read(engine, config, request):
@@ -75,13 +77,14 @@ def read(engine, config, request):
 
 
 def assert_same(found, expected):
-    tokens, parts = found
-    for mine, other in zip(parts, expected[1], strict=True):
+    tokens, logprobs, parts = found
+    for mine, other in zip(parts, expected[2], strict=True):
         n = min(mine.shape[1], other.shape[1])
         assert n > 100
         different = np.argwhere((mine[:, :n] != other[:, :n]).any(2))
         assert not len(different), f"first in layer {different[0][0]}, token {different[0][1]}"
     assert tokens == expected[0]
+    assert len(logprobs) > 5 and logprobs == expected[1][-len(logprobs) :]  # of one that is continued, the last ones
 
 
 @pytest.mark.parametrize(
@@ -111,7 +114,7 @@ def test_every_bit_of_a_request_depends_on_the_request_alone(
     prompts = {f"{n}-{kind.value}": rng.integers(0, 101, n) for n in (57, 181) for kind in (KV, HIDDEN)}
     kinds = {i: HIDDEN if i.endswith(HIDDEN.value) else KV for i in prompts}
     expected = {i: run(engine, config, Orders(kinds), [(i, prompt, [])])[i] for i, prompt in prompts.items()}
-    assert len({tuple(tokens) for tokens, _ in expected.values()}) == len(prompts)
+    assert len({tuple(tokens) for tokens, *_ in expected.values()}) == len(prompts)
 
     everything = [(i, prompt, []) for i, prompt in prompts.items()]
     for seed in range(3):
