@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from apt_jax.cache import KINDS, MODE_KINDS, BlockPool, BlockTable, CacheKind, CacheMode, blocks_for
+from apt_jax.cache import KINDS, MODE_KINDS, BlockPool, BlockTable, CacheKind, CacheMode, OutOfBlocks, blocks_for
 from apt_jax.request import FinishReason, Request, Status
 from apt_jax.scheduling.cached_prefixes import CachedPrefixes
 from apt_jax.scheduling.host_tier import HostPage, Moves
@@ -346,9 +346,14 @@ class SchedulerState(CachedPrefixes):
     def _admit(self, request: Request, kind: CacheKind, tokens: int, now: float) -> None:
         assert request.status is Status.WAITING
         request.table = BlockTable(kind)
-        if self.prefixes is not None:
-            self._begin_with_cached(request)
-        self.pool.grow(request.table, tokens)
+        try:
+            if self.prefixes is not None:
+                self._begin_with_cached(request)
+            self.pool.grow(request.table, tokens)
+        except OutOfBlocks:  # it waits on, without blocks
+            self._release(request)
+            request.num_computed_tokens = 0
+            raise
         request.cache_history.append(kind)
         _remove(self.waiting, request)
         insort(self.running, request, key=_order)

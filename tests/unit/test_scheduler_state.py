@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from apt_jax.cache import CacheKind
+from apt_jax.cache import CacheKind, OutOfBlocks
 from apt_jax.request import FinishReason, Request, SamplingParams, Slo, Status
 from apt_jax.scheduling.plan import Abandoned, Converted, Plan, Preempted, Reason, Scheduled, Waited
 from apt_jax.scheduling.plan_log import SEVERAL, PlanLog, summary
@@ -308,3 +308,17 @@ def test_a_plan_s_totals_and_decisions():
     ]  # fmt: skip
     assert Plan(waited=plan.waited).is_empty and not Plan(preempted=plan.preempted).is_empty
     assert not Plan(converted=plan.converted).is_empty and not Plan(plan.scheduled).is_empty
+
+
+def test_a_plan_past_the_pool_leaves_whom_it_would_admit_waiting_without_blocks():
+    state = make_state(5)
+    first, second = wait(state, "a", 8), wait(state, "b", 9)
+    with pytest.raises(OutOfBlocks, match="6 blocks wanted, 1 of 5 free"):
+        state.apply(Plan(tuple(Scheduled(r, r.num_tokens, KV, Reason.ADMITTED_KV) for r in (first, second))), 0.0)
+    state.check()
+    assert (names(state.running), names(state.waiting)) == (["a"], ["b"])
+    state.finish(first, FinishReason.ERROR)
+    admit(state, wait(state, "c", 4))
+    state.finish(state.running[0], FinishReason.STOP)
+    admit(state, second, kind=HIDDEN)
+    assert (names(state.running), state.blocks_by_kind()) == (["b"], {"kv": 0, "hidden": 3, "free": 2})
