@@ -5,6 +5,7 @@ there is one program per shape. Carried and donated: the cache pool and the toke
 `[slots, max_model_len]`.
 """
 
+import logging
 import time
 from collections.abc import Iterator, Sequence
 from itertools import batched, product
@@ -53,6 +54,8 @@ from apt_jax.tokenization.restriction import EVERY
 
 MOVED_AT_ONCE = 8  # blocks that one program takes out of the pool or puts back, for host memory
 
+logger = logging.getLogger(__name__)
+
 
 class Runner:
     """Runs batches on the devices that hold the weights, with the attention kernels that they are laid out for.
@@ -66,6 +69,13 @@ class Runner:
         if weights.layers is not None:
             form = NativeForm if NativeForm.takes(weights) else LayeredForm
         self._is_native = self._iterates = form is NativeForm
+        if form is LayeredForm and self.attention == CPU_KERNELS.name:
+            logger.info(
+                "layers: XLA one by one, around attention in C++: the C++ layers take activation_function='relu', "
+                "a head_dim that is a multiple of 16, a hidden_size that is one of 32, and float32 or bfloat16; "
+                "here activation_function=%r, head_dim=%d, hidden_size=%d, dtype=%s",
+                model_config.activation_function, model_config.head_dim, model_config.hidden_size, weights.dtype,
+            )  # fmt: skip
         self.pads = form.pads
         self.buckets = buckets if self.pads else buckets.largest()
         self.arguments = Arguments(model_config, shapes, self.buckets, weights.dtype, weights.device, weights.parallel)

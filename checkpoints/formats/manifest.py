@@ -27,6 +27,11 @@ class Manifest:
     files: dict[str, int]  # path inside the folder to size in bytes, of everything but the manifest
     int8_parts: tuple[str, ...] = ()  # what is quantised, see `execution/weights/int8.py`
 
+    def __post_init__(self) -> None:
+        texts = self.fingerprint, self.sample, self.dtype, self.config_hash
+        if not (all(isinstance(text, str) for text in texts) and isinstance(self.files, dict)):
+            raise TypeError("a field of the manifest is of another type")
+
     @classmethod
     def of(
         cls, folder: Path, *, fingerprint: str, sample: str, dtype: str, int8_parts: tuple[str, ...] = ()

@@ -322,6 +322,9 @@ def test_damaged_conversion_is_named(source, converted):
     fields = json.loads(manifest)
     (converted / MANIFEST).write_text(json.dumps({**fields, "version": 4}))
     refused("version=4")
+    for name, value in [("files", "x"), ("files", ["x"]), ("fingerprint", {}), ("sample", None), ("dtype", 7)]:
+        (converted / MANIFEST).write_text(json.dumps({**fields, name: value}))
+        refused("truncated or corrupt")
     del fields["sample"]
     (converted / MANIFEST).write_text(json.dumps({**fields, "version": 1}))
     assert load_model(str(converted)).fingerprint == fields["fingerprint"], "an older folder loads"

@@ -237,11 +237,15 @@ def test_neighbouring_tokens_of_a_row_are_those_of_single_steps(
     np.testing.assert_array_equal(np.concatenate(found), every[:count])
 
 
-def test_other_layers_are_left_to_a_program_each():
+def test_other_layers_are_left_to_a_program_each_and_the_log_says_so(caplog):
     model = OPT(replace(PLAIN, activation_function="gelu"), rngs=nnx.Rngs(0))
     assert not NativeForm.takes(packed_weights(model))
-    config = replace(PLAIN, num_attention_heads=12)  # of 8
-    engine = make_engine(OPT(config, rngs=nnx.Rngs(0)), config, attention_backend="native", calibrate=False)
+    config = replace(PLAIN, num_attention_heads=5, hidden_size=80)  # heads of 16, but half a packed tile too many
+    with caplog.at_level("INFO"):
+        make_engine(OPT(PLAIN, rngs=nnx.Rngs(0)), PLAIN, attention_backend="native", calibrate=False)
+        assert "layers: XLA" not in caplog.text
+        engine = make_engine(OPT(config, rngs=nnx.Rngs(0)), config, attention_backend="native", calibrate=False)
+    assert "layers: XLA" in caplog.text and "head_dim=16, hidden_size=80, dtype=float32" in caplog.text
     prompt = engine.add([5, 6, 7], GREEDY, request_id="a")
     finish(engine)
     assert len(prompt.output_token_ids) == 64
