@@ -58,6 +58,14 @@ def test_fastserve_counts_what_a_request_was_served_in_seconds(seconds, first):
     assert names(step(state, policy, now, seconds).scheduled) == [first]
 
 
+def test_fastserve_sinks_nobody_below_the_last_level():
+    state, policy = make_state(200, 4), made("fastserve:levels=3", TINY)
+    state.add(request(8, 60))
+    for k in range(30):
+        step(state, policy, float(k), 1.0)
+    assert [standing.level for standing in policy._standings.values()] == [2]
+
+
 def test_fastserve_promotes_who_was_not_served_for_long():
     """One that has sunk is overtaken by ever new ones, until the thousandth iteration finds that it has waited."""
     state, policy = make_state(200, 4, max_num_seqs=1), made("fastserve", TINY)
@@ -85,6 +93,25 @@ def test_fastserve_frees_blocks_ahead_of_need_where_they_can_be_moved(host_slots
     plans = [step(state, policy, 0.05 * k, 0.05) for k in range(12)]
     reasons = {entry.reason for plan in plans for entry in plan.preempted}
     assert (Reason.PREEMPTED_AHEAD in reasons) == ahead
+
+
+def test_fastserve_frees_blocks_of_the_lowest_levels_first_and_none_of_the_top_one():
+    """A block for each that runs is to stay free: of five in a pool of 22 blocks one has to go."""
+    found = {}
+    for levels in ([0, 2, 1, 0, 1], [0, 0, 0, 0, 0]):
+        state = roomy_state(100, num_blocks=22, block_size=4, max_num_seqs=8, tokens=400, mode="hidden")
+        policy = made("fastserve", TINY)
+        for k in range(5):
+            state.add(request(14, 40, name=str(k)))
+        step(state, policy, 0.0, 0.0)
+        assert len(state.running) == 5 and state.pool.num_free == 2
+        for each, level in zip(state.running, levels, strict=True):
+            policy._standings[each.order].level = level
+        plan = policy.schedule(state, 0.0)
+        found[max(levels)] = names(plan.preempted)
+        state.apply(plan, 0.0)
+        assert len(plan.scheduled) + len(plan.preempted) == 5
+    assert found == {2: ["1"], 0: []}
 
 
 def test_fastserve_lets_newcomers_wait_while_the_host_is_full():
@@ -121,6 +148,31 @@ def test_alise_serves_the_soonest_done_first_and_preempts_for_it():
     state.add(request(8, 5, name="short"))
     plan = step(state, policy, 0.03)
     assert names(plan.preempted) == ["long"] and names(plan.scheduled) == ["short"]
+
+
+def test_alise_takes_no_memory_from_those_of_the_same_queue():
+    state, policy = make_state(200, 4, max_num_seqs=1), made("alise", A100, predictor=Known())
+    state.add(request(8, 400, name="runs"))
+    step(state, policy, 0.0)
+    state.add(request(8, 399, name="sooner, but not by a queue"))
+    plan = step(state, policy, 0.03)
+    assert not plan.preempted and names(plan.scheduled) == ["runs"]
+
+
+def test_alise_lifts_by_a_queue_for_each_age_since_arrival_and_anew_since_a_preemption():
+    state, policy = make_state(2000, 4, max_num_seqs=2), made("alise:age_s=2", A100, predictor=Known())
+    waits, preempted = request(8, 400), request(8, 400)
+    state.add(waits)
+    state.add(preempted)
+    fresh = policy._queues(state, 0.0)[waits.order]
+    assert [policy._queues(state, now)[waits.order] for now in (1.9, 2.0, 6.5, 0.0)] == [
+        fresh, fresh - 1, fresh - 3, fresh - 3,
+    ]  # fmt: skip
+    step(state, policy, 10.0, 0.0)
+    state._preempt(preempted)
+    assert policy._queues(state, 10.0)[preempted.order] == fresh - 5, "it keeps what it was lifted by"
+    assert policy._queues(state, 21.9)[preempted.order] == fresh - 5
+    assert policy._queues(state, 22.1)[preempted.order] == fresh - 6
 
 
 @pytest.mark.parametrize(("age_s", "old_is_served"), [(1.0, True), (1000.0, False)])
