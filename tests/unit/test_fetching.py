@@ -328,6 +328,21 @@ def test_fastserve_brings_back_who_is_next_into_blocks_beyond_those_kept_free():
     assert not step(state, made, 0.2).fetched
 
 
+def test_no_more_is_fetched_ahead_than_there_is_room_for_beside_what_is_there_already():
+    state = state_of(60)
+    first, second, runs = asked(1, 40, "first"), asked(4, 40, "second"), asked(2, 36, "runs")
+    admit(state, first, second, runs)
+    run(state, decode(runs, preempted=[first, second]))
+    admit(state, asked(3, 4 * state.pool.num_free, "fills", output=1))
+    swap_in = SwapIn()
+    for there, room, ahead in ((0, 12, [10, 2]), (4, 12, [6, 2]), (0, 3, [])):
+        if there:
+            run(state, decode(runs, fetched=[fetch(first, there)]))
+        swap_in.begin(state, 0.0)
+        fetched = swap_in.ahead(state, [first, second], room)
+        assert [e.num_blocks for e in fetched] == ahead, (there, room)
+
+
 def test_random_fetches_lose_no_block():
     """Whatever is fetched whenever, beside any plan of a policy."""
     total = 0
