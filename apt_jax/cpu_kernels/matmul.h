@@ -26,6 +26,7 @@ constexpr int kTallest = 3;
 constexpr int kStepsAtOnce = 768;       // of a packed tile, between which sums go to memory
 constexpr int kTilesOfBlock = (128 + kTallest - 1) / kTallest;  // that share a packed tile while it is in the cache
 constexpr int kBytesAtOnce = 512 << 10;  // of a block's x: half of the second cache
+constexpr int kBytesAhead = 4096;  // of few rows' packed tiles: from memory to the first cache
 constexpr int kTilesToWiden = 4;  // from which on a packed tile is widened to x's type once for all of them
 
 // Number of adjacent inputs, both in a packed tile and in a tile of x, that one step of a product takes.
@@ -66,6 +67,9 @@ struct Scales {
   }
 };
 
+// So few rows are always a tile alone, which reads packed tiles once.
+constexpr bool are_few(int rows) { return 2 * rows < kTallest; }
+
 // out [M, kPackedWidth] (+)= `steps` of x, M rows transposed, times those of a packed tile. Meanwhile prefetches `ahead`
 // bytes per step from `next`.
 template <int M, class X, class Number>
@@ -92,10 +96,10 @@ __attribute__((noinline)) void multiply_tile(const X* x, const Number* packed_ti
       for (int v = 0; v < kVectors; v++)
         sums[m][v] = add_products(sums[m][v], same(x + m * kInStep<X>), own[v]);
   };
-  constexpr int kWide = kInStep<Number>;
+  constexpr int kWide = kInStep<Number>, kCache = are_few(M) ? 3 : 2;  // 3 is the first cache
   for (int i = 0; i < steps; i++, x += M * kWide, packed_tile += kPackedWidth * kWide, next += ahead) {
-    __builtin_prefetch(next, 0, 2);
-    __builtin_prefetch(next + ahead / 2, 0, 2);
+    __builtin_prefetch(next, 0, kCache);
+    __builtin_prefetch(next + ahead / 2, 0, kCache);
     const auto at = [&](int v) { return packed_tile + v * kLanes * kWide; };
     if constexpr (std::is_same_v<X, int8_t>) {
       add(x, [&](int v) { return as_factors(load_codes(at(v))); });
@@ -178,6 +182,39 @@ inline const BFloat16* widen(const int8_t* packed_tile, int inputs, BFloat16* ro
   return room;
 }
 
+// out [rows, kPackedWidth] at `at`, of which `known` columns are there: `work(to, step)` computes it, there or in a room of its
+// own, where it finds what is there already if it `adds`.
+template <class Work>
+void with_edge(float* at, size_t step, int rows, int known, bool adds, const Work& work) {
+  if (known == kPackedWidth) return work(at, step);
+  alignas(64) float edge[kTallest * kPackedWidth];
+  for (int r = 0; r < rows && adds; r++) std::copy_n(at + r * step, known, edge + r * kPackedWidth);
+  work(edge, size_t(kPackedWidth));
+  for (int r = 0; r < rows; r++) std::copy_n(edge + r * kPackedWidth, known, at + r * step);
+}
+
+// Packed tiles `[begin, end)`, read from start to end, for a tile of few rows from row `first` on; else as `multiply_packed`.
+template <class X, class Number>
+void multiply_few(const X* x, int first, int rows, const Number* packed, const Scales& scales, int begin, int end,
+                  int inputs, float* out, int outputs, const char* after) {
+  constexpr int kWide = kInStep<Number>, kNumbers = kPackedWidth * kWide, kStep = kNumbers * sizeof(Number);
+  const int all_steps = (inputs + kWide - 1) / kWide, ahead_steps = kBytesAhead / kStep;
+  for (int p = begin; p < end; p++)
+    for (int at = 0, steps; at < all_steps; at += steps) {
+      steps = all_steps - at;
+      if (p + 1 == end && steps > ahead_steps) steps -= ahead_steps;  // after which something else is read
+      const Number* own = packed + (size_t(p) * all_steps + at) * kNumbers;
+      const bool ends = at + steps == all_steps;
+      const char* next = reinterpret_cast<const char*>(own) + kBytesAhead;
+      if (ends && p + 1 == end) next = after ? after : reinterpret_cast<const char*>(own);
+      with_edge(out + size_t(first) * outputs + p * kPackedWidth, outputs, rows,
+                std::min(kPackedWidth, outputs - p * kPackedWidth), at > 0, [&](float* to, size_t step) {
+                  multiply_tile_of(rows, x + size_t(first) * padded(inputs) + size_t(at) * kWide * rows, own, steps, to,
+                                   step, at > 0, next, kStep, scales.at(first, p * kPackedWidth, ends));
+                });
+    }
+}
+
 // Packed tiles `[begin, end)` for the tiles `[first, last)`: x in tiles, out [rows, outputs]. `after`: what is likely to be
 // read next, or null.
 template <class X, class Number>
@@ -187,9 +224,10 @@ void multiply_packed(const X* x, const Tiles& tiles, int first, int last, const 
   constexpr bool kWidens = kWide > kInStep<X>;
   constexpr int kSteps = std::is_same_v<Number, int8_t> ? kStepsAtOnce * kInStep<X> / kWide : kStepsAtOnce;
   const int rows = tiles.first(last) - tiles.first(first), all_steps = (inputs + kWide - 1) / kWide;
+  if (are_few(rows))
+    return multiply_few(x, tiles.first(first), rows, packed, scales, begin, end, inputs, out, outputs, after);
   const int most = kBytesAtOnce / int(sizeof(X)) / kWide;
   const int depth = std::max(most / rows / kSteps, 1) * kSteps;
-  alignas(64) float edge[kTallest * kPackedWidth];
   for (int from = 0; from < all_steps; from += depth)
     for (int p = begin; p < end; p++) {
       const int to = std::min(from + depth, all_steps);
@@ -214,18 +252,11 @@ void multiply_packed(const X* x, const Tiles& tiles, int first, int last, const 
             const char* ahead = next + size_t(i - first) * share * steps;
             const int ahead_a_step = share * steps / tile_steps;
             const Scales own_scales = scales.at(m, p * kPackedWidth, ends);
-            float* own_out = out + size_t(m) * outputs + p * kPackedWidth;
-            if (known == kPackedWidth) {
-              multiply_tile_of(height, own_x, packed_tile, tile_steps, own_out, outputs, at > 0, ahead, ahead_a_step,
-                               own_scales);
-              continue;
-            }
-            if (at > 0)
-              for (int r = 0; r < height; r++)
-                std::copy_n(own_out + size_t(r) * outputs, known, edge + r * kPackedWidth);
-            multiply_tile_of(height, own_x, packed_tile, tile_steps, edge, kPackedWidth, at > 0, ahead, ahead_a_step,
-                             own_scales);
-            for (int r = 0; r < height; r++) std::copy_n(edge + r * kPackedWidth, known, own_out + size_t(r) * outputs);
+            with_edge(out + size_t(m) * outputs + p * kPackedWidth, outputs, height, known, at > 0,
+                      [&](float* to, size_t step) {
+                        multiply_tile_of(height, own_x, packed_tile, tile_steps, to, step, at > 0, ahead, ahead_a_step,
+                                         own_scales);
+                      });
           }
         };
         if constexpr (kWidens)
