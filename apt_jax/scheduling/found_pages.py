@@ -1,14 +1,15 @@
 """What queued requests found in the prefix cache, remembered until one of the pages it depends on comes or goes.
 
 Every iteration adds pages to the table and evicts others. Few of them are those of a request that waits, so what it
-found is forgotten by key: that of each page it found, and of the first one that it did not find.
+found is forgotten by key: that of each page it found, and of the first one that it did not find. All of it is forgotten
+when it leaves the queue.
 """
 
 from collections.abc import Sequence
 
 from apt_jax.cache import KINDS, CacheKind
 
-MOST_READERS = 200_000  # pairs of a key and a request that depends on it; then everything is forgotten
+MOST_READERS = 1_000_000  # pairs of a key and a request that depends on it; then everything is forgotten
 
 
 class FoundPages[Found]:
@@ -56,6 +57,20 @@ class FoundPages[Found]:
         for order in readers:
             for kind in KINDS:
                 self._pages.pop((order, kind.index), None)
+
+    def left(self, order: int, keys: Sequence[bytes]) -> None:
+        """A request, all of whose known `keys` these are, has left the queue."""
+        self.cold.discard(order)
+        self.warm.discard(order)
+        for kind in KINDS:
+            self._pages.pop((order, kind.index), None)
+        for key in keys:
+            readers = self._readers.get(key)
+            if readers is not None and order in readers:
+                readers.remove(order)
+                self._num_readers -= 1
+                if not readers:
+                    del self._readers[key]
 
     def _read(self, order: int, keys: Sequence[bytes]) -> None:
         if self._num_readers >= MOST_READERS:

@@ -134,6 +134,10 @@ class PrefixPool(BlockPool):
                 self._found.remember(request.order, kind, found, request.page_keys, most_pages)
         return found if len(found) <= most_pages else found[:most_pages]
 
+    def left(self, request: Request) -> None:
+        """Remember nothing more of a request that is queued no longer."""
+        self._found.left(request.order, request.page_keys)
+
     def share(self, table: BlockTable, pages: Sequence[Page | HostPage]) -> None:
         """Begin the empty `table` with found pages; those in host memory take new blocks.
 

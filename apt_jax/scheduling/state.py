@@ -249,7 +249,10 @@ class SchedulerState(CachedPrefixes):
         """End a request for any reason and give its blocks back at once; doing it again changes nothing."""
         if request.status is Status.FINISHED:
             return
-        _remove(self.running if request.status is Status.RUNNING else self.waiting, request)
+        if request.status is Status.RUNNING:
+            _remove(self.running, request)
+        else:
+            self._leave_queue(request)
         self._release(request)
         request.status = Status.FINISHED
         request.finish_reason = reason
@@ -355,11 +358,16 @@ class SchedulerState(CachedPrefixes):
             request.num_computed_tokens = 0
             raise
         request.cache_history.append(kind)
-        _remove(self.waiting, request)
+        self._leave_queue(request)
         insort(self.running, request, key=_order)
         request.status = Status.RUNNING
         if request.first_scheduled_s is None:
             request.first_scheduled_s = now
+
+    def _leave_queue(self, request: Request) -> None:
+        _remove(self.waiting, request)
+        if self.prefixes is not None:
+            self.prefixes.left(request)
 
     def _preempt(self, request: Request) -> None:
         assert request.status is Status.RUNNING

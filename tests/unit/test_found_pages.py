@@ -3,6 +3,7 @@
 import pytest
 
 from apt_jax.cache import CacheKind
+from apt_jax.request import FinishReason
 from apt_jax.scheduling import found_pages
 from apt_jax.scheduling.found_pages import FoundPages
 from apt_jax.scheduling.host_tier import HostTier
@@ -113,6 +114,36 @@ def test_a_first_page_says_whether_anything_is_cached_until_it_comes_or_goes():
     found.changed(KEYS[0])
     found.changed(KEYS[1])
     assert not found.cold and not found.warm
+
+
+@pytest.mark.parametrize("leaves", ["ended", "admitted"])
+def test_of_those_that_leave_the_queue_nothing_is_remembered(leaves):
+    runs, state, _, _, many = crowd()
+    found, before = state.pool._found, {r.order for r in state.waiting} - {r.order for r in many}
+    assert [state.cached_tokens(each, kind) for each in many for kind in (KV, HIDDEN)] == [8, 0] * 20
+    assert len(found.warm) >= 20 and found._num_readers >= 60
+    for each in many:
+        if leaves == "ended":
+            state.finish(each, FinishReason.ABORT)
+        else:
+            runs.run(Plan((Scheduled(each, state.tokens_to_compute(each, KV), KV, Reason.ADMITTED_KV),)))
+            state.finish(each, FinishReason.ABORT)
+    known = {*found.cold, *found.warm, *(order for order, _ in found._pages), *set().union(*found._readers.values())}
+    assert known <= before, "only of those that still wait"
+    assert all(found._readers.values()) and sum(map(len, found._readers.values())) == found._num_readers
+
+
+def test_a_long_queue_with_a_long_common_beginning_is_looked_up_once(lookups):
+    state = make_state(400, cache_mode="kv", max_num_batched_tokens=2000, pool=PrefixPool)
+    runs, first = HostLoop(state), ask(range(601), 9)
+    state.add(first)
+    runs.run(Plan((Scheduled(first, 601, KV, Reason.ADMITTED_KV),)))
+    many = [ask([*range(600), 1000 + i, 0, 0, 0], 5) for i in range(1500)]  # 226,500 pairs of a page and a reader
+    for each in many:
+        state.add(each)
+    assert {state.cached_tokens(each, KV) for each in many} == {600}
+    lookups.clear()
+    assert {state.cached_tokens(each, KV) for each in many} == {600} and lookups == []
 
 
 def test_it_is_bounded(monkeypatch):
