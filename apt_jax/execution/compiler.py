@@ -3,11 +3,14 @@
 This is the only file that calls `jax.jit`.
 """
 
+import logging
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import jaxlib
 from jax.sharding import PartitionSpec
 from jax.stages import Compiled
 
@@ -18,6 +21,8 @@ from apt_jax.execution.program_store import ProgramStore, source_hash
 from apt_jax.execution.steps import StepOutput
 from apt_jax.model_config import Quantization
 from apt_jax.models.sharding import EVERYWHERE
+
+logger = logging.getLogger(__name__)
 
 # XLA on a CPU leaves a sum of so many numbers or more, over all rows, to a library that adds them in another order. The
 # last digits of a request's final layer norm and log-probabilities would depend on how many rows its program has.
@@ -33,7 +38,7 @@ class Compiler:
 
     def __init__(self, arguments: Arguments, attention: str, quantization: Quantization = "none"):
         self._arguments, self._attention, self._quantization = arguments, attention, quantization
-        self._options = _ONE_ORDER if _has_small_sums(arguments, attention) else None
+        self._options = one_order() if _has_small_sums(arguments, attention) else None
         # processes that run one program compile it together, so none of them may load it from disk
         alone, device = jax.process_count() == 1, arguments.device
         self._store = ProgramStore.in_compile_cache(device) if alone else ProgramStore(None, device)
@@ -83,6 +88,21 @@ class Compiler:
         # with the attention kernels' name: the sampler and the scorer call kernels too, and cannot run without them
         key = (name, self._attention, self._quantization, arguments.model_config, arguments.shapes, shapes)
         return self._store.get(repr(key), compile_program)
+
+
+@cache
+def one_order() -> dict[str, str] | None:
+    """Options by which XLA adds all sums on a CPU in one order; None, with a warning, if it does not know them."""
+    try:
+        jax.jit(jnp.negative).lower(jax.ShapeDtypeStruct((1,), jnp.float32)).compile(_ONE_ORDER)
+    except jax.errors.JaxRuntimeError as error:
+        logger.warning(
+            "XLA of jaxlib %s adds sums of few rows in another order than those of many (%s), so the last digits of "
+            "log-probabilities depend on the batch; jaxlib 0.12 has the option",
+            jaxlib.__version__, str(error).splitlines()[0],
+        )  # fmt: skip
+        return None
+    return _ONE_ORDER
 
 
 def _has_small_sums(arguments: Arguments, attention: str) -> bool:

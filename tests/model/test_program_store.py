@@ -9,6 +9,7 @@ import jax
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
+from apt_jax.execution import compiler
 from apt_jax.model_config import ModelConfig
 from tests.support.checkpoint_folders import random_model
 from tests.support.engines import GREEDY, count_compilations, make_engine, run
@@ -104,3 +105,14 @@ def test_what_comes_from_jax_s_own_cache_is_not_kept(tmp_path):
     assert start(tmp_path / "a") == (first, 1)
     for _ in range(2):
         assert start(tmp_path / "b") == (first, 0)
+
+
+def test_an_xla_that_lacks_the_option_is_said_and_works_without(monkeypatch, caplog):
+    compiler.one_order.cache_clear()
+    assert compiler.one_order() is not None, "this jaxlib has it"
+    compiler.one_order.cache_clear()
+    monkeypatch.setattr(compiler, "_ONE_ORDER", {"xla_cpu_no_such_option": "1"})
+    with caplog.at_level("WARNING"):
+        assert compiler.one_order() is None
+    assert "log-probabilities depend on the batch" in caplog.text
+    compiler.one_order.cache_clear()
