@@ -7,8 +7,9 @@ import sys
 import jax
 import pytest
 
+from apt_jax.model_config import ModelConfig
 from apt_jax.pallas_kernels import reference
-from apt_jax.pallas_kernels.bench import kernel_parts, kernel_runs, timing, write_runs
+from apt_jax.pallas_kernels.bench import decode_steps, kernel_parts, kernel_runs, timing, write_runs
 from apt_jax.pallas_kernels.bench.chunk_runs import ChunkResult, row_tokens
 from apt_jax.pallas_kernels.bench.decode_steps import StepResult, rho_s
 from apt_jax.pallas_kernels.bench.kernel_counts import Shape, count, counted_table
@@ -241,3 +242,15 @@ def test_summary_holds_results_against_the_aims():
 def test_flags_that_make_no_sense_are_refused_in_one_sentence(flags, sentence):
     with pytest.raises(ValueError, match="^" + re.escape(sentence)):
         run(BenchKernels(device="h200", **flags))
+
+
+def test_whole_steps_are_measured_beside_layers_of_every_form():
+    """Beside C++ layers, where this host compiles them, a step is a turn of a loop whose results are only read."""
+    config = ModelConfig(
+        vocab_size=96, hidden_size=64, num_hidden_layers=1, ffn_dim=64, max_position_embeddings=64,
+        num_attention_heads=2, word_embed_proj_dim=64,
+    )  # fmt: skip
+    engine = decode_steps.make_engine(config, dtype="float32", batch=2, context_tokens=32, block_size=16)
+    found = decode_steps.measure_steps(engine, [2], [32], 1e10, lambda result: None)
+    assert [(result.kind, result.error) for result in found] == [("kv", None), ("hidden", None)]
+    assert all(result.times is not None and result.times.fastest_s > 0 for result in found)
