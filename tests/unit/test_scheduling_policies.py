@@ -1,5 +1,6 @@
 """What every policy owes: progress, conserved blocks, limits kept, the same plans for the same trace."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -77,6 +78,22 @@ def test_names_and_options():
         make_policy("apt:fallback=never")
     with pytest.raises(ValueError, match="takes no options"):
         make_policy("fcfs:mixed=on")
+
+
+@pytest.mark.parametrize(
+    ("option", "sentence"),
+    [
+        ("wait:force_after_s=0", "force_after_s=0.0 must be greater than 0"),
+        ("wait:occupancy=7", "occupancy=7.0 must be greater than 0 and at most 1"),
+        ("fastserve:levels=99", "levels=99 must be in 1..64"),
+        ("fastserve:free_share=2", "free_share=2.0 must be in 0..0.5"),
+        ("semi-pd:share=2", "share=2.0 must be in 0.05..0.95"),
+        ("semi-pd:window_s=-1", "window_s=-1.0 must be greater than 0"),
+    ],
+)
+def test_only_the_option_that_is_wrong_is_named(option, sentence):
+    with pytest.raises(ValueError, match=f"{re.escape(sentence)}$"):
+        make_policy(option)
 
 
 def names(entries):

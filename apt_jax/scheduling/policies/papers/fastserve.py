@@ -52,8 +52,10 @@ class FastServeOptions:
             raise ValueError(
                 f"first_quantum_ms={self.first_quantum_ms} and promote_s={self.promote_s} must be greater than 0"
             )
-        if not 1 <= self.levels <= 64 or not 0 <= self.free_share <= 0.5:
-            raise ValueError(f"levels={self.levels} must be in 1..64 and free_share={self.free_share} in 0..0.5")
+        if not 1 <= self.levels <= 64:
+            raise ValueError(f"levels={self.levels} must be in 1..64")
+        if not 0 <= self.free_share <= 0.5:
+            raise ValueError(f"free_share={self.free_share} must be in 0..0.5")
 
 
 @dataclass

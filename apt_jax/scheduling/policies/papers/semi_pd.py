@@ -35,10 +35,10 @@ class SemiPdOptions:
 
     def __post_init__(self) -> None:
         check_finite(self)
-        if not LEAST_SHARE <= self.share <= MOST_SHARE or not self.window_s > 0:
-            raise ValueError(
-                f"share={self.share} must be in {LEAST_SHARE}..{MOST_SHARE} and window_s={self.window_s} greater than 0"
-            )
+        if not LEAST_SHARE <= self.share <= MOST_SHARE:
+            raise ValueError(f"share={self.share} must be in {LEAST_SHARE}..{MOST_SHARE}")
+        if not self.window_s > 0:
+            raise ValueError(f"window_s={self.window_s} must be greater than 0")
 
 
 class Shares:

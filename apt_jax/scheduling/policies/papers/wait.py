@@ -37,10 +37,10 @@ class WaitOptions:
 
     def __post_init__(self) -> None:
         check_finite(self)
-        if not self.force_after_s > 0 or not 0 < self.occupancy <= 1:
-            raise ValueError(
-                f"force_after_s={self.force_after_s} must be greater than 0 and occupancy={self.occupancy} in 0..1"
-            )
+        if not self.force_after_s > 0:
+            raise ValueError(f"force_after_s={self.force_after_s} must be greater than 0")
+        if not 0 < self.occupancy <= 1:
+            raise ValueError(f"occupancy={self.occupancy} must be greater than 0 and at most 1")
 
 
 class _Arrivals:
