@@ -106,7 +106,7 @@ def one_order() -> dict[str, str] | None:
 
 
 def _has_small_sums(arguments: Arguments, attention: str) -> bool:
-    """Whether beside the C++ layers some program's sums have fewer numbers than `_ONE_ORDER_BELOW`, and others more.
+    """Whether beside the C++ layers some program has sums of fewer numbers than `_ONE_ORDER_BELOW`.
 
     XLA's own sums take longer: a sampler with top_p 1.3 to 1.45 times over a vocabulary of 50,272, so not everywhere.
     """
