@@ -52,18 +52,12 @@ class FoundPages[Found]:
         if readers is None:
             return
         self._num_readers -= len(readers)
-        self.cold -= readers
-        self.warm -= readers
         for order in readers:
-            for kind in KINDS:
-                self._pages.pop((order, kind.index), None)
+            self._forget(order)
 
     def left(self, order: int, keys: Sequence[bytes]) -> None:
         """A request, all of whose known `keys` these are, has left the queue."""
-        self.cold.discard(order)
-        self.warm.discard(order)
-        for kind in KINDS:
-            self._pages.pop((order, kind.index), None)
+        self._forget(order)
         for key in keys:
             readers = self._readers.get(key)
             if readers is not None and order in readers:
@@ -71,6 +65,12 @@ class FoundPages[Found]:
                 self._num_readers -= 1
                 if not readers:
                     del self._readers[key]
+
+    def _forget(self, order: int) -> None:
+        self.cold.discard(order)
+        self.warm.discard(order)
+        for kind in KINDS:
+            self._pages.pop((order, kind.index), None)
 
     def _read(self, order: int, keys: Sequence[bytes]) -> None:
         if self._num_readers >= MOST_READERS:
